@@ -1,0 +1,1 @@
+"""What a job is and how one process trains it.  Importing this imports nothing else."""

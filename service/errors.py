@@ -1,0 +1,80 @@
+"""Everything that ends a run early, as one tree with the exit code a shell, torchrun or a pod sees.
+
+    EvenstepError            1
+    ├── SpecError           64   a person's mistake: the spec, the task, the command line
+    ├── WillFailAgain       42   running the same thing again cannot help
+    │   ├── Diverged             the loss or a gradient is not finite
+    │   ├── DataBroken           the rows are not the rows the plan counted on
+    │   └── NoCheckpoint         there are checkpoints, and none of them can be read
+    ├── Stopped             75   stopped on request, state saved: run again to continue
+    └── PeerLost            76   another process went away; not this one's fault
+
+0 is a finished run. Every other code is the root cause's own (137 killed, 139 crashed, 1 ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EvenstepError(Exception):
+    """Something a person can read; its message says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class SpecError(EvenstepError):
+    """A person's mistake, told before any device is touched."""
+
+    exit_code = 64
+
+
+class WillFailAgain(EvenstepError):
+    """Running the same thing again would end the same way."""
+
+    exit_code = 42
+
+
+class Diverged(WillFailAgain):
+    """The loss or a gradient is not a finite number."""
+
+
+class DataBroken(WillFailAgain):
+    """The rows seen are not the rows that were counted."""
+
+
+class NoCheckpoint(WillFailAgain):
+    """Checkpoints exist and none of them can be read."""
+
+
+class Stopped(EvenstepError):
+    """The run was asked to stop and has saved its state."""
+
+    exit_code = 75
+
+
+class PeerLost(EvenstepError):
+    """Another process of the job went away."""
+
+    exit_code = 76
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'lr'?`, or the names that exist, or nothing where there are none.
+
+    Initials count as a likeness too: `learning_rate` is close to `lr`.
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if name == "".join(w[:1] for w in word.split("_"))]
+    near = near or [
+        name for name in names if min(len(name), len(word)) > 2 and _one_holds_the_other(name, word)
+    ]
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def _one_holds_the_other(a: str, b: str) -> bool:
+    return a in b or b in a
