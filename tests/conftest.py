@@ -1,0 +1,30 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from accelerate import Accelerator
+from processes import Processes, ProcessesOf
+
+from service.world import World
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ProcessesOf]:
+    """`processes(3).run(function, *args)`: real gloo processes, started once per session."""
+    pools: dict[int, Processes] = {}
+
+    def of(count: int) -> Processes:
+        return pools.setdefault(count, Processes(count))
+
+    yield of
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def alone() -> World:
+    """A world of one process: this one."""
+    return World(Accelerator(cpu=True))
