@@ -1,0 +1,118 @@
+"""Prints what logging one row costs the training thread, by the writers that take it.
+
+    python benchmarks/tracking_overhead.py [ROWS]
+
+Between two rows the thread works for some 10 ms as a training loop does: many short calls that
+let the interpreter go. What W&B's thread takes of it meanwhile shows as work that got slower.
+CPU is what the thread itself used; the rest of the wall time it waited for a core, which on a
+busy machine says more about the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from service.console import console
+from service.spec import WandBSpec
+from service.tracking import MetricsFile, Tracker, Writer
+from service.wandb_writer import WandB
+
+VALUES = {
+    "train/loss": 0.31214,
+    "train/lr": 9.4e-4,
+    "train/grad_norm": 1.0213,
+    "train/rows_per_second": 1480.2,
+    "train/data_wait": 0.031,
+    "test/loss": 0.28,
+    "test/accuracy": 0.976,
+    "test/top5": 0.998,
+}
+KERNEL = bytes(200_000)  # to hash it takes some 0.1 ms, without the interpreter
+KERNELS = 100
+Build = Callable[[Path], list[Writer]]
+
+
+def main() -> None:
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    os.environ["WANDB__STATS_COREWEAVE_METADATA_BASE_URL"] = "http://127.0.0.1:9"
+    with open(os.devnull, "w") as nowhere, a_terminal() as terminal:
+        cases: dict[str, Build] = {
+            "nothing": lambda _: [],
+            "file": lambda run: [metrics(run)],
+            "file, plain console": lambda run: [metrics(run), console(rows, stream=nowhere)],
+            "file, live console": lambda run: [metrics(run), live(rows, terminal)],
+            "file, plain console, W&B": lambda run: [
+                metrics(run),
+                console(rows, stream=nowhere),
+                wandb(run),
+            ],
+        }
+        heads = f"{'CPU':>8} {'wall':>8} {'median':>8} {'99 %':>8}"
+        print(f"{'microseconds a row':28} {heads}  work, ms")
+        for name, build in cases.items():
+            with tempfile.TemporaryDirectory() as run:
+                print(f"{name:28} {measure(build(Path(run)), rows)}", flush=True)
+
+
+def measure(writers: list[Writer], rows: int) -> str:
+    tracker = Tracker(writers, epoch_at=lambda step: step / 96)
+    logging, thinking, working = [], [], []
+    for step in range(1, rows + 1):
+        begin = time.perf_counter()
+        for _ in range(KERNELS):
+            hashlib.sha256(KERNEL)
+        middle, before = time.perf_counter(), time.thread_time()
+        tracker.log(step, VALUES)
+        thinking.append((time.thread_time() - before) * 1e6)
+        logging.append((time.perf_counter() - middle) * 1e6)
+        working.append((middle - begin) * 1e3)
+    tracker.close("done")
+    mean, at_99 = statistics.mean, statistics.quantiles(logging, n=100)[98]
+    figures = [mean(thinking), mean(logging), statistics.median(logging), at_99]
+    return " ".join(f"{figure:8.1f}" for figure in figures) + f"  {mean(working):8.2f}"
+
+
+def metrics(run: Path) -> Writer:
+    return MetricsFile(run / "metrics.jsonl")
+
+
+def live(rows: int, terminal: TextIO) -> Writer:
+    return console(rows, stream=terminal, environ={"TERM": "xterm-256color"})
+
+
+def wandb(run: Path) -> Writer:
+    """W&B, offline, with its start behind it."""
+    started = threading.Event()
+    spec = WandBSpec(project="overhead", mode="offline")
+    writer = WandB(
+        spec, run_id="a", name="a", directory=run, config={}, say=lambda _: started.set()
+    )
+    started.wait()
+    return writer
+
+
+def a_terminal() -> TextIO:
+    """A terminal that somebody reads."""
+    ours, theirs = os.openpty()
+
+    def read() -> None:
+        with suppress(OSError):  # nobody has it open any more
+            while os.read(ours, 65536):
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
+    return os.fdopen(theirs, "w")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""What a person sees of a run: a live bar on a terminal, a greppable line per row elsewhere.
+
+Both go to standard output: they are what `evenstep run` was asked for, so `| grep` and `| tee` find
+them there, and standard error stays free for what went wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Protocol, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from service.tracking import Outcome, Row, Writer
+
+_REDRAW_SECONDS = 0.25
+_MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
+
+# A key's name on the console and the form of its value; other keys keep their own name.
+_FORMS = {
+    "train/lr": ("lr", ".1e"),
+    "train/grad_norm": ("grad_norm", ".3g"),
+    "train/rows_per_second": ("rows/s", ".0f"),
+    "train/data_wait": ("data_wait", ".0%"),
+}
+
+
+class Console(Writer, Protocol):
+    """A writer that people read, and to whom the rest of the run can speak as well."""
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+
+
+def console(
+    total_steps: int,
+    *,
+    resume_step: int | None = None,
+    stream: TextIO | None = None,
+    environ: Mapping[str, str] = os.environ,
+    started: float | None = None,
+) -> Console:
+    """The live bar where `stream` (default: standard output) is a terminal, else plain lines.
+
+    `CI` and `TERM=dumb` ask for plain lines on a terminal too. `started`, in seconds since 1970,
+    is when the first step of this attempt began (default: now); the time left is reckoned from it.
+    """
+    stream = sys.stdout if stream is None else stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a letter that the terminal lacks ends no training
+    time_left = _TimeLeft(
+        total_steps,
+        step=resume_step or 0,
+        time=time.time() if started is None else started,
+    )
+    if _is_live(stream, environ):
+        return LiveConsole(total_steps, time_left=time_left, stream=stream, environ=environ)
+    return PlainConsole(total_steps, time_left=time_left, stream=stream)
+
+
+def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    if environ.get("CI", "").lower() not in ("", "0", "false"):
+        return False
+    return stream.isatty() and environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+
+
+class PlainConsole(Console):
+    """One line per row: a time, then `name=value` pairs."""
+
+    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
+        self._total_steps = total_steps
+        self._time_left = time_left
+        self._stream = stream
+
+    def write(self, row: Row) -> None:
+        pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
+        pairs |= _shown(row.values)
+        if (seconds := self._time_left.after(row)) is not None:
+            pairs["eta"] = _clock(seconds)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
+        self.say(" ".join([when, *(f"{name}={value}" for name, value in pairs.items())]))
+
+    def say(self, text: str) -> None:
+        try:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        except OSError:
+            _let_go(self._stream)
+
+    def close(self, outcome: Outcome) -> None:
+        pass
+
+
+class LiveConsole(Console):
+    """One line at the bottom of a terminal, redrawn on news and at most four times a second.
+
+    Drawing takes a millisecond or two: a thread does it, the others only leave what is to be shown.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        time_left: _TimeLeft,
+        stream: TextIO,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._stream = stream
+        self._time_left = time_left
+        self._bar = _Bar(total_steps, step=time_left.step)
+        self._rich = RichConsole(
+            file=stream, force_terminal=True, highlight=False, markup=False, _environ=environ
+        )
+        # No redirection of sys.stdout: a forked loader's print would meet rich's lock in there.
+        self._live = Live(
+            self._bar,
+            console=self._rich,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._lines: deque[str] = deque()
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
+        self._live.start()
+        # Rich hides the cursor meanwhile; a run that is killed could not bring it back.
+        self._rich.show_cursor(True)
+        self._thread.start()
+
+    def write(self, row: Row) -> None:
+        left = self._time_left.after(row)
+        self._bar.take(row, left)
+        if tested := {k: v for k, v in row.values.items() if k.startswith("test/")}:
+            shown = (f"{name}={value}" for name, value in _shown(tested).items())
+            self.say(f"step {row.step} epoch {row.epoch:.4g} {' '.join(shown)}")
+        self._news.set()
+
+    def say(self, text: str) -> None:
+        self._lines.append(text)
+        self._news.set()
+
+    def close(self, outcome: Outcome) -> None:
+        self._closing.set()
+        self._news.set()
+        self._thread.join()
+        self._draw(self._live.stop)
+
+    def _redraw(self) -> None:
+        while self._news.wait() and not self._closing.is_set():
+            self._news.clear()
+            self._draw(self._live.refresh)
+            self._closing.wait(_REDRAW_SECONDS)
+
+    def _draw(self, bar: Callable[[], None]) -> None:
+        try:
+            if self._lines:
+                # Taken out one by one, as others may add some meanwhile; rich redraws the bar.
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+                self._rich.print("\n".join(lines), soft_wrap=True)
+            bar()
+        except OSError:
+            _let_go(self._stream)
+
+
+class _Bar:
+    """The live line: as many of the facts as there is room for, and a bar in the rest."""
+
+    def __init__(self, total_steps: int, *, step: int) -> None:
+        self._total_steps = total_steps
+        self._step = step
+        self._facts: dict[str, str] = {}
+
+    def take(self, row: Row, seconds_left: float | None) -> None:
+        # Testing does not measure training: what a row does not tell stays as it was.
+        facts = self._facts | _shown({k: v for k, v in row.values.items() if k[:5] != "test/"})
+        facts["epoch"] = f"{row.epoch:.4g}"
+        if seconds_left is not None:
+            facts["left"] = _clock(seconds_left)
+        self._step, self._facts = row.step, facts
+
+    def __rich_console__(self, rich: RichConsole, options: ConsoleOptions) -> RenderResult:
+        count = f"{self._step}/{self._total_steps}"
+        # The last column stays free: some terminals wrap when it is written.
+        room = options.max_width - 1 - len(count) - 1
+        facts = _that_fit(self._facts, room)
+        bar_columns = min(_MOST_BAR_COLUMNS, room - len(facts) - 1)
+        cells: list[ProgressBar | Text] = [Text(count, no_wrap=True), Text(facts, no_wrap=True)]
+        if bar_columns >= _LEAST_BAR_COLUMNS:
+            cells.insert(1, ProgressBar(self._total_steps, self._step, width=bar_columns))
+        line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+        line.add_row(*cells)
+        yield line
+
+
+# Of the facts, those to keep longest where a terminal is narrow.
+_FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait")
+
+
+def _that_fit(facts: Mapping[str, str], columns: int) -> str:
+    names = [name for name in _FIRST if name in facts]
+    names += [name for name in facts if name not in _FIRST]
+    line = ""
+    for name in names:
+        longer = f"{line}  {name} {facts[name]}".lstrip()
+        if len(longer) > columns:
+            break
+        line = longer
+    return line
+
+
+class _TimeLeft:
+    """Reckons the time left from the steps of this attempt; earlier ones took no time of it."""
+
+    def __init__(self, total_steps: int, *, step: int, time: float) -> None:
+        self.step = step
+        self._total_steps = total_steps
+        self._time = time
+        self._is_first = True
+
+    def after(self, row: Row) -> float | None:
+        """Seconds left after this row, or None before a step was timed."""
+        steps, seconds = row.step - self.step, row.time - self._time
+        if self._is_first:
+            # From here on, without the start's one-time costs (compiling, filling the loaders).
+            self.step, self._time, self._is_first = row.step, row.time, False
+        if steps <= 0:
+            return None
+        return max(0.0, seconds) / steps * (self._total_steps - row.step)
+
+
+def _shown(values: Mapping[str, float]) -> dict[str, str]:
+    shown = {}
+    for key, value in values.items():
+        name, form = _FORMS.get(key, (key.removeprefix("train/"), ".4g"))
+        if name.startswith("lr/"):
+            form = ".1e"
+        shown[name] = format(value, form)
+    return shown
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def _let_go(stream: TextIO) -> None:
+    """Send what follows nowhere: the reader left (a closed pipe, a lost ssh), the training goes on.
+
+    On the descriptor, so that the interpreter's own flush at exit does not turn 0 into 120.
+    Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

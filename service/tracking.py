@@ -1,0 +1,207 @@
+"""What a run has to say while it trains: one `log(step, values)` for every place that keeps it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from service.errors import WillFailAgain
+
+Outcome = Literal["done", "stopped", "failed"]
+
+# JSON has no word for these, and strict readers stop at Python's bare NaN. Strings rather than
+# null: which of them a loss became is what one wants to know afterwards, and Python's float(),
+# JavaScript's Number() and pandas.to_numeric read all three of them back.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured at one step."""
+
+    step: int
+    epoch: float
+    time: float
+    """Seconds since 1970."""
+    values: Mapping[str, float]
+    """By key: `train/loss`, `test/accuracy`, ..."""
+
+    def record(self) -> dict[str, float]:
+        """The row as one flat object, its place first."""
+        return {"step": self.step, "epoch": self.epoch, "time": self.time, **self.values}
+
+
+class Writer(Protocol):
+    """A place where rows are kept or shown; it runs on the training thread, so it never waits."""
+
+    def write(self, row: Row) -> None:
+        """Take one row; the steps of the rows only ever rise."""
+
+    def sync(self) -> None:
+        """Return when the rows so far would outlive the machine, where the place can promise it."""
+        return
+
+    def close(self, outcome: Outcome) -> None:
+        """Finish within a time known beforehand; nothing is written afterwards."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked, through this place, that the run stop."""
+        return False
+
+
+class Tracker:
+    """One `log` for all writers; the same on every process, with no writers on the others."""
+
+    def __init__(
+        self,
+        writers: Sequence[Writer] = (),
+        *,
+        epoch_at: Callable[[int], float],
+        resume_step: int | None = None,
+    ) -> None:
+        """`writers` in the order a row reaches them: the file first, the slowest last.
+
+        `epoch_at` gives the passes over the data done at a step; `resume_step` is the step of the
+        checkpoint this attempt starts from, or None for a fresh run.
+        """
+        self._writers = tuple(writers)
+        self._epoch_at = epoch_at
+        self._last_step = -1 if resume_step is None else resume_step
+        self._closed = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record everything measured at `step`, training and testing in one call.
+
+        One call is one row and one line, so a crash finds a step either recorded or not. A second
+        row for a step would have to wait in memory for its other half, and be lost there.
+        """
+        assert not self._closed, f"step {step} is logged after close"
+        assert step > self._last_step, (
+            f"step {step} is logged after step {self._last_step}: log each step once, in order"
+        )
+        self._last_step = step
+        if not self._writers:
+            return
+        row = Row(
+            step=step,
+            epoch=round(self._epoch_at(step), 6),
+            time=round(time.time(), 3),
+            values={key: float(value) for key, value in values.items()},
+        )
+        for writer in self._writers:
+            writer.write(row)
+
+    def sync(self) -> None:
+        """Put every row so far on disk; call it before a checkpoint is made durable.
+
+        A checkpoint that outlives the machine while the rows before it do not would leave a gap.
+        """
+        for writer in self._writers:
+            writer.sync()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody asked a writer that the run stop, such as by W&B's Stop button."""
+        return any(writer.stop_requested for writer in self._writers)
+
+    def close(self, outcome: Outcome) -> None:
+        """Close every writer, the last one first, even where one of them fails; bounded in time."""
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close, outcome)
+
+
+class MetricsFile(Writer):
+    """`metrics.jsonl`, the truth: one JSON object a line, no gap and no repeated step."""
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        """Empty for a fresh run; for a resume, exactly the rows up to the checkpoint's step."""
+        _keep_up_to(path, resume_step)
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, row: Row) -> None:
+        """Append the row by one system call: whenever the process dies, one line tears at most."""
+        line = _line(row)
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, "no room for a whole row; free some", str(self._path))
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self, outcome: Outcome) -> None:
+        os.close(self._descriptor)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`; a torn last line, of a run that still writes, is left out."""
+    return [_numbers(row) for _, row in _rows(Path(path))]
+
+
+def _line(row: Row) -> bytes:
+    record = row.record()
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except ValueError:
+        text = json.dumps({key: _strict(value) for key, value in record.items()})
+    return text.encode() + b"\n"
+
+
+def _strict(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {key: _NOT_FINITE[v] if isinstance(v, str) else v for key, v in row.items()}
+
+
+def _keep_up_to(path: Path, step: int | None) -> None:
+    """Replace the file by its rows with at most this step, all at once; None keeps nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        if step is not None and path.exists():
+            file.writelines(line + b"\n" for line, row in _rows(path) if row["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Every line with the row it holds, without a torn last one."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and "step" in row:
+                yield line.rstrip(b"\n"), row
+            elif line.endswith(b"\n"):
+                raise WillFailAgain(
+                    f"{path}:{number}: this line is not a row of metrics: {line[:60]!r}. "
+                    "Remove the line, or start the run anew with --fresh."
+                )
