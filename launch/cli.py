@@ -1,0 +1,140 @@
+"""The `evenstep` command.  Only the commands that train import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from launch.environment import Environment, launched
+from service.errors import EvenstepError, SpecError
+from service.recipes import find_recipe, recipes
+from service.run_directory import check_run
+from service.spec import Spec
+from service.spec_file import load_spec, spec_schema
+
+_SPEC = click.argument("spec", metavar="SPEC")
+_OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+_PROCESSES = click.option(
+    "--processes",
+    metavar="N|auto",
+    default=None,
+    help="Processes on this machine; auto is one per GPU. Default: 1.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="evenstep", message="evenstep %(version)s")
+def evenstep() -> None:
+    """Train and test one job, the same run on one device or on many."""
+
+
+@evenstep.command()
+@_SPEC
+@_OVERRIDES
+@_PROCESSES
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--name", help="Name of the run; the spec's own by default.")
+@click.option("--fresh", is_flag=True, help="Put an earlier run of this name aside; begin anew.")
+@click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save and stop there.")
+def run(
+    spec: str,
+    overrides: tuple[str, ...],
+    processes: str | None,
+    runs: Path,
+    name: str | None,
+    fresh: bool,
+    stop_at: int | None,
+) -> None:
+    """Train and test SPEC: a file, or the name of a recipe. Run again, it resumes by itself."""
+    place = launched()
+    if place is not None and processes is not None:
+        raise SpecError("--processes: torchrun has already started the processes; leave it out.")
+    asked = _process_count(processes)
+    loaded = _load(spec, overrides, name)
+    # Read when torch is loaded.  A thread that waits for its share gives the core back: where
+    # it spins instead, beside one other busy process, five seconds of training took fifty.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    runs = runs.absolute()
+    if place is None or place.rank == 0:
+        check_run(runs, loaded, fresh=fresh)
+    from launch.entry import Job
+
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    if place is None and asked > 1:
+        from launch.local import run_locally
+
+        sys.exit(run_locally(job, processes=asked))
+    from launch.entry import leave, outcome_of, train
+
+    environment = place or Environment()
+    code, _ = outcome_of(lambda: train(job, environment), rank=environment.rank)
+    leave(code)
+
+
+@evenstep.command()
+@_SPEC
+@_OVERRIDES
+@_PROCESSES
+def plan(spec: str, overrides: tuple[str, ...], processes: str | None) -> None:
+    """Show the arithmetic of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
+    loaded = _load(spec, overrides, None)
+    from service.planning import planned
+
+    click.echo(planned(loaded, processes=_process_count(processes)))
+
+
+@evenstep.command(name="recipes")
+def list_recipes() -> None:
+    """List the jobs that ship."""
+    found = recipes()
+    width = max(len(name) for name in found)
+    for name, about in found.items():
+        click.echo(f"{name:{width}}  {about}")
+
+
+@evenstep.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    click.echo(json.dumps(spec_schema(), indent=2))
+
+
+def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
+    if name is not None:
+        overrides = (*overrides, f"name={json.dumps(name)}")
+    return load_spec(find_recipe(spec), overrides=overrides)
+
+
+def _process_count(asked: str | None) -> int:
+    if asked is None:
+        return 1
+    if asked == "auto":
+        import torch
+
+        return max(1, torch.accelerator.device_count())
+    if not asked.isdecimal() or int(asked) < 1:
+        raise SpecError(f"--processes: must be a whole number from 1 up, or auto, but is {asked}.")
+    return int(asked)
+
+
+def main() -> None:
+    """Run the command; every mistake of a person ends with one message and exit code 64."""
+    try:
+        evenstep.main(prog_name="evenstep", standalone_mode=False)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as mistake:
+        place = launched()
+        if place is None or place.rank == 0:
+            click.echo(f"error: {mistake.format_message()}", err=True)
+        sys.exit(SpecError.exit_code)
+    except EvenstepError as error:
+        place = launched()
+        if place is None or place.rank == 0:
+            click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,108 @@
+"""What every process of a job runs: spec, world, task, plan, worker; and what its end is called."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launch.environment import Environment
+from launch.process_group import process_group
+from service.errors import EvenstepError, Stopped
+from service.faults import stop_on_signals
+from service.plan import make_plan
+from service.spec import Spec
+from service.spec_file import load_spec
+from service.task import load_task
+from service.worker import run
+from service.world import lost_peer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, as a process receives it."""
+
+    spec: Spec
+    runs: Path
+    fresh: bool = False
+    stop_at: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The classes of a spec's optimizers are made when it is imported and have no name that
+        # a pickle could find them by.  What travels are plain values, as in a file.
+        values = self.spec.model_dump(mode="json", exclude_none=True)
+        return _received, (values, self.runs, self.fresh, self.stop_at)
+
+
+def _received(spec: dict[str, Any], runs: Path, fresh: bool, stop_at: int | None) -> Job:
+    return Job(load_spec(spec), runs, fresh, stop_at)
+
+
+def train(job: Job, environment: Environment) -> dict[str, float]:
+    """Run this process's part of the job to its end.
+
+    Raises:
+        EvenstepError: see `service.worker.run`.
+    """
+    spec = job.spec
+    with (
+        stop_on_signals() as stop,
+        process_group(
+            environment,
+            precision=spec.model.precision,
+            timeout_seconds=spec.faults.hang_timeout_seconds,
+        ) as world,
+    ):
+        task = load_task(spec.task, spec.task_args)
+        plan = make_plan(
+            spec,
+            processes=world.processes,
+            train_rows=task.train_rows,
+            test_rows=task.test_rows,
+            stop_at=job.stop_at,
+        )
+        return run(plan, task, world, runs=job.runs, stop=stop, fresh=job.fresh)
+
+
+def outcome_of(work: Callable[[], object], *, rank: int = 0) -> tuple[int, str]:
+    """Do the work and say how it ended: (exit code, one message for a person).
+
+    What is equal on all processes is said by rank 0; what happened to one, by that one.
+    """
+    try:
+        work()
+    except EvenstepError as error:
+        return _told(error, rank)
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except Exception as error:
+        lost = lost_peer(error)
+        if lost is not None:
+            return _told(lost, rank)
+        traceback.print_exc()
+        return 1, f"{type(error).__name__}: {error}"
+    return 0, ""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, with what is registered for its exit done.
+
+    The interpreter's own way out takes seconds with torch loaded, in which peers wait; and with
+    gloo it now and then ends in an abort ("terminate called without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _told(error: EvenstepError, rank: int) -> tuple[int, str]:
+    if rank == 0:
+        word = "" if isinstance(error, Stopped) else "error: "
+        print(f"{word}{error}", file=sys.stderr, flush=True)
+    return error.exit_code, str(error)

@@ -1,0 +1,79 @@
+"""Joins this process to the others, on the device it computes on, and hands out a `World`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from launch.environment import Environment
+from service.errors import SpecError
+from service.world import World
+
+
+@contextmanager
+def process_group(
+    environment: Environment, *, precision: str = "fp32", timeout_seconds: float = 300.0
+) -> Iterator[World]:
+    """All processes of the job, joined for as long as it lasts.
+
+    NCCL on NVIDIA GPUs, gloo on CPU, and what accelerate knows for others.
+
+    Raises:
+        SpecError: there are more processes than devices on this machine.
+    """
+    device = _device(environment)
+    _share_cores(environment, device)
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    world = World(_accelerator(environment, device, timeout_seconds), precision=precision)
+    # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
+    assert world.processes == environment.world_size, "accelerate joined another group"
+    assert world.index == environment.rank, "accelerate took another rank"
+    assert world.device.type == device, "accelerate chose another device"
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(environment: Environment) -> str:
+    if os.environ.get("EVENSTEP_DEVICE") == "cpu":
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    if environment.local_world_size > torch.accelerator.device_count():
+        # accelerate would let several processes share one, silently.
+        raise SpecError(
+            f"--processes: {environment.local_world_size} processes on a machine with "
+            f"{torch.accelerator.device_count()} {accelerator.type} devices. Use at most "
+            "that many, or EVENSTEP_DEVICE=cpu."
+        )
+    return accelerator.type
+
+
+def _share_cores(environment: Environment, device: str) -> None:
+    """Divide the CPU's cores among the processes of this machine, unless OMP_NUM_THREADS does."""
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, (cores or 1) // environment.local_world_size)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:
+    with warnings.catch_warnings():
+        # A notice that it takes the CPU, which is what it was told.
+        warnings.simplefilter("ignore", UserWarning)
+        if not environment.is_alone and not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(device)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)

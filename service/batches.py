@@ -1,0 +1,89 @@
+"""A micro-batch: rows brought together, with what they weigh, on the device that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+# The targets of a row that is a mapping stand under one of these keys.
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass worth of rows."""
+
+    number: int
+    """Which micro-batch of the step it is, counted over all processes."""
+    rows: NDArray[np.int64]
+    """The ids of its rows in the data set, in order: [B]."""
+    inputs: Any
+    """What the model takes: a tensor [B, ...], or a tuple or mapping of them."""
+    targets: Any
+    """What the loss compares with."""
+    weight: Tensor | None
+    """What each loss value counts, of the shape the task's loss has; None counts each as 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One process's micro-batches of one optimizer step."""
+
+    micro_batches: Sequence[Batch]
+    weight: float | Tensor
+    """Weight of the whole step, over all processes."""
+
+
+def split(collated: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a collated batch: a pair, or a mapping with a usual key for the targets.
+
+    Raises:
+        TypeError: the rows of the data set are neither.
+    """
+    if isinstance(collated, Mapping):
+        key = next((k for k in TARGET_KEYS if k in collated), None)
+        if key is not None:
+            return {k: v for k, v in collated.items() if k != key}, collated[key]
+        raise TypeError(
+            f"a row with the keys {sorted(collated)} names no targets; "
+            f"use one of {', '.join(TARGET_KEYS)}."
+        )
+    if isinstance(collated, tuple | list) and len(collated) == 2:
+        return collated[0], collated[1]
+    raise TypeError(
+        f"a row must be (inputs, targets) or a mapping, but is {type(collated).__name__}"
+        + (f" of {len(collated)}." if isinstance(collated, tuple | list) else ".")
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same nest of tensors on `device`; copies from pinned memory do not wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def first_rows(value: Any, count: int) -> Any:
+    """The first `count` rows of a nest of tensors; 0 makes an empty batch of the same kind."""
+    if isinstance(value, Tensor):
+        return value[:count]
+    if isinstance(value, Mapping):
+        return {k: first_rows(v, count) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(first_rows(v, count) for v in value)
+    return value
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs; a mapping of inputs is passed by name."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)

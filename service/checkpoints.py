@@ -1,0 +1,345 @@
+"""Checkpoints: a directory per step, whole or absent, written by one process and believed by none.
+
+Tensors in safetensors, keyed by parameter name; everything else in JSON.  No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from service.errors import EvenstepError, NoCheckpoint, SpecError, did_you_mean
+from service.state import Best, TrainState
+from service.world import World
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE, MANIFEST = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk."""
+
+    path: Path
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run.  Every process calls `save` and `restore`; the lead writes."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        world: World,
+        keep: int,
+        facts: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        """`facts` go into every manifest: what the run is and on how many processes."""
+        self._directory = directory
+        self._world = world
+        self._keep = keep
+        self._facts = dict(facts)
+        self._say = say
+
+    def save(self, state: TrainState) -> None:
+        """Write the state; when this returns on any process it is on disk for all of them.
+
+        Raises:
+            EvenstepError: it could not be written; on every process, and the earlier
+                checkpoints are as they were.
+        """
+        failed: EvenstepError | None = None
+        if self._world.is_lead:
+            try:
+                self._write(state)
+            except OSError as error:
+                failed = EvenstepError(
+                    f"The checkpoint of step {state.step} could not be written to "
+                    f"{self._directory}: {error.strerror or error}. Earlier ones are untouched."
+                )
+        self._world.fail_together(failed)
+
+    def restore(self, state: TrainState) -> bool:
+        """Put the newest good checkpoint into `state`; False where there is none yet.
+
+        Raises:
+            NoCheckpoint: there are some, and none is good.
+            SpecError: it does not fit the model or the optimizer.
+        """
+        chosen: str | None = None
+        failed: EvenstepError | None = None
+        if self._world.is_lead:
+            try:
+                newest = self._newest_good()
+                chosen = newest.path.name if newest else None
+            except EvenstepError as error:
+                failed = error
+        self._world.fail_together(failed)
+        # One process chooses: two that fell back differently would train two models.
+        chosen = self._world.from_lead(chosen)
+        if chosen is None:
+            return False
+        try:
+            load(self._directory / chosen, state)
+        except EvenstepError as error:
+            failed = error
+        self._world.fail_together(failed)
+        return True
+
+    def _newest_good(self) -> Checkpoint | None:
+        found = checkpoints_in(self._directory)
+        for checkpoint in reversed(found):
+            damage = damage_of(checkpoint.path)
+            if damage is None:
+                return checkpoint
+            aside = checkpoint.path.with_name(f".damaged-{checkpoint.path.name}")
+            self._say(
+                f"WARNING: checkpoint {checkpoint.path} is damaged ({damage}); "
+                f"kept as {aside.name}, trying the one before."
+            )
+            if not aside.exists():
+                os.rename(checkpoint.path, aside)
+        if found:
+            raise NoCheckpoint(
+                f"None of the {len(found)} checkpoints in {self._directory} can be read; "
+                "they are kept there as .damaged-*. Begin again with --fresh."
+            )
+        return None
+
+    def _write(self, state: TrainState) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self._directory.glob(".step-*.partial-*"):
+            shutil.rmtree(leftover)
+        final = self._directory / f"step-{state.step:08d}"
+        partial = self._directory / f".{final.name}.partial-{secrets.token_hex(4)}"
+        partial.mkdir()
+        try:
+            write_into(partial, state, self._facts)
+            if final.exists():  # a run that stopped here and was asked to stop here again
+                shutil.rmtree(final)
+            os.rename(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _fsync(self._directory)
+        if state.best is not None and state.best.step == state.step:
+            self._mark_best(final.name)
+        self._prune(state)
+
+    def _mark_best(self, name: str) -> None:
+        partial = self._directory / ".best.partial"
+        partial.write_text(name + "\n")
+        _fsync(partial)
+        os.replace(partial, self._directory / "best")
+
+    def _prune(self, state: TrainState) -> None:
+        kept = state.best.step if state.best else None
+        for old in checkpoints_in(self._directory)[: -self._keep]:
+            if old.step != kept:
+                shutil.rmtree(old.path)
+
+
+def checkpoints_in(directory: Path) -> list[Checkpoint]:
+    """Whole checkpoints, by step; whether they are good is another question."""
+    found = [
+        Checkpoint(path, int(path.name.removeprefix("step-")))
+        for path in directory.glob("step-*")
+        if path.name.removeprefix("step-").isdecimal() and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def write_into(directory: Path, state: TrainState, facts: Mapping[str, Any]) -> None:
+    """Write a checkpoint's files, fsynced, the manifest last."""
+    weights, aliases = _without_aliases(state.bare)
+    held, described = optimizer_state(state)
+    save_file(weights, directory / MODEL)
+    save_file(held, directory / OPTIMIZER)
+    rest = {
+        "step": state.step,
+        "best": asdict(state.best) if state.best else None,
+        "optimizer": described,
+        "aliases": aliases,
+    }
+    (directory / STATE).write_text(json.dumps(rest, allow_nan=True) + "\n")
+    files = {}
+    for name in (MODEL, OPTIMIZER, STATE):
+        _fsync(directory / name)
+        files[name] = {
+            "bytes": (directory / name).stat().st_size,
+            "sha256": _sha256(directory / name),
+        }
+    manifest = {"format": FORMAT, "step": state.step, "time": time.time(), "files": files, **facts}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _fsync(directory / MANIFEST)
+    _fsync(directory)
+
+
+def damage_of(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every size and hash is checked."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']!r} is not {FORMAT}"
+        if set(files) != {MODEL, OPTIMIZER, STATE}:
+            return f"the manifest names the files {sorted(files)}"
+        for name, told in files.items():
+            path = directory / name
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != told["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {told['bytes']}"
+            if _sha256(path) != told["sha256"]:
+                return f"the content of {name} has changed"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
+    return None
+
+
+def load(directory: Path, state: TrainState) -> None:
+    """Put a checkpoint's content into `state`.
+
+    Raises:
+        SpecError: it does not fit the model or the optimizer.
+        NoCheckpoint: its files cannot be read.
+    """
+    try:
+        weights = load_file(directory / MODEL)
+        held = load_file(directory / OPTIMIZER)
+        rest = json.loads((directory / STATE).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
+    for alias, name in rest["aliases"].items():
+        weights[alias] = weights[name]
+    _load_weights(state.bare, weights, directory)
+    _load_optimizer(state, held, rest["optimizer"], directory)
+    state.step = rest["step"]
+    state.best = Best(**rest["best"]) if rest["best"] else None
+    state.schedule.set(state.step)
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
+    own = model.state_dict()
+    missing, strange = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or strange:
+        near = did_you_mean(missing[0], strange) if missing and strange else "."
+        raise SpecError(
+            f"The checkpoint {directory} is of another model: it lacks {missing[:5]} and has "
+            f"{strange[:5]} besides{near}"
+        )
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if weights[name].shape != tensor.shape
+    ]
+    if shapes:
+        raise SpecError(f"The checkpoint {directory} is of another model: {'; '.join(shapes[:5])}")
+    model.load_state_dict(weights)
+
+
+def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
+    tensors: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in state.bare.named_parameters()}
+    described = {
+        names[id(parameter)]: {
+            key: _pack(value, f"{key}:{names[id(parameter)]}", tensors)
+            for key, value in values.items()
+        }
+        for parameter, values in state.optimizer.state.items()
+    }
+    return tensors, described
+
+
+def _load_optimizer(
+    state: TrainState, tensors: Mapping[str, Tensor], described: Mapping[str, Any], directory: Path
+) -> None:
+    parameters = dict(state.bare.named_parameters())
+    strange = sorted(described.keys() - parameters.keys())
+    if strange:
+        raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")
+    numbers = {
+        id(p): n for n, p in enumerate(q for g in state.optimizer.param_groups for q in g["params"])
+    }
+    values = {
+        numbers[id(parameters[name])]: {
+            key: _unpack(value, tensors) for key, value in entries.items()
+        }
+        for name, entries in described.items()
+        if id(parameters[name]) in numbers
+    }
+    groups = state.optimizer.state_dict()["param_groups"]  # the spec's own, as they are now
+    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`; its tensors go into `tensors` under `key`."""
+    if isinstance(value, Tensor):
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"tensor": key}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(v, f"{n}.{key}", tensors) for n, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise SpecError(
+        f"optimizer.name: its state {key!r} is a {type(value).__name__}; cannot save it."
+    )
+
+
+def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in packed:
+        return tensors[packed["tensor"]]
+    if "list" in packed:
+        return [_unpack(part, tensors) for part in packed["list"]]
+    return packed["value"]
+
+
+def _without_aliases(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tensor once, and for tied ones the name it is stored under."""
+    weights: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"task: the model's {name!r} is a {type(tensor).__name__}, no tensor.")
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            weights[name] = tensor.detach().cpu().contiguous()
+    return weights, aliases
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

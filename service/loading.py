@@ -1,0 +1,219 @@
+"""From a data set to micro-batches on the device: one list of them for each optimizer step."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from service import randomness
+from service.batches import Batch, Step, first_rows, split, to_device
+from service.errors import DataBroken, EvenstepError
+from service.plan import Plan
+from service.samplers import epochs_at, micro_batches, rows_at
+from service.task import Data, Task
+from service.world import World
+
+# Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
+_ROWS_AHEAD = 4096
+
+
+class Order(NamedTuple):
+    """Which rows to bring, for which micro-batch of which step."""
+
+    step: int
+    number: int
+    rows: NDArray[np.int64]  # [B]
+    epochs: NDArray[np.int64]  # [B], the pass over the data each row belongs to
+
+
+def train_steps(data: Data, *, task: Task, plan: Plan, world: World, start: int) -> Iterator[Step]:
+    """This process's micro-batches of every step from `start` on, to the end of the run.
+
+    Raises:
+        DataBroken: the data set failed on a row, or gave what no model takes.
+    """
+    orders = _train_orders(plan, world.index, start)
+    batches = _bring(data, orders, task=task, plan=plan, world=world)
+    per_step = len(plan.share(world.index))
+    empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
+    for _ in range(start, plan.steps):
+        brought = [next(batches) for _ in range(per_step)]
+        # With statistics over all processes every forward pass is a collective: a process
+        # with fewer micro-batches takes part in the last round with no rows.
+        brought += [_without_rows(brought[0])] * empty_rounds
+        yield Step(brought, _step_weight(brought, plan, world))
+
+
+def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
+    """This process's micro-batches of the test set, each row once over all processes."""
+    return _bring(data, _test_orders(plan, world), task=task, plan=plan, world=world)
+
+
+def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
+    shared = micro_batches(
+        plan.test_rows,
+        micro_batch=plan.spec.test.micro_batch,
+        index=world.index,
+        of=world.processes,
+    )
+    for number, span in shared:
+        yield Order(0, number, np.arange(span.start, span.stop), np.zeros(len(span), np.int64))
+
+
+def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
+    """The first rows of the data set as one micro-batch, to try things out on."""
+    rows = np.arange(min(plan.micro_batch, plan.train_rows))
+    order = Order(0, 0, rows, np.zeros_like(rows))
+    collated = _Reader(data, plan.spec.seed)[order][1]
+    return next(_as_batches([(order, collated)], task=task, world=world))
+
+
+def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+    share = plan.share(process)
+    first = share.start * plan.micro_batch
+    last = min(share.stop * plan.micro_batch, plan.global_batch)
+    cuts = np.arange(plan.micro_batch, last - first, plan.micro_batch)
+    block = max(1, _ROWS_AHEAD // (last - first))
+    for begin in range(start, plan.steps, block):
+        steps = np.arange(begin, min(begin + block, plan.steps))
+        positions = steps[:, None] * plan.global_batch + np.arange(first, last)  # [steps, rows]
+        rows = rows_at(positions.ravel(), rows=plan.train_rows, seed=plan.spec.seed)
+        of_steps = zip(
+            steps.tolist(),
+            rows.reshape(positions.shape),
+            epochs_at(positions, rows=plan.train_rows),
+            strict=True,
+        )
+        for step, step_rows, step_epochs in of_steps:
+            pieces = zip(share, np.split(step_rows, cuts), np.split(step_epochs, cuts), strict=True)
+            for number, piece, epochs in pieces:
+                yield Order(step, number, piece, epochs)
+
+
+def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
+    weights = [batch.weight for batch in batches if batch.weight is not None]
+    if not weights:
+        return plan.global_batch  # each row counts 1: known beforehand, nothing to ask
+    return world.sum(torch.stack([weight.sum() for weight in weights]).sum())
+
+
+def _without_rows(batch: Batch) -> Batch:
+    return Batch(
+        number=batch.number,
+        rows=batch.rows[:0],
+        inputs=first_rows(batch.inputs, 0),
+        targets=first_rows(batch.targets, 0),
+        weight=first_rows(batch.weight, 0),
+    )
+
+
+def _bring(
+    data: Data, orders: Iterable[Order], *, task: Task, plan: Plan, world: World
+) -> Iterator[Batch]:
+    """Carry out the orders, in order."""
+    return _as_batches(_collated(data, orders, plan, world), task=task, world=world)
+
+
+def _as_batches(
+    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World
+) -> Iterator[Batch]:
+    weigh = getattr(task, "weight", None)
+    for order, value in collated:
+        try:
+            inputs, targets = split(value)
+        except TypeError as error:
+            raise DataBroken(f"The data set's rows cannot be used: {error}") from error
+        inputs, targets = to_device((inputs, targets), world.device)
+        weight = weigh(targets) if weigh is not None else None
+        yield Batch(order.number, order.rows, inputs, targets, weight)
+
+
+def _collated(
+    data: Data, orders: Iterable[Order], plan: Plan, world: World
+) -> Iterator[tuple[Order, Any]]:
+    if isinstance(data, TensorDataset):
+        return _from_memory(data, orders, world)
+    reader = _Reader(data, plan.spec.seed)
+    if plan.spec.loader.workers == 0:
+        return ((order, reader[order][1]) for order in orders)
+    return iter(
+        DataLoader(
+            reader,
+            sampler=orders,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=plan.spec.loader.workers,
+            prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=_outlive_signals,
+        )
+    )
+
+
+def _from_memory(
+    data: TensorDataset, orders: Iterable[Order], world: World
+) -> Iterator[tuple[Order, Any]]:
+    """Rows of tensors are picked by index, on the device that computes them."""
+    tensors = [tensor.to(world.device) for tensor in data.tensors]
+    for order in orders:
+        index = torch.from_numpy(order.rows).to(world.device, non_blocking=True)
+        yield order, tuple(tensor.index_select(0, index) for tensor in tensors)
+
+
+class _Reader(Dataset[tuple[Order, Any]]):
+    """A data set asked for whole micro-batches, with every row's random numbers keyed."""
+
+    def __init__(self, data: Data, seed: int) -> None:
+        self._data = data
+        self._seed = seed
+
+    def __getitem__(self, order: Order) -> tuple[Order, Any]:
+        try:
+            return order, default_collate(self._rows(order))
+        except EvenstepError:
+            raise
+        except Exception as error:
+            rows = order.rows.tolist()
+            raise DataBroken(
+                f"The data set failed at step {order.step}, micro-batch {order.number} "
+                f"(rows {rows[:8]}{' ...' if len(rows) > 8 else ''}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _rows(self, order: Order) -> list[Any]:
+        rows = order.rows.tolist()
+        if hasattr(self._data, "__getitems__"):
+            # Rows that come together draw together: keyed by what is the same at any world size.
+            seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
+            return list(self._data.__getitems__(rows))
+        brought = []
+        for row, epoch in zip(rows, order.epochs.tolist(), strict=True):
+            seed_generators(randomness.key(randomness.ROW, self._seed, epoch, row))
+            brought.append(self._data[row])
+        return brought
+
+
+def seed_generators(key: int) -> None:
+    """Start python's, numpy's and torch's global generators at `key`."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _outlive_signals(worker: int) -> None:
+    # A request to stop goes to the whole process group.  The workers serve until the loop
+    # has taken its last step; they leave when the training process lets them go or is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

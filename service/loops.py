@@ -1,0 +1,148 @@
+"""The train loop and the test loop.  No rank appears in them: `world` is all processes as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from service import randomness
+from service.batches import Batch, Step, forward
+from service.checkpoints import Checkpoints
+from service.clock import Clock
+from service.errors import Diverged
+from service.faults import StopRequest
+from service.loading import test_batches
+from service.metrics import Tally
+from service.normalization import Normalization
+from service.plan import Plan
+from service.receipts import Receipt
+from service.state import TrainState
+from service.task import Data, Task
+from service.tracking import Tracker
+from service.world import World
+
+
+def train(
+    state: TrainState,
+    steps: Iterable[Step],
+    *,
+    task: Task,
+    world: World,
+    plan: Plan,
+    normalization: Normalization,
+    tracker: Tracker,
+    receipt: Receipt,
+    checkpoints: Checkpoints,
+    test_data: Data,
+    stop: StopRequest,
+) -> dict[str, float]:
+    """Take optimizer steps until `steps` ends or some process is asked to stop.
+
+    Returns:
+        What the last step measured.  `state.step` says whether the run is finished.
+    Raises:
+        Diverged: the loss is not finite at a step that is logged.
+    """
+    state.model.train()
+    clock = Clock()
+    values: dict[str, float] = {}
+    for step in clock.waiting_for(steps):
+        state.optimizer.zero_grad()
+        losses = []
+        for batch in world.exchange_on_last(state.model, step.micro_batches):
+            world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
+            loss_sum = summed_loss(state.model, batch, task=task, world=world)
+            world.backward(loss_sum, step.weight)
+            losses.append(loss_sum.detach())
+            receipt.note(state.step, batch)
+        normalization.finish_step()
+        grad_norm = clip(state.bare, plan, logging=plan.logs_at(state.step + 1))
+        state.optimizer.step()
+        state.step += 1
+        state.schedule.set(state.step)
+
+        # The plan and the step are equal on every process, so all of them take the branches
+        # below together: a collective in one is a collective in all.
+        values = {}
+        if plan.logs_at(state.step):
+            loss = float(world.sum(torch.stack(losses).sum()) / step.weight)
+            require_finite(loss, state.step)
+            values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
+            values |= state.schedule.rates(state.step - 1)
+            values |= clock.reading(rows_per_step=plan.global_batch)
+        if plan.tests_at(state.step):
+            batches = test_batches(test_data, task=task, plan=plan, world=world)
+            values |= test(state.bare, batches, task=task, world=world, plan=plan)
+        stopping = plan.stops_at(state.step) or (
+            plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
+        )
+        best = state.improves(values, plan.spec.checkpoint.best)
+        saving = plan.saves_at(state.step) or best or stopping
+        if values or saving:
+            receipt.write(state.step)
+        if values:
+            tracker.log(state.step, values)
+        if saving:
+            tracker.sync()
+            checkpoints.save(state)
+        if plan.tests_at(state.step) or saving:
+            clock.restart()
+        if stopping:
+            break
+    return values
+
+
+@torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail
+def test(
+    model: nn.Module, batches: Iterable[Batch], *, task: Task, world: World, plan: Plan
+) -> dict[str, float]:
+    """Weighted mean of the loss and of each measure over the whole test set, each row once.
+
+    Raises:
+        DataBroken: the rows counted are not the rows of the test set.
+    """
+    tally = Tally(task.measures, micro_batches=plan.test_micro_batches, device=world.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            world.seed(randomness.key(randomness.TEST, plan.spec.seed, batch.number))
+            with world.autocast():
+                outputs = forward(model, batch.inputs)
+                losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+                measured = task.measure(outputs, batch.targets)  # [B, measures]
+            tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
+    finally:
+        model.train(was_training)
+    return tally.means(world, rows=plan.test_rows)
+
+
+def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
+    """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
+    with world.autocast():
+        losses = task.loss(forward(model, batch.inputs), batch.targets)  # [B] or [B, T]
+    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+
+
+def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:
+    """Scale the gradients down to the plan's length; returns the length they had.
+
+    It is not worked out where nobody asks for it: `nan` then.
+    """
+    if plan.spec.max_grad_norm is not None:
+        return nn.utils.clip_grad_norm_(model.parameters(), plan.spec.max_grad_norm)
+    if logging:
+        return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    return math.nan
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raise where training has gone astray."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The training loss is {loss} at step {step}. Look at train/grad_norm before it, "
+            "lower optimizer.lr or set max_grad_norm."
+        )

@@ -1,0 +1,162 @@
+"""What follows from the spec, the row counts and the process count: sizes, and when what happens.
+
+Pure and without torch: `evenstep plan` shows it on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from service.errors import SpecError
+from service.samplers import share_of
+from service.schedules import Multiplier, multiplier
+from service.spec import CheckpointSpec, Spec, TestSpec
+
+DEFAULT_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one run at one number of processes; equal on every process of it."""
+
+    spec: Spec
+    processes: int
+    train_rows: int
+    test_rows: int
+    global_batch: int
+    """Rows of one optimizer step."""
+    micro_batch: int
+    """Rows of one forward pass; the last micro-batch of a step may hold fewer."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    warmup: int
+    test_every: Fraction | None
+    """Steps from one test pass to the next; an epoch need not be a whole number of steps."""
+    save_every: Fraction | None
+    stop_at: int | None = None
+    """Stop after this step with a checkpoint, as if asked to."""
+    rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
+    """Learning-rate multiplier of the update that follows `step` finished ones."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step, over all processes."""
+        return math.ceil(self.global_batch / self.micro_batch)
+
+    @property
+    def test_micro_batches(self) -> int:
+        """Micro-batches of the test set, over all processes."""
+        return math.ceil(self.test_rows / self.spec.test.micro_batch)
+
+    def share(self, process: int) -> range:
+        """The numbers of the micro-batches that `process` computes: a contiguous run."""
+        return share_of(self.micro_batches, index=process, of=self.processes)
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of the busiest process: the forward passes one step takes in time."""
+        return math.ceil(self.micro_batches / self.processes)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training rows after `step` steps."""
+        return step * self.global_batch / self.train_rows
+
+    def logs_at(self, step: int) -> bool:
+        return step % self.spec.tracking.log_every_steps == 0 or step == self.steps
+
+    def tests_at(self, step: int) -> bool:
+        if self.test_rows == 0:
+            return False
+        return step == self.steps or _passes_multiple(self.test_every, step)
+
+    def saves_at(self, step: int) -> bool:
+        return step == self.steps or _passes_multiple(self.save_every, step)
+
+    def polls_at(self, step: int) -> bool:
+        return step % self.spec.faults.stop_poll_steps == 0
+
+    def stops_at(self, step: int) -> bool:
+        return step == self.stop_at and step < self.steps
+
+
+def _passes_multiple(interval: Fraction | None, step: int) -> bool:
+    """Whether a multiple of `interval` lies in (step - 1, step]."""
+    if interval is None:
+        return False
+    each, per = interval.denominator, interval.numerator
+    return step * each // per > (step - 1) * each // per
+
+
+def make_plan(
+    spec: Spec, *, processes: int, train_rows: int, test_rows: int, stop_at: int | None = None
+) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        SpecError: the rows, the batch and the processes do not go together; names the fix.
+    """
+    if train_rows < 1:
+        raise SpecError("task: the training data is empty; give it at least one row.")
+    global_batch = train_rows if spec.batch.global_batch == "all" else spec.batch.global_batch
+    micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
+    if micro_batch > global_batch:
+        raise SpecError(
+            f"batch.micro_batch: {micro_batch} rows do not fit in a global batch of "
+            f"{global_batch}. Use at most {global_batch}."
+        )
+    pieces = math.ceil(global_batch / micro_batch)
+    if processes > pieces:
+        raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
+    steps = spec.length.steps or math.ceil(
+        _as_steps(spec.length.epochs or 0, train_rows, global_batch)
+    )
+    warmup = _warmup(spec, train_rows, global_batch, steps)
+    return Plan(
+        spec=spec,
+        processes=processes,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        steps=steps,
+        warmup=warmup,
+        test_every=_interval(spec.test, train_rows, global_batch),
+        save_every=_interval(spec.checkpoint, train_rows, global_batch),
+        stop_at=stop_at,
+        rate=multiplier(spec.schedule, warmup=warmup, total=steps),
+    )
+
+
+def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_batch: int) -> str:
+    fix = f"Use at most {pieces} processes"
+    if processes <= global_batch:
+        largest = math.ceil(global_batch / processes)
+        while math.ceil(global_batch / largest) < processes:
+            largest -= 1
+        fix += f", or batch.micro_batch={largest}"
+    return (
+        f"batch.micro_batch: a global batch of {global_batch} rows in micro-batches of "
+        f"{micro_batch} is {pieces} pieces of work, too few for {processes} processes. {fix}."
+    )
+
+
+def _interval(part: TestSpec | CheckpointSpec, rows: int, global_batch: int) -> Fraction | None:
+    if part.every_epochs is not None:
+        return _as_steps(part.every_epochs, rows, global_batch)
+    return Fraction(part.every_steps) if part.every_steps is not None else None
+
+
+def _as_steps(epochs: float, rows: int, global_batch: int) -> Fraction:
+    # The decimal as written: 0.1 epochs of 30 rows is 3 rows, and not 3.0000000000000004.
+    return Fraction(str(epochs)) * rows / global_batch
+
+
+def _warmup(spec: Spec, rows: int, global_batch: int, steps: int) -> int:
+    schedule = spec.schedule
+    if schedule.warmup_epochs is not None:
+        return round(_as_steps(schedule.warmup_epochs, rows, global_batch))
+    if schedule.warmup_fraction is not None:
+        return round(schedule.warmup_fraction * steps)
+    return schedule.warmup_steps or 0

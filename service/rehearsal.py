@@ -1,0 +1,98 @@
+"""One throw-away forward and backward pass before the first step, for what it brings to light.
+
+It finds a task that does not do what it promises, and the parameters no loss reaches.  Afterwards
+it lets DistributedDataParallel lay out its buckets: that happens after its first backward, so
+without it a resumed run would add up its first step in another order than the undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from service.batches import Batch, forward
+from service.errors import EvenstepError, SpecError
+from service.normalization import Normalization
+from service.task import Task
+from service.world import World
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a throw-away pass is made with."""
+
+    batch: Batch
+    task: Task
+    world: World
+    normalization: Normalization
+
+    def unreached_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the trainable parameters that the loss does not depend on.
+
+        Raises:
+            SpecError: the model, the loss or a measure fails or gives another shape than it should.
+        """
+        with self._undone(model):
+            try:
+                self._pass(model, checked=True)
+            except EvenstepError:
+                raise
+            except Exception as error:
+                raise SpecError(
+                    f"task: one forward and backward pass over {len(self.batch.rows)} rows "
+                    f"failed: {type(error).__name__}: {error}"
+                ) from error
+            return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
+        """Bring gradient exchange into the order that it keeps for the rest of the run."""
+        if self.world.processes == 1:
+            return
+        with self._undone(bare):
+            self._pass(wrapped)  # its backward shows DDP the order in which gradients come
+            self._pass(wrapped)  # and this one begins by laying the buckets out in that order
+
+    def _pass(self, model: nn.Module, *, checked: bool = False) -> None:
+        with self.world.autocast():
+            outputs = forward(model, self.batch.inputs)
+            losses = self.task.loss(outputs, self.batch.targets)
+        if checked:
+            measured = self.task.measure(outputs, self.batch.targets)
+            require_shapes(losses, measured, self.batch, self.task)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _undone(self, model: nn.Module) -> Iterator[None]:
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.train()
+        yield
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+        model.zero_grad(set_to_none=True)
+        self.normalization.forget()
+
+
+def require_shapes(losses: Tensor, measured: Tensor, batch: Batch, task: Task) -> None:
+    """Raise where the task does not give one value per row."""
+    rows = len(batch.rows)
+    if losses.dim() == 0 or losses.shape[0] != rows:
+        raise SpecError(
+            f"task.loss: must give one value for each row, so the shape [{rows}] or "
+            f"[{rows}, tokens], but gave {list(losses.shape)}. Use reduction='none'."
+        )
+    if batch.weight is not None and batch.weight.shape != losses.shape:
+        raise SpecError(
+            f"task.weight: must have the shape of the loss, {list(losses.shape)}, but has "
+            f"{list(batch.weight.shape)}."
+        )
+    wanted = [*losses.shape, len(task.measures)]
+    if list(measured.shape) != wanted:
+        raise SpecError(
+            f"task.measure: must have the shape {wanted}, one value for each row and measure "
+            f"{list(task.measures)}, but has {list(measured.shape)}."
+        )

@@ -1,0 +1,240 @@
+"""What the user brings: a model, its data, its loss and its measures."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.errors import SpecError, did_you_mean
+
+Data = Any  # a map-style data set: __len__, __getitem__ and, when present, __getitems__
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A job's content.  `supervised` builds one from parts."""
+
+    train_rows: int
+    test_rows: int
+    measures: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        """A new model; its random numbers are drawn from torch's generator, seeded by the spec."""
+        ...
+
+    def train_data(self) -> Data:
+        """The training rows."""
+        ...
+
+    def test_data(self) -> Data:
+        """The test rows."""
+        ...
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """One value for each row [B], or for each token [B, T]; never a mean."""
+        ...
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """One value for each row or token and measure: [B, measures] or [B, T, measures]."""
+        ...
+
+    # A task may also have `weight(targets) -> Tensor`, of the loss's shape: what each value
+    # counts.  Without it each counts as 1.
+
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def _cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits(outputs), targets, reduction="none")
+
+
+def _mean_squared(outputs: Any, targets: Tensor) -> Tensor:
+    errors = (logits(outputs) - targets).square()
+    return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+def _binary_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    values = F.binary_cross_entropy_with_logits(
+        logits(outputs), targets.to(logits(outputs).dtype), reduction="none"
+    )
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": _cross_entropy,
+    "mean_squared": _mean_squared,
+    "binary_cross_entropy": _binary_cross_entropy,
+}
+
+
+def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
+    return (logits(outputs).argmax(1) == targets).double()
+
+
+def _absolute_error(outputs: Any, targets: Tensor) -> Tensor:
+    errors = (logits(outputs) - targets).abs().double()
+    return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+MEASURES: dict[str, Loss] = {
+    "accuracy": _accuracy,
+    "error": lambda outputs, targets: 1.0 - _accuracy(outputs, targets),
+    "absolute_error": _absolute_error,
+    "squared_error": lambda outputs, targets: _mean_squared(outputs, targets).double(),
+}
+
+
+def logits(outputs: Any) -> Tensor:
+    """The tensor in a model's outputs: itself, or what a transformers model calls its logits."""
+    return cast(Tensor, outputs if isinstance(outputs, Tensor) else outputs.logits)
+
+
+class supervised:  # reads as the function a user calls; it is a Task
+    """A task from parts.
+
+    Args:
+        model: makes a new model.
+        train, test: map-style data sets whose rows are (inputs, targets), or makers of them.
+        loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
+        measures: names of `MEASURES`, or a mapping from a name to such a function.
+    Raises:
+        SpecError: a loss or measure nobody knows.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Callable[[], nn.Module],
+        train: Data,
+        test: Data,
+        loss: str | Loss = "cross_entropy",
+        measures: Sequence[str] | Mapping[str, Loss] = (),
+    ) -> None:
+        self.model = model
+        self._train = train() if callable(train) else train
+        self._test = test() if callable(test) else test
+        self.train_rows = len(self._train)
+        self.test_rows = len(self._test)
+        self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
+        if isinstance(measures, Mapping):
+            self._measures = list(measures.values())
+        else:
+            self._measures = [_known(name, MEASURES, "measure") for name in measures]
+        self.measures = tuple(measures)
+
+    def train_data(self) -> Data:
+        """The training rows."""
+        return self._train
+
+    def test_data(self) -> Data:
+        """The test rows."""
+        return self._test
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """Every measure of every row: float64 [B, measures]."""
+        if not self._measures:
+            return torch.zeros(len(targets), 0, dtype=torch.float64, device=targets.device)
+        return torch.stack([m(outputs, targets).double() for m in self._measures], dim=-1)
+
+
+def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
+    if name not in table:
+        raise SpecError(f"task: unknown {what} {name!r}{did_you_mean(name, table)}")
+    return table[name]
+
+
+def load_task(where: str, arguments: Mapping[str, Any]) -> Task:
+    """The task that `package.module:name` or `path/to/file.py:name` names.
+
+    A function or class is called with `arguments`; anything else is the task itself.
+
+    Raises:
+        SpecError: it cannot be imported, called, or is no task; says which and where.
+    """
+    source, _, name = where.rpartition(":")
+    module = _import(source)
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise SpecError(f"task: {source} has no {name!r}{did_you_mean(name, public)}")
+    task = getattr(module, name)
+    if isinstance(task, type) or (callable(task) and not isinstance(task, Task)):
+        task = _call(task, arguments, where)
+    elif arguments:
+        raise SpecError(f"task_args: {where} is not a function, so it takes no arguments.")
+    if not isinstance(task, Task):
+        lacking = [n for n in _task_names() if not hasattr(task, n)]
+        raise SpecError(
+            f"task: {where} gives a {type(task).__name__}, which is no task: "
+            f"it lacks {', '.join(lacking)}. See service.task.supervised."
+        )
+    return task
+
+
+def _task_names() -> list[str]:
+    return [*Task.__annotations__, *(n for n in vars(Task) if not n.startswith("_"))]
+
+
+def _import(source: str) -> Any:
+    try:
+        if source.endswith(".py"):
+            return _import_file(Path(source))
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module beside the spec, as `python -m` would find it
+        return importlib.import_module(source)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(f"task: cannot import {source}: {_told(error)}") from error
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
+        raise SpecError(f"task: there is no file {path}{near}")
+    # Data-loader workers and pickles find the module under this name.
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        raise SpecError(f"task: {path} hides the module {name!r}; give the file another name.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, f"{path} ends in .py"
+    assert spec.loader is not None, f"{path} ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise SpecError(
+            f"task_args: {where} takes {signature}, but was given {sorted(arguments)}: {error}."
+        ) from error
+    try:
+        return factory(**arguments)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(f"task: {where} raised {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

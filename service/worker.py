@@ -1,0 +1,192 @@
+"""Builds a run from its plan, in order, in one function; trains and tests; cleans up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from service import randomness
+from service.checkpoints import Checkpoints
+from service.console import console
+from service.errors import EvenstepError, Stopped
+from service.faults import StopRequest
+from service.loading import sample, train_steps
+from service.loops import train
+from service.normalization import prepare
+from service.optimizers import make_optimizer, parameter_groups
+from service.plan import Plan
+from service.receipts import Receipt
+from service.rehearsal import Trial
+from service.run_directory import OpenRun, RunDirectory, open_run, versions
+from service.spec import Spec
+from service.state import Schedule, TrainState, require_best_measure
+from service.task import Task
+from service.tracking import MetricsFile, Outcome, Tracker, Writer
+from service.wandb_writer import WandB
+from service.world import World
+
+
+def run(
+    plan: Plan, task: Task, world: World, *, runs: Path, stop: StopRequest, fresh: bool = False
+) -> dict[str, float]:
+    """Train and test the run that the plan describes, from its newest checkpoint on.
+
+    Returns:
+        The values of the last step; empty when the run was done before.
+    Raises:
+        Stopped: it was asked to stop, and its state is saved.
+        EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
+    """
+    spec = plan.spec
+    require_best_measure(spec, task)
+    train_data, test_data = task.train_data(), task.test_data()
+
+    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
+    model = task.model().to(world.device)
+    normalization = prepare(model, spec.model.batchnorm, world)
+    if spec.model.channels_last:
+        nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
+        model.to(**nhwc)
+    groups = parameter_groups(model, spec.optimizer)
+    optimizer = make_optimizer(model, spec.optimizer, groups)
+
+    batch = sample(train_data, task=task, plan=plan, world=world)
+    trial = Trial(batch, task=task, world=world, normalization=normalization)
+    unreached = trial.unreached_parameters(model)
+    wrapped = world.wrap(model, find_unused=bool(unreached))
+    trial.settle_buckets(wrapped, model)
+
+    # Whatever a person can have got wrong is found by now, and nothing is written yet.
+    opened = _open(runs, spec, world=world, fresh=fresh)
+    directory = RunDirectory(runs / spec.name)
+    state = TrainState(wrapped, model, optimizer, Schedule(optimizer, plan.rate))
+    say = print if world.is_lead else _say_nothing
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        world=world,
+        keep=spec.checkpoint.keep,
+        facts={"processes": world.processes, "versions": versions()},
+        say=say,
+    )
+    resumed = checkpoints.restore(state)
+    say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
+    if state.step >= plan.steps:
+        say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
+        return {}
+
+    tracker = _tracker(plan, opened, world=world, step=state.step)
+    receipt = Receipt(directory.receipt, world=world, step=state.step)
+    if opened:
+        opened.start_attempt(processes=world.processes, device=str(world.device), step=state.step)
+    outcome: Outcome = "failed"
+    try:
+        last = train(
+            state,
+            train_steps(train_data, task=task, plan=plan, world=world, start=state.step),
+            task=task,
+            world=world,
+            plan=plan,
+            normalization=normalization,
+            tracker=tracker,
+            receipt=receipt,
+            checkpoints=checkpoints,
+            test_data=test_data,
+            stop=stop,
+        )
+        outcome = "done" if state.step >= plan.steps else "stopped"
+    finally:
+        tracker.close(outcome)
+        if opened:
+            opened.end_attempt(outcome, step=state.step)
+            opened.close()
+    if outcome == "stopped":
+        raise Stopped(
+            f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
+            f"{directory.path}. Run the same command again to continue."
+        )
+    say(_closing(state, last, directory))
+    # Nobody leaves as finished before everybody has: a peer that failed now would be alone.
+    world.barrier()
+    return last
+
+
+def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | None:
+    """The run, opened by the lead; None on the other processes."""
+    opened: OpenRun | None = None
+    failed: EvenstepError | None = None
+    if world.is_lead:
+        try:
+            opened = open_run(runs, spec, fresh=fresh)
+        except EvenstepError as error:
+            failed = error
+    world.fail_together(failed)
+    return opened
+
+
+def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> Tracker:
+    """Writers on the lead, the file of metrics first; none on the others."""
+    resume_step = step if step else None
+    if opened is None:
+        return Tracker(epoch_at=plan.epoch, resume_step=resume_step)
+    directory, wandb = opened.directory, plan.spec.tracking.wandb
+    screen = console(plan.steps, resume_step=resume_step)
+    writers: list[Writer] = [MetricsFile(directory.metrics, resume_step=resume_step), screen]
+    if wandb is not None:
+        writers.append(
+            WandB(
+                wandb,
+                run_id=opened.id,
+                name=plan.spec.name,
+                directory=directory.path,
+                config=_config(plan, opened),
+                say=screen.say,
+                resume_step=resume_step,
+            )
+        )
+    return Tracker(writers, epoch_at=plan.epoch, resume_step=resume_step)
+
+
+def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
+    """What W&B shows as the configuration: the spec as resolved, and what it ran on."""
+    facts = {key: opened.facts[key] for key in ("versions", "git")}
+    return {**plan.spec.model_dump(mode="json"), "processes": plan.processes, **facts}
+
+
+def _opening(
+    plan: Plan,
+    world: World,
+    model: nn.Module,
+    directory: RunDirectory,
+    unreached: list[str],
+    resumed_at: int | None,
+) -> str:
+    """What a person wants to know before the first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    many = "process" if world.processes == 1 else "processes"
+    lines = [
+        f"{plan.spec.name}: {world.processes} {many} on {world.device.type} | "
+        f"{parameters:,} parameters | {plan.train_rows:,} training and {plan.test_rows:,} test rows"
+        f" | {plan.steps:,} steps of {plan.global_batch} rows in micro-batches of "
+        f"{plan.micro_batch} | {directory.path}"
+    ]
+    if unreached:
+        lines.append(f"The loss does not depend on {', '.join(unreached[:8])}: never trained.")
+    if resumed_at is not None:
+        lines.append(f"Resuming after step {resumed_at} (epoch {plan.epoch(resumed_at):.2f}).")
+    return "\n".join(lines)
+
+
+def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory) -> str:
+    """What came out, and where it lies."""
+    tested = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.startswith("test/"))
+    line = f"Done after step {state.step:,}: {tested or 'no test'}."
+    if state.best is not None:
+        line += f" Best {state.best.measure} {state.best.value:.4g} at step {state.best.step:,}."
+    return f"{line} All of it is in {directory.path}"
+
+
+def _say_nothing(text: str) -> None:
+    """What the processes beside the lead say."""

@@ -1,0 +1,175 @@
+"""All processes of a job as one: the only room that knows ranks, torch.distributed, accelerate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from service.errors import EvenstepError, PeerLost
+
+T = TypeVar("T")
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class World:
+    """The processes that train together.  With one process every sum is the identity.
+
+    Around every method that talks to other processes, branch only on what is equal
+    everywhere: the plan, the step, an agreed flag.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, precision: str = "fp32") -> None:
+        self._accelerator = accelerator
+        self.processes: int = accelerator.num_processes
+        self.index: int = accelerator.process_index
+        self.device: torch.device = accelerator.device
+        self.is_lead: bool = accelerator.is_main_process
+        self._dtype = _AUTOCAST.get(precision)
+        self._generators = _generators(self.device)
+        # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
+        self._control: dist.ProcessGroup | None = None
+        if self.processes > 1 and dist.get_backend() != "gloo":
+            self._control = dist.new_group(backend="gloo")
+
+    def wrap(self, model: nn.Module, *, find_unused: bool = False) -> nn.Module:
+        """The model, in DistributedDataParallel where there are several processes.
+
+        Args:
+            find_unused: look after each forward pass for parameters the loss does not depend on.
+        """
+        if self.processes == 1:
+            return model  # accelerate would wrap it all the same, at 1.3x the step
+        # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
+        self._accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=find_unused,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; accelerate 1.15 knows the old name alone.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return cast(nn.Module, self._accelerator.prepare_model(model))
+
+    def bare(self, model: nn.Module) -> nn.Module:
+        """The model inside `wrap`'s."""
+        return (
+            cast(nn.Module, model.module) if isinstance(model, DistributedDataParallel) else model
+        )
+
+    def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterator[T]:
+        """The micro-batches in order; gradients are exchanged in the backward of the last one."""
+        if not isinstance(model, DistributedDataParallel):
+            yield from micro_batches
+            return
+        with model.no_sync():
+            yield from micro_batches[:-1]
+        yield micro_batches[-1]
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        """Add the gradient of `loss_sum` / `step_weight` to the parameters'.
+
+        Args:
+            loss_sum: scalar, the sum over one micro-batch.
+            step_weight: weight of the whole step over all processes.
+        """
+        # DDP averages gradients over processes: their number turns the mean back into the sum.
+        scale = loss_sum.new_tensor(self.processes / step_weight)
+        loss_sum.backward(scale)  # type: ignore[no-untyped-call]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass's arithmetic, as the spec's precision says."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    def seed(self, key: int) -> None:
+        """Start every generator a forward pass may draw from at `key`."""
+        for generator in self._generators:
+            generator.manual_seed(key)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the processes, as a new tensor."""
+        if self.processes == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_of_integers(self, values: Tensor) -> Tensor:
+        """Elementwise sum of int64 on the CPU, modulo 2^64."""
+        if self.processes == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self._control)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.processes == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(votes)
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value, on every process."""
+        if self.processes == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order, on every process."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def fail_together(self, error: EvenstepError | None) -> None:
+        """Raise on every process when any of them has an error: the first one's, in its own words.
+
+        Everything that can go wrong on one process alone and is followed by a collective
+        ends here; otherwise the others would wait for a process that has left.
+        """
+        for first in self.gather(error):
+            if first is not None:
+                raise first
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.processes > 1:
+            dist.barrier(group=self._control)
+
+
+def lost_peer(error: BaseException) -> PeerLost | None:
+    """`error` read as the loss of another process, where that is what it says."""
+    words = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")
+    if isinstance(error, dist.DistBackendError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    ):
+        return PeerLost(f"Another process of this job went away ({str(error).splitlines()[0]}).")
+    return None
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """The default generators of the CPU and of the device."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    elif device.type == "xpu":
+        generators.append(torch.xpu.default_generators[device.index or 0])
+    return generators

@@ -1,0 +1,99 @@
+"""Small jobs for the tests: real data, awkward numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from service.errors import Stopped
+from service.faults import StopRequest
+from service.plan import make_plan
+from service.recipes import digits
+from service.spec_file import load_spec
+from service.task import Task, load_task, supervised
+from service.worker import run
+from service.world import World
+
+HERE = Path(__file__)
+
+
+def cut_of_digits(
+    rows: int = 389, test_rows: int = 131, double: bool = False, dropout: float = 0.25
+) -> Task:
+    """The recipe's network on its first rows, in float64 where asked."""
+    kind = torch.float64 if double else torch.float32
+    train, test = digits.split_by_class(*digits.load())
+
+    def first(data: TensorDataset, count: int) -> TensorDataset:
+        images, labels = data.tensors
+        return TensorDataset(images[:count].to(kind), labels[:count])
+
+    return supervised(
+        model=lambda: digits.network(8, dropout).to(kind),
+        train=first(train, rows),
+        test=first(test, test_rows),
+        measures=("accuracy",),
+    )
+
+
+def plain_rows(rows: int = 103, test_rows: int = 517) -> Task:
+    """A linear model on rows that come one by one."""
+
+    class Rows:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+            return torch.full((4,), row / self.count), row % 3
+
+    return supervised(
+        model=lambda: nn.Linear(4, 3),
+        train=Rows(rows),
+        test=Rows(test_rows),
+        measures=("accuracy",),
+    )
+
+
+def spec_of(factory: str, *, name: str = "job", **sections: Any) -> dict[str, Any]:
+    """A spec as plain values; sections replace the defaults."""
+    values: dict[str, Any] = {
+        "name": name,
+        "task": f"{HERE}:{factory}",
+        "seed": 7,
+        "batch": {"global_batch": 50, "micro_batch": 9},  # six micro-batches, the last of 5 rows
+        "length": {"steps": 40},
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+        "schedule": {"name": "cosine", "warmup_steps": 5},
+        "tracking": {"log_every_steps": 1},
+        "test": {"every_steps": 20, "micro_batch": 32},
+    }
+    return values | sections
+
+
+def train_in_process(
+    world: World, spec: dict[str, Any], runs: Path, stop_at: int | None = None
+) -> dict[str, float] | None:
+    """What `evenstep run` does in one process, in a world that is there already.
+
+    Returns what the last step measured, or None where the run was stopped.
+    """
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args)
+    plan = make_plan(
+        loaded,
+        processes=world.processes,
+        train_rows=task.train_rows,
+        test_rows=task.test_rows,
+        stop_at=stop_at,
+    )
+    try:
+        return run(plan, task, world, runs=runs, stop=StopRequest())
+    except Stopped:
+        return None
