@@ -69,8 +69,13 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
 
 
 def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
-    """The first rows of the data set as one micro-batch, to try things out on."""
-    rows = np.arange(min(plan.micro_batch, plan.train_rows))
+    """The first rows of the data set as one micro-batch, to try things out on.
+
+    As many as the smallest micro-batch has: what a model cannot do with few rows, such as a
+    BatchNorm with one, then shows before the first step.
+    """
+    smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
+    rows = np.arange(min(smallest, plan.train_rows))
     order = Order(0, 0, rows, np.zeros_like(rows))
     collated = _Reader(data, plan.spec.seed)[order][1]
     return next(_as_batches([(order, collated)], task=task, world=world))

@@ -340,15 +340,14 @@ def _statistics_of_all(input: Tensor, world: World) -> tuple[Tensor, Tensor, flo
     """
     channels = input.shape[1]
     values = input.numel() // channels
-    table = input.new_zeros(world.processes, 2 * channels + 1, dtype=_wide(input))
+    row = input.new_zeros(2 * channels + 1, dtype=_wide(input))
     if values:
         # From the first value on: far from zero, torch's float32 sums alone lose the mean.
-        first = input[0].reshape(channels, -1)[:, 0].to(table.dtype)
+        first = input[0].reshape(channels, -1)[:, 0].to(row.dtype)
         near_zero = input - first.view(-1, *[1] * (input.dim() - 2))
         mean, variance = torch.batch_norm_update_stats(near_zero, None, None, 0.0)
-        row = table[world.index]
         row[:channels], row[channels:-1], row[-1] = first + mean, variance * values, values
-    means, squares, counts = world.sum(table).split_with_sizes([channels, channels, 1], dim=1)
+    means, squares, counts = world.stack(row).split_with_sizes([channels, channels, 1], dim=1)
     total = float(counts.sum())
     if total < 2:
         raise ValueError(

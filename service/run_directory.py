@@ -143,7 +143,7 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
         _require_empty(directory)
         facts = _first_facts(spec)
         directory.logs.mkdir(exist_ok=True)
-        directory.spec.write_text(dump_spec(spec))
+        directory.spec.write_text(dump_spec(spec), encoding="utf-8")
         directory.write_facts(facts)
     except OSError as error:
         raise _unusable(directory, error) from error

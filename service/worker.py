@@ -151,7 +151,8 @@ def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> 
 
 def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
     """What W&B shows as the configuration: the spec as resolved, and what it ran on."""
-    facts = {key: opened.facts[key] for key in ("versions", "git")}
+    git = {key: value for key, value in opened.facts["git"].items() if key != "diff"}
+    facts = {"versions": opened.facts["versions"], "git": git}
     return {**plan.spec.model_dump(mode="json"), "processes": plan.processes, **facts}
 
 

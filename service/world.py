@@ -105,6 +105,14 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def stack(self, values: Tensor) -> Tensor:
+        """Every process's values, in order: [processes, ...]."""
+        if self.processes == 1:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.processes)]
+        dist.all_gather(parts, values.detach())
+        return torch.stack(parts)
+
     def sum_of_integers(self, values: Tensor) -> Tensor:
         """Elementwise sum of int64 on the CPU, modulo 2^64."""
         if self.processes == 1:
