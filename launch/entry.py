@@ -55,6 +55,7 @@ def train(job: Job, environment: Environment) -> dict[str, float]:
         process_group(
             environment,
             precision=spec.model.precision,
+            bitwise=spec.exactness == "bitwise",
             timeout_seconds=spec.faults.hang_timeout_seconds,
         ) as world,
     ):

@@ -19,17 +19,26 @@ from service.world import World
 
 @contextmanager
 def process_group(
-    environment: Environment, *, precision: str = "fp32", timeout_seconds: float = 300.0
+    environment: Environment,
+    *,
+    precision: str = "fp32",
+    bitwise: bool = False,
+    timeout_seconds: float = 300.0,
 ) -> Iterator[World]:
     """All processes of the job, joined for as long as it lasts.
 
     NCCL on NVIDIA GPUs, gloo on CPU, and what accelerate knows for others.
 
+    Args:
+        bitwise: compute so that the same rows give the same bits, whatever else is different.
     Raises:
         SpecError: there are more processes than devices on this machine.
     """
     device = _device(environment)
-    _share_cores(environment, device)
+    if bitwise:
+        _compute_in_one_order()
+    else:
+        _share_cores(environment, device)
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
     world = World(_accelerator(environment, device, timeout_seconds), precision=precision)
@@ -67,6 +76,14 @@ def _share_cores(environment: Environment, device: str) -> None:
         threads = max(1, (cores or 1) // environment.local_world_size)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _compute_in_one_order() -> None:
+    # Threads divide a sum among themselves, so their number is in its bits.
+    torch.set_num_threads(1)
+    # cuBLAS reads it when it is loaded, and torch refuses its other ways of working.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:

@@ -171,7 +171,7 @@ def checkpoints_in(directory: Path) -> list[Checkpoint]:
 
 def write_into(directory: Path, state: TrainState, facts: Mapping[str, Any]) -> None:
     """Write a checkpoint's files, fsynced, the manifest last."""
-    weights, aliases = _without_aliases(state.bare)
+    weights, aliases = _without_aliases(state.model)
     held, described = optimizer_state(state)
     save_file(weights, directory / MODEL)
     save_file(held, directory / OPTIMIZER)
@@ -232,7 +232,7 @@ def load(directory: Path, state: TrainState) -> None:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
     for alias, name in rest["aliases"].items():
         weights[alias] = weights[name]
-    _load_weights(state.bare, weights, directory)
+    _load_weights(state.model, weights, directory)
     _load_optimizer(state, held, rest["optimizer"], directory)
     state.step = rest["step"]
     state.best = Best(**rest["best"]) if rest["best"] else None
@@ -261,7 +261,7 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
 def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
     tensors: dict[str, Tensor] = {}
-    names = {id(p): name for name, p in state.bare.named_parameters()}
+    names = {id(p): name for name, p in state.model.named_parameters()}
     described = {
         names[id(parameter)]: {
             key: _pack(value, f"{key}:{names[id(parameter)]}", tensors)
@@ -275,7 +275,7 @@ def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any
 def _load_optimizer(
     state: TrainState, tensors: Mapping[str, Tensor], described: Mapping[str, Any], directory: Path
 ) -> None:
-    parameters = dict(state.bare.named_parameters())
+    parameters = dict(state.model.named_parameters())
     strange = sorted(described.keys() - parameters.keys())
     if strange:
         raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")

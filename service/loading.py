@@ -48,7 +48,7 @@ def train_steps(data: Data, *, task: Task, plan: Plan, world: World, start: int)
         brought = [next(batches) for _ in range(per_step)]
         # With statistics over all processes every forward pass is a collective: a process
         # with fewer micro-batches takes part in the last round with no rows.
-        brought += [_without_rows(brought[0])] * empty_rounds
+        brought += [_without_rows(brought[0], number=plan.micro_batches)] * empty_rounds
         yield Step(brought, _step_weight(brought, plan, world))
 
 
@@ -104,15 +104,19 @@ def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
 
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
-    weights = [batch.weight for batch in batches if batch.weight is not None]
-    if not weights:
+    if batches[0].weight is None:
         return plan.global_batch  # each row counts 1: known beforehand, nothing to ask
-    return world.sum(torch.stack([weight.sum() for weight in weights]).sum())
+    # One place for each micro-batch, 0 for what others have: added up in one order everywhere.
+    each = torch.zeros(plan.micro_batches + 1, dtype=world.wide, device=world.device)
+    for batch in batches:
+        assert batch.weight is not None, "a task weighs every micro-batch or none"
+        each[batch.number] = batch.weight.sum()
+    return world.sum(each).sum()
 
 
-def _without_rows(batch: Batch) -> Batch:
+def _without_rows(batch: Batch, *, number: int) -> Batch:
     return Batch(
-        number=batch.number,
+        number=number,
         rows=batch.rows[:0],
         inputs=first_rows(batch.inputs, 0),
         targets=first_rows(batch.targets, 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from service.batches import Batch, Step, forward
 from service.checkpoints import Checkpoints
 from service.clock import Clock
 from service.errors import Diverged
+from service.exchange import Exchange
 from service.faults import StopRequest
 from service.loading import test_batches
 from service.metrics import Tally
@@ -32,6 +33,7 @@ def train(
     task: Task,
     world: World,
     plan: Plan,
+    exchange: Exchange,
     normalization: Normalization,
     tracker: Tracker,
     receipt: Receipt,
@@ -46,20 +48,20 @@ def train(
     Raises:
         Diverged: the loss is not finite at a step that is logged.
     """
-    state.model.train()
+    exchange.model.train()
     clock = Clock()
     values: dict[str, float] = {}
     for step in clock.waiting_for(steps):
         state.optimizer.zero_grad()
-        losses = []
-        for batch in world.exchange_on_last(state.model, step.micro_batches):
+        losses: dict[int, Tensor] = {}
+        for batch in exchange.over(step.micro_batches):
             world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
-            loss_sum = summed_loss(state.model, batch, task=task, world=world)
-            world.backward(loss_sum, step.weight)
-            losses.append(loss_sum.detach())
+            loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
+            exchange.backward(loss_sum, step.weight)
+            losses[batch.number] = loss_sum.detach()
             receipt.note(state.step, batch)
         normalization.finish_step()
-        grad_norm = clip(state.bare, plan, logging=plan.logs_at(state.step + 1))
+        grad_norm = clip(state.model, plan, logging=plan.logs_at(state.step + 1))
         state.optimizer.step()
         state.step += 1
         state.schedule.set(state.step)
@@ -68,14 +70,14 @@ def train(
         # below together: a collective in one is a collective in all.
         values = {}
         if plan.logs_at(state.step):
-            loss = float(world.sum(torch.stack(losses).sum()) / step.weight)
+            loss = float(total_loss(losses, plan, world) / step.weight)
             require_finite(loss, state.step)
             values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
             values |= state.schedule.rates(state.step - 1)
             values |= clock.reading(rows_per_step=plan.global_batch)
         if plan.tests_at(state.step):
             batches = test_batches(test_data, task=task, plan=plan, world=world)
-            values |= test(state.bare, batches, task=task, world=world, plan=plan)
+            values |= test(state.model, batches, task=task, world=world, plan=plan)
         stopping = plan.stops_at(state.step) or (
             plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
         )
@@ -125,6 +127,15 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
     with world.autocast():
         losses = task.loss(forward(model, batch.inputs), batch.targets)  # [B] or [B, T]
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+
+
+def total_loss(losses: Mapping[int, Tensor], plan: Plan, world: World) -> Tensor:
+    """The step's summed loss, added up in the order of its micro-batches."""
+    each = torch.zeros(plan.micro_batches, dtype=world.wide)  # 0 for what others computed
+    for number, loss in losses.items():
+        if number < plan.micro_batches:
+            each[number] = loss
+    return world.sum(each.to(world.device)).sum()
 
 
 def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:

@@ -29,12 +29,18 @@ Mode = Literal["micro", "sync", "local"]
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def prepare(model: nn.Module, mode: Mode, world: World) -> Normalization:
+def prepare(
+    model: nn.Module, mode: Mode, world: World, *, exchanged: bool = False
+) -> Normalization:
     """What moves the running statistics of `model`, whose BatchNorm layers now work as `mode` says.
 
     The layers, the root too, change their class and nothing else, as torch's lazy layers do:
     parameters, buffers, hooks, `isinstance` and the keys of the state dict stay what they
     were.  Call it before the model is wrapped or compiled; it may be called again.
+
+    Args:
+        exchanged: the sums gathered in a step are summed over the processes by somebody else,
+            before the step is finished.
 
     Raises:
         SpecError: a layer does not know its size yet, or is of a class that `sync` cannot serve.
@@ -60,19 +66,28 @@ def prepare(model: nn.Module, mode: Mode, world: World) -> Normalization:
     gathering = [layer for layer in layers.values() if isinstance(layer, _Gathering)]
     for layer in gathering:
         layer.start()
-    return Normalization(mode, layers=len(layers), gathering=gathering, world=world)
+    return Normalization(
+        mode, layers=len(layers), gathering=gathering, world=world, exchanged=exchanged
+    )
 
 
 class Normalization:
     """The BatchNorm layers of one model, taken together."""
 
     def __init__(
-        self, mode: Mode, *, layers: int, gathering: Sequence[_Gathering], world: World
+        self,
+        mode: Mode,
+        *,
+        layers: int,
+        gathering: Sequence[_Gathering],
+        world: World,
+        exchanged: bool = False,
     ) -> None:
         self.mode = mode
         self.layers = layers
         self._gathering = gathering
         self._world = world
+        self._exchanged = exchanged
         self._sizes = [layer.num_features for layer in gathering]
         layer_of_channel = [i for i, size in enumerate(self._sizes) for _ in range(size)]
         self._owners = torch.tensor(layer_of_channel, dtype=torch.long)
@@ -111,6 +126,10 @@ class Normalization:
             # The latest too: torch keeps (1 - momentum) of them, and 0 times NaN would stay NaN.
             torch._foreach_zero_([t for layer in self._gathering for t in layer.gathered()])
 
+    def sums(self) -> list[Tensor]:
+        """What the layers gather between two steps: tensors that add up over micro-batches."""
+        return [tensor for layer in self._gathering for tensor in layer.sums]
+
     def table(self, *, micro_batch: int, processes: int) -> list[tuple[str, str]]:
         """What a person asks about these layers, and the answer at `micro_batch` rows a pass."""
         if self.layers == 0:
@@ -135,7 +154,7 @@ class Normalization:
         by_kind = zip(*(layer.sums for layer in self._gathering), strict=True)
         own = torch.cat(list(itertools.chain.from_iterable(by_kind)))
         channels = len(self._owners)
-        total = self._world.sum(own)
+        total = own if self._exchanged else self._world.sum(own)
         return total[:channels], total[channels : 2 * channels], total[2 * channels :]
 
     def _momentum_of(self, tracked: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from service.errors import SpecError
-from service.samplers import share_of
+from service.samplers import halved_share, share_of
 from service.schedules import Multiplier, multiplier
 from service.spec import CheckpointSpec, Spec, TestSpec
 
@@ -52,12 +52,14 @@ class Plan:
 
     def share(self, process: int) -> range:
         """The numbers of the micro-batches that `process` computes: a contiguous run."""
+        if self.spec.exactness == "bitwise":
+            return halved_share(self.micro_batches, index=process, of=self.processes)
         return share_of(self.micro_batches, index=process, of=self.processes)
 
     @property
     def rounds(self) -> int:
         """Micro-batches of the busiest process: the forward passes one step takes in time."""
-        return math.ceil(self.micro_batches / self.processes)
+        return max(len(self.share(process)) for process in (0, self.processes - 1))
 
     def epoch(self, step: int) -> float:
         """Passes over the training rows after `step` steps."""
@@ -107,6 +109,11 @@ def make_plan(
             f"{global_batch}. Use at most {global_batch}."
         )
     pieces = math.ceil(global_batch / micro_batch)
+    if spec.exactness == "bitwise" and processes & (processes - 1):
+        raise SpecError(
+            f"exactness: bitwise sums in a fixed order for 1, 2, 4, 8, ... processes, "
+            f"and not for {processes}. Use {1 << (processes.bit_length() - 1)}."
+        )
     if processes > pieces:
         raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
     steps = spec.length.steps or math.ceil(

@@ -63,6 +63,21 @@ def share_of(count: int, *, index: int, of: int) -> range:
     return range(start, start + size + (index < longer))
 
 
+def halved_share(count: int, *, index: int, of: int) -> range:
+    """What process `index` of `of`, a power of two, takes when `count` things are halved for ever.
+
+    The first half of an odd number is the longer one.  Every process's share is then one whole
+    branch of the same binary tree, whatever their number.
+    """
+    assert of & (of - 1) == 0, f"{of} processes"
+    start, stop, parts = 0, count, of
+    while parts > 1:
+        parts //= 2
+        middle = start + (stop - start + 1) // 2
+        start, stop = (start, middle) if index // parts % 2 == 0 else (middle, stop)
+    return range(start, stop)
+
+
 def micro_batches(rows: int, *, micro_batch: int, index: int = 0, of: int = 1) -> list[MicroBatch]:
     """The micro-batches of `rows` rows in order, or the run of them that process `index` takes.
 

@@ -343,6 +343,9 @@ class Spec(Part):
     """Arguments of the task, when it is a function."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run follows from it."""
+    exactness: Literal["rounding", "bitwise"] = "rounding"
+    """How equal a run is at another number of processes: up to rounding, or to the bit. Bitwise
+    computes each micro-batch alone and sums in a fixed order, at 1, 2, 4, 8, ... processes."""
     batch: BatchSpec = Field(examples=[{"global_batch": 128}])
     """How many rows one optimizer step takes."""
     length: LengthSpec = Field(examples=[{"epochs": 10}])

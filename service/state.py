@@ -19,9 +19,7 @@ class TrainState:
     """Everything a checkpoint holds, and nothing else changes from step to step."""
 
     model: nn.Module
-    """As it is called: perhaps wrapped to exchange gradients."""
-    bare: nn.Module
-    """The same model without the wrapping: what is tested and saved."""
+    """Without what is wrapped around it to exchange gradients."""
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     step: int = 0

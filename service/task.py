@@ -107,6 +107,8 @@ class supervised:  # reads as the function a user calls; it is a Task
         train, test: map-style data sets whose rows are (inputs, targets), or makers of them.
         loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
         measures: names of `MEASURES`, or a mapping from a name to such a function.
+        weight: what each value of the loss counts, as a function of the targets: 0 for the
+            padding of a text, say.  Without it each counts as 1.
     Raises:
         SpecError: a loss or measure nobody knows.
     """
@@ -119,6 +121,7 @@ class supervised:  # reads as the function a user calls; it is a Task
         test: Data,
         loss: str | Loss = "cross_entropy",
         measures: Sequence[str] | Mapping[str, Loss] = (),
+        weight: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model = model
         self._train = train() if callable(train) else train
@@ -131,6 +134,8 @@ class supervised:  # reads as the function a user calls; it is a Task
         else:
             self._measures = [_known(name, MEASURES, "measure") for name in measures]
         self.measures = tuple(measures)
+        if weight is not None:
+            self.weight = weight
 
     def train_data(self) -> Data:
         """The training rows."""

@@ -12,6 +12,7 @@ from service import randomness
 from service.checkpoints import Checkpoints
 from service.console import console
 from service.errors import EvenstepError, Stopped
+from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
 from service.loading import sample, train_steps
 from service.loops import train
@@ -44,9 +45,10 @@ def run(
     require_best_measure(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
+    ordered = spec.exactness == "bitwise"
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
     model = task.model().to(world.device)
-    normalization = prepare(model, spec.model.batchnorm, world)
+    normalization = prepare(model, spec.model.batchnorm, world, exchanged=ordered)
     if spec.model.channels_last:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         model.to(**nhwc)
@@ -56,13 +58,17 @@ def run(
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     unreached = trial.unreached_parameters(model)
-    wrapped = world.wrap(model, find_unused=bool(unreached))
-    trial.settle_buckets(wrapped, model)
+    exchange: Exchange
+    if ordered:
+        exchange = Ordered(model, world, unreached=unreached, gathered=normalization.sums())
+    else:
+        exchange = Overlapped(model, world, find_unused=bool(unreached))
+        trial.settle_buckets(exchange.model, model)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
-    state = TrainState(wrapped, model, optimizer, Schedule(optimizer, plan.rate))
+    state = TrainState(model, optimizer, Schedule(optimizer, plan.rate))
     say = print if world.is_lead else _say_nothing
     checkpoints = Checkpoints(
         directory.checkpoints,
@@ -89,6 +95,7 @@ def run(
             task=task,
             world=world,
             plan=plan,
+            exchange=exchange,
             normalization=normalization,
             tracker=tracker,
             receipt=receipt,

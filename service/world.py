@@ -33,6 +33,8 @@ class World:
         self.processes: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.device: torch.device = accelerator.device
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
+        """The widest type that the device adds up in."""
         self.is_lead: bool = accelerator.is_main_process
         self._dtype = _AUTOCAST.get(precision)
         self._generators = _generators(self.device)
@@ -60,12 +62,6 @@ class World:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return cast(nn.Module, self._accelerator.prepare_model(model))
 
-    def bare(self, model: nn.Module) -> nn.Module:
-        """The model inside `wrap`'s."""
-        return (
-            cast(nn.Module, model.module) if isinstance(model, DistributedDataParallel) else model
-        )
-
     def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches in order; gradients are exchanged in the backward of the last one."""
         if not isinstance(model, DistributedDataParallel):
@@ -74,17 +70,6 @@ class World:
         with model.no_sync():
             yield from micro_batches[:-1]
         yield micro_batches[-1]
-
-    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
-        """Add the gradient of `loss_sum` / `step_weight` to the parameters'.
-
-        Args:
-            loss_sum: scalar, the sum over one micro-batch.
-            step_weight: weight of the whole step over all processes.
-        """
-        # DDP averages gradients over processes: their number turns the mean back into the sum.
-        scale = loss_sum.new_tensor(self.processes / step_weight)
-        loss_sum.backward(scale)  # type: ignore[no-untyped-call]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's arithmetic, as the spec's precision says."""
@@ -104,6 +89,31 @@ class World:
         total = values.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def sum_in_pairs(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Elementwise sums over a power of two of processes, added up as a fixed binary tree.
+
+        Neighbours first: (0 + 1) + (2 + 3).  a + b and b + a have the same bits, so both
+        partners of a pair end with the same.
+        """
+        distance = 1
+        while distance < self.processes:
+            partner = self.index ^ distance
+            for kind in {tensor.dtype: None for tensor in tensors}:
+                own = [tensor for tensor in tensors if tensor.dtype == kind]
+                sent = torch.cat([tensor.reshape(-1) for tensor in own])
+                received = torch.empty_like(sent)
+                swap = [
+                    dist.P2POp(dist.isend, sent, partner),
+                    dist.P2POp(dist.irecv, received, partner),
+                ]
+                for work in dist.batch_isend_irecv(swap):
+                    work.wait()
+                parts = received.split_with_sizes([tensor.numel() for tensor in own])
+                others = [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)]
+                torch._foreach_add_(own, others)
+            distance *= 2
+        return tensors
 
     def stack(self, values: Tensor) -> Tensor:
         """Every process's values, in order: [processes, ...]."""

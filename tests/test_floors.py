@@ -13,7 +13,7 @@ FLOORS = [
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},
-    {"state", "metrics", "normalization", "optimizers", "receipts", "faults", "clock"},
+    {"state", "exchange", "metrics", "normalization", "optimizers", "receipts", "faults", "clock"},
     {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
     {"loops"},
     {"worker"},

@@ -1,0 +1,77 @@
+"""What usually makes a run depend on the number of processes, and does not here."""
+
+from pathlib import Path
+
+import pytest
+from features import FEATURES
+from jobs import train_in_process
+from safetensors.torch import load_file
+
+from service.receipts import read_receipt
+from service.tracking import read_metrics
+
+STEPS = 30
+
+
+def difference(alone: Path, together: Path) -> tuple[float, float]:
+    """The largest difference of (losses, weights) between two finished runs."""
+    losses = [
+        [row["train/loss"] for row in read_metrics(place / "job" / "metrics.jsonl")]
+        for place in (alone, together)
+    ]
+    weights = [
+        load_file(max((place / "job" / "checkpoints").glob("step-*")) / "model.safetensors")
+        for place in (alone, together)
+    ]
+    of_losses = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    pairs = [(weights[0][name].double(), weights[1][name].double()) for name in weights[0]]
+    return of_losses, max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_does_not_depend_on_the_number_of_processes(processes, tmp_path, feature):
+    job = FEATURES[feature] | {"length": {"steps": STEPS}}
+    others = (4,) if job.get("exactness") == "bitwise" else (3, 5)
+    for count in (1, *others):
+        processes(count).run(train_in_process, job, tmp_path / str(count))
+    for count in others:
+        losses, weights = difference(tmp_path / "1", tmp_path / str(count))
+        bound = 0 if job.get("exactness") == "bitwise" else 1e-9
+        assert losses <= bound
+        assert weights <= bound
+        receipts = [read_receipt(tmp_path / str(n) / "job" / "receipt.jsonl") for n in (1, count)]
+        assert receipts[0] == receipts[1]
+
+
+def test_the_workers_of_the_loader_do_not_matter(processes, tmp_path):
+    job = FEATURES["augmentation"] | {"length": {"steps": 12}}
+    for workers in (0, 1, 2):
+        processes(1).run(
+            train_in_process, job | {"loader": {"workers": workers}}, tmp_path / str(workers)
+        )
+    assert difference(tmp_path / "0", tmp_path / "1") == (0, 0)
+    assert difference(tmp_path / "0", tmp_path / "2") == (0, 0)
+
+
+def test_sync_is_the_whole_batch_where_each_process_has_one_micro_batch(processes, tmp_path):
+    whole = FEATURES["BatchNorm, micro"] | {
+        "length": {"steps": STEPS},
+        "batch": {"global_batch": 50, "micro_batch": 50},
+    }
+    cut = whole | {"batch": {"global_batch": 50, "micro_batch": 17}, "model": {"batchnorm": "sync"}}
+    processes(1).run(train_in_process, whole, tmp_path / "1")
+    processes(3).run(train_in_process, cut, tmp_path / "3")
+    losses, weights = difference(tmp_path / "1", tmp_path / "3")
+    assert losses < 1e-9
+    assert weights < 1e-9
+
+
+def test_sync_with_uneven_shares_takes_part_with_no_rows(processes, tmp_path):
+    # 5 micro-batches on 3 processes: in the second round one of them has nothing.
+    job = FEATURES["BatchNorm, micro"] | {
+        "length": {"steps": 6},
+        "batch": {"global_batch": 45, "micro_batch": 9},
+        "model": {"batchnorm": "sync"},
+    }
+    processes(3).run(train_in_process, job, tmp_path)
+    assert len(read_receipt(tmp_path / "job" / "receipt.jsonl")) == 6
