@@ -6,15 +6,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from launch.environment import Environment, launched
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
-from service.run_directory import check_run
+from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
+from service.verification import compare
+
+if TYPE_CHECKING:
+    from launch.entry import Job, TestJob
 
 _SPEC = click.argument("spec", metavar="SPEC")
 _OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
@@ -63,16 +68,49 @@ def run(
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
-    if place is None and asked > 1:
+    _start(Job(loaded, runs, fresh=fresh, stop_at=stop_at), place, processes=asked)
+
+
+@evenstep.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
+@click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
+@_PROCESSES
+def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | None) -> None:
+    """Test a checkpoint of RUN, a run's directory, on any number of processes."""
+    place = launched()
+    asked = _process_count(processes)
+    RunDirectory(run).read_facts()
+    from launch.entry import TestJob
+
+    _start(TestJob(run.absolute(), checkpoint, predictions), place, processes=asked)
+
+
+def _start(job: Job | TestJob, place: Environment | None, *, processes: int) -> NoReturn:
+    """Do this process's part of the job, or start `processes` that do theirs; exit as they did."""
+    if place is None and processes > 1:
         from launch.local import run_locally
 
-        sys.exit(run_locally(job, processes=asked))
-    from launch.entry import leave, outcome_of, train
+        sys.exit(run_locally(job, processes=processes))
+    from launch.entry import leave, outcome_of
 
     environment = place or Environment()
-    code, _ = outcome_of(lambda: train(job, environment), rank=environment.rank)
+    code, _ = outcome_of(lambda: job.work(environment), rank=environment.rank)
     leave(code)
+
+
+@evenstep.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option(
+    "--level", type=click.Choice(["rows", "losses", "bits"]), default="losses", show_default=True
+)
+@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Of losses.")
+def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
+    """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
+    compared = compare(RunDirectory(run_a), RunDirectory(run_b), level=level, tolerance=tolerance)
+    click.echo("\n".join(compared.lines))
+    sys.exit(0 if compared.equal else 1)
 
 
 @evenstep.command()

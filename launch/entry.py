@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +18,12 @@ from launch.process_group import process_group
 from service.errors import EvenstepError, Stopped
 from service.faults import stop_on_signals
 from service.plan import make_plan
+from service.run_directory import RunDirectory
 from service.spec import Spec
 from service.spec_file import load_spec
 from service.task import load_task
-from service.worker import run
-from service.world import lost_peer
+from service.worker import run, test_run
+from service.world import World, lost_peer
 
 
 @dataclass(frozen=True)
@@ -38,36 +41,67 @@ class Job:
         values = self.spec.model_dump(mode="json", exclude_none=True)
         return _received, (values, self.runs, self.fresh, self.stop_at)
 
+    def work(self, environment: Environment) -> None:
+        """Run this process's part of the job to its end.
+
+        Raises:
+            EvenstepError: see `service.worker.run`.
+        """
+        spec = self.spec
+        with stop_on_signals() as stop, _world(spec, environment) as world:
+            task = load_task(spec.task, spec.task_args)
+            plan = make_plan(
+                spec,
+                processes=world.processes,
+                train_rows=task.train_rows,
+                test_rows=task.test_rows,
+                stop_at=self.stop_at,
+            )
+            run(plan, task, world, runs=self.runs, stop=stop, fresh=self.fresh)
+
 
 def _received(spec: dict[str, Any], runs: Path, fresh: bool, stop_at: int | None) -> Job:
     return Job(load_spec(spec), runs, fresh, stop_at)
 
 
-def train(job: Job, environment: Environment) -> dict[str, float]:
-    """Run this process's part of the job to its end.
+@dataclass(frozen=True)
+class TestJob:
+    """What is to be tested, as a process receives it."""
 
-    Raises:
-        EvenstepError: see `service.worker.run`.
-    """
-    spec = job.spec
-    with (
-        stop_on_signals() as stop,
-        process_group(
-            environment,
-            precision=spec.model.precision,
-            bitwise=spec.exactness == "bitwise",
-            timeout_seconds=spec.faults.hang_timeout_seconds,
-        ) as world,
-    ):
-        task = load_task(spec.task, spec.task_args)
-        plan = make_plan(
-            spec,
-            processes=world.processes,
-            train_rows=task.train_rows,
-            test_rows=task.test_rows,
-            stop_at=job.stop_at,
-        )
-        return run(plan, task, world, runs=job.runs, stop=stop, fresh=job.fresh)
+    run: Path
+    checkpoint: str
+    predictions: Path | None = None
+
+    def work(self, environment: Environment) -> None:
+        """Do this process's part of the test; the lead prints the measures.
+
+        Raises:
+            EvenstepError: see `service.worker.test_run`.
+        """
+        spec = load_spec(RunDirectory(self.run).spec)
+        with _world(spec, environment) as world:
+            task = load_task(spec.task, spec.task_args)
+            measures = test_run(
+                spec,
+                task,
+                world,
+                run=self.run,
+                checkpoint=self.checkpoint,
+                predictions=self.predictions,
+            )
+            if world.is_lead:
+                print(json.dumps(measures))
+
+
+@contextmanager
+def _world(spec: Spec, environment: Environment) -> Iterator[World]:
+    with process_group(
+        environment,
+        precision=spec.model.precision,
+        bitwise=spec.exactness == "bitwise",
+        timeout_seconds=spec.faults.hang_timeout_seconds,
+    ) as world:
+        yield world
 
 
 def outcome_of(work: Callable[[], object], *, rank: int = 0) -> tuple[int, str]:

@@ -77,13 +77,13 @@ def run_locally(job: Any, *, processes: int, grace_seconds: int = 120) -> int:
 
 def process(job: Any, endings: str) -> None:
     """What each process runs; leaves a note of how it ended."""
-    from launch.entry import leave, outcome_of, train
+    from launch.entry import leave, outcome_of
 
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()
     environment = launched()
     assert environment is not None, "the elastic agent sets RANK and its kin"
-    code, message = outcome_of(lambda: train(job, environment), rank=environment.rank)
+    code, message = outcome_of(lambda: job.work(environment), rank=environment.rank)
     ending = Ending(environment.rank, code, message, time.time())
     Path(endings, f"{environment.rank}.json").write_text(json.dumps(asdict(ending)))
     if code:

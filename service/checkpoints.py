@@ -169,6 +169,42 @@ def checkpoints_in(directory: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def find_checkpoint(directory: Path, which: str) -> Path:
+    """The checkpoint that `latest`, `best` or a step means, if it is good.
+
+    Raises:
+        SpecError: there is none of that name.
+        NoCheckpoint: it is damaged.
+    """
+    found = {str(checkpoint.step): checkpoint.path for checkpoint in checkpoints_in(directory)}
+    if not found:
+        raise SpecError(f"{directory} holds no checkpoint.")
+    best = directory / "best"
+    if which == "latest":
+        path = list(found.values())[-1]
+    elif which == "best" and best.exists():
+        path = directory / Path(best.read_text().strip()).name
+    elif which in found:
+        path = found[which]
+    else:
+        raise SpecError(f"--checkpoint: there is no {which!r}; there are {', '.join(found)}.")
+    damage = damage_of(path)
+    if damage is not None:
+        raise NoCheckpoint(f"The checkpoint {path} is damaged: {damage}.")
+    return path
+
+
+def load_weights(directory: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into `model`, and leave the rest.
+
+    Raises:
+        SpecError: they do not fit the model.
+        NoCheckpoint: its files cannot be read.
+    """
+    weights, _ = _read_weights(directory)
+    _load_weights(model, weights, directory)
+
+
 def write_into(directory: Path, state: TrainState, facts: Mapping[str, Any]) -> None:
     """Write a checkpoint's files, fsynced, the manifest last."""
     weights, aliases = _without_aliases(state.model)
@@ -224,19 +260,26 @@ def load(directory: Path, state: TrainState) -> None:
         SpecError: it does not fit the model or the optimizer.
         NoCheckpoint: its files cannot be read.
     """
+    weights, rest = _read_weights(directory)
     try:
-        weights = load_file(directory / MODEL)
         held = load_file(directory / OPTIMIZER)
-        rest = json.loads((directory / STATE).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
-    for alias, name in rest["aliases"].items():
-        weights[alias] = weights[name]
     _load_weights(state.model, weights, directory)
     _load_optimizer(state, held, rest["optimizer"], directory)
     state.step = rest["step"]
     state.best = Best(**rest["best"]) if rest["best"] else None
     state.schedule.set(state.step)
+
+
+def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by every name they have, the content of state.json)."""
+    try:
+        weights = load_file(directory / MODEL)
+        rest: dict[str, Any] = json.loads((directory / STATE).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
+    return weights | {alias: weights[name] for alias, name in rest["aliases"].items()}, rest
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:

@@ -16,9 +16,10 @@ from service.errors import Diverged
 from service.exchange import Exchange
 from service.faults import StopRequest
 from service.loading import test_batches
-from service.metrics import Tally
+from service.metrics import Gathered, Tally
 from service.normalization import Normalization
 from service.plan import Plan
+from service.predictions import Predictions
 from service.receipts import Receipt
 from service.state import TrainState
 from service.task import Data, Task
@@ -99,14 +100,24 @@ def train(
 
 @torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail
 def test(
-    model: nn.Module, batches: Iterable[Batch], *, task: Task, world: World, plan: Plan
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    task: Task,
+    world: World,
+    plan: Plan,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """Weighted mean of the loss and of each measure over the whole test set, each row once.
+
+    Args:
+        predictions: keeps what the model says of each row, where somebody wants it.
 
     Raises:
         DataBroken: the rows counted are not the rows of the test set.
     """
     tally = Tally(task.measures, micro_batches=plan.test_micro_batches, device=world.device)
+    gathered = Gathered(getattr(task, "metrics", {}), world)
     was_training = model.training
     model.eval()
     try:
@@ -117,9 +128,12 @@ def test(
                 losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
                 measured = task.measure(outputs, batch.targets)  # [B, measures]
             tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
+            gathered.add(outputs, batch.targets)
+            if predictions is not None:
+                predictions.add(outputs)
     finally:
         model.train(was_training)
-    return tally.means(world, rows=plan.test_rows)
+    return tally.means(world, rows=plan.test_rows) | gathered.values()
 
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:

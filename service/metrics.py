@@ -1,12 +1,15 @@
-"""Tallies of the test loop: weighted sums that merge exactly, whoever counted which part."""
+"""Measures of the test loop that merge exactly, whoever counted which part of the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from service.batches import to_device
 from service.errors import DataBroken
 from service.world import World
 
@@ -70,3 +73,59 @@ class Tally:
         return {
             f"test/{name}": value / weight for name, value in zip(self._names, sums, strict=True)
         }
+
+
+class Gathered:
+    """Measures that are no sums, such as an area under a curve: torchmetrics' objects.
+
+    Each process feeds its own copies, and the copies are merged in the order of the data set.
+    A metric that says it cannot be merged is fed, on every process, all outputs in that order.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any], world: World) -> None:
+        """`metrics` have torchmetrics' `update`, `compute`, `reset` and `merge_state`."""
+        self._metrics = {name: copy.deepcopy(m).to(world.device) for name, m in metrics.items()}
+        self._world = world
+        self._kept: list[tuple[Any, Any]] = []
+        for metric in self._metrics.values():
+            metric.reset()
+            # It would ask the other processes by itself, and count everything twice.
+            metric.sync_on_compute = False
+        self._empty = copy.deepcopy(self._metrics)
+        self._unmerged = {n: m for n, m in self._metrics.items() if not _merges_exactly(m)}
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Take one micro-batch; they come in the order of the data set."""
+        for name, metric in self._metrics.items():
+            if name not in self._unmerged:
+                metric.update(outputs, targets)
+        if self._unmerged:
+            self._kept.append((to_device(outputs, _CPU), to_device(targets, _CPU)))
+
+    def values(self) -> dict[str, float]:
+        """`test/<name>` of each, over the whole test set."""
+        own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
+        states = self._world.gather({name: metric.metric_state for name, metric in own.items()})
+        for name in own:
+            total = self._metrics[name] = copy.deepcopy(self._empty[name])
+            for state in states:
+                total.merge_state(state[name])
+            total._update_count = 1  # it would warn that it was never updated
+        if self._unmerged:
+            for kept in self._world.gather(self._kept):
+                for outputs, targets in kept:
+                    for metric in self._unmerged.values():
+                        metric.cpu().update(outputs, targets)
+        return {
+            f"test/{name}": float(self._metrics[name].cpu().compute()) for name in self._metrics
+        }
+
+
+def _merges_exactly(metric: Any) -> bool:
+    """Whether its states are sums, extremes or lists, and it looks at each micro-batch alone."""
+    exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
+    ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
+    return metric.full_state_update is False and ways <= exact
+
+
+_CPU = torch.device("cpu")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from service.batches import Batch
+from service.receipt_file import append, keep_up_to
 from service.world import World
 
 _HELD_AT_MOST = 256  # micro-batches whose row ids are kept until they are digested
@@ -30,7 +28,7 @@ class Receipt:
         self._held: list[tuple[int, Batch]] = []
         self._digests: dict[int, int] = {}
         if world.is_lead:
-            _keep_up_to(path, step)
+            keep_up_to(path, step)
 
     def note(self, step: int, batch: Batch) -> None:
         """Remember that a forward pass of step `step` (counted from 0) consumed `batch`."""
@@ -47,13 +45,7 @@ class Receipt:
         self._digests.clear()
         self._first = step
         if self._world.is_lead and len(steps):
-            rows = [f"{value & 0xFFFFFFFFFFFFFFFF:016x}" for value in total.tolist()]
-            line = json.dumps({"from": steps.start + 1, "to": steps.stop, "rows": rows})
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, (line + "\n").encode())
-            finally:
-                os.close(descriptor)
+            append(self._path, steps, total.tolist())
 
     def _digest(self) -> None:
         for step, batch in self._held:
@@ -68,31 +60,6 @@ def micro_batch_digest(step: int, batch: Batch) -> int:
     text = step.to_bytes(8, "little") + batch.number.to_bytes(8, "little")
     hashed = hashlib.blake2b(text + batch.rows.astype("<i8").tobytes(), digest_size=8)
     return int.from_bytes(hashed.digest(), "little")
-
-
-def read_receipt(path: Path) -> dict[int, str]:
-    """The digest of every step (counted from 1) in a receipt; a torn last line is left out."""
-    digests: dict[int, str] = {}
-    for line in _lines(path):
-        digests |= zip(range(line["from"], line["to"] + 1), line["rows"], strict=True)
-    return digests
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _keep_up_to(path: Path, step: int) -> None:
-    """Forget what was written for steps that are about to be taken again."""
-    kept = [line for line in _lines(path) if line["to"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    if path.exists() or text:
-        fresh = path.with_suffix(".partial")
-        fresh.write_text(text)
-        os.replace(fresh, path)
 
 
 def _signed(value: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from service.errors import SpecError, did_you_mean
 from service.schedules import Multiplier
 from service.spec import BestSpec, Spec
-from service.task import Task
+from service.task import Task, measured_by
 
 
 @dataclass
@@ -79,7 +79,7 @@ def require_best_measure(spec: Spec, task: Task) -> None:
     Raises:
         SpecError: it does not.
     """
-    best, known = spec.checkpoint.best, [f"test/{name}" for name in ("loss", *task.measures)]
+    best, known = spec.checkpoint.best, [f"test/{name}" for name in measured_by(task)]
     if best is not None and best.measure not in known:
         near = did_you_mean(best.measure, known)
         raise SpecError(f"checkpoint.best.measure: the test gives no {best.measure!r}{near}")

@@ -47,8 +47,10 @@ class Task(Protocol):
         """One value for each row or token and measure: [B, measures] or [B, T, measures]."""
         ...
 
-    # A task may also have `weight(targets) -> Tensor`, of the loss's shape: what each value
-    # counts.  Without it each counts as 1.
+    # A task may also have
+    #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
+    #   metrics                     a mapping from names to torchmetrics metrics;
+    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row.
 
 
 Loss = Callable[[Any, Any], Tensor]
@@ -94,6 +96,11 @@ MEASURES: dict[str, Loss] = {
 }
 
 
+def measured_by(task: Task) -> tuple[str, ...]:
+    """Names of everything that the test loop measures."""
+    return ("loss", *task.measures, *getattr(task, "metrics", {}))
+
+
 def logits(outputs: Any) -> Tensor:
     """The tensor in a model's outputs: itself, or what a transformers model calls its logits."""
     return cast(Tensor, outputs if isinstance(outputs, Tensor) else outputs.logits)
@@ -106,7 +113,8 @@ class supervised:  # reads as the function a user calls; it is a Task
         model: makes a new model.
         train, test: map-style data sets whose rows are (inputs, targets), or makers of them.
         loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
-        measures: names of `MEASURES`, or a mapping from a name to such a function.
+        measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
+            torchmetrics metric, which is given the model's outputs and the targets.
         weight: what each value of the loss counts, as a function of the targets: 0 for the
             padding of a text, say.  Without it each counts as 1.
     Raises:
@@ -120,7 +128,7 @@ class supervised:  # reads as the function a user calls; it is a Task
         train: Data,
         test: Data,
         loss: str | Loss = "cross_entropy",
-        measures: Sequence[str] | Mapping[str, Loss] = (),
+        measures: Sequence[str] | Mapping[str, Any] = (),
         weight: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model = model
@@ -129,11 +137,12 @@ class supervised:  # reads as the function a user calls; it is a Task
         self.train_rows = len(self._train)
         self.test_rows = len(self._test)
         self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
-        if isinstance(measures, Mapping):
-            self._measures = list(measures.values())
-        else:
-            self._measures = [_known(name, MEASURES, "measure") for name in measures]
-        self.measures = tuple(measures)
+        if not isinstance(measures, Mapping):
+            measures = {name: _known(name, MEASURES, "measure") for name in measures}
+        self.metrics = {n: m for n, m in measures.items() if hasattr(m, "merge_state")}
+        sums = {name: m for name, m in measures.items() if name not in self.metrics}
+        self._measures = list(sums.values())
+        self.measures = tuple(sums)
         if weight is not None:
             self.weight = weight
 

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from service import randomness
-from service.checkpoints import Checkpoints
+from service.checkpoints import Checkpoints, find_checkpoint, load_weights
 from service.console import console
 from service.errors import EvenstepError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
-from service.loading import sample, train_steps
-from service.loops import train
+from service.loading import sample, test_batches, train_steps
+from service.loops import test, train
 from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
-from service.plan import Plan
+from service.plan import Plan, make_plan
+from service.predictions import Predictions
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
@@ -118,6 +119,38 @@ def run(
     # Nobody leaves as finished before everybody has: a peer that failed now would be alone.
     world.barrier()
     return last
+
+
+def test_run(
+    spec: Spec,
+    task: Task,
+    world: World,
+    *,
+    run: Path,
+    checkpoint: str = "latest",
+    predictions: Path | None = None,
+) -> dict[str, float]:
+    """What the test loop measures of a checkpoint of a run, and of its optimizer nothing.
+
+    Args:
+        checkpoint: `latest`, `best`, or a step.
+        predictions: where to write what the model says of each row.
+    Raises:
+        SpecError: there is no such checkpoint, or it is not of this model.
+        NoCheckpoint: it is damaged.
+    """
+    # Testing has no micro-batches to share out, so any number of processes can take part.
+    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
+    chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
+    model = task.model().to(world.device)
+    prepare(model, spec.model.batchnorm, world)
+    load_weights(chosen, model)
+    kept = Predictions(predictions, task=task, world=world) if predictions else None
+    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
+    measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)
+    if kept is not None:
+        kept.write()
+    return measures
 
 
 def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | None:

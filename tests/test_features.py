@@ -7,7 +7,7 @@ from features import FEATURES
 from jobs import train_in_process
 from safetensors.torch import load_file
 
-from service.receipts import read_receipt
+from service.receipt_file import read_receipt
 from service.tracking import read_metrics
 
 STEPS = 30

@@ -7,14 +7,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "optimizer_options"},
+    {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules"},
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},
-    {"state", "exchange", "metrics", "normalization", "optimizers", "receipts", "faults", "clock"},
-    {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
+    {
+        "state",
+        "exchange",
+        "predictions",
+        "metrics",
+        "normalization",
+        "optimizers",
+        "receipts",
+        "faults",
+        "clock",
+    },
+    {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
     {"loops"},
     {"worker"},
 ]
@@ -27,6 +37,8 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "run_directory",
     "plan",
     "tracking",
+    "verification",
+    "receipt_file",
     "console",
     "wandb_writer",
 }

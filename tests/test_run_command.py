@@ -8,7 +8,7 @@ from commands import ROOT, evenstep, torchrun
 from safetensors.torch import load_file
 from wandb_log import read_segments
 
-from service.receipts import read_receipt
+from service.receipt_file import read_receipt
 from service.tracking import read_metrics
 
 

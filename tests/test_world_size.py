@@ -6,7 +6,7 @@ import pytest
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 
-from service.receipts import read_receipt
+from service.receipt_file import read_receipt
 from service.tracking import read_metrics
 
 STEPS = 40

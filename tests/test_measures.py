@@ -1,0 +1,163 @@
+"""The test loop's measures: each row once, the same at any number of processes."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from commands import evenstep
+from jobs import HERE, spec_of, train_in_process
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+from torchmetrics import PearsonCorrCoef
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, BinaryF1Score
+
+from service.errors import DataBroken
+from service.loops import test as run_test
+from service.metrics import Tally
+from service.plan import make_plan
+from service.spec_file import load_spec
+from service.task import supervised
+
+ROWS = 517
+
+
+def _task():
+    generator = torch.Generator().manual_seed(3)
+    points = torch.randn(ROWS, 4, generator=generator)
+    labels = (points[:, 0] + 0.5 * torch.randn(ROWS, generator=generator) > 0).long()
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :1] * torch.tensor([-1.0, 1.0])
+
+    warnings.filterwarnings("ignore", "Metric `", UserWarning)  # that it keeps every output
+    return supervised(
+        model=Fixed,
+        train=TensorDataset(points[:64], labels[:64]),
+        test=TensorDataset(points, labels),
+        measures={
+            "accuracy": lambda outputs, targets: outputs.argmax(1) == targets,
+            "auroc": Area(),
+            "precision": Precision(),
+            "f1": F1(),
+            "correlation": Correlation(),
+        },
+    )
+
+
+class OfSecond:
+    """Looks at the second output alone."""
+
+    def update(self, outputs, targets):
+        super().update(outputs[:, 1].sigmoid(), targets)
+
+
+class Area(OfSecond, BinaryAUROC):
+    """Keeps every output, and is merged by joining the lists."""
+
+
+class Precision(OfSecond, BinaryAveragePrecision):
+    """Likewise."""
+
+
+class F1(OfSecond, BinaryF1Score):
+    """Counts, and is merged by adding."""
+
+
+class Correlation(PearsonCorrCoef):
+    """A metric that torchmetrics cannot merge: it has to see all outputs itself."""
+
+    def update(self, outputs, targets):
+        super().update(outputs[:, 1], targets.float())
+
+
+def measure(world, micro_batch):
+    from service.loading import test_batches
+
+    task = _task()
+    spec = load_spec(spec_of("plain_rows", test={"micro_batch": micro_batch}))
+    plan = make_plan(spec, processes=1, train_rows=64, test_rows=ROWS)
+    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
+    model = task.model()
+    model.train()
+    measures = run_test(model, batches, task=task, world=world, plan=plan)
+    assert model.training, "the mode is given back"
+    return measures
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_every_kind_of_measure_is_the_same_at_any_process_count(processes, count):
+    (alone,) = processes(1).run(measure, 100)
+    for measures in processes(count).run(measure, 100):
+        # In float32, and from tensors that came by post: its last bit depends on where they lie.
+        correlation = measures.pop("test/correlation")
+        assert correlation == pytest.approx(alone["test/correlation"], abs=1e-6)
+        assert measures == {k: v for k, v in alone.items() if k != "test/correlation"}
+
+
+def test_they_are_what_one_pass_over_all_rows_gives(processes):
+    task = _task()
+    points, labels = task.test_data().tensors
+    outputs = task.model()(points)
+    (found,) = processes(1).run(measure, 100)
+    for name, metric in task.metrics.items():
+        metric.update(outputs, labels)
+        assert found[f"test/{name}"] == pytest.approx(float(metric.compute()), abs=1e-6)
+    assert found["test/accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
+
+
+def test_more_processes_than_rows_count_each_once(processes):
+    few = spec_of("plain_rows", test={"micro_batch": 2})
+    assert processes(5).run(count_rows, few) == [3.0] * 5
+
+
+def count_rows(world, spec):
+    from jobs import plain_rows
+
+    from service.loading import test_batches
+
+    task = plain_rows(rows=60, test_rows=3)
+    plan = make_plan(load_spec(spec), processes=1, train_rows=60, test_rows=3)
+    rows = sum(
+        len(batch.rows)
+        for batch in test_batches(task.test_data(), task=task, plan=plan, world=world)
+    )
+    return float(world.sum(torch.tensor(float(rows))))
+
+
+def test_a_missing_row_fails_the_test_instead_of_changing_its_result(alone):
+    tally = Tally(("accuracy",), micro_batches=2, device=torch.device("cpu"))
+    tally.add(0, torch.ones(3), torch.ones(3, 1), None, rows=3)
+    with pytest.raises(DataBroken, match="counted 3 rows, but the test set has 5"):
+        tally.means(alone, rows=5)
+
+
+def test_the_test_command_writes_predictions_in_the_order_of_the_data(processes, tmp_path):
+    spec = spec_of("plain_rows", length={"steps": 3}, checkpoint={"keep": 1})
+    processes(1).run(train_in_process, spec, tmp_path)
+    found = []
+    for count, file in ((1, "one.npy"), (3, "three.safetensors")):
+        words = ["job", "--processes", count, "--predictions", file]
+        done = evenstep("test", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+    one = np.load(tmp_path / "one.npy")
+    three = load_file(tmp_path / "three.safetensors")["predictions"].numpy()
+    assert one.shape == (517, 3)
+    assert (one == three).all()
+    weights = load_file(tmp_path / "job/checkpoints/step-00000003/model.safetensors")
+    inputs = torch.full((4,), 400 / 517)
+    by_hand = weights["weight"] @ inputs + weights["bias"]
+    assert one[400] == pytest.approx(by_hand.numpy(), abs=1e-6)
+
+
+def test_a_place_for_predictions_that_cannot_be_is_told(tmp_path, processes):
+    spec = spec_of("plain_rows", length={"steps": 1})
+    processes(1).run(train_in_process, spec, tmp_path)
+    told = evenstep("test", "job", "--predictions", "out.csv", cwd=tmp_path)
+    assert told.returncode == 64
+    assert "must end in .npy or .safetensors" in told.stderr
+    assert HERE.exists()

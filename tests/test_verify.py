@@ -1,0 +1,59 @@
+"""`evenstep verify`: two runs took the same steps, or the first that differs is named."""
+
+import json
+
+import pytest
+from commands import evenstep
+from features import FEATURES
+from jobs import train_in_process
+
+JOB = FEATURES["dropout"] | {"length": {"steps": 20}, "tracking": {"log_every_steps": 3}}
+
+
+@pytest.fixture(scope="module")
+def runs(processes, tmp_path_factory):
+    """The same job on 1 and 3 processes, and with another seed."""
+    place = tmp_path_factory.mktemp("runs")
+    for name, count, more in (("one", 1, {}), ("three", 3, {}), ("other", 1, {"seed": 8})):
+        processes(count).run(train_in_process, JOB | {"name": name} | more, place)
+    return place
+
+
+def test_runs_at_two_process_counts_are_equal_up_to_rounding(runs):
+    done = evenstep("verify", "one", "three", "--tolerance", "1e-9", cwd=runs)
+    assert done.returncode == 0, done.stdout
+    assert "rows: the same in 20 steps from 1 to 20" in done.stdout
+    assert "losses: the same in 7 steps from 3 to 20" in done.stdout
+
+
+def test_their_bits_are_not(runs):
+    done = evenstep("verify", "one", "three", "--level", "bits", cwd=runs)
+    assert done.returncode == 1
+    assert "differs" in done.stdout
+
+
+def test_another_order_of_rows_is_found_at_its_first_step(runs):
+    done = evenstep("verify", "one", "other", "--level", "rows", cwd=runs)
+    assert done.returncode == 1
+    assert "rows: step 1 is the first that consumed other rows" in done.stdout
+
+
+def test_one_swapped_row_is_found_at_its_step(runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "one", tmp_path / "bent")
+    lines = (tmp_path / "bent/receipt.jsonl").read_text().splitlines()
+    bent = json.loads(lines[2])
+    assert bent["from"] == 7
+    bent["rows"][1] = f"{int(bent['rows'][1], 16) ^ 1:016x}"
+    lines[2] = json.dumps(bent)
+    (tmp_path / "bent/receipt.jsonl").write_text("\n".join(lines) + "\n")
+    done = evenstep("verify", runs / "one", "bent", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "rows: step 8 is the first" in done.stdout
+
+
+def test_what_is_no_run_is_told(runs):
+    told = evenstep("verify", "one", "nothing", cwd=runs)
+    assert told.returncode == 64
+    assert "run.json cannot be read" in told.stderr
