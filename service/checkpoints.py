@@ -69,9 +69,10 @@ class Checkpoints:
                 checkpoints are as they were.
         """
         failed: EvenstepError | None = None
+        places = self._world.gather(state.stream.place()) if state.stream else None
         if self._world.is_lead:
             try:
-                self._write(state)
+                self._write(state, places)
             except OSError as error:
                 failed = EvenstepError(
                     f"The checkpoint of step {state.step} could not be written to "
@@ -100,7 +101,7 @@ class Checkpoints:
         if chosen is None:
             return False
         try:
-            load(self._directory / chosen, state)
+            load(self._directory / chosen, state, index=self._world.index)
         except EvenstepError as error:
             failed = error
         self._world.fail_together(failed)
@@ -126,7 +127,7 @@ class Checkpoints:
             )
         return None
 
-    def _write(self, state: TrainState) -> None:
+    def _write(self, state: TrainState, places: list[dict[str, Any]] | None) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob(".step-*.partial-*"):
             shutil.rmtree(leftover)
@@ -134,7 +135,7 @@ class Checkpoints:
         partial = self._directory / f".{final.name}.partial-{secrets.token_hex(4)}"
         partial.mkdir()
         try:
-            write_into(partial, state, self._facts)
+            write_into(partial, state, self._facts, places)
             if final.exists():  # a run that stopped here and was asked to stop here again
                 shutil.rmtree(final)
             os.rename(partial, final)
@@ -205,8 +206,17 @@ def load_weights(directory: Path, model: nn.Module) -> None:
     _load_weights(model, weights, directory)
 
 
-def write_into(directory: Path, state: TrainState, facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint's files, fsynced, the manifest last."""
+def write_into(
+    directory: Path,
+    state: TrainState,
+    facts: Mapping[str, Any],
+    places: list[dict[str, Any]] | None = None,
+) -> None:
+    """Write a checkpoint's files, fsynced, the manifest last.
+
+    Args:
+        places: where each process is in a stream of data.
+    """
     weights, aliases = _without_aliases(state.model)
     held, described = optimizer_state(state)
     save_file(weights, directory / MODEL)
@@ -216,6 +226,7 @@ def write_into(directory: Path, state: TrainState, facts: Mapping[str, Any]) -> 
         "best": asdict(state.best) if state.best else None,
         "optimizer": described,
         "aliases": aliases,
+        "stream": places,
     }
     (directory / STATE).write_text(json.dumps(rest, allow_nan=True) + "\n")
     files = {}
@@ -253,8 +264,8 @@ def damage_of(directory: Path) -> str | None:
     return None
 
 
-def load(directory: Path, state: TrainState) -> None:
-    """Put a checkpoint's content into `state`.
+def load(directory: Path, state: TrainState, *, index: int = 0) -> None:
+    """Put a checkpoint's content into `state`, on process `index`.
 
     Raises:
         SpecError: it does not fit the model or the optimizer.
@@ -267,6 +278,8 @@ def load(directory: Path, state: TrainState) -> None:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
     _load_weights(state.model, weights, directory)
     _load_optimizer(state, held, rest["optimizer"], directory)
+    if state.stream is not None and rest["stream"] is not None:
+        state.stream.move_to(rest["stream"], index)
     state.step = rest["step"]
     state.best = Best(**rest["best"]) if rest["best"] else None
     state.schedule.set(state.step)

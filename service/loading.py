@@ -18,6 +18,7 @@ from service.batches import Batch, Step, first_rows, split, to_device
 from service.errors import DataBroken, EvenstepError
 from service.plan import Plan
 from service.samplers import epochs_at, micro_batches, rows_at
+from service.streams import Stream, is_stream
 from service.task import Data, Task
 from service.world import World
 
@@ -34,14 +35,22 @@ class Order(NamedTuple):
     epochs: NDArray[np.int64]  # [B], the pass over the data each row belongs to
 
 
-def train_steps(data: Data, *, task: Task, plan: Plan, world: World, start: int) -> Iterator[Step]:
+def train_steps(
+    data: Data | Stream, *, task: Task, plan: Plan, world: World, start: int
+) -> Iterator[Step]:
     """This process's micro-batches of every step from `start` on, to the end of the run.
+
+    A stream is read no further than the steps that were asked for.
 
     Raises:
         DataBroken: the data set failed on a row, or gave what no model takes.
     """
-    orders = _train_orders(plan, world.index, start)
-    batches = _bring(data, orders, task=task, plan=plan, world=world)
+    if isinstance(data, Stream):
+        collated = _from_stream(data, plan, world.index, start)
+        batches = _as_batches(collated, task=task, world=world)
+    else:
+        orders = _train_orders(plan, world.index, start)
+        batches = _bring(data, orders, task=task, plan=plan, world=world)
     per_step = len(plan.share(world.index))
     empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
     for _ in range(start, plan.steps):
@@ -75,16 +84,44 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
     BatchNorm with one, then shows before the first step.
     """
     smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
-    rows = np.arange(min(smallest, plan.train_rows))
+    rows = np.arange(min(smallest, plan.train_rows or smallest))
     order = Order(0, 0, rows, np.zeros_like(rows))
-    collated = _Reader(data, plan.spec.seed)[order][1]
+    if is_stream(data):
+        collated = default_collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
+    else:
+        collated = _Reader(data, plan.spec.seed)[order][1]
     return next(_as_batches([(order, collated)], task=task, world=world))
 
 
-def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+def _from_stream(
+    stream: Stream, plan: Plan, process: int, start: int
+) -> Iterator[tuple[Order, Any]]:
     share = plan.share(process)
-    first = share.start * plan.micro_batch
-    last = min(share.stop * plan.micro_batch, plan.global_batch)
+    spans = [_span(number, plan) for number in share]
+    own = range(spans[0].start, spans[-1].stop)
+    read = range(plan.global_batch) if stream.mode == "whole" else own
+    for step in range(start, plan.steps):
+        rows = []
+        for place in read:
+            position = step * plan.global_batch + place
+            seed_generators(randomness.key(randomness.ROW, plan.spec.seed, 0, position))
+            rows += stream.take(1)
+        for number, span in zip(share, spans, strict=True):
+            ids = np.arange(span.start, span.stop) + step * plan.global_batch
+            piece = rows[span.start - read.start : span.stop - read.start]
+            yield Order(step, number, ids, np.zeros_like(ids)), default_collate(piece)
+
+
+def _span(number: int, plan: Plan) -> range:
+    """Places in the global batch that micro-batch `number` takes."""
+    first = number * plan.micro_batch
+    return range(first, min(first + plan.micro_batch, plan.global_batch))
+
+
+def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+    assert plan.train_rows is not None, "a stream is not asked for rows"
+    share = plan.share(process)
+    first, last = _span(share.start, plan).start, _span(share.stop - 1, plan).stop
     cuts = np.arange(plan.micro_batch, last - first, plan.micro_batch)
     block = max(1, _ROWS_AHEAD // (last - first))
     for begin in range(start, plan.steps, block):

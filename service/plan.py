@@ -23,7 +23,8 @@ class Plan:
 
     spec: Spec
     processes: int
-    train_rows: int
+    train_rows: int | None
+    """None for a stream, which does not know."""
     test_rows: int
     global_batch: int
     """Rows of one optimizer step."""
@@ -62,7 +63,9 @@ class Plan:
         return max(len(self.share(process)) for process in (0, self.processes - 1))
 
     def epoch(self, step: int) -> float:
-        """Passes over the training rows after `step` steps."""
+        """Passes over the training rows after `step` steps; 0 for a stream, which knows none."""
+        if self.train_rows is None:
+            return 0.0
         return step * self.global_batch / self.train_rows
 
     def logs_at(self, step: int) -> bool:
@@ -92,16 +95,22 @@ def _passes_multiple(interval: Fraction | None, step: int) -> bool:
 
 
 def make_plan(
-    spec: Spec, *, processes: int, train_rows: int, test_rows: int, stop_at: int | None = None
+    spec: Spec,
+    *,
+    processes: int,
+    train_rows: int | None,
+    test_rows: int,
+    stop_at: int | None = None,
 ) -> Plan:
     """The plan of a run.
 
     Raises:
         SpecError: the rows, the batch and the processes do not go together; names the fix.
     """
-    if train_rows < 1:
+    if train_rows is not None and train_rows < 1:
         raise SpecError("task: the training data is empty; give it at least one row.")
-    global_batch = train_rows if spec.batch.global_batch == "all" else spec.batch.global_batch
+    asked = spec.batch.global_batch
+    global_batch = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
     micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
     if micro_batch > global_batch:
         raise SpecError(
@@ -117,7 +126,7 @@ def make_plan(
     if processes > pieces:
         raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
     steps = spec.length.steps or math.ceil(
-        _as_steps(spec.length.epochs or 0, train_rows, global_batch)
+        _as_steps(spec.length.epochs or 0, _known(train_rows, "length.epochs"), global_batch)
     )
     warmup = _warmup(spec, train_rows, global_batch, steps)
     return Plan(
@@ -149,9 +158,19 @@ def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_ba
     )
 
 
-def _interval(part: TestSpec | CheckpointSpec, rows: int, global_batch: int) -> Fraction | None:
+def _known(rows: int | None, wish: str) -> int:
+    if rows is None:
+        raise SpecError(
+            f"{wish}: the training data is a stream, which has no number of rows. Count in steps."
+        )
+    return rows
+
+
+def _interval(
+    part: TestSpec | CheckpointSpec, rows: int | None, global_batch: int
+) -> Fraction | None:
     if part.every_epochs is not None:
-        return _as_steps(part.every_epochs, rows, global_batch)
+        return _as_steps(part.every_epochs, _known(rows, "every_epochs"), global_batch)
     return Fraction(part.every_steps) if part.every_steps is not None else None
 
 
@@ -160,10 +179,11 @@ def _as_steps(epochs: float, rows: int, global_batch: int) -> Fraction:
     return Fraction(str(epochs)) * rows / global_batch
 
 
-def _warmup(spec: Spec, rows: int, global_batch: int, steps: int) -> int:
+def _warmup(spec: Spec, rows: int | None, global_batch: int, steps: int) -> int:
     schedule = spec.schedule
     if schedule.warmup_epochs is not None:
-        return round(_as_steps(schedule.warmup_epochs, rows, global_batch))
+        known = _known(rows, "schedule.warmup_epochs")
+        return round(_as_steps(schedule.warmup_epochs, known, global_batch))
     if schedule.warmup_fraction is not None:
         return round(schedule.warmup_fraction * steps)
     return schedule.warmup_steps or 0

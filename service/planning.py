@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from service.normalization import prepare
 from service.optimizers import ParameterGroup, parameter_groups
 from service.plan import Plan, make_plan
 from service.spec import Spec
 from service.task import load_task
+from service.world import alone
 
 
 def planned(spec: Spec, *, processes: int) -> str:
@@ -29,7 +31,7 @@ def planned(spec: Spec, *, processes: int) -> str:
             _aligned(_arithmetic(plan)),
             "learning rate\n" + _aligned(_rates(plan)),
             "parameters\n" + _aligned(_parameters(model, groups, spec), header=True),
-            "batch normalisation: " + _normalization(model, plan),
+            "batch normalisation\n" + _aligned(_normalization(model, plan)),
         ]
     )
 
@@ -38,7 +40,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
     shares = [len(plan.share(process)) for process in range(plan.processes)]
     return [
         ("run", plan.spec.name),
-        ("rows", f"{plan.train_rows:,} to train on, {plan.test_rows:,} to test on"),
+        ("rows", f"{_rows(plan)}, {plan.test_rows:,} to test on"),
         (
             "steps",
             f"{plan.steps:,} of {plan.global_batch:,} rows: {plan.epoch(plan.steps):.2f} epochs",
@@ -49,6 +51,20 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("tests", _every(plan.tests_at, plan)),
         ("checkpoints", _every(plan.saves_at, plan)),
     ]
+
+
+def _rows(plan: Plan) -> str:
+    if plan.train_rows is not None:
+        return f"{plan.train_rows:,} to train on"
+    if plan.spec.loader.stream == "whole":
+        return (
+            "a stream to train on, read whole by every process: the same rows at any number of "
+            "processes, resumed exactly at any other"
+        )
+    return (
+        "a stream to train on, split among the processes: which rows meet in a step depends on "
+        "their number, and so does the result; resumed exactly at the same number only"
+    )
 
 
 def _rates(plan: Plan) -> list[tuple[str, str]]:
@@ -76,18 +92,9 @@ def _parameters(
     return table
 
 
-def _normalization(model: nn.Module, plan: Plan) -> str:
-    layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if not layers:
-        return "none in this model"
-    told = {
-        "micro": f"statistics of each micro-batch of {plan.micro_batch} rows; "
-        "running statistics equal at every number of processes",
-        "sync": f"statistics over the {min(plan.processes * plan.micro_batch, plan.global_batch)} "
-        "rows that the processes compute at once",
-        "local": "each process keeps its own; the lead's are saved",
-    }
-    return f"{layers} layers, {told[plan.spec.model.batchnorm]}"
+def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
+    layers = prepare(model, plan.spec.model.batchnorm, alone())
+    return layers.table(micro_batch=plan.micro_batch, processes=plan.processes)
 
 
 def _counted(shares: Iterable[int]) -> str:

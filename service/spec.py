@@ -295,6 +295,9 @@ class LoaderSpec(Part):
 
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes beside each training process; 0 reads in place."""
+    stream: Literal["whole", "split"] = "whole"
+    """Of data that can only be iterated: every process reads all of it, and the run does not
+    depend on their number; or each reads its own part, and it does."""
     prefetch: Annotated[int, Field(ge=1)] = 2
     """Steps each worker reads ahead."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from service.errors import SpecError, did_you_mean
 from service.schedules import Multiplier
 from service.spec import BestSpec, Spec
+from service.streams import Stream
 from service.task import Task, measured_by
 
 
@@ -24,6 +25,8 @@ class TrainState:
     schedule: Schedule
     step: int = 0
     """Optimizer steps finished."""
+    stream: Stream | None = None
+    """Where the training data is read from, if it can only be read one after the other."""
     best: Best | None = None
     """The best test measure so far, where the spec names one."""
 

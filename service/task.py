@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.errors import SpecError, did_you_mean
+from service.streams import is_stream
 
-Data = Any  # a map-style data set: __len__, __getitem__ and, when present, __getitems__
+# A map-style data set: __len__, __getitem__ and, when present, __getitems__.  For training it may
+# be a stream: __iter__ and, when present, state_dict, load_state_dict, set_epoch and shard.
+Data = Any
 
 
 @runtime_checkable
 class Task(Protocol):
     """A job's content.  `supervised` builds one from parts."""
 
-    train_rows: int
+    train_rows: int | None
+    """None where the training data can only be iterated."""
     test_rows: int
     measures: tuple[str, ...]
 
@@ -134,7 +138,7 @@ class supervised:  # reads as the function a user calls; it is a Task
         self.model = model
         self._train = train() if callable(train) else train
         self._test = test() if callable(test) else test
-        self.train_rows = len(self._train)
+        self.train_rows = None if is_stream(self._train) else len(self._train)
         self.test_rows = len(self._test)
         self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
         if not isinstance(measures, Mapping):

@@ -25,6 +25,7 @@ from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
 from service.spec import Spec
 from service.state import Schedule, TrainState, require_best_measure
+from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.wandb_writer import WandB
@@ -70,6 +71,9 @@ def run(
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
     state = TrainState(model, optimizer, Schedule(optimizer, plan.rate))
+    if is_stream(train_data):
+        mode, index, of = spec.loader.stream, world.index, world.processes
+        state.stream = Stream(train_data, mode=mode, index=index, of=of)
     say = print if world.is_lead else _say_nothing
     checkpoints = Checkpoints(
         directory.checkpoints,
@@ -92,7 +96,9 @@ def run(
     try:
         last = train(
             state,
-            train_steps(train_data, task=task, plan=plan, world=world, start=state.step),
+            train_steps(
+                state.stream or train_data, task=task, plan=plan, world=world, start=state.step
+            ),
             task=task,
             world=world,
             plan=plan,
@@ -209,7 +215,7 @@ def _opening(
     many = "process" if world.processes == 1 else "processes"
     lines = [
         f"{plan.spec.name}: {world.processes} {many} on {world.device.type} | "
-        f"{parameters:,} parameters | {plan.train_rows:,} training and {plan.test_rows:,} test rows"
+        f"{parameters:,} parameters | {_rows(plan)} training and {plan.test_rows:,} test rows"
         f" | {plan.steps:,} steps of {plan.global_batch} rows in micro-batches of "
         f"{plan.micro_batch} | {directory.path}"
     ]
@@ -218,6 +224,10 @@ def _opening(
     if resumed_at is not None:
         lines.append(f"Resuming after step {resumed_at} (epoch {plan.epoch(resumed_at):.2f}).")
     return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> str:
+    return "a stream of" if plan.train_rows is None else f"{plan.train_rows:,}"
 
 
 def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory) -> str:

@@ -171,6 +171,11 @@ class World:
             dist.barrier(group=self._control)
 
 
+def alone() -> World:
+    """A world of this process only, on the CPU: for what is looked at and not trained."""
+    return World(Accelerator(cpu=True))
+
+
 def lost_peer(error: BaseException) -> PeerLost | None:
     """`error` read as the loss of another process, where that is what it says."""
     words = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")

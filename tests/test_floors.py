@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
-    {"spec_file", "randomness", "schedules"},
+    {"spec_file", "randomness", "schedules", "streams"},
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},

@@ -1,0 +1,125 @@
+"""Data that can only be iterated: the same rows at any process count, resumed where it was."""
+
+import pytest
+import torch
+from commands import evenstep
+from jobs import spec_of, train_in_process
+from test_features import difference
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from service.errors import DataBroken, SpecError
+from service.plan import make_plan
+from service.receipt_file import read_receipt
+from service.spec_file import load_spec
+from service.streams import Stream
+from service.task import supervised
+from service.tracking import read_metrics
+
+
+class Lines(IterableDataset):
+    """Rows in an order that each pass shuffles anew, with a state; noisy, to use randomness."""
+
+    def __init__(self, rows=103, stateful=True, first=0, every=1):
+        self.rows, self.first, self.every = rows, first, every
+        self.at, self.epoch = 0, 0
+        if stateful:
+            self.state_dict = self._state
+            self.load_state_dict = self._load
+
+    def set_epoch(self, epoch):
+        self.epoch, self.at = epoch, 0
+
+    def shard(self, num_shards, index):
+        return Lines(self.rows, True, index, num_shards)
+
+    def _state(self):
+        return {"at": self.at, "epoch": self.epoch}
+
+    def _load(self, state):
+        self.at, self.epoch = state["at"], state["epoch"]
+
+    def __iter__(self):
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.epoch))
+        mine = order[self.first :: self.every]
+        while self.at < len(mine):
+            row = int(mine[self.at])
+            self.at += 1
+            values = torch.tensor([row / self.rows, row % 7, 1.0], dtype=torch.float64)
+            yield values + 0.01 * torch.randn(3).double(), row % 3
+
+
+def lines(stateful=True):
+    generator = torch.Generator().manual_seed(1)
+    test = TensorDataset(torch.randn(40, 3, generator=generator).double(), torch.arange(40) % 3)
+    return supervised(
+        model=lambda: nn.Linear(3, 3).double(), train=Lines(stateful=stateful), test=test
+    )
+
+
+HERE = __file__
+JOB = spec_of("") | {"task": f"{HERE}:lines", "test": {}}
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_stream_gives_the_same_run_at_any_process_count_and_resumes_at_any_other(
+    processes, tmp_path, stateful
+):
+    job = JOB | {"task_args": {"stateful": stateful}}
+    processes(1).run(train_in_process, job, tmp_path / "1")
+    processes(3).run(train_in_process, job, tmp_path / "3")
+    for count, stop_at in ((2, 9), (1, 23), (3, None)):
+        processes(count).run(train_in_process, job, tmp_path / "changing", stop_at)
+    for other in ("3", "changing"):
+        losses, weights = difference(tmp_path / "1", tmp_path / other)
+        assert losses < 1e-9
+        assert weights < 1e-9
+        receipts = [read_receipt(tmp_path / n / "job" / "receipt.jsonl") for n in ("1", other)]
+        assert receipts[0] == receipts[1]
+
+
+def test_at_one_process_count_a_resumed_stream_has_the_same_bits(processes, tmp_path):
+    processes(2).run(train_in_process, JOB, tmp_path / "whole")
+    for stop_at in (13, None):
+        processes(2).run(train_in_process, JOB, tmp_path / "cut", stop_at)
+    assert difference(tmp_path / "whole", tmp_path / "cut") == (0, 0)
+
+
+def test_split_each_process_reads_its_own_part(processes, tmp_path):
+    job = JOB | {"loader": {"stream": "split"}}
+    processes(2).run(train_in_process, job, tmp_path / "whole")
+    for stop_at in (13, None):
+        processes(2).run(train_in_process, job, tmp_path / "cut", stop_at)
+    assert difference(tmp_path / "whole", tmp_path / "cut") == (0, 0)
+    processes(1).run(train_in_process, job, tmp_path / "one")
+    last = [
+        read_metrics(tmp_path / n / "job/metrics.jsonl")[-1]["train/loss"] for n in ("one", "whole")
+    ]
+    assert last[0] != last[1], "it does depend on the number of processes, and the plan says so"
+
+
+def test_split_cannot_be_taken_up_by_another_number(processes, tmp_path):
+    stream = Stream(Lines(), mode="split", index=0, of=3)
+    with pytest.raises(SpecError, match="split among 2 processes so far"):
+        stream.move_to([stream.place(), stream.place()], 0)
+
+
+def test_what_a_stream_does_not_know_is_asked_in_steps():
+    spec = load_spec(JOB | {"length": {"epochs": 2}})
+    with pytest.raises(SpecError, match=r"length.epochs: the training data is a stream"):
+        make_plan(spec, processes=1, train_rows=None, test_rows=40)
+
+
+def test_a_stream_without_rows_is_told():
+    with pytest.raises(DataBroken, match="gave no row in a whole pass"):
+        Stream(Lines(rows=0), mode="whole", index=0, of=1).take(1)
+
+
+def test_the_plan_says_which_promise_holds(tmp_path):
+    import json
+
+    (tmp_path / "job.json").write_text(json.dumps(JOB))
+    whole = evenstep("plan", "job.json", cwd=tmp_path)
+    assert "the same rows at any number of processes" in whole.stdout, whole.stderr
+    split = evenstep("plan", "job.json", "loader.stream=split", cwd=tmp_path)
+    assert "depends on their number" in split.stdout
