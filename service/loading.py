@@ -57,7 +57,8 @@ def train_steps(
         brought = [next(batches) for _ in range(per_step)]
         # With statistics over all processes every forward pass is a collective: a process
         # with fewer micro-batches takes part in the last round with no rows.
-        brought += [_without_rows(brought[0], number=plan.micro_batches)] * empty_rounds
+        if empty_rounds:
+            brought += [_without_rows(brought[0], number=plan.micro_batches)] * empty_rounds
         yield Step(brought, _step_weight(brought, plan, world))
 
 
@@ -122,7 +123,8 @@ def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
     assert plan.train_rows is not None, "a stream is not asked for rows"
     share = plan.share(process)
     first, last = _span(share.start, plan).start, _span(share.stop - 1, plan).stop
-    cuts = np.arange(plan.micro_batch, last - first, plan.micro_batch)
+    spans = (_span(number, plan) for number in share)
+    pieces = [slice(span.start - first, span.stop - first) for span in spans]
     block = max(1, _ROWS_AHEAD // (last - first))
     for begin in range(start, plan.steps, block):
         steps = np.arange(begin, min(begin + block, plan.steps))
@@ -135,9 +137,8 @@ def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
             strict=True,
         )
         for step, step_rows, step_epochs in of_steps:
-            pieces = zip(share, np.split(step_rows, cuts), np.split(step_epochs, cuts), strict=True)
-            for number, piece, epochs in pieces:
-                yield Order(step, number, piece, epochs)
+            for number, piece in zip(share, pieces, strict=True):
+                yield Order(step, number, step_rows[piece], step_epochs[piece])
 
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
@@ -165,6 +166,8 @@ def _bring(
     data: Data, orders: Iterable[Order], *, task: Task, plan: Plan, world: World
 ) -> Iterator[Batch]:
     """Carry out the orders, in order."""
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        return _from_memory(data, orders, task=task, world=world)
     return _as_batches(_collated(data, orders, plan, world), task=task, world=world)
 
 
@@ -185,8 +188,6 @@ def _as_batches(
 def _collated(
     data: Data, orders: Iterable[Order], plan: Plan, world: World
 ) -> Iterator[tuple[Order, Any]]:
-    if isinstance(data, TensorDataset):
-        return _from_memory(data, orders, world)
     reader = _Reader(data, plan.spec.seed)
     if plan.spec.loader.workers == 0:
         return ((order, reader[order][1]) for order in orders)
@@ -205,13 +206,19 @@ def _collated(
 
 
 def _from_memory(
-    data: TensorDataset, orders: Iterable[Order], world: World
-) -> Iterator[tuple[Order, Any]]:
-    """Rows of tensors are picked by index, on the device that computes them."""
-    tensors = [tensor.to(world.device) for tensor in data.tensors]
+    data: TensorDataset, orders: Iterable[Order], *, task: Task, world: World
+) -> Iterator[Batch]:
+    """Rows of two tensors are picked by index, on the device that computes them."""
+    inputs, targets = (tensor.to(world.device) for tensor in data.tensors)
+    weigh = getattr(task, "weight", None)
+    elsewhere = world.device.type != "cpu"
     for order in orders:
-        index = torch.from_numpy(order.rows).to(world.device, non_blocking=True)
-        yield order, tuple(tensor.index_select(0, index) for tensor in tensors)
+        index = torch.from_numpy(order.rows)
+        if elsewhere:
+            index = index.to(world.device, non_blocking=True)
+        aims = targets.index_select(0, index)
+        weight = weigh(aims) if weigh is not None else None
+        yield Batch(order.number, order.rows, inputs.index_select(0, index), aims, weight)
 
 
 class _Reader(Dataset[tuple[Order, Any]]):

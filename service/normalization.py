@@ -94,7 +94,6 @@ class Normalization:
         self._momentum_values: list[float | None] = []
         self._momentum = torch.empty(0)
 
-    @torch.no_grad()
     def finish_step(self) -> None:
         """Move the running statistics by one optimizer step; every process calls it.
 
@@ -103,8 +102,11 @@ class Normalization:
         A layer that no process used keeps what it has.  In the modes that gather nothing,
         nothing happens.
         """
-        if not self._gathering:
-            return
+        if self._gathering:  # asked here: the other modes pay nothing for a step
+            self._finish_step()
+
+    @torch.no_grad()
+    def _finish_step(self) -> None:
         means, variances, counts = self._sums_of_the_step()
         self._owners = self._owners.to(counts.device)
         used = counts > 0  # [layers]
