@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +55,17 @@ def train(
     clock = Clock()
     values: dict[str, float] = {}
     for step in clock.waiting_for(steps):
-        state.optimizer.zero_grad()
-        losses: dict[int, Tensor] = {}
-        for batch in exchange.over(step.micro_batches):
-            world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
-            loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
-            exchange.backward(loss_sum, step.weight)
-            losses[batch.number] = loss_sum.detach()
+        evaluate = partial(backpropagate, state, step, exchange, task=task, world=world, plan=plan)
+        mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
+        losses = evaluate()
+        for batch in step.micro_batches:
             receipt.note(state.step, batch)
         normalization.finish_step()
         grad_norm = clip(state.model, plan, logging=plan.logs_at(state.step + 1))
-        state.optimizer.step()
+        if state.needs_closure:
+            state.optimizer.step(closure(losses, evaluate, mean_loss, state.model, normalization))
+        else:
+            state.optimizer.step()
         state.step += 1
         state.schedule.set(state.step)
 
@@ -71,10 +73,10 @@ def train(
         # below together: a collective in one is a collective in all.
         values = {}
         if plan.logs_at(state.step):
-            loss = float(total_loss(losses, plan, world) / step.weight)
+            loss = mean_loss(losses)
             require_finite(loss, state.step)
             values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
-            values |= state.schedule.rates(state.step - 1)
+            values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
         if plan.tests_at(state.step):
             batches = test_batches(test_data, task=task, plan=plan, world=world)
@@ -83,6 +85,8 @@ def train(
             plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
         )
         best = state.improves(values, plan.spec.checkpoint.best)
+        state.learn(values)
+        stopping |= state.ended_early
         saving = plan.saves_at(state.step) or best or stopping
         if values or saving:
             receipt.write(state.step)
@@ -96,6 +100,62 @@ def train(
         if stopping:
             break
     return values
+
+
+def backpropagate(
+    state: TrainState, step: Step, exchange: Exchange, *, task: Task, world: World, plan: Plan
+) -> dict[int, Tensor]:
+    """Leave the step's gradients in the parameters; a forward and a backward pass per micro-batch.
+
+    Returns:
+        The summed loss of each micro-batch that this process computed.
+    """
+    state.optimizer.zero_grad()
+    losses: dict[int, Tensor] = {}
+    for batch in exchange.over(step.micro_batches):
+        world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
+        loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
+        exchange.backward(loss_sum, step.weight)
+        losses[batch.number] = loss_sum.detach()
+    state.drop_frozen_gradients()
+    return losses
+
+
+def closure(
+    losses: dict[int, Tensor],
+    evaluate: Callable[[], dict[int, Tensor]],
+    mean_loss: Callable[[dict[int, Tensor]], float],
+    model: nn.Module,
+    normalization: Normalization,
+) -> Callable[[], float]:
+    """What LBFGS calls for the loss of the step, and its gradients, at each point that it tries.
+
+    The first point is where the parameters stand, and what was found there is known.  At every
+    other one the same micro-batches are computed with the same random numbers, and what a forward
+    pass moves besides gradients (BatchNorm's statistics) stays as the first one left it.  Loss
+    and gradients are those of all processes, so each of them draws the same conclusions.
+    """
+    known = [losses]
+
+    def loss() -> float:
+        if known:
+            return mean_loss(known.pop())
+        with unmoved_buffers(model):
+            here = evaluate()
+        normalization.forget()
+        return mean_loss(here)
+
+    return loss
+
+
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the buffers back the values that they have on entering."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 @torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail
@@ -143,13 +203,15 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
 
 
-def total_loss(losses: Mapping[int, Tensor], plan: Plan, world: World) -> Tensor:
-    """The step's summed loss, added up in the order of its micro-batches."""
+def total_loss(
+    losses: Mapping[int, Tensor], *, plan: Plan, world: World, weight: float | Tensor
+) -> float:
+    """The step's mean loss, added up in the order of its micro-batches."""
     each = torch.zeros(plan.micro_batches, dtype=world.wide)  # 0 for what others computed
     for number, loss in losses.items():
         if number < plan.micro_batches:
             each[number] = loss
-    return world.sum(each.to(world.device)).sum()
+    return float(world.sum(each.to(world.device)).sum() / weight)
 
 
 def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:
@@ -157,11 +219,22 @@ def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:
 
     It is not worked out where nobody asks for it: `nan` then.
     """
-    if plan.spec.max_grad_norm is not None:
-        return nn.utils.clip_grad_norm_(model.parameters(), plan.spec.max_grad_norm)
-    if logging:
-        return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    return math.nan
+    longest = plan.spec.max_grad_norm
+    if longest is None and not logging:
+        return math.nan
+    length = nn.utils.get_total_norm(gradient_values(model))
+    if longest is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), longest, length)
+    return length
+
+
+def gradient_values(model: nn.Module) -> list[Tensor]:
+    """Every number in the gradients: of a sparse one those it holds, each place once."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return [grad.values() if grad.is_sparse else grad for grad in found]
 
 
 def require_finite(loss: float, step: int) -> None:

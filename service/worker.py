@@ -17,14 +17,22 @@ from service.faults import StopRequest
 from service.loading import sample, test_batches, train_steps
 from service.loops import test, train
 from service.normalization import prepare
-from service.optimizers import make_optimizer, parameter_groups
+from service.optimizers import (
+    frozen_for_now,
+    make_optimizer,
+    parameter_groups,
+    require_its_loss,
+    require_sparse_can_travel,
+)
+from service.patience import Patience
 from service.plan import Plan, make_plan
 from service.predictions import Predictions
+from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
 from service.spec import Spec
-from service.state import Schedule, TrainState, require_best_measure
+from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
@@ -44,7 +52,7 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
-    require_best_measure(spec, task)
+    require_measures(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
     ordered = spec.exactness == "bitwise"
@@ -54,8 +62,11 @@ def run(
     if spec.model.channels_last:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         model.to(**nhwc)
+    require_sparse_can_travel(model, spec, device=world.device.type, many=world.processes > 1)
     groups = parameter_groups(model, spec.optimizer)
     optimizer = make_optimizer(model, spec.optimizer, groups)
+    require_its_loss(optimizer, spec)
+    schedule = make_schedule(optimizer, plan)
 
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
@@ -70,7 +81,9 @@ def run(
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
-    state = TrainState(model, optimizer, Schedule(optimizer, plan.rate))
+    waiting = Patience(spec.early_stopping) if spec.early_stopping else None
+    state = TrainState(model, optimizer, schedule, early_stopping=waiting)
+    state.frozen = frozen_for_now(model, groups)
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
@@ -79,13 +92,21 @@ def run(
         directory.checkpoints,
         world=world,
         keep=spec.checkpoint.keep,
+        rename=spec.checkpoint.rename,
         facts={"processes": world.processes, "versions": versions()},
         say=say,
     )
-    resumed = checkpoints.restore(state)
+    try:
+        resumed = checkpoints.restore(state)
+    except BaseException:
+        if opened:
+            opened.close()
+        raise
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
-    if state.step >= plan.steps:
+    if state.step >= plan.steps or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
+        if opened:
+            opened.close()
         return {}
 
     tracker = _tracker(plan, opened, world=world, step=state.step)
@@ -110,7 +131,7 @@ def run(
             test_data=test_data,
             stop=stop,
         )
-        outcome = "done" if state.step >= plan.steps else "stopped"
+        outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
         tracker.close(outcome)
         if opened:
@@ -150,7 +171,7 @@ def test_run(
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
     model = task.model().to(world.device)
     prepare(model, spec.model.batchnorm, world)
-    load_weights(chosen, model)
+    load_weights(chosen, model, rename=spec.checkpoint.rename)
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)
@@ -236,6 +257,9 @@ def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory)
     line = f"Done after step {state.step:,}: {tested or 'no test'}."
     if state.best is not None:
         line += f" Best {state.best.measure} {state.best.value:.4g} at step {state.best.step:,}."
+    if state.early_stopping is not None and state.ended_early:
+        waited = state.early_stopping
+        line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
     return f"{line} All of it is in {directory.path}"
 
 

@@ -9,22 +9,23 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
-    {"spec_file", "randomness", "schedules", "streams"},
+    {"spec_file", "randomness", "schedules", "streams", "patience"},
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},
     {
-        "state",
         "exchange",
         "predictions",
         "metrics",
         "normalization",
         "optimizers",
+        "rates",
         "receipts",
         "faults",
         "clock",
     },
-    {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
+    {"verification", "state"},
+    {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning", "reference"},
     {"loops"},
     {"worker"},
 ]
@@ -33,6 +34,7 @@ MODULES = sorted((ROOT / "service").glob("*.py"))
 MODULES = [path for path in MODULES if path.stem != "__init__"]
 WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file", "randomness"} | {
     "schedules",
+    "patience",
     "samplers",
     "run_directory",
     "plan",
