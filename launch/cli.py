@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
+from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
@@ -138,6 +139,10 @@ def list_recipes() -> None:
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
     click.echo(json.dumps(spec_schema(), indent=2))
+
+
+for _command in (list_runs, report):
+    evenstep.add_command(_command)
 
 
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:

@@ -7,12 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
+    {"charts"},
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams"},
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},
+    {"history"},
+    {"report"},
     {
         "state",
         "exchange",
@@ -41,6 +44,9 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "receipt_file",
     "console",
     "wandb_writer",
+    "charts",
+    "history",
+    "report",
 }
 
 
