@@ -15,7 +15,7 @@ FLOORS = [
     {"plan"},
     {"world", "batches", "task", "tracking"},
     {"history"},
-    {"report"},
+    {"report", "starting"},
     {
         "state",
         "exchange",
@@ -30,6 +30,7 @@ FLOORS = [
     {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
     {"loops"},
     {"worker"},
+    {"checking"},
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 MODULES = sorted((ROOT / "service").glob("*.py"))
@@ -47,6 +48,7 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "charts",
     "history",
     "report",
+    "starting",
 }
 
 
