@@ -5,19 +5,20 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
 from service.errors import EvenstepError, SpecError
+from service.exchange import Overlapped
 from service.loading import test_batches, train_steps
-from service.loops import require_finite
+from service.loops import require_finite, summed_loss, test
 from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
@@ -72,12 +73,21 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     if unreached:
         yield "warning", f"the loss does not depend on {', '.join(unreached[:8])}: never trained"
     if task.test_rows:
-        means, seconds = _timed(lambda: _tested(model, task, small, world))
-        told = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        means, seconds = _timed(lambda: _tested(model, task, spec, world))
+        told = ", ".join(
+            f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
+        )
         yield "test", f"{told} ({seconds:.2f} s for one micro-batch)"
     size, seconds = _timed(lambda: _round_trip(state, task, small, world))
     yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
     yield "memory", _memory(state, activations, world)
+
+
+def row_bytes(task: Task) -> int:
+    """Size of the first training row once it is collated."""
+    data = task.train_data()
+    rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
+    return _bytes(default_collate(list(rows)))
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
@@ -92,7 +102,7 @@ def _rows(task: Task) -> str:
 
 def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:
     optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
-    return TrainState(model, model, optimizer, Schedule(optimizer, plan.rate))
+    return TrainState(model, optimizer, Schedule(optimizer, plan.rate))
 
 
 def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -132,31 +142,23 @@ def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
 
 def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
     """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
-    with world.autocast():
-        losses = task.loss(forward(state.model, batch.inputs), batch.targets)
-    total = losses.sum() if batch.weight is None else (losses * batch.weight).sum()
-    weight = float(batch.weight.sum()) if batch.weight is not None else len(batch.rows)
-    world.backward(total, weight)
+    exchange = Overlapped(state.model, world, find_unused=False)
+    loss_sum = summed_loss(state.model, batch, task=task, world=world)
+    weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
+    exchange.backward(loss_sum, weight)
     state.optimizer.step()
     state.step += 1
-    mean = float(total.detach()) / weight
+    mean = float(loss_sum.detach() / weight)
     require_finite(mean, state.step)
     return mean
 
 
-@torch.no_grad()
-def _tested(model: nn.Module, task: Task, plan: Plan, world: World) -> dict[str, float]:
-    """Means over the first micro-batch of the test set: that it works, not how good it is."""
-    model.eval()
+def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str, float]:
+    """The test loop over its first micro-batch: that it works, not how good the model is."""
+    rows = min(task.test_rows, spec.test.micro_batch)
+    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
-    batch = next(islice(batches, 1))
-    with world.autocast():
-        outputs = forward(model, batch.inputs)
-        losses = task.loss(outputs, batch.targets)
-        measured = task.measure(outputs, batch.targets)
-    model.train()
-    values = [float(measured[..., n].double().mean()) for n in range(len(task.measures))]
-    return {"loss": float(losses.mean()), **dict(zip(task.measures, values, strict=True))}
+    return test(model, batches, task=task, world=world, plan=plan)
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
@@ -174,7 +176,7 @@ def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
 
 
 def _require_equal(state: TrainState, read: TrainState) -> None:
-    before, after = state.bare.state_dict(), read.bare.state_dict()
+    before, after = state.model.state_dict(), read.model.state_dict()
     changed = [
         name
         for name, value in before.items()
@@ -196,8 +198,8 @@ def _optimizer_tensors(state: TrainState) -> list[Any]:
 
 def _memory(state: TrainState, activations: int, world: World) -> str:
     """What one process needs at least, by its parts."""
-    weights = _bytes([*state.bare.parameters(), *state.bare.buffers()])
-    gradients = _bytes([p for p in state.bare.parameters() if p.requires_grad])
+    weights = _bytes([*state.model.parameters(), *state.model.buffers()])
+    gradients = _bytes([p for p in state.model.parameters() if p.requires_grad])
     parts = {
         "weights": weights,
         "gradients": gradients,
