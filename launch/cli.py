@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
-from launch.job_commands import check, new
+from launch.job_commands import check, doctor, new
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
@@ -142,7 +142,7 @@ def schema() -> None:
     click.echo(json.dumps(spec_schema(), indent=2))
 
 
-for _command in (new, check, list_runs, report):
+for _command in (new, check, doctor, list_runs, report):
     evenstep.add_command(_command)
 
 

@@ -1,13 +1,16 @@
-"""The commands that come before a run: `new` and `check`."""
+"""The commands that come before a run: `new`, `check` and `doctor`."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import click
 
+from launch.doctor import Asked, examined, exit_code
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.starting import SPEC, start
@@ -47,3 +50,23 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
 
     code, _ = outcome_of(work)
     leave(code)
+
+
+@click.command()
+@click.argument("spec", metavar="[SPEC]", required=False)
+@click.option("--processes", metavar="N", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(spec: str | None, processes: int, runs: Path, as_json: bool) -> None:
+    """Check this machine, with SPEC against its needs. Exit 0: fine, 1: warnings, 2: failed."""
+    loaded = load_spec(find_recipe(spec)) if spec is not None else None
+    findings = []
+    for finding in examined(Asked(processes=processes, runs=runs, spec=loaded)):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.state:<7}  {finding.name:<11}  {finding.told}")
+            if finding.fix:
+                click.echo(f"{'':<22}fix: {finding.fix}")
+    if as_json:
+        click.echo(json.dumps([finding.record() for finding in findings], indent=1))
+    sys.exit(exit_code(findings))
