@@ -30,7 +30,7 @@ FLOORS = [
     {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
     {"loops"},
     {"worker"},
-    {"checking"},
+    {"checking", "in_place"},
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 MODULES = sorted((ROOT / "service").glob("*.py"))
