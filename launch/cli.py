@@ -18,6 +18,7 @@ from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
+from service.spec_page import spec_page
 from service.verification import compare
 
 if TYPE_CHECKING:
@@ -137,9 +138,10 @@ def list_recipes() -> None:
 
 
 @evenstep.command()
-def schema() -> None:
+@click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
+def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
-    click.echo(json.dumps(spec_schema(), indent=2))
+    click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
 
 
 for _command in (new, check, doctor, list_runs, report):

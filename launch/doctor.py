@@ -380,8 +380,8 @@ def _loader_bytes(asked: Asked) -> int:
 
     assert asked.spec is not None
     task = load_task(asked.spec.task, asked.spec.task_args)
-    rows = {"train_rows": task.train_rows, "test_rows": task.test_rows}
-    plan = make_plan(asked.spec, processes=1, **rows)
+    rows = task.train_rows
+    plan = make_plan(asked.spec, processes=1, train_rows=rows, test_rows=task.test_rows)
     rounds = -(-plan.micro_batches // asked.processes)
     ahead = asked.processes * asked.workers * asked.spec.loader.prefetch * rounds
     return ahead * plan.micro_batch * row_bytes(task)

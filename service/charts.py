@@ -57,7 +57,7 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
     """An axis that holds all finite values with some air; logarithmic where they span much."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    if may_be_log and low > 0 and high / low > 30:
+    if may_be_log and low > 1e-30 and high / low > 30:
         air = (high / low) ** 0.04
         return Axis(low / air, high * air, log=True)
     if high - low <= 1e-9 * max(abs(low), abs(high)):

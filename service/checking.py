@@ -25,6 +25,7 @@ from service.plan import Plan, make_plan
 from service.rehearsal import Trial
 from service.spec import Spec
 from service.state import Schedule, TrainState, require_best_measure
+from service.streams import Stream, is_stream
 from service.task import Task, load_task
 from service.world import World
 
@@ -44,9 +45,8 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         EvenstepError: what would have ended it at its first step, test or checkpoint.
     """
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args))
-    rows = {"train_rows": task.train_rows, "test_rows": task.test_rows}
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
-    plan = make_plan(spec, processes=processes, **rows)
+    plan = _plan(spec, task, processes)
     require_best_measure(spec, task)
     yield (
         "plan",
@@ -54,7 +54,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         f"of {plan.micro_batch}: up to {plan.micro_batches} processes",
     )
     # As if there were a process for each micro-batch, so that a step brings one of them.
-    small = make_plan(spec, processes=plan.micro_batches, **rows)
+    small = _plan(spec, task, plan.micro_batches)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
     model, seconds = _timed(lambda: task.model().to(world.device))
     normalization = prepare(model, spec.model.batchnorm, world)
@@ -86,7 +86,10 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
 def row_bytes(task: Task) -> int:
     """Size of the first training row once it is collated."""
     data = task.train_data()
-    rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
+    if is_stream(data):
+        rows = [next(iter(data))]
+    else:
+        rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
     return _bytes(default_collate(list(rows)))
 
 
@@ -97,7 +100,13 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 
 def _rows(task: Task) -> str:
     measures = ", ".join(task.measures) or "none"
-    return f"{task.train_rows:,} training and {task.test_rows:,} test rows, measures: {measures}"
+    train = "a stream of" if task.train_rows is None else f"{task.train_rows:,}"
+    return f"{train} training and {task.test_rows:,} test rows, measures: {measures}"
+
+
+def _plan(spec: Spec, task: Task, processes: int) -> Plan:
+    rows = task.train_rows
+    return make_plan(spec, processes=processes, train_rows=rows, test_rows=task.test_rows)
 
 
 def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:
@@ -116,7 +125,10 @@ def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
     """The first micro-batch of the run, through the spec's own loader and its workers."""
-    steps = train_steps(task.train_data(), task=task, plan=plan, world=world, start=0)
+    data = task.train_data()
+    if is_stream(data):
+        data = Stream(data, mode=plan.spec.loader.stream, index=0, of=1)
+    steps = train_steps(data, task=task, plan=plan, world=world, start=0)
     return next(iter(steps)).micro_batches[0]
 
 

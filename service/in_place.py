@@ -19,7 +19,7 @@ from service.spec import Spec
 from service.spec_file import load_spec
 from service.task import load_task
 from service.worker import run as run_to_the_end
-from service.world import alone
+from service.world import in_place
 
 
 def run(
@@ -49,10 +49,9 @@ def run(
             "exactness: bitwise changes how this whole process computes. "
             "Run it by `evenstep run`, which has a process of its own."
         )
-    world = alone(precision=loaded.model.precision)
+    world = in_place(precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args)
-    rows = {"train_rows": task.train_rows, "test_rows": task.test_rows}
-    plan = make_plan(loaded, processes=1, **rows)
+    plan = make_plan(loaded, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     place = Path(runs).absolute()
     # Only the main thread of an interpreter hears signals.
     hears = threading.current_thread() is threading.main_thread()

@@ -199,7 +199,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return generators
 
 
-def alone(*, precision: str = "fp32") -> World:
+def in_place(*, precision: str) -> World:
     """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
 
     For a notebook or a script.  Processes that a launcher starts are joined by `launch`.

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts"},
+    {"charts", "spec_page"},
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams"},
@@ -46,6 +46,7 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "console",
     "wandb_writer",
     "charts",
+    "spec_page",
     "history",
     "report",
     "starting",
