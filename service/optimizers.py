@@ -58,7 +58,8 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGro
         if home is None:
             left_out = [n for n in names if not any(fnmatchcase(n, g.match) for g in patterns)]
             raise SpecError(
-                f"optimizer.groups: {_listed(left_out)} in no group. "
+                f"optimizer.groups: {_listed(left_out)} "
+                f"{'is' if len(left_out) == 1 else 'are'} in no group. "
                 "Add a group, or end with {match: '*'}."
             )
         chosen[home].append(name)
@@ -97,7 +98,7 @@ def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more + (" is" if len(names) == 1 else " are")
+    return ", ".join(names[:most]) + more
 
 
 def make_optimizer(
