@@ -34,6 +34,8 @@ class Failure:
     time: float
     """Seconds since 1970."""
     text: str
+    stacks: str = ""
+    """Where every thread stood, if the report says so."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class History:
 
     @property
     def state(self) -> str:
-        """new, running, done, stopped or failed; `killed` where it says running and is not."""
+        """new, running, done, stopped or failed; `lost` where it says running and is not."""
         said = str(self.facts.get("state", "unknown"))
-        return "killed" if said == "running" and _writer_is_gone(self.directory) else said
+        return "lost" if said == "running" and _writer_is_gone(self.directory) else said
 
     @property
     def step(self) -> int:
@@ -99,7 +101,7 @@ class History:
             heard = [row["time"] for row in self.rows if starts[number] <= row["time"] < later]
             end = float(attempt.get("ended", max(heard, default=starts[number])))
             is_last = number + 1 == len(starts)
-            outcome = attempt.get("outcome") or (self.state if is_last else "killed")
+            outcome = attempt.get("outcome") or (self.state if is_last else "lost")
             yield starts[number], max(end, starts[number]), str(outcome)
 
     @cached_property
@@ -225,8 +227,11 @@ def _failures(directory: Path) -> Iterator[Failure]:
             yield Failure(path.stat().st_mtime, f"{path.name} cannot be read: {error}")
             continue
         told = told if isinstance(told, dict) else {"message": told}
-        words = next((told[key] for key in ("message", "error", "reason") if told.get(key)), None)
+        words = told.get("message") or " at ".join(
+            str(told[key]) for key in ("kind", "line") if told.get(key)
+        )
         rank = f"rank {told['rank']}: " if "rank" in told else ""
         when = told.get("time")
         moment = float(when) if isinstance(when, int | float) else path.stat().st_mtime
-        yield Failure(moment, f"{rank}{words or path.name}")
+        stacks = str(told.get("stacks", ""))
+        yield Failure(moment, f"{rank}{words or path.name}", stacks)

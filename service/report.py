@@ -16,7 +16,7 @@ from typing import Any
 
 from service.charts import COLOURS, Line, chart, short, smoothed, step_axis
 from service.errors import SpecError
-from service.history import History, differing
+from service.history import Failure, History, differing
 from service.spec_file import dump_values
 
 TITLES = {
@@ -85,7 +85,12 @@ def _header(title: str, histories: Sequence[History], now: float) -> str:
 
 
 def _pill(state: str) -> str:
-    return f'<span class="pill {escape(state)}">{escape(state)}</span>'
+    return f'<span class="pill {_kind(state)}">{escape(state)}</span>'
+
+
+def _kind(state: str) -> str:
+    """A state as the name of a class: `gave up` is `gave-up`."""
+    return escape(state.replace(" ", "-"))
 
 
 def _labels(histories: Sequence[History]) -> list[str]:
@@ -123,6 +128,9 @@ def _figures(history: History) -> list[tuple[str, str]]:
     if speeds:
         figures.append(("rows per second, median", short(statistics.median(speeds))))
     figures.append(("time in attempts", _duration(history.seconds)))
+    goodput = history.facts.get("account", {}).get("goodput")
+    if goodput is not None:
+        figures.append(("goodput", f"{goodput:.0%} of the time since the first start"))
     processes = dict.fromkeys(str(a.get("processes", "?")) for a in history.attempts)
     if processes:
         figures.append(("processes", ", ".join(processes)))
@@ -258,7 +266,9 @@ def _timeline(histories: Sequence[History]) -> str:
     marks = "".join(
         f'<span style="left:{100 * n / 4:g}%">{_duration(whole * n / 4)}</span>' for n in range(5)
     )
-    key = "".join(f'<span class="{s}"><i></i>{s}</span>' for s in _outcomes(spans, histories))
+    key = "".join(
+        f'<span class="{_kind(s)}"><i></i>{escape(s)}</span>' for s in _outcomes(spans, histories)
+    )
     return (
         f'<section class="card"><h2>Attempts</h2><div class="legend states">{key}</div>'
         f'<div class="timeline">{"".join(tracks)}<div class="track"><b></b>'
@@ -278,7 +288,7 @@ def _bar(span: tuple[float, float, str], begin: float, whole: float) -> str:
     left, width = 100 * (start - begin) / whole, 100 * (end - start) / whole
     told = f"{outcome} after {_duration(end - start)}, begun {_moment(start)}"
     return (
-        f'<i class="bar {escape(outcome)}" style="left:{left:.3f}%;width:{width:.3f}%" '
+        f'<i class="bar {_kind(outcome)}" style="left:{left:.3f}%;width:{width:.3f}%" '
         f'title="{escape(told)}"></i>'
     )
 
@@ -352,10 +362,16 @@ def _failures(history: History) -> str:
     if not history.failures:
         return ""
     told = "".join(
-        f"<li><time>{_moment(failure.time)}</time> {escape(failure.text)}</li>"
+        f"<li><time>{_moment(failure.time)}</time> {escape(failure.text)}{_stacks(failure)}</li>"
         for failure in history.failures
     )
     return f'<h3>Failure reports</h3><ul class="failures">{told}</ul>'
+
+
+def _stacks(failure: Failure) -> str:
+    if not failure.stacks:
+        return ""
+    return f"<details><summary>stacks</summary><pre>{escape(failure.stacks)}</pre></details>"
 
 
 def _moment(seconds: float) -> str:

@@ -38,6 +38,14 @@ def place(tmp_path_factory, processes):
     started = read_history(runs / "first").attempts[1]["started"]
     report = {"time": started + 0.01, "rank": 3, "message": "Diverged: loss <script>alert(1)"}
     (failures / "one-rank-3.json").write_text(json.dumps(report))
+    hang = {
+        "time": started + 0.02,
+        "rank": 0,
+        "kind": "hang",
+        "line": "loops.py:60",
+        "stacks": "<f>",
+    }
+    (failures / "one-rank-0.json").write_text(json.dumps(hang))
     (failures / "two.json").write_text("{torn")
     return place
 
@@ -66,7 +74,7 @@ def test_runs_tells_what_it_cannot_read_and_lists_the_rest(place, tmp_path):
     assert evenstep("runs", "nowhere", cwd=tmp_path).returncode == 64
 
 
-def test_a_run_whose_process_is_gone_is_told_as_killed(place, tmp_path):
+def test_a_run_whose_process_is_gone_is_told_as_lost(place, tmp_path):
     run = tmp_path / "gone"
     run.mkdir()
     for name in ("run.json", "spec.yaml", "metrics.jsonl", ".lock"):
@@ -78,8 +86,8 @@ def test_a_run_whose_process_is_gone_is_told_as_killed(place, tmp_path):
     host = (run / ".lock").read_text().split()[-1]
     assert read_history(run).state == "running", "its process, of the pool, is still there"
     (run / ".lock").write_text(f"process {2**22 + 1} on {host}")
-    assert read_history(run).state == "killed"
-    assert [outcome for _, _, outcome in read_history(run).spans()] == ["stopped", "killed"]
+    assert read_history(run).state == "lost"
+    assert [outcome for _, _, outcome in read_history(run).spans()] == ["stopped", "lost"]
 
 
 def test_a_name_that_is_no_run_is_told_with_what_is_near(place):
@@ -95,6 +103,22 @@ def test_the_page_loads_nothing_and_escapes_everything(place):
     assert "<script>alert" not in text
     assert "loss &lt;script&gt;alert(1)" in text
     assert "two.json cannot be read" in text
+    assert "rank 0: hang at loops.py:60" in text
+    assert "<pre>&lt;f&gt;</pre>" in text
+
+
+def test_the_account_of_a_run_is_shown_where_it_keeps_one(place, tmp_path):
+    run = tmp_path / "kept"
+    run.mkdir()
+    for name in ("spec.yaml", "metrics.jsonl"):
+        (run / name).write_bytes((place / "runs" / "first" / name).read_bytes())
+    facts = json.loads((place / "runs/first/run.json").read_text())
+    facts["attempts"][0]["outcome"] = facts["state"] = "gave up"
+    facts["account"] = {"goodput": 0.4321}
+    (run / "run.json").write_text(json.dumps(facts))
+    text = page([read_history(run)], now=0)
+    assert "43% of the time since the first start" in text
+    assert 'class="bar gave-up"' in text
 
 
 def test_the_table_shows_what_differs_and_nothing_else(place):
@@ -155,7 +179,7 @@ def test_a_browser_draws_the_curves(place, width, dark):
     assert found["overflow"] <= 0, "nothing is wider than the screen"
     assert len(found["bars"]) == 3
     assert min(found["bars"]) >= 3
-    assert found["flags"] == 2
+    assert found["flags"] == 3
     darkness = sum(map(int, re.findall(r"\d+", found["page"])[:3]))
     assert (darkness < 200) == dark
 
