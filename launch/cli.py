@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
+from launch.job_commands import check, doctor, new
+from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
+from service.spec_page import spec_page
 from service.verification import compare
 
 if TYPE_CHECKING:
@@ -135,9 +138,14 @@ def list_recipes() -> None:
 
 
 @evenstep.command()
-def schema() -> None:
+@click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
+def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
-    click.echo(json.dumps(spec_schema(), indent=2))
+    click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
+
+
+for _command in (new, check, doctor, list_runs, report):
+    evenstep.add_command(_command)
 
 
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
+from launch.limits import threads_each
 from service.errors import SpecError
 from service.world import World
 
@@ -70,10 +71,9 @@ def _device(environment: Environment) -> str:
 
 
 def _share_cores(environment: Environment, device: str) -> None:
-    """Divide the CPU's cores among the processes of this machine, unless OMP_NUM_THREADS does."""
+    """Divide the cores this container gets among its processes, unless OMP_NUM_THREADS does."""
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, (cores or 1) // environment.local_world_size)
+        threads = threads_each(environment.local_world_size)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -273,6 +273,11 @@ def dump_spec(spec: Spec) -> str:
     return _yaml(_values(spec))
 
 
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Plain values of a spec as YAML, such as those of a run's `spec.yaml`."""
+    return _yaml(dict(values))
+
+
 def _values(value: Any) -> Any:
     """Plain values of a section in the order of its fields; a field that is null is its default."""
     if isinstance(value, Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -196,3 +197,18 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     elif device.type == "xpu":
         generators.append(torch.xpu.default_generators[device.index or 0])
     return generators
+
+
+def in_place(*, precision: str) -> World:
+    """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
+
+    For a notebook or a script.  Processes that a launcher starts are joined by `launch`.
+    """
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    on_cpu = os.environ.get("EVENSTEP_DEVICE") == "cpu" or not torch.accelerator.is_available()
+    with warnings.catch_warnings():
+        # A notice that it takes the CPU, which is what it was told.
+        warnings.simplefilter("ignore", UserWarning)
+        accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1)
+    return World(accelerator, precision=precision)

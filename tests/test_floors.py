@@ -7,12 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
+    {"charts", "spec_page"},
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams", "patience"},
     {"samplers", "run_directory"},
     {"plan"},
     {"world", "batches", "task", "tracking"},
+    {"history"},
+    {"report", "starting"},
     {
         "exchange",
         "predictions",
@@ -28,6 +31,7 @@ FLOORS = [
     {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning", "reference"},
     {"loops"},
     {"worker"},
+    {"checking", "in_place"},
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 MODULES = sorted((ROOT / "service").glob("*.py"))
@@ -43,6 +47,11 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "receipt_file",
     "console",
     "wandb_writer",
+    "charts",
+    "spec_page",
+    "history",
+    "report",
+    "starting",
 }
 
 
