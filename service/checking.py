@@ -22,9 +22,10 @@ from service.loops import require_finite, summed_loss, test
 from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
+from service.rates import make_schedule
 from service.rehearsal import Trial
 from service.spec import Spec
-from service.state import Schedule, TrainState, require_best_measure
+from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task, load_task
 from service.world import World
@@ -47,7 +48,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     plan = _plan(spec, task, processes)
-    require_best_measure(spec, task)
+    require_measures(spec, task)
     yield (
         "plan",
         f"{plan.steps:,} steps of {plan.global_batch:,} rows, {plan.micro_batches} micro-batches "
@@ -111,7 +112,7 @@ def _plan(spec: Spec, task: Task, processes: int) -> Plan:
 
 def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:
     optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
-    return TrainState(model, optimizer, Schedule(optimizer, plan.rate))
+    return TrainState(model, optimizer, make_schedule(optimizer, plan))
 
 
 def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -155,12 +156,21 @@ def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
 def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
     """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
     exchange = Overlapped(state.model, world, find_unused=False)
-    loss_sum = summed_loss(state.model, batch, task=task, world=world)
     weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
-    exchange.backward(loss_sum, weight)
-    state.optimizer.step()
+
+    def evaluate() -> Tensor:
+        state.optimizer.zero_grad()
+        loss_sum = summed_loss(state.model, batch, task=task, world=world)
+        exchange.backward(loss_sum, weight)
+        return loss_sum.detach()
+
+    loss_sum = evaluate()
+    if state.needs_closure:
+        state.optimizer.step(lambda: float(evaluate() / weight))
+    else:
+        state.optimizer.step()
     state.step += 1
-    mean = float(loss_sum.detach() / weight)
+    mean = float(loss_sum / weight)
     require_finite(mean, state.step)
     return mean
 
