@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
+from launch.kubernetes.manifests import Target, task_file, to_yaml
+from launch.kubernetes.manifests import render as manifests
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
@@ -138,6 +140,32 @@ def list_recipes() -> None:
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
     click.echo(json.dumps(spec_schema(), indent=2))
+
+
+@evenstep.group()
+def kubernetes() -> None:
+    """Run a job on a cluster."""
+
+
+_TARGET = click.option(
+    "--target",
+    type=click.Choice(["job", "jobset", "kubeflow"]),
+    default="job",
+    show_default=True,
+    help="What runs the pods; all but job must be installed in the cluster.",
+)
+_NAME = click.option("--name", help="Name of the run; the spec's own by default.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
+    """Print the manifests of SPEC, for kubectl apply -f -."""
+    loaded = _load(spec, overrides, name)
+    click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
 
 
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
