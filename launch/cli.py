@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from launch.environment import Environment, launched
+from launch.environment import Environment, launched, node_here, read_secrets
 from launch.kubernetes.manifests import Target, task_file, to_yaml
 from launch.kubernetes.manifests import render as manifests
 from service.errors import EvenstepError, SpecError
@@ -60,8 +60,12 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    asked = _process_count(processes)
+    node = node_here() if place is None else None
+    if node is not None and processes is not None:
+        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+    asked = _process_count(node.processes if node else processes)
     loaded = _load(spec, overrides, name)
+    os.environ.update(read_secrets())
     # Read when torch is loaded.  A thread that waits for its share gives the core back: where
     # it spins instead, beside one other busy process, five seconds of training took fifty.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -70,7 +74,12 @@ def run(
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    _start(Job(loaded, runs, fresh=fresh, stop_at=stop_at), place, processes=asked)
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    if node is not None and node.nodes > 1:
+        from launch.nodes import run_node
+
+        sys.exit(run_node(job, node, processes=asked))
+    _start(job, place, processes=asked)
 
 
 @evenstep.command()

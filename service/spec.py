@@ -438,6 +438,8 @@ class KubernetesSpec(Part):
     """How long a finished job is kept to be looked at; the runs stay."""
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     """Where the nodes meet."""
+    meeting_seconds: Annotated[int, Field(ge=1)] = 600
+    """How long a node waits there for the others before it starts again."""
 
     @property
     def on_cpu(self) -> bool:
