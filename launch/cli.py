@@ -177,6 +177,88 @@ def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | No
     click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
 
 
+_RUN = click.argument("name", metavar="NAME")
+_NAMESPACE = click.option("-n", "--namespace", help="Default: the context's own.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+@click.option(
+    "--wait", "waits", is_flag=True, help="Stay until it has ended; exit 0 if it is done."
+)
+def submit(
+    spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
+) -> None:
+    """Start SPEC on a cluster. Submitted again after its end, it resumes."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api, ClusterError
+
+    loaded = _load(spec, overrides, name)
+    objects = manifests(loaded, target=target, files=task_file(loaded))
+    namespace = loaded.kubernetes.namespace if loaded.kubernetes else None
+    with Api(namespace=namespace, say=_complain) as api:
+        jobs.submit(api, objects, say=click.echo)
+        if waits:
+            end = jobs.wait(api, jobs.KINDS[target], loaded.name)
+            click.echo(f"{loaded.name}: {end}")
+            if end.startswith("Failed"):
+                raise ClusterError(f"See: evenstep kubernetes logs {loaded.name}")
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def status(name: str, target: Target, namespace: str | None) -> None:
+    """Show the job's pods, its step and loss, and why it does not start."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        for line in jobs.status(api, jobs.KINDS[target], name):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+@click.option("--node", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--previous", is_flag=True, help="Of the pod before this one.")
+@click.option("-f", "--follow", is_flag=True, help="Stay, and show what comes.")
+def logs(
+    name: str, target: Target, namespace: str | None, node: int, previous: bool, follow: bool
+) -> None:
+    """Print the log of a node: node 0 speaks for all."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        kind = jobs.KINDS[target]
+        for line in jobs.logs(api, kind, name, node=node, previous=previous, follow=follow):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def cancel(name: str, target: Target, namespace: str | None) -> None:
+    """Stop the job with a checkpoint; its runs stay."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        click.echo(jobs.cancel(api, jobs.KINDS[target], name))
+
+
+def _complain(text: str) -> None:
+    click.echo(text, err=True)
+
+
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
     if name is not None:
         overrides = (*overrides, f"name={json.dumps(name)}")
