@@ -212,11 +212,11 @@ def join(
             answer = friend.hear(waiting.left)
         except TimeoutError:
             answer = None
-        if answer and "refused" in answer:
-            raise SpecError(str(answer["refused"]))
         if answer and isinstance(answer.get("store"), int):
             return Company([friend]), answer["store"]
         friend.close()
+        if answer and "refused" in answer:
+            raise SpecError(str(answer["refused"]))
         reason = f"node 0 at {address}:{port} left before all nodes were there"
     raise PeerLost(f"After {seconds:g} s {reason}.")
 

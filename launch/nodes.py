@@ -110,10 +110,10 @@ class _Watch:
     def outcome(self, code: int) -> int:
         """The exit code of this node, from that of its processes."""
         self._over.set()
-        if self._company.lost is None or code in (0, Stopped.exit_code):
-            return code
-        _say(self._company.lost)
-        return PeerLost.exit_code if self._killed else code
+        code = PeerLost.exit_code if self._killed else code
+        if code == PeerLost.exit_code and self._company.lost is not None:
+            _say(self._company.lost)
+        return code
 
     def _when_lost(self) -> None:
         if self._over.wait(_PATIENCE_SECONDS):

@@ -194,6 +194,12 @@ class Cluster:
         """End a pod's container without a word, as when it runs out of memory."""
         self.running[index].send(signal.SIGKILL)
 
+    def freeze(self, index: int) -> None:
+        """Stop the training processes of a pod, and leave its launcher as it is."""
+        launcher = psutil.Process(self.running[index].process.pid).children()[0]
+        for process in launcher.children(recursive=True):
+            process.suspend()
+
     def step(self) -> int:
         """The newest step that the run has recorded."""
         metrics = self.runs / self.name / "metrics.jsonl"

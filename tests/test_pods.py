@@ -120,6 +120,22 @@ def test_a_killed_index_0_is_replaced_and_the_run_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_node_whose_processes_notice_nothing_leaves_all_the_same(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    def freeze_and_kill(cluster: Cluster) -> None:
+        cluster.freeze(1)  # as a GPU library does that waits for a peer
+        cluster.kill(0)
+
+    with start(tmp_path / "job") as cluster:
+        ended = cluster.run(seconds=150, each=once_at(24, freeze_and_kill))
+        assert ended == "Complete", cluster.logs()
+        assert (1, 76, "Ignore") in cluster.ended, cluster.ended
+        assert "Node 0 (digits-0.digits) is gone." in cluster.logs()
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("indexes", [(1,), (0,), (0, 1)], ids=["worker", "index 0", "all"])
 def test_an_evicted_pod_saves_and_the_run_goes_on(
     undisturbed: Cluster, tmp_path: Path, indexes: tuple[int, ...]
