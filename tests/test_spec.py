@@ -60,9 +60,9 @@ def faults_with(line: str, *overrides: str) -> str:
 MISTAKES = [
     # keys
     ("epoch: 3",
-     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, faults, kubernetes, length, "
-     "loader, max_grad_norm, model, name, optimizer, schedule, seed, task, task_args, test, "
-     "tracking"),
+     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, exactness, faults, kubernetes, "
+     "length, loader, max_grad_norm, model, name, optimizer, schedule, seed, task, task_args, "
+     "test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),
@@ -277,12 +277,13 @@ def test_json_and_toml_say_the_same_as_yaml() -> None:
 
 def test_a_spec_is_written_as_a_person_would() -> None:
     spec = good("optimizer.groups=[{match: 'base.*', lr: 1e-5}]", "task_args.text='1e3'")
-    assert dump_spec(spec).splitlines()[:13] == [
+    assert dump_spec(spec).splitlines()[:14] == [
         "name: digits",
         "task: recipes.digits:task",
         "task_args:",
         '  text: "1e3"',
         "seed: 0",
+        "exactness: rounding",
         "batch: {global_batch: 128}",
         "length: {epochs: 20.0}",
         "model: {batchnorm: micro, precision: fp32, compile: false, channels_last: false}",
