@@ -3,13 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check clean
+.PHONY: run test test-slow check clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
 test: $(READY) check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not slow"
+
+# What takes minutes: pods that are killed, evicted, frozen.
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

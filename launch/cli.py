@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from launch.environment import Environment, launched
+from launch.environment import Environment, launched, node_here, read_secrets
 from launch.job_commands import check, doctor, new
+from launch.kubernetes.manifests import Target, task_file, to_yaml
+from launch.kubernetes.manifests import render as manifests
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.recipes import find_recipe, recipes
@@ -61,8 +63,12 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    asked = _process_count(processes)
+    node = node_here() if place is None else None
+    if node is not None and processes is not None:
+        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+    asked = _process_count(node.processes if node else processes)
     loaded = _load(spec, overrides, name)
+    os.environ.update(read_secrets())
     # Read when torch is loaded.  A thread that waits for its share gives the core back: where
     # it spins instead, beside one other busy process, five seconds of training took fifty.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -71,7 +77,12 @@ def run(
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    _start(Job(loaded, runs, fresh=fresh, stop_at=stop_at), place, processes=asked)
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    if node is not None and node.nodes > 1:
+        from launch.nodes import run_node
+
+        sys.exit(run_node(job, node, processes=asked))
+    _start(job, place, processes=asked)
 
 
 @evenstep.command()
@@ -146,6 +157,114 @@ def schema(page: bool) -> None:
 
 for _command in (new, check, doctor, list_runs, report):
     evenstep.add_command(_command)
+
+
+@evenstep.group()
+def kubernetes() -> None:
+    """Run a job on a cluster."""
+
+
+_TARGET = click.option(
+    "--target",
+    type=click.Choice(["job", "jobset", "kubeflow"]),
+    default="job",
+    show_default=True,
+    help="What runs the pods; all but job must be installed in the cluster.",
+)
+_NAME = click.option("--name", help="Name of the run; the spec's own by default.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
+    """Print the manifests of SPEC, for kubectl apply -f -."""
+    loaded = _load(spec, overrides, name)
+    click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
+
+
+_RUN = click.argument("name", metavar="NAME")
+_NAMESPACE = click.option("-n", "--namespace", help="Default: the context's own.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+@click.option(
+    "--wait", "waits", is_flag=True, help="Stay until it has ended; exit 0 if it is done."
+)
+def submit(
+    spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
+) -> None:
+    """Start SPEC on a cluster. Submitted again after its end, it resumes."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api, ClusterError
+
+    loaded = _load(spec, overrides, name)
+    objects = manifests(loaded, target=target, files=task_file(loaded))
+    namespace = loaded.kubernetes.namespace if loaded.kubernetes else None
+    with Api(namespace=namespace, say=_complain) as api:
+        jobs.submit(api, objects, say=click.echo)
+        if waits:
+            end = jobs.wait(api, jobs.KINDS[target], loaded.name)
+            click.echo(f"{loaded.name}: {end}")
+            if end.startswith("Failed"):
+                raise ClusterError(f"See: evenstep kubernetes logs {loaded.name}")
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def status(name: str, target: Target, namespace: str | None) -> None:
+    """Show the job's pods, its step and loss, and why it does not start."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        for line in jobs.status(api, jobs.KINDS[target], name):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+@click.option("--node", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--previous", is_flag=True, help="Of the pod before this one.")
+@click.option("-f", "--follow", is_flag=True, help="Stay, and show what comes.")
+def logs(
+    name: str, target: Target, namespace: str | None, node: int, previous: bool, follow: bool
+) -> None:
+    """Print the log of a node: node 0 speaks for all."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        kind = jobs.KINDS[target]
+        for line in jobs.logs(api, kind, name, node=node, previous=previous, follow=follow):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def cancel(name: str, target: Target, namespace: str | None) -> None:
+    """Stop the job with a checkpoint; its runs stay."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        click.echo(jobs.cancel(api, jobs.KINDS[target], name))
+
+
+def _complain(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:

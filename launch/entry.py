@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.environment import Environment
+from launch.environment import Environment, Group, launched
 from launch.process_group import process_group
 from service.errors import EvenstepError, Stopped
 from service.faults import stop_on_signals
@@ -34,12 +34,14 @@ class Job:
     runs: Path
     fresh: bool = False
     stop_at: int | None = None
+    group: Group | None = None
+    """The processes of all nodes, where there are several."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
-        return _received, (values, self.runs, self.fresh, self.stop_at)
+        return _received, (values, self.runs, self.fresh, self.stop_at, self.group)
 
     def work(self, environment: Environment) -> None:
         """Run this process's part of the job to its end.
@@ -48,6 +50,9 @@ class Job:
             EvenstepError: see `service.worker.run`.
         """
         spec = self.spec
+        if self.group is not None:  # the agent knows this node alone
+            os.environ.update(self.group.variables(environment))
+            environment = launched() or environment
         with stop_on_signals() as stop, _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
             plan = make_plan(
@@ -60,8 +65,8 @@ class Job:
             run(plan, task, world, runs=self.runs, stop=stop, fresh=self.fresh)
 
 
-def _received(spec: dict[str, Any], runs: Path, fresh: bool, stop_at: int | None) -> Job:
-    return Job(load_spec(spec), runs, fresh, stop_at)
+def _received(spec: dict[str, Any], *rest: Any) -> Job:
+    return Job(load_spec(spec), *rest)
 
 
 @dataclass(frozen=True)

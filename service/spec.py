@@ -47,10 +47,16 @@ UNITS = ("steps", "epochs", "fraction")
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 IMPORT_STRING = r"^[\w.]+:\w+$"
 TEST_MEASURE = r"^test/\S+$"
+QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+ABSOLUTE_PATH = r"^/\S+$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
     IMPORT_STRING: "package.module:Class",
     TEST_MEASURE: "a measure of the test loop, such as test/accuracy",
+    QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
+    DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
+    ABSOLUTE_PATH: "an absolute path",
 }
 
 
@@ -564,6 +570,129 @@ class FaultsSpec(Part):
     """How often the processes agree whether one of them was asked to stop."""
 
 
+Quantity = Annotated[str, Field(pattern=QUANTITY)]
+DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
+
+
+class TolerationSpec(Part):
+    """A taint of cluster nodes that the pods put up with."""
+
+    key: str | None = None
+    """The taint's key; without one, every taint."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """Whether the taint's value matters."""
+    value: str | None = None
+    """The taint's value, where it does."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """The taint's effect; without one, every effect."""
+
+
+class MountSpec(Part):
+    """Something of the namespace that the pods see as files: give claim, secret or config_map."""
+
+    path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
+    """Where it is seen."""
+    claim: DnsLabel | None = None
+    """A PersistentVolumeClaim."""
+    secret: DnsLabel | None = None
+    """A Secret."""
+    config_map: DnsLabel | None = None
+    """A ConfigMap."""
+    read_only: bool = True
+    """Whether a claim can only be read; the others always can only be read."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = [k for k in ("claim", "secret", "config_map") if getattr(self, k) is not None]
+        if len(given) != 1:
+            has = " and ".join(given) or "none"
+            raise _wrong(f"must have one of claim, secret and config_map, but has {has}")
+        return self
+
+
+class KubernetesSpec(Part):
+    """Where and with what the job runs on a cluster; it never changes the result."""
+
+    image: Annotated[str, Field(examples=["registry.example.com/team/evenstep:0.1.0"])]
+    """The container image, best by its digest."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Pods that train together."""
+    processes_per_node: Annotated[int, Field(ge=1)] = 1
+    """Training processes of each pod, and so its devices."""
+    device: str = "nvidia.com/gpu"
+    """What the cluster calls a device, such as amd.com/gpu; `cpu` trains without one."""
+    cpu: Quantity = "4"
+    """Cores of each pod."""
+    memory: Quantity = "16Gi"
+    """Memory of each pod, with `shared_memory` in it."""
+    shared_memory: Quantity = "2Gi"
+    """Size of /dev/shm, through which loader workers and NCCL hand their data."""
+    scratch: Quantity = "10Gi"
+    """Size of /tmp, the one other place a pod can write to."""
+    storage_claim: DnsLabel | None = None
+    """A PersistentVolumeClaim that is there and holds the runs. Default: one is made."""
+    storage: Quantity = "50Gi"
+    """Size of the claim that is made."""
+    storage_class: str | None = None
+    """Its storage class; with several nodes it must offer ReadWriteMany."""
+    namespace: DnsLabel | None = None
+    """The namespace. Default: the one of whoever applies it."""
+    node_selector: dict[str, str] = {}
+    """Labels that the cluster's nodes must have."""
+    tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
+    """Taints to put up with, besides the one of the devices."""
+    topology: str = "topology.kubernetes.io/zone"
+    """Pods prefer nodes with one value of this label; `none` has no preference."""
+    queue: DnsLabel | None = None
+    """Kueue's LocalQueue; it then decides when the job starts."""
+    priority_class: str | None = None
+    """Which jobs go first when there is not room for all."""
+    image_pull_secret: DnsLabel | None = None
+    """The Secret with which the image is fetched."""
+    env: dict[str, str] = {}
+    """Further environment variables."""
+    mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
+    """Further files: data sets, certificates, credentials."""
+    wandb_secret: DnsLabel = "wandb"
+    """The Secret whose `api-key` is the key of Weights & Biases; W&B is offline without it."""
+    egress: tuple[str, ...] = Field(default=(), strict=False)
+    """Address blocks the pods may speak to besides each other and DNS, such as 10.1.2.0/24."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often one node may fail on its own account before the job has failed."""
+    grace_seconds: Annotated[int, Field(ge=30)] = 180
+    """What a pod is given to save its state when it has to go."""
+    deadline_seconds: Annotated[int, Field(ge=1)] = 604_800
+    """The job has failed when it takes longer."""
+    keep_seconds: Annotated[int, Field(ge=0)] = 86_400
+    """How long a finished job is kept to be looked at; the runs stay."""
+    port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    """Where the nodes meet."""
+    meeting_seconds: Annotated[int, Field(ge=1)] = 600
+    """How long a node waits there for the others before it starts again."""
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @model_validator(mode="after")
+    def _memory_holds_what_is_shared(self) -> Self:
+        if quantity(self.shared_memory) >= quantity(self.memory):
+            raise _wrong(
+                f"memory must be more than shared_memory ({self.shared_memory}), which is in it, "
+                f"but is {self.memory}"
+            )
+        return self
+
+
+def quantity(text: str) -> float:
+    """A quantity of Kubernetes as a number: bytes of a size, cores of a cpu."""
+    number = text.rstrip("mkMGTi")
+    unit = text.removeprefix(number)
+    powers = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    return float(number) * (powers | binary)[unit]
+
+
 class Spec(Part):
     """A training job."""
 
@@ -604,6 +733,8 @@ class Spec(Part):
     """What is recorded and how often."""
     faults: FaultsSpec = FaultsSpec()
     """What happens when something goes wrong."""
+    kubernetes: KubernetesSpec | None = None
+    """Where and with what the job runs on a cluster."""
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -336,6 +336,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "tracking": "what is recorded is a copy",
     "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
     "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
 }
 
 

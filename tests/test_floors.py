@@ -94,5 +94,16 @@ def test_what_a_machine_without_torch_needs_does_not_import_it(name):
     assert rooms & set(FLOOR_OF) <= WITHOUT_TORCH
 
 
+@pytest.mark.parametrize("name", ["environment", "meeting", "kubernetes/*"])
+def test_what_a_launcher_without_torch_needs_does_not_import_it(name):
+    found = list((ROOT / "launch").glob(f"{name}.py"))
+    assert found
+    for path in found:
+        names = imported_by(path)
+        assert not {n for n in names if n.split(".")[0] == "torch"}, path
+        rooms = {n.split(".")[1] for n in names if n.startswith("service.")}
+        assert rooms & set(FLOOR_OF) <= WITHOUT_TORCH, path
+
+
 def test_every_room_on_the_floors_exists():
     assert set(FLOOR_OF) == {path.stem for path in MODULES}

@@ -61,8 +61,8 @@ MISTAKES = [
     # keys
     ("epoch: 3",
      "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, early_stopping, "
-     "exactness, faults, length, loader, max_grad_norm, model, name, optimizer, schedule, seed, "
-     "task, task_args, test, tracking"),
+     "exactness, faults, kubernetes, length, loader, max_grad_norm, model, name, optimizer, "
+     "schedule, seed, task, task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),
@@ -113,6 +113,19 @@ MISTAKES = [
     ("checkpoint: {best: {measure: accuracy, mode: max}}",
      "bad.yaml:6:30: checkpoint.best.measure: must be a measure of the test loop, such as "
      "test/accuracy, but is 'accuracy'"),
+    # on a cluster
+    ("kubernetes: {nodes: 2}",
+     "bad.yaml:6:1: kubernetes.image: missing; add "
+     "image: registry.example.com/team/evenstep:0.1.0"),
+    ("kubernetes: {image: a, memory: 16GB}",
+     "bad.yaml:6:32: kubernetes.memory: must be a quantity of Kubernetes, such as 500m, 4 or 16Gi, "
+     "but is '16GB'"),
+    ("kubernetes: {image: a, memory: 2Gi}",
+     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which is in it, "
+     "but is 2Gi"),
+    ("kubernetes: {image: a, mounts: [{path: /data, claim: c, secret: s}]}",
+     "bad.yaml:6:33: kubernetes.mounts.0: must have one of claim, secret and config_map, "
+     "but has claim and secret"),
     # a choice of types
     ("batch: {global_batch: x}",
      "bad.yaml:3:23: batch.global_batch: must be a whole number or 'all', but is 'x'"),
@@ -431,6 +444,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",
         "faults.hang_timeout_seconds": "1",
         "faults.stop_poll_steps": "1",
+        "kubernetes": "{image: 'a:1', nodes: 4}",
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
