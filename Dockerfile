@@ -12,11 +12,15 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The base's own torch is taken where it has one.
 RUN python3 -m venv --system-site-packages /opt/evenstep
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md ./
+# What the source needs, without the source: a layer that a change of the source leaves alone.
+COPY pyproject.toml constraints.txt ./
+RUN /opt/evenstep/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    && /opt/evenstep/bin/pip install --quiet --constraint constraints.txt \
+        ${PIP_INDEX:+--extra-index-url "${PIP_INDEX}"} --requirement requirements.txt
+COPY README.md ./
 COPY service service
 COPY launch launch
-RUN /opt/evenstep/bin/pip install --quiet --constraint constraints.txt \
-        ${PIP_INDEX:+--extra-index-url "${PIP_INDEX}"} . \
+RUN /opt/evenstep/bin/pip install --quiet --no-deps . \
     && /opt/evenstep/bin/pip uninstall --quiet --yes pip
 
 FROM ${BASE_IMAGE}

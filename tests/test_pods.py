@@ -72,7 +72,7 @@ def once_at(step: int, act: Callable[[Cluster], None]) -> Callable[[Cluster], No
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with start(tmp_path_factory.mktemp("undisturbed") / "job") as cluster:
-        assert cluster.run(seconds=120) == "Complete", cluster.logs()
+        assert cluster.run(seconds=400) == "Complete", cluster.logs()
         yield cluster
 
 
@@ -98,7 +98,7 @@ def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
     with start(tmp_path / "job") as cluster:
-        ended = cluster.run(seconds=150, each=once_at(24, lambda c: c.kill(1)))
+        ended = cluster.run(seconds=400, each=once_at(24, lambda c: c.kill(1)))
         assert ended == "Complete", cluster.logs()
         assert (1, 137, "Count") in cluster.ended, cluster.ended
         assert (0, 76, "Ignore") in cluster.ended, cluster.ended
@@ -111,7 +111,7 @@ def test_a_killed_index_0_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
     with start(tmp_path / "job") as cluster:
-        ended = cluster.run(seconds=150, each=once_at(24, lambda c: c.kill(0)))
+        ended = cluster.run(seconds=400, each=once_at(24, lambda c: c.kill(0)))
         assert ended == "Complete", cluster.logs()
         assert (0, 137, "Count") in cluster.ended, cluster.ended
         assert (1, 76, "Ignore") in cluster.ended, cluster.ended
@@ -127,7 +127,7 @@ def test_a_node_whose_processes_notice_nothing_leaves_all_the_same(
         cluster.kill(0)
 
     with start(tmp_path / "job") as cluster:
-        ended = cluster.run(seconds=150, each=once_at(24, freeze_and_kill))
+        ended = cluster.run(seconds=400, each=once_at(24, freeze_and_kill))
         assert ended == "Complete", cluster.logs()
         assert (1, 76, "Ignore") in cluster.ended, cluster.ended
         assert "Node 0 (digits-0.digits) is gone." in cluster.logs()
@@ -144,7 +144,7 @@ def test_an_evicted_pod_saves_and_the_run_goes_on(
             cluster.stop(index, disruption=True)
 
     with start(tmp_path / "job") as cluster:
-        ended = cluster.run(seconds=150, each=once_at(24, evict))
+        ended = cluster.run(seconds=400, each=once_at(24, evict))
         assert ended == "Complete", cluster.logs()
         assert sorted(cluster.ended[:2]) == [(0, 75, "Ignore"), (1, 75, "Ignore")], cluster.logs()
         assert cluster.failures == [0, 0], "no budget is spent on it"
@@ -154,14 +154,14 @@ def test_an_evicted_pod_saves_and_the_run_goes_on(
 def test_a_pod_that_comes_late_finds_the_run_done(undisturbed: Cluster) -> None:
     undisturbed.condition, undisturbed.done = None, {0}
     undisturbed.due = {1: 0.0}
-    assert undisturbed.run(seconds=60) == "Complete", undisturbed.logs()
+    assert undisturbed.run(seconds=200) == "Complete", undisturbed.logs()
     assert undisturbed.ended[-1] == (1, 0, "Complete")
     assert "Nothing to do" in undisturbed.pods[-1].log
 
 
 def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
     with start(tmp_path / "job", "task=service.recipes.digits:tusk") as cluster:
-        assert cluster.run(seconds=90) == "Failed: PodFailurePolicy", cluster.logs()
+        assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
         assert cluster.ended[0][1:] == (64, "FailJob"), cluster.logs()
         assert "has no 'tusk'; did you mean 'task'" in cluster.logs()
         assert not (cluster.runs / "digits").exists(), "nothing half-written"
@@ -171,7 +171,7 @@ def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
 def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path: Path) -> None:
     crash = once_every_attempt(lambda c: c.kill(1))
     with start(tmp_path / "job", restarts=1) as cluster:
-        ended = cluster.run(seconds=200, each=crash)
+        ended = cluster.run(seconds=400, each=crash)
         assert ended == "Failed: MaxFailedIndexesExceeded", cluster.logs()
         assert cluster.failures[1] == 2
 
@@ -197,7 +197,7 @@ def test_pods_without_a_service_say_which_name_is_missing(tmp_path: Path) -> Non
             if any(index == 1 for index, _, _ in cluster.ended):
                 cluster.condition = "as far as this test goes"
 
-        cluster.run(seconds=60, each=give_up)
+        cluster.run(seconds=200, each=give_up)
         assert (1, 76, "Ignore") in cluster.ended, cluster.logs()
         log = next(pod.log for pod in cluster.pods if pod.index == 1)
         assert "name digits-0.digits is not known" in log

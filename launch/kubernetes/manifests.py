@@ -13,7 +13,7 @@ from launch.kubernetes.pods import Manifest, claim_name, labels, own_pods
 from launch.kubernetes.targets import TARGETS
 from service.errors import SpecError
 from service.spec import KubernetesSpec, Spec
-from service.spec_file import dump_spec
+from service.spec_file import dump_values
 
 Target = Literal["job", "jobset", "kubeflow"]
 
@@ -104,7 +104,9 @@ def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
     where, _, name = spec.task.rpartition(":")
     if where.endswith(".py"):  # beside the spec, as it is in a person's directory
         spec = spec.model_copy(update={"task": f"./{Path(where).name}:{name}"})
-    return _object(spec, "v1", "ConfigMap", {"data": {"spec.yaml": dump_spec(spec), **files}})
+    # What was given and no default: an image of another version reads that too.
+    given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return _object(spec, "v1", "ConfigMap", {"data": {"spec.yaml": dump_values(given), **files}})
 
 
 def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:
