@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
+from service.precision import LossScaler
 from service.schedules import Multiplier
 from service.spec import BestSpec, Spec
 from service.streams import Stream
@@ -29,6 +31,19 @@ class TrainState:
     """Where the training data is read from, if it can only be read one after the other."""
     best: Best | None = None
     """The best test measure so far, where the spec names one."""
+    average: MovingAverage | None = None
+    """The moving average of the weights, where the spec asks for one."""
+    scaler: LossScaler | None = None
+    """What keeps fp16's gradients within its range."""
+    skipped_steps: int = 0
+    """Steps that were counted and not taken."""
+    faulty_steps: int = 0
+    """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
 
     def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
         """Whether `values` holds a better measure than any before; if so, it is the best now."""

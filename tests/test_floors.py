@@ -12,7 +12,8 @@ FLOORS = [
     {"spec_file", "randomness", "schedules", "streams"},
     {"samplers", "run_directory"},
     {"plan"},
-    {"world", "batches", "task", "tracking"},
+    {"world", "batches", "task", "tracking", "averages", "compiling"},
+    {"precision"},
     {
         "state",
         "exchange",
@@ -25,6 +26,7 @@ FLOORS = [
         "clock",
     },
     {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
+    {"updates"},
     {"loops"},
     {"worker"},
 ]

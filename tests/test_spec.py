@@ -60,8 +60,9 @@ def faults_with(line: str, *overrides: str) -> str:
 MISTAKES = [
     # keys
     ("epoch: 3",
-     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, faults, length, loader, "
-     "max_grad_norm, model, name, optimizer, schedule, seed, task, task_args, test, tracking"),
+     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, exactness, faults, length, "
+     "loader, max_grad_norm, max_grad_value, model, name, optimizer, schedule, seed, task, "
+     "task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),
