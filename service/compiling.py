@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
 def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     """Let torch compile the model's forward and backward pass when it is first called.
+
+    A copy made of the model afterwards would still call this one: copy it before.
 
     Args:
         telling: have torch say on stderr why it compiles something again.
@@ -16,7 +19,9 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
 
     if telling:
         set_logs(recompiles=True)
-    model.compile()
+    # Not Module.compile: where the outermost class is torch's own (nn.Sequential), that compiles
+    # nothing but the layers which are not.
+    model.forward = torch.compile(model.forward)
 
 
 def compiled_graphs() -> int:

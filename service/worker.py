@@ -69,7 +69,7 @@ def run(
     if spec.model.compile:  # within what wraps it, which then exchanges while it computes
         compile_in_place(model, telling=world.is_lead)
         if average is not None:
-            average.model.compile()
+            compile_in_place(average.model, telling=False)
     exchange: Exchange
     if ordered:
         exchange = Ordered(model, world, unreached=unreached, gathered=normalization.sums())

@@ -20,18 +20,30 @@ ROWS = 103
 BAD_ROW = 41
 
 
-def images(*, bad: float | None = None, dropout: float = 0.0, momentum: float = 0.1) -> Task:
-    """The digits network on 103 rows, of which one holds the value `bad`."""
+def images(
+    *, bad: float | None = None, dropout: float = 0.0, double: bool = False, falling: bool = False
+) -> Task:
+    """The digits network on 103 rows, of which one holds the value `bad`.
+
+    Args:
+        double: in float64.
+        falling: the measure raises an error.
+    """
+    kind = torch.float64 if double else torch.float32
     train, test = digits.split_by_class(*digits.load())
     pixels, labels = (tensor[:ROWS].clone() for tensor in train.tensors)
     if bad is not None:
         pixels[BAD_ROW, 0, 3, 3] = bad
     return supervised(
-        model=lambda: digits.network(8, dropout),
-        train=TensorDataset(pixels, labels),
-        test=TensorDataset(*(tensor[:61] for tensor in test.tensors)),
-        measures=("accuracy",),
+        model=lambda: digits.network(8, dropout).to(kind),
+        train=TensorDataset(pixels.to(kind), labels),
+        test=TensorDataset(test.tensors[0][:61].to(kind), test.tensors[1][:61]),
+        measures={"broken": _broken} if falling else ("accuracy",),
     )
+
+
+def _broken(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise ZeroDivisionError("in the test loop")
 
 
 def nan_row() -> Task:

@@ -264,12 +264,13 @@ def test_json_and_toml_say_the_same_as_yaml() -> None:
 
 def test_a_spec_is_written_as_a_person_would() -> None:
     spec = good("optimizer.groups=[{match: 'base.*', lr: 1e-5}]", "task_args.text='1e3'")
-    assert dump_spec(spec).splitlines()[:13] == [
+    assert dump_spec(spec).splitlines()[:14] == [
         "name: digits",
         "task: recipes.digits:task",
         "task_args:",
         '  text: "1e3"',
         "seed: 0",
+        "exactness: rounding",
         "batch: {global_batch: 128}",
         "length: {epochs: 20.0}",
         "model: {batchnorm: micro, precision: fp32, compile: false, channels_last: false}",
