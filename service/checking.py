@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from torch.utils.data import default_collate
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
-from service.errors import EvenstepError, SpecError
+from service.errors import Diverged, EvenstepError, SpecError
 from service.exchange import Overlapped
 from service.loading import test_batches, train_steps
-from service.loops import require_finite, summed_loss, test
+from service.loops import summed_loss, test
 from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
@@ -171,7 +172,11 @@ def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float
         state.optimizer.step()
     state.step += 1
     mean = float(loss_sum / weight)
-    require_finite(mean, state.step)
+    if not math.isfinite(mean):
+        raise Diverged(
+            f"The loss of the first micro-batch is {mean}. Look at the data and at the loss, "
+            "or lower optimizer.lr."
+        )
     return mean
 
 

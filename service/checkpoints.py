@@ -26,8 +26,9 @@ from service.state import Best, TrainState
 from service.world import World
 
 FORMAT = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = (
+MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
+    "average.safetensors",
     "optimizer.safetensors",
     "state.json",
     "manifest.json",
@@ -201,15 +202,21 @@ def find_checkpoint(directory: Path, which: str) -> Path:
 
 
 def load_weights(
-    directory: Path, model: nn.Module, *, rename: Mapping[str, str] | None = None
+    directory: Path,
+    model: nn.Module,
+    *,
+    rename: Mapping[str, str] | None = None,
+    average: bool = False,
 ) -> None:
     """Put a checkpoint's weights into `model`, renamed as for `load`, and leave the rest.
 
+    Args:
+        average: their moving average instead of the latest.
     Raises:
-        SpecError: they do not fit the model.
+        SpecError: they do not fit the model, or there is no average.
         NoCheckpoint: its files cannot be read.
     """
-    weights, _ = _read_weights(directory)
+    weights, _ = _read_weights(directory, average=average)
     renamed = Renaming(rename or {})
     _load_weights(model, {renamed(name): value for name, value in weights.items()}, directory)
 
@@ -229,6 +236,10 @@ def write_into(
     held, described = optimizer_state(state)
     save_file(weights, directory / MODEL)
     save_file(held, directory / OPTIMIZER)
+    names = [MODEL, OPTIMIZER, STATE]
+    if state.average is not None:
+        save_file(_without_aliases(state.average.model)[0], directory / AVERAGE)
+        names.append(AVERAGE)
     rest = {
         "step": state.step,
         "best": asdict(state.best) if state.best else None,
@@ -236,10 +247,13 @@ def write_into(
         "optimizer": described,
         "aliases": aliases,
         "stream": places,
+        "scaler": state.scaler.state_dict() if state.scaler else None,
+        "skipped_steps": state.skipped_steps,
+        "faulty_steps": state.faulty_steps,
     }
     (directory / STATE).write_text(json.dumps(rest, allow_nan=True) + "\n")
     files = {}
-    for name in (MODEL, OPTIMIZER, STATE):
+    for name in names:
         _fsync(directory / name)
         files[name] = {
             "bytes": (directory / name).stat().st_size,
@@ -258,7 +272,7 @@ def damage_of(directory: Path) -> str | None:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']!r} is not {FORMAT}"
-        if set(files) != {MODEL, OPTIMIZER, STATE}:
+        if set(files) - {AVERAGE} != {MODEL, OPTIMIZER, STATE}:
             return f"the manifest names the files {sorted(files)}"
         for name, told in files.items():
             path = directory / name
@@ -291,11 +305,18 @@ def load(
     """
     weights, rest = _read_weights(directory)
     try:
+        average = _read_weights(directory, average=True)[0] if state.average else {}
         held = load_file(directory / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
     renamed = Renaming(rename or {})
     _load_weights(state.model, {renamed(name): value for name, value in weights.items()}, directory)
+    if state.average is not None:
+        averaged = {renamed(name): value for name, value in average.items()}
+        _load_weights(state.average.model, averaged, directory)
+    if state.scaler is not None:
+        state.scaler.load_state_dict(rest["scaler"])
+    state.skipped_steps, state.faulty_steps = rest["skipped_steps"], rest["faulty_steps"]
     _load_optimizer(state, held, rest["optimizer"], renamed, directory)
     if state.stream is not None and rest["stream"] is not None:
         state.stream.move_to(rest["stream"], index)
@@ -304,10 +325,21 @@ def load(
     state.remember(rest["memory"])
 
 
-def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by every name they have, the content of state.json)."""
+def _read_weights(
+    directory: Path, *, average: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by every name they have, the content of state.json).
+
+    Args:
+        average: the moving average of the weights instead of the latest.
+    """
+    if average and not (directory / AVERAGE).exists():
+        raise SpecError(
+            f"The checkpoint {directory} has no moving average of the weights; "
+            "it was trained without model.moving_average."
+        )
     try:
-        weights = load_file(directory / MODEL)
+        weights = load_file(directory / (AVERAGE if average else MODEL))
         rest: dict[str, Any] = json.loads((directory / STATE).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error

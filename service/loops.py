@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from service import randomness
-from service.batches import Batch, Step, forward
+from service.batches import Batch, Step
 from service.checkpoints import Checkpoints
 from service.clock import Clock
-from service.errors import Diverged
+from service.compiling import compiled_graphs
 from service.exchange import Exchange
 from service.faults import StopRequest
 from service.loading import test_batches
 from service.metrics import Gathered, Tally
-from service.normalization import Normalization
 from service.plan import Plan
+from service.precision import computed
 from service.predictions import Predictions
 from service.receipts import Receipt
 from service.state import TrainState
 from service.task import Data, Task
 from service.tracking import Tracker
+from service.updates import Updates
 from service.world import World
 
 
@@ -37,7 +37,7 @@ def train(
     world: World,
     plan: Plan,
     exchange: Exchange,
-    normalization: Normalization,
+    updates: Updates,
     tracker: Tracker,
     receipt: Receipt,
     checkpoints: Checkpoints,
@@ -49,38 +49,39 @@ def train(
     Returns:
         What the last step measured.  `state.step` says whether the run is finished.
     Raises:
-        Diverged: the loss is not finite at a step that is logged.
+        Diverged: a loss or a gradient is not finite, and may not be.
     """
     exchange.model.train()
     clock = Clock()
     values: dict[str, float] = {}
     for step in clock.waiting_for(steps):
-        evaluate = partial(backpropagate, state, step, exchange, task=task, world=world, plan=plan)
-        mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
+        divisor = updates.divisor(step.weight)
+        evaluate = partial(
+            backpropagate, state, step, exchange, divisor, task=task, world=world, plan=plan
+        )
         losses = evaluate()
         for batch in step.micro_batches:
             receipt.note(state.step, batch)
-        normalization.finish_step()
-        grad_norm = clip(state.model, plan, logging=plan.logs_at(state.step + 1))
+        again = None
         if state.needs_closure:
-            state.optimizer.step(closure(losses, evaluate, mean_loss, state.model, normalization))
-        else:
-            state.optimizer.step()
-        state.step += 1
+            mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
+            again = closure(losses, evaluate, mean_loss, state.model, updates)
+        updates.apply(losses, step.weight, logging=plan.logs_at(state.step + 1), closure=again)
         state.schedule.set(state.step)
 
         # The plan and the step are equal on every process, so all of them take the branches
         # below together: a collective in one is a collective in all.
         values = {}
         if plan.logs_at(state.step):
-            loss = mean_loss(losses)
-            require_finite(loss, state.step)
-            values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
+            values = updates.look()
             values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
+            if plan.spec.model.compile:
+                values["train/compiled_graphs"] = compiled_graphs()
         if plan.tests_at(state.step):
+            updates.look()  # what has gone astray is neither tested nor, below, saved
             batches = test_batches(test_data, task=task, plan=plan, world=world)
-            values |= test(state.model, batches, task=task, world=world, plan=plan)
+            values |= test(state.tested, batches, task=task, world=world, plan=plan)
         stopping = plan.stops_at(state.step) or (
             plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
         )
@@ -88,6 +89,8 @@ def train(
         state.learn(values)
         stopping |= state.ended_early
         saving = plan.saves_at(state.step) or best or stopping
+        if saving:
+            updates.look()
         if values or saving:
             receipt.write(state.step)
         if values:
@@ -103,9 +106,19 @@ def train(
 
 
 def backpropagate(
-    state: TrainState, step: Step, exchange: Exchange, *, task: Task, world: World, plan: Plan
+    state: TrainState,
+    step: Step,
+    exchange: Exchange,
+    divisor: float | Tensor,
+    *,
+    task: Task,
+    world: World,
+    plan: Plan,
 ) -> dict[int, Tensor]:
     """Leave the step's gradients in the parameters; a forward and a backward pass per micro-batch.
+
+    Args:
+        divisor: what the gradients are divided by: the weight of the step, perhaps scaled.
 
     Returns:
         The summed loss of each micro-batch that this process computed.
@@ -115,7 +128,7 @@ def backpropagate(
     for batch in exchange.over(step.micro_batches):
         world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
         loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
-        exchange.backward(loss_sum, step.weight)
+        exchange.backward(loss_sum, divisor)
         losses[batch.number] = loss_sum.detach()
     state.drop_frozen_gradients()
     return losses
@@ -126,7 +139,7 @@ def closure(
     evaluate: Callable[[], dict[int, Tensor]],
     mean_loss: Callable[[dict[int, Tensor]], float],
     model: nn.Module,
-    normalization: Normalization,
+    updates: Updates,
 ) -> Callable[[], float]:
     """What LBFGS calls for the loss of the step, and its gradients, at each point that it tries.
 
@@ -142,7 +155,7 @@ def closure(
             return mean_loss(known.pop())
         with unmoved_buffers(model):
             here = evaluate()
-        normalization.forget()
+        updates.forget()
         return mean_loss(here)
 
     return loss
@@ -183,10 +196,9 @@ def test(
     try:
         for batch in batches:
             world.seed(randomness.key(randomness.TEST, plan.spec.seed, batch.number))
-            with world.autocast():
-                outputs = forward(model, batch.inputs)
-                losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
-                measured = task.measure(outputs, batch.targets)  # [B, measures]
+            outputs = computed(model, batch.inputs, world)
+            losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+            measured = task.measure(outputs, batch.targets)  # [B, measures]
             tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
             gathered.add(outputs, batch.targets)
             if predictions is not None:
@@ -198,8 +210,7 @@ def test(
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
     """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
-    with world.autocast():
-        losses = task.loss(forward(model, batch.inputs), batch.targets)  # [B] or [B, T]
+    losses = task.loss(computed(model, batch.inputs, world), batch.targets)  # [B] or [B, T]
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
 
 
@@ -212,35 +223,3 @@ def total_loss(
         if number < plan.micro_batches:
             each[number] = loss
     return float(world.sum(each.to(world.device)).sum() / weight)
-
-
-def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:
-    """Scale the gradients down to the plan's length; returns the length they had.
-
-    It is not worked out where nobody asks for it: `nan` then.
-    """
-    longest = plan.spec.max_grad_norm
-    if longest is None and not logging:
-        return math.nan
-    length = nn.utils.get_total_norm(gradient_values(model))
-    if longest is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), longest, length)
-    return length
-
-
-def gradient_values(model: nn.Module) -> list[Tensor]:
-    """Every number in the gradients: of a sparse one those it holds, each place once."""
-    for parameter in model.parameters():
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    return [grad.values() if grad.is_sparse else grad for grad in found]
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Raise where training has gone astray."""
-    if not math.isfinite(loss):
-        raise Diverged(
-            f"The training loss is {loss} at step {step}. Look at train/grad_norm before it, "
-            "lower optimizer.lr or set max_grad_norm."
-        )

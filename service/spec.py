@@ -568,6 +568,10 @@ class FaultsSpec(Part):
     """A process that stands still longer than this is reported and ended."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 10
     """How often the processes agree whether one of them was asked to stop."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run, or leave out that step."""
+    skips_allowed: Annotated[int, Field(ge=0)] = 10
+    """With `skip`, how many steps of the run may be left out before it ends."""
 
 
 Quantity = Annotated[str, Field(pattern=QUANTITY)]
@@ -721,6 +725,8 @@ class Spec(Part):
     """Learning-rate multiplier over the run."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients longer than this, over all parameters, are scaled down to it."""
+    max_grad_value: Annotated[float, Field(gt=0)] | None = None
+    """Every number of a gradient is cut to at most this, up and down; before `max_grad_norm`."""
     test: TestSpec = TestSpec()
     """When and how the test loop runs."""
     early_stopping: EarlyStoppingSpec | None = None

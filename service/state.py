@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
 from service.optimizers import Frozen, needs_closure
 from service.patience import Patience
+from service.precision import LossScaler
 from service.rates import Schedule
 from service.spec import BestSpec, PlateauSpec, Spec
 from service.streams import Stream
@@ -35,6 +37,14 @@ class TrainState:
     early_stopping: Patience | None = None
     frozen: Sequence[Frozen] = ()
     """Parameters that are trained from a later step on."""
+    average: MovingAverage | None = None
+    """The moving average of the weights, where the spec asks for one."""
+    scaler: LossScaler | None = None
+    """What keeps fp16's gradients within its range."""
+    skipped_steps: int = 0
+    """Steps that were counted and not taken."""
+    faulty_steps: int = 0
+    """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
 
     @property
     def ended_early(self) -> bool:
@@ -70,6 +80,11 @@ class TrainState:
         if self.early_stopping is not None:
             self.early_stopping.remember(memory["early_stopping"])
         self.schedule.set(self.step)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
 
     def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
         """Whether `values` holds a better measure than any before; if so, it is the best now."""

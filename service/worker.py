@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from service import randomness
+from service.averages import MovingAverage
 from service.checkpoints import Checkpoints, find_checkpoint, load_weights
+from service.compiling import compile_in_place
 from service.console import console
 from service.errors import EvenstepError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
@@ -26,6 +28,7 @@ from service.optimizers import (
 )
 from service.patience import Patience
 from service.plan import Plan, make_plan
+from service.precision import LossScaler
 from service.predictions import Predictions
 from service.rates import make_schedule
 from service.receipts import Receipt
@@ -36,6 +39,7 @@ from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
+from service.updates import Updates
 from service.wandb_writer import WandB
 from service.world import World
 
@@ -71,23 +75,38 @@ def run(
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     unreached = trial.unreached_parameters(model)
+    average = MovingAverage(model, spec.model.moving_average) if spec.model.moving_average else None
+    scaler = LossScaler(model, world.device) if spec.model.precision == "fp16" else None
+    if spec.model.compile:  # within what wraps it, which then exchanges while it computes
+        compile_in_place(model, telling=world.is_lead)
+        if average is not None:
+            compile_in_place(average.model, telling=False)
     exchange: Exchange
     if ordered:
         exchange = Ordered(model, world, unreached=unreached, gathered=normalization.sums())
     else:
         exchange = Overlapped(model, world, find_unused=bool(unreached))
+        if spec.model.compile:
+            trial.compile(exchange.model, model)
         trial.settle_buckets(exchange.model, model)
+    state = TrainState(
+        model,
+        optimizer,
+        schedule,
+        early_stopping=Patience(spec.early_stopping) if spec.early_stopping else None,
+        frozen=frozen_for_now(model, groups),
+        average=average,
+        scaler=scaler,
+    )
+    say = print if world.is_lead else _say_nothing
+    updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
-    waiting = Patience(spec.early_stopping) if spec.early_stopping else None
-    state = TrainState(model, optimizer, schedule, early_stopping=waiting)
-    state.frozen = frozen_for_now(model, groups)
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
-    say = print if world.is_lead else _say_nothing
     checkpoints = Checkpoints(
         directory.checkpoints,
         world=world,
@@ -124,7 +143,7 @@ def run(
             world=world,
             plan=plan,
             exchange=exchange,
-            normalization=normalization,
+            updates=updates,
             tracker=tracker,
             receipt=receipt,
             checkpoints=checkpoints,
@@ -171,7 +190,8 @@ def test_run(
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
     model = task.model().to(world.device)
     prepare(model, spec.model.batchnorm, world)
-    load_weights(chosen, model, rename=spec.checkpoint.rename)
+    average = spec.model.moving_average is not None
+    load_weights(chosen, model, rename=spec.checkpoint.rename, average=average)
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)

@@ -37,7 +37,9 @@ class World:
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64
         """The widest type that the device adds up in."""
         self.is_lead: bool = accelerator.is_main_process
-        self._dtype = _AUTOCAST.get(precision)
+        self.precision = precision
+        self.narrow = _AUTOCAST.get(precision)
+        """What a forward pass is computed in where it may be narrower than its weights."""
         self._generators = _generators(self.device)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
@@ -74,9 +76,9 @@ class World:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's arithmetic, as the spec's precision says."""
-        if self._dtype is None:
+        if self.narrow is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self._dtype)
+        return torch.autocast(self.device.type, self.narrow)
 
     def seed(self, key: int) -> None:
         """Start every generator a forward pass may draw from at `key`."""

@@ -13,8 +13,8 @@ FLOORS = [
     {"spec_file", "randomness", "schedules", "streams", "patience"},
     {"samplers", "run_directory"},
     {"plan"},
-    {"world", "batches", "task", "tracking"},
-    {"history"},
+    {"world", "batches", "task", "tracking", "averages", "compiling"},
+    {"precision", "history"},
     {"report", "starting"},
     {
         "exchange",
@@ -29,6 +29,7 @@ FLOORS = [
     },
     {"verification", "state"},
     {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning", "reference"},
+    {"updates"},
     {"loops"},
     {"worker"},
     {"checking", "in_place"},
