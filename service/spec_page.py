@@ -44,7 +44,7 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
         yield from _optimizers(members, schema)
     else:
         for member in members:
-            title = member["properties"]["name"]["const"]
+            title = member["properties"]["name"].get("const", "package.module:Class")
             yield f"\n### {name}: {title}\n\n{_words(member)}\n"
             yield _table(member, schema, prefix=f"{name}.")
 

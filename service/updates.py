@@ -119,9 +119,9 @@ class Updates:
         state.step += 1
         if state.average is not None:
             state.average.move(state.step)
-        self._held.append(_Taken(state.step, losses, weight, norm, broken))
         if len(self._held) == _HELD_AT_MOST:
             self.look()
+        self._held.append(_Taken(state.step, losses, weight, norm, broken))
 
     def forget(self) -> None:
         """Drop what a forward pass that does not count as a step's has gathered."""
