@@ -19,8 +19,6 @@ JSON and TOML files are read as well.
 `evenstep schema --page` prints this page, from the schema that editors are given by
 `evenstep schema`.
 """
-# Every optimizer has these; what it has besides is in a table of its own.
-_OF_ALL = ("name", "lr", "no_decay", "groups")
 
 
 def spec_page(schema: Schema) -> str:
@@ -44,22 +42,21 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
         yield from _optimizers(members, schema)
     else:
         for member in members:
-            title = member["properties"]["name"].get("const", "package.module:Class")
+            title = member["properties"]["name"].get("const", "package.module:name")
             yield f"\n### {name}: {title}\n\n{_words(member)}\n"
             yield _table(member, schema, prefix=f"{name}.")
 
 
 def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
     """The keys that all have, those of a group, and then each one's own options."""
-    some = members[-1]
-    common = {key: some["properties"][key] for key in _OF_ALL}
+    common = _shared(members)
     common["name"] = {**common["name"], "type": "string"}
     common["name"].pop("const", None)
-    yield _table({**some, "properties": common}, schema, prefix="optimizer.")
-    [group] = _members(common["groups"]["items"], schema)
-    own = {key: group["properties"][key] for key in ("match", "lr", "freeze")}
+    yield _table({**members[0], "properties": common}, schema, prefix="optimizer.")
+    groups = [_members(m["properties"]["groups"]["items"], schema)[0] for m in members]
     yield "\n### optimizer.groups\n\nThese, and the optimizer's own options, for each group:\n"
-    yield _table({**group, "properties": own}, schema, prefix="optimizer.groups.0.")
+    prefix = "optimizer.groups.0."
+    yield _table({**groups[0], "properties": _shared(groups)}, schema, prefix=prefix)
     yield "\n### The options of each optimizer\n\nMeaning and defaults are those of torch.optim.\n"
     yield "| name | options |\n|---|---|"
     for member in members:
@@ -67,9 +64,16 @@ def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
         options = [
             f"`{key}` ({_type(value, schema)})"
             for key, value in member["properties"].items()
-            if key not in _OF_ALL
+            if key not in common
         ]
-        yield f"| `{name}` | {', '.join(options) or 'whatever the class takes'} |"
+        options += ["whatever the class takes"] * bool(member.get("additionalProperties"))
+        yield f"| `{name}` | {', '.join(options)} |"
+
+
+def _shared(parts: list[Schema]) -> Schema:
+    """The keys that all of the sections have."""
+    *others, last = (part["properties"] for part in parts)
+    return {key: value for key, value in last.items() if all(key in other for other in others)}
 
 
 def _table(part: Schema, schema: Schema, *, prefix: str) -> str:

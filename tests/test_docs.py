@@ -53,8 +53,11 @@ def test_the_pages_with_commands_are_found():
 
 
 def test_the_page_of_the_spec_is_that_of_the_schema(tmp_path):
-    said = evenstep("schema", "--page", cwd=tmp_path).stdout
-    assert said == (ROOT / "docs/spec.md").read_text(), "evenstep schema --page > docs/spec.md"
+    done = evenstep("schema", "--page", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs/spec.md").read_text(), (
+        "evenstep schema --page > docs/spec.md"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
