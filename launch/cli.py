@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
+from launch.signals import heard, stop_listening
 from service.errors import EvenstepError, SpecError
+from service.faults import die_with_parent, stop_on_signals
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
@@ -33,8 +35,11 @@ _PROCESSES = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="evenstep", message="evenstep %(version)s")
-def evenstep() -> None:
+@click.pass_context
+def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
+    if context.invoked_subcommand not in ("run", "test"):
+        stop_listening()
 
 
 @evenstep.command()
@@ -44,6 +49,15 @@ def evenstep() -> None:
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 @click.option("--name", help="Name of the run; the spec's own by default.")
 @click.option("--fresh", is_flag=True, help="Put an earlier run of this name aside; begin anew.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Start all processes again after a failure, this often, from the newest checkpoint.",
+)
+@click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save and stop there.")
 def run(
     spec: str,
@@ -52,6 +66,8 @@ def run(
     runs: Path,
     name: str | None,
     fresh: bool,
+    max_restarts: int,
+    elastic: bool,
     stop_at: int | None,
 ) -> None:
     """Train and test SPEC: a file, or the name of a recipe. Run again, it resumes by itself."""
@@ -68,7 +84,8 @@ def run(
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    _start(Job(loaded, runs, fresh=fresh, stop_at=stop_at), place, processes=asked)
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    _start(job, place, processes=asked, max_restarts=max_restarts, elastic=elastic)
 
 
 @evenstep.command()
@@ -86,17 +103,27 @@ def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | 
     _start(TestJob(run.absolute(), checkpoint, predictions), place, processes=asked)
 
 
-def _start(job: Job | TestJob, place: Environment | None, *, processes: int) -> NoReturn:
+def _start(
+    job: Job | TestJob,
+    place: Environment | None,
+    *,
+    processes: int,
+    max_restarts: int = 0,
+    elastic: bool = False,
+) -> NoReturn:
     """Do this process's part of the job, or start `processes` that do theirs; exit as they did."""
-    if place is None and processes > 1:
-        from launch.local import run_locally
-
-        sys.exit(run_locally(job, processes=processes))
     from launch.entry import leave, outcome_of
 
+    if place is None and (processes > 1 or max_restarts):
+        from launch.local import run_locally
+
+        leave(run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic))
+    if place is not None:
+        die_with_parent()
     environment = place or Environment()
-    code, _ = outcome_of(lambda: job.work(environment), rank=environment.rank)
-    leave(code)
+    with stop_on_signals(heard) as stop:
+        end = outcome_of(lambda: job.work(environment, stop=stop), rank=environment.rank)
+        leave(end.code)
 
 
 @evenstep.command()

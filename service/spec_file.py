@@ -327,8 +327,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
     "tracking": "what is recorded is a copy",
-    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "faults": "they only end a run, and a run that ends resumes",
 }
 
 

@@ -182,7 +182,8 @@ def lost_peer(error: BaseException) -> PeerLost | None:
     if isinstance(error, dist.DistBackendError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     ):
-        return PeerLost(f"Another process of this job went away ({str(error).splitlines()[0]}).")
+        told = str(error).splitlines()[0].partition(". This is typically")[0]
+        return PeerLost(f"Another process of this job went away ({told}).")
     return None
 
 

@@ -411,8 +411,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "loader.workers": "4",
         "loader.prefetch": "4",
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",
-        "faults.hang_timeout_seconds": "1",
-        "faults.stop_poll_steps": "1",
+        "faults": "{hang_timeout_seconds: 1, stop_poll_steps: 1}",
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
