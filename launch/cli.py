@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launch.environment import Environment, launched
-from launch.signals import heard, stop_listening
+from launch.signals import STARTED, heard, stop_listening
 from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
 from service.recipes import find_recipe, recipes
@@ -112,7 +112,8 @@ def _start(
     elastic: bool = False,
 ) -> NoReturn:
     """Do this process's part of the job, or start `processes` that do theirs; exit as they did."""
-    from launch.entry import leave, outcome_of
+    from launch.entry import Here, leave, leave_hung, outcome_of
+    from service.pulse import Pulse
 
     if place is None and (processes > 1 or max_restarts):
         from launch.local import run_locally
@@ -121,8 +122,9 @@ def _start(
     if place is not None:
         die_with_parent()
     environment = place or Environment()
+    here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
     with stop_on_signals(heard) as stop:
-        end = outcome_of(lambda: job.work(environment, stop=stop), rank=environment.rank)
+        end = outcome_of(lambda: job.work(environment, stop=stop, here=here), here=here)
         leave(end.code)
 
 

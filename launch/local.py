@@ -12,15 +12,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import fork_server
 from launch.environment import launched
-from launch.signals import heard
+from launch.signals import STARTED, heard
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.failures import write_failure
 from service.faults import StopRequest, die_with_parent, stop_on_signals
+from service.pulse import Pulse, read_beat
 
 if TYPE_CHECKING:
     from launch.agent import Agent
@@ -41,6 +43,8 @@ class Ending:
     message: str
     time: float
     trace: str = ""
+    said: bool = False
+    """Whether the process has told it on the terminal itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Cause:
     code: int
     told: str = ""
     """For a person; empty where rank 0 has said it already."""
+    rank: int | None = None
+    """The rank it began with, where it was one."""
 
 
 def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: bool = False) -> int:
@@ -74,12 +80,14 @@ def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: boo
 def _attempts(
     job: Any, processes: int, max_restarts: int, elastic: bool, stop: StopRequest, notes: Path
 ) -> int:
+    started = STARTED
     for restart in range(max_restarts + 1):
         if stop.requested:
             print(f"Stopped by {stop.signal_name} before the first step.", file=sys.stderr)
             return STOPPED
         before = job.run_id() if max_restarts else None
-        cause = _attempt(job, processes, stop, notes / str(restart))
+        cause = _attempt(job, processes, stop, notes / str(restart), started)
+        started = time.time()
         if cause.told:
             print(cause.told, file=sys.stderr, flush=True)
         if cause.code in FINAL or restart == max_restarts:
@@ -109,7 +117,7 @@ def _warm_up() -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
-def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path) -> Cause:
+def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: float) -> Cause:
     """Run all processes once, from their start to the end of the last one."""
     from launch.agent import Agent
 
@@ -118,17 +126,50 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path) -> Cause:
         process,
         job,
         str(notes),
+        started,
         processes=processes,
         stop=stop,
         stop_budget_seconds=job.spec.faults.stop_budget_seconds,
     )
     agent.run_once()
-    return root_cause(agent, _endings(notes), notes, job.spec.faults.stop_budget_seconds)
+    cause = root_cause(agent, _endings(notes), job.spec.faults.stop_budget_seconds)
+    return _explained(cause, agent, job, notes)
 
 
-def process(environment: dict[str, str], job: Any, notes: str) -> None:
+def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
+    """The cause with what a process that could not speak itself has left behind, also on file."""
+    rank = next((r for r in agent.ranks if r.number == cause.rank), None)
+    if rank is None or (rank.killed_by is None and not rank.ended_by_us and rank.ended != 1):
+        return cause
+    directory = job.directory()
+    place = directory.logs if directory.logs.exists() else notes
+    beat = read_beat(place, rank.number)
+    known = beat if beat and beat["process"] == rank.process.pid else {}
+    stacks = "\n".join(
+        _last_words(path)
+        for path in (place / f"rank-{rank.number}.stacks", place / f"rank-{rank.number}.log")
+        if path.exists()
+    )
+    if place != notes and rank.number not in _noted(notes):
+        told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
+        write_failure(directory.failures, {**known, **told})
+    crashed = rank.killed_by in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
+    held = rank.ended == 1 and rank.killed_by is None and rank.number not in _noted(notes)
+    return replace(cause, told=f"{stacks}\n{cause.told}") if crashed or held else cause
+
+
+def _noted(notes: Path) -> set[int]:
+    return {ending.rank for ending in _endings(notes)}
+
+
+def _last_words(path: Path) -> str:
+    words = path.read_text(errors="replace").partition("\nExtension modules:")[0]
+    return words[-_LAST_WORDS:]
+
+
+def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
     """What each process runs; leaves a note of how it ended."""
-    from launch.entry import leave, outcome_of
+    from launch.entry import Here, leave, outcome_of
 
     die_with_parent(fork_server.PROCESS)
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
@@ -136,67 +177,70 @@ def process(environment: dict[str, str], job: Any, notes: str) -> None:
     os.environ.update(environment)
     place = launched()
     assert place is not None, "the agent sets RANK and its kin"
+
+    def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:
+        ending = Ending(place.rank, code, message, time.time(), trace, said)
+        _write_whole(Path(notes, f"{place.rank}.json"), json.dumps(asdict(ending)))
+
+    def leave_hung(code: int, message: str) -> NoReturn:
+        note(code, message)
+        os._exit(code)
+
+    pulse = Pulse(rank=place.rank, scratch=Path(notes), started=started)
+    here = Here(pulse, leave_hung)
     with stop_on_signals() as stop:
         if place.rank:
-            _speak_into(Path(notes, f"{place.rank}.log"))
+            pulse.speak_into_log()
         faulthandler.enable(all_threads=True)
         # That a peer was lost is told by the launcher, after the reason why.
-        work = lambda: job.work(place, stop=stop)  # noqa: E731
-        end = outcome_of(work, rank=place.rank, silent=(PeerLost,))
-        ending = Ending(place.rank, end.code, end.message, time.time(), end.trace)
-        _write_whole(Path(notes, f"{place.rank}.json"), json.dumps(asdict(ending)))
+        end = outcome_of(
+            lambda: job.work(place, stop=stop, here=here), here=here, silent=(PeerLost,)
+        )
+        note(end.code, end.message, end.trace, said=place.rank == 0)
         leave(end.code)
 
 
-def root_cause(
-    agent: Agent, endings: Sequence[Ending], notes: Path, budget_seconds: float
-) -> Cause:
+def root_cause(agent: Agent, endings: Sequence[Ending], budget_seconds: float) -> Cause:
     """Why the job ended: its exit code, and what rank 0 has not said of it yet.
 
-    A process that was killed comes first, then the earliest that failed on its own account;
-    that a peer was lost is nobody's reason while there is another.
+    A process that was killed comes first, then the earliest that failed on its own account,
+    then one that had to be ended because it did not answer; that a peer was lost is nobody's
+    reason while there is another.
     """
     for rank in agent.first_ended:
         if rank.killed_by is not None:
-            return Cause(128 + rank.killed_by, _killed(rank.number, rank.killed_by, notes))
+            name = signal.Signals(rank.killed_by).name
+            told = f"error: rank {rank.number} was killed by {name}."
+            return Cause(128 + rank.killed_by, told, rank.number)
     own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
     if own:
-        first = min(own, key=lambda ending: ending.time)
-        said = any(not e.rank and e.message == first.message for e in own)
-        trace = f"{first.trace}\n" if first.trace else ""
-        return Cause(
-            first.code, "" if said else f"{trace}error: rank {first.rank}: {first.message}"
-        )
-    codes = [rank.ended for rank in agent.ranks if not rank.ended_by_us]
+        return _own_failure(own)
     if agent.overran:
-        late = ", ".join(str(rank.number) for rank in agent.ranks if rank.ended_by_us)
+        late = next(rank.number for rank in agent.ranks if rank.ended_by_us)
         return Cause(
             128 + signal.SIGKILL,
             f"error: rank {late} had not stopped {budget_seconds:g} s after the request, so it was "
             "killed; the newest checkpoint is as it was. Raise faults.stop_budget_seconds.",
+            late,
         )
-    if STOPPED in codes:
+    lost = [f"error: rank {e.rank}: {e.message}" for e in endings if e.code == PEER_LOST]
+    noted = {ending.rank for ending in endings}
+    for rank in agent.first_ended:
+        if rank.ended and (rank.ended_by_us or rank.number not in noted):
+            code = 128 - rank.ended if rank.ended < 0 else rank.ended
+            told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
+            return Cause(code, told, rank.number)
+    if STOPPED in [ending.code for ending in endings]:
         return Cause(STOPPED)
-    for ending in endings:
-        if ending.code == PEER_LOST:
-            return Cause(PEER_LOST, f"error: rank {ending.rank}: {ending.message}")
-    return Cause(next((code for code in codes if code), 0))
+    return Cause(PEER_LOST, lost[0]) if lost else Cause(0)
 
 
-def _killed(rank: int, number: int, notes: Path) -> str:
-    told = f"error: rank {rank} was killed by {signal.Signals(number).name}."
-    log = notes / f"{rank}.log"
-    if number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE) and log.exists():
-        words = log.read_text(errors="replace").partition("\nExtension modules:")[0]
-        told = f"{words[-_LAST_WORDS:]}\n{told}"
-    return told
-
-
-def _speak_into(log: Path) -> None:
-    """Send what this process prints into a file: on the terminal one process speaks for all."""
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _own_failure(own: Sequence[Ending]) -> Cause:
+    first = min(own, key=lambda ending: ending.time)
+    said = any(ending.said and ending.message == first.message for ending in own)
+    told = f"error: rank {first.rank}: {first.message}"
+    told = f"{first.trace}\n{told}" if first.trace else told
+    return Cause(first.code, "" if said else told, first.rank)
 
 
 def _write_whole(path: Path, text: str) -> None:

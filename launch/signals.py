@@ -6,10 +6,13 @@ As PID 1 of a container a process without a handler does not even get the signal
 from __future__ import annotations
 
 import signal
+import time
 
 from service.faults import StopRequest
 
 heard = StopRequest()
+STARTED = time.time()
+"""When the command began, in seconds since 1970."""
 
 
 def listen() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from service import randomness
+from service.agreement import StopPoll
 from service.batches import Batch, Step, forward
 from service.checkpoints import Checkpoints
 from service.clock import Clock
@@ -20,6 +21,7 @@ from service.metrics import Gathered, Tally
 from service.normalization import Normalization
 from service.plan import Plan
 from service.predictions import Predictions
+from service.pulse import Pulse
 from service.receipts import Receipt
 from service.state import TrainState
 from service.task import Data, Task
@@ -41,6 +43,7 @@ def train(
     checkpoints: Checkpoints,
     test_data: Data,
     stop: StopRequest,
+    pulse: Pulse,
 ) -> dict[str, float]:
     """Take optimizer steps until `steps` ends or some process is asked to stop.
 
@@ -52,15 +55,22 @@ def train(
     exchange.model.train()
     clock = Clock()
     values: dict[str, float] = {}
+    poll = StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps)
+    if poll.agreed(state.step, stop.requested):
+        return values
+    pulse.enter("data", state.step)
     for step in clock.waiting_for(steps):
         state.optimizer.zero_grad()
         losses: dict[int, Tensor] = {}
         for batch in exchange.over(step.micro_batches):
+            last = batch is step.micro_batches[-1]
+            pulse.enter("exchange" if last else "forward", state.step, batch.number)
             world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
             loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
             exchange.backward(loss_sum, step.weight)
             losses[batch.number] = loss_sum.detach()
             receipt.note(state.step, batch)
+        pulse.enter("update")
         normalization.finish_step()
         grad_norm = clip(state.model, plan, logging=plan.logs_at(state.step + 1))
         state.optimizer.step()
@@ -71,6 +81,7 @@ def train(
         # below together: a collective in one is a collective in all.
         values = {}
         if plan.logs_at(state.step):
+            pulse.enter("log", state.step)
             loss = float(total_loss(losses, plan, world) / step.weight)
             require_finite(loss, state.step)
             values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
@@ -78,23 +89,28 @@ def train(
             values |= clock.reading(rows_per_step=plan.global_batch)
         if plan.tests_at(state.step):
             batches = test_batches(test_data, task=task, plan=plan, world=world)
+            batches = pulse.during("test", batches)
             values |= test(state.model, batches, task=task, world=world, plan=plan)
-        stopping = plan.stops_at(state.step) or (
-            plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
-        )
+        pulse.enter("agree", state.step)
+        wanted = stop.requested or tracker.stop_requested
+        stopping = poll.agreed(state.step, wanted) or plan.stops_at(state.step)
         best = state.improves(values, plan.spec.checkpoint.best)
         saving = plan.saves_at(state.step) or best or stopping
+        pulse.enter("log")
         if values or saving:
             receipt.write(state.step)
         if values:
             tracker.log(state.step, values)
         if saving:
             tracker.sync()
+            pulse.enter("save")
             checkpoints.save(state)
+            pulse.write()
         if plan.tests_at(state.step) or saving:
             clock.restart()
         if stopping:
             break
+        pulse.enter("data")
     return values
 
 

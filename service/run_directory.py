@@ -58,6 +58,10 @@ class RunDirectory:
         return self.path / "logs"
 
     @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 

@@ -20,6 +20,7 @@ from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
 from service.predictions import Predictions
+from service.pulse import Pulse
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
@@ -33,9 +34,19 @@ from service.world import World
 
 
 def run(
-    plan: Plan, task: Task, world: World, *, runs: Path, stop: StopRequest, fresh: bool = False
+    plan: Plan,
+    task: Task,
+    world: World,
+    *,
+    runs: Path,
+    stop: StopRequest,
+    fresh: bool = False,
+    pulse: Pulse | None = None,
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
+
+    Args:
+        pulse: is told what this process is doing.
 
     Returns:
         The values of the last step; empty when the run was done before.
@@ -44,6 +55,7 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
+    pulse = pulse or Pulse()
     require_best_measure(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
@@ -70,6 +82,7 @@ def run(
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
+    pulse.settle(directory)
     state = TrainState(model, optimizer, Schedule(optimizer, plan.rate))
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
@@ -109,6 +122,7 @@ def run(
             checkpoints=checkpoints,
             test_data=test_data,
             stop=stop,
+            pulse=pulse,
         )
         outcome = "done" if state.step >= plan.steps else "stopped"
     finally:

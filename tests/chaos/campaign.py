@@ -94,7 +94,7 @@ def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
         "checkpoint": {"every_steps": 4, "best": {"measure": "test/accuracy", "mode": "max"}},
         "faults": {
             "hang_timeout_seconds": hang_seconds,
-            "startup_timeout_seconds": 30 + hang_seconds,
+            "startup_timeout_seconds": 20 + hang_seconds,
             "attempts_without_progress": 1000,
         },
     }
@@ -183,7 +183,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _digests(run: Path) -> dict[int, str]:
-    from service.receipts import read_receipt
+    from service.receipt_file import read_receipt
 
     return read_receipt(run / "receipt.jsonl")
 
