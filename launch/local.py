@@ -22,7 +22,8 @@ from launch.signals import STARTED, heard
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.failures import write_failure
 from service.faults import StopRequest, die_with_parent, stop_on_signals
-from service.pulse import Pulse, read_beat
+from service.pulse import Pulse
+from service.run_directory import read_beat
 
 if TYPE_CHECKING:
     from launch.agent import Agent
@@ -175,6 +176,8 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()
     os.environ.update(environment)
+    # Its data-loader workers are its own children, as under torchrun, and not the fork server's.
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
     place = launched()
     assert place is not None, "the agent sets RANK and its kin"
 

@@ -22,11 +22,12 @@ class StopPoll:
         self._most_steps = most_steps
         self._asked_at = time.monotonic()
         self._asked_step = 0
-        self._next_step = 0
+        self.next_step = 0
+        """The next step at which they ask."""
 
     def agreed(self, step: int, wanted: bool) -> bool:
         """Whether all stop now, after `step` finished steps; every process asks at every step."""
-        if step < self._next_step:
+        if step < self.next_step:
             return False
         now = time.monotonic()
         steps = step - self._asked_step
@@ -35,5 +36,5 @@ class StopPoll:
         hurry = self._most_steps - min(max(fitting, 1), self._most_steps)
         stop, hurry = self._world.highest([int(wanted), hurry])
         self._asked_at, self._asked_step = now, step
-        self._next_step = step + self._most_steps - hurry
+        self.next_step = step + self._most_steps - hurry
         return bool(stop)

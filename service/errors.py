@@ -5,7 +5,8 @@
     ├── WillFailAgain       42   running the same thing again cannot help
     │   ├── Diverged             the loss or a gradient is not finite
     │   ├── DataBroken           the rows are not the rows the plan counted on
-    │   └── NoCheckpoint         there are checkpoints, and none of them can be read
+    │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
+    │   └── NoProgress           attempt after attempt failed without a new checkpoint
     ├── Stopped             75   stopped on request, state saved: run again to continue
     ├── PeerLost            76   another process went away; not this one's fault
     └── OutOfMemory        137   as a process that the machine kills for it
@@ -47,6 +48,10 @@ class DataBroken(WillFailAgain):
 
 class NoCheckpoint(WillFailAgain):
     """Checkpoints exist and none of them can be read."""
+
+
+class NoProgress(WillFailAgain):
+    """Several attempts in a row failed and none of them got any further."""
 
 
 class Stopped(EvenstepError):

@@ -16,7 +16,8 @@ from typing import IO, Any, NoReturn
 
 from service.errors import PeerLost
 from service.failures import read_failures, write_failure
-from service.pulse import ORDER, WORDS, Pulse, group, read_beat
+from service.pulse import ORDER, WORDS, Pulse, group
+from service.run_directory import read_beat
 
 HUNG = 1
 """Exit code of the process that others waited for."""

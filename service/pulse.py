@@ -79,6 +79,7 @@ class Pulse:
         self.rank = rank
         self.started = time.time() if started is None else started
         """Seconds since 1970 at which this attempt began, perhaps before this process did."""
+        self.longest_save_seconds = 0.0
         self.directory: RunDirectory | None = None
         self._scratch = scratch
         self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
@@ -89,6 +90,8 @@ class Pulse:
         """Say what begins now; `step` stays as it was where it is not given."""
         now, before = time.monotonic(), self.place
         self._seconds[before.work] += now - before.since
+        if before.work == "save":
+            self.longest_save_seconds = max(self.longest_save_seconds, now - before.since)
         # One assignment: whoever reads it from another thread sees a whole place.
         self.place = Place(work, before.step if step is None else step, micro_batch, now)
 
@@ -142,7 +145,7 @@ class Pulse:
             "process": os.getpid(),
             "group": group(),
             "time": round(time.time(), 3),
-            "started": round(self.started, 3),
+            "started": self.started,
             "step": place.step,
             "micro_batch": place.micro_batch,
             "work": place.work,
@@ -163,12 +166,3 @@ def group() -> str:
     """Names this attempt, equal on all of its processes and different from every other."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     return "/".join(os.environ.get(name, "-") for name in names)
-
-
-def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
-    """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
-    try:
-        beat = json.loads((directory / f"rank-{rank}.beat").read_text())
-    except (OSError, ValueError):
-        return None  # it has written nothing
-    return beat if isinstance(beat, dict) else None

@@ -101,10 +101,9 @@ def run(
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
         return {}
 
+    _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
     tracker = _tracker(plan, opened, world=world, step=state.step)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
-    if opened:
-        opened.start_attempt(processes=world.processes, device=str(world.device), step=state.step)
     outcome: Outcome = "failed"
     try:
         last = train(
@@ -128,7 +127,12 @@ def run(
     finally:
         tracker.close(outcome)
         if opened:
-            opened.end_attempt(outcome, step=state.step)
+            opened.end_attempt(
+                outcome,
+                step=state.step,
+                seconds=pulse.seconds(),
+                longest_save_seconds=pulse.longest_save_seconds,
+            )
             opened.close()
     if outcome == "stopped":
         raise Stopped(
@@ -184,6 +188,25 @@ def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | Non
             failed = error
     world.fail_together(failed)
     return opened
+
+
+def _start_attempt(
+    opened: OpenRun | None, plan: Plan, world: World, *, step: int, started: float
+) -> None:
+    """Enter the attempt, on the lead; on all processes, give up where none got any further."""
+    failed: EvenstepError | None = None
+    if opened:
+        try:
+            opened.start_attempt(
+                processes=world.processes,
+                device=str(world.device),
+                step=step,
+                started=started,
+                most_failures=plan.spec.faults.attempts_without_progress,
+            )
+        except EvenstepError as error:
+            failed = error
+    world.fail_together(failed)
 
 
 def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> Tracker:

@@ -149,8 +149,12 @@ def seen(chaos: Path, injuries: Sequence[Injury], processes: int) -> list[Seen]:
                 if what == "forward" and pid not in before:
                     later.setdefault((rank, pid), []).append(float(at))
             firsts = [times[REHEARSALS] for times in later.values() if len(times) > REHEARSALS]
+            nexts = [float(at) for at, *_, what in lines if what.startswith("struck")]
             if len(firsts) >= processes:
-                seconds = sorted(firsts)[processes - 1] - struck[0]
+                back = sorted(firsts)[processes - 1]
+                # Struck again on its way back, it is the next one's time that counts.
+                if not any(struck[0] < at < back for at in nexts):
+                    seconds = back - struck[0]
         found.append(Seen(injury, None, seconds))
     return found
 
