@@ -1,15 +1,19 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
+# make chaos: injure a run two hundred times and compare its bits (half an hour).
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check clean
+.PHONY: run test chaos check clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
 test: $(READY) check
 	$(BIN)/pytest -q
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.campaign --injuries 200
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -257,6 +257,6 @@ def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], .
 
 def _report(here: Here, message: str) -> None:
     """Called where an exception is handled: leave its traceback with the run, if there is one."""
-    if here.pulse.directory is not None:
+    if here.pulse.failures is not None:
         told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
-        write_failure(here.pulse.directory.failures, here.pulse.record() | told)
+        write_failure(here.pulse.failures, here.pulse.record() | told)

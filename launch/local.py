@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -133,6 +134,10 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
         stop_budget_seconds=job.spec.faults.stop_budget_seconds,
     )
     agent.run_once()
+    for report in (notes / "failures").glob("*.json"):  # from before the run had a directory
+        if job.directory().facts.exists():
+            job.directory().failures.mkdir(exist_ok=True)
+            shutil.copy(report, job.directory().failures)
     cause = root_cause(agent, _endings(notes), job.spec.faults.stop_budget_seconds)
     return _explained(cause, agent, job, notes)
 

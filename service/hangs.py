@@ -116,15 +116,16 @@ class _Watch:
             "waits_for_others": waiting,
             "stacks": _stacks(),
         }
-        if self._pulse.directory is None:
-            self._leave(HUNG, _told(report, self._pulse.rank, standing) + f"\n{report['stacks']}")
-        failures = self._pulse.directory.failures
+        failures, beats = self._pulse.failures, self._pulse.scratch
+        if failures is None or beats is None:  # under a foreign torchrun, with no run opened yet
+            told = _told(report, self._pulse.rank, standing)
+            self._leave(HUNG, f"{report['stacks']}\n{told}")
         write_failure(failures, report)
-        behind = who_is_behind(self._reports(failures))
+        behind = who_is_behind(self._reports(failures, beats))
         mine = behind["rank"] == self._pulse.rank
         self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))
 
-    def _reports(self, failures: Path) -> list[dict[str, Any]]:
+    def _reports(self, failures: Path, beats: Path) -> list[dict[str, Any]]:
         """What every rank says of this hang; of one that says nothing, what it last wrote."""
         deadline = time.monotonic() + _REPORTS_SECONDS
         found: dict[int, dict[str, Any]] = {}
@@ -132,10 +133,9 @@ class _Watch:
             reports = list(read_failures(failures))
             found = {r["rank"]: r for r in reports if r.get("group") == group()}
             time.sleep(0.05)
-        assert self._pulse.directory is not None, "reports are read where they were written"
         for rank in range(self._processes):
             if rank not in found:
-                beat = read_beat(self._pulse.directory.logs, rank) or {}
+                beat = read_beat(beats, rank) or {}
                 known = beat if beat.get("group") == group() else {}
                 found[rank] = {"rank": rank, "silent": True} | known
         return list(found.values())
@@ -159,7 +159,7 @@ def who_is_behind(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
     who = "This process" if behind["rank"] == rank else f"Rank {behind['rank']}"
-    where = "nowhere"
+    where = "nowhere yet"
     if "work" in behind:
         micro_batch = behind["micro_batch"]
         where = f"at step {behind['step']}"

@@ -112,6 +112,13 @@ class Pulse:
         """Where this process may write what nobody needs unless it fails."""
         return self.directory.logs if self.directory else self._scratch
 
+    @property
+    def failures(self) -> Path | None:
+        """Where this process reports that it failed, if there is a place that others read too."""
+        if self.directory is not None:
+            return self.directory.failures
+        return self._scratch / "failures" if self._scratch else None
+
     def settle(self, directory: RunDirectory) -> None:
         """From now on write into the run's directory; what was printed so far moves there."""
         log, self.directory = self._log, directory

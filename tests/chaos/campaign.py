@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,13 @@ def planned(count: int, *, seed: int, processes: int, kinds: Sequence[str]) -> l
     chance = random.Random(seed)
     moments = [m for n in range(count // len(MOMENTS) + 1) for m in chance.sample(MOMENTS, 6)]
     many = [k for n in range(count // len(kinds) + 1) for k in chance.sample(kinds, len(kinds))]
-    return [
+    drawn = [
         _injury(number, kind, moment, chance, processes)
         for number, (kind, moment) in enumerate(zip(many[:count], moments[:count], strict=True))
     ]
+    # One injury waits for the one before it, and the way out comes once, after the last step.
+    in_order = sorted(drawn, key=lambda injury: injury.moment == "exit")
+    return [replace(injury, number=number) for number, injury in enumerate(in_order)]
 
 
 def _injury(number: int, kind: str, moment: str, chance: random.Random, processes: int) -> Injury:
@@ -71,9 +74,12 @@ def _injury(number: int, kind: str, moment: str, chance: random.Random, processe
     if kind == "raise" and moment in ("start-up", "backward"):
         moment = "forward"  # before the first step, what a task raises is its author's mistake
     rank = 0 if moment == "save" else chance.randrange(processes)
-    first = REHEARSALS + 1 if kind == "raise" else 1
-    count = {"forward": chance.randint(first, 40), "backward": chance.randint(1, 40)}.get(moment, 1)
-    # An exit that comes too soon would end the campaign; the plan's next injuries wait for it.
+    if kind in HANGS and moment == "start-up":
+        moment = "test"  # in start-up a hang is given more time, which a campaign has not
+    first = REHEARSALS + 1 if kind in ("raise", *HANGS) else 1
+    count = {"forward": chance.randint(first, 12), "backward": chance.randint(first, 12)}.get(
+        moment, 1
+    )
     late = moment == "save" and kind.startswith("kill")
     return Injury(number, kind, moment, rank, count, chance.uniform(0.0, 0.04) if late else 0.0)
 
@@ -210,7 +216,7 @@ def main() -> None:
     words.add_argument("--per-run", type=int, default=20)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--processes", type=int, default=3)
-    words.add_argument("--steps", type=int, default=60)
+    words.add_argument("--steps", type=int, default=90)
     words.add_argument("--hang", type=float, default=3.0)
     words.add_argument("--kinds", nargs="*", default=[*IN_PLACE, *FROM_OUTSIDE])
     asked = words.parse_args()
