@@ -25,6 +25,7 @@ MOMENTS = ("start-up", "forward", "backward", "test", "save", "exit")
 IN_PLACE = ("kill one", "kill all", "raise", "SIGSTOP", "hang", "hang, lock held")
 """What the launcher answers by itself; after the others somebody starts the command again."""
 FROM_OUTSIDE = ("kill launcher", "SIGTERM", "SIGINT", "SIGTERM to all")
+KILLS = ("kill one", "kill all", "raise")
 HANGS = ("SIGSTOP", "hang", "hang, lock held")
 MEASURED_ANEW = ("time", "train/rows_per_second", "train/data_wait")
 REHEARSALS = 3
@@ -77,9 +78,7 @@ def _injury(number: int, kind: str, moment: str, chance: random.Random, processe
     if kind in HANGS and moment == "start-up":
         moment = "test"  # in start-up a hang is given more time, which a campaign has not
     first = REHEARSALS + 1 if kind in ("raise", *HANGS) else 1
-    count = {"forward": chance.randint(first, 12), "backward": chance.randint(first, 12)}.get(
-        moment, 1
-    )
+    count = chance.randint(first, 12) if moment in ("forward", "backward") else 1
     late = moment == "save" and kind.startswith("kill")
     return Injury(number, kind, moment, rank, count, chance.uniform(0.0, 0.04) if late else 0.0)
 
@@ -207,6 +206,13 @@ def table(found: Sequence[Seen]) -> str:
         seconds = [s.seconds for s in those if s.seconds is not None]
         told = f"{statistics.median(seconds):.2f}, {max(seconds):.2f}" if seconds else "-"
         rows.append(f"| {kind} | {moment} | {len(those)} | {told} |")
+    whole = [s.seconds for s in found if s.injury.kind in KILLS and s.seconds is not None]
+    if whole:
+        last = sorted(whole)[min(len(whole) - 1, round(0.99 * len(whole)))]
+        rows.append(
+            f"\nkill to all ranks stepping, by itself, {len(whole)} times: median "
+            f"{statistics.median(whole):.2f} s, 99 % within {last:.2f} s"
+        )
     return "\n".join(rows)
 
 

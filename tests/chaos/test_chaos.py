@@ -9,13 +9,7 @@ HOW = {"processes": 2, "steps": 90, "hang": 3.0}
 
 def test_twenty_injuries_leave_no_trace(tmp_path: Path) -> None:
     run(tmp_path, "undisturbed", [], **HOW)
-    kinds = [
-        *["kill one", "kill all", "raise"] * 4,
-        "kill one",
-        "kill all",
-        *FROM_OUTSIDE[:3],
-        *HANGS,
-    ]
+    kinds = ["kill one", "kill all"] * 5 + ["raise"] * 4 + [*FROM_OUTSIDE[:3], *HANGS]
     plan = planned(20, seed=5, processes=2, kinds=kinds)
     seen = run(tmp_path, "injured", plan, **HOW)
     different = differences(tmp_path / "runs" / "injured", tmp_path / "runs" / "undisturbed")
