@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test chaos check clean
+.PHONY: run test test-slow chaos check clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
 test: $(READY) check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not slow"
+
+# What takes minutes: pods that are killed, evicted, frozen.
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow
 
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos.campaign --injuries 200

@@ -1,6 +1,6 @@
 """How far runs at 2, 3, 4 and 5 processes are from the same run at 1, feature by feature.
 
-python -m benchmarks.invariance [--steps 100]
+python -m benchmarks.invariance [--steps 100] [--only dropout]
 
 Prints the table of docs/world-size.md: the largest difference of any step's loss, and of any weight
 after the last step, over all process counts.
@@ -40,15 +40,18 @@ def told(value: float) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--steps", type=int, default=100)
-    steps = arguments.parse_args().steps
+    arguments.add_argument("--only", default="", help="features whose name holds this")
+    given = arguments.parse_args()
     pools = {count: Processes(count) for count in (1, 2, 3, 4, 5)}
     print("| | losses, float64 | weights, float64 | losses, float32 | weights, float32 |")
     print("|---|---|---|---|---|")
     for name, job in FEATURES.items():
+        if given.only not in name:
+            continue
         cells = []
         for double in (True, False):
             arguments_of_task = job["task_args"] | {"double": double}
-            cut = job | {"task_args": arguments_of_task, "length": {"steps": steps}}
+            cut = job | {"task_args": arguments_of_task, "length": {"steps": given.steps}}
             cells += [told(value) for value in worst(cut, pools)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     for pool in pools.values():

@@ -67,8 +67,9 @@ class Agent(SimpleElasticAgent):
         processes: int,
         stop: StopRequest,
         stop_budget_seconds: float,
+        first: int = 0,
     ) -> None:
-        """`entry(environment, *arguments)` runs in every rank."""
+        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest."""
         handler = get_rendezvous_handler(
             RendezvousParameters(
                 backend="c10d",
@@ -93,6 +94,7 @@ class Agent(SimpleElasticAgent):
         )
         self._handler = handler
         self._entry = entry
+        self._first = first
         self._stop = stop
         self._stop_budget = stop_budget_seconds
         self._forwarded = False
@@ -121,7 +123,7 @@ class Agent(SimpleElasticAgent):
             environment = _environment(worker, worker_group)
             process = context.Process(target=self._entry, args=(environment, *spec.args))
             process.start()
-            self.ranks.append(Rank(worker.global_rank, process))
+            self.ranks.append(Rank(self._first + worker.global_rank, process))
         return {rank.number: rank.process.pid for rank in self.ranks}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from launch.environment import Environment, launched
+from launch.environment import Environment, launched, node_here, read_secrets
+from launch.job_commands import check, doctor, new
+from launch.kubernetes.manifests import Target, task_file, to_yaml
+from launch.kubernetes.manifests import render as manifests
 from launch.signals import STARTED, heard, stop_listening
+from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
+from service.spec_page import spec_page
 from service.verification import compare
 
 if TYPE_CHECKING:
@@ -74,8 +79,12 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    asked = _process_count(processes)
+    node = node_here() if place is None else None
+    if node is not None and processes is not None:
+        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+    asked = _process_count(node.processes if node else processes)
     loaded = _load(spec, overrides, name)
+    os.environ.update(read_secrets())
     # Read when torch is loaded.  A thread that waits for its share gives the core back: where
     # it spins instead, beside one other busy process, five seconds of training took fifty.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,6 +94,11 @@ def run(
     from launch.entry import Job
 
     job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    if node is not None and node.nodes > 1:
+        from launch.entry import leave
+        from launch.nodes import run_node
+
+        leave(run_node(job, node, processes=asked))
     _start(job, place, processes=asked, max_restarts=max_restarts, elastic=elastic)
 
 
@@ -164,9 +178,122 @@ def list_recipes() -> None:
 
 
 @evenstep.command()
-def schema() -> None:
+@click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
+def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
-    click.echo(json.dumps(spec_schema(), indent=2))
+    click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
+
+
+for _command in (new, check, doctor, list_runs, report):
+    evenstep.add_command(_command)
+
+
+@evenstep.group()
+def kubernetes() -> None:
+    """Run a job on a cluster."""
+
+
+_TARGET = click.option(
+    "--target",
+    type=click.Choice(["job", "jobset", "kubeflow"]),
+    default="job",
+    show_default=True,
+    help="What runs the pods; all but job must be installed in the cluster.",
+)
+_NAME = click.option("--name", help="Name of the run; the spec's own by default.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
+    """Print the manifests of SPEC, for kubectl apply -f -."""
+    loaded = _load(spec, overrides, name)
+    click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
+
+
+_RUN = click.argument("name", metavar="NAME")
+_NAMESPACE = click.option("-n", "--namespace", help="Default: the context's own.")
+
+
+@kubernetes.command()
+@_SPEC
+@_OVERRIDES
+@_TARGET
+@_NAME
+@click.option(
+    "--wait", "waits", is_flag=True, help="Stay until it has ended; exit 0 if it is done."
+)
+def submit(
+    spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
+) -> None:
+    """Start SPEC on a cluster. Submitted again after its end, it resumes."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api, ClusterError
+
+    loaded = _load(spec, overrides, name)
+    objects = manifests(loaded, target=target, files=task_file(loaded))
+    namespace = loaded.kubernetes.namespace if loaded.kubernetes else None
+    with Api(namespace=namespace, say=_complain) as api:
+        jobs.submit(api, objects, say=click.echo)
+        if waits:
+            end = jobs.wait(api, jobs.KINDS[target], loaded.name)
+            click.echo(f"{loaded.name}: {end}")
+            if end.startswith("Failed"):
+                raise ClusterError(f"See: evenstep kubernetes logs {loaded.name}")
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def status(name: str, target: Target, namespace: str | None) -> None:
+    """Show the job's pods, its step and loss, and why it does not start."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        for line in jobs.status(api, jobs.KINDS[target], name):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+@click.option("--node", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--previous", is_flag=True, help="Of the pod before this one.")
+@click.option("-f", "--follow", is_flag=True, help="Stay, and show what comes.")
+def logs(
+    name: str, target: Target, namespace: str | None, node: int, previous: bool, follow: bool
+) -> None:
+    """Print the log of a node: node 0 speaks for all."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        kind = jobs.KINDS[target]
+        for line in jobs.logs(api, kind, name, node=node, previous=previous, follow=follow):
+            click.echo(line)
+
+
+@kubernetes.command()
+@_RUN
+@_TARGET
+@_NAMESPACE
+def cancel(name: str, target: Target, namespace: str | None) -> None:
+    """Stop the job with a checkpoint; its runs stay."""
+    from launch.kubernetes import jobs
+    from launch.kubernetes.api import Api
+
+    with Api(namespace=namespace, say=_complain) as api:
+        click.echo(jobs.cancel(api, jobs.KINDS[target], name))
+
+
+def _complain(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from launch.environment import Environment
+from launch.environment import Environment, Group
 from launch.process_group import process_group
 from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
 from service.failures import write_failure
@@ -56,6 +56,8 @@ class Job:
     runs: Path
     fresh: bool = False
     stop_at: int | None = None
+    group: Group | None = None
+    """The processes of all nodes, where there are several."""
 
     def again(self, before: str | None) -> Job:
         """The job as it is started after a failure: an earlier run is put aside once.
@@ -78,7 +80,7 @@ class Job:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
-        return _received, (values, self.runs, self.fresh, self.stop_at)
+        return _received, (values, self.runs, self.fresh, self.stop_at, self.group)
 
     def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
         """Run this process's part of the job to its end, or until `stop` is asked for.
@@ -114,8 +116,8 @@ class Job:
                 raise
 
 
-def _received(spec: dict[str, Any], runs: Path, fresh: bool, stop_at: int | None) -> Job:
-    return Job(load_spec(spec), runs, fresh, stop_at)
+def _received(spec: dict[str, Any], *rest: Any) -> Job:
+    return Job(load_spec(spec), *rest)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Which process of how many this one is, read once from the environment.  No torch."""
+"""Which process of how many, and which node of how many, this one is: read once.  No torch."""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from service.errors import SpecError
 
@@ -50,3 +53,111 @@ def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
             f"LOCAL_WORLD_SIZE={local_world_size} cannot all be true. Start the job with torchrun."
         )
     return Environment(rank, world_size, local_rank, local_world_size)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's place among those that train together, as Kubernetes or a person set it."""
+
+    index: int
+    nodes: int
+    processes: str
+    """How many on this machine: a number or `auto`."""
+    address: str
+    """Of node 0; empty where there is no other."""
+    port: int
+
+
+def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
+    """The node that torchrun's five PET_* variables speak of, or None where there are none.
+
+    The index may come from an Indexed Job (JOB_COMPLETION_INDEX), and the address from the name
+    that such a Job gives this pod.
+
+    Raises:
+        SpecError: they contradict each other, or one is missing.
+    """
+    variables = os.environ if variables is None else variables
+    index = variables.get("PET_NODE_RANK", variables.get("JOB_COMPLETION_INDEX"))
+    if "PET_NNODES" not in variables:
+        if index is not None:
+            raise SpecError(
+                f"The environment says that this is node {index}, but not of how many: set "
+                "PET_NNODES (1 where every pod trains by itself)."
+            )
+        return None
+    nodes = _number(re.sub(r"^(\d+):\1$", r"\1", variables["PET_NNODES"]), "PET_NNODES")
+    processes = variables.get("PET_NPROC_PER_NODE", "1")
+    if nodes > 1 and index is None:
+        raise SpecError(f"PET_NNODES={nodes}, but PET_NODE_RANK is not set: which one is this?")
+    place = _number(index or "0", "PET_NODE_RANK")
+    if not place < max(nodes, 1):
+        raise SpecError(f"PET_NODE_RANK={place} of PET_NNODES={nodes} cannot be: count from 0.")
+    address = variables.get("PET_MASTER_ADDR", "")
+    if nodes > 1 and not address:
+        address = first_address(socket.getfqdn(), place)
+    port = _number(variables.get("PET_MASTER_PORT", "29500"), "PET_MASTER_PORT")
+    return Node(place, nodes, "auto" if processes == "gpu" else processes, address, port)
+
+
+def first_address(own: str, index: int) -> str:
+    """The name of pod 0 of an Indexed Job, from the full name of pod `index`.
+
+    Raises:
+        SpecError: the pod has no full name.
+    """
+    host, dot, domain = own.partition(".")
+    if not (dot and host.endswith(f"-{index}")):
+        raise SpecError(
+            f"PET_MASTER_ADDR is not set, and it does not follow from this machine's name, {own}: "
+            f"a pod of an Indexed Job with a subdomain is <job>-{index}.<service>.<namespace>..."
+        )
+    return f"{host.removesuffix(str(index))}0.{domain}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of all nodes, as one node learnt of them where they met."""
+
+    index: int
+    nodes: int
+    processes: int
+    """On each node."""
+    address: str
+    """Where node 0 keeps the store through which the processes find each other."""
+    port: int
+
+    def variables(self, local: Environment) -> dict[str, str]:
+        """What a process of this node must find in its environment, from its place on the node."""
+        return {
+            "RANK": str(self.index * self.processes + local.local_rank),
+            "WORLD_SIZE": str(self.nodes * self.processes),
+            "LOCAL_RANK": str(local.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+            # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+
+
+def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables whose values lie in files: WANDB_API_KEY from WANDB_API_KEY_FILE, if it is there.
+
+    Raises:
+        SpecError: the file cannot be read.
+    """
+    variables = os.environ if variables is None else variables
+    path = variables.get("WANDB_API_KEY_FILE")
+    if not path or "WANDB_API_KEY" in variables or not Path(path).exists():
+        return {}
+    try:
+        return {"WANDB_API_KEY": Path(path).read_text(encoding="utf-8").strip()}
+    except (OSError, ValueError) as error:
+        raise SpecError(f"WANDB_API_KEY_FILE: {path} cannot be read: {error}.") from error
+
+
+def _number(text: str, name: str) -> int:
+    if not text.isdecimal():
+        raise SpecError(f"{name} must be a whole number, but is {text!r}.")
+    return int(text)

@@ -124,6 +124,7 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
     from launch.agent import Agent
 
     notes.mkdir()
+    group = getattr(job, "group", None)
     agent = Agent(
         process,
         job,
@@ -132,6 +133,7 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
         processes=processes,
         stop=stop,
         stop_budget_seconds=job.spec.faults.stop_budget_seconds,
+        first=group.index * group.processes if group else 0,
     )
     agent.run_once()
     for report in (notes / "failures").glob("*.json"):  # from before the run had a directory
@@ -184,6 +186,10 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     # Its data-loader workers are its own children, as under torchrun, and not the fork server's.
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
     place = launched()
+    group = getattr(job, "group", None)
+    if group is not None:  # the agent knows this node alone
+        os.environ.update(group.variables(place), TORCHELASTIC_RUN_ID=f"nodes-{group.port}")
+        place = launched()
     assert place is not None, "the agent sets RANK and its kin"
 
     def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:

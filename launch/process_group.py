@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
+from launch.limits import threads_each
 from service.errors import SpecError
 from service.world import World
 
@@ -39,8 +40,7 @@ def process_group(
         _compute_in_one_order()
     else:
         _share_cores(environment, device)
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    _multiply_in(precision)
     world = World(_accelerator(environment, device, timeout_seconds), precision=precision)
     # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
     assert world.processes == environment.world_size, "accelerate joined another group"
@@ -70,12 +70,18 @@ def _device(environment: Environment) -> str:
 
 
 def _share_cores(environment: Environment, device: str) -> None:
-    """Divide the CPU's cores among the processes of this machine, unless OMP_NUM_THREADS does."""
+    """Divide the cores this container gets among its processes, unless OMP_NUM_THREADS does."""
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, (cores or 1) // environment.local_world_size)
+        threads = threads_each(environment.local_world_size)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _multiply_in(precision: str) -> None:
+    """Let a GPU round the factors of float32 products to 10 bits for tf32, and only for it."""
+    # Left alone, torch allows it in convolutions and forbids it in matrix products.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _compute_in_one_order() -> None:

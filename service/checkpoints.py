@@ -26,8 +26,9 @@ from service.state import Best, TrainState
 from service.world import World
 
 FORMAT = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = (
+MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
+    "average.safetensors",
     "optimizer.safetensors",
     "state.json",
     "manifest.json",
@@ -53,13 +54,18 @@ class Checkpoints:
         keep: int,
         facts: Mapping[str, Any],
         say: Callable[[str], None],
+        rename: Mapping[str, str] | None = None,
     ) -> None:
-        """`facts` go into every manifest: what the run is and on how many processes."""
+        """`facts` go into every manifest: what the run is and on how many processes.
+
+        `rename` gives the new names of parameters and modules that are saved under old ones.
+        """
         self._directory = directory
         self._world = world
         self._keep = keep
         self._facts = dict(facts)
         self._say = say
+        self._rename = rename or {}
 
     def save(self, state: TrainState) -> None:
         """Write the state; when this returns on any process it is on disk for all of them.
@@ -101,7 +107,7 @@ class Checkpoints:
         if chosen is None:
             return False
         try:
-            load(self._directory / chosen, state, index=self._world.index)
+            load(self._directory / chosen, state, index=self._world.index, rename=self._rename)
         except EvenstepError as error:
             failed = error
         self._world.fail_together(failed)
@@ -195,15 +201,24 @@ def find_checkpoint(directory: Path, which: str) -> Path:
     return path
 
 
-def load_weights(directory: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into `model`, and leave the rest.
+def load_weights(
+    directory: Path,
+    model: nn.Module,
+    *,
+    rename: Mapping[str, str] | None = None,
+    average: bool = False,
+) -> None:
+    """Put a checkpoint's weights into `model`, renamed as for `load`, and leave the rest.
 
+    Args:
+        average: their moving average instead of the latest.
     Raises:
-        SpecError: they do not fit the model.
+        SpecError: they do not fit the model, or there is no average.
         NoCheckpoint: its files cannot be read.
     """
-    weights, _ = _read_weights(directory)
-    _load_weights(model, weights, directory)
+    weights, _ = _read_weights(directory, average=average)
+    renamed = Renaming(rename or {})
+    _load_weights(model, {renamed(name): value for name, value in weights.items()}, directory)
 
 
 def write_into(
@@ -221,16 +236,24 @@ def write_into(
     held, described = optimizer_state(state)
     save_file(weights, directory / MODEL)
     save_file(held, directory / OPTIMIZER)
+    names = [MODEL, OPTIMIZER, STATE]
+    if state.average is not None:
+        save_file(_without_aliases(state.average.model)[0], directory / AVERAGE)
+        names.append(AVERAGE)
     rest = {
         "step": state.step,
         "best": asdict(state.best) if state.best else None,
+        "memory": state.memory(),
         "optimizer": described,
         "aliases": aliases,
         "stream": places,
+        "scaler": state.scaler.state_dict() if state.scaler else None,
+        "skipped_steps": state.skipped_steps,
+        "faulty_steps": state.faulty_steps,
     }
     (directory / STATE).write_text(json.dumps(rest, allow_nan=True) + "\n")
     files = {}
-    for name in (MODEL, OPTIMIZER, STATE):
+    for name in names:
         _fsync(directory / name)
         files[name] = {
             "bytes": (directory / name).stat().st_size,
@@ -249,7 +272,7 @@ def damage_of(directory: Path) -> str | None:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']!r} is not {FORMAT}"
-        if set(files) != {MODEL, OPTIMIZER, STATE}:
+        if set(files) - {AVERAGE} != {MODEL, OPTIMIZER, STATE}:
             return f"the manifest names the files {sorted(files)}"
         for name, told in files.items():
             path = directory / name
@@ -264,8 +287,17 @@ def damage_of(directory: Path) -> str | None:
     return None
 
 
-def load(directory: Path, state: TrainState, *, index: int = 0) -> None:
+def load(
+    directory: Path,
+    state: TrainState,
+    *,
+    index: int = 0,
+    rename: Mapping[str, str] | None = None,
+) -> None:
     """Put a checkpoint's content into `state`, on process `index`.
+
+    Args:
+        rename: new names of parameters and modules that are saved under old ones.
 
     Raises:
         SpecError: it does not fit the model or the optimizer.
@@ -273,22 +305,41 @@ def load(directory: Path, state: TrainState, *, index: int = 0) -> None:
     """
     weights, rest = _read_weights(directory)
     try:
+        average = _read_weights(directory, average=True)[0] if state.average else {}
         held = load_file(directory / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
-    _load_weights(state.model, weights, directory)
-    _load_optimizer(state, held, rest["optimizer"], directory)
+    renamed = Renaming(rename or {})
+    _load_weights(state.model, {renamed(name): value for name, value in weights.items()}, directory)
+    if state.average is not None:
+        averaged = {renamed(name): value for name, value in average.items()}
+        _load_weights(state.average.model, averaged, directory)
+    if state.scaler is not None:
+        state.scaler.load_state_dict(rest["scaler"])
+    state.skipped_steps, state.faulty_steps = rest["skipped_steps"], rest["faulty_steps"]
+    _load_optimizer(state, held, rest["optimizer"], renamed, directory)
     if state.stream is not None and rest["stream"] is not None:
         state.stream.move_to(rest["stream"], index)
     state.step = rest["step"]
     state.best = Best(**rest["best"]) if rest["best"] else None
-    state.schedule.set(state.step)
+    state.remember(rest["memory"])
 
 
-def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by every name they have, the content of state.json)."""
+def _read_weights(
+    directory: Path, *, average: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights by every name they have, the content of state.json).
+
+    Args:
+        average: the moving average of the weights instead of the latest.
+    """
+    if average and not (directory / AVERAGE).exists():
+        raise SpecError(
+            f"The checkpoint {directory} has no moving average of the weights; "
+            "it was trained without model.moving_average."
+        )
     try:
-        weights = load_file(directory / MODEL)
+        weights = load_file(directory / (AVERAGE if average else MODEL))
         rest: dict[str, Any] = json.loads((directory / STATE).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
@@ -302,7 +353,7 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
         near = did_you_mean(missing[0], strange) if missing and strange else "."
         raise SpecError(
             f"The checkpoint {directory} is of another model: it lacks {missing[:5]} and has "
-            f"{strange[:5]} besides{near}"
+            f"{strange[:5]} besides{near}{_how_to_rename(missing, strange)}"
         )
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
@@ -314,39 +365,148 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
     model.load_state_dict(weights)
 
 
+def _how_to_rename(missing: list[str], strange: list[str]) -> str:
+    if not (missing and strange):
+        return ""
+    return (
+        " If it was renamed, say so: "
+        f"checkpoint.rename={{{json.dumps(strange[0])}: {json.dumps(missing[0])}}}; the name of a "
+        "module renames all that is in it."
+    )
+
+
+class Renaming:
+    """New names of what is saved under old ones; a module's name stands for all that is in it."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+
+    def __call__(self, name: str) -> str:
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):  # the longest path that was given wins
+            new = self._names.get(".".join(parts[:length]))
+            if new is not None:
+                return ".".join([new, *parts[length:]])
+        return name
+
+
+# How the arithmetic is laid out on this machine, and the parameters, which have names instead.
+_NOT_OF_THE_RUN = {"params", "param_names", "fused", "foreach", "capturable", "differentiable"}
+
+
 def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
     tensors: dict[str, Tensor] = {}
     names = {id(p): name for name, p in state.model.named_parameters()}
-    described = {
+    by_name = {
         names[id(parameter)]: {
             key: _pack(value, f"{key}:{names[id(parameter)]}", tensors)
             for key, value in values.items()
         }
         for parameter, values in state.optimizer.state.items()
     }
-    return tensors, described
+    groups = [
+        {
+            "names": [names[id(parameter)] for parameter in group["params"]],
+            "values": {
+                key: _pack(value, f"{key}:group {number}", tensors)
+                for key, value in group.items()
+                if key not in _NOT_OF_THE_RUN
+            },
+        }
+        for number, group in enumerate(state.optimizer.param_groups)
+    ]
+    return tensors, {"state": by_name, "groups": groups}
 
 
 def _load_optimizer(
-    state: TrainState, tensors: Mapping[str, Tensor], described: Mapping[str, Any], directory: Path
+    state: TrainState,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    renamed: Renaming,
+    directory: Path,
 ) -> None:
-    parameters = dict(state.model.named_parameters())
-    strange = sorted(described.keys() - parameters.keys())
+    optimizer, parameters = state.optimizer, dict(state.model.named_parameters())
+    saved = {renamed(name): entries for name, entries in described["state"].items()}
+    strange = sorted(saved.keys() - parameters.keys())
     if strange:
         raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")
-    numbers = {
-        id(p): n for n, p in enumerate(q for g in state.optimizer.param_groups for q in g["params"])
-    }
-    values = {
-        numbers[id(parameters[name])]: {
-            key: _unpack(value, tensors) for key, value in entries.items()
-        }
-        for name, entries in described.items()
+    groups = [
+        (list(map(renamed, group["names"])), _unpacked(group["values"], tensors))
+        for group in described["groups"]
+    ]
+    values = {name: _unpacked(entries, tensors) for name, entries in saved.items()}
+    if isinstance(optimizer, torch.optim.LBFGS):
+        values = _in_order(values, groups[0][0], optimizer, parameters)
+    _load_groups(state, groups, directory)
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {id(parameter): number for number, parameter in enumerate(members)}
+    by_number = {
+        numbers[id(parameters[name])]: entries
+        for name, entries in values.items()
         if id(parameters[name]) in numbers
     }
-    groups = state.optimizer.state_dict()["param_groups"]  # the spec's own, as they are now
-    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": by_number, "param_groups": own})
+    for number, entries in by_number.items():
+        held = optimizer.state[members[number]]
+        for key, value in entries.items():
+            held[key] = _as_saved(held[key], value)
+
+
+def _load_groups(
+    state: TrainState, groups: list[tuple[list[str], dict[str, Any]]], directory: Path
+) -> None:
+    """Give each of the optimizer's groups the values of the saved group with its parameters.
+
+    Their order may have changed; who shares a group with whom may not.
+    """
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    home = {name: number for number, (members, _) in enumerate(groups) for name in members}
+    for group in state.optimizer.param_groups:
+        members = [names[id(parameter)] for parameter in group["params"]]
+        number = home.get(members[0], -1)
+        if number < 0 or set(groups[number][0]) != set(members):
+            raise SpecError(
+                f"The checkpoint {directory} was made with other parameter groups: "
+                f"{members[0]!r} shared its settings with other parameters than now. "
+                "Group them as they were, or begin again with --fresh."
+            )
+        group |= groups[number][1]
+
+
+def _in_order(
+    values: dict[str, dict[str, Any]],
+    saved_order: list[str],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, dict[str, Any]]:
+    """The state of LBFGS, whose vectors hold all parameters in a row, in the order of now."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]]
+    sizes = [parameters[name].numel() for name in saved_order]
+
+    def ordered(value: Any) -> Any:
+        if isinstance(value, list):
+            return [ordered(item) for item in value]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        pieces = dict(zip(saved_order, torch.split(value, sizes), strict=True))
+        return torch.cat([pieces[name] for name in order])
+
+    if not values:
+        return {}
+    (entries,) = values.values()  # it keeps all of it with its first parameter
+    return {order[0]: {key: ordered(value) for key, value in entries.items()}}
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """`saved` where torch put it: it gives some of an optimizer's numbers the parameter's type."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device)
+    if isinstance(saved, list):
+        return [_as_saved(*pair) for pair in zip(loaded, saved, strict=True)]
+    return saved
 
 
 def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -355,7 +515,8 @@ def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
     if isinstance(value, list | tuple):
-        return {"list": [_pack(v, f"{n}.{key}", tensors) for n, v in enumerate(value)]}
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(v, f"{n}.{key}", tensors) for n, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise SpecError(
@@ -368,7 +529,13 @@ def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         return tensors[packed["tensor"]]
     if "list" in packed:
         return [_unpack(part, tensors) for part in packed["list"]]
+    if "tuple" in packed:
+        return tuple(_unpack(part, tensors) for part in packed["tuple"])
     return packed["value"]
+
+
+def _unpacked(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: _unpack(value, tensors) for key, value in values.items()}
 
 
 def _without_aliases(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

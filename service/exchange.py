@@ -119,6 +119,7 @@ class Ordered(Exchange):
 
 
 def _backward(loss_sum: Tensor, scale: float | Tensor) -> None:
-    # As the gradient that comes in, the scale costs no multiplication of its own.
-    scale = scale.to(loss_sum) if isinstance(scale, Tensor) else loss_sum.new_tensor(scale)
-    loss_sum.backward(scale)  # type: ignore[no-untyped-call]
+    # As the gradient that comes in, the scale costs no multiplication of its own.  0 times the
+    # loss makes it NaN where the loss is not finite, so that all processes learn of it.
+    scale = scale.to(loss_sum) if isinstance(scale, Tensor) else scale
+    loss_sum.backward(loss_sum.detach() * 0 + scale)  # type: ignore[no-untyped-call]

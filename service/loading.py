@@ -192,18 +192,26 @@ def _collated(
     reader = _Reader(data, plan.spec.seed)
     if plan.spec.loader.workers == 0:
         return ((order, reader[order][1]) for order in orders)
-    return iter(
-        DataLoader(
-            reader,
-            sampler=orders,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=plan.spec.loader.workers,
-            prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=_outlive_signals,
-        )
+    loader = DataLoader(
+        reader,
+        sampler=orders,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=plan.spec.loader.workers,
+        prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=_outlive_signals,
     )
+    return _in_our_words(loader)
+
+
+def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
+    """What workers bring; what they say of broken data comes without the traceback around it."""
+    try:
+        yield from loader
+    except DataBroken as error:
+        told = str(error).rpartition("service.errors.DataBroken: ")[2].strip()
+        raise DataBroken(told) from error
 
 
 def _from_memory(

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from service import randomness
 from service.agreement import StopPoll
-from service.batches import Batch, Step, forward
+from service.batches import Batch, Step
 from service.checkpoints import Checkpoints
 from service.clock import Clock
-from service.errors import Diverged
+from service.compiling import compiled_graphs
 from service.exchange import Exchange
 from service.faults import StopRequest
 from service.loading import test_batches
 from service.metrics import Gathered, Tally
-from service.normalization import Normalization
 from service.plan import Plan
+from service.precision import computed
 from service.predictions import Predictions
 from service.pulse import Pulse
 from service.receipts import Receipt
 from service.state import TrainState
 from service.task import Data, Task
 from service.tracking import Tracker
+from service.updates import Updates
 from service.world import World
 
 
@@ -37,7 +39,7 @@ def train(
     world: World,
     plan: Plan,
     exchange: Exchange,
-    normalization: Normalization,
+    updates: Updates,
     tracker: Tracker,
     receipt: Receipt,
     checkpoints: Checkpoints,
@@ -50,7 +52,7 @@ def train(
     Returns:
         What the last step measured.  `state.step` says whether the run is finished.
     Raises:
-        Diverged: the loss is not finite at a step that is logged.
+        Diverged: a loss or a gradient is not finite, and may not be.
     """
     exchange.model.train()
     clock = Clock()
@@ -60,21 +62,27 @@ def train(
         return values
     pulse.enter("data", state.step)
     for step in clock.waiting_for(steps):
-        state.optimizer.zero_grad()
-        losses: dict[int, Tensor] = {}
-        for batch in exchange.over(step.micro_batches):
-            last = batch is step.micro_batches[-1]
-            pulse.enter("exchange" if last else "forward", state.step, batch.number)
-            world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
-            loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
-            exchange.backward(loss_sum, step.weight)
-            losses[batch.number] = loss_sum.detach()
+        divisor = updates.divisor(step.weight)
+        evaluate = partial(
+            backpropagate,
+            state,
+            step,
+            exchange,
+            divisor,
+            task=task,
+            world=world,
+            plan=plan,
+            pulse=pulse,
+        )
+        losses = evaluate()
+        for batch in step.micro_batches:
             receipt.note(state.step, batch)
+        again = None
+        if state.needs_closure:
+            mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
+            again = closure(losses, evaluate, mean_loss, state.model, updates)
         pulse.enter("update")
-        normalization.finish_step()
-        grad_norm = clip(state.model, plan, logging=plan.logs_at(state.step + 1))
-        state.optimizer.step()
-        state.step += 1
+        updates.apply(losses, step.weight, logging=plan.logs_at(state.step + 1), closure=again)
         state.schedule.set(state.step)
 
         # The plan and the step are equal on every process, so all of them take the branches
@@ -82,21 +90,26 @@ def train(
         values = {}
         if plan.logs_at(state.step):
             pulse.enter("log", state.step)
-            loss = float(total_loss(losses, plan, world) / step.weight)
-            require_finite(loss, state.step)
-            values = {"train/loss": loss, "train/grad_norm": float(grad_norm)}
-            values |= state.schedule.rates(state.step - 1)
+            values = updates.look()
+            values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
+            if plan.spec.model.compile:
+                values["train/compiled_graphs"] = compiled_graphs()
         if plan.tests_at(state.step):
+            updates.look()  # what has gone astray is neither tested nor, below, saved
             batches = test_batches(test_data, task=task, plan=plan, world=world)
             batches = pulse.during("test", batches)
-            values |= test(state.model, batches, task=task, world=world, plan=plan)
+            values |= test(state.tested, batches, task=task, world=world, plan=plan)
         pulse.enter("agree", state.step)
         wanted = stop.requested or tracker.stop_requested
         stopping = poll.agreed(state.step, wanted) or plan.stops_at(state.step)
         best = state.improves(values, plan.spec.checkpoint.best)
+        state.learn(values)
+        stopping |= state.ended_early
         saving = plan.saves_at(state.step) or best or stopping
         pulse.enter("log")
+        if saving:
+            updates.look()
         if values or saving:
             receipt.write(state.step)
         if values:
@@ -112,6 +125,75 @@ def train(
             break
         pulse.enter("data")
     return values
+
+
+def backpropagate(
+    state: TrainState,
+    step: Step,
+    exchange: Exchange,
+    divisor: float | Tensor,
+    *,
+    task: Task,
+    world: World,
+    plan: Plan,
+    pulse: Pulse,
+) -> dict[int, Tensor]:
+    """Leave the step's gradients in the parameters; a forward and a backward pass per micro-batch.
+
+    Args:
+        divisor: what the gradients are divided by: the weight of the step, perhaps scaled.
+
+    Returns:
+        The summed loss of each micro-batch that this process computed.
+    """
+    state.optimizer.zero_grad()
+    losses: dict[int, Tensor] = {}
+    for batch in exchange.over(step.micro_batches):
+        is_last = batch is step.micro_batches[-1]
+        pulse.enter("exchange" if is_last else "forward", state.step, batch.number)
+        world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
+        loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
+        exchange.backward(loss_sum, divisor)
+        losses[batch.number] = loss_sum.detach()
+    state.drop_frozen_gradients()
+    return losses
+
+
+def closure(
+    losses: dict[int, Tensor],
+    evaluate: Callable[[], dict[int, Tensor]],
+    mean_loss: Callable[[dict[int, Tensor]], float],
+    model: nn.Module,
+    updates: Updates,
+) -> Callable[[], float]:
+    """What LBFGS calls for the loss of the step, and its gradients, at each point that it tries.
+
+    The first point is where the parameters stand, and what was found there is known.  At every
+    other one the same micro-batches are computed with the same random numbers, and what a forward
+    pass moves besides gradients (BatchNorm's statistics) stays as the first one left it.  Loss
+    and gradients are those of all processes, so each of them draws the same conclusions.
+    """
+    known = [losses]
+
+    def loss() -> float:
+        if known:
+            return mean_loss(known.pop())
+        with unmoved_buffers(model):
+            here = evaluate()
+        updates.forget()
+        return mean_loss(here)
+
+    return loss
+
+
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the buffers back the values that they have on entering."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 @torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail
@@ -139,10 +221,9 @@ def test(
     try:
         for batch in batches:
             world.seed(randomness.key(randomness.TEST, plan.spec.seed, batch.number))
-            with world.autocast():
-                outputs = forward(model, batch.inputs)
-                losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
-                measured = task.measure(outputs, batch.targets)  # [B, measures]
+            outputs = computed(model, batch.inputs, world)
+            losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+            measured = task.measure(outputs, batch.targets)  # [B, measures]
             tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
             gathered.add(outputs, batch.targets)
             if predictions is not None:
@@ -154,36 +235,16 @@ def test(
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
     """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
-    with world.autocast():
-        losses = task.loss(forward(model, batch.inputs), batch.targets)  # [B] or [B, T]
+    losses = task.loss(computed(model, batch.inputs, world), batch.targets)  # [B] or [B, T]
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
 
 
-def total_loss(losses: Mapping[int, Tensor], plan: Plan, world: World) -> Tensor:
-    """The step's summed loss, added up in the order of its micro-batches."""
+def total_loss(
+    losses: Mapping[int, Tensor], *, plan: Plan, world: World, weight: float | Tensor
+) -> float:
+    """The step's mean loss, added up in the order of its micro-batches."""
     each = torch.zeros(plan.micro_batches, dtype=world.wide)  # 0 for what others computed
     for number, loss in losses.items():
         if number < plan.micro_batches:
             each[number] = loss
-    return world.sum(each.to(world.device)).sum()
-
-
-def clip(model: nn.Module, plan: Plan, *, logging: bool) -> Tensor | float:
-    """Scale the gradients down to the plan's length; returns the length they had.
-
-    It is not worked out where nobody asks for it: `nan` then.
-    """
-    if plan.spec.max_grad_norm is not None:
-        return nn.utils.clip_grad_norm_(model.parameters(), plan.spec.max_grad_norm)
-    if logging:
-        return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    return math.nan
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Raise where training has gone astray."""
-    if not math.isfinite(loss):
-        raise Diverged(
-            f"The training loss is {loss} at step {step}. Look at train/grad_norm before it, "
-            "lower optimizer.lr or set max_grad_norm."
-        )
+    return float(world.sum(each.to(world.device)).sum() / weight)

@@ -94,20 +94,23 @@ class Normalization:
         self._momentum_values: list[float | None] = []
         self._momentum = torch.empty(0)
 
-    def finish_step(self) -> None:
+    def finish_step(self, skipped: Tensor | None = None) -> None:
         """Move the running statistics by one optimizer step; every process calls it.
 
         They move towards the mean, over all micro-batches of the step on all processes, of
         the micro-batch's mean and unbiased variance, each counted by its values per channel.
         A layer that no process used keeps what it has.  In the modes that gather nothing,
         nothing happens.
+
+        Args:
+            skipped: a scalar that is 1 where the step is not taken and nothing shall move.
         """
         if self._gathering:  # asked here: the other modes pay nothing for a step
-            self._finish_step()
+            self._finish_step(skipped)
 
     @torch.no_grad()
-    def _finish_step(self) -> None:
-        means, variances, counts = self._sums_of_the_step()
+    def _finish_step(self, skipped: Tensor | None) -> None:
+        means, variances, counts = self._sums_of_the_step(skipped)
         self._owners = self._owners.to(counts.device)
         used = counts > 0  # [layers]
         tracked = [_present(layer.num_batches_tracked) for layer in self._gathering]
@@ -151,12 +154,14 @@ class Normalization:
             ("running statistics move", running),
         ]
 
-    def _sums_of_the_step(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums_of_the_step(self, skipped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(means times values [channels], variances times values [channels], values [layers])."""
         by_kind = zip(*(layer.sums for layer in self._gathering), strict=True)
         own = torch.cat(list(itertools.chain.from_iterable(by_kind)))
         channels = len(self._owners)
         total = own if self._exchanged else self._world.sum(own)
+        if skipped is not None:  # as if no layer had been used, whatever is in the sums
+            total = torch.where(skipped > 0, torch.zeros_like(total), total)
         return total[:channels], total[channels : 2 * channels], total[2 * channels :]
 
     def _momentum_of(self, tracked: Sequence[Tensor], like: Tensor) -> Tensor:

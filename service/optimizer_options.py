@@ -162,3 +162,22 @@ OPTIMIZERS: dict[str, Known] = {
         },
     ),
 }
+
+# Where each is from, for the reference page.
+SOURCES: dict[str, str] = {
+    "sgd": "Robbins & Monro 1951; momentum: Polyak 1964; Nesterov: Sutskever et al. 2013",
+    "asgd": "Polyak & Juditsky 1992",
+    "adagrad": "Duchi, Hazan & Singer 2011",
+    "adadelta": "Zeiler, arXiv:1212.5701",
+    "rmsprop": "Hinton 2012; centered: Graves, arXiv:1308.0850",
+    "rprop": "Riedmiller & Braun 1993; meant for `global_batch: all`",
+    "adam": "Kingma & Ba, arXiv:1412.6980; amsgrad: Reddi et al., arXiv:1904.09237",
+    "adamw": "Loshchilov & Hutter, arXiv:1711.05101",
+    "adamax": "Kingma & Ba, arXiv:1412.6980, section 7",
+    "nadam": "Dozat 2016",
+    "radam": "Liu et al., arXiv:1908.03265",
+    "adafactor": "Shazeer & Stern, arXiv:1804.04235",
+    "sparseadam": "Adam for sparse gradients; the others need a `companion`",
+    "muon": "Jordan 2024; matrices alone, the others need a `companion`",
+    "lbfgs": "Liu & Nocedal 1989; evaluates a step several times, one group",
+}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from service.errors import SpecError, did_you_mean
 from service.optimizer_options import OPTIMIZERS
-from service.spec import GroupSpec, OptimizerSpec
+from service.spec import GroupSpec, OptimizerSpec, Spec
 
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -38,6 +39,22 @@ class ParameterGroup:
     options: dict[str, Any]
     """What differs from the optimizer's own settings."""
     frozen: bool = False
+    """Never trained."""
+    frozen_until_step: int = 0
+    """Trained from this step on."""
+    companion: bool = False
+    """Trained by the optimizer's companion."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Parameters that are left as they are until `until_step` steps are finished."""
+
+    until_step: int
+    parameters: tuple[nn.Parameter, ...]
+
+
+# ---- groups
 
 
 def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGroup]:
@@ -46,44 +63,94 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGro
     A spec without groups has one group, `*`.  With groups, every parameter must match one.
 
     Raises:
-        SpecError: a pattern chooses nothing, or a parameter is in no group; lists the names.
+        SpecError: a pattern chooses nothing, a parameter is in no group, or it is in one that
+            the optimizer cannot train; lists the names.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not names:
         raise SpecError("task: the model has no trainable parameter.")
+    companion = getattr(spec, "companion", None)
+    if companion is None:
+        groups = _groups_of(model, spec, names, "optimizer")
+        _require_trainable(model, spec, groups)
+    else:
+        others = _for_companion(model, spec, names)
+        own = [name for name in names if name not in others]
+        groups = _groups_of(model, spec, own, "optimizer") if own else []
+        for group in _groups_of(model, companion, others, "optimizer.companion") if others else []:
+            groups.append(ParameterGroup(**{**vars(group), "companion": True}))
+    counted = Counter(name for group in groups for name in group.names)
+    assert counted == Counter(names), "every trainable parameter is in exactly one group"
+    return groups
+
+
+def _groups_of(
+    model: nn.Module, spec: OptimizerSpec, names: Sequence[str], where: str
+) -> list[ParameterGroup]:
     patterns: Sequence[GroupSpec] = spec.groups or (GroupSpec(match="*"),)
+    chosen = _chosen(patterns, names, where)
+    spared, layers = _without_decay(model, spec), layer_of_parameter(model)
+    last = max(layers.values())
+    parts: dict[tuple[int, bool, int], list[str]] = {}
+    for number, found in enumerate(chosen):
+        for name in found:
+            layer = layers[name] if spec.layer_decay is not None else 0
+            parts.setdefault((number, name in spared, layer), []).append(name)
+    groups = []
+    for (number, spare, layer), found in sorted(parts.items()):
+        pattern = patterns[number]
+        options = pattern.options()
+        if spec.layer_decay is not None:
+            options["lr"] = options.get("lr", spec.lr) * spec.layer_decay ** (last - layer)
+        if spare:
+            options["weight_decay"] = 0.0
+        until = pattern.unfreeze_at_step or 0
+        frozen = pattern.freeze and not until
+        groups.append(ParameterGroup(pattern.match, tuple(found), options, frozen, until))
+    return groups
+
+
+def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> list[list[str]]:
+    """The names that each pattern chooses, of those that no earlier one has."""
     chosen: list[list[str]] = [[] for _ in patterns]
+    left_out: list[str] = []
     for name in names:
         home = next((i for i, g in enumerate(patterns) if fnmatchcase(name, g.match)), None)
-        if home is None:
-            left_out = [n for n in names if not any(fnmatchcase(n, g.match) for g in patterns)]
-            raise SpecError(
-                f"optimizer.groups: {_listed(left_out)} in no group. "
-                "Add a group, or end with {match: '*'}."
-            )
-        chosen[home].append(name)
+        (left_out if home is None else chosen[home]).append(name)
+    if left_out:
+        raise SpecError(
+            f"{where}.groups: {_listed(left_out)} in no group. "
+            "Add a group, or end with {match: '*'}."
+        )
     for number, (pattern, found) in enumerate(zip(patterns, chosen, strict=True)):
         if not found:
             raise SpecError(
-                f"optimizer.groups.{number}.match: {pattern.match!r} chooses no parameter "
-                f"that an earlier group has not. The model has {_listed(names)}."
+                f"{where}.groups.{number}.match: {pattern.match!r} chooses no parameter "
+                f"that an earlier group has not. There {_listed(names, verb=('is', 'are'))}."
             )
-    spared = _without_decay(model, spec)
-    groups = []
-    for pattern, found in zip(patterns, chosen, strict=True):
-        options = pattern.options()
-        decayed = tuple(n for n in found if n not in spared)
-        rest = tuple(n for n in found if n in spared)
-        if decayed:
-            groups.append(ParameterGroup(pattern.match, decayed, options, pattern.freeze))
-        if rest:
-            spare = {**options, "weight_decay": 0.0}
-            groups.append(ParameterGroup(pattern.match, rest, spare, pattern.freeze))
-    return groups
+    return chosen
+
+
+def layer_of_parameter(model: nn.Module) -> dict[str, int]:
+    """The number of the layer each parameter is in, from 0 in the order of the model's definition.
+
+    A layer is the path up to its first number, `encoder.blocks.3`, or else the module that owns
+    the parameter; so the block of a transformer is one layer, and so is each module of an
+    nn.Sequential.
+    """
+    numbers: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        path = name.split(".")[:-1]
+        first = next((n + 1 for n, part in enumerate(path) if part.isdecimal()), len(path))
+        layers[name] = numbers.setdefault(".".join(path[:first]), len(numbers))
+    return layers
 
 
 def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
     """Names of the parameters that `no_decay` spares."""
+    if spec.no_decay and "weight_decay" not in _signature(optimizer_class(spec.name)):
+        raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay to spare them.")
     spared = set()
     if "bias" in spec.no_decay:
         spared |= {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"}
@@ -95,9 +162,72 @@ def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
     return spared
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
+def _listed(names: Sequence[str], most: int = 8, verb: tuple[str, str] = ("is", "are")) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more + (" is" if len(names) == 1 else " are")
+    return ", ".join(names[:most]) + more + " " + verb[len(names) != 1]
+
+
+# ---- what some optimizers cannot train
+
+
+def _for_companion(model: nn.Module, spec: OptimizerSpec, names: Sequence[str]) -> list[str]:
+    """The names that go to the companion: what the optimizer cannot train, and what is given it."""
+    can = _trainable_by(model, spec.name)
+    given: tuple[str, ...] = getattr(spec, "companion_takes", ())
+    for pattern in given:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SpecError(f"optimizer.companion_takes: {pattern!r} chooses no parameter.")
+    return [n for n in names if not can(n) or any(fnmatchcase(n, pattern) for pattern in given)]
+
+
+def _require_trainable(
+    model: nn.Module, spec: OptimizerSpec, groups: Sequence[ParameterGroup]
+) -> None:
+    can, parameters = _trainable_by(model, spec.name), dict(model.named_parameters())
+    wrong = [n for g in groups if not g.frozen for n in g.names if not can(n)]
+    if wrong:
+        what = {"muon": "matrices", "sparseadam": "embeddings with sparse=True"}[spec.name]
+        told = [f"{name} {list(parameters[name].shape)}" for name in wrong]
+        raise SpecError(
+            f"optimizer.name: {spec.name} trains {what} and nothing else, but {_listed(told)} "
+            "there too. Add companion: {name: adamw, lr: 0.001}, which trains the others."
+        )
+
+
+def _trainable_by(model: nn.Module, name: str) -> Callable[[str], bool]:
+    """Whether the optimizer called `name` can train the parameter of a name."""
+    if name == "muon":
+        matrices = {n for n, p in model.named_parameters() if p.dim() == 2}
+        return matrices.__contains__
+    if name == "sparseadam":
+        return set(sparse_parameters(model)).__contains__
+    return lambda parameter: True
+
+
+def sparse_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients are sparse."""
+    found = [n for n, m in model.named_modules() if getattr(m, "sparse", False) is True]
+    tables = {id(model.get_submodule(n).weight) for n in found}
+    return [n for n, p in model.named_parameters() if id(p) in tables]
+
+
+def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many: bool) -> None:
+    """Check that sparse gradients, where there are any, can be added up over the processes.
+
+    Raises:
+        SpecError: whatever exchanges them here takes dense ones alone.
+    """
+    sparse = sparse_parameters(model)
+    if not sparse or (spec.exactness != "bitwise" and (device == "cpu" or not many)):
+        return
+    by = "exactness: bitwise" if spec.exactness == "bitwise" else f"several processes on {device}"
+    raise SpecError(
+        f"task: the gradients of {_listed(sparse)} sparse, and {by} can add up dense ones alone. "
+        "Make the embeddings with sparse=False, or train in one process or on CPUs."
+    )
+
+
+# ---- the optimizer
 
 
 def make_optimizer(
@@ -108,27 +238,109 @@ def make_optimizer(
     Raises:
         SpecError: an option its class does not have or does not accept.
     """
-    make = optimizer_class(spec.name)
     parameters = dict(model.named_parameters())
-    trained: list[dict[str, Any]] = []
-    for group in groups:
-        members = [parameters[name] for name in group.names]
-        if group.frozen:
-            for member in members:
-                member.requires_grad_(False)
-            continue
-        _check_options(make, group.options, "optimizer.groups")
-        trained.append({"params": members, **group.options})
+    for name in [name for group in groups if group.frozen for name in group.names]:
+        parameters[name].requires_grad_(False)
+    trained = [group for group in groups if not group.frozen]
     if not trained:
         raise SpecError("optimizer.groups: every group is frozen, so there is nothing to train.")
+    own = [group for group in trained if not group.companion]
+    others = [group for group in trained if group.companion]
+    made = [_made(parameters, spec, own, "optimizer")] if own else []
+    if others:
+        companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
+        made.append(_made(parameters, companion, others, "optimizer.companion"))
+    return made[0] if len(made) == 1 else Together(made)
+
+
+def _made(
+    parameters: dict[str, nn.Parameter],
+    spec: OptimizerSpec,
+    groups: Sequence[ParameterGroup],
+    where: str,
+) -> torch.optim.Optimizer:
+    make = optimizer_class(spec.name)
+    if needs_closure(make) and len(groups) > 1:
+        raise SpecError(
+            f"{where}.groups: {make.__name__} moves all parameters along one line, so it takes "
+            "one group only. Freeze the others, or leave out groups, no_decay and layer_decay."
+        )
+    trained: list[dict[str, Any]] = []
+    for group in groups:
+        _check_options(make, group.options, f"{where}.groups")
+        trained.append({"params": [parameters[name] for name in group.names], **group.options})
     options = spec.options()
-    _check_options(make, options, "optimizer")
-    if _fused_pays(make, parameters) and not _LAYOUT & set(options):
+    _check_options(make, options, where)
+    members = [parameter for group in trained for parameter in group["params"]]
+    given = {option for group in groups for option in group.options} | set(options)
+    if _fused_pays(make, members) and not _LAYOUT & given:
         options["fused"] = True
     try:
         return make(trained, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise SpecError(f"optimizer: torch's {make.__name__} says: {error}.") from error
+    except Exception as error:  # whatever a class says of its options is for the user to read
+        raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {error}.") from error
+
+
+def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:
+    """What is trained from a later step on."""
+    parameters = dict(model.named_parameters())
+    return [
+        Frozen(group.frozen_until_step, tuple(parameters[name] for name in group.names))
+        for group in groups
+        if group.frozen_until_step
+    ]
+
+
+def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
+    """Whether a step of this class asks for the loss and the gradients at points it chooses."""
+    closure = inspect.signature(make.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
+    """Check that an optimizer that compares losses gets gradients that belong to them.
+
+    Raises:
+        SpecError: the spec changes the gradients between the loss and the optimizer.
+    """
+    if not needs_closure(type(optimizer)):
+        return
+    name = type(optimizer).__name__
+    if spec.max_grad_norm is not None:
+        raise SpecError(
+            f"max_grad_norm: {name} compares losses along the gradient; a clipped one is not "
+            "theirs. Leave it out."
+        )
+    if spec.model.precision == "fp16":
+        raise SpecError(f"model.precision: {name} cannot work with scaled losses; use bf16.")
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, each over its own parameters.
+
+    Their groups stand in one list and their state in one mapping, so that whoever sets a rate,
+    unscales a gradient or writes a checkpoint sees a single optimizer.
+    """
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        self._members = list(members)
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for member in self._members:
+            member.param_groups = [next(groups) for _ in member.param_groups]
+            member.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
+        """Let each of them take its step."""
+        for member in self._members:
+            member.step()
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -155,8 +367,12 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+def _signature(make: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(make.__init__).parameters)
+
+
 def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], where: str) -> None:
-    signature = inspect.signature(make.__init__).parameters
+    signature = _signature(make)
     if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
         return
     known = [n for n in signature if n not in ("self", "params")]
@@ -166,9 +382,8 @@ def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], w
             raise SpecError(f"{where}.{option}: {make.__name__} has no such option{near}")
 
 
-def _fused_pays(make: type[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> bool:
+def _fused_pays(make: type[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> bool:
     """Whether torch's one-kernel implementation exists for these parameters; measured faster."""
     return "fused" in inspect.signature(make.__init__).parameters and all(
-        p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu")
-        for p in parameters.values()
+        p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters
     )

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from service.errors import SpecError
 from service.samplers import halved_share, share_of
-from service.schedules import Multiplier, multiplier
+from service.schedules import Length, Multiplier, multiplier
 from service.spec import CheckpointSpec, Spec, TestSpec
 
 DEFAULT_MICRO_BATCH = 32
@@ -125,7 +125,8 @@ def make_plan(
     steps = spec.length.steps or math.ceil(
         _as_steps(spec.length.epochs or 0, _known(train_rows, "length.epochs"), global_batch)
     )
-    warmup = _warmup(spec, train_rows, global_batch, steps)
+    per_epoch = None if train_rows is None else Fraction(train_rows, global_batch)
+    length = Length(steps, per_epoch)
     return Plan(
         spec=spec,
         processes=processes,
@@ -134,11 +135,11 @@ def make_plan(
         global_batch=global_batch,
         micro_batch=micro_batch,
         steps=steps,
-        warmup=warmup,
+        warmup=length.whole(spec.schedule, "warmup", default=0),
         test_every=_interval(spec.test, train_rows, global_batch),
         save_every=_interval(spec.checkpoint, train_rows, global_batch),
         stop_at=stop_at,
-        rate=multiplier(spec.schedule, warmup=warmup, total=steps),
+        rate=multiplier(spec.schedule, length),
     )
 
 
@@ -174,13 +175,3 @@ def _interval(
 def _as_steps(epochs: float, rows: int, global_batch: int) -> Fraction:
     # The decimal as written: 0.1 epochs of 30 rows is 3 rows, and not 3.0000000000000004.
     return Fraction(str(epochs)) * rows / global_batch
-
-
-def _warmup(spec: Spec, rows: int | None, global_batch: int, steps: int) -> int:
-    schedule = spec.schedule
-    if schedule.warmup_epochs is not None:
-        known = _known(rows, "schedule.warmup_epochs")
-        return round(_as_steps(schedule.warmup_epochs, known, global_batch))
-    if schedule.warmup_fraction is not None:
-        return round(schedule.warmup_fraction * steps)
-    return schedule.warmup_steps or 0

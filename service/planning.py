@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from service.normalization import prepare
-from service.optimizers import ParameterGroup, parameter_groups
+from service.optimizers import (
+    ParameterGroup,
+    make_optimizer,
+    parameter_groups,
+    require_its_loss,
+)
 from service.plan import Plan, make_plan
-from service.spec import Spec
+from service.rates import make_schedule
+from service.spec import OptimizerSpec, PlateauSpec, Spec
+from service.state import require_measures
 from service.task import load_task
 from service.world import alone
 
@@ -24,13 +33,17 @@ def planned(spec: Spec, *, processes: int) -> str:
     plan = make_plan(
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
+    require_measures(spec, task)
     model = task.model()
     groups = parameter_groups(model, spec.optimizer)
+    parameters = _parameters(model, groups, spec)
+    optimizer = make_optimizer(model, spec.optimizer, groups)
+    require_its_loss(optimizer, spec)
     return "\n\n".join(
         [
             _aligned(_arithmetic(plan)),
-            "learning rate\n" + _aligned(_rates(plan)),
-            "parameters\n" + _aligned(_parameters(model, groups, spec), header=True),
+            "learning rate\n" + _aligned(_rates(plan, optimizer)),
+            "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
         ]
     )
@@ -50,6 +63,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("most processes", f"{plan.micro_batches}"),
         ("tests", _every(plan.tests_at, plan)),
         ("checkpoints", _every(plan.saves_at, plan)),
+        *_waiting(plan.spec),
     ]
 
 
@@ -67,29 +81,69 @@ def _rows(plan: Plan) -> str:
     )
 
 
-def _rates(plan: Plan) -> list[tuple[str, str]]:
+def _waiting(spec: Spec) -> list[tuple[str, str]]:
+    """What depends on the measures to come."""
+    told = []
+    plateau, stopping = spec.schedule, spec.early_stopping
+    if isinstance(plateau, PlateauSpec):
+        patience = f"has not improved in {plateau.patience} tests"
+        told.append(("rate", f"times {plateau.gamma:g} when {plateau.measure} {patience}"))
+    if stopping is not None:
+        patience = f"has not improved in {stopping.patience} tests"
+        told.append(("ends early", f"when {stopping.measure} {patience}"))
+    return told
+
+
+def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
+    """The rate of every group at the first and last step, at the quarters and after the warmup."""
     last = plan.steps - 1
-    marks = sorted(
-        {0, plan.warmup, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
-    )
-    return [
-        (f"step {step + 1:,}", f"{plan.spec.optimizer.lr * plan.rate(step):.6g}") for step in marks
-    ]
+    marks = {0, plan.warmup, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
+    schedule = make_schedule(optimizer, plan)
+    table: list[tuple[str, ...]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that no optimizer steps beside its scheduler
+        for step in sorted(marks):
+            schedule.set(step)
+            rates = [f"{group['lr']:.6g}" for group in optimizer.param_groups]
+            table.append((f"step {step + 1:,}", ", ".join(dict.fromkeys(rates))))
+    return table
 
 
 def _parameters(
     model: nn.Module, groups: Sequence[ParameterGroup], spec: Spec
 ) -> list[tuple[str, ...]]:
-    parameters = dict(model.named_parameters())
     table: list[tuple[str, ...]] = [("match", "tensors", "numbers", "lr", "options", "names")]
     for group in groups:
         options = dict(group.options)
-        rate = "frozen" if group.frozen else f"{options.pop('lr', spec.optimizer.lr):g}"
-        numbers = sum(parameters[name].numel() for name in group.names)
-        names = ", ".join(group.names[:3]) + (" ..." if len(group.names) > 3 else "")
-        told = " ".join(f"{key}={value}" for key, value in options.items()) or "-"
-        table.append((group.match, str(len(group.names)), f"{numbers:,}", rate, told, names))
+        trainer: OptimizerSpec = spec.optimizer
+        if group.companion:
+            trainer = spec.optimizer.companion
+            options = {"optimizer": trainer.name, **options}
+        rate = f"{options.pop('lr', trainer.lr):g}"
+        rate = "frozen" if group.frozen else rate
+        if group.frozen_until_step:
+            options["trained_after_step"] = group.frozen_until_step
+        table.append(_row(model, group.match, group.names, rate, options))
+    kept = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if kept:
+        table.append(_row(model, "-", kept, "frozen", {"by": "the task"}))
     return table
+
+
+def _row(
+    model: nn.Module, match: str, names: Sequence[str], rate: str, options: dict[str, object]
+) -> tuple[str, ...]:
+    parameters = dict(model.named_parameters())
+    numbers = sum(parameters[name].numel() for name in names)
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    told = " ".join(f"{key}={value}" for key, value in options.items()) or "-"
+    return match, str(len(names)), f"{numbers:,}", rate, told, shown
+
+
+def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
+    # `parameter_groups` has counted them.
+    tensors = sum(len(group.names) for group in groups)
+    return f"{tensors} tensors in {len(groups)} groups, each in exactly one"
 
 
 def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:

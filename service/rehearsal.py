@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from service.batches import Batch, forward
+from service.batches import Batch
 from service.errors import EvenstepError, SpecError
 from service.normalization import Normalization
+from service.precision import computed
 from service.task import Task
 from service.world import World
 
@@ -48,6 +49,21 @@ class Trial:
                 ) from error
             return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
+    def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
+        """Have the model compiled, as it is called in training.
+
+        Raises:
+            SpecError: it cannot be.
+        """
+        with self._undone(bare):
+            try:
+                self._pass(wrapped)
+            except Exception as error:
+                raise SpecError(
+                    f"model.compile: torch cannot compile this model here: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Bring gradient exchange into the order that it keeps for the rest of the run."""
         if self.world.processes == 1:
@@ -57,9 +73,8 @@ class Trial:
             self._pass(wrapped)  # and this one begins by laying the buckets out in that order
 
     def _pass(self, model: nn.Module, *, checked: bool = False) -> None:
-        with self.world.autocast():
-            outputs = forward(model, self.batch.inputs)
-            losses = self.task.loss(outputs, self.batch.targets)
+        outputs = computed(model, self.batch.inputs, self.world)
+        losses = self.task.loss(outputs, self.batch.targets)
         if checked:
             measured = self.task.measure(outputs, self.batch.targets)
             require_shapes(losses, measured, self.batch, self.task)

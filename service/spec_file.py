@@ -25,7 +25,6 @@ from service.documents import (
     shown,
 )
 from service.errors import SpecError, did_you_mean
-from service.optimizer_options import OPTIMIZERS
 from service.spec import CUSTOM, PATTERNS_IN_WORDS, Part, Spec
 
 # ---- read
@@ -107,7 +106,7 @@ def _fault(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
     steps, kind, given = spot.steps, error["type"], error["input"]
     name = str(steps[-1]) if steps else ""
     if kind.startswith("union_tag") and isinstance(given, Mapping):
-        return _wrong_member(error, steps, document)
+        return _wrong_member(error, spot, document)
     if kind == "too_long" or (kind == "missing" and isinstance(steps[-1], int)):
         steps = steps if kind == "too_long" else steps[:-1]
         values = _tuple_length(spot.fields[str(steps[-1])].annotation)
@@ -126,10 +125,10 @@ def _fault(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
     return _Fault(document.place_of_value(steps), dotted(steps), sentence)
 
 
-def _wrong_member(error: ErrorDetails, steps: Steps, document: Document) -> _Fault:
+def _wrong_member(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
     """The `name` that chooses among several sections is missing, or none of theirs."""
-    field = Spec.model_fields[str(steps[-1])]
-    steps = (*steps, "name")
+    field = spot.fields[str(spot.steps[-1])]
+    steps = (*spot.steps, "name")
     given = find(document.values, steps)
     if "name" not in error["input"]:
         example = field.examples[0] if field.examples else {"name": "..."}
@@ -138,11 +137,13 @@ def _wrong_member(error: ErrorDetails, steps: Steps, document: Document) -> _Fau
     known = [name for part in _parts(field.annotation) for name in _names(part)]
     if not isinstance(given, str):
         sentence = _must_be("text", given)
-    elif CUSTOM in known:
+    elif "sgd" in known:
         allowed = f"an optimizer of torch.optim or {CUSTOM}"
-        sentence = _must_be(allowed, given) + did_you_mean(given.lower(), OPTIMIZERS)
+        sentence = _must_be(allowed, given) + did_you_mean(given.lower(), set(known) - {CUSTOM})
     else:
-        sentence = _must_be(_listed(known), given) + _near(given, known)
+        known = [*(name for name in known if name != CUSTOM), CUSTOM]
+        told = _listed(known).replace(repr(CUSTOM), CUSTOM)
+        sentence = _must_be(told, given) + _near(given, known)
     return _Fault(document.place_of_value(steps), dotted(steps), sentence)
 
 
@@ -272,6 +273,11 @@ def dump_spec(spec: Spec) -> str:
     return _yaml(_values(spec))
 
 
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Plain values of a spec as YAML, such as those of a run's `spec.yaml`."""
+    return _yaml(dict(values))
+
+
 def _values(value: Any) -> Any:
     """Plain values of a section in the order of its fields; a field that is null is its default."""
     if isinstance(value, Part):
@@ -324,22 +330,33 @@ CANNOT_CHANGE_THE_RESULT = {
     "checkpoint.every_steps": "saving only reads the state",
     "checkpoint.every_epochs": "saving only reads the state",
     "checkpoint.keep": "removing an old checkpoint does not touch the state",
+    "checkpoint.rename": "a weight stays what it is under another name",
     "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
     "tracking": "what is recorded is a copy",
-    "faults": "they only end a run, and a run that ends resumes",
+    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
+    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
 }
 
 
 def changes(old: Spec, new: Spec) -> list[str]:
     """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
 
-    A task's file may lie in another directory: only its own name counts.
+    A task's file may lie in another directory: only its own name counts.  Parameter groups may
+    stand in another order: a checkpoint knows them by their parameters' names.
     """
+    before, after = _compared(old), _compared(new)
+    groups = [values["optimizer"]["groups"] for values in (before, after)]
+    if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
+        after["optimizer"]["groups"] = groups[0]
     return [
-        f"{dotted(steps)}: {before} -> {after}"
-        for steps, before, after in _differences(_compared(old), _compared(new), ())
-        if not _cannot_matter(steps)
+        f"{dotted(steps)}: {was} -> {now}"
+        for steps, was, now in _differences(before, after, ())
+        if not _cannot_matter(steps, old)
     ]
 
 
@@ -349,7 +366,10 @@ def _compared(spec: Spec) -> Any:
     return _values(spec) | ({"task": file} if where.endswith(".py") else {})
 
 
-def _cannot_matter(steps: Steps) -> bool:
+def _cannot_matter(steps: Steps, spec: Spec) -> bool:
+    waits_for_tests = spec.early_stopping is not None or spec.schedule.name == "plateau"
+    if steps[0] == "test" and waits_for_tests:
+        return False
     return any(dotted(steps[:n]) in CANNOT_CHANGE_THE_RESULT for n in range(1, len(steps) + 1))
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
-from service.schedules import Multiplier
-from service.spec import BestSpec, Spec
+from service.optimizers import Frozen, needs_closure
+from service.patience import Patience
+from service.precision import LossScaler
+from service.rates import Schedule
+from service.spec import BestSpec, PlateauSpec, Spec
 from service.streams import Stream
 from service.task import Task, measured_by
 
@@ -29,6 +34,57 @@ class TrainState:
     """Where the training data is read from, if it can only be read one after the other."""
     best: Best | None = None
     """The best test measure so far, where the spec names one."""
+    early_stopping: Patience | None = None
+    frozen: Sequence[Frozen] = ()
+    """Parameters that are trained from a later step on."""
+    average: MovingAverage | None = None
+    """The moving average of the weights, where the spec asks for one."""
+    scaler: LossScaler | None = None
+    """What keeps fp16's gradients within its range."""
+    skipped_steps: int = 0
+    """Steps that were counted and not taken."""
+    faulty_steps: int = 0
+    """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the measure of `early_stopping` has not improved for long enough."""
+        return self.early_stopping is not None and self.early_stopping.ran_out
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether one step of the optimizer may ask for the gradients at several points."""
+        return needs_closure(type(self.optimizer))
+
+    def drop_frozen_gradients(self) -> None:
+        """Let the next update pass by the parameters that are not trained yet."""
+        for frozen in self.frozen:
+            if self.step < frozen.until_step:
+                for parameter in frozen.parameters:
+                    parameter.grad = None
+
+    def learn(self, values: Mapping[str, float]) -> None:
+        """Take in what was measured after this step: the schedule and early stopping may wait."""
+        self.schedule.learn(values, self.step)
+        if self.early_stopping is not None:
+            self.early_stopping.tested(values)
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the schedule and of early stopping, as JSON."""
+        waiting = self.early_stopping.memory() if self.early_stopping else None
+        return {"schedule": self.schedule.memory(), "early_stopping": waiting}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.schedule.remember(memory["schedule"])
+        if self.early_stopping is not None:
+            self.early_stopping.remember(memory["early_stopping"])
+        self.schedule.set(self.step)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
 
     def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
         """Whether `values` holds a better measure than any before; if so, it is the best now."""
@@ -52,37 +108,21 @@ class Best:
     value: float
 
 
-class Schedule:
-    """Holds every parameter group's learning rate at its base rate times the multiplier."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, rate: Multiplier) -> None:
-        self._optimizer = optimizer
-        self._base = [group["lr"] for group in optimizer.param_groups]
-        self._rate = rate
-        self.set(0)
-
-    def set(self, step: int) -> None:
-        """Set the rates of the update that follows `step` finished ones."""
-        factor = self._rate(step)
-        # Asked anew each time: loading a state replaces the optimizer's groups.
-        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * factor
-
-    def rates(self, step: int) -> dict[str, float]:
-        """`train/lr` of the update after `step` finished ones; one key per group if several."""
-        factor = self._rate(step)
-        if len(self._base) == 1:
-            return {"train/lr": self._base[0] * factor}
-        return {f"train/lr/{n}": base * factor for n, base in enumerate(self._base)}
-
-
-def require_best_measure(spec: Spec, task: Task) -> None:
-    """Check that the task gives the measure by which the spec wants to know the best checkpoint.
+def require_measures(spec: Spec, task: Task) -> None:
+    """Check that the task gives the measures by which the spec wants to decide something.
 
     Raises:
-        SpecError: it does not.
+        SpecError: it does not, or has no test rows.
     """
-    best, known = spec.checkpoint.best, [f"test/{name}" for name in measured_by(task)]
-    if best is not None and best.measure not in known:
-        near = did_you_mean(best.measure, known)
-        raise SpecError(f"checkpoint.best.measure: the test gives no {best.measure!r}{near}")
+    known = [f"test/{name}" for name in measured_by(task)]
+    asked = {
+        "checkpoint.best": spec.checkpoint.best,
+        "early_stopping": spec.early_stopping,
+        "schedule": spec.schedule if isinstance(spec.schedule, PlateauSpec) else None,
+    }
+    for where, part in asked.items():
+        if part is not None and part.measure not in known:
+            near = did_you_mean(part.measure, known)
+            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+        if part is not None and task.test_rows == 0:
+            raise SpecError(f"{where}: the task has no test rows to measure {part.measure} on.")

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from service import randomness
+from service.averages import MovingAverage
 from service.checkpoints import Checkpoints, find_checkpoint, load_weights
+from service.compiling import compile_in_place
 from service.console import console
 from service.errors import EvenstepError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
@@ -17,18 +19,28 @@ from service.faults import StopRequest
 from service.loading import sample, test_batches, train_steps
 from service.loops import test, train
 from service.normalization import prepare
-from service.optimizers import make_optimizer, parameter_groups
+from service.optimizers import (
+    frozen_for_now,
+    make_optimizer,
+    parameter_groups,
+    require_its_loss,
+    require_sparse_can_travel,
+)
+from service.patience import Patience
 from service.plan import Plan, make_plan
+from service.precision import LossScaler
 from service.predictions import Predictions
 from service.pulse import Pulse
+from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
 from service.spec import Spec
-from service.state import Schedule, TrainState, require_best_measure
+from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
+from service.updates import Updates
 from service.wandb_writer import WandB
 from service.world import World
 
@@ -56,7 +68,7 @@ def run(
     """
     spec = plan.spec
     pulse = pulse or Pulse()
-    require_best_measure(spec, task)
+    require_measures(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
     ordered = spec.exactness == "bitwise"
@@ -66,39 +78,67 @@ def run(
     if spec.model.channels_last:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         model.to(**nhwc)
+    require_sparse_can_travel(model, spec, device=world.device.type, many=world.processes > 1)
     groups = parameter_groups(model, spec.optimizer)
     optimizer = make_optimizer(model, spec.optimizer, groups)
+    require_its_loss(optimizer, spec)
+    schedule = make_schedule(optimizer, plan)
 
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     unreached = trial.unreached_parameters(model)
+    average = MovingAverage(model, spec.model.moving_average) if spec.model.moving_average else None
+    scaler = LossScaler(model, world.device) if spec.model.precision == "fp16" else None
+    if spec.model.compile:  # within what wraps it, which then exchanges while it computes
+        compile_in_place(model, telling=world.is_lead)
+        if average is not None:
+            compile_in_place(average.model, telling=False)
     exchange: Exchange
     if ordered:
         exchange = Ordered(model, world, unreached=unreached, gathered=normalization.sums())
     else:
         exchange = Overlapped(model, world, find_unused=bool(unreached))
+        if spec.model.compile:
+            trial.compile(exchange.model, model)
         trial.settle_buckets(exchange.model, model)
+    state = TrainState(
+        model,
+        optimizer,
+        schedule,
+        early_stopping=Patience(spec.early_stopping) if spec.early_stopping else None,
+        frozen=frozen_for_now(model, groups),
+        average=average,
+        scaler=scaler,
+    )
+    say = print if world.is_lead else _say_nothing
+    updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
     pulse.settle(directory)
-    state = TrainState(model, optimizer, Schedule(optimizer, plan.rate))
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
-    say = print if world.is_lead else _say_nothing
     checkpoints = Checkpoints(
         directory.checkpoints,
         world=world,
         keep=spec.checkpoint.keep,
+        rename=spec.checkpoint.rename,
         facts={"processes": world.processes, "versions": versions()},
         say=say,
     )
-    resumed = checkpoints.restore(state)
+    try:
+        resumed = checkpoints.restore(state)
+    except BaseException:
+        if opened:
+            opened.close()
+        raise
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
-    if state.step >= plan.steps:
+    if state.step >= plan.steps or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
+        if opened:
+            opened.close()
         return {}
 
     _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
@@ -115,7 +155,7 @@ def run(
             world=world,
             plan=plan,
             exchange=exchange,
-            normalization=normalization,
+            updates=updates,
             tracker=tracker,
             receipt=receipt,
             checkpoints=checkpoints,
@@ -123,7 +163,7 @@ def run(
             stop=stop,
             pulse=pulse,
         )
-        outcome = "done" if state.step >= plan.steps else "stopped"
+        outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
         tracker.close(outcome)
         if opened:
@@ -168,7 +208,8 @@ def test_run(
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
     model = task.model().to(world.device)
     prepare(model, spec.model.batchnorm, world)
-    load_weights(chosen, model)
+    average = spec.model.moving_average is not None
+    load_weights(chosen, model, rename=spec.checkpoint.rename, average=average)
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)
@@ -273,6 +314,9 @@ def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory)
     line = f"Done after step {state.step:,}: {tested or 'no test'}."
     if state.best is not None:
         line += f" Best {state.best.measure} {state.best.value:.4g} at step {state.best.step:,}."
+    if state.early_stopping is not None and state.ended_early:
+        waited = state.early_stopping
+        line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
     return f"{line} All of it is in {directory.path}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +37,9 @@ class World:
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64
         """The widest type that the device adds up in."""
         self.is_lead: bool = accelerator.is_main_process
-        self._dtype = _AUTOCAST.get(precision)
+        self.precision = precision
+        self.narrow = _AUTOCAST.get(precision)
+        """What a forward pass is computed in where it may be narrower than its weights."""
         self._generators = _generators(self.device)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
@@ -73,9 +76,9 @@ class World:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's arithmetic, as the spec's precision says."""
-        if self._dtype is None:
+        if self.narrow is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self._dtype)
+        return torch.autocast(self.device.type, self.narrow)
 
     def seed(self, key: int) -> None:
         """Start every generator a forward pass may draw from at `key`."""
@@ -202,3 +205,18 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     elif device.type == "xpu":
         generators.append(torch.xpu.default_generators[device.index or 0])
     return generators
+
+
+def in_place(*, precision: str) -> World:
+    """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
+
+    For a notebook or a script.  Processes that a launcher starts are joined by `launch`.
+    """
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    on_cpu = os.environ.get("EVENSTEP_DEVICE") == "cpu" or not torch.accelerator.is_available()
+    with warnings.catch_warnings():
+        # A notice that it takes the CPU, which is what it was told.
+        warnings.simplefilter("ignore", UserWarning)
+        accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1)
+    return World(accelerator, precision=precision)

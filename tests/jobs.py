@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -85,6 +86,8 @@ def train_in_process(
     Returns what the last step measured, or None where the run was stopped.
     """
     loaded = load_spec(spec)
+    if loaded.model.precision != world.precision:
+        world = World(Accelerator(cpu=True), precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args)
     plan = make_plan(
         loaded,

@@ -7,33 +7,40 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
+    {"charts", "spec_page"},
     {"errors", "optimizer_options", "receipt_file"},
     {"documents", "spec"},
-    {"spec_file", "randomness", "schedules", "streams"},
+    {"spec_file", "randomness", "schedules", "streams", "patience"},
     {"samplers", "failures", "faults", "account"},
     {"run_directory"},
     {"plan", "pulse"},
-    {"world", "batches", "task", "tracking", "hangs"},
+    {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},
+    {"precision", "history"},
+    {"report", "starting"},
     {
-        "state",
         "exchange",
         "predictions",
         "metrics",
         "normalization",
         "optimizers",
+        "rates",
         "receipts",
         "agreement",
         "clock",
     },
-    {"verification", "loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning"},
+    {"verification", "state"},
+    {"loading", "checkpoints", "console", "wandb_writer", "rehearsal", "planning", "reference"},
+    {"updates"},
     {"loops"},
     {"worker"},
+    {"checking", "in_place"},
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 MODULES = sorted((ROOT / "service").glob("*.py"))
 MODULES = [path for path in MODULES if path.stem != "__init__"]
 WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file", "randomness"} | {
     "schedules",
+    "patience",
     "samplers",
     "faults",
     "pulse",
@@ -47,6 +54,11 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "receipt_file",
     "console",
     "wandb_writer",
+    "charts",
+    "spec_page",
+    "history",
+    "report",
+    "starting",
 }
 
 
@@ -87,6 +99,17 @@ def test_what_a_machine_without_torch_needs_does_not_import_it(name):
     assert not {n for n in names if n.split(".")[0] == "torch"}
     rooms = {n.split(".")[1] for n in names if n.startswith("service.")}
     assert rooms & set(FLOOR_OF) <= WITHOUT_TORCH
+
+
+@pytest.mark.parametrize("name", ["environment", "meeting", "kubernetes/*"])
+def test_what_a_launcher_without_torch_needs_does_not_import_it(name):
+    found = list((ROOT / "launch").glob(f"{name}.py"))
+    assert found
+    for path in found:
+        names = imported_by(path)
+        assert not {n for n in names if n.split(".")[0] == "torch"}, path
+        rooms = {n.split(".")[1] for n in names if n.startswith("service.")}
+        assert rooms & set(FLOOR_OF) <= WITHOUT_TORCH, path
 
 
 def test_every_room_on_the_floors_exists():

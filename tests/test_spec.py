@@ -60,8 +60,9 @@ def faults_with(line: str, *overrides: str) -> str:
 MISTAKES = [
     # keys
     ("epoch: 3",
-     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, faults, length, loader, "
-     "max_grad_norm, model, name, optimizer, schedule, seed, task, task_args, test, tracking"),
+     "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, early_stopping, "
+     "exactness, faults, kubernetes, length, loader, max_grad_norm, max_grad_value, model, name, "
+     "optimizer, schedule, seed, task, task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),
@@ -112,6 +113,19 @@ MISTAKES = [
     ("checkpoint: {best: {measure: accuracy, mode: max}}",
      "bad.yaml:6:30: checkpoint.best.measure: must be a measure of the test loop, such as "
      "test/accuracy, but is 'accuracy'"),
+    # on a cluster
+    ("kubernetes: {nodes: 2}",
+     "bad.yaml:6:1: kubernetes.image: missing; add "
+     "image: registry.example.com/team/evenstep:0.1.0"),
+    ("kubernetes: {image: a, memory: 16GB}",
+     "bad.yaml:6:32: kubernetes.memory: must be a quantity of Kubernetes, such as 500m, 4 or 16Gi, "
+     "but is '16GB'"),
+    ("kubernetes: {image: a, memory: 2Gi}",
+     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which is in it, "
+     "but is 2Gi"),
+    ("kubernetes: {image: a, mounts: [{path: /data, claim: c, secret: s}]}",
+     "bad.yaml:6:33: kubernetes.mounts.0: must have one of claim, secret and config_map, "
+     "but has claim and secret"),
     # a choice of types
     ("batch: {global_batch: x}",
      "bad.yaml:3:23: batch.global_batch: must be a whole number or 'all', but is 'x'"),
@@ -148,8 +162,23 @@ MISTAKES = [
      "bad.yaml:5:40: optimizer.groups.0.match: missing; add match: base.*\n"
      "bad.yaml:5:60: optimizer.groups.1.momentun: unknown key; did you mean 'momentum'?"),
     ("schedule: {name: cosin}",
-     "bad.yaml:6:18: schedule.name: must be 'constant', 'linear' or 'cosine', but is 'cosin'; "
+     "bad.yaml:6:18: schedule.name: must be 'constant', 'linear', 'cosine', 'cosine_restarts', "
+     "'polynomial', 'exponential', 'step', 'multi_step', 'one_cycle', 'inverse_sqrt', "
+     "'warmup_stable_decay', 'plateau' or package.module:Class, but is 'cosin'; "
      "did you mean 'cosine'?"),
+    ("schedule: {name: step, gamma: 0.5}",
+     "bad.yaml:6:11: schedule: must have every_steps, every_epochs or every_fraction, "
+     "but has none"),
+    ("schedule: {name: 'torch.optim:', T_max: 3}",
+     "bad.yaml:6:18: schedule.name: must be package.module:Class, but is 'torch.optim:'"),
+    ("optimizer: {name: muon, lr: 1, companion: {name: adamm, lr: 1}}",
+     "bad.yaml:5:50: optimizer.companion.name: must be an optimizer of torch.optim or "
+     "package.module:Class, but is 'adamm'; did you mean 'adam'?"),
+    ("optimizer: {name: Muon, lr: 1, companion: {name: AdamW, lrr: 1}}",
+     "bad.yaml:5:32: optimizer.companion.lr: missing; add lr: 0.1\n"
+     "bad.yaml:5:57: optimizer.companion.lrr: unknown key; did you mean 'lr'?"),
+    ("early_stopping: {measure: test/loss, mode: min}",
+     "bad.yaml:6:1: early_stopping.patience: missing; add patience: 5"),
     ("schedule: {warmup: 3}",
      "bad.yaml:6:12: schedule.warmup: unknown key; did you mean 'warmup_steps'?"),
     # keys that do not go together
@@ -263,12 +292,13 @@ def test_json_and_toml_say_the_same_as_yaml() -> None:
 
 def test_a_spec_is_written_as_a_person_would() -> None:
     spec = good("optimizer.groups=[{match: 'base.*', lr: 1e-5}]", "task_args.text='1e3'")
-    assert dump_spec(spec).splitlines()[:13] == [
+    assert dump_spec(spec).splitlines()[:14] == [
         "name: digits",
         "task: recipes.digits:task",
         "task_args:",
         '  text: "1e3"',
         "seed: 0",
+        "exactness: rounding",
         "batch: {global_batch: 128}",
         "length: {epochs: 20.0}",
         "model: {batchnorm: micro, precision: fp32, compile: false, channels_last: false}",
@@ -408,16 +438,42 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "checkpoint.every_steps": "7",
         "checkpoint.every_epochs": "7",
         "checkpoint.keep": "9",
+        "checkpoint.rename": "{a: b}",
         "loader.workers": "4",
         "loader.prefetch": "4",
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",
-        "faults": "{hang_timeout_seconds: 1, stop_poll_steps: 1}",
+        "faults.hang_timeout_seconds": "1",
+        "faults.startup_timeout_seconds": "1",
+        "faults.stop_poll_steps": "1",
+        "faults.stop_budget_seconds": "1",
+        "faults.attempts_without_progress": "1",
+        "kubernetes": "{image: 'a:1', nodes: 4}",
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
         other = good(f"{key}={value}")
         assert other != good()
         assert changes(good(), other) == []
+
+
+def test_groups_in_another_order_are_no_change() -> None:
+    a, b = "{match: 'a.*', lr: 0.5}", "{match: 'b.*', weight_decay: 0.1}"
+    old, new = good(f"optimizer.groups=[{a}, {b}]"), good(f"optimizer.groups=[{b}, {a}]")
+    assert old != new
+    assert changes(old, new) == []
+    other = good(f"optimizer.groups=[{b}, {a}, {a}]")
+    assert changes(old, other) != []
+
+
+def test_when_it_is_tested_is_a_change_where_the_run_waits_for_tests() -> None:
+    for waiting in (
+        "early_stopping={measure: test/loss, mode: min, patience: 3}",
+        "schedule={name: plateau, measure: test/loss, mode: min}",
+    ):
+        old, new = good(waiting, "test.every_epochs=1"), good(waiting, "test.every_epochs=2")
+        assert changes(old, new) == ["test.every_epochs: 1.0 -> 2.0"]
+        with pytest.raises(SpecError, match=r"waits for tests: add test.every_epochs or test"):
+            good(waiting)
 
 
 def test_a_task_may_move_to_another_directory_but_not_become_another_one() -> None:

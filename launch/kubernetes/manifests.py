@@ -1,0 +1,166 @@
+"""What a spec looks like on a cluster: `render` is pure, from a spec to plain objects to YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launch.kubernetes.pods import Manifest, claim_name, labels, own_pods
+from launch.kubernetes.targets import TARGETS
+from service.errors import SpecError
+from service.spec import KubernetesSpec, Spec
+from service.spec_file import dump_values
+
+Target = Literal["job", "jobset", "kubeflow"]
+
+_PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"]
+_CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
+
+
+def render(
+    spec: Spec, *, target: Target = "job", files: Mapping[str, str] | None = None
+) -> list[Manifest]:
+    """The objects of a job, in the order in which they are to be made.
+
+    Args:
+        files: what stands beside the spec in its directory; see `task_file`.
+    Raises:
+        SpecError: the spec has no `kubernetes` section, or its name is none for a cluster.
+    """
+    cluster = spec.kubernetes
+    if cluster is None:
+        raise SpecError(
+            "kubernetes: missing; add kubernetes: {image: registry.example.com/team/evenstep:0.1.0}"
+        )
+    require_name(spec.name, cluster.nodes)
+    workload, needs_service = TARGETS[target](spec, cluster)
+    objects = [
+        _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False}),
+        _config_map(spec, files or {}),
+        _object(
+            spec, "networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(spec, cluster)}
+        ),
+    ]
+    if cluster.storage_claim is None:
+        claim = _object(spec, "v1", "PersistentVolumeClaim", {"spec": _claim(cluster)})
+        claim["metadata"]["name"] = claim_name(spec, cluster)
+        objects.append(claim)
+    if needs_service:
+        objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
+    return [*objects, *workload]
+
+
+def require_name(name: str, nodes: int) -> None:
+    """Refuse a name that no pod, host or Service could have.
+
+    Raises:
+        SpecError: says which names are good.
+    """
+    longest = 63 - len(f"-node-0-{nodes - 1}")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:longest].strip("-")
+        raise SpecError(
+            f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
+            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near or 'run'}."
+        )
+
+
+def task_file(spec: Spec) -> dict[str, str]:
+    """The file of a task that is one, by its name; empty where the task is in a module.
+
+    Raises:
+        SpecError: it cannot be read, or is too large to travel with the spec.
+    """
+    where, _, _ = spec.task.rpartition(":")
+    if not where.endswith(".py"):
+        return {}
+    try:
+        text = Path(where).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SpecError(f"task: {where} cannot be read: {error}.") from error
+    if len(text.encode()) > _CONFIG_MAP_BYTES:
+        raise SpecError(f"task: {where} is too large for a ConfigMap; put it into the image.")
+    return {Path(where).name: text}
+
+
+def to_yaml(documents: list[Any]) -> str:
+    """The documents as one stream."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1 << 30)
+
+
+def _object(spec: Spec, version: str, kind: str, content: Manifest) -> Manifest:
+    cluster = spec.kubernetes
+    assert cluster is not None
+    place = {"namespace": cluster.namespace} if cluster.namespace else {}
+    metadata = {"name": spec.name, **place, "labels": labels(spec)}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
+
+
+def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
+    where, _, name = spec.task.rpartition(":")
+    if where.endswith(".py"):  # beside the spec, as it is in a person's directory
+        spec = spec.model_copy(update={"task": f"./{Path(where).name}:{name}"})
+    # What was given and no default: an image of another version reads that too.
+    given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return _object(spec, "v1", "ConfigMap", {"data": {"spec.yaml": dump_values(given), **files}})
+
+
+def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:
+    port = {"name": "rendezvous", "port": cluster.port, "targetPort": cluster.port}
+    return {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": own_pods(spec)["matchLabels"],
+        "ports": [{**port, "protocol": "TCP"}],
+    }
+
+
+def _claim(cluster: KubernetesSpec) -> Manifest:
+    mode = "ReadWriteMany" if cluster.nodes > 1 else "ReadWriteOnce"
+    return {
+        "accessModes": [mode],
+        **({"storageClassName": cluster.storage_class} if cluster.storage_class else {}),
+        "resources": {"requests": {"storage": cluster.storage}},
+    }
+
+
+def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
+    """The run's pods speak to each other, to DNS, and to the tracker when it is online."""
+    own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.nodes > 1 else []
+    names = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
+    ports = [{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]
+    egress: list[Manifest] = [{"to": names, "ports": ports}]
+    if own:
+        egress.insert(0, {"to": own})
+    wandb = spec.tracking.wandb
+    if wandb is not None and wandb.mode in ("auto", "online"):
+        public = {"cidr": "0.0.0.0/0", "except": _PRIVATE}
+        egress.append({"to": [{"ipBlock": public}], "ports": [{"port": 443, "protocol": "TCP"}]})
+    if cluster.egress:
+        egress.append({"to": [{"ipBlock": {"cidr": block}} for block in cluster.egress]})
+    return {
+        "podSelector": own_pods(spec),
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": own}] if own else [],
+        "egress": egress,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block, so that a spec in a ConfigMap can be read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
+
+
+_Dumper.add_representer(str, _text_node)

@@ -1,0 +1,86 @@
+"""What this process may use of its machine, as a container limits it.  No torch.
+
+A container sees all the cores of its node; how much of them it gets stands in its cgroup alone.
+A thread for each core it sees then means to be stopped by the kernel for most of every tenth of
+a second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What holds for this process."""
+
+    affinity: int
+    """Cores it may run on."""
+    quota: float | None
+    """Cores' worth of time it gets, or None where that is not limited."""
+    memory_bytes: int | None
+    """Memory it and its siblings in the cgroup may use, or None where that is not limited."""
+
+    @property
+    def cores(self) -> int:
+        """Threads that can run at once without the kernel stopping one of them."""
+        return self.affinity if self.quota is None else max(1, min(self.affinity, int(self.quota)))
+
+
+def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> Limits:
+    """The limits of this process, the strictest of its cgroup and all that hold it."""
+    quotas = [quota for place in _places("cpu", cgroups, own) for quota in _quota(place)]
+    memory = [limit for place in _places("memory", cgroups, own) for limit in _memory(place)]
+    return Limits(_affinity(), min(quotas, default=None), min(memory, default=None))
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _places(controller: str, cgroups: Path, own: Path) -> Iterator[Path]:
+    """Directories of the cgroup that holds this process, and of those around it; v2 and v1."""
+    for line in _text(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = cgroups / controller if controllers else cgroups
+        # In a container the path may be the host's, and not there: its own limit is at the root.
+        inner = root / path.lstrip("/")
+        yield from (place for place in (inner, *inner.parents) if place.is_relative_to(root))
+
+
+def _quota(place: Path) -> Iterator[float]:
+    words = _text(place / "cpu.max").split()  # v2: "150000 100000", or "max 100000"
+    if not words:  # v1: -1 is no limit
+        words = [_text(place / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
+        yield int(words[0]) / int(words[1])
+
+
+def _memory(place: Path) -> Iterator[int]:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = _text(place / name).strip()
+        if text.isdecimal() and int(text) < 2**60:  # v1 writes a huge number for no limit
+            yield int(text)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # no cgroups here, or not this file: then there is no such limit
+
+
+def threads_each(processes: int) -> int:
+    """Threads for each of `processes` processes that compute on this machine at once."""
+    return max(1, math.floor(limits().cores / processes))

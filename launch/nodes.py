@@ -1,0 +1,186 @@
+"""One node's part of a job on several: meet the others, run the local processes, part.
+
+`launch.local` runs the processes of this node as it always does; what they must know of the
+other nodes travels with the job, as its `group`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Protocol
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
+from launch.environment import Group, Node
+from launch.meeting import Company, Introduction, host, join
+from launch.signals import heard
+from service.errors import EvenstepError, PeerLost, SpecError, Stopped
+from service.run_directory import RunDirectory
+from service.spec_file import dump_spec
+
+MEETING_SECONDS = 600
+_PATIENCE_SECONDS = 10.0
+"""What the local processes have to notice by themselves that a node is gone: then each of them
+says so in its own words and ends in order."""
+
+
+class _Job(Protocol):
+    """As much of `launch.entry.Job` as can be known without torch."""
+
+    spec: Any
+    runs: Any
+    fresh: bool
+
+
+def run_node(job: Any, node: Node, *, processes: int) -> int:
+    """Run this node's processes among those of all nodes; the exit code of this node.
+
+    Raises:
+        SpecError: the nodes disagree, the port is taken, or an interface does not exist.
+        PeerLost: they did not all come, or one of them went away.
+        Stopped: it was asked to stop before it had begun.
+    """
+    check_interfaces()
+    if _is_done(job):
+        _say(f"Nothing to do: {job.runs / job.spec.name} is done.")
+        return 0
+    with _stop_raises():
+        company, group, store = _meet(job, node, processes)
+        _take_interface(company.own_address)
+        watch = _Watch(company)
+        from launch.local import run_locally
+
+        code = 1
+        try:
+            code = watch.outcome(run_locally(replace(job, group=group), processes=processes))
+        except EvenstepError as error:
+            code = error.exit_code
+            raise
+        finally:
+            company.part(code)
+            del store  # node 0's own, and the others' way to each other until here
+        return code
+
+
+def _meet(job: _Job, node: Node, processes: int) -> tuple[Company, Group, object]:
+    digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
+    own = Introduction(node.index, node.nodes, processes, digest)
+    cluster = job.spec.kubernetes
+    seconds = cluster.meeting_seconds if cluster else MEETING_SECONDS
+    _say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
+    if node.index == 0:
+        company = host(own, port=node.port, seconds=seconds, say=_say)
+        store, store_port = _store()
+        company.begin(store_port)
+        address = "127.0.0.1"
+    else:
+        place = {"address": node.address, "port": node.port}
+        company, store_port = join(own, **place, seconds=seconds, say=_say)  # type: ignore[arg-type]
+        store, address = None, company.first_address
+    return company, Group(node.index, node.nodes, processes, address, store_port), store
+
+
+def _store() -> tuple[object, int]:
+    """The store through which the processes of all nodes find each other, and its port.
+
+    It is new with every meeting, on a port that only those who met are told.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported all the same
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, store.port
+
+
+class _Watch:
+    """Ends the local processes when a node is gone and they do not end by themselves."""
+
+    def __init__(self, company: Company) -> None:
+        self._company = company
+        self._over = threading.Event()
+        self._killed = False
+        company.watch(self._when_lost)
+
+    def outcome(self, code: int) -> int:
+        """The exit code of this node, from that of its processes."""
+        self._over.set()
+        code = PeerLost.exit_code if self._killed else code
+        if code == PeerLost.exit_code and self._company.lost is not None:
+            _say(self._company.lost)
+        return code
+
+    def _when_lost(self) -> None:
+        if self._over.wait(_PATIENCE_SECONDS):
+            return
+        self._killed = True
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+
+
+@contextmanager
+def _stop_raises() -> Iterator[None]:
+    """As process 1 of a pod, which ignores every signal that it has not asked for.
+
+    While the local processes run, `launch.local` has its own handler in this one's place.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Stopped(f"Stopped by {name} before training began; nothing has changed.")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    if heard.requested:  # while this was being loaded
+        stop(signal.SIGTERM, None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_done(job: _Job) -> bool:
+    """Whether a pod that comes late finds the run finished, and its peers gone for good."""
+    directory = RunDirectory(job.runs / job.spec.name)
+    if job.fresh or not directory.facts.exists():
+        return False
+    return bool(directory.read_facts()["state"] == "done")
+
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def check_interfaces() -> None:
+    """Refuse the name of a network interface that this machine does not have.
+
+    Raises:
+        SpecError: names the variable, and the interfaces there are.
+    """
+    own = sorted(psutil.net_if_addrs())
+    for variable in _INTERFACES:
+        asked = os.environ.get(variable, "")
+        if not asked or asked.startswith("^"):
+            continue
+        exact = asked.startswith("=") or variable == "GLOO_SOCKET_IFNAME"
+        names = asked.removeprefix("=").split(",")
+        if not any(n == name or (not exact and n.startswith(name)) for n in own for name in names):
+            raise SpecError(
+                f"{variable}={asked}: this machine has no such network interface, but "
+                f"{', '.join(own)}. Leave it out: the one by which the nodes meet is taken."
+            )
+
+
+def _take_interface(address: str) -> None:
+    """Let gloo use the interface by which the nodes met: by itself it may choose loopback."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in {each.address.partition("%")[0] for each in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

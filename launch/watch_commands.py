@@ -1,0 +1,58 @@
+"""The commands that look at runs: `runs` and `report`.  No torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from service.history import History, histories_in, read_history
+from service.report import write_report
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="report.html",
+    show_default=True,
+)
+def report(runs: tuple[str, ...], output: Path) -> None:
+    """Draw one page about RUNs: directories, or names of runs in ./runs. Needs no network."""
+    histories = [read_history(run) for run in runs]
+    write_report(histories, output)
+    click.echo(f"{output}: {', '.join(history.name for history in histories)}")
+
+
+@click.command(name="runs")
+@click.argument("directory", type=click.Path(path_type=Path), default="runs")
+def list_runs(directory: Path) -> None:
+    """List the runs in DIRECTORY (default: runs), the latest news first."""
+    found, broken = histories_in(directory)
+    rows = [("run", "state", "step", "best", "when"), *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows if found else []:
+        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+    if not found:
+        click.echo(f"There are no runs in {directory}.")
+    for told in broken:
+        click.echo(f"warning: {told}", err=True)
+
+
+def _row(history: History) -> tuple[str, str, str, str, str]:
+    of = f"/{history.steps}" if history.steps else ""
+    best = history.best
+    told = f"{best.measure} {best.value:.4g} at step {best.step}" if best else "-"
+    name = history.directory.name
+    return name, history.state, f"{history.step}{of}", told, _ago(time.time() - history.news)
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

@@ -1,0 +1,86 @@
+"""A run from Python: in this process, with the same screen, record and checkpoints as a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from service.errors import SpecError, Stopped
+from service.faults import StopRequest, stop_on_signals
+from service.history import History, read_history
+from service.plan import make_plan
+from service.recipes import find_recipe
+from service.spec import Spec
+from service.spec_file import load_spec
+from service.task import load_task
+from service.worker import run as run_to_the_end
+from service.world import in_place
+
+
+def run(
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    runs: str | os.PathLike[str] = "runs",
+    fresh: bool = False,
+    **overrides: Any,
+) -> History:
+    """Train and test `spec` in this process; what came of it, `rows` ready for a data frame.
+
+    Run again, it resumes.  An interrupt saves and stops: `state` is `stopped` then.
+
+    Args:
+        spec: a file, the name of a recipe, plain values, or a `Spec`.  A task of a notebook is
+            `__main__:name`.
+        fresh: put an earlier run of this name aside and begin anew.
+        overrides: sections or keys of the spec, such as `seed=1, optimizer={"lr": 0.02}`.
+    Raises:
+        SpecError: a person's mistake, before anything is written.
+        EvenstepError: the run cannot go on.
+    """
+    _require_one_process()
+    loaded = load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
+    if loaded.exactness == "bitwise":
+        raise SpecError(
+            "exactness: bitwise changes how this whole process computes. "
+            "Run it by `evenstep run`, which has a process of its own."
+        )
+    world = in_place(precision=loaded.model.precision)
+    task = load_task(loaded.task, loaded.task_args)
+    plan = make_plan(loaded, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
+    place = Path(runs).absolute()
+    # Only the main thread of an interpreter hears signals.
+    hears = threading.current_thread() is threading.main_thread()
+    with stop_on_signals() if hears else nullcontext(StopRequest()) as stop:
+        try:
+            run_to_the_end(plan, task, world, runs=place, stop=stop, fresh=fresh)
+        except Stopped as stopped:
+            print(stopped)
+    return read_history(place / loaded.name)
+
+
+def _source(spec: Any) -> Path | Mapping[str, Any]:
+    if isinstance(spec, Spec):
+        return spec.model_dump(mode="json", exclude_none=True)
+    return spec if isinstance(spec, Mapping) else find_recipe(os.fspath(spec))
+
+
+def _as_text(values: Mapping[str, Any], steps: tuple[str, ...]) -> Iterator[str]:
+    """`optimizer.lr=0.02`, as the command line has it; a section keeps what it does not name."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _as_text(value, (*steps, key))
+        else:
+            yield f"{'.'.join((*steps, key))}={json.dumps(value)}"
+
+
+def _require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SpecError(
+            "service.run trains in one process, but torchrun started several. "
+            "Use `torchrun ... -m launch run SPEC` for them."
+        )

@@ -1,0 +1,141 @@
+"""The page that explains every key of a spec, from the schema that editors are given.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Schema = dict[str, Any]
+
+_INTRODUCTION = """\
+# The spec
+
+One YAML file says what is trained and how. It is read strictly: an unknown key, a wrong type, a
+key written twice are errors, each told with its line and column, all at once. `key=value` on the
+command line replaces a value: `optimizer.lr=0.02`, `optimizer.groups.0.lr=1e-4`, and
+`max_grad_norm=` for nothing. Scalars are those of YAML 1.2: `1e-3` is a number and `no` is text.
+JSON and TOML files are read as well.
+
+`evenstep schema --page` prints this page, from the schema that editors are given by
+`evenstep schema`.
+"""
+# Every optimizer has these; what it has besides is in a table of its own.
+_OF_ALL = ("name", "lr", "no_decay", "groups")
+
+
+def spec_page(schema: Schema) -> str:
+    """Markdown with a table for each section, in the order of the spec."""
+    parts = [_INTRODUCTION, _table(schema, schema, prefix="")]
+    for name, inner in schema["properties"].items():
+        parts += _sections(name, inner, schema)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
+    members = _members(value, schema)
+    if not members:
+        return
+    yield f"\n## {name}\n\n{_words(value) or _words(members[0])}\n"
+    if len(members) == 1:
+        yield _table(members[0], schema, prefix=f"{name}.")
+        for key, inner in members[0]["properties"].items():
+            yield from _sections(f"{name}.{key}", inner, schema)
+    elif all("groups" in member["properties"] for member in members):
+        yield from _optimizers(members, schema)
+    else:
+        for member in members:
+            title = member["properties"]["name"].get("const", "package.module:Class")
+            yield f"\n### {name}: {title}\n\n{_words(member)}\n"
+            yield _table(member, schema, prefix=f"{name}.")
+
+
+def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
+    """The keys that all have, those of a group, and then each one's own options."""
+    some = members[-1]
+    common = {key: some["properties"][key] for key in _OF_ALL}
+    common["name"] = {**common["name"], "type": "string"}
+    common["name"].pop("const", None)
+    yield _table({**some, "properties": common}, schema, prefix="optimizer.")
+    [group] = _members(common["groups"]["items"], schema)
+    own = {key: group["properties"][key] for key in ("match", "lr", "freeze")}
+    yield "\n### optimizer.groups\n\nThese, and the optimizer's own options, for each group:\n"
+    yield _table({**group, "properties": own}, schema, prefix="optimizer.groups.0.")
+    yield "\n### The options of each optimizer\n\nMeaning and defaults are those of torch.optim.\n"
+    yield "| name | options |\n|---|---|"
+    for member in members:
+        name = member["properties"]["name"].get("const", "package.module:Class")
+        options = [
+            f"`{key}` ({_type(value, schema)})"
+            for key, value in member["properties"].items()
+            if key not in _OF_ALL
+        ]
+        yield f"| `{name}` | {', '.join(options) or 'whatever the class takes'} |"
+
+
+def _table(part: Schema, schema: Schema, *, prefix: str) -> str:
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    required = part.get("required", [])
+    for key, value in part["properties"].items():
+        default = "required" if key in required else _default(value, schema)
+        words = _words(value) or next((_words(m) for m in _members(value, schema)), "")
+        rows.append(f"| `{prefix}{key}` | {_type(value, schema)} | {default} | {words} |")
+    return "\n".join(rows)
+
+
+def _members(value: Schema, schema: Schema) -> list[Schema]:
+    """The sections that a value may be; none where it is a scalar, a list or free."""
+    choices = value.get("oneOf") or value.get("anyOf") or [value]
+    found = [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
+    return [schema["$defs"][name] for name in found]
+
+
+def _type(value: Schema, schema: Schema) -> str:
+    if _members(value, schema):
+        return "a section"
+    if "anyOf" in value:
+        kinds = [_type(choice, schema) for choice in value["anyOf"]]
+        return " or ".join(kind for kind in dict.fromkeys(kinds) if kind != "null")
+    if "const" in value:
+        return f"`{value['const']}`"
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    kind = value.get("type", "anything")
+    if kind == "array":
+        items = value.get("items", {})
+        return f"a list of {_type(items, schema)}" if items else "a list"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "`true` or `false`",
+        "string": "text",
+        "object": "a mapping",
+    }.get(kind, kind)
+    return f"{words}{_bounds(value)}"
+
+
+def _bounds(value: Schema) -> str:
+    told = {
+        "minimum": "from {}",
+        "exclusiveMinimum": "above {}",
+        "maximum": "up to {}",
+        "exclusiveMaximum": "below {}",
+    }
+    bounds = [
+        words.format(f"{value[key]:g}" if value[key] < 2**53 else "2^63")
+        for key, words in told.items()
+        if key in value
+    ]
+    return f" {', '.join(bounds)}" if bounds else ""
+
+
+def _default(value: Schema, schema: Schema) -> str:
+    default = value.get("default")
+    if _members(value, schema) or default is None:
+        return "-"
+    if default in ([], {}):
+        return "none"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _words(value: Schema) -> str:
+    return " ".join(str(value.get("description", "")).split()).replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""What `evenstep new` writes: a commented task and spec to begin with."""

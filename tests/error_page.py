@@ -1,0 +1,50 @@
+"""Prints docs/errors.md: each kind of mistake with the message it really gets.
+
+python tests/error_page.py > docs/errors.md
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from processes import Processes
+from test_check import CHECKED, MORE_MISTAKES, MORE_TASKS, message_of
+from test_mistakes import TASKS
+
+HEAD = """\
+# Errors by message
+
+What `evenstep check` and `evenstep run` say of a mistake: one message, exit code 64, no traceback,
+and nothing written. (Data that breaks, and a loss that is no number, end with 42.) Each message
+below is what the test of that mistake gets; `python tests/error_page.py > docs/errors.md` writes
+this page.
+
+Look for the words of yours: names and numbers differ.
+"""
+
+
+def section(kind: str, message: str) -> str:
+    """One kind of mistake."""
+    overrides = (CHECKED | MORE_MISTAKES)[kind][1]
+    given = f"With `{' '.join(overrides)}`:\n\n" if overrides else ""
+    return f"\n## {kind[0].upper()}{kind[1:]}\n\n{given}```\n{message}\n```\n"
+
+
+def main() -> None:
+    """Print the page."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder, Processes(1) as process:
+        place = Path(folder)
+        (place / "my_task.py").write_text(TASKS)
+        (place / "tasks_to_check.py").write_text(TASKS + MORE_TASKS)
+        sections = [section(k, message_of(k, place, process)) for k in CHECKED | MORE_MISTAKES]
+    print(HEAD + "".join(sections), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""`evenstep new` and `evenstep check`: what they write and say, and every kind of mistake found."""
+
+import re
+
+import pytest
+from commands import ROOT, evenstep
+from test_mistakes import GOOD, MISTAKES, TASKS, wrong
+
+from service.checking import checked
+from service.errors import EvenstepError
+from service.spec_file import load_spec
+from service.world import World
+
+GOLDEN = """\
+digits: the spec is right
+  task        1,433 training and 364 test rows, measures: accuracy (# s)
+  plan        180 steps of 96 rows, 6 micro-batches of 16: up to 6 processes
+  model       21,482 parameters in 8 tensors, 1 group of SGD (# s)
+  data        16 rows, 4.22 kB (# s)
+  step        loss # on cpu (# s for one micro-batch)
+  test        loss #, accuracy # (# s for one micro-batch)
+  checkpoint  # kB, read back equal (# s)
+  memory      about # kB a process: weights 86.7 kB, gradients 85.9 kB, optimizer 85.9 kB, \
+activations # kB
+digits: ready to run, found in # s
+"""
+
+
+def without_figures(text):
+    text = re.sub(r"[\d.]+(?= s\b)", "#", text)
+    return re.sub(r"((?:loss|accuracy|activations|about|checkpoint) +)[\d.e+-]+", r"\1#", text)
+
+
+def test_check_tells_what_a_run_would_do_and_writes_nothing(tmp_path):
+    done = evenstep("check", "digits", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert without_figures(done.stdout) == GOLDEN
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_writes_a_job_that_checks_runs_and_learns(tmp_path):
+    made = evenstep("new", "mine", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    spec = (tmp_path / "mine/my_job.yaml").read_text()
+    assert spec.startswith("# yaml-language-server: $schema=evenstep.schema.json\n")
+    assert (tmp_path / "mine/evenstep.schema.json").exists()
+    commands = re.findall(r"evenstep (.*)", made.stdout)
+    assert [line.split()[0] for line in commands] == ["check", "run"]
+    for line in commands:
+        done = evenstep(*line.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"Done after step 600: .*test/accuracy (1\.|1$|0\.9)", done.stdout)
+
+
+def test_new_replaces_nothing(tmp_path):
+    (tmp_path / "my_task.py").write_text("mine")
+    refused = evenstep("new", ".", cwd=tmp_path)
+    assert refused.returncode == 64
+    assert "holds my_task.py already" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["my_task.py"]
+    assert (tmp_path / "my_task.py").read_text() == "mine"
+
+
+MORE_TASKS = """
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, broken=False, value=1.0):
+        self.broken, self.value = broken, value
+    def __len__(self):
+        return 40
+    def __getitem__(self, row):
+        if self.broken:
+            raise OSError("disk gone")
+        return torch.full((3,), self.value), row % 2
+
+class Linear(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+
+class Forgetful(Linear):
+    def state_dict(self, *words, **options):
+        held = super().state_dict(*words, **options)
+        return {**held, "scale": torch.randn(1)}
+    def load_state_dict(self, held, **options):
+        return super().load_state_dict({k: v for k, v in held.items() if k != "scale"}, **options)
+
+def job(train=None, test=None, model=Linear, **more):
+    return supervised(model=model, train=train or Rows(), test=test or Rows(), **more)
+
+def broken_rows(**_): return job(train=Rows(broken=True))
+def broken_tests(**_): return job(test=Rows(broken=True))
+def no_number(**_): return job(train=Rows(value=float("nan")))
+def forgetful(**_): return job(model=Forgetful)
+def crooked(**_): return job(measures={"odd": lambda outputs, targets: outputs})
+"""
+
+
+def of(task):
+    """The recipe with another task, and no measure that this one would lack."""
+    return re.sub("(?m)^checkpoint:.*$", "", wrong("task", f"task: ./tasks_to_check.py:{task}"))
+
+
+MORE_MISTAKES = {
+    "rows that cannot be read": (
+        of("broken_rows"),
+        [],
+        r"The data set failed at step 0, micro-batch 0 .*OSError: disk gone",
+    ),
+    "rows that cannot be read by a worker": (
+        of("broken_rows"),
+        ["loader.workers=1"],
+        r"^The data set failed at step 0, micro-batch 0 [^\n]*OSError: disk gone$",
+    ),
+    "test rows that cannot be read": (
+        of("broken_tests"),
+        [],
+        r"The data set failed .*OSError: disk gone",
+    ),
+    "a loss that is no number": (
+        of("no_number"),
+        [],
+        r"The training loss is nan at step 1",
+    ),
+    "a model that a checkpoint does not hold": (
+        of("forgetful"),
+        [],
+        r"scale",
+    ),
+    "a measure of another shape": (
+        of("crooked"),
+        [],
+        r"task.measure: must have the shape \[16, 1\].*but has \[16, 2, 1\]",
+    ),
+}
+CHECKED = {name: m for name, m in MISTAKES.items() if not any("--" in w for w in m[1])}
+
+
+def message_of_check(world: World, path: str, overrides: list[str]) -> str | None:
+    """What a check of this spec ends with, in a process that is there already."""
+    try:
+        for _ in checked(load_spec(path, overrides=overrides), world=world):
+            pass
+    except EvenstepError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("check")
+    (place / "my_task.py").write_text(TASKS)  # the name in the mistakes of `run`
+    (place / "tasks_to_check.py").write_text(TASKS + MORE_TASKS)
+    return place
+
+
+def message_of(kind, place, process):
+    """What the check says of this kind of mistake, as a person beside the spec sees it."""
+    spec, overrides, _ = (CHECKED | MORE_MISTAKES)[kind]
+    (place / "job.yaml").write_text(spec)
+    [told] = process.run(message_of_check, str(place / "job.yaml"), overrides)
+    assert told is not None, "the check found nothing"
+    return told.replace(f"{place}/", "")
+
+
+@pytest.mark.parametrize("kind", [*CHECKED, *MORE_MISTAKES])
+def test_check_finds_every_kind_of_mistake(place, processes, kind):
+    told = message_of(kind, place, processes(1))
+    assert re.search((CHECKED | MORE_MISTAKES)[kind][2], told, re.DOTALL), told
+    assert "Traceback" not in told
+    page = (ROOT / "docs/errors.md").read_text()
+    assert f"```\n{told}\n```" in page, "python tests/error_page.py > docs/errors.md"
+
+
+def test_a_mistake_ends_check_with_one_message(tmp_path):
+    (tmp_path / "job.yaml").write_text(wrong("task", "task: ./my_task.py:mean"))
+    (tmp_path / "my_task.py").write_text(TASKS)
+    ended = evenstep("check", "job.yaml", cwd=tmp_path)
+    assert ended.returncode == 64
+    assert ended.stderr.count("error:") == 1
+    assert "must give one value for each row" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "ready to run" not in ended.stdout
+
+
+def test_the_good_spec_of_these_mistakes_is_good(processes):
+    assert (ROOT / "service/recipes/digits.yaml").read_text() == GOOD
+    [told] = processes(1).run(message_of_check, str(ROOT / "service/recipes/digits.yaml"), [])
+    assert told is None

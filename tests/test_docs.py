@@ -1,0 +1,64 @@
+"""The pages in docs/: every command that they show is run, in the files that they show.
+
+A block marked `console` holds commands after `$ `; what follows them is a sample of what they say.
+A comment such as `# ends with 75` names the exit codes. A block after a line such as "`a.py`:" is
+that file.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from commands import BIN, CLEAN, ROOT, evenstep
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def commands_of(text):
+    """(words, allowed exit codes) of every command shown, in order."""
+    for block in CONSOLE.findall(text):
+        for line in re.findall(r"^\$ (.*)$", block, re.MULTILINE):
+            words, _, comment = line.partition("#")
+            codes = re.findall(r"\d+", comment) if comment.strip().startswith("ends") else ["0"]
+            yield shlex.split(words), {int(code) for code in codes}
+
+
+WITH_COMMANDS = [page for page in PAGES if "```console" in (ROOT / "docs" / page).read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_every_command_of_a_page_works(page, tmp_path):
+    text = (ROOT / "docs" / page).read_text()
+    for name, content in FILE.findall(text):
+        (tmp_path / name).write_text(content)
+    for words, codes in commands_of(text):
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=CLEAN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode in codes, (words, done.stdout[-2000:], done.stderr[-2000:])
+
+
+def test_the_pages_with_commands_are_found():
+    assert {"watching.md", "distributed.md", "moving.md"} <= set(WITH_COMMANDS)
+
+
+def test_the_page_of_the_spec_is_that_of_the_schema(tmp_path):
+    said = evenstep("schema", "--page", cwd=tmp_path).stdout
+    assert said == (ROOT / "docs/spec.md").read_text(), "evenstep schema --page > docs/spec.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / "docs" / page).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / "docs" / target).exists(), target

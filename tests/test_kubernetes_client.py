@@ -1,0 +1,215 @@
+"""submit, status, logs and cancel against what a real API server was recorded to say."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import evenstep
+from kubernetes_server import Answer, recorded, serving
+
+JOB = "/namespaces/ml-train/jobs/ddp-train"
+PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"
+NONE = recorded(16)
+NONE.body["details"]["name"] = "ddp-train"  # recorded of another name
+SPEC = {
+    "name": "ddp-train",
+    "task": "service.recipes.digits:task",
+    "batch": {"global_batch": 96},
+    "length": {"epochs": 2},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "kubernetes": {"image": "registry.example.com/evenstep:0.1.0", "nodes": 2},
+}
+LOG = Answer(
+    200,
+    "ddp-train: 2 processes on cuda\n"
+    "2026-11-23T06:36:57Z step=10/180 epoch=0.7 loss=1.106 grad_norm=6.4\n"
+    "2026-11-23T06:36:57Z step=20/180 epoch=1.4 loss=0.512 grad_norm=2.1\n",
+    {"Content-Type": "text/plain"},
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(SPEC))
+    return tmp_path
+
+
+def kubernetes(place: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    config = {"KUBECONFIG": str(place / "config"), "HOME": str(place)}
+    return evenstep("kubernetes", *words, cwd=place, **config)
+
+
+def applied(answer: Answer) -> dict[tuple[str, str], list[Answer]]:
+    """What a server says to server-side apply, which was not recorded: the object, created."""
+    created = Answer(201, {}, {"Content-Type": "application/json"})
+    return {("PATCH", JOB): [answer], ("PATCH", ""): [created]}
+
+
+def test_submit_applies_every_object_with_strict_validation(place: Path) -> None:
+    with serving({("GET", JOB): [NONE], **applied(recorded(5))}, place / "config") as server:
+        done = kubernetes(place, "submit", "job.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Job ddp-train is submitted to namespace ml-train.\n"
+    patches = [r for r in server.requests if r.method == "PATCH"]
+    assert [r.body["kind"] for r in patches][-2:] == ["Service", "Job"]
+    assert len(patches) == 6
+    assert {r.content_type for r in patches} == {"application/apply-patch+yaml"}
+    assert {r.query["fieldManager"][0] for r in patches} == {"evenstep"}
+    assert {r.query["fieldValidation"][0] for r in patches} == {"Strict"}
+
+
+def test_submit_refuses_to_overwrite_a_job_that_runs(place: Path) -> None:
+    with serving({("GET", JOB): [recorded(14)]}, place / "config") as server:
+        refused = kubernetes(place, "submit", "job.yaml")
+    assert refused.returncode == 64
+    assert "is there already and has not ended" in refused.stderr
+    assert "cancel ddp-train" in refused.stderr
+    assert [r.method for r in server.requests] == ["GET"], "nothing was touched"
+
+
+def test_submit_replaces_a_job_that_has_ended(place: Path) -> None:
+    ended = copy.deepcopy(recorded(26))
+    for condition in ended.body["status"]["conditions"]:
+        if condition["type"] == "FailureTarget":  # what the controller writes a moment later
+            condition["type"] = "Failed"
+    answers = {("GET", JOB): [ended, ended, NONE], ("DELETE", JOB): [recorded(29)]}
+    with serving(answers | applied(recorded(5)), place / "config") as server:
+        done = kubernetes(place, "submit", "job.yaml")
+    assert done.returncode == 0, done.stderr
+    (deleted,) = [r for r in server.requests if r.method == "DELETE"]
+    assert deleted.body["propagationPolicy"] == "Foreground"
+
+
+def test_submit_shows_what_the_server_warns_of(place: Path) -> None:
+    with serving({("GET", JOB): [NONE], **applied(recorded(13))}, place / "config"):
+        done = kubernetes(place, "submit", "job.yaml")
+    assert 'warning: would violate PodSecurity "restricted:latest": seccomp' in done.stderr
+
+
+def test_submit_waits_for_the_end_where_asked_to(place: Path) -> None:
+    failed = copy.deepcopy(recorded(26))
+    failed.body["status"]["conditions"][-1]["type"] = "Failed"
+    with serving({("GET", JOB): [NONE, failed], **applied(recorded(5))}, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml", "--wait")
+    assert ended.returncode == 1
+    assert "Failed: PodFailurePolicy: Container trainer for pod" in ended.stdout
+    assert "exit code 78" in ended.stdout
+
+
+REFUSALS = {
+    7: (64, 'The cluster refuses: Job.batch "bad" is invalid: spec.completionMode: Unsupported'),
+    22: (64, "can only be modified in tandem with spec.parallelism"),
+    3: (1, "The cluster does not know you (401): sign in again"),
+    2: (1, "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch"),
+}
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_refusal_is_told_with_what_to_do(place: Path, number: int) -> None:
+    code, words = REFUSALS[number]
+    with serving({("GET", JOB): [NONE], **applied(recorded(number))}, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml")
+    assert ended.returncode == code, ended.stderr
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_status_tells_pods_step_and_loss(place: Path) -> None:
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)]}
+    answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
+    with serving(answers, place / "config"):
+        done = kubernetes(place, "status", "ddp-train")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "ddp-train: running (2 active pods)"
+    assert lines[1].split() == ["node", "0", "ddp-train-0-4xpdm", "pending"]
+    assert lines[2].split()[:2] == ["node", "1"]
+    assert lines[3] == "  step 20 of 180, loss 0.512"
+    assert len(lines) == 4, "Endpoints are not the job's own trouble"
+
+
+def test_status_tells_why_a_job_does_not_start(place: Path) -> None:
+    events = copy.deepcopy(recorded(28))
+    # The words of a pod that Pod Security refused, as the Job controller reports them.
+    events.body["items"][0] |= {"type": "Warning", "reason": "FailedCreate"}
+    events.body["items"][0]["message"] = "Error creating: " + _refused_pod()
+    pods = copy.deepcopy(recorded(15))
+    pods.body["items"] = []
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events]}
+    with serving(answers, place / "config"):
+        done = kubernetes(place, "status", "ddp-train")
+    assert 'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec' in done.stdout
+
+
+def test_status_of_a_suspended_and_of_a_failing_job(place: Path) -> None:
+    rest = {("GET", PODS): [recorded(15)], ("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
+    with serving({("GET", JOB): [recorded(20)], **rest}, place / "config"):
+        assert "suspended: it waits in its queue" in kubernetes(place, "status", "ddp-train").stdout
+    with serving({("GET", JOB): [recorded(26)], **rest}, place / "config"):
+        failing = kubernetes(place, "status", "ddp-train").stdout
+    assert "failing: Container trainer for pod ml-train/ddp-train-0-xjjz4 failed" in failing
+
+
+def test_logs_are_of_the_newest_pod_of_a_node_or_the_one_before(place: Path) -> None:
+    pods = copy.deepcopy(recorded(15))
+    newer = copy.deepcopy(pods.body["items"][0])
+    newer["metadata"] |= {"name": "ddp-train-0-newer", "creationTimestamp": "2027-01-01T00:00:00Z"}
+    pods.body["items"].insert(0, newer)
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", "/log"): [LOG]}
+    with serving(answers, place / "config") as server:
+        done = kubernetes(place, "logs", "ddp-train", "--follow")
+        before = kubernetes(place, "logs", "ddp-train", "--previous")
+        never = kubernetes(place, "logs", "ddp-train", "--node", 1, "--previous")
+    assert done.stdout == LOG.body == before.stdout
+    read = [r for r in server.requests if r.path.endswith("/log")]
+    assert [r.path.split("/")[-2] for r in read] == ["ddp-train-0-newer", "ddp-train-0-4xpdm"]
+    assert read[0].query == {"follow": ["true"]}
+    assert "has not had an earlier pod of node 1" in never.stderr
+
+
+def test_a_log_that_is_not_to_be_had_is_told(place: Path) -> None:
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)]}
+    with serving({**answers, ("GET", "/log"): [recorded(18)]}, place / "config"):
+        ended = kubernetes(place, "logs", "ddp-train")
+    assert ended.returncode == 1
+    assert "The cluster answered 500: no preferred addresses found" in ended.stderr
+
+
+def test_cancel_lets_the_pods_save(place: Path) -> None:
+    with serving({("DELETE", JOB): [recorded(29)]}, place / "config") as server:
+        done = kubernetes(place, "cancel", "ddp-train")
+    assert "is stopping with a checkpoint" in done.stdout
+    assert server.requests[0].body["propagationPolicy"] == "Foreground"
+    with serving({("DELETE", JOB): [NONE]}, place / "config"):
+        nobody = kubernetes(place, "cancel", "ddp-train")
+    assert nobody.returncode == 1
+    assert "There is no Job ddp-train in namespace ml-train" in nobody.stderr
+
+
+def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:
+    ended = kubernetes(place, "status", "ddp-train")
+    assert ended.returncode == 64, ended.stderr
+    assert "No way to a cluster" in ended.stderr
+    assert "Set KUBECONFIG" in ended.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_told(place: Path) -> None:
+    with serving({}, place / "config"):
+        pass
+    ended = kubernetes(place, "status", "ddp-train")
+    assert ended.returncode == 1
+    assert "does not answer" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def _refused_pod() -> str:
+    import json
+
+    from kubernetes_server import ANSWERS
+
+    (path,) = ANSWERS.glob("17-*.json")
+    return str(json.loads(path.read_text())["response"]["body"]["message"])

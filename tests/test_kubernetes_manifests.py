@@ -1,0 +1,331 @@
+"""What a spec looks like on a cluster: valid, restricted, and the same as what k8s/ holds."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import ROOT, evenstep
+from pod_security import violations
+
+from launch.kubernetes.kustomize import kustomization
+from launch.kubernetes.manifests import render
+from launch.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
+from service.errors import SpecError
+from service.spec import Spec
+from service.spec_file import load_spec
+
+TARGETS = ("job", "jobset", "kubeflow")
+JOB = {
+    "name": "digits",
+    "task": "service.recipes.digits:task",
+    "batch": {"global_batch": 96, "micro_batch": 16},
+    "length": {"epochs": 2},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "tracking": {"wandb": {"project": "p"}},
+}
+IMAGE = "registry.example.com/evenstep:0.1.0"
+EVERY_OPTION = {
+    "image": "registry.example.com/evenstep@sha256:" + "0" * 64,
+    "nodes": 3,
+    "processes_per_node": 2,
+    "device": "amd.com/gpu",
+    "cpu": "7500m",
+    "memory": "12Gi",
+    "shared_memory": "512Mi",
+    "scratch": "3Gi",
+    "storage_claim": "team-runs",
+    "namespace": "ml-train",
+    "node_selector": {"gpu": "mi300x"},
+    "tolerations": [{"key": "team", "operator": "Equal", "value": "ml", "effect": "NoExecute"}],
+    "topology": "example.com/rack",
+    "queue": "training",
+    "priority_class": "batch",
+    "image_pull_secret": "registry",
+    "env": {"NCCL_SOCKET_IFNAME": "=eth0", "HOME": "/tmp/home"},
+    "mounts": [
+        {"path": "/data", "claim": "images"},
+        {"path": "/out", "claim": "outputs", "read_only": False},
+        {"path": "/keys", "secret": "s3"},
+        {"path": "/certificates", "config_map": "roots"},
+    ],
+    "wandb_secret": "wandb-team",
+    "egress": ["10.1.2.0/24"],
+    "restarts": 1,
+    "grace_seconds": 600,
+    "deadline_seconds": 3600,
+    "keep_seconds": 60,
+    "port": 23456,
+}
+
+
+def job(**cluster: Any) -> Spec:
+    return load_spec(JOB | {"kubernetes": {"image": IMAGE} | cluster})
+
+
+def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [made for made in objects if made["kind"] == kind]
+    return found
+
+
+def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """The pod template's spec, wherever the target keeps it."""
+    work = {made["kind"]: made["spec"] for made in objects if "spec" in made}
+    if "TrainingRuntime" in work:
+        work["JobSet"] = work["TrainingRuntime"]["template"]["spec"]
+    if "JobSet" in work:
+        (replicated,) = work["JobSet"]["replicatedJobs"]
+        work["Job"] = replicated["template"]["spec"]
+    pod: dict[str, Any] = work["Job"]["template"]["spec"]
+    return pod
+
+
+WAYS = {
+    "the least": {},
+    "on the CPU": {"device": "cpu"},
+    "several nodes": {"nodes": 4, "processes_per_node": 8},
+    "every option": EVERY_OPTION,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_restricted_namespace_takes_the_pods(way: str, target: Any) -> None:
+    assert violations(pod_of(render(job(**WAYS[way]), target=target))) == []
+
+
+def test_the_check_of_pod_security_finds_each_thing() -> None:
+    pod = pod_of(render(job()))
+
+    def with_change(where: str, value: Any) -> list[str]:
+        changed = copy.deepcopy(pod)
+        *path, last = where.split(".")
+        place: Any = changed
+        for step in path:
+            place = place[int(step) if step.isdecimal() else step]
+        place[last] = value
+        return violations(changed)
+
+    assert with_change("hostNetwork", True) == ["hostNetwork"]
+    assert with_change("securityContext.runAsUser", 0) == ["runAsUser=0"]
+    assert with_change("securityContext.seccompProfile", {}) == ["seccompProfile"]
+    container = "containers.0.securityContext."
+    assert with_change(container + "privileged", True) == ["privileged"]
+    assert with_change(container + "runAsNonRoot", False) == ["runAsNonRoot != true"]
+    assert with_change(container + "capabilities", {"drop": ["ALL"], "add": ["IPC_LOCK"]}) == [
+        "added capabilities"
+    ]
+    assert with_change("volumes", [{"name": "h", "hostPath": {"path": "/"}}]) == [
+        "volume h: ['hostPath']"
+    ]
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_objects_are_strictly_valid(way: str, version: str) -> None:
+    import kubernetes_validate
+
+    for made in render(job(**WAYS[way])):
+        kubernetes_validate.validate(made, version, strict=True)
+    misspelt = copy.deepcopy(of_kind(render(job(**WAYS[way])), "Job"))
+    misspelt["spec"]["backofLimit"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(misspelt, version, strict=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_jobset_and_trainer_know_every_field(way: str) -> None:
+    """Their models drop what they do not know: equal after a round trip is a strict check."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    kinds = {
+        "JobSet": models.JobsetV1alpha2JobSet,
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+    }
+    seen = set()
+    for target in ("jobset", "kubeflow"):
+        for made in render(job(**WAYS[way]), target=target):  # type: ignore[arg-type]
+            if made["kind"] in kinds:
+                assert kinds[made["kind"]].from_dict(made).to_dict() == made
+                seen.add(made["kind"])
+    assert seen == kinds.keys()
+
+
+def test_every_option_arrives() -> None:
+    objects = render(job(**EVERY_OPTION))
+    work, pod = of_kind(objects, "Job"), pod_of(objects)
+    (container,) = pod["containers"]
+    assert {made["metadata"]["namespace"] for made in objects} == {"ml-train"}
+    assert work["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+    assert work["spec"]["suspend"] is True, "Kueue decides when it starts"
+    assert work["spec"]["backoffLimitPerIndex"] == 1
+    assert work["spec"]["activeDeadlineSeconds"] == 3600
+    assert work["spec"]["ttlSecondsAfterFinished"] == 60
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert pod["nodeSelector"] == {"gpu": "mi300x"}
+    assert pod["priorityClassName"] == "batch"
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    assert [t["key"] for t in pod["tolerations"]] == ["amd.com/gpu", "team"]
+    assert "example.com/rack" in str(pod["affinity"])
+    resources = {"cpu": "7500m", "memory": "12Gi", "amd.com/gpu": "2"}
+    assert container["resources"] == {"requests": resources, "limits": resources}
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert env["NCCL_SOCKET_IFNAME"] == "=eth0"
+    assert env["HOME"] == "/tmp/home", "what the user sets wins"
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert (env["PET_MASTER_ADDR"], env["PET_MASTER_PORT"]) == ("digits-0.digits", "23456")
+    assert container["imagePullPolicy"] == "IfNotPresent"
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert volumes["runs"]["persistentVolumeClaim"] == {"claimName": "team-runs"}
+    assert volumes["shared-memory"]["emptyDir"]["sizeLimit"] == "512Mi"
+    assert volumes["wandb"]["secret"]["secretName"] == "wandb-team"
+    assert "readOnly" not in mounts["/out"]
+    assert {mounts[path].get("readOnly") for path in ("/data", "/keys", "/certificates")} == {True}
+    assert {made["kind"] for made in objects} == {"Job", "ServiceAccount", "Service"} | {
+        "NetworkPolicy",
+        "ConfigMap",
+    }, "no claim is made where one is named"
+    assert "10.1.2.0/24" in str(of_kind(objects, "NetworkPolicy"))
+
+
+def test_exit_codes_mean_to_the_cluster_what_they_mean_here() -> None:
+    assert (NEVER_AGAIN, NOT_ITS_FAULT) == ([42, 64], [75, 76])
+    rules = of_kind(render(job()), "Job")["spec"]["podFailurePolicy"]["rules"]
+    assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"]
+    assert [rule.get("onExitCodes", {}).get("values") for rule in rules] == [
+        [42, 64],
+        None,
+        [75, 76],
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_label_finds_the_pods_of_this_run_alone(target: Any) -> None:
+    objects = render(job(nodes=2), target=target)
+    own = {"app.kubernetes.io/instance": "digits"}
+    policy = of_kind(objects, "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"] == own
+    assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": own}}]}]
+    if target == "job":
+        service = of_kind(objects, "Service")["spec"]
+        assert service["selector"] == own
+        assert service["clusterIP"] == "None"
+        assert service["publishNotReadyAddresses"] is True
+
+
+def test_one_node_needs_no_service_and_lets_nobody_in() -> None:
+    objects = render(job())
+    assert "Service" not in {made["kind"] for made in objects}
+    assert of_kind(objects, "NetworkPolicy")["spec"]["ingress"] == []
+    assert of_kind(objects, "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_an_offline_tracker_needs_no_way_out() -> None:
+    online, offline = (
+        of_kind(
+            render(load_spec(JOB | {"kubernetes": {"image": IMAGE}}, overrides=[f"tracking={t}"])),
+            "NetworkPolicy",
+        )["spec"]["egress"]
+        for t in ("{wandb: {project: p}}", "{wandb: {project: p, mode: offline}}")
+    )
+    assert "443" in str(online)
+    assert "443" not in str(offline)
+
+
+def test_the_trainer_of_kubeflow_sets_its_own_five_variables() -> None:
+    (container,) = pod_of(render(job(nodes=2), target="kubeflow"))["containers"]
+    assert container["name"] == "node", "the name by which the trainer finds it"
+    assert not [each for each in container["env"] if each["name"].startswith("PET_")]
+
+
+def test_a_pod_reads_the_very_spec_that_was_rendered() -> None:
+    spec = job(**EVERY_OPTION)
+    text = of_kind(render(spec), "ConfigMap")["data"]["spec.yaml"]
+    assert load_spec(yaml.safe_load(text)) == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("My_Run", "Use --name my-run"),
+        ("7th", "Use --name th"),
+        ("x" * 60, f"Use --name {'x' * 54}"),
+    ],
+)
+def test_a_name_that_no_host_could_have_is_refused(name: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        render(job(nodes=2).model_copy(update={"name": name}))
+
+
+def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "my_task.py").write_text("task = 3\n")
+    spec = yaml.safe_dump(JOB | {"task": "./my_task.py:task", "kubernetes": {"image": IMAGE}})
+    (tmp_path / "job.yaml").write_text(spec)
+    done = evenstep("kubernetes", "render", "job.yaml", "kubernetes.nodes=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = of_kind(list(yaml.safe_load_all(done.stdout)), "ConfigMap")["data"]
+    assert data["my_task.py"] == "task = 3\n"
+    assert "\ntask: ./my_task.py:task\n" in data["spec.yaml"]
+    for target in TARGETS:
+        again = evenstep("kubernetes", "render", "job.yaml", "--target", target, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+
+
+def test_a_spec_that_does_not_speak_of_a_cluster_is_told_what_to_add(tmp_path: Path) -> None:
+    ended = evenstep("kubernetes", "render", "digits", cwd=tmp_path)
+    assert ended.returncode == 64
+    assert "kubernetes: missing; add kubernetes: {image: " in ended.stderr
+
+
+def test_what_k8s_holds_is_what_the_renderer_makes() -> None:
+    made = kustomization(ROOT / "k8s/specs")
+    held = {
+        str(path.relative_to(ROOT / "k8s")): path.read_text()
+        for part in ("base", "overlays")
+        for path in (ROOT / "k8s" / part).rglob("*.yaml")
+    }
+    assert held == made, "make it again: python -m launch.kubernetes.kustomize"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("overlay", ["single-gpu", "multi-node", "cpu-smoke", "kueue"])
+def test_an_overlay_is_its_spec_rendered(overlay: str) -> None:
+    built = subprocess.run(
+        ["kubectl", "kustomize", ROOT / "k8s/overlays" / overlay],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {made["kind"]: made for made in yaml.safe_load_all(built.stdout)}
+    spec = load_spec(ROOT / f"k8s/specs/{overlay}.yaml")
+    assert found == {made["kind"]: made for made in render(spec)}
+
+
+def test_every_field_has_its_reason() -> None:
+    """Each key of every object, at the place where k8s/README.md speaks of it."""
+    told = re.sub("(?s)```.*?```", "", (ROOT / "k8s/README.md").read_text())
+    words = set(re.findall(r"`([^`]+)`", told))
+    named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
+    keys = set(itertools.chain(*(_keys(made) for made in render(job(**EVERY_OPTION)))))
+    keys |= set(_keys(of_kind(render(job()), "PersistentVolumeClaim")))
+    assert keys - named == set()
+
+
+PLAIN = {"apiVersion", "kind", "metadata", "spec", "name", "labels", "data", "value", "template"}
+
+
+def _keys(value: Any, *, of: str = "") -> list[str]:
+    free = of in ("labels", "matchLabels", "selector", "data", "nodeSelector", "requests", "limits")
+    if isinstance(value, list):
+        return [key for each in value for key in _keys(each, of=of)]
+    if not isinstance(value, dict) or free:
+        return []
+    return [k for key, v in value.items() for k in [key, *_keys(v, of=key)] if k not in PLAIN]

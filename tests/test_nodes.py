@@ -1,0 +1,275 @@
+"""Which node of how many this is, and how the nodes meet: real sockets, and two real commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import BIN, CLEAN, evenstep
+
+from launch.environment import Environment, Group, first_address, node_here, read_secrets
+from launch.meeting import Company, Introduction, host, join
+from launch.nodes import check_interfaces
+from service.errors import EvenstepError, PeerLost, SpecError
+
+PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
+    "PET_MASTER_ADDR": "run-0.run",
+    "PET_MASTER_PORT": "23456",
+}
+OWN = Introduction(0, 3, 4, "digest")
+
+
+def test_the_five_variables_name_the_node() -> None:
+    node = node_here(PET)
+    assert node is not None
+    assert (node.index, node.nodes, node.processes) == (2, 3, "4")
+    assert (node.address, node.port) == ("run-0.run", 23456)
+
+
+def test_the_index_may_be_the_jobs_own_and_the_address_the_pods_own() -> None:
+    variables = {"PET_NNODES": "3:3", "JOB_COMPLETION_INDEX": "1", "PET_MASTER_ADDR": "a"}
+    node = node_here(variables)
+    assert node is not None
+    assert (node.index, node.nodes) == (1, 3)
+    assert first_address("run-11.run.ml.svc.cluster.local", 11) == "run-0.run.ml.svc.cluster.local"
+    with pytest.raises(SpecError, match="of an Indexed Job with a subdomain is <job>-1"):
+        first_address("run-1", 1)
+
+
+def test_without_the_variables_there_is_no_node() -> None:
+    assert node_here({}) is None
+
+
+MISTAKES = {
+    "an index of nobody knows how many": (
+        {"JOB_COMPLETION_INDEX": "1"},
+        "this is node 1, but not of how many: set PET_NNODES",
+    ),
+    "an index too many": (PET | {"PET_NODE_RANK": "3"}, "PET_NODE_RANK=3 of PET_NNODES=3 cannot"),
+    "no index": ({"PET_NNODES": "2", "PET_MASTER_ADDR": "a"}, "PET_NODE_RANK is not set"),
+    "an elastic range": (PET | {"PET_NNODES": "1:4"}, "PET_NNODES must be a whole number"),
+    "a port in words": (PET | {"PET_MASTER_PORT": "any"}, "PET_MASTER_PORT must be a whole"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_variables_that_cannot_be_are_refused(mistake: str) -> None:
+    variables, message = MISTAKES[mistake]
+    with pytest.raises(SpecError, match=message):
+        node_here(variables)
+
+
+def test_ranks_run_on_from_node_to_node() -> None:
+    group = Group(index=2, nodes=3, processes=4, address="10.0.0.1", port=7)
+    found = group.variables(Environment(rank=1, world_size=4, local_rank=1, local_world_size=4))
+    assert (found["RANK"], found["WORLD_SIZE"]) == ("9", "12")
+    assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("1", "4")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "7")
+
+
+def test_a_key_in_a_file_becomes_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    file = {"WANDB_API_KEY_FILE": str(tmp_path / "key")}
+    assert read_secrets(file) == {"WANDB_API_KEY": "secret"}
+    assert read_secrets({**file, "WANDB_API_KEY": "own"}) == {}, "what is set wins"
+    assert read_secrets({"WANDB_API_KEY_FILE": str(tmp_path / "none")}) == {}
+    assert read_secrets({}) == {}
+
+
+def test_an_interface_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")
+    check_interfaces()
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=eth77")
+    with pytest.raises(SpecError, match=r"NCCL_SOCKET_IFNAME==eth77: .* no such .*, but .*lo"):
+        check_interfaces()
+
+
+# ---- the meeting
+
+
+class Meeting:
+    """Nodes that meet on this machine, each in a thread of its own."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.ends: dict[int, Any] = {}
+        self.said: list[str] = []
+        self._threads: list[threading.Thread] = []
+
+    def host(self, own: Introduction = OWN, seconds: float = 20) -> None:
+        def work() -> Company:
+            company = host(own, port=self.port, seconds=seconds, say=self.said.append)
+            company.begin(4321)
+            return company
+
+        self._start(0, work)
+
+    def join(self, own: Introduction, seconds: float = 20) -> None:
+        place = {"address": "127.0.0.1", "port": self.port}
+        self._start(own.index, lambda: join(own, **place, seconds=seconds, say=self.said.append))
+
+    def end(self) -> dict[int, Any]:
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        return self.ends
+
+    def _start(self, index: int, work: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                self.ends[index] = work()
+            except EvenstepError as error:
+                self.ends[index] = error
+
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+
+
+@pytest.fixture
+def meeting() -> Meeting:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return Meeting(port)
+
+
+def test_nodes_meet_in_any_order_and_learn_where_the_store_is(meeting: Meeting) -> None:
+    meeting.join(replace(OWN, index=2))  # nobody listens yet
+    meeting.host()
+    meeting.join(replace(OWN, index=1))
+    ends = meeting.end()
+    assert [friend.index for friend in ends[0].friends] == [1, 2]
+    assert ends[1][1] == ends[2][1] == 4321
+    for company in (ends[0], ends[1][0], ends[2][0]):
+        company.part(1)
+
+
+def test_the_door_is_closed_once_all_are_there(meeting: Meeting) -> None:
+    meeting.host(replace(OWN, nodes=2))
+    meeting.join(replace(OWN, nodes=2, index=1))
+    ends = meeting.end()
+    late = replace(OWN, nodes=2, index=1)
+    with pytest.raises(PeerLost, match=r"After 1 s node 0 does not listen at 127\.0\.0\.1"):
+        join(late, address="127.0.0.1", port=meeting.port, seconds=1, say=meeting.said.append)
+    ends[0].part(1), ends[1][0].part(1)
+
+
+def test_a_node_that_dies_while_it_waits_may_come_again(meeting: Meeting) -> None:
+    meeting.host()
+    first = connected(meeting.port)
+    first.sendall(b'{"index": 1, "nodes": 3, "processes": 4, "spec": "digest"}\n')
+    first.close()
+    stranger = connected(meeting.port)
+    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    meeting.join(replace(OWN, index=1))
+    meeting.join(replace(OWN, index=2))
+    ends = meeting.end()
+    assert [friend.index for friend in ends[0].friends] == [1, 2]
+    stranger.close()
+    for company in (ends[0], ends[1][0], ends[2][0]):
+        company.part(1)
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to node 0, once it listens."""
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        except ConnectionRefusedError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"processes": 5}, "PET_NPROC_PER_NODE is 4 on node 0 and 5 on node 2"),
+        ({"nodes": 4}, "PET_NNODES is 3 on node 0 and 4 on node 2"),
+        ({"spec": "another"}, "Node 2 has another spec than node 0"),
+    ],
+)
+def test_nodes_that_disagree_all_hear_of_it(
+    meeting: Meeting, other: dict[str, Any], message: str
+) -> None:
+    meeting.host()
+    meeting.join(replace(OWN, index=2, **other))
+    ends = meeting.end()
+    for index in (0, 2):
+        assert isinstance(ends[index], SpecError)
+        assert message in str(ends[index])
+
+
+def test_nodes_that_do_not_come_are_named(meeting: Meeting) -> None:
+    meeting.host(seconds=1)
+    ends = meeting.end()
+    assert isinstance(ends[0], PeerLost)
+    assert "node 1, 2 of 3 did not come" in str(ends[0])
+
+
+def test_a_name_that_is_not_known_is_told(meeting: Meeting) -> None:
+    with pytest.raises(PeerLost, match=r"run-0\.invalid is not known.*headless Service"):
+        join(OWN, address="run-0.invalid", port=1, seconds=0.5, say=meeting.said.append)
+
+
+def test_a_port_in_use_is_told(meeting: Meeting) -> None:
+    with (
+        socket.create_server(("", meeting.port)),
+        pytest.raises(SpecError, match=f"another program listens on port {meeting.port}"),
+    ):
+        host(OWN, port=meeting.port, seconds=1, say=meeting.said.append)
+
+
+def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:
+    meeting.host()
+    meeting.join(replace(OWN, index=1))
+    meeting.join(replace(OWN, index=2))
+    ends = meeting.end()
+    first, last, lost = ends[0], ends[2][0], ends[1][0]
+    heard = {name: threading.Event() for name in ("first", "last")}
+    first.watch(heard["first"].set)
+    last.watch(heard["last"].set)
+    lost.friends[0].close()
+    assert heard["first"].wait(10)
+    assert heard["last"].wait(10)
+    assert first.lost == "Node 1 (127.0.0.1) is gone."
+    first.part(76), last.part(76)
+
+
+def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path) -> None:
+    variables = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "EVENSTEP_DEVICE": "cpu"} | {
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(meeting.port),
+    }
+    words = ["run", "digits", "length={steps: 12}", "schedule={name: constant}"]
+    other = subprocess.Popen(
+        [BIN / "evenstep", *words],
+        cwd=tmp_path,
+        env=CLEAN | variables | {"PET_NODE_RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    done = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="0")
+    output, _ = other.communicate(timeout=60)
+    assert (done.returncode, other.returncode) == (0, 0), (done.stderr, output)
+    assert "digits: 2 processes on cpu" in done.stdout
+    assert "Done after step 12" in done.stdout
+    assert "step=" not in output, "one node speaks for all"
+    late = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="1")
+    assert late.returncode == 0
+    assert "Nothing to do" in late.stderr
+
+
+def test_what_the_environment_says_twice_is_refused(tmp_path: Path) -> None:
+    ended = evenstep("run", "digits", "--processes", 2, cwd=tmp_path, **PET)
+    assert ended.returncode == 64
+    assert "PET_NPROC_PER_NODE has said how many" in ended.stderr
+    assert not re.search("meeting", ended.stderr)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,204 @@
+"""The pods of a rendered Job, running: two nodes of two processes, and what can happen to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pods
+import pytest
+import torch
+from commands import evenstep
+from pods import Cluster
+from safetensors.torch import load_file
+
+from launch.kubernetes.manifests import render
+from service.recipes import find_recipe
+from service.spec_file import load_spec
+from service.tracking import read_metrics
+
+_REASON = pods.why_not()
+pytestmark = [
+    pytest.mark.pods,
+    pytest.mark.skipif(_REASON is not None, reason=f"pods cannot run here: {_REASON}"),
+]
+STEPS = 60
+OVERRIDES = (
+    f"length={{steps: {STEPS}}}",
+    "schedule={name: cosine, warmup_steps: 5}",
+    "checkpoint={every_steps: 10, keep: 2}",
+    "tracking={log_every_steps: 2}",
+    "faults={stop_poll_steps: 2}",
+    "test={every_steps: 30}",
+    "exactness=bitwise",
+)
+CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu", "image": "evenstep:test"} | {
+    "cpu": "2",
+    "memory": "3Gi",
+    "shared_memory": "64Mi",
+    "env": {"WANDB_MODE": "offline"},
+}
+
+
+def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
+    section = json.dumps(CLUSTER | cluster)
+    words = (*OVERRIDES, f"kubernetes={section}", *overrides)
+    return Cluster(render(load_spec(find_recipe("digits"), overrides=words)), directory)
+
+
+def weights(runs: Path) -> dict[str, torch.Tensor]:
+    return load_file(runs / f"digits/checkpoints/step-{STEPS:08d}/model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def once_at(step: int, act: Callable[[Cluster], None]) -> Callable[[Cluster], None]:
+    """Do it the first time that the run has recorded this step."""
+    acted = False
+
+    def each(cluster: Cluster) -> None:
+        nonlocal acted
+        if not acted and cluster.step() >= step:
+            acted = True
+            act(cluster)
+
+    return each
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with start(tmp_path_factory.mktemp("undisturbed") / "job") as cluster:
+        assert cluster.run(seconds=400) == "Complete", cluster.logs()
+        yield cluster
+
+
+def test_two_pods_of_two_processes_train_what_one_process_trains(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    assert sorted(undisturbed.ended) == [(0, 0, "Complete"), (1, 0, "Complete")]
+    assert "4 processes on cpu" in undisturbed.pods[0].log
+    alone = evenstep("run", "digits", *OVERRIDES, cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert same_bits(weights(tmp_path / "runs"), weights(undisturbed.runs))
+
+
+def test_what_a_pod_may_and_may_not(undisturbed: Cluster) -> None:
+    run = undisturbed.runs / "digits"
+    assert run.stat().st_uid == 10001, "it ran as the manifest's user"
+    assert not list(undisturbed.directory.glob("pod-*/root/*")), "and its root is gone with it"
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    with start(tmp_path / "job") as cluster:
+        ended = cluster.run(seconds=400, each=once_at(24, lambda c: c.kill(1)))
+        assert ended == "Complete", cluster.logs()
+        assert (1, 137, "Count") in cluster.ended, cluster.ended
+        assert (0, 76, "Ignore") in cluster.ended, cluster.ended
+        assert "Resuming after step" in cluster.logs()
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
+@pytest.mark.slow
+def test_a_killed_index_0_is_replaced_and_the_run_ends_in_the_same_bits(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    with start(tmp_path / "job") as cluster:
+        ended = cluster.run(seconds=400, each=once_at(24, lambda c: c.kill(0)))
+        assert ended == "Complete", cluster.logs()
+        assert (0, 137, "Count") in cluster.ended, cluster.ended
+        assert (1, 76, "Ignore") in cluster.ended, cluster.ended
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
+@pytest.mark.slow
+def test_a_node_whose_processes_notice_nothing_leaves_all_the_same(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    def freeze_and_kill(cluster: Cluster) -> None:
+        cluster.freeze(1)  # as a GPU library does that waits for a peer
+        cluster.kill(0)
+
+    with start(tmp_path / "job") as cluster:
+        ended = cluster.run(seconds=400, each=once_at(24, freeze_and_kill))
+        assert ended == "Complete", cluster.logs()
+        assert (1, 76, "Ignore") in cluster.ended, cluster.ended
+        assert "Node 0 (digits-0.digits) is gone." in cluster.logs()
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("indexes", [(1,), (0,), (0, 1)], ids=["worker", "index 0", "all"])
+def test_an_evicted_pod_saves_and_the_run_goes_on(
+    undisturbed: Cluster, tmp_path: Path, indexes: tuple[int, ...]
+) -> None:
+    def evict(cluster: Cluster) -> None:
+        for index in indexes:
+            cluster.stop(index, disruption=True)
+
+    with start(tmp_path / "job") as cluster:
+        ended = cluster.run(seconds=400, each=once_at(24, evict))
+        assert ended == "Complete", cluster.logs()
+        assert sorted(cluster.ended[:2]) == [(0, 75, "Ignore"), (1, 75, "Ignore")], cluster.logs()
+        assert cluster.failures == [0, 0], "no budget is spent on it"
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
+def test_a_pod_that_comes_late_finds_the_run_done(undisturbed: Cluster) -> None:
+    undisturbed.condition, undisturbed.done = None, {0}
+    undisturbed.due = {1: 0.0}
+    assert undisturbed.run(seconds=200) == "Complete", undisturbed.logs()
+    assert undisturbed.ended[-1] == (1, 0, "Complete")
+    assert "Nothing to do" in undisturbed.pods[-1].log
+
+
+def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
+    with start(tmp_path / "job", "task=service.recipes.digits:tusk") as cluster:
+        assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
+        assert cluster.ended[0][1:] == (64, "FailJob"), cluster.logs()
+        assert "has no 'tusk'; did you mean 'task'" in cluster.logs()
+        assert not (cluster.runs / "digits").exists(), "nothing half-written"
+
+
+@pytest.mark.slow
+def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path: Path) -> None:
+    crash = once_every_attempt(lambda c: c.kill(1))
+    with start(tmp_path / "job", restarts=1) as cluster:
+        ended = cluster.run(seconds=400, each=crash)
+        assert ended == "Failed: MaxFailedIndexesExceeded", cluster.logs()
+        assert cluster.failures[1] == 2
+
+
+def once_every_attempt(act: Callable[[Cluster], None]) -> Callable[[Cluster], None]:
+    acted: set[int] = set()
+
+    def each(cluster: Cluster) -> None:
+        pod = cluster.running.get(1)
+        if pod is not None and pod.attempt not in acted and "meeting at" in pod.log:
+            acted.add(pod.attempt)
+            act(cluster)
+
+    return each
+
+
+@pytest.mark.slow
+def test_pods_without_a_service_say_which_name_is_missing(tmp_path: Path) -> None:
+    with start(tmp_path / "job", meeting_seconds=12) as cluster:
+        cluster.service = None
+
+        def give_up(cluster: Cluster) -> None:
+            if any(index == 1 for index, _, _ in cluster.ended):
+                cluster.condition = "as far as this test goes"
+
+        cluster.run(seconds=200, each=give_up)
+        assert (1, 76, "Ignore") in cluster.ended, cluster.logs()
+        log = next(pod.log for pod in cluster.pods if pod.index == 1)
+        assert "name digits-0.digits is not known" in log
+        assert "headless Service" in log

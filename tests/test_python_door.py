@@ -1,0 +1,107 @@
+"""`from service import ...`: the same from a notebook or a script."""
+
+import json
+import subprocess
+import sys
+
+from commands import BIN, CLEAN, evenstep
+
+from service.tracking import read_metrics
+
+
+def python(script, cwd, **environ):
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=cwd,
+        env=CLEAN | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_importing_service_imports_nothing_heavy(tmp_path):
+    done = python(
+        "import sys, service; dir(service); from service import read_history, load_spec;"
+        "print(sorted({'torch', 'numpy', 'wandb', 'accelerate'} & set(sys.modules)))",
+        tmp_path,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_name_of_the_door_is_there(tmp_path):
+    done = python(
+        "import service\nfor name in service.__all__: assert getattr(service, name), name\n"
+        "try: service.runn\nexcept AttributeError as error: print(error)",
+        tmp_path,
+    )
+    assert done.stdout.strip() == "module 'service' has no attribute 'runn'", done.stderr
+
+
+SCRIPT = """
+import json
+from service import run, read_history, Spec, load_spec
+
+changed = {"length": {"epochs": 2}, "optimizer": {"lr": 0.05}, "tracking": {"wandb": None}}
+h = run("digits", name="door", **changed)
+print(json.dumps({"state": h.state, "rows": h.rows, "optimizer": h.spec["optimizer"]}))
+again = run(load_spec(h.directory.spec))
+assert again.rows == h.rows
+"""
+
+
+def test_a_run_from_python_is_the_run_of_the_command(tmp_path):
+    done = python(SCRIPT, tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert told["state"] == "done"
+    assert (told["optimizer"]["lr"], told["optimizer"]["momentum"]) == (0.05, 0.9)
+    assert "step=30/30" in done.stdout, "the same progress"
+    assert "Nothing to do" in done.stdout
+    words = ["length.epochs=2", "optimizer.lr=0.05", "tracking.wandb="]
+    ran = evenstep("run", "digits", *words, "--name", "command", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    same = read_metrics(tmp_path / "runs/command/metrics.jsonl")
+    for ours, theirs in zip(told["rows"], same, strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours.get("train/loss") == theirs.get("train/loss"), "to the bit"
+
+
+NOTEBOOK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from service import run, supervised
+
+x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+rows = TensorDataset(x, (x[:, 0] > x[:, 1]).long())
+task = supervised(model=lambda: nn.Linear(2, 2), train=rows, test=rows, measures=("accuracy",))
+spec = {
+    "name": "cells", "task": "__main__:task", "batch": {"global_batch": 50},
+    "length": {"epochs": 40}, "optimizer": {"name": "adam", "lr": 0.1},
+}
+print(run(spec).rows[-1]["test/accuracy"])
+"""
+
+
+def test_a_task_may_be_a_cell_of_the_notebook(tmp_path):
+    done = python(NOTEBOOK, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.strip().splitlines()[-1]) > 0.9
+
+
+def test_under_torchrun_the_door_says_where_to_go(tmp_path):
+    (tmp_path / "script.py").write_text("from service import run\nrun('digits')\n")
+    words = ["--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(
+        [BIN / "torchrun", *words],
+        cwd=tmp_path,
+        env=CLEAN,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "Use `torchrun ... -m launch run SPEC`" in done.stderr
+    assert not (tmp_path / "runs").exists()
