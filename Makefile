@@ -1,9 +1,10 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
+# make chaos: injure a run two hundred times and compare its bits (half an hour).
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow check clean
+.PHONY: run test test-slow chaos check clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
@@ -14,6 +15,9 @@ test: $(READY) check
 # What takes minutes: pods that are killed, evicted, frozen.
 test-slow: $(READY)
 	$(BIN)/pytest -q -m slow
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.campaign --injuries 200
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -14,8 +14,10 @@ from launch.environment import Environment, launched, node_here, read_secrets
 from launch.job_commands import check, doctor, new
 from launch.kubernetes.manifests import Target, task_file, to_yaml
 from launch.kubernetes.manifests import render as manifests
+from launch.signals import STARTED, heard, stop_listening
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
+from service.faults import die_with_parent, stop_on_signals
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
@@ -38,8 +40,11 @@ _PROCESSES = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="evenstep", message="evenstep %(version)s")
-def evenstep() -> None:
+@click.pass_context
+def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
+    if context.invoked_subcommand not in ("run", "test"):
+        stop_listening()
 
 
 @evenstep.command()
@@ -49,6 +54,15 @@ def evenstep() -> None:
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 @click.option("--name", help="Name of the run; the spec's own by default.")
 @click.option("--fresh", is_flag=True, help="Put an earlier run of this name aside; begin anew.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Start all processes again after a failure, this often, from the newest checkpoint.",
+)
+@click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save and stop there.")
 def run(
     spec: str,
@@ -57,6 +71,8 @@ def run(
     runs: Path,
     name: str | None,
     fresh: bool,
+    max_restarts: int,
+    elastic: bool,
     stop_at: int | None,
 ) -> None:
     """Train and test SPEC: a file, or the name of a recipe. Run again, it resumes by itself."""
@@ -79,10 +95,11 @@ def run(
 
     job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
     if node is not None and node.nodes > 1:
+        from launch.entry import leave
         from launch.nodes import run_node
 
-        sys.exit(run_node(job, node, processes=asked))
-    _start(job, place, processes=asked)
+        leave(run_node(job, node, processes=asked))
+    _start(job, place, processes=asked, max_restarts=max_restarts, elastic=elastic)
 
 
 @evenstep.command()
@@ -100,17 +117,29 @@ def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | 
     _start(TestJob(run.absolute(), checkpoint, predictions), place, processes=asked)
 
 
-def _start(job: Job | TestJob, place: Environment | None, *, processes: int) -> NoReturn:
+def _start(
+    job: Job | TestJob,
+    place: Environment | None,
+    *,
+    processes: int,
+    max_restarts: int = 0,
+    elastic: bool = False,
+) -> NoReturn:
     """Do this process's part of the job, or start `processes` that do theirs; exit as they did."""
-    if place is None and processes > 1:
+    from launch.entry import Here, leave, leave_hung, outcome_of
+    from service.pulse import Pulse
+
+    if place is None and (processes > 1 or max_restarts):
         from launch.local import run_locally
 
-        sys.exit(run_locally(job, processes=processes))
-    from launch.entry import leave, outcome_of
-
+        leave(run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic))
+    if place is not None:
+        die_with_parent()
     environment = place or Environment()
-    code, _ = outcome_of(lambda: job.work(environment), rank=environment.rank)
-    leave(code)
+    here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
+    with stop_on_signals(heard) as stop:
+        end = outcome_of(lambda: job.work(environment, stop=stop, here=here), here=here)
+        leave(end.code)
 
 
 @evenstep.command()

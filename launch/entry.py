@@ -8,22 +8,44 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from launch.environment import Environment, Group, launched
+from launch.environment import Environment, Group
 from launch.process_group import process_group
-from service.errors import EvenstepError, Stopped
-from service.faults import stop_on_signals
-from service.plan import make_plan
+from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
+from service.failures import write_failure
+from service.faults import StopRequest
+from service.hangs import Leave, watched
+from service.plan import Plan, make_plan
+from service.pulse import Pulse
 from service.run_directory import RunDirectory
 from service.spec import Spec
 from service.spec_file import load_spec
 from service.task import load_task
 from service.worker import run, test_run
-from service.world import World, lost_peer
+from service.world import World, is_out_of_memory, lost_peer
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process, as those who look after it know it."""
+
+    pulse: Pulse
+    leave: Leave
+    """Ends it at once, when its main thread cannot."""
+
+    def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
+        """While it lasts, this process is reported and ended when it stands still."""
+        return watched(
+            self.pulse,
+            processes=environment.world_size,
+            timeout_seconds=spec.faults.hang_timeout_seconds,
+            startup_timeout_seconds=spec.faults.startup_timeout_seconds,
+            leave=self.leave,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,23 +59,37 @@ class Job:
     group: Group | None = None
     """The processes of all nodes, where there are several."""
 
+    def again(self, before: str | None) -> Job:
+        """The job as it is started after a failure: an earlier run is put aside once.
+
+        Args:
+            before: the id of the run when the job was started.
+        """
+        return replace(self, fresh=self.fresh and self.run_id() == before)
+
+    def directory(self) -> RunDirectory:
+        """Where the run is kept."""
+        return RunDirectory(self.runs / self.spec.name)
+
+    def run_id(self) -> str | None:
+        """The id of the run that is in its place now."""
+        directory = self.directory()
+        return str(directory.read_facts()["id"]) if directory.facts.exists() else None
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
         return _received, (values, self.runs, self.fresh, self.stop_at, self.group)
 
-    def work(self, environment: Environment) -> None:
-        """Run this process's part of the job to its end.
+    def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+        """Run this process's part of the job to its end, or until `stop` is asked for.
 
         Raises:
             EvenstepError: see `service.worker.run`.
         """
         spec = self.spec
-        if self.group is not None:  # the agent knows this node alone
-            os.environ.update(self.group.variables(environment))
-            environment = launched() or environment
-        with stop_on_signals() as stop, _world(spec, environment) as world:
+        with here.watched(spec, environment), _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
             plan = make_plan(
                 spec,
@@ -62,7 +98,22 @@ class Job:
                 test_rows=task.test_rows,
                 stop_at=self.stop_at,
             )
-            run(plan, task, world, runs=self.runs, stop=stop, fresh=self.fresh)
+            try:
+                run(
+                    plan,
+                    task,
+                    world,
+                    runs=self.runs,
+                    stop=stop,
+                    fresh=self.fresh,
+                    pulse=here.pulse,
+                )
+            except MemoryError as error:
+                raise _out_of_memory(plan, error) from error
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise _out_of_memory(plan, error) from error
+                raise
 
 
 def _received(spec: dict[str, Any], *rest: Any) -> Job:
@@ -77,13 +128,23 @@ class TestJob:
     checkpoint: str
     predictions: Path | None = None
 
-    def work(self, environment: Environment) -> None:
+    def directory(self) -> RunDirectory:
+        """Where the run is kept."""
+        return RunDirectory(self.run)
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of the run."""
+        return load_spec(RunDirectory(self.run).spec)
+
+    def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
         """Do this process's part of the test; the lead prints the measures.
 
         Raises:
             EvenstepError: see `service.worker.test_run`.
         """
-        spec = load_spec(RunDirectory(self.run).spec)
+        stop.interrupt = True  # there is nothing to save
+        spec = self.spec
         with _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
             measures = test_run(
@@ -104,29 +165,69 @@ def _world(spec: Spec, environment: Environment) -> Iterator[World]:
         environment,
         precision=spec.model.precision,
         bitwise=spec.exactness == "bitwise",
-        timeout_seconds=spec.faults.hang_timeout_seconds,
+        timeout_seconds=_collective_timeout(spec),
     ) as world:
         yield world
 
 
-def outcome_of(work: Callable[[], object], *, rank: int = 0) -> tuple[int, str]:
-    """Do the work and say how it ended: (exit code, one message for a person).
+def _collective_timeout(spec: Spec) -> float:
+    """Beyond the hang watch, which explains: torch's own limit names neither rank nor line."""
+    return 60.0 + 2 * max(spec.faults.hang_timeout_seconds, spec.faults.startup_timeout_seconds)
+
+
+def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
+    """What happened, and what would fit."""
+    smaller = max(1, plan.micro_batch // 2)
+    advice = (
+        f"batch.micro_batch={smaller} halves what the rows of one pass take (now "
+        f"{plan.micro_batch} rows); a step stays {plan.global_batch} rows."
+        if plan.micro_batch > 1
+        else "A micro-batch is one row already: take a smaller model."
+    )
+    told = str(error).splitlines()[0]
+    if plan.spec.model.precision == "fp32":
+        advice += " model.precision=bf16 halves what they take as well."
+    return OutOfMemory(f"Out of memory: {told}. {advice}")
+
+
+class End(NamedTuple):
+    """How the work of one process ended."""
+
+    code: int
+    message: str = ""
+    """For a person."""
+    trace: str = ""
+    """Where it happened, unless the message says all there is to know."""
+
+
+def outcome_of(
+    work: Callable[[], object],
+    *,
+    here: Here,
+    silent: tuple[type[EvenstepError], ...] = (),
+) -> End:
+    """Do the work and say how it ended; a failure of this process's own is reported to a file.
 
     What is equal on all processes is said by rank 0; what happened to one, by that one.
+
+    Args:
+        silent: what somebody else knows better how to tell.
     """
     try:
         work()
     except EvenstepError as error:
-        return _told(error, rank)
+        return _told(error, here, silent)
     except KeyboardInterrupt:
-        return 130, "interrupted"
+        return End(130, "interrupted")
     except Exception as error:
         lost = lost_peer(error)
         if lost is not None:
-            return _told(lost, rank)
+            return _told(lost, here, silent)
         traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}"
-    return 0, ""
+        message = f"{type(error).__name__}: {error}"
+        _report(here, message)
+        return End(1, message, traceback.format_exc())
+    return End(0)
 
 
 def leave(code: int) -> NoReturn:
@@ -141,8 +242,23 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _told(error: EvenstepError, rank: int) -> tuple[int, str]:
-    if rank == 0:
+def leave_hung(code: int, message: str) -> NoReturn:
+    """End this process from another thread than the one that hangs, which may hold any lock."""
+    os.write(2, f"error: {message}\n".encode(errors="replace"))
+    os._exit(code)
+
+
+def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
+    if here.pulse.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
         print(f"{word}{error}", file=sys.stderr, flush=True)
-    return error.exit_code, str(error)
+    if not isinstance(error, Stopped | PeerLost | SpecError):
+        _report(here, str(error))
+    return End(error.exit_code, str(error))
+
+
+def _report(here: Here, message: str) -> None:
+    """Called where an exception is handled: leave its traceback with the run, if there is one."""
+    if here.pulse.failures is not None:
+        told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
+        write_failure(here.pulse.failures, here.pulse.record() | told)

@@ -37,10 +37,11 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.echo(f"{loaded.name}: the spec is right")
-    from launch.entry import leave, outcome_of
+    from launch.entry import Here, leave, leave_hung, outcome_of
     from launch.environment import Environment
     from launch.process_group import process_group
     from service.checking import checked
+    from service.pulse import Pulse
 
     def work() -> None:
         with process_group(Environment(), precision=loaded.model.precision) as world:
@@ -48,8 +49,7 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
                 click.echo(f"  {what:<10}  {told}")
         click.echo(f"{loaded.name}: ready to run, found in {time.perf_counter() - begin:.1f} s")
 
-    code, _ = outcome_of(work)
-    leave(code)
+    leave(outcome_of(work, here=Here(Pulse(), leave_hung)).code)
 
 
 @click.command()

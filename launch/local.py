@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch import fork_server
 from launch.environment import launched
+from launch.signals import STARTED, heard
+from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.failures import write_failure
+from service.faults import StopRequest, die_with_parent, stop_on_signals
+from service.pulse import Pulse
+from service.run_directory import read_beat
 
-PEER_LOST = 76
-STOPPED = 75
+if TYPE_CHECKING:
+    from launch.agent import Agent
+
+STOPPED, PEER_LOST = Stopped.exit_code, PeerLost.exit_code
+# Starting again cannot change these.
+FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
+_PRELOAD = ["launch.fork_server", "launch.entry", "launch.local", "launch.cli", "torch._dynamo"]
+_LAST_WORDS = 4000  # characters of the output of a process that crashed
 
 
 @dataclass(frozen=True)
@@ -28,96 +44,224 @@ class Ending:
     code: int
     message: str
     time: float
+    trace: str = ""
+    said: bool = False
+    """Whether the process has told it on the terminal itself."""
 
 
-def run_locally(job: Any, *, processes: int, grace_seconds: int = 120) -> int:
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended as it did."""
+
+    code: int
+    told: str = ""
+    """For a person; empty where rank 0 has said it already."""
+    rank: int | None = None
+    """The rank it began with, where it was one."""
+
+
+def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: bool = False) -> int:
     """Run the job in `processes` processes; the exit code of the whole.
 
     The processes are forked from a server that has torch imported, which saves each of them
-    the import.  Signals reach them through this launcher alone.
+    the import, and again at every restart. Signals reach them through this launcher alone.
+
+    Args:
+        max_restarts: how often all of them are started again after a failure.
+        elastic: go on with one process fewer each time.
     """
-    # The server imports torch while this process imports the agent.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["launch.entry"])
+    with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
+        try:
+            _warm_up()
+            return _attempts(job, processes, max_restarts, elastic, stop, Path(notes))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def _attempts(
+    job: Any, processes: int, max_restarts: int, elastic: bool, stop: StopRequest, notes: Path
+) -> int:
+    started = STARTED
+    for restart in range(max_restarts + 1):
+        if stop.requested:
+            print(f"Stopped by {stop.signal_name} before the first step.", file=sys.stderr)
+            return STOPPED
+        before = job.run_id() if max_restarts else None
+        cause = _attempt(job, processes, stop, notes / str(restart), started)
+        started = time.time()
+        if cause.told:
+            print(cause.told, file=sys.stderr, flush=True)
+        if cause.code in FINAL or restart == max_restarts:
+            return cause.code
+        processes = max(1, processes - 1) if elastic else processes
+        job = job.again(before)
+        print(
+            f"Starting again on {processes} {'process' if processes == 1 else 'processes'} from "
+            f"the newest checkpoint (restart {restart + 1} of {max_restarts}).",
+            file=sys.stderr,
+            flush=True,
+        )
+    raise AssertionError("the last restart returns")
+
+
+def _warm_up() -> None:
+    """Start the fork server; it imports torch while this process imports the agent."""
     from multiprocessing import forkserver
 
+    os.environ[fork_server.LAUNCHER] = str(os.getpid())
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from launch.agent import adopt_strangers
 
-    _quiet_agent()
-    with tempfile.TemporaryDirectory(prefix="evenstep-") as endings:
-        config: dict[str, Any] = {
-            "min_nodes": 1,
-            "max_nodes": 1,
-            "nproc_per_node": processes,
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",  # a free port
-            "run_id": f"evenstep-{os.getpid()}",
-            "max_restarts": 0,
-            "monitor_interval": 0.05,
-            "start_method": "forkserver",
-            "local_addr": "localhost",
-        }
-        if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:
-            config["shutdown_timeout"] = grace_seconds  # torch 2.13; its default is 30 s
-        killed: dict[int, int] = {}
-        try:
-            elastic_launch(LaunchConfig(**config), entrypoint=process)(job, endings)
-        except ChildFailedError as error:
-            killed = {
-                rank: -failure.exitcode
-                for rank, failure in error.failures.items()
-                if failure.exitcode < 0
-            }
-        except SignalException:
-            pass  # handed on to the processes, which have said how they ended
-        return root_cause(_endings(Path(endings)), killed, processes)
+    adopt_strangers()
+    # The agent's own log repeats, in a traceback, what we say in a sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
-def process(job: Any, endings: str) -> None:
+def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: float) -> Cause:
+    """Run all processes once, from their start to the end of the last one."""
+    from launch.agent import Agent
+
+    notes.mkdir()
+    group = getattr(job, "group", None)
+    agent = Agent(
+        process,
+        job,
+        str(notes),
+        started,
+        processes=processes,
+        stop=stop,
+        stop_budget_seconds=job.spec.faults.stop_budget_seconds,
+        first=group.index * group.processes if group else 0,
+    )
+    agent.run_once()
+    for report in (notes / "failures").glob("*.json"):  # from before the run had a directory
+        if job.directory().facts.exists():
+            job.directory().failures.mkdir(exist_ok=True)
+            shutil.copy(report, job.directory().failures)
+    cause = root_cause(agent, _endings(notes), job.spec.faults.stop_budget_seconds)
+    return _explained(cause, agent, job, notes)
+
+
+def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
+    """The cause with what a process that could not speak itself has left behind, also on file."""
+    rank = next((r for r in agent.ranks if r.number == cause.rank), None)
+    if rank is None or (rank.killed_by is None and not rank.ended_by_us and rank.ended != 1):
+        return cause
+    directory = job.directory()
+    place = directory.logs if directory.logs.exists() else notes
+    beat = read_beat(place, rank.number)
+    known = beat if beat and beat["process"] == rank.process.pid else {}
+    stacks = "\n".join(
+        _last_words(path)
+        for path in (place / f"rank-{rank.number}.stacks", place / f"rank-{rank.number}.log")
+        if path.exists()
+    )
+    if place != notes and rank.number not in _noted(notes):
+        told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
+        write_failure(directory.failures, {**known, **told})
+    crashed = rank.killed_by in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
+    held = rank.ended == 1 and rank.killed_by is None and rank.number not in _noted(notes)
+    return replace(cause, told=f"{stacks}\n{cause.told}") if crashed or held else cause
+
+
+def _noted(notes: Path) -> set[int]:
+    return {ending.rank for ending in _endings(notes)}
+
+
+def _last_words(path: Path) -> str:
+    words = path.read_text(errors="replace").partition("\nExtension modules:")[0]
+    return words[-_LAST_WORDS:]
+
+
+def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
     """What each process runs; leaves a note of how it ended."""
-    from launch.entry import leave, outcome_of
+    from launch.entry import Here, leave, outcome_of
 
+    die_with_parent(fork_server.PROCESS)
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()
-    environment = launched()
-    assert environment is not None, "the elastic agent sets RANK and its kin"
-    code, message = outcome_of(lambda: job.work(environment), rank=environment.rank)
-    ending = Ending(environment.rank, code, message, time.time())
-    Path(endings, f"{environment.rank}.json").write_text(json.dumps(asdict(ending)))
-    if code:
-        leave(code)
+    os.environ.update(environment)
+    # Its data-loader workers are its own children, as under torchrun, and not the fork server's.
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
+    place = launched()
+    group = getattr(job, "group", None)
+    if group is not None:  # the agent knows this node alone
+        os.environ.update(group.variables(place), TORCHELASTIC_RUN_ID=f"nodes-{group.port}")
+        place = launched()
+    assert place is not None, "the agent sets RANK and its kin"
+
+    def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:
+        ending = Ending(place.rank, code, message, time.time(), trace, said)
+        _write_whole(Path(notes, f"{place.rank}.json"), json.dumps(asdict(ending)))
+
+    def leave_hung(code: int, message: str) -> NoReturn:
+        note(code, message)
+        os._exit(code)
+
+    pulse = Pulse(rank=place.rank, scratch=Path(notes), started=started)
+    here = Here(pulse, leave_hung)
+    with stop_on_signals() as stop:
+        if place.rank:
+            pulse.speak_into_log()
+        faulthandler.enable(all_threads=True)
+        # That a peer was lost is told by the launcher, after the reason why.
+        end = outcome_of(
+            lambda: job.work(place, stop=stop, here=here), here=here, silent=(PeerLost,)
+        )
+        note(end.code, end.message, end.trace, said=place.rank == 0)
+        leave(end.code)
 
 
-def root_cause(endings: list[Ending], killed: dict[int, int], processes: int) -> int:
-    """The exit code of the job, from how its processes ended; says what rank 0 did not say.
+def root_cause(agent: Agent, endings: Sequence[Ending], budget_seconds: float) -> Cause:
+    """Why the job ended: its exit code, and what rank 0 has not said of it yet.
 
-    A process that was killed comes first, then the earliest that failed on its own account;
-    that a peer was lost is nobody's reason while there is another.
+    A process that was killed comes first, then the earliest that failed on its own account,
+    then one that had to be ended because it did not answer; that a peer was lost is nobody's
+    reason while there is another.
     """
-    if killed:
-        rank, number = min(killed.items())
-        print(f"error: rank {rank} was killed by {signal.Signals(number).name}.", file=sys.stderr)
-        return 128 + number
-    own = [e for e in endings if e.code not in (0, STOPPED, PEER_LOST)]
+    for rank in agent.first_ended:
+        if rank.killed_by is not None:
+            name = signal.Signals(rank.killed_by).name
+            told = f"error: rank {rank.number} was killed by {name}."
+            return Cause(128 + rank.killed_by, told, rank.number)
+    own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
     if own:
-        first = min(own, key=lambda ending: ending.time)
-        if all(ending.rank or ending.message != first.message for ending in own):
-            print(f"error: rank {first.rank}: {first.message}", file=sys.stderr)
-        return first.code
-    codes = {ending.code for ending in endings}
-    for code in (STOPPED, PEER_LOST):
-        if code in codes:
-            return code
-    return 0 if len(endings) == processes else 1
+        return _own_failure(own)
+    if agent.overran:
+        late = next(rank.number for rank in agent.ranks if rank.ended_by_us)
+        return Cause(
+            128 + signal.SIGKILL,
+            f"error: rank {late} had not stopped {budget_seconds:g} s after the request, so it was "
+            "killed; the newest checkpoint is as it was. Raise faults.stop_budget_seconds.",
+            late,
+        )
+    lost = [f"error: rank {e.rank}: {e.message}" for e in endings if e.code == PEER_LOST]
+    noted = {ending.rank for ending in endings}
+    for rank in agent.first_ended:
+        if rank.ended and (rank.ended_by_us or rank.number not in noted):
+            code = 128 - rank.ended if rank.ended < 0 else rank.ended
+            told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
+            return Cause(code, told, rank.number)
+    if STOPPED in [ending.code for ending in endings]:
+        return Cause(STOPPED)
+    return Cause(PEER_LOST, lost[0]) if lost else Cause(0)
+
+
+def _own_failure(own: Sequence[Ending]) -> Cause:
+    first = min(own, key=lambda ending: ending.time)
+    said = any(ending.said and ending.message == first.message for ending in own)
+    told = f"error: rank {first.rank}: {first.message}"
+    told = f"{first.trace}\n{told}" if first.trace else told
+    return Cause(first.code, "" if said else told, first.rank)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _endings(directory: Path) -> list[Ending]:
     return [Ending(**json.loads(path.read_text())) for path in sorted(directory.glob("*.json"))]
-
-
-def _quiet_agent() -> None:
-    """The agent's own log repeats, in a traceback, what we say in a sentence."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)

@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.environment import Group, Node
 from launch.meeting import Company, Introduction, host, join
+from launch.signals import heard
 from service.errors import EvenstepError, PeerLost, SpecError, Stopped
 from service.run_directory import RunDirectory
 from service.spec_file import dump_spec
@@ -127,7 +128,7 @@ class _Watch:
 def _stop_raises() -> Iterator[None]:
     """As process 1 of a pod, which ignores every signal that it has not asked for.
 
-    While the local processes run, torch's agent has its own handler in this one's place.
+    While the local processes run, `launch.local` has its own handler in this one's place.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -135,6 +136,8 @@ def _stop_raises() -> Iterator[None]:
         raise Stopped(f"Stopped by {name} before training began; nothing has changed.")
 
     before = signal.signal(signal.SIGTERM, stop)
+    if heard.requested:  # while this was being loaded
+        stop(signal.SIGTERM, None)
     try:
         yield
     finally:

@@ -5,9 +5,11 @@
     ├── WillFailAgain       42   running the same thing again cannot help
     │   ├── Diverged             the loss or a gradient is not finite
     │   ├── DataBroken           the rows are not the rows the plan counted on
-    │   └── NoCheckpoint         there are checkpoints, and none of them can be read
+    │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
+    │   └── NoProgress           attempt after attempt failed without a new checkpoint
     ├── Stopped             75   stopped on request, state saved: run again to continue
-    └── PeerLost            76   another process went away; not this one's fault
+    ├── PeerLost            76   another process went away; not this one's fault
+    └── OutOfMemory        137   as a process that the machine kills for it
 
 0 is a finished run. Every other code is the root cause's own (137 killed, 139 crashed, 1 ...).
 """
@@ -48,6 +50,10 @@ class NoCheckpoint(WillFailAgain):
     """Checkpoints exist and none of them can be read."""
 
 
+class NoProgress(WillFailAgain):
+    """Several attempts in a row failed and none of them got any further."""
+
+
 class Stopped(EvenstepError):
     """The run was asked to stop and has saved its state."""
 
@@ -58,6 +64,12 @@ class PeerLost(EvenstepError):
     """Another process of the job went away."""
 
     exit_code = 76
+
+
+class OutOfMemory(EvenstepError):
+    """A micro-batch does not fit into the memory of the device or of the machine."""
+
+    exit_code = 137
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,38 +1,72 @@
-"""What may go wrong from outside: signals that ask to stop."""
+"""What may go wrong from outside: signals that ask to stop, and a parent that is gone."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; the processes agree on it at a step that the plan names."""
+    """Set by SIGTERM, SIGINT or SIGHUP; the processes agree on the step at which they follow it."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.interrupt = False
+        """Whether a signal ends the work at once, because nothing would be lost."""
 
     @property
     def requested(self) -> bool:
         return self.signal_name is not None
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """Take a signal: the handler itself."""
         # Only a flag: a collective in a signal handler would come out of order.
-        if self.requested and number == signal.SIGINT:
+        if self.interrupt or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While it lasts, SIGTERM and SIGINT ask for a stop; a second SIGINT interrupts at once."""
-    stop = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, stop._receive) for number in numbers}
+def stop_on_signals(stop: StopRequest | None = None) -> Iterator[StopRequest]:
+    """While it lasts, a signal asks for a stop; a second Ctrl-C interrupts at once.
+
+    A signal that the process was told to ignore (SIGHUP under nohup) stays ignored.
+    """
+    stop = stop or StopRequest()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, stop.hear)
+    # Held back since before this process was forked, so that none came too early to be heard.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in heard:
+            signal.signal(number, before[number])
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone.
+
+    However the parent went: also by SIGKILL, of which it could tell nobody. On Linux; elsewhere
+    nothing happens.
+
+    Args:
+        parent: who started it, to notice that it was gone before the kernel was asked.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

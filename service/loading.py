@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from service import randomness
 from service.batches import Batch, Step, first_rows, split, to_device
 from service.errors import DataBroken, EvenstepError
+from service.faults import STOP_SIGNALS, die_with_parent
 from service.plan import Plan
 from service.samplers import epochs_at, micro_batches, rows_at
 from service.streams import Stream, is_stream
@@ -276,5 +277,7 @@ def _as_it_is(value: Any) -> Any:
 def _outlive_signals(worker: int) -> None:
     # A request to stop goes to the whole process group.  The workers serve until the loop
     # has taken its last step; they leave when the training process lets them go or is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # At once, and not when it next looks: it holds the run's lock open as long as it lives.
+    die_with_parent()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from service import randomness
+from service.agreement import StopPoll
 from service.batches import Batch, Step
 from service.checkpoints import Checkpoints
 from service.clock import Clock
@@ -21,6 +22,7 @@ from service.metrics import Gathered, Tally
 from service.plan import Plan
 from service.precision import computed
 from service.predictions import Predictions
+from service.pulse import Pulse
 from service.receipts import Receipt
 from service.state import TrainState
 from service.task import Data, Task
@@ -43,6 +45,7 @@ def train(
     checkpoints: Checkpoints,
     test_data: Data,
     stop: StopRequest,
+    pulse: Pulse,
 ) -> dict[str, float]:
     """Take optimizer steps until `steps` ends or some process is asked to stop.
 
@@ -54,10 +57,22 @@ def train(
     exchange.model.train()
     clock = Clock()
     values: dict[str, float] = {}
+    poll = StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps)
+    if poll.agreed(state.step, stop.requested):
+        return values
+    pulse.enter("data", state.step)
     for step in clock.waiting_for(steps):
         divisor = updates.divisor(step.weight)
         evaluate = partial(
-            backpropagate, state, step, exchange, divisor, task=task, world=world, plan=plan
+            backpropagate,
+            state,
+            step,
+            exchange,
+            divisor,
+            task=task,
+            world=world,
+            plan=plan,
+            pulse=pulse,
         )
         losses = evaluate()
         for batch in step.micro_batches:
@@ -66,6 +81,7 @@ def train(
         if state.needs_closure:
             mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
             again = closure(losses, evaluate, mean_loss, state.model, updates)
+        pulse.enter("update")
         updates.apply(losses, step.weight, logging=plan.logs_at(state.step + 1), closure=again)
         state.schedule.set(state.step)
 
@@ -73,6 +89,7 @@ def train(
         # below together: a collective in one is a collective in all.
         values = {}
         if plan.logs_at(state.step):
+            pulse.enter("log", state.step)
             values = updates.look()
             values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
@@ -81,14 +98,16 @@ def train(
         if plan.tests_at(state.step):
             updates.look()  # what has gone astray is neither tested nor, below, saved
             batches = test_batches(test_data, task=task, plan=plan, world=world)
+            batches = pulse.during("test", batches)
             values |= test(state.tested, batches, task=task, world=world, plan=plan)
-        stopping = plan.stops_at(state.step) or (
-            plan.polls_at(state.step) and world.any(stop.requested or tracker.stop_requested)
-        )
+        pulse.enter("agree", state.step)
+        wanted = stop.requested or tracker.stop_requested
+        stopping = poll.agreed(state.step, wanted) or plan.stops_at(state.step)
         best = state.improves(values, plan.spec.checkpoint.best)
         state.learn(values)
         stopping |= state.ended_early
         saving = plan.saves_at(state.step) or best or stopping
+        pulse.enter("log")
         if saving:
             updates.look()
         if values or saving:
@@ -97,11 +116,14 @@ def train(
             tracker.log(state.step, values)
         if saving:
             tracker.sync()
+            pulse.enter("save")
             checkpoints.save(state)
+            pulse.write()
         if plan.tests_at(state.step) or saving:
             clock.restart()
         if stopping:
             break
+        pulse.enter("data")
     return values
 
 
@@ -114,6 +136,7 @@ def backpropagate(
     task: Task,
     world: World,
     plan: Plan,
+    pulse: Pulse,
 ) -> dict[int, Tensor]:
     """Leave the step's gradients in the parameters; a forward and a backward pass per micro-batch.
 
@@ -126,6 +149,8 @@ def backpropagate(
     state.optimizer.zero_grad()
     losses: dict[int, Tensor] = {}
     for batch in exchange.over(step.micro_batches):
+        is_last = batch is step.micro_batches[-1]
+        pulse.enter("exchange" if is_last else "forward", state.step, batch.number)
         world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
         loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
         exchange.backward(loss_sum, divisor)

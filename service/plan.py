@@ -79,9 +79,6 @@ class Plan:
     def saves_at(self, step: int) -> bool:
         return step == self.steps or _passes_multiple(self.save_every, step)
 
-    def polls_at(self, step: int) -> bool:
-        return step % self.spec.faults.stop_poll_steps == 0
-
     def stops_at(self, step: int) -> bool:
         return step == self.stop_at and step < self.steps
 

@@ -11,16 +11,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from service.errors import SpecError
+from service.account import account_of, failures_in_a_row
+from service.errors import NoProgress, SpecError
+from service.failures import redacted
 from service.spec import Spec
 from service.spec_file import changes, dump_spec, load_spec
 
 FORMAT = 1
+_LOCK_SECONDS = 2.0
+_LONGEST_ROW = 65536  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class RunDirectory:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
 
     @property
     def wandb(self) -> Path:
@@ -95,29 +104,103 @@ class OpenRun:
         """Names the run where names are shared, such as on W&B."""
         return str(self.facts["id"])
 
-    def start_attempt(self, *, processes: int, device: str, step: int) -> None:
-        """Enter that the run goes on from `step`."""
+    def start_attempt(
+        self,
+        *,
+        processes: int,
+        device: str,
+        step: int,
+        started: float | None = None,
+        most_failures: int | None = None,
+    ) -> None:
+        """Enter that the run goes on from `step`.
+
+        Args:
+            started: when the attempt began, in seconds since 1970; now by default.
+            most_failures: give up after so many in a row that did not get beyond `step`.
+        Raises:
+            NoProgress: this would be one more.
+        """
+        attempts = self.facts["attempts"]
+        failures = failures_in_a_row(attempts, step)
         self.facts["state"] = "running"
-        self.facts["attempts"].append(
+        attempts.append(
             {
-                "started": time.time(),
+                "started": time.time() if started is None else started,
                 "processes": processes,
                 "device": device,
                 "host": socket.gethostname(),
                 "from_step": step,
             }
         )
+        if most_failures is not None and failures >= most_failures:
+            self.end_attempt("gave up", step=step)
+            raise NoProgress(
+                f"{failures} attempts in a row failed without a new checkpoint after step {step}. "
+                f"Their reports are in {self.directory.failures}. When the cause is gone, run "
+                "the same command again; faults.attempts_without_progress is the limit."
+            )
         self.directory.write_facts(self.facts)
 
-    def end_attempt(self, state: str, *, step: int) -> None:
-        """Enter how the attempt ended: done, stopped or failed."""
+    def end_attempt(
+        self,
+        state: str,
+        *,
+        step: int,
+        seconds: Mapping[str, float] | None = None,
+        longest_save_seconds: float = 0.0,
+    ) -> None:
+        """Enter how the attempt ended: done, stopped, failed or gave up; and its account."""
         self.facts["state"] = state
-        self.facts["attempts"][-1] |= {"ended": time.time(), "to_step": step, "outcome": state}
+        self.facts["attempts"][-1] |= {
+            "ended": time.time(),
+            "to_step": step,
+            "outcome": state,
+            "seconds": dict(seconds or {}),
+            "longest_save_seconds": round(longest_save_seconds, 3),
+        }
+        self.facts["account"] = account_of(self.facts["attempts"])
         self.directory.write_facts(self.facts)
+
+    def close_lost_attempt(self) -> None:
+        """Enter what is known of an attempt that could not say how it ended: it was killed."""
+        attempts = self.facts["attempts"]
+        if not attempts or "ended" in attempts[-1]:
+            return
+        last = attempts[-1]
+        beat = read_beat(self.directory.logs, 0) or {}
+        known = beat if beat.get("started") == last["started"] else {}
+        last |= {
+            "ended": max(last["started"], known.get("time", 0.0)),
+            "to_step": max(last["from_step"], known.get("step", 0), self._last_row()),
+            "outcome": "lost",
+            "seconds": known.get("seconds", {}),
+        }
+
+    def _last_row(self) -> int:
+        """The step of the last whole row of metrics, or 0."""
+        if not self.directory.metrics.exists():
+            return 0
+        with self.directory.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_ROW))
+            lines = file.read().split(b"\n")[:-1]
+        try:
+            return int(json.loads(lines[-1])["step"]) if lines else 0
+        except (ValueError, KeyError):
+            return 0  # it holds no row yet, or none that ends in what was read
 
     def close(self) -> None:
         """Let others have it."""
         self._lock.close()
+
+
+def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
+    """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
+    try:
+        beat = json.loads((directory / f"rank-{rank}.beat").read_text())
+    except (OSError, ValueError):
+        return None  # it has written nothing
+    return beat if isinstance(beat, dict) else None
 
 
 def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
@@ -138,13 +221,18 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
             lock.close()
             directory.path.mkdir(parents=True)
             lock = _lock(directory)
-        if directory.facts.exists():
-            return OpenRun(directory, _taken_up(directory, spec), lock)
+        if _is_begun(directory):
+            opened = OpenRun(directory, _taken_up(directory, spec), lock)
+            opened.close_lost_attempt()
+            return opened
         _require_empty(directory)
         facts = _first_facts(spec)
-        directory.logs.mkdir(exist_ok=True)
-        directory.spec.write_text(dump_spec(spec), encoding="utf-8")
+        # In this order: killed between any two of these, it begins anew the next time.
         directory.write_facts(facts)
+        directory.logs.mkdir(exist_ok=True)
+        partial = directory.spec.with_suffix(".partial")
+        partial.write_text(dump_spec(spec), encoding="utf-8")
+        os.replace(partial, directory.spec)
     except OSError as error:
         raise _unusable(directory, error) from error
     return OpenRun(directory, facts, lock)
@@ -158,7 +246,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
     """
     directory = RunDirectory(runs / spec.name)
     try:
-        if directory.facts.exists():
+        if _is_begun(directory):
             if not fresh:
                 _taken_up(directory, spec)
         elif directory.path.exists():
@@ -174,22 +262,38 @@ def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
     )
 
 
+def _is_begun(directory: RunDirectory) -> bool:
+    return directory.facts.exists() and directory.spec.exists()
+
+
 def _lock(directory: RunDirectory) -> IO[str]:
     lock = open(directory.path / ".lock", "a+")  # noqa: SIM115  # held as long as the run is open
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked_in_time(lock):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
         raise SpecError(
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
             "to begin a second run of this spec, give it a --name of its own."
-        ) from None
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _locked_in_time(lock: IO[str]) -> bool:
+    # What a killed process had forked holds its lock until the kernel has ended it as well.
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
@@ -206,7 +310,10 @@ def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
 
 
 def _require_empty(directory: RunDirectory) -> None:
-    strangers = [entry.name for entry in directory.path.iterdir() if entry.name != ".lock"]
+    begun = {".lock", "run.partial"}
+    if directory.facts.exists():  # and no spec: killed in its very beginning
+        begun |= {"run.json", "logs", "spec.partial"}
+    strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
     if strangers:
         raise SpecError(
             f"{directory.path} is not a run: it has no run.json, but holds "
@@ -226,9 +333,9 @@ def _first_facts(spec: Spec) -> dict[str, Any]:
         "id": os.environ.get("WANDB_RUN_ID") or f"{spec.name}-{secrets.token_hex(4)}",
         "created": time.time(),
         "state": "new",
-        "command": sys.argv[1:],
+        "command": redacted(sys.argv[1:]),
         "versions": versions(),
-        "git": git_facts(),
+        "git": redacted(git_facts()),
         "attempts": [],
     }
 

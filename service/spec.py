@@ -566,8 +566,14 @@ class FaultsSpec(Part):
 
     hang_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """A process that stands still longer than this is reported and ended."""
+    startup_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """The same before the first step, which may load data and compile."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 10
-    """How often the processes agree whether one of them was asked to stop."""
+    """The processes agree at least this often whether one of them was asked to stop."""
+    stop_budget_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """What a request to stop may take, the last save included; then the launcher kills."""
+    attempts_without_progress: Annotated[int, Field(ge=1)] = 3
+    """Give up, with exit code 42, after so many failures in a row without a new checkpoint."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: end the run, or leave out that step."""
     skips_allowed: Annotated[int, Field(ge=0)] = 10

@@ -335,7 +335,10 @@ CANNOT_CHANGE_THE_RESULT = {
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
     "tracking": "what is recorded is a copy",
     "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
     "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
     "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
 }
 

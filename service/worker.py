@@ -30,6 +30,7 @@ from service.patience import Patience
 from service.plan import Plan, make_plan
 from service.precision import LossScaler
 from service.predictions import Predictions
+from service.pulse import Pulse
 from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
@@ -45,9 +46,19 @@ from service.world import World
 
 
 def run(
-    plan: Plan, task: Task, world: World, *, runs: Path, stop: StopRequest, fresh: bool = False
+    plan: Plan,
+    task: Task,
+    world: World,
+    *,
+    runs: Path,
+    stop: StopRequest,
+    fresh: bool = False,
+    pulse: Pulse | None = None,
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
+
+    Args:
+        pulse: is told what this process is doing.
 
     Returns:
         The values of the last step; empty when the run was done before.
@@ -56,6 +67,7 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
+    pulse = pulse or Pulse()
     require_measures(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
@@ -104,6 +116,7 @@ def run(
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
     directory = RunDirectory(runs / spec.name)
+    pulse.settle(directory)
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
@@ -128,10 +141,9 @@ def run(
             opened.close()
         return {}
 
+    _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
     tracker = _tracker(plan, opened, world=world, step=state.step)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
-    if opened:
-        opened.start_attempt(processes=world.processes, device=str(world.device), step=state.step)
     outcome: Outcome = "failed"
     try:
         last = train(
@@ -149,12 +161,18 @@ def run(
             checkpoints=checkpoints,
             test_data=test_data,
             stop=stop,
+            pulse=pulse,
         )
         outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
         tracker.close(outcome)
         if opened:
-            opened.end_attempt(outcome, step=state.step)
+            opened.end_attempt(
+                outcome,
+                step=state.step,
+                seconds=pulse.seconds(),
+                longest_save_seconds=pulse.longest_save_seconds,
+            )
             opened.close()
     if outcome == "stopped":
         raise Stopped(
@@ -211,6 +229,25 @@ def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | Non
             failed = error
     world.fail_together(failed)
     return opened
+
+
+def _start_attempt(
+    opened: OpenRun | None, plan: Plan, world: World, *, step: int, started: float
+) -> None:
+    """Enter the attempt, on the lead; on all processes, give up where none got any further."""
+    failed: EvenstepError | None = None
+    if opened:
+        try:
+            opened.start_attempt(
+                processes=world.processes,
+                device=str(world.device),
+                step=step,
+                started=started,
+                most_failures=plan.spec.faults.attempts_without_progress,
+            )
+        except EvenstepError as error:
+            failed = error
+    world.fail_together(failed)
 
 
 def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> Tracker:

@@ -134,13 +134,13 @@ class World:
         dist.all_reduce(total, group=self._control)
         return total
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+    def highest(self, values: Sequence[int]) -> list[int]:
+        """The highest of each value over the processes; it never waits for the device."""
         if self.processes == 1:
-            return flag
-        votes = torch.tensor(int(flag))
+            return list(values)
+        votes = torch.tensor(values)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(votes)
+        return [int(vote) for vote in votes]
 
     def from_lead(self, value: T) -> T:
         """The lead's value, on every process."""
@@ -185,8 +185,14 @@ def lost_peer(error: BaseException) -> PeerLost | None:
     if isinstance(error, dist.DistBackendError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     ):
-        return PeerLost(f"Another process of this job went away ({str(error).splitlines()[0]}).")
+        told = str(error).splitlines()[0].partition(". This is typically")[0]
+        return PeerLost(f"Another process of this job went away ({told}).")
     return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory it asked for."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

@@ -443,7 +443,10 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "loader.prefetch": "4",
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",
         "faults.hang_timeout_seconds": "1",
+        "faults.startup_timeout_seconds": "1",
         "faults.stop_poll_steps": "1",
+        "faults.stop_budget_seconds": "1",
+        "faults.attempts_without_progress": "1",
         "kubernetes": "{image: 'a:1', nodes: 4}",
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()

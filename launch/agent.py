@@ -1,0 +1,252 @@
+"""torch's elastic agent over processes of our own: forked warm, bound to us, ended in time.
+
+The agent keeps what it is good at: the rendezvous, its store on a port that is surely free, the
+ranks. Its own way with functions (`LocalElasticAgent`) is replaced, because it waits 30 s for a
+frozen process whatever it is told, and for ever where a process is killed in its last moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from service.faults import StopRequest
+
+PEERS_LEAVE_SECONDS = 5.0
+"""After one process has failed the others notice it at once; one that cannot is killed then."""
+_LOOK_SECONDS = 0.02
+_PR_SET_CHILD_SUBREAPER = 36
+_SERVER_LOST = 255  # what multiprocessing says of a process whose fork server is gone
+
+
+@dataclass
+class Rank:
+    """One process of the group."""
+
+    number: int
+    process: BaseProcess
+    ended: int | None = None
+    """Its exit code; minus the number of the signal that ended it."""
+    ended_by_us: bool = False
+
+    @property
+    def killed_by(self) -> int | None:
+        """The signal that ended it, unless that came from its launcher."""
+        if self.ended == _SERVER_LOST:
+            return int(signal.SIGKILL)
+        return -self.ended if self.ended and self.ended < 0 and not self.ended_by_us else None
+
+
+class Agent(SimpleElasticAgent):
+    """One attempt at the job: a fresh rendezvous and `processes` ranks, from their start to end."""
+
+    def __init__(
+        self,
+        entry: Callable[..., None],
+        *arguments: object,
+        processes: int,
+        stop: StopRequest,
+        stop_budget_seconds: float,
+        first: int = 0,
+    ) -> None:
+        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest."""
+        handler = get_rendezvous_handler(
+            RendezvousParameters(
+                backend="c10d",
+                endpoint="localhost:0",  # a free port
+                run_id=f"evenstep-{uuid.uuid4().hex}",  # a restarted rank must not meet a dead one
+                min_nodes=1,
+                max_nodes=1,
+                local_addr="localhost",
+            )
+        )
+        super().__init__(
+            WorkerSpec(
+                role="rank",
+                local_world_size=processes,
+                entrypoint=entry,
+                args=arguments,
+                rdzv_handler=handler,
+                max_restarts=0,
+                monitor_interval=_LOOK_SECONDS,
+                local_addr="localhost",
+            )
+        )
+        self._handler = handler
+        self._entry = entry
+        self._first = first
+        self._stop = stop
+        self._stop_budget = stop_budget_seconds
+        self._forwarded = False
+        self._deadline: float | None = None
+        self.ranks: list[Rank] = []
+        """In the order in which they were started, so by number."""
+        self.first_ended: list[Rank] = []
+        """In the order in which they ended."""
+        self.overran = False
+        """Whether ranks that were asked to stop had to be killed."""
+
+    def run_once(self) -> None:
+        """Return when every rank has ended, and nothing that they started is left."""
+        try:
+            self.run()
+        finally:
+            self._shutdown()
+            self._handler.shutdown()
+
+    # ---- what torch's agent asks of its processes
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        context = multiprocessing.get_context("forkserver")
+        spec = worker_group.spec
+        for worker in worker_group.workers:
+            environment = _environment(worker, worker_group)
+            process = context.Process(target=self._entry, args=(environment, *spec.args))
+            process.start()
+            self.ranks.append(Rank(self._first + worker.global_rank, process))
+        return {rank.number: rank.process.pid for rank in self.ranks}
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        reap_strangers()
+        alive = self._look()
+        if alive:
+            self._hurry(alive)
+            return RunResult(WorkerState.HEALTHY)
+        if any(rank.ended for rank in self.ranks):
+            return RunResult(WorkerState.FAILED)
+        return RunResult(WorkerState.SUCCEEDED, {rank.number: None for rank in self.ranks})
+
+    def _stop_workers(self, worker_group: WorkerGroup, *_: Any) -> None:
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 0) -> None:
+        for rank in self._look():
+            rank.ended_by_us = True
+            rank.process.kill()
+        for rank in self.ranks:
+            rank.process.join()
+        self._look()
+        end_strangers()
+
+    # ---- how they end
+
+    def _look(self) -> list[Rank]:
+        """The ranks that are still alive; the codes of the others are noted."""
+        alive = []
+        for rank in self.ranks:
+            if rank.ended is None:
+                rank.ended = rank.process.exitcode
+                if rank.ended is None:
+                    alive.append(rank)
+                else:
+                    self.first_ended.append(rank)
+        return alive
+
+    def _hurry(self, alive: list[Rank]) -> None:
+        """Hand on a request to stop, once; kill who has not followed it or its peers in time."""
+        now = time.monotonic()
+        if self._stop.requested and not self._forwarded:
+            self._forwarded = True
+            self._deadline = now + self._stop_budget
+            for rank in alive:
+                os.kill(rank.process.pid or 0, signal.SIGTERM)
+        failed = any(rank.ended for rank in self.ranks)
+        if failed and not self._stop.requested and self._deadline is None:
+            self._deadline = now + PEERS_LEAVE_SECONDS
+        if self._deadline is not None and now > self._deadline:
+            self.overran = self._forwarded
+            for rank in alive:
+                rank.ended_by_us = True
+                rank.process.kill()
+
+
+def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
+    """What torchrun tells a process of its place."""
+    spec = group.spec
+    return {
+        "RANK": str(worker.global_rank),
+        "LOCAL_RANK": str(worker.local_rank),
+        "WORLD_SIZE": str(worker.world_size),
+        "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+        "GROUP_RANK": str(group.group_rank),
+        "GROUP_WORLD_SIZE": str(group.group_world_size),
+        "ROLE_RANK": str(worker.role_rank),
+        "ROLE_WORLD_SIZE": str(worker.role_world_size),
+        "ROLE_NAME": spec.role,
+        "MASTER_ADDR": str(group.master_addr),
+        "MASTER_PORT": str(group.master_port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+        "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+
+
+# ---- processes that ranks leave behind: data-loader workers, wandb's core
+
+
+def adopt_strangers() -> None:
+    """Become the parent of whatever a rank leaves behind, as PID 1 of a container is anyway."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_strangers() -> None:
+    """Let every adopted process that has ended go, so that none stays as a zombie."""
+    ours = _our_own()
+    for process in _children():
+        if process not in ours:
+            _reap(process, os.WNOHANG)
+
+
+def end_strangers() -> None:
+    """Kill what the ranks have left behind."""
+    ours = _our_own()
+    for process in _children():
+        if process not in ours:
+            os.kill(process, signal.SIGKILL)  # a child, reaped by nobody else: it cannot be gone
+            _reap(process, 0)
+
+
+def _reap(process: int, options: int) -> None:
+    os.waitpid(process, options)
+
+
+def _our_own() -> set[int | None]:
+    from multiprocessing import forkserver, resource_tracker
+
+    return {
+        forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+    }
+
+
+def _children() -> Iterator[int]:
+    """The processes whose parent is this one."""
+    if sys.platform != "linux":
+        return
+    for task in Path("/proc/self/task").iterdir():
+        children = task / "children"
+        if children.exists():
+            yield from map(int, children.read_text().split())

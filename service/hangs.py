@@ -1,0 +1,193 @@
+"""Finds a process that stands still, says where it stands, and ends it; its peers do the same."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+from service.errors import PeerLost
+from service.failures import read_failures, write_failure
+from service.pulse import ORDER, WORDS, Pulse, group
+from service.run_directory import read_beat
+
+HUNG = 1
+"""Exit code of the process that others waited for."""
+_REPORTS_SECONDS = 2.0  # for the reports of the others, who stand still for as long
+_MOST_SECONDS_A_LOOK = 1.0
+# Whose innermost frame is in one of these waits for another process.
+_WAITING = ("torch/distributed/", "service/world.py", "torch/autograd/graph.py")
+
+Leave = Callable[[int, str], NoReturn]
+
+
+@contextmanager
+def watched(
+    pulse: Pulse,
+    *,
+    processes: int,
+    timeout_seconds: float,
+    startup_timeout_seconds: float,
+    leave: Leave,
+) -> Iterator[None]:
+    """While it lasts, report and end this process when it has stood still for too long.
+
+    A thread looks after it; and where no thread can run, because the interpreter's lock is
+    held, faulthandler's own does, which writes the stacks and leaves with code 1.
+
+    Args:
+        leave: ends the process at once, with a code and a message.
+    """
+    ended = threading.Event()
+    watch = _Watch(pulse, processes, timeout_seconds, startup_timeout_seconds, leave, ended)
+    thread = threading.Thread(target=watch.run, name="hang watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        watch.close()
+
+
+class _Watch:
+    def __init__(
+        self,
+        pulse: Pulse,
+        processes: int,
+        timeout_seconds: float,
+        startup_timeout_seconds: float,
+        leave: Leave,
+        ended: threading.Event,
+    ) -> None:
+        self._pulse = pulse
+        self._processes = processes
+        self._timeout = timeout_seconds
+        self._startup_timeout = startup_timeout_seconds
+        self._leave = leave
+        self._ended = ended
+        self._main = threading.main_thread().ident
+        self._look_seconds = min(_MOST_SECONDS_A_LOOK, timeout_seconds / 8)
+        self._stacks: IO[str] | None = None
+
+    def run(self) -> None:
+        while not self._ended.wait(self._look_seconds):
+            place = self._pulse.place
+            timeout = self._startup_timeout if place.work == "starting" else self._timeout
+            self._pulse.write()
+            # Armed anew at each look: it goes off only where the looks have stopped.
+            faulthandler.dump_traceback_later(
+                timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
+            )
+            standing = time.monotonic() - place.since
+            if standing > timeout and place == self._pulse.place:
+                self._report(standing)
+
+    def close(self) -> None:
+        if self._stacks is not None:
+            self._stacks.close()
+
+    def _stacks_file(self) -> IO[str]:
+        """Where faulthandler writes: a file of the run's, as soon as the run has a directory."""
+        scratch = self._pulse.scratch
+        if scratch is None:
+            return sys.stderr
+        path = scratch / f"rank-{self._pulse.rank}.stacks"
+        if self._stacks is None or self._stacks.name != str(path):
+            self.close()
+            self._stacks = path.open("w")
+        return self._stacks
+
+    def _report(self, standing: float) -> None:
+        main = sys._current_frames().get(self._main or 0)
+        line, waiting = _line_of(main) if main else ("", False)
+        report = self._pulse.record() | {
+            "kind": "hang",
+            "line": line,
+            "waits_for_others": waiting,
+            "stacks": _stacks(),
+        }
+        failures, beats = self._pulse.failures, self._pulse.scratch
+        if failures is None or beats is None:  # under a foreign torchrun, with no run opened yet
+            told = _told(report, self._pulse.rank, standing)
+            self._leave(HUNG, f"{report['stacks']}\n{told}")
+        write_failure(failures, report)
+        behind = who_is_behind(self._reports(failures, beats))
+        mine = behind["rank"] == self._pulse.rank
+        self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))
+
+    def _reports(self, failures: Path, beats: Path) -> list[dict[str, Any]]:
+        """What every rank says of this hang; of one that says nothing, what it last wrote."""
+        deadline = time.monotonic() + _REPORTS_SECONDS
+        found: dict[int, dict[str, Any]] = {}
+        while len(found) < self._processes and time.monotonic() < deadline:
+            reports = list(read_failures(failures))
+            found = {r["rank"]: r for r in reports if r.get("group") == group()}
+            time.sleep(0.05)
+        for rank in range(self._processes):
+            if rank not in found:
+                beat = read_beat(beats, rank) or {}
+                known = beat if beat.get("group") == group() else {}
+                found[rank] = {"rank": rank, "silent": True} | known
+        return list(found.values())
+
+
+def who_is_behind(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the rank for which the others wait.
+
+    A rank that cannot even report; else the one that has come least far; and among several at
+    the same point the one that does not itself wait for another.
+    """
+
+    def place(report: dict[str, Any]) -> tuple[bool, int, int, bool, int]:
+        work = ORDER.index(report["work"]) if "work" in report else -1
+        silent = not report.get("silent", False)
+        waiting = bool(report.get("waits_for_others", False))
+        return (silent, report.get("step", -1), work, waiting, report["rank"])
+
+    return min(reports, key=place)
+
+
+def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
+    who = "This process" if behind["rank"] == rank else f"Rank {behind['rank']}"
+    where = "nowhere yet"
+    if "work" in behind:
+        micro_batch = behind["micro_batch"]
+        where = f"at step {behind['step']}"
+        where += f", micro-batch {micro_batch}" if micro_batch >= 0 else ""
+        where += f", {WORDS[behind['work']]}"
+    if behind.get("silent"):
+        return (
+            f"{who} has not answered for {standing:.0f} s while the others waited: it is stopped, "
+            f"or holds Python's lock, or its machine is gone. It was last seen {where}."
+        )
+    return f"{who} has stood still for {standing:.0f} s {where}: {behind['line']}."
+
+
+def _line_of(frame: FrameType) -> tuple[str, bool]:
+    """(the innermost line, and whether it waits there for other processes)."""
+    summary = traceback.extract_stack(frame)
+    innermost = summary[-1]
+    waiting = any(part in innermost.filename.replace(os.sep, "/") for part in _WAITING)
+    line = f"{innermost.filename}:{innermost.lineno} in {innermost.name}: {innermost.line}"
+    return line, waiting
+
+
+def _stacks() -> str:
+    """The stack of every thread, in Python's words."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,175 @@
+"""What this process is doing: told by the loops, read by whoever watches it or keeps account."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from service.run_directory import RunDirectory
+
+# In the order in which one step goes through them.
+Work = Literal["starting", "data", "forward", "exchange", "update", "log", "test", "agree", "save"]
+ORDER: tuple[Work, ...] = (
+    "starting",
+    "data",
+    "forward",
+    "exchange",
+    "update",
+    "log",
+    "test",
+    "agree",
+    "save",
+)
+WORDS: dict[Work, str] = {
+    "starting": "before the first step",
+    "data": "waiting for data",
+    "forward": "in a forward or backward pass",
+    "exchange": "in the last pass, which exchanges gradients",
+    "update": "updating the weights",
+    "log": "recording metrics",
+    "test": "in the test loop",
+    "agree": "agreeing on whether to stop",
+    "save": "saving a checkpoint",
+}
+
+
+class Numbered(Protocol):
+    """A batch, as far as this room knows one."""
+
+    @property
+    def number(self) -> int: ...
+
+
+B = TypeVar("B", bound=Numbered)
+
+
+class Place(NamedTuple):
+    """Where a process is in its run."""
+
+    work: Work
+    step: int
+    """Optimizer steps finished."""
+    micro_batch: int
+    """Its number in the step, or -1 where there is none."""
+    since: float
+    """On the monotonic clock."""
+
+    def words(self) -> str:
+        """`step 12, micro-batch 3, in a forward or backward pass`."""
+        micro_batch = f", micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
+        return f"step {self.step}{micro_batch}, {WORDS[self.work]}"
+
+
+class Pulse:
+    """The place of one process, and the seconds it has spent at each kind of work.
+
+    To say where one is costs less than a microsecond, so the loops say it for every micro-batch.
+    """
+
+    def __init__(
+        self, *, rank: int = 0, scratch: Path | None = None, started: float | None = None
+    ) -> None:
+        """`scratch` takes what is to be kept before the run has a directory."""
+        self.rank = rank
+        self.started = time.time() if started is None else started
+        """Seconds since 1970 at which this attempt began, perhaps before this process did."""
+        self.longest_save_seconds = 0.0
+        self.directory: RunDirectory | None = None
+        self._scratch = scratch
+        self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
+        since = time.monotonic() - (time.time() - self.started)
+        self.place = Place("starting", 0, -1, since)
+
+    def enter(self, work: Work, step: int | None = None, micro_batch: int = -1) -> None:
+        """Say what begins now; `step` stays as it was where it is not given."""
+        now, before = time.monotonic(), self.place
+        self._seconds[before.work] += now - before.since
+        if before.work == "save":
+            self.longest_save_seconds = max(self.longest_save_seconds, now - before.since)
+        # One assignment: whoever reads it from another thread sees a whole place.
+        self.place = Place(work, before.step if step is None else step, micro_batch, now)
+
+    def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
+        """The same batches; each of them is entered as it comes."""
+        for batch in batches:
+            self.enter(work, micro_batch=batch.number)
+            yield batch
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each kind of work so far, the present one included."""
+        seconds = dict(self._seconds)
+        seconds[self.place.work] += time.monotonic() - self.place.since
+        return {work: round(seconds[work], 3) for work in ORDER if seconds[work]}
+
+    @property
+    def scratch(self) -> Path | None:
+        """Where this process may write what nobody needs unless it fails."""
+        return self.directory.logs if self.directory else self._scratch
+
+    @property
+    def failures(self) -> Path | None:
+        """Where this process reports that it failed, if there is a place that others read too."""
+        if self.directory is not None:
+            return self.directory.failures
+        return self._scratch / "failures" if self._scratch else None
+
+    def settle(self, directory: RunDirectory) -> None:
+        """From now on write into the run's directory; what was printed so far moves there."""
+        log, self.directory = self._log, directory
+        if log is not None and log.exists():
+            final = directory.logs / f"rank-{self.rank}.log"
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with final.open("ab") as file:
+                file.write(log.read_bytes())
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            log.unlink()
+
+    def speak_into_log(self) -> None:
+        """Send what this process prints into a file: on the terminal one speaks for all."""
+        assert self._log is not None, "a process without a terminal has a place for its words"
+        with self._log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+
+    @property
+    def _log(self) -> Path | None:
+        return self._scratch / f"rank-{self.rank}.log" if self._scratch else None
+
+    def record(self) -> dict[str, Any]:
+        """Who and where this process is, as others may read it."""
+        place = self.place
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "group": group(),
+            "time": round(time.time(), 3),
+            "started": self.started,
+            "step": place.step,
+            "micro_batch": place.micro_batch,
+            "work": place.work,
+            "standing_seconds": round(time.monotonic() - place.since, 3),
+            "seconds": self.seconds(),
+        }
+
+    def write(self) -> None:
+        """Leave the record where it outlives this process."""
+        if self.scratch is not None:
+            text = json.dumps(self.record())
+            partial = self.scratch / f".rank-{self.rank}.beat"
+            partial.write_text(text)
+            os.replace(partial, self.scratch / f"rank-{self.rank}.beat")
+
+
+def group() -> str:
+    """Names this attempt, equal on all of its processes and different from every other."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return "/".join(os.environ.get(name, "-") for name in names)

@@ -1,0 +1,144 @@
+"""Reports of failures, and the account of a run: what they hold, and what they never hold."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from service.account import account_of, failures_in_a_row
+from service.errors import NoProgress
+from service.failures import read_failures, redacted, write_failure
+from service.hangs import who_is_behind
+from service.pulse import Pulse
+from service.run_directory import open_run
+from service.spec_file import load_spec
+
+SPEC = {
+    "name": "job",
+    "task": "a.b:c",
+    "batch": {"global_batch": 4},
+    "length": {"steps": 9},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+}
+
+
+def test_a_report_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("STORE_PASSWORD", "correct horse")
+    told = {"rank": 3, "stacks": f"key={'a' * 40}", "at": ["s3://me:pass@host/x", "correct horse"]}
+    path = write_failure(tmp_path, told)
+    assert path.name.endswith("-rank-3.json")
+    assert json.loads(path.read_text())["at"] == ["s3://***@host/x", "***"]
+    assert "aaaa" not in path.read_text()
+    assert write_failure(tmp_path, told) != path, "a second one in the same second is another"
+    assert len(list(read_failures(tmp_path))) == 2
+
+
+def test_a_short_or_harmless_value_is_left_alone():
+    assert redacted("key: 1", {"A_KEY": "1", "HOME": "key: 1"}) == "key: 1"
+
+
+def test_a_run_remembers_no_secret_of_its_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hush-hush-hush")
+    monkeypatch.setattr("sys.argv", ["evenstep", "run", "task_args.token=hush-hush-hush"])
+    opened = open_run(tmp_path, load_spec(SPEC), fresh=False)
+    opened.close()
+    assert "hush" not in opened.directory.facts.read_text()
+
+
+REPORTS = {
+    "a rank that is silent": ([(0, 5, "exchange", True), (1, 5, "save", None)], 1),
+    "the one with fewer steps": ([(0, 5, "exchange", True), (1, 4, "save", False)], 1),
+    "the one at an earlier point of the step": ([(0, 5, "agree", True), (1, 5, "test", False)], 1),
+    "the one that does not wait": ([(0, 5, "exchange", False), (1, 5, "exchange", True)], 0),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_the_rank_behind_is(case):
+    reports, behind = REPORTS[case]
+    told = [
+        {"rank": rank, "step": step, "work": work, "waits_for_others": waits}
+        | ({"silent": True} if waits is None else {})
+        for rank, step, work, waits in reports
+    ]
+    assert who_is_behind(told)["rank"] == behind
+
+
+def test_the_seconds_of_a_pulse_add_up_to_the_time_since_it_began():
+    pulse = Pulse(started=time.time() - 5)
+    pulse.enter("data", 3)
+    pulse.enter("forward", micro_batch=2)
+    assert pulse.place[:3] == ("forward", 3, 2)
+    assert sum(pulse.seconds().values()) == pytest.approx(time.time() - pulse.started, abs=0.1)
+    assert pulse.seconds()["starting"] == pytest.approx(5, abs=0.2)
+
+
+def attempt(start: float, end: float, first: int, last: int, outcome: str, **seconds: float):
+    return {
+        "started": start,
+        "ended": end,
+        "from_step": first,
+        "to_step": last,
+        "outcome": outcome,
+        "seconds": seconds,
+    }
+
+
+def test_a_step_taken_twice_counts_once():
+    account = account_of(
+        [
+            attempt(100, 120, 0, 10, "lost", starting=8, forward=10, data=2),
+            attempt(130, 140, 8, 20, "done", starting=1, forward=6, save=3),
+        ]
+    )
+    assert account["steps_again"] == 2
+    assert account["seconds"]["stopped"] == 10
+    assert account["wall_seconds"] == 40
+    assert math.isclose(account["goodput"], (10 * 8 / 10 + 6) / 40)
+
+
+def test_only_failures_at_the_same_step_are_in_a_row():
+    failed = attempt(0, 1, 4, 4, "failed")
+    assert failures_in_a_row([attempt(0, 1, 0, 4, "lost"), failed, failed], 4) == 2
+    assert failures_in_a_row([failed, attempt(0, 1, 4, 4, "stopped")], 4) == 0
+    assert failures_in_a_row([failed, failed], 5) == 0
+
+
+def test_an_attempt_that_was_killed_is_closed_by_the_next_one(tmp_path):
+    spec = load_spec(SPEC)
+    opened = open_run(tmp_path, spec, fresh=False)
+    pulse = Pulse(started=time.time() - 3)
+    pulse.settle(opened.directory)
+    opened.start_attempt(processes=1, device="cpu", step=0, started=pulse.started)
+    pulse.enter("forward", 2)
+    pulse.write()
+    opened.directory.metrics.write_text('{"step": 1}\n{"step": 4}\n{"ste')
+    opened.close()  # and nothing is said of its end, as after SIGKILL
+    again = open_run(tmp_path, spec, fresh=False)
+    lost = again.facts["attempts"][0]
+    assert (lost["outcome"], lost["to_step"]) == ("lost", 4)
+    assert lost["seconds"]["starting"] == pytest.approx(3, abs=0.5)
+    for _ in range(2):
+        again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)
+        again.end_attempt("failed", step=0)
+    with pytest.raises(NoProgress, match="3 attempts in a row"):
+        again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)
+    again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)  # by hand, afterwards
+    again.close()
+
+
+@pytest.mark.parametrize("killed_before", ["spec.yaml", "logs", "run.json"])
+def test_a_run_killed_in_its_first_moment_begins_anew(tmp_path: Path, killed_before):
+    spec = load_spec(SPEC)
+    open_run(tmp_path, spec, fresh=False).close()
+    directory = tmp_path / "job"
+    in_order = ["run.json", "logs", "spec.yaml"]
+    for name in in_order[in_order.index(killed_before) :]:
+        path = directory / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    open_run(tmp_path, spec, fresh=False).close()
+    assert sorted(os.listdir(directory)) == [".lock", "logs", "run.json", "spec.yaml"]

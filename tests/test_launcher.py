@@ -1,0 +1,285 @@
+"""What the launcher promises: root cause first, no orphan, no lost signal, no endless loop."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos.campaign import Injury, spec_of
+from commands import BIN, CLEAN
+from processes import ProcessesOf
+
+from service.agreement import StopPoll
+from service.receipt_file import read_receipt
+from service.tracking import read_metrics
+from service.world import World
+
+DEADLINE_SECONDS = 90.0
+
+
+def injured(place: Path, *injuries: tuple[str, str, int, int], **changed: Any) -> dict[str, str]:
+    """Write the job and the plan of its injuries; what the command needs to know of them."""
+    plan = [
+        Injury(n, kind, moment, rank, count, 0.0).__dict__
+        for n, (kind, moment, rank, count) in enumerate(injuries)
+    ]
+    (place / "plan.json").write_text(json.dumps(plan))
+    spec = spec_of("job", steps=12, hang_seconds=60)
+    for section, values in changed.items():
+        spec[section] = {**spec.get(section, {}), **values}
+    (place / "job.yaml").write_text(json.dumps(spec))
+    return {"CHAOS": str(place)}
+
+
+@contextmanager
+def started(
+    *words: object, cwd: Path, before: tuple[str, ...] = (), **environ: str
+) -> Iterator[subprocess.Popen[str]]:
+    """`evenstep run job.yaml WORDS`, in a session of its own; killed with it at the end."""
+    process = subprocess.Popen(
+        [*before, str(BIN / "evenstep"), "run", "job.yaml", *map(str, words)],
+        cwd=cwd,
+        env=CLEAN | environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ended(*words: object, cwd: Path, **environ: str) -> tuple[int, str, str]:
+    """(exit code, output, errors) of the whole command."""
+    with started(*words, cwd=cwd, **environ) as process:
+        out, err = process.communicate(timeout=DEADLINE_SECONDS)
+        return process.returncode, out, err
+
+
+def until(happened: Callable[[], Any], what: str, seconds: float = DEADLINE_SECONDS) -> Any:
+    """Wait for a condition; its first true value."""
+    deadline = time.monotonic() + seconds
+    while not (value := happened()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def facts_of(place: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((place / "runs/job/run.json").read_text())
+    return facts
+
+
+def rows_of(place: Path) -> int:
+    path = place / "runs/job/metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def descendants(process: int) -> set[int]:
+    """The processes below this one, however deep."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        for child in (task / "children").read_text().split():
+            found |= {int(child)} | descendants(int(child))
+    return found
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):
+    environ = injured(tmp_path, ("raise", "forward", 1, 9))
+    code, _, err = ended("--processes", 2, cwd=tmp_path, WANDB_API_KEY="k" * 40, **environ)
+    assert code == 1
+    assert err.index("chaos: this rank fails") < err.index("error: rank 1: RuntimeError: chaos")
+    assert "job.py" in err
+    assert err.count("error:") == 1, err
+    (report,) = (tmp_path / "runs/job/failures").glob("*.json")
+    report = json.loads(report.read_text())
+    assert (report["rank"], report["kind"]) == (1, "failure")
+    assert report["work"] in ("forward", "exchange")
+    assert "chaos: this rank fails" in report["stacks"]
+    log = (tmp_path / "runs/job/logs/rank-1.log").read_text()
+    assert "chaos: this rank fails" in log
+
+
+def test_a_crash_loop_ends_with_42(tmp_path):
+    crashes = [("kill one", "forward", n % 2, 4) for n in range(9)]
+    environ = injured(tmp_path, *crashes, faults={"attempts_without_progress": 3})
+    code, _, err = ended("--processes", 2, "--max-restarts", 8, cwd=tmp_path, **environ)
+    assert code == 42, err
+    assert "3 attempts in a row failed without a new checkpoint after step 0" in err
+    outcomes = [attempt["outcome"] for attempt in facts_of(tmp_path)["attempts"]]
+    assert len(outcomes) == 4
+    assert set(outcomes[:3]) <= {"lost", "failed"}
+    assert outcomes[3] == "gave up"
+    assert err.count("was killed by SIGKILL") == 3
+
+
+def test_an_elastic_run_goes_on_with_one_process_fewer(tmp_path):
+    environ = injured(tmp_path, ("kill one", "forward", 2, 14))
+    words = ("--processes", 3, "--max-restarts", 1)
+    code, _, err = ended(*words, "--elastic", cwd=tmp_path, **environ)
+    assert code == 0, err
+    assert "Starting again on 2 processes" in err
+    assert [attempt["processes"] for attempt in facts_of(tmp_path)["attempts"]] == [3, 2]
+    rows = read_receipt(tmp_path / "runs/job/receipt.jsonl")
+    assert ended("--name", "whole", cwd=tmp_path)[0] == 0
+    assert rows == read_receipt(tmp_path / "runs/whole/receipt.jsonl")
+    account = facts_of(tmp_path)["account"]
+    assert account["steps"] == 12
+    assert 0 < account["goodput"] < 1
+
+
+def test_nothing_outlives_or_writes_after_a_killed_launcher(tmp_path):
+    environ = injured(tmp_path, length={"steps": 100_000})
+    with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
+        until(lambda: rows_of(tmp_path) > 5, "five steps")
+        below = descendants(launcher.pid)
+        assert len(below) >= 3, "a fork server and two ranks"
+        launcher.kill()
+        until(lambda: not any(map(is_alive, below)), "every process dead", 2.0)
+        rows = rows_of(tmp_path)
+        launcher.wait()
+    assert rows_of(tmp_path) == rows
+    assert not [p for p in below if is_alive(p)]
+
+
+def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
+    environ = injured(tmp_path, length={"steps": 100_000})
+    with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
+        until(lambda: rows_of(tmp_path) > 5, "five steps")
+        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 75, err
+    assert "Stopped after step" in err
+    environ = injured(tmp_path, ("hang", "forward", 1, 9), length={"steps": 100_000})
+    with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
+        until((tmp_path / "struck-0").exists, "a rank that hangs")
+        below = descendants(launcher.pid)
+        launcher.send_signal(signal.SIGINT)
+        until(lambda: heard_by_ranks(below), "the request handed on")
+        launcher.send_signal(signal.SIGINT)
+        launcher.wait(timeout=5)
+    assert launcher.returncode == 130
+    assert not any(map(is_alive, below))
+
+
+def heard_by_ranks(below: set[int]) -> bool:
+    # The rank that does not hang waits for the other, so it cannot act; but it is not dead.
+    return any(map(is_alive, below))
+
+
+def test_a_hung_rank_is_named_with_its_line(tmp_path):
+    environ = injured(tmp_path, ("hang", "forward", 1, 9), faults={"hang_timeout_seconds": 2.0})
+    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    assert code == 1, err
+    assert re.search(r"error: rank 1: This process has stood still for \d s at step \d+", err), err
+    assert "in _hang: time.sleep(3600)" in err
+    found = [json.loads(p.read_text()) for p in (tmp_path / "runs/job/failures").glob("*.json")]
+    assert {report["rank"] for report in found} == {0, 1}
+    hung, waits = sorted(found, key=lambda report: -report["rank"])
+    assert "_hang" in hung["stacks"]
+    assert waits["waits_for_others"]
+    assert not hung["waits_for_others"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_as_pid_1_it_reaps_and_loses_no_early_signal(tmp_path):
+    namespace = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    environ = injured(tmp_path, length={"steps": 100_000}, loader={"workers": 1})
+    with started("--processes", 2, cwd=tmp_path, before=namespace, **environ) as outer:
+        first = until(lambda: listening_child(outer.pid), "PID 1 that listens")
+        assert "libtorch" not in Path(f"/proc/{first}/maps").read_text(), "before torch"
+        os.kill(first, signal.SIGTERM)
+        _, err = outer.communicate(timeout=DEADLINE_SECONDS)
+    assert outer.returncode == 75, err
+    environ = injured(tmp_path, ("kill one", "forward", 1, 9), length={"steps": 100_000})
+    words = ("--processes", 2, "--max-restarts", 1)
+    with started(*words, cwd=tmp_path, before=namespace, **environ) as outer:
+        first = until(lambda: listening_child(outer.pid), "PID 1 that listens")
+        until((tmp_path / "struck-0").exists, "a rank killed")
+        until(lambda: len(facts_of(tmp_path)["attempts"]) == 2, "a restart")
+        until(lambda: not zombies_of(first), "no zombies", 5.0)
+        os.kill(first, signal.SIGTERM)
+        _, err = outer.communicate(timeout=DEADLINE_SECONDS)
+    assert outer.returncode == 75, err
+
+
+def listening_child(outer: int) -> int | None:
+    """The child of `outer`, once it handles SIGTERM."""
+    for child in descendants(outer):
+        status = Path(f"/proc/{child}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return child
+    return None
+
+
+def zombies_of(process: int) -> list[int]:
+    return [child for child in descendants(process) if not is_alive(child)]
+
+
+def test_loader_workers_serve_until_the_state_is_saved(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "from jobs import plain_rows\ndef task():\n    return plain_rows(rows=103, test_rows=7)\n"
+    )
+    spec = spec_of("job", steps=100_000, hang_seconds=60)
+    spec |= {"task": "./slow.py:task", "loader": {"workers": 2}}
+    del spec["checkpoint"]["best"], spec["test"]
+    (tmp_path / "job.yaml").write_text(json.dumps(spec))
+    tests = str(Path(__file__).parent)
+    with started("--processes", 2, cwd=tmp_path, PYTHONPATH=tests) as launcher:
+        until(lambda: rows_of(tmp_path) > 5, "five steps")
+        for process in descendants(launcher.pid) | {launcher.pid}:  # as systemd does
+            os.kill(process, signal.SIGTERM)
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 75, err
+    last = read_metrics(tmp_path / "runs/job/metrics.jsonl")[-1]["step"]
+    assert f"Stopped after step {last} of" in err
+
+
+def polled(world: World, most_steps: int) -> list[int]:
+    """The steps at which a process asks, one rank being slower than the others."""
+    poll = StopPoll(world, most_steps=most_steps)
+    asked: list[int] = []
+    for step in range(60):
+        before = poll.next_step
+        stops = poll.agreed(step, wanted=step >= 40 and world.index == 1)
+        if step >= before:
+            asked.append(step)
+        if stops:
+            return asked
+        if world.index == 2:
+            deadline = time.monotonic() + 0.004
+            while time.monotonic() < deadline:
+                pass
+    return asked
+
+
+def test_all_ranks_ask_at_the_same_steps_and_stop_together(processes: ProcessesOf) -> None:
+    first, *others = processes(3).run(polled, 7)
+    assert all(other == first for other in others)
+    assert first[:2] == [0, 1]
+    assert max(b - a for a, b in pairwise(first)) <= 7
+    assert 40 <= first[-1] <= 47
