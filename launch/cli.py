@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from launch.commands_checkpoints import checkpoints, export
 from launch.environment import Environment, launched, node_here, read_secrets
 from launch.job_commands import check, doctor, new
 from launch.kubernetes.manifests import Target, task_file, to_yaml
@@ -45,6 +46,10 @@ def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
     if context.invoked_subcommand not in ("run", "test"):
         stop_listening()
+
+
+evenstep.add_command(checkpoints)
+evenstep.add_command(export)
 
 
 @evenstep.command()

@@ -25,7 +25,7 @@ from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
 from service.rehearsal import Trial
-from service.spec import Spec
+from service.spec import CheckpointSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task, load_task
@@ -191,7 +191,10 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
     """Bytes of a checkpoint that was written, read into a new model, and found equal."""
     with tempfile.TemporaryDirectory(prefix="evenstep-check-") as place:
-        checkpoints = Checkpoints(Path(place), world=world, keep=1, facts={}, say=_say_nothing)
+        waiting = CheckpointSpec(asynchronous=False)
+        checkpoints = Checkpoints(
+            Path(place), world=world, spec=waiting, facts={}, say=_say_nothing
+        )
         checkpoints.save(state)
         model = task.model().to(world.device)
         prepare(model, plan.spec.model.batchnorm, world)

@@ -5,6 +5,7 @@
     ├── WillFailAgain       42   running the same thing again cannot help
     │   ├── Diverged             the loss or a gradient is not finite
     │   ├── DataBroken           the rows are not the rows the plan counted on
+    │   ├── NotSaved             a checkpoint cannot be written: no space, no right, no memory
     │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
     │   └── NoProgress           attempt after attempt failed without a new checkpoint
     ├── Stopped             75   stopped on request, state saved: run again to continue
@@ -44,6 +45,10 @@ class Diverged(WillFailAgain):
 
 class DataBroken(WillFailAgain):
     """The rows seen are not the rows that were counted."""
+
+
+class NotSaved(WillFailAgain):
+    """A checkpoint could not be written, for a reason that a person must put right."""
 
 
 class NoCheckpoint(WillFailAgain):

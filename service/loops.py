@@ -93,6 +93,7 @@ def train(
             values = updates.look()
             values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
+            values |= checkpoints.timings()
             if plan.spec.model.compile:
                 values["train/compiled_graphs"] = compiled_graphs()
         if plan.tests_at(state.step):
@@ -115,9 +116,8 @@ def train(
         if values:
             tracker.log(state.step, values)
         if saving:
-            tracker.sync()
             pulse.enter("save")
-            checkpoints.save(state)
+            checkpoints.save(state, records=(tracker, receipt))
             pulse.write()
         if plan.tests_at(state.step) or saving:
             clock.restart()

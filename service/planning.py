@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from service.checkpoint_files import saving_in_words
 from service.normalization import prepare
 from service.optimizers import (
     ParameterGroup,
@@ -17,6 +18,7 @@ from service.optimizers import (
 )
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
+from service.snapshots import expected_bytes
 from service.spec import OptimizerSpec, PlateauSpec, Spec
 from service.state import require_measures
 from service.task import load_task
@@ -39,9 +41,11 @@ def planned(spec: Spec, *, processes: int) -> str:
     parameters = _parameters(model, groups, spec)
     optimizer = make_optimizer(model, spec.optimizer, groups)
     require_its_loss(optimizer, spec)
+    size = expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
+    saving = ("a checkpoint", saving_in_words(size, spec.checkpoint))
     return "\n\n".join(
         [
-            _aligned(_arithmetic(plan)),
+            _aligned([*_arithmetic(plan), saving]),
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),

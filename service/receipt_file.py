@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ def append(path: Path, steps: range, digests: Sequence[int]) -> None:
     line = json.dumps({"from": steps.start + 1, "to": steps.stop, "rows": rows})
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (line + "\n").encode())
+        if os.write(descriptor, text := (line + "\n").encode()) != len(text):
+            raise OSError(errno.ENOSPC, "no room for a whole line; free some", str(path))
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from service.batches import Batch
+from service.durable import sync_directory, sync_file
 from service.receipt_file import append, keep_up_to
 from service.world import World
 
@@ -46,6 +47,12 @@ class Receipt:
         self._first = step
         if self._world.is_lead and len(steps):
             append(self._path, steps, total.tolist())
+
+    def sync(self) -> None:
+        """Put what was written so far on disk; only the lead has written anything."""
+        if self._path.exists():
+            sync_file(self._path)
+            sync_directory(self._path.parent)
 
     def _digest(self) -> None:
         for step, batch in self._held:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from service.account import account_of, failures_in_a_row
+from service.durable import replace_file
 from service.errors import NoProgress, SpecError
 from service.failures import redacted
 from service.spec import Spec
@@ -86,9 +88,7 @@ class RunDirectory:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Replace run.json, in one piece."""
-        partial = self.facts.with_suffix(".partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(partial, self.facts)
+        replace_file(self.facts, json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass
@@ -246,6 +246,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
     """
     directory = RunDirectory(runs / spec.name)
     try:
+        _require_free(directory)
         if _is_begun(directory):
             if not fresh:
                 _taken_up(directory, spec)
@@ -268,6 +269,18 @@ def _is_begun(directory: RunDirectory) -> bool:
 
 def _lock(directory: RunDirectory) -> IO[str]:
     lock = open(directory.path / ".lock", "a+")  # noqa: SIM115  # held as long as the run is open
+    _claim(lock, directory)
+    # A child that is forked later, such as a data-loader worker, would hold the lock for as long
+    # as it lives: where this process is killed, longer than the run may wait for its next attempt.
+    held = weakref.ref(lock)
+    os.register_at_fork(after_in_child=lambda: _let_go(held()))
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _claim(lock: IO[str], directory: RunDirectory) -> None:
     if not _locked_in_time(lock):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
@@ -276,10 +289,19 @@ def _lock(directory: RunDirectory) -> IO[str]:
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
             "to begin a second run of this spec, give it a --name of its own."
         )
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    return lock
+
+
+def _let_go(lock: IO[str] | None) -> None:
+    if lock is not None:
+        lock.close()  # of the copy in this process; the lock itself stays with the first
+
+
+def _require_free(directory: RunDirectory) -> None:
+    """Refuse a run that another process writes before anything of it is started."""
+    path = directory.path / ".lock"
+    if path.exists():
+        with path.open() as lock:
+            _claim(lock, directory)
 
 
 def _locked_in_time(lock: IO[str]) -> bool:

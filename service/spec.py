@@ -511,10 +511,18 @@ class CheckpointSpec(Part):
     """The same in epochs."""
     keep: Annotated[int, Field(ge=1)] = 3
     """How many of the newest are kept; the best one is kept besides."""
+    keep_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Besides the newest ones, keep for good the first at or after each so many steps."""
     best: BestSpec | None = None
     """Which checkpoint to keep besides the newest ones."""
     rename: dict[str, str] = {}
     """Old names of parameters and modules, and what the model calls them now."""
+    asynchronous: bool = True
+    """Hold training only while the state is copied, and write it beside the steps that follow.
+    It takes main memory for one more copy of weights and optimizer state on the first process."""
+    on_failure: Literal["stop", "go_on"] = "stop"
+    """What follows when one cannot be written, such as on a full disk. The last one of a run
+    must succeed either way."""
 
     _one_interval = model_validator(mode="after")(lambda self: _at_most_one_interval(self))
 

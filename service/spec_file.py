@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_origin
@@ -331,6 +332,9 @@ CANNOT_CHANGE_THE_RESULT = {
     "checkpoint.every_epochs": "saving only reads the state",
     "checkpoint.keep": "removing an old checkpoint does not touch the state",
     "checkpoint.rename": "a weight stays what it is under another name",
+    "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
+    "checkpoint.asynchronous": "what is written is a copy",
+    "checkpoint.on_failure": "saving only reads the state",
     "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
     "tracking": "what is recorded is a copy",
@@ -358,6 +362,11 @@ def changes(old: Spec, new: Spec) -> list[str]:
         for steps, was, now in _differences(before, after, ())
         if not _cannot_matter(steps, old)
     ]
+
+
+def fingerprint(spec: Spec) -> str:
+    """SHA-256 of the spec as resolved."""
+    return hashlib.sha256(dump_spec(spec).encode()).hexdigest()
 
 
 def _compared(spec: Spec) -> Any:

@@ -10,7 +10,8 @@ from torch import nn
 
 from service import randomness
 from service.averages import MovingAverage
-from service.checkpoints import Checkpoints, find_checkpoint, load_weights
+from service.checkpoint_files import find_checkpoint, saving_in_words
+from service.checkpoints import Checkpoints
 from service.compiling import compile_in_place
 from service.console import console
 from service.errors import EvenstepError, Stopped
@@ -35,7 +36,9 @@ from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
+from service.snapshots import expected_bytes, load_weights
 from service.spec import Spec
+from service.spec_file import fingerprint
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task
@@ -112,6 +115,7 @@ def run(
     )
     say = print if world.is_lead else _say_nothing
     updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
+    saved_bytes = expected_bytes(model, optimizer, averaged=average is not None)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
     opened = _open(runs, spec, world=world, fresh=fresh)
@@ -123,9 +127,14 @@ def run(
     checkpoints = Checkpoints(
         directory.checkpoints,
         world=world,
-        keep=spec.checkpoint.keep,
+        spec=spec.checkpoint,
         rename=spec.checkpoint.rename,
-        facts={"processes": world.processes, "versions": versions()},
+        facts={
+            "processes": world.processes,
+            "train_rows": plan.train_rows,
+            "spec_sha256": fingerprint(spec),
+            "versions": versions(),
+        },
         say=say,
     )
     try:
@@ -135,6 +144,7 @@ def run(
             opened.close()
         raise
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
+    say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
     if state.step >= plan.steps or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
         if opened:
@@ -142,6 +152,7 @@ def run(
         return {}
 
     _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
+    checkpoints.reserve(saved_bytes)
     tracker = _tracker(plan, opened, world=world, step=state.step)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
     outcome: Outcome = "failed"
@@ -163,8 +174,12 @@ def run(
             stop=stop,
             pulse=pulse,
         )
+        pulse.enter("save")
+        checkpoints.finish()
+        pulse.enter("log")
         outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
+        checkpoints.close()
         tracker.close(outcome)
         if opened:
             opened.end_attempt(
@@ -209,7 +224,7 @@ def test_run(
     model = task.model().to(world.device)
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
-    load_weights(chosen, model, rename=spec.checkpoint.rename, average=average)
+    load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)

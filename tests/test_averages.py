@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from service.averages import MovingAverage
-from service.checkpoints import load_weights
 from service.errors import SpecError
+from service.snapshots import load_weights
 from service.tracking import read_metrics
 from service.world import World
 

@@ -17,11 +17,11 @@ from jobs import train_in_process
 from safetensors.torch import load_file
 from torch import nn
 
-from service.checkpoints import load
 from service.errors import SpecError
 from service.optimizers import layer_of_parameter, make_optimizer, parameter_groups
 from service.rates import Schedule
 from service.schedules import Length, multiplier
+from service.snapshots import load
 from service.spec_file import load_spec
 from service.state import TrainState
 from service.task import Task, supervised

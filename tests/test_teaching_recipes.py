@@ -11,9 +11,9 @@ import torch
 from commands import evenstep
 from torch.nn import functional as F
 
-from service.checkpoints import load_weights
 from service.errors import SpecError
 from service.recipes import fashion, text
+from service.snapshots import load_weights
 from service.tracking import read_metrics
 
 # ---- text

@@ -1,0 +1,74 @@
+"""`evenstep checkpoints` and `evenstep export`: what a run has saved, looked at and taken out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from service.checkpoint_files import (
+    Checkpoint,
+    best_of,
+    checkpoints_in,
+    damage_of,
+    find_checkpoint,
+    in_words,
+    read_manifest,
+)
+from service.errors import SpecError
+from service.export import export_weights
+from service.run_directory import RunDirectory
+
+_RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_RUN
+def checkpoints(run: Path) -> None:
+    """List the checkpoints of RUN, a run's directory, and verify every byte; exit 1 if one is
+    damaged."""
+    RunDirectory(run).read_facts()
+    directory = RunDirectory(run).checkpoints
+    damaged = 0
+    for checkpoint in checkpoints_in(directory):
+        damage = damage_of(checkpoint)
+        if not os.path.lexists(checkpoint.path):
+            continue  # the run goes on, and has removed it meanwhile
+        damaged += damage is not None
+        click.echo("  ".join(_columns(checkpoint, damage, best=best_of(directory))))
+    for aside in sorted(directory.glob(".damaged-*")):
+        click.echo(f"{'':10}  {aside.name}: was damaged when the run resumed, and is not used")
+    sys.exit(1 if damaged else 0)
+
+
+def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) -> Iterator[str]:
+    yield f"step {checkpoint.step:>8,}"
+    if damage is not None:
+        yield f"damaged: {damage}"
+        return
+    manifest = read_manifest(checkpoint)
+    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(manifest["time"]))
+    yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
+    processes = manifest["processes"]
+    yield f"{processes} process{'es' if processes != 1 else ''}"
+    yield "good, best" if checkpoint.step == best else "good"
+
+
+@click.command()
+@_RUN
+@click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE")
+@click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
+@click.option("--average", is_flag=True, help="The weights' moving average.")
+def export(run: Path, file: Path, checkpoint: str, average: bool) -> None:
+    """Write the weights of RUN as one file that safetensors.torch.load_file reads."""
+    RunDirectory(run).read_facts()
+    if file.suffix != ".safetensors":
+        raise SpecError(f"-o: {file} must end in .safetensors, which is what is written.")
+    chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
+    size = export_weights(chosen, file.absolute(), average=average)
+    what = "averaged weights" if average else "weights"
+    click.echo(f"{file}: {in_words(size)}, the {what} after step {chosen.step:,}")
