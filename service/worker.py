@@ -70,7 +70,7 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
-    pulse = pulse or Pulse()
+    pulse = pulse or Pulse(rank=world.index)
     require_measures(spec, task)
     train_data, test_data = task.train_data(), task.test_data()
 
