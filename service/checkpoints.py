@@ -106,6 +106,8 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._unsaved: EvenstepError | None = None
         """Why the last save failed, where the run went on all the same."""
+        self.longest_seconds = 0.0
+        """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
         self._failures = 0
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
@@ -230,7 +232,9 @@ class Checkpoints:
             self._publish(job)
         except OSError as error:
             raise _not_saved(job.step, self._directory, error) from error
-        self._durable.put(time.perf_counter() - job.began)
+        seconds = time.perf_counter() - job.began
+        self._durable.put(seconds)
+        self.longest_seconds = max(self.longest_seconds, seconds)
 
     def _publish(self, job: _Job) -> None:
         make_directory(self._directory)

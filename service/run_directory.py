@@ -230,9 +230,7 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
         # In this order: killed between any two of these, it begins anew the next time.
         directory.write_facts(facts)
         directory.logs.mkdir(exist_ok=True)
-        partial = directory.spec.with_suffix(".partial")
-        partial.write_text(dump_spec(spec), encoding="utf-8")
-        os.replace(partial, directory.spec)
+        replace_file(directory.spec, dump_spec(spec))
     except OSError as error:
         raise _unusable(directory, error) from error
     return OpenRun(directory, facts, lock)
@@ -332,9 +330,9 @@ def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
 
 
 def _require_empty(directory: RunDirectory) -> None:
-    begun = {".lock", "run.partial"}
+    begun = {".lock", ".run.json.partial"}
     if directory.facts.exists():  # and no spec: killed in its very beginning
-        begun |= {"run.json", "logs", "spec.partial"}
+        begun |= {"run.json", "logs", ".spec.yaml.partial"}
     strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
     if strangers:
         raise SpecError(

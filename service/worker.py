@@ -186,7 +186,7 @@ def run(
                 outcome,
                 step=state.step,
                 seconds=pulse.seconds(),
-                longest_save_seconds=pulse.longest_save_seconds,
+                longest_save_seconds=max(pulse.longest_save_seconds, checkpoints.longest_seconds),
             )
             opened.close()
     if outcome == "stopped":

@@ -34,6 +34,7 @@ from saves import (
 from torch import nn
 
 from service.checkpoint_files import (
+    AVERAGE,
     DATA,
     MANIFEST,
     MODEL,
@@ -842,3 +843,29 @@ def test_an_export_that_cannot_be_is_told(run_of_20, tmp_path, words, told):
     assert told in ended.stderr
     assert os.listdir(tmp_path) == ["there.safetensors"]
     assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_the_moving_average_is_saved_verified_and_exported(processes, alone, tmp_path):
+    spec = spec_of(
+        "cut_of_digits",
+        length={"steps": 3},
+        model={"batchnorm": "micro", "moving_average": 0.9},
+    )
+    processes(1).run(train_in_process, spec, tmp_path)
+    found = find_checkpoint(tmp_path / "job/checkpoints", "latest")
+    export_weights(found, tmp_path / "a.safetensors", average=True)
+    export_weights(found, tmp_path / "w.safetensors")
+    averaged, latest = (load_file(tmp_path / f"{name}.safetensors") for name in "aw")
+    assert averaged.keys() == latest.keys()
+    assert any(not torch.equal(averaged[name], latest[name]) for name in latest)
+    stored = load_file(found.path / AVERAGE)
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in stored.items())
+    damage(found.path / AVERAGE, "middle bit")
+    assert damage_of(found) == f"the content of {AVERAGE} has changed"
+    (found.path / AVERAGE).unlink()
+    assert "No such file" in damage_of(found)
+    saved(tmp_path / "without", alone, 1)
+    with pytest.raises(SpecError, match="has no moving average"):
+        export_weights(
+            find_checkpoint(tmp_path / "without", "1"), tmp_path / "b.safetensors", average=True
+        )
