@@ -124,7 +124,7 @@ class Agent(SimpleElasticAgent):
             process = context.Process(target=self._entry, args=(environment, *spec.args))
             process.start()
             self.ranks.append(Rank(self._first + worker.global_rank, process))
-        return {rank.number: rank.process.pid for rank in self.ranks}
+        return {local: rank.process.pid for local, rank in enumerate(self.ranks)}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         reap_strangers()
@@ -134,7 +134,7 @@ class Agent(SimpleElasticAgent):
             return RunResult(WorkerState.HEALTHY)
         if any(rank.ended for rank in self.ranks):
             return RunResult(WorkerState.FAILED)
-        return RunResult(WorkerState.SUCCEEDED, {rank.number: None for rank in self.ranks})
+        return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(range(len(self.ranks))))
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any) -> None:
         self._shutdown()
@@ -168,6 +168,12 @@ class Agent(SimpleElasticAgent):
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
             self._deadline = now + self._stop_budget
+            print(
+                f"{self._stop.signal_name}: saving the state after the step that is under way; "
+                "Ctrl-C ends at once.",
+                file=sys.stderr,
+                flush=True,
+            )
             for rank in alive:
                 os.kill(rank.process.pid or 0, signal.SIGTERM)
         failed = any(rank.ended for rank in self.ranks)

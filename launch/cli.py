@@ -140,6 +140,13 @@ def _start(
         leave(run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic))
     if place is not None:
         die_with_parent()
+        if place.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+            given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            click.echo(
+                f"Started by torchrun: a request to stop, and its save, may take {given} s unless "
+                "its --shutdown-timeout says otherwise; faults.stop_budget_seconds has no say.",
+                err=True,
+            )
     environment = place or Environment()
     here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
     with stop_on_signals(heard) as stop:

@@ -108,9 +108,7 @@ class Job:
                     fresh=self.fresh,
                     pulse=here.pulse,
                 )
-            except MemoryError as error:
-                raise _out_of_memory(plan, error) from error
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
                     raise _out_of_memory(plan, error) from error
                 raise

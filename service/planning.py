@@ -67,6 +67,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("most processes", f"{plan.micro_batches}"),
         ("tests", _every(plan.tests_at, plan)),
         ("checkpoints", _every(plan.saves_at, plan)),
+        ("a stop takes", _stopping(plan.spec)),
         *_waiting(plan.spec),
     ]
 
@@ -96,6 +97,17 @@ def _waiting(spec: Spec) -> list[tuple[str, str]]:
         patience = f"has not improved in {stopping.patience} tests"
         told.append(("ends early", f"when {stopping.measure} {patience}"))
     return told
+
+
+def _stopping(spec: Spec) -> str:
+    budget = spec.faults.stop_budget_seconds
+    told = f"at most {budget:g} s with its save; then the processes are killed"
+    if spec.kubernetes is None:
+        return told
+    grace = spec.kubernetes.grace_seconds
+    if grace <= budget:
+        return f"{told}, but a pod is given only {grace} s: raise kubernetes.grace_seconds"
+    return f"{told}; a pod is given {grace} s"
 
 
 def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

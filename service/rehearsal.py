@@ -19,7 +19,7 @@ from service.errors import EvenstepError, SpecError
 from service.normalization import Normalization
 from service.precision import computed
 from service.task import Task
-from service.world import World
+from service.world import World, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Trial:
             except EvenstepError:
                 raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise SpecError(
                     f"task: one forward and backward pass over {len(self.batch.rows)} rows "
                     f"failed: {type(error).__name__}: {error}"

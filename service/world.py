@@ -190,9 +190,10 @@ def lost_peer(error: BaseException) -> PeerLost | None:
     return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get the memory it asked for."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python could not get the memory that was asked for."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

@@ -154,6 +154,10 @@ def _raise() -> None:
     raise RuntimeError("chaos: this rank fails")
 
 
+def _ask_for_too_much() -> None:
+    torch.empty(2**50)
+
+
 def _hang() -> None:
     time.sleep(3600)
 
@@ -170,6 +174,7 @@ INJURIES = {
     "SIGINT": _interrupt,
     "SIGTERM to all": _terminate_the_tree,
     "raise": _raise,
+    "out of memory": _ask_for_too_much,
     "SIGSTOP": _freeze,
     "hang": _hang,
     "hang, lock held": _hang_with_the_lock,

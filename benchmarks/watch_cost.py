@@ -1,0 +1,41 @@
+"""What it costs to say where one is, to agree on a stop, and to look after a process.
+
+torchrun --standalone --nproc-per-node 2 -m benchmarks.watch_cost
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from launch.environment import Environment, launched
+from launch.process_group import process_group
+from service.pulse import Pulse
+
+ROUNDS = 300
+
+
+def median_microseconds(work: Callable[[], object]) -> float:
+    """The median time of one call."""
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds) * 1e6
+
+
+def main() -> None:
+    pulse = Pulse()
+    with process_group(launched() or Environment()) as world:
+        agree = median_microseconds(lambda: world.highest([0, 3]))
+        say = median_microseconds(lambda: pulse.enter("forward", 3, 2))
+        if world.is_lead:
+            print("| what | microseconds |\n|---|---|")
+            print(f"| one question to all of {world.processes} processes | {agree:.0f} |")
+            print(f"| one word of a process to its watch | {say:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
