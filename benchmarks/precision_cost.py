@@ -1,0 +1,63 @@
+"""Processor time of a training step of the digits recipe under each setting, against fp32.
+
+OMP_NUM_THREADS=1 python -m benchmarks.precision_cost
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from benchmarks.step_calls import BARE
+from service.faults import StopRequest
+from service.plan import make_plan
+from service.recipes import find_recipe
+from service.spec_file import load_spec
+from service.task import load_task
+from service.worker import run
+from service.world import World
+
+SETTINGS = [
+    "model.precision=fp32",
+    "model.precision=bf16",
+    "model.precision=fp16",
+    "model.channels_last=true",
+    "model.moving_average=0.999",
+    "max_grad_norm=1.0",
+    "max_grad_value=1.0",
+    "faults.on_non_finite=skip",
+]
+SHORT, LONG, TIMES = 20, 140, 3
+
+
+def seconds(steps: int, setting: str) -> float:
+    """Processor time of a whole run of `steps` steps."""
+    words = [*BARE, f"length={{steps: {steps}}}", "schedule={}", setting]
+    spec = load_spec(find_recipe("digits"), overrides=words)
+    task = load_task(spec.task, spec.task_args)
+    world = World(Accelerator(cpu=True), precision=spec.model.precision)
+    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
+    with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
+        begin = time.process_time()
+        run(plan, task, world, runs=Path(runs), stop=StopRequest())
+        return time.process_time() - begin
+
+
+def milliseconds_a_step(setting: str) -> float:
+    """Median over `TIMES` of the difference of a long and a short run."""
+    seconds(3, setting)  # what is imported, compiled or made once
+    differences = [seconds(LONG, setting) - seconds(SHORT, setting) for _ in range(TIMES)]
+    return 1000 * statistics.median(differences) / (LONG - SHORT)
+
+
+if __name__ == "__main__":
+    base = milliseconds_a_step(SETTINGS[0])
+    for setting in SETTINGS:
+        cost = milliseconds_a_step(setting)
+        print(f"{setting:28} {cost:6.2f} ms  x {cost / base:.2f}", flush=True)
