@@ -174,8 +174,8 @@ def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float
     mean = float(loss_sum / weight)
     if not math.isfinite(mean):
         raise Diverged(
-            f"The loss of the first micro-batch is {mean}. Look at the data and at the loss, "
-            "or lower optimizer.lr."
+            f"The training loss is {mean} at step 1. Look at the data, at the loss, or lower "
+            "optimizer.lr."
         )
     return mean
 

@@ -332,6 +332,7 @@ def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
 def _require_empty(directory: RunDirectory) -> None:
     begun = {".lock", ".run.json.partial"}
     if directory.facts.exists():  # and no spec: killed in its very beginning
+        directory.read_facts()  # written in one piece, so a torn one is not ours to begin anew
         begun |= {"run.json", "logs", ".spec.yaml.partial"}
     strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
     if strangers:

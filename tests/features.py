@@ -136,7 +136,7 @@ def _job(task: str, arguments: dict[str, Any] | None = None, **sections: Any) ->
         "seed": 7,
         "batch": batch,
         "length": {"steps": 100},
-        "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
         "tracking": {"log_every_steps": 1},
         **sections,
     }
@@ -151,11 +151,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "augmentation in 2 loader workers": _job(
         "network", PLAIN | {"augmented": True}, loader={"workers": 2}
     ),
-    "gradient clipping": _job("network", PLAIN, max_grad_norm=0.5),
+    "gradient clipping": _job("network", PLAIN, max_grad_norm=0.3),
     "weights of rows": _job("weighted_rows"),
     "weights of tokens": _job("tokens", optimizer={"name": "sgd", "lr": 0.5}),
     "full batch (all rows a step)": _job(
-        "network", {"batchnorm": False}, batch={"global_batch": "all", "micro_batch": 60}
+        "network", batch={"global_batch": "all", "micro_batch": 60}
     ),
     "all of it, bitwise": _job("network", {"augmented": True}, exactness="bitwise"),
     "AdamW": _job("network", PLAIN, optimizer={"name": "adamw", "lr": 0.003}),
