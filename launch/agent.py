@@ -8,6 +8,7 @@ frozen process whatever it is told, and for ever where a process is killed in it
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from service.errors import Stopped
 from service.faults import StopRequest
 
 PEERS_LEAVE_SECONDS = 5.0
@@ -98,6 +100,7 @@ class Agent(SimpleElasticAgent):
         self._stop = stop
         self._stop_budget = stop_budget_seconds
         self._forwarded = False
+        self._failed = False
         self._deadline: float | None = None
         self.ranks: list[Rank] = []
         """In the order in which they were started, so by number."""
@@ -167,7 +170,7 @@ class Agent(SimpleElasticAgent):
         now = time.monotonic()
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
-            self._deadline = now + self._stop_budget
+            self._deadline = self._deadline or now + self._stop_budget
             print(
                 f"{self._stop.signal_name}: saving the state after the step that is under way; "
                 "Ctrl-C ends at once.",
@@ -176,11 +179,13 @@ class Agent(SimpleElasticAgent):
             )
             for rank in alive:
                 os.kill(rank.process.pid or 0, signal.SIGTERM)
-        failed = any(rank.ended for rank in self.ranks)
-        if failed and not self._stop.requested and self._deadline is None:
-            self._deadline = now + PEERS_LEAVE_SECONDS
+        failed = any(rank.ended not in (None, 0, Stopped.exit_code) for rank in self.ranks)
+        if failed and not self._failed:
+            # Also while they stop: with one of them gone, the others have nothing to agree on.
+            self._failed = True
+            self._deadline = min(now + PEERS_LEAVE_SECONDS, self._deadline or math.inf)
         if self._deadline is not None and now > self._deadline:
-            self.overran = self._forwarded
+            self.overran = self._forwarded and not self._failed
             for rank in alive:
                 rank.ended_by_us = True
                 rank.process.kill()

@@ -85,7 +85,8 @@ def _attempts(
     started = STARTED
     for restart in range(max_restarts + 1):
         if stop.requested:
-            print(f"Stopped by {stop.signal_name} before the first step.", file=sys.stderr)
+            when = "before the first step" if restart == 0 else "before it was started again"
+            print(f"Stopped by {stop.signal_name} {when}.", file=sys.stderr, flush=True)
             return STOPPED
         before = job.run_id() if max_restarts else None
         cause = _attempt(job, processes, stop, notes / str(restart), started)
@@ -94,6 +95,8 @@ def _attempts(
             print(cause.told, file=sys.stderr, flush=True)
         if cause.code in FINAL or restart == max_restarts:
             return cause.code
+        if stop.requested:
+            continue
         processes = max(1, processes - 1) if elastic else processes
         job = job.again(before)
         print(

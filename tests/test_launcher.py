@@ -207,6 +207,21 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     assert not hung["waits_for_others"]
 
 
+def test_a_frozen_rank_does_not_hold_up_a_stop(tmp_path):
+    environ = injured(
+        tmp_path,
+        ("SIGTERM", "test", 1, 1),
+        ("SIGSTOP", "save", 0, 1),
+        faults={"hang_timeout_seconds": 2.0},
+        checkpoint={"every_steps": 100},
+    )
+    started_at = time.monotonic()
+    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    assert code == 137, err
+    assert "Rank 0 has not answered" in err
+    assert time.monotonic() - started_at < 60, "not the 120 s that a stop may take"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
 def test_as_pid_1_it_reaps_and_loses_no_early_signal(tmp_path):

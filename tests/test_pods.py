@@ -22,6 +22,7 @@ from service.tracking import read_metrics
 _REASON = pods.why_not()
 pytestmark = [
     pytest.mark.pods,
+    pytest.mark.slow,
     pytest.mark.skipif(_REASON is not None, reason=f"pods cannot run here: {_REASON}"),
 ]
 STEPS = 60

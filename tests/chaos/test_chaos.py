@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from chaos.campaign import FROM_OUTSIDE, HANGS, differences, planned, run
 
 HOW = {"processes": 2, "steps": 90, "hang": 3.0}
 
 
+@pytest.mark.slow  # two minutes: `make test-slow`, and `make chaos` for two hundred
 def test_twenty_injuries_leave_no_trace(tmp_path: Path) -> None:
     run(tmp_path, "undisturbed", [], **HOW)
     kinds = ["kill one", "kill all"] * 5 + ["raise"] * 4 + [*FROM_OUTSIDE[:3], *HANGS]
