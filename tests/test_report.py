@@ -172,7 +172,8 @@ def test_a_browser_draws_the_curves(place, width, dark):
     assert [curve["points"] for curve in by_title["Learning rate"]] == [40, 40]
     for drawn in by_title.values():
         assert all(curve["inside"] for curve in drawn)
-        assert max(curve["wide"] for curve in drawn) > 0.4
+        if max(curve["points"] for curve in drawn) > 2:  # a save or two are dots, and no curve
+            assert max(curve["wide"] for curve in drawn) > 0.4
         assert {curve["stroke"] for curve in drawn} & {"none", "rgba(0, 0, 0, 0)"} == set()
         assert len({curve["stroke"] for curve in drawn}) == 2, "one colour for each run"
     assert re.search(r"first train/loss · step 20", found["tip"])
