@@ -199,6 +199,12 @@ def write_into(
     sync_directory(directory)
 
 
+def tensor_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each file of tensors that a manifest lists."""
+    files = manifest["files"].items()
+    return {name: told["sha256"] for name, told in files if name.endswith(".safetensors")}
+
+
 def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
     """The beginning of a safetensors file that holds the entries in this order."""
     told: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}

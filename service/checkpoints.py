@@ -32,6 +32,7 @@ from service.checkpoint_files import (
     name_of,
     read_manifest,
     read_state,
+    tensor_digests,
     write_into,
 )
 from service.durable import make_directory, remove, remove_if_possible, replace_file, sync_directory
@@ -58,6 +59,13 @@ class Record(Protocol):
         """Return when it is on disk, up to the step that was written last."""
 
 
+class Seal(Protocol):
+    """Takes note of what is saved."""
+
+    def __call__(self, step: int, files: Mapping[str, str]) -> None:
+        """The SHA-256 of each tensor file of the checkpoint that is about to be published."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """One save, as the writer gets it."""
@@ -66,6 +74,7 @@ class _Job:
     arrived: torch.cuda.Event | None
     """When the content has come from the device; None where it is here."""
     records: Sequence[Record]
+    seal: Seal | None
     began: float
 
     @property
@@ -123,7 +132,9 @@ class Checkpoints:
 
     # ---- save
 
-    def save(self, state: TrainState, *, records: Sequence[Record] = ()) -> None:
+    def save(
+        self, state: TrainState, *, records: Sequence[Record] = (), seal: Seal | None = None
+    ) -> None:
         """Save the state as it is now; on disk when the next `save` or `finish` returns.
 
         With `checkpoint.asynchronous: false`, on disk when this returns.  The records are on disk
@@ -138,7 +149,7 @@ class Checkpoints:
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
         if self._world.is_lead:
-            self._pending = self._begin(state, places, records, began)
+            self._pending = self._begin(state, places, records, seal, began)
         if not self._spec.asynchronous:
             self._settle()
         self._timings["save/stall_seconds"] = time.perf_counter() - began
@@ -171,13 +182,14 @@ class Checkpoints:
         state: TrainState,
         places: list[dict[str, Any]] | None,
         records: Sequence[Record],
+        seal: Seal | None,
         began: float,
     ) -> Future[None]:
         """The save under way, or done, or failed: `_settle` finds out."""
         begun: Future[None] = Future()
         try:
             content, arrived = self._copied(content_of(state, places))
-            job = _Job(content, arrived, records, began)
+            job = _Job(content, arrived, records, seal, began)
             if self._spec.asynchronous:
                 return self._writer.submit(self._carry_out, job)
             self._carry_out(job)
@@ -259,6 +271,8 @@ class Checkpoints:
                 content.rest,
                 {"time": time.time(), **self._facts},
             )
+            if job.seal is not None:
+                job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
             # A checkpoint that outlived the machine without the rows before it would be a gap.
             for record in job.records:
                 record.sync()

@@ -1,47 +1,85 @@
-"""receipt.jsonl on disk: one line per interval, a digest for each of its steps.  No torch."""
+"""receipt.jsonl on disk: digests of each step's rows, and of the weights at checkpoints.
+
+No torch.  A line holds the rows of an interval, a digest for each of its steps, or the SHA-256 of a
+checkpoint's tensor files.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from service.durable import sync_directory
 
 
 def read_receipt(path: Path) -> dict[int, str]:
     """The digest of every step (counted from 1) in a receipt; a torn last line is left out."""
     digests: dict[int, str] = {}
     for line in _lines(path):
-        digests |= zip(range(line["from"], line["to"] + 1), line["rows"], strict=True)
+        if "rows" in line:
+            digests |= zip(range(line["from"], line["to"] + 1), line["rows"], strict=True)
     return digests
 
 
-def append(path: Path, steps: range, digests: Sequence[int]) -> None:
-    """Add the digests of `steps`, counted from 0, as one line written at once."""
-    rows = [f"{digest & 0xFFFFFFFFFFFFFFFF:016x}" for digest in digests]
-    line = json.dumps({"from": steps.start + 1, "to": steps.stop, "rows": rows})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        if os.write(descriptor, text := (line + "\n").encode()) != len(text):
-            raise OSError(errno.ENOSPC, "no room for a whole line; free some", str(path))
-    finally:
-        os.close(descriptor)
+def read_weights(path: Path) -> dict[int, dict[str, str]]:
+    """SHA-256 of the tensor files of each checkpoint that was ever saved, by step."""
+    return {line["step"]: line["weights"] for line in _lines(path) if "weights" in line}
 
 
-def keep_up_to(path: Path, step: int) -> None:
-    """Forget what was written for steps that are about to be taken again."""
+class ReceiptFile:
+    """A receipt that is added to, line by line, each of them written at once."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        """Forget what was written for steps after `step`: they are about to be taken again."""
+        _keep_up_to(path, step)
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def add_rows(self, steps: range, digests: Sequence[int]) -> None:
+        """Add the digests of `steps`, counted from 0."""
+        rows = [f"{digest & 0xFFFFFFFFFFFFFFFF:016x}" for digest in digests]
+        self._add({"from": steps.start + 1, "to": steps.stop, "rows": rows})
+
+    def add_weights(self, step: int, files: Mapping[str, str]) -> None:
+        """Add the SHA-256 of a checkpoint's tensor files; from any thread."""
+        self._add({"step": step, "weights": dict(files)})
+
+    def sync(self) -> None:
+        """Put what was added on disk."""
+        os.fsync(self._descriptor)
+        sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        """Nothing is added afterwards."""
+        os.close(self._descriptor)
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        text = (json.dumps(line) + "\n").encode()
+        if os.write(self._descriptor, text) != len(text):
+            raise OSError(errno.ENOSPC, "no room for a whole line; free some", str(self._path))
+
+
+def _keep_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [_cut(line, step) for line in _lines(path) if line["from"] <= step]
+    kept = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
     fresh = path.with_suffix(".partial")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(fresh, path)
 
 
+def _begins(line: Mapping[str, Any]) -> int:
+    return int(line["from"] if "rows" in line else line["step"])
+
+
 def _cut(line: dict[str, Any], step: int) -> dict[str, Any]:
     """The part of an interval up to `step`, which may lie within it."""
+    if "rows" not in line:
+        return line
     last = min(line["to"], step)
     return line | {"to": last, "rows": line["rows"][: last - line["from"] + 1]}
 

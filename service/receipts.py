@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from service.batches import Batch
-from service.durable import sync_directory, sync_file
-from service.receipt_file import append, keep_up_to
+from service.receipt_file import ReceiptFile
 from service.world import World
 
 _HELD_AT_MOST = 256  # micro-batches whose row ids are kept until they are digested
@@ -23,17 +26,16 @@ class Receipt:
     """
 
     def __init__(self, path: Path, *, world: World, step: int) -> None:
-        self._path = path
         self._world = world
         self._first = step
-        self._held: list[tuple[int, Batch]] = []
+        self._held: list[tuple[int, int, NDArray[np.int64]]] = []  # step, micro-batch, rows
         self._digests: dict[int, int] = {}
-        if world.is_lead:
-            keep_up_to(path, step)
+        self._file = ReceiptFile(path, step=step) if world.is_lead else None
 
-    def note(self, step: int, batch: Batch) -> None:
-        """Remember that a forward pass of step `step` (counted from 0) consumed `batch`."""
-        self._held.append((step, batch))
+    def note(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Remember what the forward passes of step `step` (counted from 0) consumed."""
+        for batch in micro_batches:
+            self._held.append((step, batch.number, batch.rows))
         if len(self._held) >= _HELD_AT_MOST:
             self._digest()
 
@@ -45,27 +47,36 @@ class Receipt:
         total = self._world.sum_of_integers(mine)
         self._digests.clear()
         self._first = step
-        if self._world.is_lead and len(steps):
-            append(self._path, steps, total.tolist())
+        if self._file is not None and len(steps):
+            self._file.add_rows(steps, total.tolist())
+
+    def seal(self, step: int, files: Mapping[str, str]) -> None:
+        """Record the SHA-256 of the tensor files of a checkpoint that is about to be published."""
+        assert self._file is not None, "the lead saves"
+        self._file.add_weights(step, files)
 
     def sync(self) -> None:
         """Put what was written so far on disk; only the lead has written anything."""
-        if self._path.exists():
-            sync_file(self._path)
-            sync_directory(self._path.parent)
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        """Nothing is written afterwards."""
+        if self._file is not None:
+            self._file.close()
 
     def _digest(self) -> None:
-        for step, batch in self._held:
-            if len(batch.rows):
-                digest = micro_batch_digest(step, batch)
+        for step, number, rows in self._held:
+            if len(rows):
+                digest = micro_batch_digest(step, number, rows)
                 self._digests[step] = (self._digests.get(step, 0) + digest) & (2**64 - 1)
         self._held.clear()
 
 
-def micro_batch_digest(step: int, batch: Batch) -> int:
-    """64 bits over the step, the number of the micro-batch and its row ids in order."""
-    text = step.to_bytes(8, "little") + batch.number.to_bytes(8, "little")
-    hashed = hashlib.blake2b(text + batch.rows.astype("<i8").tobytes(), digest_size=8)
+def micro_batch_digest(step: int, number: int, rows: NDArray[np.int64]) -> int:
+    """64 bits over the step, the number of the micro-batch and its row ids [B] in order."""
+    hashed = hashlib.blake2b(struct.pack("<qq", step, number), digest_size=8)
+    hashed.update(np.ascontiguousarray(rows, "<i8").data)
     return int.from_bytes(hashed.digest(), "little")
 
 

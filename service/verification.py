@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from service.errors import SpecError
-from service.receipt_file import read_receipt
+from service.receipt_file import read_receipt, read_weights
 from service.run_directory import RunDirectory
 from service.tracking import read_metrics
 
@@ -91,7 +90,8 @@ def _alike(x: float, y: float, tolerance: float) -> bool:
 
 
 def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
-    first, second = _digests(a), _digests(b)
+    """What the receipts say of every checkpoint there was, kept or removed since."""
+    first, second = read_weights(a.receipt), read_weights(b.receipt)
     common = sorted(first.keys() & second.keys())
     if not common:
         return Compared(False, ["weights: no checkpoint of the same step to compare"])
@@ -100,16 +100,6 @@ def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
             if first[step][file] != second[step].get(file):
                 return Compared(False, [f"weights: {file} differs at step {step}"])
     return Compared(True, [f"weights: the same bits at {_told(common)}"])
-
-
-def _digests(run: RunDirectory) -> dict[int, dict[str, str]]:
-    """SHA-256 of the tensor files of each checkpoint, by step, as their manifests tell."""
-    found = {}
-    for path in sorted(run.checkpoints.glob("step-*/manifest.json")):
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        files = {k: v["sha256"] for k, v in manifest["files"].items() if k.endswith(".safetensors")}
-        found[int(manifest["step"])] = files
-    return found
 
 
 def _told(steps: list[Any]) -> str:

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"charts", "spec_page"},
-    {"errors", "optimizer_options", "receipt_file", "durable"},
-    {"documents", "spec"},
+    {"errors", "optimizer_options", "durable"},
+    {"documents", "spec", "receipt_file"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
     {"samplers", "failures", "faults", "account", "export"},
     {"run_directory"},
