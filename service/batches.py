@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """One forward pass worth of rows."""
 
     number: int
@@ -29,10 +27,11 @@ class Batch:
     """What the loss compares with."""
     weight: Tensor | None
     """What each loss value counts, of the shape the task's loss has; None counts each as 1."""
+    key: int
+    """Names the random numbers that the model draws for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One process's micro-batches of one optimizer step."""
 
     micro_batches: Sequence[Batch]

@@ -21,7 +21,7 @@ from service.exchange import Overlapped
 from service.loading import test_batches, train_steps
 from service.loops import summed_loss, test
 from service.normalization import prepare
-from service.optimizers import make_optimizer, parameter_groups
+from service.optimizers import make_optimizer, needs_closure, parameter_groups
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
 from service.rehearsal import Trial
@@ -166,7 +166,7 @@ def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float
         return loss_sum.detach()
 
     loss_sum = evaluate()
-    if state.needs_closure:
+    if needs_closure(type(state.optimizer)):
         state.optimizer.step(lambda: float(evaluate() / weight))
     else:
         state.optimizer.step()

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -41,16 +42,25 @@ class Exchange(Protocol):
 class Overlapped(Exchange):
     """Exchanged by DistributedDataParallel in the backward pass of the last micro-batch."""
 
-    def __init__(self, model: nn.Module, world: World, *, find_unused: bool) -> None:
+    def __init__(
+        self, model: nn.Module, world: World, *, find_unused: bool, telling: bool = False
+    ) -> None:
+        """Exchange the gradients of `model`.
+
+        Args:
+            find_unused: look after each forward pass for parameters the loss does not depend on.
+            telling: let a loss that is not finite make the gradients so, of all processes.
+        """
         self.model = world.wrap(model, find_unused=find_unused)
         self._world = world
+        self._seed = _Seed(telling)
 
     def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
         return self._world.exchange_on_last(self.model, micro_batches)
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
         # DDP averages gradients over processes: their number turns the mean back into the sum.
-        _backward(loss_sum, self._world.processes / step_weight)
+        self._seed.backward(loss_sum, self._world.processes / step_weight)
 
 
 class Ordered(Exchange):
@@ -67,16 +77,19 @@ class Ordered(Exchange):
         *,
         unreached: Sequence[str] = (),
         gathered: Sequence[Tensor] = (),
+        telling: bool = False,
     ) -> None:
         """Exchange the gradients of `model`.
 
         Args:
+            telling: as above.
             unreached: names of the parameters that no loss depends on; they get no gradient.
             gathered: tensors that forward passes add to, such as BatchNorm's statistics; after
                 a step they hold the sums over all processes.
         """
         self.model = model
         self._world = world
+        self._seed = _Seed(telling)
         self._parameters = [
             parameter
             for name, parameter in model.named_parameters()
@@ -93,7 +106,7 @@ class Ordered(Exchange):
             torch._foreach_copy_(self._gathered, total[len(self._parameters) :])
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
-        _backward(loss_sum, 1.0 / step_weight)
+        self._seed.backward(loss_sum, 1.0 / step_weight)
 
     def _branch(self, micro_batches: Sequence[T]) -> Generator[T, None, list[Tensor]]:
         """The sums of one branch; it holds one set of gradients for each level of the tree."""
@@ -118,8 +131,25 @@ class Ordered(Exchange):
         return grads + gathered
 
 
-def _backward(loss_sum: Tensor, scale: float | Tensor) -> None:
-    # As the gradient that comes in, the scale costs no multiplication of its own.  0 times the
-    # loss makes it NaN where the loss is not finite, so that all processes learn of it.
-    scale = scale.to(loss_sum) if isinstance(scale, Tensor) else scale
-    loss_sum.backward(loss_sum.detach() * 0 + scale)  # type: ignore[no-untyped-call]
+class _Seed:
+    """The gradient that a backward pass begins with: as such a scale costs no multiplication."""
+
+    def __init__(self, telling: bool) -> None:
+        self._telling = telling
+        self._scale = math.nan
+        self._tensor = torch.empty(0)
+
+    def backward(self, loss_sum: Tensor, scale: float | Tensor) -> None:
+        """The backward pass of `loss_sum` times `scale`."""
+        seed = self._on(loss_sum, scale)
+        if self._telling:  # 0 times the loss is NaN where the loss is not finite
+            seed = torch.add(seed, loss_sum.detach(), alpha=0)
+        loss_sum.backward(seed)  # type: ignore[no-untyped-call]
+
+    def _on(self, loss_sum: Tensor, scale: float | Tensor) -> Tensor:
+        """The scale as a tensor like the loss; one that does not change is made once."""
+        if isinstance(scale, Tensor):
+            return scale.to(loss_sum)
+        if scale != self._scale:
+            self._scale, self._tensor = scale, loss_sum.new_full((), scale)
+        return self._tensor

@@ -6,7 +6,8 @@ import math
 import random
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from service.batches import Batch, Step, first_rows, split, to_device
 from service.errors import DataBroken, EvenstepError
 from service.faults import STOP_SIGNALS, die_with_parent
 from service.plan import Plan
-from service.samplers import epochs_at, micro_batches, rows_at
+from service.samplers import micro_batches, rows_at
 from service.streams import Stream, is_stream
 from service.task import Data, Task
 from service.world import World
 
 # Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
+_BYTES_AHEAD = 4 << 20  # of rows that lie in memory and are picked together
 
 
 class Order(NamedTuple):
@@ -32,8 +34,9 @@ class Order(NamedTuple):
 
     step: int
     number: int
+    key: int  # of the random numbers that the model draws
+    position: int  # of its first row in the endless sequence of passes over the data
     rows: NDArray[np.int64]  # [B]
-    epochs: NDArray[np.int64]  # [B], the pass over the data each row belongs to
 
 
 def train_steps(
@@ -49,23 +52,34 @@ def train_steps(
     if isinstance(data, Stream):
         collated = _from_stream(data, plan, world.index, start)
         batches = _as_batches(collated, task=task, world=world)
+    elif _is_in_memory(data):
+        batches = _from_memory(data, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
-        batches = _bring(data, orders, task=task, plan=plan, world=world)
+        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows)
+        brought = _collated(reader, orders, plan, world)
+        batches = _as_batches(brought, task=task, world=world)
     per_step = len(plan.share(world.index))
     empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
-    for _ in range(start, plan.steps):
-        brought = [next(batches) for _ in range(per_step)]
+    for step in range(start, plan.steps):
+        taken = list(islice(batches, per_step))
         # With statistics over all processes every forward pass is a collective: a process
         # with fewer micro-batches takes part in the last round with no rows.
         if empty_rounds:
-            brought += [_without_rows(brought[0], number=plan.micro_batches)] * empty_rounds
-        yield Step(brought, _step_weight(brought, plan, world))
+            key = randomness.key(randomness.FORWARD, plan.spec.seed, step, plan.micro_batches)
+            empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
+            taken += [empty] * empty_rounds
+        yield Step(taken, _step_weight(taken, plan, world))
 
 
 def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
     """This process's micro-batches of the test set, each row once over all processes."""
-    return _bring(data, _test_orders(plan, world), task=task, plan=plan, world=world)
+    orders = _test_orders(plan, world)
+    if _is_in_memory(data):
+        return _slices_of_memory(data, orders, task=task, world=world)
+    reader = _Reader(data, plan.spec.seed, rows=plan.test_rows)
+    brought = _collated(reader, orders, plan, world)
+    return _as_batches(brought, task=task, world=world)
 
 
 def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
@@ -75,8 +89,10 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
         index=world.index,
         of=world.processes,
     )
-    for number, span in shared:
-        yield Order(0, number, np.arange(span.start, span.stop), np.zeros(len(span), np.int64))
+    numbers = np.array([number for number, _ in shared], np.int64)
+    keys = randomness.keys(randomness.TEST, plan.spec.seed, numbers=numbers).tolist()
+    for (number, span), key in zip(shared, keys, strict=True):
+        yield Order(0, number, key, span.start, np.arange(span.start, span.stop))
 
 
 def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
@@ -87,11 +103,11 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
     """
     smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
     rows = np.arange(min(smallest, plan.train_rows or smallest))
-    order = Order(0, 0, rows, np.zeros_like(rows))
+    order = Order(0, 0, 0, 0, rows)
     if is_stream(data):
         collated = default_collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
     else:
-        collated = _Reader(data, plan.spec.seed)[order][1]
+        collated = _Reader(data, plan.spec.seed, rows=plan.train_rows)[order][1]
     return next(_as_batches([(order, collated)], task=task, world=world))
 
 
@@ -109,9 +125,11 @@ def _from_stream(
             seed_generators(randomness.key(randomness.ROW, plan.spec.seed, 0, position))
             rows += stream.take(1)
         for number, span in zip(share, spans, strict=True):
-            ids = np.arange(span.start, span.stop) + step * plan.global_batch
+            first = step * plan.global_batch + span.start
+            ids = np.arange(first, first + len(span))
             piece = rows[span.start - read.start : span.stop - read.start]
-            yield Order(step, number, ids, np.zeros_like(ids)), default_collate(piece)
+            key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
+            yield Order(step, number, key, first, ids), default_collate(piece)
 
 
 def _span(number: int, plan: Plan) -> range:
@@ -120,26 +138,52 @@ def _span(number: int, plan: Plan) -> range:
     return range(first, min(first + plan.micro_batch, plan.global_batch))
 
 
-def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+class _Block(NamedTuple):
+    """What one process takes in some steps that follow each other."""
+
+    steps: range  # S of them
+    numbers: range  # of its micro-batches in each step, M of them
+    sizes: list[int]  # rows of each: [M]
+    first: int  # place in the global batch of the first row it takes
+    keys: NDArray[np.int64]  # [S, M]
+    rows: NDArray[np.int64]  # [S, rows of a step]
+
+    def orders(self, global_batch: int) -> Iterator[Order]:
+        """One for each micro-batch, in order."""
+        ends = np.cumsum(self.sizes).tolist()
+        starts = [end - size for end, size in zip(ends, self.sizes, strict=True)]
+        pieces = list(zip(self.numbers, starts, ends, strict=True))
+        of_steps = zip(self.steps, self.keys.tolist(), self.rows, strict=True)
+        for step, keys, rows in of_steps:
+            first = step * global_batch + self.first
+            for (number, start, end), key in zip(pieces, keys, strict=True):
+                yield Order(step, number, key, first + start, rows[start:end])
+
+
+def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
+    """All that a process takes from step `start` on; about `ahead` rows at a time."""
     assert plan.train_rows is not None, "a stream is not asked for rows"
-    share = plan.share(process)
-    first, last = _span(share.start, plan).start, _span(share.stop - 1, plan).stop
-    spans = (_span(number, plan) for number in share)
-    pieces = [slice(span.start - first, span.stop - first) for span in spans]
-    block = max(1, _ROWS_AHEAD // (last - first))
+    share, seed = plan.share(process), plan.spec.seed
+    spans = [_span(number, plan) for number in share]
+    places = np.arange(spans[0].start, spans[-1].stop)
+    block = max(1, ahead // len(places))
     for begin in range(start, plan.steps, block):
         steps = np.arange(begin, min(begin + block, plan.steps))
-        positions = steps[:, None] * plan.global_batch + np.arange(first, last)  # [steps, rows]
-        rows = rows_at(positions.ravel(), rows=plan.train_rows, seed=plan.spec.seed)
-        of_steps = zip(
-            steps.tolist(),
+        positions = steps[:, None] * plan.global_batch + places  # [S, rows of a step]
+        rows = rows_at(positions.ravel(), rows=plan.train_rows, seed=seed)
+        yield _Block(
+            range(begin, begin + len(steps)),
+            share,
+            [len(span) for span in spans],
+            spans[0].start,
+            randomness.grid(randomness.FORWARD, seed, rows=steps, columns=np.array(share)),
             rows.reshape(positions.shape),
-            epochs_at(positions, rows=plan.train_rows),
-            strict=True,
         )
-        for step, step_rows, step_epochs in of_steps:
-            for number, piece in zip(share, pieces, strict=True):
-                yield Order(step, number, step_rows[piece], step_epochs[piece])
+
+
+def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+    for block in _train_blocks(plan, process, start, ahead=_ROWS_AHEAD):
+        yield from block.orders(plan.global_batch)
 
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
@@ -153,23 +197,15 @@ def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | 
     return world.sum(each).sum()
 
 
-def _without_rows(batch: Batch, *, number: int) -> Batch:
+def _without_rows(batch: Batch, *, number: int, key: int) -> Batch:
     return Batch(
         number=number,
         rows=batch.rows[:0],
         inputs=first_rows(batch.inputs, 0),
         targets=first_rows(batch.targets, 0),
         weight=first_rows(batch.weight, 0),
+        key=key,
     )
-
-
-def _bring(
-    data: Data, orders: Iterable[Order], *, task: Task, plan: Plan, world: World
-) -> Iterator[Batch]:
-    """Carry out the orders, in order."""
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
-        return _from_memory(data, orders, task=task, world=world)
-    return _as_batches(_collated(data, orders, plan, world), task=task, world=world)
 
 
 def _as_batches(
@@ -183,13 +219,12 @@ def _as_batches(
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
         inputs, targets = to_device((inputs, targets), world.device)
         weight = weigh(targets) if weigh is not None else None
-        yield Batch(order.number, order.rows, inputs, targets, weight)
+        yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
 
 
 def _collated(
-    data: Data, orders: Iterable[Order], plan: Plan, world: World
+    reader: _Reader, orders: Iterable[Order], plan: Plan, world: World
 ) -> Iterator[tuple[Order, Any]]:
-    reader = _Reader(data, plan.spec.seed)
     if plan.spec.loader.workers == 0:
         return ((order, reader[order][1]) for order in orders)
     loader = DataLoader(
@@ -214,28 +249,54 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
         raise DataBroken(told) from error
 
 
+def _is_in_memory(data: Data | Stream) -> TypeGuard[TensorDataset]:
+    return isinstance(data, TensorDataset) and len(data.tensors) == 2
+
+
 def _from_memory(
+    data: TensorDataset, *, task: Task, plan: Plan, world: World, start: int
+) -> Iterator[Batch]:
+    """Rows of two tensors, picked by index on the device that computes them.
+
+    Those of many steps are picked at once, and each micro-batch is a part of what was picked.
+    """
+    tensors = [tensor.to(world.device) for tensor in data.tensors]
+    row_bytes = sum(tensor[:1].nbytes for tensor in tensors)
+    ahead = min(_ROWS_AHEAD, _BYTES_AHEAD // max(row_bytes, 1))
+    weigh = getattr(task, "weight", None)
+    for block in _train_blocks(plan, world.index, start, ahead=ahead):
+        index = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
+        sizes = block.sizes * len(block.steps)
+        inputs, targets = (
+            torch.split_with_sizes(tensor.index_select(0, index), sizes) for tensor in tensors
+        )
+        orders = block.orders(plan.global_batch)
+        for order, picked, aims in zip(orders, inputs, targets, strict=True):
+            weight = None if weigh is None else weigh(aims)
+            yield Batch(order.number, order.rows, picked, aims, weight, order.key)
+
+
+def _slices_of_memory(
     data: TensorDataset, orders: Iterable[Order], *, task: Task, world: World
 ) -> Iterator[Batch]:
-    """Rows of two tensors are picked by index, on the device that computes them."""
+    """Rows of two tensors that are asked for in the order in which they lie."""
     inputs, targets = (tensor.to(world.device) for tensor in data.tensors)
     weigh = getattr(task, "weight", None)
-    elsewhere = world.device.type != "cpu"
     for order in orders:
-        index = torch.from_numpy(order.rows)
-        if elsewhere:
-            index = index.to(world.device, non_blocking=True)
-        aims = targets.index_select(0, index)
+        part = slice(int(order.rows[0]), int(order.rows[-1]) + 1)
+        aims = targets[part]
         weight = weigh(aims) if weigh is not None else None
-        yield Batch(order.number, order.rows, inputs.index_select(0, index), aims, weight)
+        yield Batch(order.number, order.rows, inputs[part], aims, weight, order.key)
 
 
 class _Reader(Dataset[tuple[Order, Any]]):
     """A data set asked for whole micro-batches, with every row's random numbers keyed."""
 
-    def __init__(self, data: Data, seed: int) -> None:
+    def __init__(self, data: Data, seed: int, *, rows: int | None) -> None:
+        """`rows` are those of one pass over the data."""
         self._data = data
         self._seed = seed
+        self._passed_over = rows or 1
 
     def __getitem__(self, order: Order) -> tuple[Order, Any]:
         try:
@@ -257,7 +318,8 @@ class _Reader(Dataset[tuple[Order, Any]]):
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
             return list(self._data.__getitems__(rows))
         brought = []
-        for row, epoch in zip(rows, order.epochs.tolist(), strict=True):
+        for place, row in enumerate(rows, start=order.position):
+            epoch = place // self._passed_over
             seed_generators(randomness.key(randomness.ROW, self._seed, epoch, row))
             brought.append(self._data[row])
         return brought

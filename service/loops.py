@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from service import randomness
 from service.agreement import StopPoll
 from service.batches import Batch, Step
 from service.checkpoints import Checkpoints
@@ -55,35 +54,31 @@ def train(
         Diverged: a loss or a gradient is not finite, and may not be.
     """
     exchange.model.train()
-    clock = Clock()
-    values: dict[str, float] = {}
     poll = StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps)
     if poll.agreed(state.step, stop.requested):
-        return values
+        return {}
+    values: dict[str, float] = {}
+    due = min(plan.next_due(state.step), poll.next_step)
+    clock = Clock(pulse, step=state.step)
     pulse.enter("data", state.step)
-    for step in clock.waiting_for(steps):
+    for step in steps:
         divisor = updates.divisor(step.weight)
-        evaluate = partial(
-            backpropagate,
-            state,
-            step,
-            exchange,
-            divisor,
-            task=task,
-            world=world,
-            plan=plan,
-            pulse=pulse,
+        passes = partial(
+            backpropagate, state, step, exchange, divisor, task=task, world=world, pulse=pulse
         )
-        losses = evaluate()
-        for batch in step.micro_batches:
-            receipt.note(state.step, batch)
+        losses = passes()
+        receipt.note(state.step, step.micro_batches)
         again = None
-        if state.needs_closure:
+        if updates.asks_again:
             mean_loss = partial(total_loss, plan=plan, world=world, weight=step.weight)
-            again = closure(losses, evaluate, mean_loss, state.model, updates)
+            again = closure(losses, passes, mean_loss, state.model, updates)
         pulse.enter("update")
-        updates.apply(losses, step.weight, logging=plan.logs_at(state.step + 1), closure=again)
+        logging = state.step + 1 == due and plan.logs_at(due)
+        updates.apply(losses, step.weight, logging=logging, closure=again)
         state.schedule.set(state.step)
+        if state.step < due:
+            pulse.enter("data", state.step)
+            continue
 
         # The plan and the step are equal on every process, so all of them take the branches
         # below together: a collective in one is a collective in all.
@@ -92,7 +87,7 @@ def train(
             pulse.enter("log", state.step)
             values = updates.look()
             values |= state.schedule.used()
-            values |= clock.reading(rows_per_step=plan.global_batch)
+            values |= clock.reading(state.step, rows_per_step=plan.global_batch)
             values |= checkpoints.timings()
             if plan.spec.model.compile:
                 values["train/compiled_graphs"] = compiled_graphs()
@@ -117,12 +112,13 @@ def train(
             tracker.log(state.step, values)
         if saving:
             pulse.enter("save")
-            checkpoints.save(state, records=(tracker, receipt))
+            checkpoints.save(state, records=(tracker, receipt), seal=receipt.seal)
             pulse.write()
         if plan.tests_at(state.step) or saving:
-            clock.restart()
+            clock.restart(state.step)
         if stopping:
             break
+        due = min(plan.next_due(state.step), poll.next_step)
         pulse.enter("data")
     return values
 
@@ -135,7 +131,6 @@ def backpropagate(
     *,
     task: Task,
     world: World,
-    plan: Plan,
     pulse: Pulse,
 ) -> dict[int, Tensor]:
     """Leave the step's gradients in the parameters; a forward and a backward pass per micro-batch.
@@ -146,16 +141,17 @@ def backpropagate(
     Returns:
         The summed loss of each micro-batch that this process computed.
     """
-    state.optimizer.zero_grad()
+    state.zero_grad()
     losses: dict[int, Tensor] = {}
+    last = step.micro_batches[-1]
     for batch in exchange.over(step.micro_batches):
-        is_last = batch is step.micro_batches[-1]
-        pulse.enter("exchange" if is_last else "forward", state.step, batch.number)
-        world.seed(randomness.key(randomness.FORWARD, plan.spec.seed, state.step, batch.number))
+        pulse.enter("exchange" if batch is last else "forward", state.step, batch.number)
+        world.seed(batch.key)
         loss_sum = summed_loss(exchange.model, batch, task=task, world=world)
         exchange.backward(loss_sum, divisor)
         losses[batch.number] = loss_sum.detach()
-    state.drop_frozen_gradients()
+    if state.frozen:
+        state.drop_frozen_gradients()
     return losses
 
 
@@ -220,7 +216,7 @@ def test(
     model.eval()
     try:
         for batch in batches:
-            world.seed(randomness.key(randomness.TEST, plan.spec.seed, batch.number))
+            world.seed(batch.key)
             outputs = computed(model, batch.inputs, world)
             losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
             measured = task.measure(outputs, batch.targets)  # [B, measures]
@@ -235,8 +231,14 @@ def test(
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
     """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
-    losses = task.loss(computed(model, batch.inputs, world), batch.targets)  # [B] or [B, T]
-    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+    outputs = computed(model, batch.inputs, world)
+    if batch.weight is not None:
+        return (task.loss(outputs, batch.targets) * batch.weight).sum()
+    summed = getattr(task, "summed_loss", None)
+    if summed is not None:
+        total: Tensor = summed(outputs, batch.targets)
+        return total
+    return task.loss(outputs, batch.targets).sum()  # of [B] or [B, T]
 
 
 def total_loss(

@@ -82,6 +82,24 @@ class Plan:
     def stops_at(self, step: int) -> bool:
         return step == self.stop_at and step < self.steps
 
+    def next_due(self, step: int) -> int:
+        """The first step after `step` at which anything of the above is due."""
+        every = self.spec.tracking.log_every_steps
+        due = [self.steps, (step // every + 1) * every]
+        if self.test_rows:
+            due += _next_multiple(self.test_every, step)
+        due += _next_multiple(self.save_every, step)
+        if self.stop_at is not None and self.stop_at > step:
+            due.append(self.stop_at)
+        return min(due)
+
+
+def _next_multiple(interval: Fraction | None, step: int) -> list[int]:
+    """The first step after `step` that passes a multiple of `interval`, if there is one."""
+    if interval is None:
+        return []
+    return [math.ceil((step // interval + 1) * interval)]
+
 
 def _passes_multiple(interval: Fraction | None, step: int) -> bool:
     """Whether a multiple of `interval` lies in (step - 1, step]."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from service.run_directory import RunDirectory
@@ -83,17 +84,28 @@ class Pulse:
         self.directory: RunDirectory | None = None
         self._scratch = scratch
         self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
-        since = time.monotonic() - (time.time() - self.started)
-        self.place = Place("starting", 0, -1, since)
+        since = monotonic() - (time.time() - self.started)
+        self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
 
     def enter(self, work: Work, step: int | None = None, micro_batch: int = -1) -> None:
         """Say what begins now; `step` stays as it was where it is not given."""
-        now, before = time.monotonic(), self.place
-        self._seconds[before.work] += now - before.since
-        if before.work == "save":
-            self.longest_save_seconds = max(self.longest_save_seconds, now - before.since)
+        now = monotonic()
+        before, last_step, _, since = self._place
+        self._seconds[before] += now - since
+        if before == "save":
+            self.longest_save_seconds = max(self.longest_save_seconds, now - since)
         # One assignment: whoever reads it from another thread sees a whole place.
-        self.place = Place(work, before.step if step is None else step, micro_batch, now)
+        self._place = (work, last_step if step is None else step, micro_batch, now)
+
+    @property
+    def place(self) -> Place:
+        """Where this process is now."""
+        return Place(*self._place)
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds waited for data so far, the present wait not included."""
+        return self._seconds["data"]
 
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
         """The same batches; each of them is entered as it comes."""
@@ -103,8 +115,8 @@ class Pulse:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each kind of work so far, the present one included."""
-        seconds = dict(self._seconds)
-        seconds[self.place.work] += time.monotonic() - self.place.since
+        seconds, place = dict(self._seconds), self.place
+        seconds[place.work] += monotonic() - place.since
         return {work: round(seconds[work], 3) for work in ORDER if seconds[work]}
 
     @property
@@ -156,7 +168,7 @@ class Pulse:
             "step": place.step,
             "micro_batch": place.micro_batch,
             "work": place.work,
-            "standing_seconds": round(time.monotonic() - place.since, 3),
+            "standing_seconds": round(monotonic() - place.since, 3),
             "seconds": self.seconds(),
         }
 

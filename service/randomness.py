@@ -49,6 +49,15 @@ def keys(domain: int, *parts: SupportsIndex, numbers: NDArray[np.int64]) -> NDAr
     return (outputs(state, numbers.astype(np.uint64)) >> 1).astype(np.int64)
 
 
+def grid(
+    domain: int, *parts: SupportsIndex, rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`key(domain, *parts, row, column)` for every row and column: [rows, columns]."""
+    start = np.array([_chained(domain, parts, count=len(parts) + 2)], np.uint64)
+    of_rows = outputs(start, rows.astype(np.uint64))[:, None]
+    return (outputs(of_rows, columns.astype(np.uint64)) >> 1).astype(np.int64)
+
+
 def output(seed: int, number: int) -> int:
     """Output `number`, counted from 0, of SplitMix64 started at `seed`; both are 64-bit words."""
     z = (seed + (number + 1) * _GAMMA) & _WORD
@@ -62,12 +71,14 @@ def outputs(seeds: NDArray[np.uint64], numbers: NDArray[np.uint64]) -> NDArray[n
 
     An array wraps around at 2**64 in silence; for a scalar numpy warns.
     """
-    z = seeds + (numbers + 1) * _GAMMA
-    z ^= z >> 30
+    z = numbers * _GAMMA
+    z = z + (seeds + _GAMMA)
+    shifted = z >> 30
+    z ^= shifted
     z *= _FIRST
-    z ^= z >> 27
+    z ^= np.right_shift(z, 27, out=shifted)
     z *= _SECOND
-    z ^= z >> 31
+    z ^= np.right_shift(z, 31, out=shifted)
     return z
 
 

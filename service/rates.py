@@ -40,16 +40,24 @@ class Schedule:
         self._optimizer = optimizer
         self._base = [group["lr"] for group in optimizer.param_groups]
         self._rate = rate
-        self._used = list(self._base)
+        self._factor = 1.0
+        self._used = self._factor
         self.set(0)
 
     def set(self, step: int) -> None:
         """Set the rates of the update that follows `step` finished ones."""
-        self._used = [group["lr"] for group in self._optimizer.param_groups]
-        factor = self.factor(step)
-        # Asked anew each time: loading a state replaces the optimizer's groups.
+        self._used, self._factor = self._factor, self.factor(step)
+        if self._factor != self._used:
+            self._apply()
+
+    def restart(self, step: int) -> None:
+        """As `set`, for groups that a loaded state has put in the place of the old ones."""
+        self.set(step)
+        self._apply()
+
+    def _apply(self) -> None:
         for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * factor
+            group["lr"] = base * self._factor
 
     def factor(self, step: int) -> float:
         """What the base rates are multiplied by in the update that follows `step` finished ones."""
@@ -57,9 +65,13 @@ class Schedule:
 
     def used(self) -> dict[str, float]:
         """`train/lr` of the update before the last `set`; one key per group if several."""
-        if len(self._used) == 1:
-            return {"train/lr": self._used[0]}
-        return {f"train/lr/{n}": rate for n, rate in enumerate(self._used)}
+        rates = self._rates_used()
+        if len(rates) == 1:
+            return {"train/lr": rates[0]}
+        return {f"train/lr/{n}": rate for n, rate in enumerate(rates)}
+
+    def _rates_used(self) -> list[float]:
+        return [base * self._used for base in self._base]
 
     def learn(self, values: Mapping[str, float], step: int) -> None:
         """Take in what was measured after `step` steps, before the next update."""
@@ -129,16 +141,25 @@ class TorchSchedule(Schedule):
         self._built = copy.deepcopy(self._torch.state_dict())
         self._warmup = warmup
         self._taken = 0
+        self._before: list[float] = []
         super().__init__(optimizer, lambda step: min((step + 1) / max(warmup, 1), 1.0))
 
     def set(self, step: int) -> None:
+        self._before = [group["lr"] for group in self._optimizer.param_groups]
         if step <= self._warmup:
             super().set(step)
             return
-        self._used = [group["lr"] for group in self._optimizer.param_groups]
         while self._taken < step - self._warmup:
             self._torch.step()
             self._taken += 1
+
+    def restart(self, step: int) -> None:
+        if step <= self._warmup:
+            super().restart(step)
+        # Later the rates are the scheduler's own, and came with the state.
+
+    def _rates_used(self) -> list[float]:
+        return self._before
 
     def memory(self) -> dict[str, Any]:
         held = self._torch.state_dict()

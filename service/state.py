@@ -11,7 +11,7 @@ from torch import nn
 
 from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
-from service.optimizers import Frozen, needs_closure
+from service.optimizers import Frozen
 from service.patience import Patience
 from service.precision import LossScaler
 from service.rates import Schedule
@@ -46,15 +46,22 @@ class TrainState:
     faulty_steps: int = 0
     """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
 
+    def zero_grad(self) -> None:
+        """Drop the gradients, as the optimizer's own method does, without its ceremonies."""
+        if type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+            self.optimizer.zero_grad()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def __post_init__(self) -> None:
+        groups = self.optimizer.param_groups
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+
     @property
     def ended_early(self) -> bool:
         """Whether the measure of `early_stopping` has not improved for long enough."""
         return self.early_stopping is not None and self.early_stopping.ran_out
-
-    @property
-    def needs_closure(self) -> bool:
-        """Whether one step of the optimizer may ask for the gradients at several points."""
-        return needs_closure(type(self.optimizer))
 
     def drop_frozen_gradients(self) -> None:
         """Let the next update pass by the parameters that are not trained yet."""
@@ -79,7 +86,7 @@ class TrainState:
         self.schedule.remember(memory["schedule"])
         if self.early_stopping is not None:
             self.early_stopping.remember(memory["early_stopping"])
-        self.schedule.set(self.step)
+        self.schedule.restart(self.step)
 
     @property
     def tested(self) -> nn.Module:

@@ -1,8 +1,8 @@
 """From gradients to weights: unscale, clip, decide, step; and what is done about a NaN.
 
-A loss that is not finite makes the gradients of its process so (`exchange`), and their exchange
-tells all the others: whatever is decided from the gradients after it is decided by every process
-alike, with nothing asked.
+Where a step may be skipped, a loss that is not finite makes the gradients of its process so
+(`exchange`), and their exchange tells all the others: whatever is decided from the gradients after
+it is decided by every process alike, with nothing asked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from service.errors import Diverged, SpecError
 from service.normalization import Normalization
+from service.optimizers import needs_closure
 from service.plan import Plan
 from service.precision import SMALLEST_SCALE
 from service.samplers import rows_at
@@ -28,8 +29,7 @@ _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be looked at
 _TOLD_AT_MOST = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
+class _Taken(NamedTuple):
     """What one step leaves to be looked at later; its tensors are on the device."""
 
     step: int
@@ -77,6 +77,9 @@ class Updates:
         self._say = say
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
         self._skips = plan.spec.faults.on_non_finite == "skip"
+        self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
+        self.asks_again = needs_closure(type(state.optimizer))
+        """Whether one step of the optimizer asks for the gradients at several points."""
         self._by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         self._has_stepped = bool(state.optimizer.state)
         self._held: list[_Taken] = []
@@ -108,11 +111,12 @@ class Updates:
         """
         state = self._state
         broken = None if state.scaler is None else state.scaler.unscale(state.optimizer)
-        norm = self._norm(needed=logging or self._skips)
+        norm = self._norm() if logging or self._skips or self._clips else None
         if self._skips and broken is None and norm is not None:
             broken = norm.isfinite().logical_not().float()
         self._normalization.finish_step(broken)
-        norm = self._clip(norm)
+        if self._clips:
+            self._clip(norm)
         self._step(broken, closure)
         if state.scaler is not None:
             state.scaler.update()
@@ -127,22 +131,18 @@ class Updates:
         """Drop what a forward pass that does not count as a step's has gathered."""
         self._normalization.forget()
 
-    def _norm(self, *, needed: bool) -> Tensor | None:
-        if needed or self._plan.spec.max_grad_norm is not None:
-            return nn.utils.get_total_norm(gradient_values(self._parameters))
-        return None
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm(gradient_values(self._parameters))
 
-    def _clip(self, norm: Tensor | None) -> Tensor | None:
-        """Each number first, then the length; returns the length there was before either."""
+    def _clip(self, norm: Tensor | None) -> None:
+        """Each number first, then the length, which was `norm` before either."""
         spec = self._plan.spec
-        longest = norm
         if spec.max_grad_value is not None:
             nn.utils.clip_grad_value_(self._parameters, spec.max_grad_value)
-            if spec.max_grad_norm is not None:
-                longest = self._norm(needed=True)
-        if spec.max_grad_norm is not None and longest is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, spec.max_grad_norm, longest)
-        return norm
+            norm = None
+        if spec.max_grad_norm is not None:
+            norm = self._norm() if norm is None else norm
+            nn.utils.clip_grads_with_norm_(self._parameters, spec.max_grad_norm, norm)
 
     def _step(self, broken: Tensor | None, closure: Callable[[], Any] | None) -> None:
         """Take the step, unless `broken` is 1."""
@@ -176,12 +176,18 @@ class Updates:
         held, self._held = self._held, []
         if not held:
             return {}
-        faults = [*self._faults(held)]
+        losses = _by_place(held)
+        faults = [
+            _Fault(step, number, self._world.index, value)
+            for (step, number), value in losses.items()
+            if not math.isfinite(value)
+        ]
         last = held[-1]
-        loss_sum, faulty = self._sum_over_processes(last.losses, len(faults))
+        mine = {number: losses[last.step, number] for number in last.losses}
+        loss_sum, faulty = self._sum_over_processes(mine, len(faults))
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
-        endless = _where(norms, lambda value: ~value.isfinite())
+        endless = _where(norms, lambda value: not math.isfinite(value))
         self._state.skipped_steps += len(skipped)
         if faulty:
             faults = [fault for found in self._world.gather(faults) for fault in found]
@@ -189,27 +195,14 @@ class Updates:
             self._answer(faults, endless)
         return {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
 
-    def _faults(self, held: Sequence[_Taken]) -> list[_Fault]:
-        places = [(taken.step, number) for taken in held for number in taken.losses]
-        values = torch.stack([loss for taken in held for loss in taken.losses.values()])
-        if bool(values.isfinite().all()):
-            return []
-        return [
-            _Fault(step, number, self._world.index, value)
-            for (step, number), value in zip(places, values.tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
-
-    def _sum_over_processes(self, losses: Mapping[int, Tensor], faults: int) -> tuple[float, float]:
-        """(the summed loss, added up in the order of the micro-batches; all processes' faults)."""
+    def _sum_over_processes(self, losses: Mapping[int, float], faults: int) -> tuple[float, float]:
+        """(the summed loss, added up exactly and rounded once; all processes' faults)."""
         world, count = self._world, self._plan.micro_batches
-        each = torch.zeros(count + 1, dtype=world.wide)  # 0 for what others computed
-        for number, loss in losses.items():
-            if number < count:
-                each[number] = loss
-        each[count] = faults
-        total = world.sum(each.to(world.device))
-        return float(total[:count].sum()), float(total[count])
+        each = [losses.get(number, 0.0) for number in range(count)]  # 0 for what others computed
+        values = torch.tensor([*each, faults], dtype=world.wide).to(world.device)
+        *found, faulty = world.sum(values).tolist()
+        finite = all(map(math.isfinite, found))
+        return math.fsum(found) if finite else sum(found), faulty
 
     def _reading(self, last: _Taken) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()
@@ -289,15 +282,22 @@ def gradient_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [grad.values() if grad.is_sparse else grad for grad in found]
 
 
+def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
+    """Every summed loss by step and micro-batch; one wait for the device."""
+    places = [(taken.step, number) for taken in held for number in taken.losses]
+    losses = [loss for taken in held for loss in taken.losses.values()]
+    return dict(zip(places, torch.stack(losses).tolist(), strict=True))
+
+
 def _where(
-    values: Sequence[tuple[int, Tensor | None]], asked: Callable[[Tensor], Tensor]
+    values: Sequence[tuple[int, Tensor | None]], asked: Callable[[float], bool]
 ) -> list[int]:
     """The steps at which it is so, of those that have a value; one wait for the device."""
     present = [(step, value) for step, value in values if value is not None]
     if not present:
         return []
-    answers = asked(torch.stack([value for _, value in present])).tolist()
-    return [step for (step, _), yes in zip(present, answers, strict=True) if yes]
+    found = torch.stack([value for _, value in present]).tolist()
+    return [step for (step, _), value in zip(present, found, strict=True) if asked(value)]
 
 
 def _require_skippable(

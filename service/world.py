@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -65,14 +65,11 @@ class World:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return cast(nn.Module, self._accelerator.prepare_model(model))
 
-    def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterator[T]:
+    def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterable[T]:
         """The micro-batches in order; gradients are exchanged in the backward of the last one."""
-        if not isinstance(model, DistributedDataParallel):
-            yield from micro_batches
-            return
-        with model.no_sync():
-            yield from micro_batches[:-1]
-        yield micro_batches[-1]
+        if len(micro_batches) > 1 and isinstance(model, DistributedDataParallel):
+            return _exchanged_last(model, micro_batches)
+        return micro_batches
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's arithmetic, as the spec's precision says."""
@@ -172,6 +169,12 @@ class World:
         """Wait until every process is here."""
         if self.processes > 1:
             dist.barrier(group=self._control)
+
+
+def _exchanged_last(model: DistributedDataParallel, micro_batches: Sequence[T]) -> Iterator[T]:
+    with model.no_sync():
+        yield from micro_batches[:-1]
+    yield micro_batches[-1]
 
 
 def alone() -> World:
