@@ -6,8 +6,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -37,6 +39,8 @@ WORDS: dict[Work, str] = {
     "agree": "agreeing on whether to stop",
     "save": "saving a checkpoint",
 }
+WRITER = "checkpoints"
+"""How the thread that writes them is called."""
 
 
 class Numbered(Protocol):
@@ -80,8 +84,10 @@ class Pulse:
         self.started = time.time() if started is None else started
         """Seconds since 1970 at which this attempt began, perhaps before this process did."""
         self.longest_save_seconds = 0.0
+        """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
         self.directory: RunDirectory | None = None
         self._scratch = scratch
+        self._writing = threading.Lock()
         self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
         since = time.monotonic() - (time.time() - self.started)
         self.place = Place("starting", 0, -1, since)
@@ -90,10 +96,12 @@ class Pulse:
         """Say what begins now; `step` stays as it was where it is not given."""
         now, before = time.monotonic(), self.place
         self._seconds[before.work] += now - before.since
-        if before.work == "save":
-            self.longest_save_seconds = max(self.longest_save_seconds, now - before.since)
         # One assignment: whoever reads it from another thread sees a whole place.
         self.place = Place(work, before.step if step is None else step, micro_batch, now)
+
+    def moved(self) -> None:
+        """What this process waits for, or does at length, gets on: it does not stand still."""
+        self.enter(self.place.work, micro_batch=self.place.micro_batch)
 
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
         """The same batches; each of them is entered as it comes."""
@@ -157,15 +165,19 @@ class Pulse:
             "micro_batch": place.micro_batch,
             "work": place.work,
             "standing_seconds": round(time.monotonic() - place.since, 3),
+            "longest_save_seconds": round(self.longest_save_seconds, 3),
             "seconds": self.seconds(),
         }
 
     def write(self) -> None:
-        """Leave the record where it outlives this process."""
-        if self.scratch is not None:
-            text = json.dumps(self.record())
-            partial = self.scratch / f".rank-{self.rank}.beat"
-            partial.write_text(text)
+        """Leave the record where it outlives this process, if there is room for it."""
+        if self.scratch is None:
+            return
+        partial = self.scratch / f".rank-{self.rank}.beat"
+        # Who trains writes it and who watches: of one file, the second would miss what the first
+        # has renamed.  Where it cannot be written, no run ends of it: a report lacks a place.
+        with self._writing, suppress(OSError):
+            partial.write_text(json.dumps(self.record()))
             os.replace(partial, self.scratch / f"rank-{self.rank}.beat")
 
 
