@@ -98,7 +98,8 @@ class Checkpoints:
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
-        `pulse` is told that a save gets on, and how long it took.  `rename` gives the new names of parameters and modules that are saved under old ones.
+        `pulse` is told that a save gets on, and how long it took.  `rename` gives the new names
+        of parameters and modules that are saved under old ones.
         """
         self._directory = directory
         self._world = world

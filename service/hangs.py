@@ -178,9 +178,8 @@ class _Watch:
             for thread in threading.enumerate():  # the lead waits for its own writer
                 if thread.name.startswith(WRITER) and thread.ident in frames:
                     written, _ = _line_of(frames[thread.ident])
-                    line = (
-                        line if "concurrent/futures" in written else written
-                    )  # idle: it waits itself
+                    is_idle = "concurrent/futures" in written
+                    line = line if is_idle else written
         return line, waiting
 
     def _report(self, standing: float) -> None:

@@ -1,6 +1,8 @@
 """Runs the real command, injures it by a seeded plan, and compares bits with an undisturbed run.
 
 python -m tests.chaos.campaign --injuries 200 --seed 1     (what `make chaos` runs)
+
+After the injuries by chance comes one run that is killed at every operation of its saves.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk
 SAVE_EVERY = 4
 FIRST_STEPS = 6
 """Steps before the first injury that waits for a step: there are two checkpoints then."""
-OPERATIONS = 45
-"""So many operations on the file system one save takes at most."""
+OPERATIONS = 90
+"""More operations on the file system than to restore and to save once takes."""
 
 AGAIN = "starts again by itself"
 KILLS = ("kill one", "kill all", "raise", "out of memory")
@@ -119,6 +121,12 @@ def _injury(kind: str, moment: str, chance: random.Random, processes: int) -> In
     late = moment == "save" and kind.startswith("kill")
     delay = chance.uniform(0.0, 0.04) if late else 0.0
     return Injury(0, kind, moment, rank, chance.randint(1, most), delay)
+
+
+def kills_on_disk(*, every: int = 1) -> list[Injury]:
+    """A kill at each operation on checkpoints after a start, or every nth; a write is cut."""
+    counts = range(1, OPERATIONS + 1, every)
+    return [Injury(n, "kill one", "disk", rank=0, count=count) for n, count in enumerate(counts)]
 
 
 def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
@@ -235,14 +243,19 @@ def _lost(
     strike: Event, events: Sequence[Event], attempts: Sequence[str], processes: int
 ) -> tuple[int | None, float | None]:
     """Steps taken again, and seconds until all ranks took one."""
+    was_stepping = any(e.attempt == strike.attempt and e.what[:5] == "steps" for e in events)
     after = attempts[attempts.index(strike.attempt) + 1 :]
+    undisturbed = True
     for event in (e for e in events if e.at > strike.at):
         if event.what.startswith("struck"):
-            return None, None  # on its way back: it is the next one's time that counts
-        stepping = [e for e in events if e.attempt == event.attempt and e.what.startswith("steps")]
+            if event.attempt == strike.attempt:
+                return None, None  # it is the next one's doing
+            undisturbed = False  # on its way back: it is the next one's time that counts
+        stepping = [e for e in events if e.attempt == event.attempt and e.what[:5] == "steps"]
         if event.attempt in after and len(stepping) == processes:
             start, at = int(stepping[0].what.split()[1]), int(strike.what.split()[2])
-            return max(0, at - start), max(e.at for e in stepping) - strike.at
+            back = max(e.at for e in stepping) - strike.at
+            return max(0, at - start) if was_stepping else None, back if undisturbed else None
     return None, None  # it struck on the way out of a run that was done
 
 
@@ -318,7 +331,7 @@ def main() -> None:
     words.add_argument("--per-run", type=int, default=20)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--processes", type=int, default=3)
-    words.add_argument("--steps", type=int, default=110)
+    words.add_argument("--steps", type=int, default=200)
     words.add_argument("--hang", type=float, default=3.0)
     words.add_argument("--kinds", nargs="*", default=[*EXPECTED])
     asked = words.parse_args()
@@ -327,9 +340,12 @@ def main() -> None:
     differ = 0
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
     run(place, "undisturbed", [], **how, hang=asked.hang)
-    for number in range(asked.injuries // asked.per_run):
+    plans = [
+        planned(asked.per_run, seed=asked.seed + number, kinds=asked.kinds, **how)
+        for number in range(asked.injuries // asked.per_run)
+    ]
+    for number, plan in enumerate([*plans, kills_on_disk()]):
         started, name = time.time(), f"injured-{number}"
-        plan = planned(asked.per_run, seed=asked.seed + number, kinds=asked.kinds, **how)
         these = run(place, name, plan, **how, hang=asked.hang)
         different = differences(place / "runs" / name, place / "runs" / "undisturbed")
         differ += bool(different)
