@@ -311,7 +311,11 @@ def table(found: Sequence[Seen]) -> str:
         rows.append(
             f"| {kind} | {moment} | {len(those)} | {EXPECTED[kind]} | {came} | {lost} | {seconds} |"
         )
-    kills = sorted(s.seconds for s in found if s.injury.kind in KILLS[:2] and s.seconds is not None)
+    kills = sorted(
+        one.seconds
+        for one in found
+        if one.injury.kind in KILLS[:2] and one.followed == AGAIN and one.seconds is not None
+    )
     if kills:
         last = kills[min(len(kills) - 1, round(0.99 * len(kills)))]
         rows.append(
