@@ -12,8 +12,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,11 +37,15 @@ from service.checkpoint_files import (
 )
 from service.durable import make_directory, remove, remove_if_possible, replace_file, sync_directory
 from service.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
+from service.pulse import WRITER, Pulse
 from service.snapshots import Content, Snapshot, content_of, load, require_finite
 from service.spec import CheckpointSpec
 from service.state import TrainState
 from service.world import World
 
+_LOOK_SECONDS = 0.25
+_PIECE_BYTES = 64 << 20
+"""So much is written between two signs that the writer gets on."""
 _STANDING_IN_THE_WAY = {
     errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
     errno.EDQUOT: "the disk quota is used up. Free some of it, or lower checkpoint.keep",
@@ -99,10 +103,12 @@ class Checkpoints:
         facts: Mapping[str, Any],
         say: Callable[[str], None],
         rename: Mapping[str, str] | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
-        `rename` gives the new names of parameters and modules that are saved under old ones.
+        `pulse` is told that a save gets on, and how long it took.  `rename` gives the new names
+        of parameters and modules that are saved under old ones.
         """
         self._directory = directory
         self._world = world
@@ -110,13 +116,14 @@ class Checkpoints:
         self._facts = dict(facts)
         self._say = say
         self._rename = rename or {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pulse = pulse or Pulse()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix=WRITER)
+        self._moves = 0
+        """Counts what the writer has got done."""
         self._snapshot = Snapshot(world.device)
         self._pending: Future[None] | None = None
         self._unsaved: EvenstepError | None = None
         """Why the last save failed, where the run went on all the same."""
-        self.longest_seconds = 0.0
-        """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
         self._failures = 0
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
@@ -166,6 +173,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let the writer end what it has begun.  Asks no other process: they may be gone."""
+        if self._pending is not None:
+            self._wait_for(self._pending)
         self._writer.shutdown(wait=True)
 
     def timings(self) -> dict[str, float]:
@@ -221,6 +230,7 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         failed: EvenstepError | None = None
         if pending is not None:
+            self._wait_for(pending)
             try:
                 pending.result()
             except EvenstepError as error:
@@ -234,6 +244,14 @@ class Checkpoints:
         self._unsaved = failed
         self._say(f"WARNING: {failed} Training goes on (checkpoint.on_failure: go_on).")
 
+    def _wait_for(self, pending: Future[None]) -> None:
+        """Return when it is done; for as long as the writer gets on, this is no standing still."""
+        seen = self._moves
+        while wait([pending], timeout=_LOOK_SECONDS).not_done:
+            if seen != self._moves:
+                seen = self._moves
+                self._pulse.moved()
+
     # ---- what the writer does: on the lead, beside training; no other process is asked
 
     def _carry_out(self, job: _Job) -> None:
@@ -246,7 +264,7 @@ class Checkpoints:
             raise _not_saved(job.step, self._directory, error) from error
         seconds = time.perf_counter() - job.began
         self._durable.put(seconds)
-        self.longest_seconds = max(self.longest_seconds, seconds)
+        self._pulse.longest_save_seconds = max(self._pulse.longest_save_seconds, seconds)
 
     def _publish(self, job: _Job) -> None:
         make_directory(self._directory)
@@ -267,20 +285,38 @@ class Checkpoints:
         try:
             write_into(
                 partial,
-                {file: (content.entries(file), content.pieces(file)) for file in content.tensors},
+                {
+                    file: (content.entries(file), self._getting_on(content.pieces(file)))
+                    for file in content.tensors
+                },
                 content.rest,
                 {"time": time.time(), **self._facts},
             )
+            self._get_on()
             if job.seal is not None:
                 job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
             # A checkpoint that outlived the machine without the rows before it would be a gap.
             for record in job.records:
                 record.sync()
+                self._get_on()
             os.rename(partial, target.path)
         except BaseException:
             remove_if_possible(partial)
             raise
         sync_directory(self._directory)
+        self._get_on()
+
+    def _getting_on(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """The same bytes; the next are asked for when the ones before are written."""
+        for piece in pieces:
+            for start in range(0, len(piece), _PIECE_BYTES):
+                yield piece[start : start + _PIECE_BYTES]
+                self._get_on()
+
+    def _get_on(self) -> None:
+        self._moves += 1
+        if not self._spec.asynchronous:  # else it is another thread that tells where it is
+            self._pulse.moved()
 
     def _require_room(self, job: _Job) -> None:
         needed = job.content.size_bytes
@@ -306,6 +342,7 @@ class Checkpoints:
                 gone = old.path.with_name(f".{old.path.name}.removed-{secrets.token_hex(4)}")
                 os.rename(old.path, gone)
                 remove(gone)
+                self._get_on()
 
     def _mark_best(self, best: int | None) -> None:
         if best is None or best == best_of(self._directory):
@@ -318,6 +355,7 @@ class Checkpoints:
         for pattern in (".step-*.partial-*", ".step-*.removed-*"):
             for leftover in self._directory.glob(pattern):
                 remove(leftover)
+                self._get_on()
 
     def _set_aside(self, damaged: Checkpoint) -> None:
         aside = f".damaged-{damaged.path.name}-{secrets.token_hex(2)}"

@@ -13,6 +13,8 @@ from pathlib import Path
 # Small enough that a hash finds it still in the cache, large enough that a thread which writes
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
+# What is synced at the end takes its time then, and nobody sees how far it is.
+_SYNC_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
         OSError: also where `path` exists, be it as a link.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    digest, size = hashlib.sha256(), 0
+    digest, size, synced = hashlib.sha256(), 0, 0
     try:
         for piece in pieces:
             view = memoryview(piece)
+            if size - synced >= _SYNC_BYTES:
+                os.fsync(descriptor)
+                synced = size
             for start in range(0, len(view), _CHUNK_BYTES):
                 chunk = view[start : start + _CHUNK_BYTES]
                 _write_whole(descriptor, chunk)

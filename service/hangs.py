@@ -10,13 +10,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
 from service.errors import PeerLost
 from service.failures import read_failures, write_failure
-from service.pulse import ORDER, WORDS, Pulse, group
+from service.pulse import ORDER, WORDS, WRITER, Place, Pulse, group
 from service.run_directory import read_beat
 
 HUNG = 1
@@ -55,8 +56,20 @@ def watched(
     finally:
         ended.set()
         thread.join()
-        faulthandler.cancel_dump_traceback_later()
         watch.close()
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A rank that is no further than this one, and got on last: this one may wait for it."""
+
+    place: Place
+    """Of this process."""
+    rank: int | None
+    """None where all others are further."""
+    beat_time: float
+    until: float
+    """On the monotonic clock: when it is looked at again."""
 
 
 class _Watch:
@@ -78,19 +91,69 @@ class _Watch:
         self._main = threading.main_thread().ident
         self._look_seconds = min(_MOST_SECONDS_A_LOOK, timeout_seconds / 8)
         self._stacks: IO[str] | None = None
+        self._awaited: _Awaited | None = None
 
     def run(self) -> None:
-        while not self._ended.wait(self._look_seconds):
-            place = self._pulse.place
-            timeout = self._startup_timeout if place.work == "starting" else self._timeout
-            self._pulse.write()
-            # Armed anew at each look: it goes off only where the looks have stopped.
-            faulthandler.dump_traceback_later(
-                timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
-            )
-            standing = time.monotonic() - place.since
-            if standing > timeout and place == self._pulse.place:
-                self._report(standing)
+        try:
+            while not self._ended.wait(self._look_seconds):
+                self._look()
+        finally:  # also where a look fails: without looks it would end a process that is well
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
+        place = self._pulse.place
+        timeout = self._startup_timeout if place.work == "starting" else self._timeout
+        # Armed anew at each look: it goes off only where the looks have stopped.
+        faulthandler.dump_traceback_later(
+            timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
+        )
+        self._pulse.write()
+        standing = time.monotonic() - place.since
+        if standing > timeout / 2 and (not self._awaited or self._awaited.place != place):
+            self._awaited = self._last_moved(place, until=place.since + timeout)
+        if standing > timeout and place == self._pulse.place and not self._may_wait(timeout):
+            self._report(standing)
+
+    def _last_moved(self, place: Place, *, until: float) -> _Awaited:
+        """Whom this process may be waiting for, by what all of them last wrote."""
+        ours = (place.step, ORDER.index(place.work))
+        behind = [
+            beat
+            for beat in map(self._beat, range(self._processes))
+            if beat and beat["rank"] != self._pulse.rank
+            if (beat["step"], ORDER.index(beat["work"])) <= ours
+        ]
+        last = min(behind, key=lambda beat: beat["standing_seconds"], default=None)
+        rank, written = (last["rank"], last["time"]) if last else (None, 0.0)
+        return _Awaited(place, rank, written, until)
+
+    def _may_wait(self, timeout: float) -> bool:
+        """Whether this process waits for one that lives and gets on.
+
+        The lead may write a checkpoint for longer than a hang is given, and tell how it gets on;
+        the others, who wait for it, cannot.
+        """
+        awaited = self._awaited
+        if awaited is None or awaited.rank is None or not self._line()[1]:
+            return False
+        if self._pulse.failures and any(
+            report.get("group") == group() for report in read_failures(self._pulse.failures)
+        ):
+            return False  # it is told already, and whoever told it waits for what the others say
+        now = time.monotonic()
+        if now < awaited.until:
+            return True
+        beat = self._beat(awaited.rank)
+        if not beat or beat["time"] == awaited.beat_time or beat["standing_seconds"] > timeout:
+            return False
+        left = timeout - beat["standing_seconds"]
+        self._awaited = self._last_moved(awaited.place, until=now + max(left, self._look_seconds))
+        return True
+
+    def _beat(self, rank: int) -> dict[str, Any] | None:
+        """What that rank wrote last in this attempt."""
+        beat = read_beat(self._pulse.scratch, rank) if self._pulse.scratch else None
+        return beat if beat and beat.get("group") == group() else None
 
     def close(self) -> None:
         if self._stacks is not None:
@@ -107,25 +170,36 @@ class _Watch:
             self._stacks = path.open("w")
         return self._stacks
 
+    def _line(self) -> tuple[str, bool]:
+        """(the line on which this process stands, and whether it waits there for others)."""
+        frames = sys._current_frames()
+        line, waiting = _line_of(frames[self._main]) if self._main in frames else ("", False)
+        if self._pulse.place.work == "save" and not waiting:
+            for thread in threading.enumerate():  # the lead waits for its own writer
+                if thread.name.startswith(WRITER) and thread.ident in frames:
+                    written, _ = _line_of(frames[thread.ident])
+                    is_idle = "concurrent/futures" in written
+                    line = line if is_idle else written
+        return line, waiting
+
     def _report(self, standing: float) -> None:
-        main = sys._current_frames().get(self._main or 0)
-        line, waiting = _line_of(main) if main else ("", False)
+        line, waiting = self._line()
         report = self._pulse.record() | {
             "kind": "hang",
             "line": line,
             "waits_for_others": waiting,
             "stacks": _stacks(),
         }
-        failures, beats = self._pulse.failures, self._pulse.scratch
-        if failures is None or beats is None:  # under a foreign torchrun, with no run opened yet
+        failures = self._pulse.failures
+        if failures is None:  # under a foreign torchrun, with no run opened yet
             told = _told(report, self._pulse.rank, standing)
             self._leave(HUNG, f"{report['stacks']}\n{told}")
         write_failure(failures, report)
-        behind = who_is_behind(self._reports(failures, beats))
+        behind = who_is_behind(self._reports(failures))
         mine = behind["rank"] == self._pulse.rank
         self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))
 
-    def _reports(self, failures: Path, beats: Path) -> list[dict[str, Any]]:
+    def _reports(self, failures: Path) -> list[dict[str, Any]]:
         """What every rank says of this hang; of one that says nothing, what it last wrote."""
         deadline = time.monotonic() + _REPORTS_SECONDS
         found: dict[int, dict[str, Any]] = {}
@@ -135,9 +209,7 @@ class _Watch:
             time.sleep(0.05)
         for rank in range(self._processes):
             if rank not in found:
-                beat = read_beat(beats, rank) or {}
-                known = beat if beat.get("group") == group() else {}
-                found[rank] = {"rank": rank, "silent": True} | known
+                found[rank] = {"rank": rank, "silent": True} | (self._beat(rank) or {})
         return list(found.values())
 
 
@@ -170,7 +242,9 @@ def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
             f"{who} has not answered for {standing:.0f} s while the others waited: it is stopped, "
             f"or holds Python's lock, or its machine is gone. It was last seen {where}."
         )
-    return f"{who} has stood still for {standing:.0f} s {where}: {behind['line']}."
+    # One that failed has no line: it has said why itself, and what it said is its reason.
+    what = behind.get("line") or behind.get("message", "it has failed")
+    return f"{who} has stood still for {standing:.0f} s {where}: {what}."
 
 
 def _line_of(frame: FrameType) -> tuple[str, bool]:

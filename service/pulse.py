@@ -6,8 +6,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -38,6 +40,8 @@ WORDS: dict[Work, str] = {
     "agree": "agreeing on whether to stop",
     "save": "saving a checkpoint",
 }
+WRITER = "checkpoints"
+"""How the thread that writes them is called."""
 
 
 class Numbered(Protocol):
@@ -81,8 +85,10 @@ class Pulse:
         self.started = time.time() if started is None else started
         """Seconds since 1970 at which this attempt began, perhaps before this process did."""
         self.longest_save_seconds = 0.0
+        """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
         self.directory: RunDirectory | None = None
         self._scratch = scratch
+        self._writing = threading.Lock()
         self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
         since = monotonic() - (time.time() - self.started)
         self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
@@ -92,8 +98,6 @@ class Pulse:
         now = monotonic()
         before, last_step, _, since = self._place
         self._seconds[before] += now - since
-        if before == "save":
-            self.longest_save_seconds = max(self.longest_save_seconds, now - since)
         # One assignment: whoever reads it from another thread sees a whole place.
         self._place = (work, last_step if step is None else step, micro_batch, now)
 
@@ -106,6 +110,10 @@ class Pulse:
     def seconds_waited(self) -> float:
         """Seconds waited for data so far, the present wait not included."""
         return self._seconds["data"]
+
+    def moved(self) -> None:
+        """What this process waits for, or does at length, gets on: it does not stand still."""
+        self.enter(self.place.work, micro_batch=self.place.micro_batch)
 
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
         """The same batches; each of them is entered as it comes."""
@@ -169,15 +177,19 @@ class Pulse:
             "micro_batch": place.micro_batch,
             "work": place.work,
             "standing_seconds": round(monotonic() - place.since, 3),
+            "longest_save_seconds": round(self.longest_save_seconds, 3),
             "seconds": self.seconds(),
         }
 
     def write(self) -> None:
-        """Leave the record where it outlives this process."""
-        if self.scratch is not None:
-            text = json.dumps(self.record())
-            partial = self.scratch / f".rank-{self.rank}.beat"
-            partial.write_text(text)
+        """Leave the record where it outlives this process, if there is room for it."""
+        if self.scratch is None:
+            return
+        partial = self.scratch / f".rank-{self.rank}.beat"
+        # Who trains writes it and who watches: of one file, the second would miss what the first
+        # has renamed.  Where it cannot be written, no run ends of it: a report lacks a place.
+        with self._writing, suppress(OSError):
+            partial.write_text(json.dumps(self.record()))
             os.replace(partial, self.scratch / f"rank-{self.rank}.beat")
 
 

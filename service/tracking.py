@@ -21,6 +21,7 @@ Outcome = Literal["done", "stopped", "failed"]
 # null: which of them a loss became is what one wants to know afterwards, and Python's float(),
 # JavaScript's Number() and pandas.to_numeric read all three of them back.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,11 @@ class MetricsFile(Writer):
 
     def close(self, outcome: Outcome) -> None:
         os.close(self._descriptor)
+
+
+def tells_of_speed(key: str) -> bool:
+    """Whether a value of a row says how fast the run was, and not what it computed."""
+    return key in _OF_SPEED or key.startswith(("save/", "system/"))
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:

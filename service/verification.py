@@ -10,11 +10,7 @@ from typing import Any
 from service.errors import SpecError
 from service.receipt_file import read_receipt, read_weights
 from service.run_directory import RunDirectory
-from service.tracking import read_metrics
-
-# What says how fast a run was, and not what it computed.
-_NOT_COMPARED = ("time", "epoch", "step", "train/rows_per_second", "train/data_wait")
-_SECONDARY = ("save/", "system/")
+from service.tracking import read_metrics, tells_of_speed
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def _pairs(
     x: Mapping[str, float], y: Mapping[str, float], *, losses_only: bool
 ) -> Iterator[tuple[str, float, float]]:
     for key in sorted(x.keys() & y.keys()):
-        if key in _NOT_COMPARED or key.startswith(_SECONDARY):
+        if key in ("step", "epoch") or tells_of_speed(key):
             continue
         if not losses_only or key.endswith("/loss"):
             yield key, x[key], y[key]

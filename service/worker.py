@@ -135,6 +135,7 @@ def run(
         world=world,
         spec=spec.checkpoint,
         rename=spec.checkpoint.rename,
+        pulse=pulse,
         facts={
             "processes": world.processes,
             "train_rows": plan.train_rows,
@@ -194,7 +195,7 @@ def run(
                 outcome,
                 step=state.step,
                 seconds=pulse.seconds(),
-                longest_save_seconds=max(pulse.longest_save_seconds, checkpoints.longest_seconds),
+                longest_save_seconds=pulse.longest_save_seconds,
             )
             opened.close()
     if outcome == "stopped":

@@ -8,7 +8,7 @@ from jobs import spec_of, train_in_process
 from service.errors import SpecError
 from service.plan import make_plan
 from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.tracking import read_metrics, tells_of_speed
 
 JOB = spec_of(
     "cut_of_digits",
@@ -25,8 +25,7 @@ def everything(runs: Path) -> dict[str, bytes]:
 
 def measured(runs: Path):
     rows = read_metrics(runs / "job" / "metrics.jsonl")
-    unequal = {"time", "train/rows_per_second", "train/data_wait"}
-    return [{k: v for k, v in row.items() if k not in unequal} for row in rows]
+    return [{k: v for k, v in row.items() if not tells_of_speed(k)} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 from service.account import account_of, failures_in_a_row
 from service.errors import NoProgress
 from service.failures import read_failures, redacted, write_failure
-from service.hangs import who_is_behind
+from service.hangs import _told, who_is_behind
 from service.pulse import Pulse
-from service.run_directory import open_run
+from service.run_directory import open_run, read_beat
 from service.spec_file import load_spec
 
 SPEC = {
@@ -75,6 +76,40 @@ def test_the_seconds_of_a_pulse_add_up_to_the_time_since_it_began():
     assert pulse.place[:3] == ("forward", 3, 2)
     assert sum(pulse.seconds().values()) == pytest.approx(time.time() - pulse.started, abs=0.1)
     assert pulse.seconds()["starting"] == pytest.approx(5, abs=0.2)
+
+
+def test_who_trains_and_who_watches_write_one_beat(tmp_path):
+    pulse, failed = Pulse(scratch=tmp_path), []
+
+    def write():
+        try:
+            for _ in range(300):
+                pulse.write()
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, "one renamed what another was about to"
+    assert read_beat(tmp_path, 0)["work"] == "starting"
+    assert os.listdir(tmp_path) == ["rank-0.beat"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_beat_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / ".rank-0.beat").symlink_to("/dev/full")
+    Pulse(scratch=tmp_path).write()
+    assert read_beat(tmp_path, 0) is None
+
+
+def test_a_rank_behind_that_failed_has_no_line_and_is_told_all_the_same():
+    failed = {"rank": 1, "step": 4, "work": "forward", "micro_batch": 2, "message": "no such file"}
+    told = _told(failed, 0, 3.0)
+    assert told.startswith("Rank 1 has stood still for 3 s at step 4, micro-batch 2,")
+    assert told.endswith(": no such file.")
 
 
 def attempt(start: float, end: float, first: int, last: int, outcome: str, **seconds: float):

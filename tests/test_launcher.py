@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.campaign import Injury, spec_of
+from chaos.campaign import Injury, spec_of, write_plan
 from commands import BIN, CLEAN
 from processes import ProcessesOf
 
@@ -28,11 +28,8 @@ DEADLINE_SECONDS = 90.0
 
 def injured(place: Path, *injuries: tuple[str, str, int, int], **changed: Any) -> dict[str, str]:
     """Write the job and the plan of its injuries; what the command needs to know of them."""
-    plan = [
-        Injury(n, kind, moment, rank, count, 0.0).__dict__
-        for n, (kind, moment, rank, count) in enumerate(injuries)
-    ]
-    (place / "plan.json").write_text(json.dumps(plan))
+    plan = [Injury(number, *injury) for number, injury in enumerate(injuries)]
+    write_plan(place, place / "runs/job", plan)
     spec = spec_of("job", steps=12, hang_seconds=60)
     for section, values in changed.items():
         spec[section] = {**spec.get(section, {}), **values}
@@ -107,7 +104,7 @@ def is_alive(process: int) -> bool:
 
 
 def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):
-    environ = injured(tmp_path, ("raise", "forward", 1, 9))
+    environ = injured(tmp_path, ("raise", "forward", 1, 6))
     code, _, err = ended("--processes", 2, cwd=tmp_path, WANDB_API_KEY="k" * 40, **environ)
     assert code == 1
     assert err.index("chaos: this rank fails") < err.index("error: rank 1: RuntimeError: chaos")
@@ -122,9 +119,9 @@ def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):
     assert "chaos: this rank fails" in log
 
 
-@pytest.mark.parametrize("count", [1, 9], ids=["in the rehearsal", "in a step"])
-def test_out_of_memory_says_what_would_fit(tmp_path, count):
-    environ = injured(tmp_path, ("out of memory", "forward", 1, count))
+@pytest.mark.parametrize("moment", ["rehearsal", "forward"])
+def test_out_of_memory_says_what_would_fit(tmp_path, moment):
+    environ = injured(tmp_path, ("out of memory", moment, 1, 1))
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 137, err
     assert "error: rank 1: Out of memory: " in err
@@ -132,7 +129,7 @@ def test_out_of_memory_says_what_would_fit(tmp_path, count):
 
 
 def test_a_crash_loop_ends_with_42(tmp_path):
-    crashes = [("kill one", "forward", n % 2, 4) for n in range(9)]
+    crashes = [("kill one", "forward", n % 2, 1) for n in range(9)]
     environ = injured(tmp_path, *crashes, faults={"attempts_without_progress": 3})
     code, _, err = ended("--processes", 2, "--max-restarts", 8, cwd=tmp_path, **environ)
     assert code == 42, err
@@ -145,7 +142,7 @@ def test_a_crash_loop_ends_with_42(tmp_path):
 
 
 def test_an_elastic_run_goes_on_with_one_process_fewer(tmp_path):
-    environ = injured(tmp_path, ("kill one", "forward", 2, 14))
+    environ = injured(tmp_path, ("kill one", "forward", 2, 11))
     words = ("--processes", 3, "--max-restarts", 1)
     code, _, err = ended(*words, "--elastic", cwd=tmp_path, **environ)
     assert code == 0, err
@@ -181,7 +178,7 @@ def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
         _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
     assert launcher.returncode == 75, err
     assert "Stopped after step" in err
-    environ = injured(tmp_path, ("hang", "forward", 1, 9), length={"steps": 100_000})
+    environ = injured(tmp_path, ("hang", "forward", 1, 6), length={"steps": 100_000})
     with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
         until((tmp_path / "struck-0").exists, "a rank that hangs")
         below = descendants(launcher.pid)
@@ -194,7 +191,7 @@ def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
 
 
 def test_a_hung_rank_is_named_with_its_line(tmp_path):
-    environ = injured(tmp_path, ("hang", "forward", 1, 9), faults={"hang_timeout_seconds": 2.0})
+    environ = injured(tmp_path, ("hang", "forward", 1, 6), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err
     assert re.search(r"error: rank 1: This process has stood still for \d s at step \d+", err), err
@@ -205,6 +202,32 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     assert "_hang" in hung["stacks"]
     assert waits["waits_for_others"]
     assert not hung["waits_for_others"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous):
+    environ = injured(
+        tmp_path,
+        ("slow disk", "disk", 0, 1),
+        length={"steps": 2},
+        faults={"hang_timeout_seconds": 3.0},
+        checkpoint={"every_steps": 9, "asynchronous": asynchronous},
+    )
+    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    assert code == 0, err
+    assert facts_of(tmp_path)["attempts"][0]["longest_save_seconds"] > 3
+    assert not list((tmp_path / "runs/job/failures").glob("*"))
+
+
+def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path):
+    environ = injured(tmp_path, ("hang", "disk", 0, 8), faults={"hang_timeout_seconds": 2.0})
+    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    assert code == 1, err
+    told = re.search(r"has stood still for \d s at step \d+, saving a checkpoint: (.*)", err)
+    assert told, err
+    assert "in _hang: time.sleep(3600)" in told[1], "where the writer stands, not who waits for it"
+    found = (tmp_path / "runs/job/failures").glob("*.json")
+    assert {json.loads(path.read_text())["rank"] for path in found} == {0, 1}
 
 
 def test_a_frozen_rank_does_not_hold_up_a_stop(tmp_path):
@@ -233,7 +256,7 @@ def test_as_pid_1_it_reaps_and_loses_no_early_signal(tmp_path):
         os.kill(first, signal.SIGTERM)
         _, err = outer.communicate(timeout=DEADLINE_SECONDS)
     assert outer.returncode == 75, err
-    environ = injured(tmp_path, ("kill one", "forward", 1, 9), length={"steps": 100_000})
+    environ = injured(tmp_path, ("kill one", "forward", 1, 6), length={"steps": 100_000})
     words = ("--processes", 2, "--max-restarts", 1)
     with started(*words, cwd=tmp_path, before=namespace, **environ) as outer:
         first = until(lambda: listening_child(outer.pid), "PID 1 that listens")

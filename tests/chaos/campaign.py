@@ -1,6 +1,8 @@
 """Runs the real command, injures it by a seeded plan, and compares bits with an undisturbed run.
 
 python -m tests.chaos.campaign --injuries 200 --seed 1     (what `make chaos` runs)
+
+After the injuries by chance comes one run that is killed at every operation of its saves.
 """
 
 from __future__ import annotations
@@ -14,22 +16,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from service.receipt_file import read_receipt
+from service.tracking import tells_of_speed
+
 EVENSTEP = Path(sys.executable).with_name("evenstep")
-MOMENTS = ("start-up", "forward", "backward", "test", "save", "exit")
-IN_PLACE = ("kill one", "kill all", "raise", "SIGSTOP", "hang", "hang, lock held")
-"""What the launcher answers by itself; after the others somebody starts the command again."""
-FROM_OUTSIDE = ("kill launcher", "SIGTERM", "SIGINT", "SIGTERM to all")
-KILLS = ("kill one", "kill all", "raise")
+MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk", "exit")
+SAVE_EVERY = 4
+FIRST_STEPS = 6
+"""Steps before the first injury that waits for a step: there are two checkpoints then."""
+OPERATIONS = 90
+"""More operations on the file system than to restore and to save once takes."""
+
+AGAIN = "starts again by itself"
+KILLS = ("kill one", "kill all", "raise", "out of memory")
 HANGS = ("SIGSTOP", "hang", "hang, lock held")
-MEASURED_ANEW = ("time", "train/rows_per_second", "train/data_wait")
-REHEARSALS = 3
-"""Forward passes before the first step."""
+DAMAGES = ("cut a file", "flip a bit")
+STOPS = ("SIGTERM", "SIGINT", "SIGTERM to all")
+EXPECTED = {
+    **dict.fromkeys((*KILLS, *HANGS, *DAMAGES), AGAIN),
+    **dict.fromkeys(STOPS, "exit 75"),
+    "kill launcher": "exit -9",
+    "disk full": "exit 42",
+}
+"""What follows: the launcher answers, or the command ends and somebody enters it again."""
+MOST_LOST = {
+    **dict.fromkeys(EXPECTED, 2 * SAVE_EVERY),  # killed before the checkpoint under way was whole
+    **dict.fromkeys(DAMAGES, 3 * SAVE_EVERY),
+    **dict.fromkeys(STOPS, 0),
+}
+"""Steps that may have to be taken again."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,9 @@ class Injury:
     moment: str
     rank: int
     count: int
-    delay: float
+    delay: float = 0.0
+    step: int = 0
+    """Not before the run has logged this step."""
 
 
 @dataclass(frozen=True)
@@ -49,38 +71,62 @@ class Seen:
     """What an injury did."""
 
     injury: Injury
-    lost: int | None
-    """Steps taken again after it."""
-    seconds: float | None
-    """From the injury to the first forward pass of a step on all ranks."""
+    struck: bool
+    followed: str = ""
+    expected: bool = True
+    """Whether what followed is what belongs to it, or to another one of the same attempt."""
+    lost: int | None = None
+    """Steps taken again; None where the next injury struck before any was taken."""
+    seconds: float | None = None
+    """To the first forward pass of a step on all ranks; None likewise."""
 
 
-def planned(count: int, *, seed: int, processes: int, kinds: Sequence[str]) -> list[Injury]:
-    """Injuries by chance, every kind and every moment among them as soon as there are enough."""
+def planned(
+    count: int, *, seed: int, processes: int, steps: int, kinds: Sequence[str]
+) -> list[Injury]:
+    """Injuries by chance, all over the run; every kind and moment as soon as there are enough."""
     chance = random.Random(seed)
-    moments = [m for n in range(count // len(MOMENTS) + 1) for m in chance.sample(MOMENTS, 6)]
-    many = [k for n in range(count // len(kinds) + 1) for k in chance.sample(kinds, len(kinds))]
-    drawn = [
-        _injury(number, kind, moment, chance, processes)
-        for number, (kind, moment) in enumerate(zip(many[:count], moments[:count], strict=True))
-    ]
+    moments = [m for _ in range(count) for m in chance.sample(MOMENTS, len(MOMENTS))]
+    many = [k for _ in range(count) for k in chance.sample(kinds, len(kinds))]
+    drawn = [_injury(kind, moments[n], chance, processes) for n, kind in enumerate(many[:count])]
     # One injury waits for the one before it, and the way out comes once, after the last step.
     in_order = sorted(drawn, key=lambda injury: injury.moment == "exit")
-    return [replace(injury, number=number) for number, injury in enumerate(in_order)]
+    apart = (steps - FIRST_STEPS - 4) / count
+    return [
+        replace(
+            injury,
+            number=n,
+            # These come as soon as a process does, which the injury before them sees to.
+            step=0
+            if injury.moment in ("start-up", "rehearsal", "exit")
+            else FIRST_STEPS + int(n * apart),
+        )
+        for n, injury in enumerate(in_order)
+    ]
 
 
-def _injury(number: int, kind: str, moment: str, chance: random.Random, processes: int) -> Injury:
-    if moment == "exit" and kind not in ("kill one", "kill all", "kill launcher"):
+def _injury(kind: str, moment: str, chance: random.Random, processes: int) -> Injury:
+    if kind == "disk full":
+        moment = "disk"
+    elif kind in DAMAGES:
+        moment = "forward"
+    elif moment == "exit" and kind not in ("kill one", "kill all", "kill launcher"):
         moment = "forward"  # on its way out a process has nothing left to save or to wait for
-    if kind == "raise" and moment in ("start-up", "backward"):
+    elif moment in ("start-up", "rehearsal", "backward") and kind in ("raise", "out of memory"):
         moment = "forward"  # before the first step, what a task raises is its author's mistake
-    rank = 0 if moment == "save" else chance.randrange(processes)
-    if kind in HANGS and moment == "start-up":
+    elif moment in ("start-up", "rehearsal") and kind in HANGS:
         moment = "test"  # in start-up a hang is given more time, which a campaign has not
-    first = REHEARSALS + 1 if kind in ("raise", *HANGS) else 1
-    count = chance.randint(first, 12) if moment in ("forward", "backward") else 1
+    rank = 0 if moment in ("save", "disk") else chance.randrange(processes)
+    most = {"forward": 9, "backward": 9, "rehearsal": 2, "disk": OPERATIONS}.get(moment, 1)
     late = moment == "save" and kind.startswith("kill")
-    return Injury(number, kind, moment, rank, count, chance.uniform(0.0, 0.04) if late else 0.0)
+    delay = chance.uniform(0.0, 0.04) if late else 0.0
+    return Injury(0, kind, moment, rank, chance.randint(1, most), delay)
+
+
+def kills_on_disk(*, every: int = 1) -> list[Injury]:
+    """A kill at each operation on checkpoints after a start, or every nth; a write is cut."""
+    counts = range(1, OPERATIONS + 1, every)
+    return [Injury(n, "kill one", "disk", rank=0, count=count) for n, count in enumerate(counts)]
 
 
 def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
@@ -96,13 +142,23 @@ def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
         "schedule": {"name": "cosine", "warmup_steps": 5},
         "tracking": {"log_every_steps": 1},
         "test": {"every_steps": 5, "micro_batch": 32},
-        "checkpoint": {"every_steps": 4, "best": {"measure": "test/accuracy", "mode": "max"}},
+        "checkpoint": {
+            "every_steps": SAVE_EVERY,
+            "best": {"measure": "test/accuracy", "mode": "max"},
+        },
         "faults": {
             "hang_timeout_seconds": hang_seconds,
             "startup_timeout_seconds": 20 + hang_seconds,
+            "stop_poll_steps": 2,
             "attempts_without_progress": 1000,
         },
     }
+
+
+def write_plan(place: Path, run: Path, injuries: Sequence[Injury]) -> None:
+    """Leave the plan where the job finds it."""
+    plan = {"run": str(run), "injuries": [asdict(injury) for injury in injuries]}
+    (place / "plan.json").write_text(json.dumps(plan))
 
 
 def run(
@@ -111,22 +167,21 @@ def run(
     """Run the job to its end through all of the injuries; the command again as often as needed."""
     chaos = place / f"chaos-{name}"
     chaos.mkdir()
-    (chaos / "plan.json").write_text(json.dumps([asdict(injury) for injury in injuries]))
-    (chaos / "log").touch()
+    write_plan(chaos, place / "runs" / name, injuries)
     spec = place / f"{name}.yaml"
     spec.write_text(json.dumps(spec_of(name, steps=steps, hang_seconds=hang)))
     words = [EVENSTEP, "run", spec, "--processes", processes, "--max-restarts", 1000]
     for _ in range(len(injuries) + 1):
         code = _command(words, place, chaos)
         if code == 0:
-            return seen(chaos, injuries, processes)
-        assert code in (75, 130, 137, -9), f"exit code {code}; see {chaos / 'output'}"
+            return list(seen((chaos / "log").read_text(), injuries, processes))
+        assert f"exit {code}" in EXPECTED.values(), f"exit code {code}; see {chaos / 'output'}"
     raise AssertionError(f"the run did not end; see {chaos / 'output'}")
 
 
 def _command(words: Sequence[object], place: Path, chaos: Path) -> int:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    with (chaos / "output").open("ab") as output:
+    with (chaos / "output").open("ab") as output, (chaos / "log").open("a") as log:
         ended = subprocess.run(
             [str(word) for word in words],
             cwd=place,
@@ -137,31 +192,71 @@ def _command(words: Sequence[object], place: Path, chaos: Path) -> int:
             timeout=900,
         )
         output.write(f"--- exit code {ended.returncode}\n".encode())
+        log.write(f"{time.time():.4f} - - - exit {ended.returncode}\n")
     return ended.returncode
 
 
-def seen(chaos: Path, injuries: Sequence[Injury], processes: int) -> list[Seen]:
-    """How long each injury took to get over, by the job's own log of its forward passes."""
-    lines = [line.split(maxsplit=3) for line in (chaos / "log").read_text().splitlines()]
-    found = []
+# ---- what happened, by the log that the job keeps
+
+
+class Event(NamedTuple):
+    """A line of the log."""
+
+    at: float
+    rank: str
+    attempt: str
+    launcher: str
+    what: str
+
+
+def seen(log: str, injuries: Sequence[Injury], processes: int) -> Iterator[Seen]:
+    """What each injury did, in their order."""
+    lines = [line.split(maxsplit=4) for line in log.splitlines()]
+    events = [Event(float(at), *words) for at, *words in lines]
+    strikes = {int(e.what.split()[1]): e for e in events if e.what.startswith("struck")}
+    attempts = list(dict.fromkeys(event.attempt for event in events if event.attempt != "-"))
     for injury in injuries:
-        struck = [float(at) for at, _, _, what in lines if what == f"struck {injury.number}"]
-        seconds = None
-        if struck:
-            later: dict[tuple[str, str], list[float]] = {}
-            before = {pid for at, _, pid, _ in lines if float(at) <= struck[0]}
-            for at, rank, pid, what in lines:
-                if what == "forward" and pid not in before:
-                    later.setdefault((rank, pid), []).append(float(at))
-            firsts = [times[REHEARSALS] for times in later.values() if len(times) > REHEARSALS]
-            nexts = [float(at) for at, *_, what in lines if what.startswith("struck")]
-            if len(firsts) >= processes:
-                back = sorted(firsts)[processes - 1]
-                # Struck again on its way back, it is the next one's time that counts.
-                if not any(struck[0] < at < back for at in nexts):
-                    seconds = back - struck[0]
-        found.append(Seen(injury, None, seconds))
-    return found
+        strike = strikes.get(injury.number)
+        if strike is None:
+            yield Seen(injury, struck=False)
+            continue
+        followed = _followed(strike, events, attempts)
+        together = [i for i in injuries if (s := strikes.get(i.number)) and s[2] == strike.attempt]
+        yield Seen(
+            injury,
+            True,
+            followed,
+            followed in {EXPECTED[other.kind] for other in together},
+            *_lost(strike, events, attempts, processes),
+        )
+
+
+def _followed(strike: Event, events: Sequence[Event], attempts: Sequence[str]) -> str:
+    after = attempts[attempts.index(strike.attempt) + 1 :]
+    following = next((e for e in events if after and e.attempt == after[0]), None)
+    if following is not None and following.launcher == strike.launcher:
+        return AGAIN
+    return next(e.what for e in events if e.at > strike.at and e.what.startswith("exit"))
+
+
+def _lost(
+    strike: Event, events: Sequence[Event], attempts: Sequence[str], processes: int
+) -> tuple[int | None, float | None]:
+    """Steps taken again, and seconds until all ranks took one."""
+    was_stepping = any(e.attempt == strike.attempt and e.what[:5] == "steps" for e in events)
+    after = attempts[attempts.index(strike.attempt) + 1 :]
+    undisturbed = True
+    for event in (e for e in events if e.at > strike.at):
+        if event.what.startswith("struck"):
+            if event.attempt == strike.attempt:
+                return None, None  # it is the next one's doing
+            undisturbed = False  # on its way back: it is the next one's time that counts
+        stepping = [e for e in events if e.attempt == event.attempt and e.what[:5] == "steps"]
+        if event.attempt in after and len(stepping) == processes:
+            start, at = int(stepping[0].what.split()[1]), int(strike.what.split()[2])
+            back = max(e.at for e in stepping) - strike.at
+            return max(0, at - start) if was_stepping else None, back if undisturbed else None
+    return None, None  # it struck on the way out of a run that was done
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
@@ -181,39 +276,57 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     elif ours != theirs:
         different = [a["step"] for a, b in zip(ours, theirs, strict=True) if a != b]
         found.append(f"metrics.jsonl differs at the steps {different}")
-    if _digests(run) != _digests(undisturbed):
+    if read_receipt(run / "receipt.jsonl") != read_receipt(undisturbed / "receipt.jsonl"):
         found.append("receipt.jsonl")
     return found
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in MEASURED_ANEW} for row in rows]
+    return [{k: v for k, v in row.items() if not tells_of_speed(k)} for row in rows]
 
 
-def _digests(run: Path) -> dict[int, str]:
-    from service.receipt_file import read_receipt
-
-    return read_receipt(run / "receipt.jsonl")
+def wrong(found: Sequence[Seen]) -> list[Seen]:
+    """What did not go as it should have, bits aside."""
+    return [
+        one
+        for one in found
+        if not one.expected or (one.lost is not None and one.lost > MOST_LOST[one.injury.kind])
+    ]
 
 
 def table(found: Sequence[Seen]) -> str:
     """What happened, by kind and moment, as Markdown."""
-    rows = ["| injury | moment | times | seconds to recover: median, most |", "|---|---|---|---|"]
-    kinds = sorted({(s.injury.kind, s.injury.moment) for s in found})
-    for kind, moment in kinds:
-        those = [s for s in found if (s.injury.kind, s.injury.moment) == (kind, moment)]
-        seconds = [s.seconds for s in those if s.seconds is not None]
-        told = f"{statistics.median(seconds):.2f}, {max(seconds):.2f}" if seconds else "-"
-        rows.append(f"| {kind} | {moment} | {len(those)} | {told} |")
-    whole = [s.seconds for s in found if s.injury.kind in KILLS and s.seconds is not None]
-    if whole:
-        last = sorted(whole)[min(len(whole) - 1, round(0.99 * len(whole)))]
+    rows = [
+        "| injury | moment | times | expected | seen | steps lost: median, most "
+        "| seconds to recover: median, most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    struck = [one for one in found if one.struck]
+    for kind, moment in sorted({(s.injury.kind, s.injury.moment) for s in struck}):
+        those = [s for s in struck if (s.injury.kind, s.injury.moment) == (kind, moment)]
+        came = ", ".join(sorted({s.followed for s in those}))
+        lost = _median_and_most([s.lost for s in those if s.lost is not None], ".0f")
+        seconds = _median_and_most([s.seconds for s in those if s.seconds is not None], ".2f")
         rows.append(
-            f"\nkill to all ranks stepping, by itself, {len(whole)} times: median "
-            f"{statistics.median(whole):.2f} s, 99 % within {last:.2f} s"
+            f"| {kind} | {moment} | {len(those)} | {EXPECTED[kind]} | {came} | {lost} | {seconds} |"
+        )
+    kills = sorted(
+        one.seconds
+        for one in found
+        if one.injury.kind in KILLS[:2] and one.followed == AGAIN and one.seconds is not None
+    )
+    if kills:
+        last = kills[min(len(kills) - 1, round(0.99 * len(kills)))]
+        rows.append(
+            f"\nkill to all ranks stepping, by itself, {len(kills)} times: median "
+            f"{statistics.median(kills):.2f} s, 99 % within {last:.2f} s"
         )
     return "\n".join(rows)
+
+
+def _median_and_most(values: Sequence[float], style: str) -> str:
+    return f"{statistics.median(values):{style}}, {max(values):{style}}" if values else "-"
 
 
 def main() -> None:
@@ -222,34 +335,34 @@ def main() -> None:
     words.add_argument("--per-run", type=int, default=20)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--processes", type=int, default=3)
-    words.add_argument("--steps", type=int, default=90)
+    words.add_argument("--steps", type=int, default=200)
     words.add_argument("--hang", type=float, default=3.0)
-    words.add_argument("--kinds", nargs="*", default=[*IN_PLACE, *FROM_OUTSIDE])
+    words.add_argument("--kinds", nargs="*", default=[*EXPECTED])
     asked = words.parse_args()
-    how = {"processes": asked.processes, "steps": asked.steps, "hang": asked.hang}
+    how = {"processes": asked.processes, "steps": asked.steps}
     found: list[Seen] = []
-    wrong = 0
+    differ = 0
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
-    run(place, "undisturbed", [], **how)
-    for number in range(asked.injuries // asked.per_run):
+    run(place, "undisturbed", [], **how, hang=asked.hang)
+    plans = [
+        planned(asked.per_run, seed=asked.seed + number, kinds=asked.kinds, **how)
+        for number in range(asked.injuries // asked.per_run)
+    ]
+    for number, plan in enumerate([*plans, kills_on_disk()]):
         started, name = time.time(), f"injured-{number}"
-        plan = planned(
-            asked.per_run,
-            seed=asked.seed + number,
-            processes=asked.processes,
-            kinds=asked.kinds,
-        )
-        these = run(place, name, plan, **how)
+        these = run(place, name, plan, **how, hang=asked.hang)
         different = differences(place / "runs" / name, place / "runs" / "undisturbed")
-        wrong += bool(different)
+        differ += bool(different)
         found += these
         print(
-            f"{name}: {len(these)} injuries, {time.time() - started:.0f} s, "
+            f"{name}: {sum(s.struck for s in these)} injuries, {time.time() - started:.0f} s, "
             f"{different or 'equal in every bit'}",
             flush=True,
         )
-    print(f"\n{table(found)}\n\nruns that differ: {wrong}; all of it is in {place}")
-    sys.exit(bool(wrong))
+    print(f"\n{table(found)}\n\nruns that differ: {differ}; all of it is in {place}")
+    for one in wrong(found):
+        print(f"not as expected: {one}")
+    sys.exit(bool(differ or wrong(found)))
 
 
 if __name__ == "__main__":

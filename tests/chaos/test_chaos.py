@@ -1,21 +1,39 @@
-"""A run that is injured twenty times ends in the bits of one that is not."""
+"""A run that is injured again and again ends in the bits of one that is not."""
 
 from pathlib import Path
 
-import pytest
+from chaos.campaign import (
+    DAMAGES,
+    HANGS,
+    KILLS,
+    STOPS,
+    differences,
+    kills_on_disk,
+    planned,
+    run,
+    wrong,
+)
 
-from chaos.campaign import FROM_OUTSIDE, HANGS, differences, planned, run
-
-HOW = {"processes": 2, "steps": 90, "hang": 3.0}
+HOW = {"processes": 2, "steps": 110, "hang": 3.0}
 
 
-@pytest.mark.slow  # two minutes: `make test-slow`, and `make chaos` for two hundred
 def test_twenty_injuries_leave_no_trace(tmp_path: Path) -> None:
     run(tmp_path, "undisturbed", [], **HOW)
-    kinds = ["kill one", "kill all"] * 5 + ["raise"] * 4 + [*FROM_OUTSIDE[:3], *HANGS]
-    plan = planned(20, seed=5, processes=2, kinds=kinds)
+    kinds = [*KILLS, *KILLS[:2], *KILLS[:2], *HANGS, *DAMAGES, *DAMAGES[:1], *STOPS]
+    kinds += ["kill launcher", "disk full", "raise"]
+    plan = planned(20, seed=5, processes=2, steps=HOW["steps"], kinds=kinds)
     seen = run(tmp_path, "injured", plan, **HOW)
     different = differences(tmp_path / "runs" / "injured", tmp_path / "runs" / "undisturbed")
     assert not different, (different, seen)
-    struck = {n for n in range(20) if (tmp_path / "chaos-injured" / f"struck-{n}").exists()}
-    assert len(struck) >= 18, f"the run ended before {20 - len(struck)} injuries had struck"
+    assert not wrong(seen), wrong(seen)
+    assert all(one.struck for one in seen[:18]), "the run ended before they had struck"
+
+
+def test_killed_at_operations_of_its_saves_a_run_leaves_no_trace(tmp_path: Path) -> None:
+    how = {"processes": 1, "steps": 90, "hang": 30.0}
+    run(tmp_path, "undisturbed", [], **how)
+    seen = run(tmp_path, "injured", kills_on_disk(every=3), **how)  # `make chaos`: at every one
+    different = differences(tmp_path / "runs" / "injured", tmp_path / "runs" / "undisturbed")
+    assert not different, different
+    assert not wrong(seen), wrong(seen)
+    assert all(one.struck for one in seen)
