@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TypeVar
 
@@ -40,6 +41,15 @@ class Clock:
         }
         self.restart()
         return values
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that is neither training nor waiting; for who brings the steps, between two."""
+        begin = perf_counter()
+        yield
+        seconds = perf_counter() - begin
+        self._since += seconds
+        self._waited -= seconds
 
     def restart(self) -> None:
         """Forget the time so far: what comes between two steps is not training."""

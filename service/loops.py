@@ -46,6 +46,7 @@ def train(
     test_data: Data,
     stop: StopRequest,
     pulse: Pulse,
+    clock: Clock,
 ) -> dict[str, float]:
     """Take optimizer steps until `steps` ends or some process is asked to stop.
 
@@ -55,7 +56,7 @@ def train(
         Diverged: a loss or a gradient is not finite, and may not be.
     """
     exchange.model.train()
-    clock = Clock()
+    clock.restart()
     values: dict[str, float] = {}
     poll = StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps)
     if poll.agreed(state.step, stop.requested):

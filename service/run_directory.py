@@ -65,6 +65,10 @@ class RunDirectory:
         return self.path / "logs"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def failures(self) -> Path:
         return self.path / "failures"
 

@@ -12,9 +12,10 @@ from service import randomness
 from service.averages import MovingAverage
 from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
+from service.clock import Clock
 from service.compiling import compile_in_place
 from service.console import console
-from service.errors import EvenstepError, Stopped
+from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
 from service.loading import sample, test_batches, train_steps
@@ -31,6 +32,7 @@ from service.patience import Patience
 from service.plan import Plan, make_plan
 from service.precision import LossScaler
 from service.predictions import Predictions
+from service.profiling import Profile, Window
 from service.pulse import Pulse
 from service.rates import make_schedule
 from service.receipts import Receipt
@@ -57,11 +59,13 @@ def run(
     stop: StopRequest,
     fresh: bool = False,
     pulse: Pulse | None = None,
+    profile: Window | None = None,
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
 
     Args:
         pulse: is told what this process is doing.
+        profile: the steps to trace.
 
     Returns:
         The values of the last step; empty when the run was done before.
@@ -72,6 +76,10 @@ def run(
     spec = plan.spec
     pulse = pulse or Pulse(rank=world.index)
     require_measures(spec, task)
+    if profile is not None and profile.first > plan.steps:
+        raise SpecError(
+            f"--profile: the run ends after step {plan.steps}, before step {profile.first}."
+        )
     train_data, test_data = task.train_data(), task.test_data()
 
     ordered = spec.exactness == "bitwise"
@@ -155,13 +163,26 @@ def run(
     checkpoints.reserve(saved_bytes)
     tracker = _tracker(plan, opened, world=world, step=state.step)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
+    clock = Clock()
+    steps = train_steps(
+        state.stream or train_data, task=task, plan=plan, world=world, start=state.step
+    )
+    tracing: Profile | None = None
+    if profile is not None:
+        tracing = Profile(
+            profile,
+            directory=directory.profile,
+            device=world.device,
+            pulse=pulse,
+            clock=clock,
+            say=say,
+        )
+        steps = tracing.over(steps, start=state.step)
     outcome: Outcome = "failed"
     try:
         last = train(
             state,
-            train_steps(
-                state.stream or train_data, task=task, plan=plan, world=world, start=state.step
-            ),
+            steps,
             task=task,
             world=world,
             plan=plan,
@@ -173,12 +194,15 @@ def run(
             test_data=test_data,
             stop=stop,
             pulse=pulse,
+            clock=clock,
         )
         pulse.enter("save")
         checkpoints.finish()
         pulse.enter("log")
         outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
+        if tracing is not None:
+            tracing.close()
         checkpoints.close()
         tracker.close(outcome)
         if opened:

@@ -28,7 +28,7 @@ FLOORS = [
         "agreement",
         "clock",
     },
-    {"verification", "state"},
+    {"verification", "state", "profiling"},
     {"loading", "snapshots", "console", "wandb_writer", "rehearsal", "reference"},
     {"checkpoints", "planning"},
     {"updates"},
