@@ -13,7 +13,17 @@ T = TypeVar("T")
 class Clock:
     """Times the train loop of one process, from one reading to the next."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, flops_a_row: float | None = None, peak_flops: float | None = None
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            flops_a_row: what training on a row takes, where that is known.
+            peak_flops: what all devices together could do in a second, where that is known.
+        """
+        self._flops_a_row = flops_a_row
+        self._peak_flops = peak_flops
         self._since = perf_counter()
         self._waited = 0.0
         self._steps = 0
@@ -31,14 +41,32 @@ class Clock:
             self._steps += 1
             yield step
 
+    @property
+    def seconds_a_step(self) -> float:
+        """Since the last reading; 0 before a step was taken."""
+        return (perf_counter() - self._since) / self._steps if self._steps else 0.0
+
+    @property
+    def waited_a_step(self) -> float:
+        """Of these, the seconds for which its data was waited for."""
+        return self._waited / self._steps if self._steps else 0.0
+
     def reading(self, *, rows_per_step: int) -> dict[str, float]:
-        """Rows per second and the fraction of time waited, since the last reading."""
+        """Rows per second and the fraction of time waited, since the last reading.
+
+        And, where they are known, the operations in a second and the part they are of the peak.
+        """
         now = perf_counter()
         seconds = max(now - self._since, 1e-9)
         values = {
             "train/rows_per_second": self._steps * rows_per_step / seconds,
             "train/data_wait": min(self._waited / seconds, 1.0),
         }
+        if self._flops_a_row is not None:
+            flops = values["train/rows_per_second"] * self._flops_a_row
+            values["system/tflops"] = flops / 1e12
+            if self._peak_flops is not None:
+                values["system/flop_utilization"] = flops / self._peak_flops
         self.restart()
         return values
 

@@ -29,10 +29,15 @@ _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
 
 # A key's name on the console and the form of its value; other keys keep their own name.
 _FORMS = {
-    "train/lr": ("lr", ".1e"),
-    "train/grad_norm": ("grad_norm", ".3g"),
-    "train/rows_per_second": ("rows/s", ".0f"),
-    "train/data_wait": ("data_wait", ".0%"),
+    "train/lr": ("lr", "{:.1e}"),
+    "train/grad_norm": ("grad_norm", "{:.3g}"),
+    "train/rows_per_second": ("rows/s", "{:.0f}"),
+    "train/data_wait": ("data_wait", "{:.0%}"),
+    "system/peak_memory_gib": ("memory", "{:.2f}GiB"),
+    "system/tflops": ("tflop/s", "{:.3g}"),
+    "system/flop_utilization": ("utilization", "{:.0%}"),
+    "system/slowest_rank": ("slowest_rank", "{:.0f}"),
+    "system/slowest_ratio": ("slowest_ratio", "{:.3g}"),
 }
 
 
@@ -41,6 +46,27 @@ class Console(Writer, Protocol):
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
+
+
+class Voice:
+    """Says lines to a person: above the screen's bar where it has one, and else as they come."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        """Of all processes one speaks; for the others this is a way to say nothing."""
+        self._speaks = speaks
+        self._screen: Console | None = None
+
+    def speak_through(self, screen: Console) -> None:
+        """From now on let the screen print what is said."""
+        self._screen = screen
+
+    def __call__(self, text: str) -> None:
+        if not self._speaks:
+            return
+        if self._screen is None:
+            print(text, flush=True)
+        else:
+            self._screen.say(text)
 
 
 def console(
@@ -149,6 +175,8 @@ class LiveConsole(Console):
 
     def say(self, text: str) -> None:
         self._lines.append(text)
+        if self._closing.is_set():
+            self._draw(_nothing)
         self._news.set()
 
     def close(self, outcome: Outcome) -> None:
@@ -243,10 +271,10 @@ class _TimeLeft:
 def _shown(values: Mapping[str, float]) -> dict[str, str]:
     shown = {}
     for key, value in values.items():
-        name, form = _FORMS.get(key, (key.removeprefix("train/"), ".4g"))
+        name, form = _FORMS.get(key, (key.removeprefix("train/"), "{:.4g}"))
         if name.startswith("lr/"):
-            form = ".1e"
-        shown[name] = format(value, form)
+            form = "{:.1e}"
+        shown[name] = form.format(value)
     return shown
 
 
@@ -265,3 +293,7 @@ def _let_go(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def _nothing() -> None:
+    """Of a bar that is gone nothing is drawn."""

@@ -28,6 +28,7 @@ from service.state import TrainState
 from service.task import Data, Task
 from service.tracking import Tracker
 from service.updates import Updates
+from service.vitals import Vitals
 from service.world import World
 
 
@@ -47,6 +48,7 @@ def train(
     stop: StopRequest,
     pulse: Pulse,
     clock: Clock,
+    vitals: Vitals,
 ) -> dict[str, float]:
     """Take optimizer steps until `steps` ends or some process is asked to stop.
 
@@ -91,7 +93,7 @@ def train(
         values = {}
         if plan.logs_at(state.step):
             pulse.enter("log", state.step)
-            values = updates.look()
+            values = updates.look(vitals)
             values |= state.schedule.used()
             values |= clock.reading(rows_per_step=plan.global_batch)
             values |= checkpoints.timings()

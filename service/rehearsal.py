@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from service.batches import Batch
 from service.errors import EvenstepError, SpecError
+from service.flops import FlopCount
 from service.normalization import Normalization
 from service.precision import computed
 from service.task import Task
@@ -50,6 +51,18 @@ class Trial:
                     f"failed: {type(error).__name__}: {error}"
                 ) from error
             return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    def flops_a_row(self, model: nn.Module) -> float | None:
+        """What training on a row takes, or None where no operation of it can be counted."""
+        with self._undone(model), FlopCount() as count:  # type: ignore[no-untyped-call]
+            try:
+                self._pass(model)
+            except Exception as error:
+                # The same pass went well before: it is the counting that this model does not bear.
+                if is_out_of_memory(error):
+                    raise
+                return None
+        return count.total / len(self.batch.rows) or None
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Have the model compiled, as it is called in training.

@@ -22,6 +22,7 @@ from service.plan import Plan
 from service.precision import SMALLEST_SCALE
 from service.samplers import rows_at
 from service.state import TrainState
+from service.vitals import Vitals
 from service.world import World
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be looked at
@@ -164,8 +165,11 @@ class Updates:
 
     # ---- looking back, where the plan waits for the device anyway
 
-    def look(self) -> dict[str, float]:
+    def look(self, vitals: Vitals | None = None) -> dict[str, float]:
         """What the steps since the last look have come to; every process calls it.
+
+        Args:
+            vitals: what the processes tell of themselves along with it.
 
         Returns:
             The latest step's `train/loss` and `train/grad_norm`, and in the modes that skip, how
@@ -178,7 +182,8 @@ class Updates:
             return {}
         faults = [*self._faults(held)]
         last = held[-1]
-        loss_sum, faulty = self._sum_over_processes(last.losses, len(faults))
+        own = vitals.own() if vitals is not None else []
+        loss_sum, faulty, told = self._sum_over_processes(last.losses, len(faults), own)
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
         endless = _where(norms, lambda value: ~value.isfinite())
@@ -187,7 +192,8 @@ class Updates:
             faults = [fault for found in self._world.gather(faults) for fault in found]
         if faulty or endless:
             self._answer(faults, endless)
-        return {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        values = {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        return values if vitals is None else values | vitals.reading(told)
 
     def _faults(self, held: Sequence[_Taken]) -> list[_Fault]:
         places = [(taken.step, number) for taken in held for number in taken.losses]
@@ -200,16 +206,21 @@ class Updates:
             if not math.isfinite(value)
         ]
 
-    def _sum_over_processes(self, losses: Mapping[int, Tensor], faults: int) -> tuple[float, float]:
-        """(the summed loss, added up in the order of the micro-batches; all processes' faults)."""
+    def _sum_over_processes(
+        self, losses: Mapping[int, Tensor], faults: int, own: Sequence[float]
+    ) -> tuple[float, float, list[list[float]]]:
+        """(the summed loss, in the order of the micro-batches; faults; each process's `own`)."""
         world, count = self._world, self._plan.micro_batches
+        told = torch.zeros(world.processes, len(own), dtype=world.wide)
+        told[world.index] = torch.tensor(own, dtype=world.wide)
         each = torch.zeros(count + 1, dtype=world.wide)  # 0 for what others computed
         for number, loss in losses.items():
             if number < count:
                 each[number] = loss
         each[count] = faults
-        total = world.sum(each.to(world.device))
-        return float(total[:count].sum()), float(total[count])
+        total = world.sum(torch.cat([each, told.flatten()]).to(world.device))
+        all_told = total[count + 1 :].view_as(told).tolist()
+        return float(total[:count].sum()), float(total[count]), all_told
 
     def _reading(self, last: _Taken) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()

@@ -14,10 +14,11 @@ from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
 from service.clock import Clock
 from service.compiling import compile_in_place
-from service.console import console
+from service.console import Voice, console
 from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
+from service.flops import peak_flops
 from service.loading import sample, test_batches, train_steps
 from service.loops import test, train
 from service.normalization import prepare
@@ -46,6 +47,7 @@ from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.updates import Updates
+from service.vitals import Stopwatch, Vitals
 from service.wandb_writer import WandB
 from service.world import World
 
@@ -98,17 +100,25 @@ def run(
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     unreached = trial.unreached_parameters(model)
+    peak = peak_flops(world.device, spec.model.precision)
+    clock = Clock(
+        flops_a_row=trial.flops_a_row(model),
+        peak_flops=None if peak is None else peak * world.processes,
+    )
     average = MovingAverage(model, spec.model.moving_average) if spec.model.moving_average else None
     scaler = LossScaler(model, world.device) if spec.model.precision == "fp16" else None
     if spec.model.compile:  # within what wraps it, which then exchanges while it computes
         compile_in_place(model, telling=world.is_lead)
         if average is not None:
             compile_in_place(average.model, telling=False)
+    stopwatch = Stopwatch(world.device)
+    timed = stopwatch if world.processes > 1 else None
     exchange: Exchange
     if ordered:
-        exchange = Ordered(model, world, unreached=unreached, gathered=normalization.sums())
+        gathered = normalization.sums()
+        exchange = Ordered(model, world, unreached=unreached, gathered=gathered, stopwatch=timed)
     else:
-        exchange = Overlapped(model, world, find_unused=bool(unreached))
+        exchange = Overlapped(model, world, find_unused=bool(unreached), stopwatch=timed)
         if spec.model.compile:
             trial.compile(exchange.model, model)
         trial.settle_buckets(exchange.model, model)
@@ -121,7 +131,8 @@ def run(
         average=average,
         scaler=scaler,
     )
-    say = print if world.is_lead else _say_nothing
+    say = Voice(speaks=world.is_lead)
+    vitals = Vitals(world, rounds=plan.rounds, clock=clock, stopwatch=stopwatch, say=say)
     updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
     saved_bytes = expected_bytes(model, optimizer, averaged=average is not None)
 
@@ -161,9 +172,8 @@ def run(
 
     _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
     checkpoints.reserve(saved_bytes)
-    tracker = _tracker(plan, opened, world=world, step=state.step)
+    tracker = _tracker(plan, opened, world=world, step=state.step, voice=say)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
-    clock = Clock()
     steps = train_steps(
         state.stream or train_data, task=task, plan=plan, world=world, start=state.step
     )
@@ -195,6 +205,7 @@ def run(
             stop=stop,
             pulse=pulse,
             clock=clock,
+            vitals=vitals,
         )
         pulse.enter("save")
         checkpoints.finish()
@@ -289,13 +300,16 @@ def _start_attempt(
     world.fail_together(failed)
 
 
-def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> Tracker:
+def _tracker(
+    plan: Plan, opened: OpenRun | None, *, world: World, step: int, voice: Voice
+) -> Tracker:
     """Writers on the lead, the file of metrics first; none on the others."""
     resume_step = step if step else None
     if opened is None:
         return Tracker(epoch_at=plan.epoch, resume_step=resume_step)
     directory, wandb = opened.directory, plan.spec.tracking.wandb
     screen = console(plan.steps, resume_step=resume_step)
+    voice.speak_through(screen)
     writers: list[Writer] = [MetricsFile(directory.metrics, resume_step=resume_step), screen]
     if wandb is not None:
         writers.append(
@@ -357,7 +371,3 @@ def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory)
         waited = state.early_stopping
         line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
     return f"{line} All of it is in {directory.path}"
-
-
-def _say_nothing(text: str) -> None:
-    """What the processes beside the lead say."""

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page"},
+    {"charts", "spec_page", "flops"},
     {"errors", "optimizer_options", "receipt_file", "durable"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
@@ -17,6 +17,8 @@ FLOORS = [
     {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},
     {"precision", "history"},
     {"report", "starting"},
+    {"clock"},
+    {"vitals"},
     {
         "exchange",
         "predictions",
@@ -26,7 +28,6 @@ FLOORS = [
         "rates",
         "receipts",
         "agreement",
-        "clock",
     },
     {"verification", "state", "profiling"},
     {"loading", "snapshots", "console", "wandb_writer", "rehearsal", "reference"},
