@@ -18,6 +18,7 @@ from launch.process_group import process_group
 from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
 from service.failures import write_failure
 from service.faults import StopRequest
+from service.fitting import settled
 from service.hangs import Leave, watched
 from service.plan import Plan, make_plan
 from service.profiling import Window
@@ -94,6 +95,15 @@ class Job:
         spec = self.spec
         with here.watched(spec, environment), _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
+            spec = settled(
+                spec,
+                task=task,
+                world=world,
+                runs=self.runs,
+                fresh=self.fresh,
+                processes_here=environment.local_world_size,
+                say=print,
+            )
             plan = make_plan(
                 spec,
                 processes=world.processes,

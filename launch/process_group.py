@@ -13,8 +13,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
-from launch.limits import threads_each
 from service.errors import SpecError
+from service.limits import threads_each
 from service.world import World
 
 

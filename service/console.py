@@ -233,7 +233,7 @@ class _Bar:
 
 
 # Of the facts, those to keep longest where a terminal is narrow.
-_FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait")
+_FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait", "memory", "utilization")
 
 
 def _that_fit(facts: Mapping[str, str], columns: int) -> str:

@@ -65,14 +65,16 @@ class BatchSpec(Part):
 
     global_batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(examples=[128])
     """Rows of one optimizer step over all processes; `all` is the whole data set (full-batch)."""
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows of one forward pass. It decides the arithmetic, so it belongs to the experiment;
     the number of processes only decides who computes which. Default: 32, or less where the
-    global batch is smaller."""
+    global batch is smaller. `auto`: the most that fit in memory when the run is begun; its own
+    spec.yaml has the number, and it stays so."""
 
     @model_validator(mode="after")
     def _pieces_of_the_whole(self) -> Self:
-        if isinstance(self.global_batch, int) and (self.micro_batch or 0) > self.global_batch:
+        micro_batch = self.micro_batch if isinstance(self.micro_batch, int) else 0
+        if isinstance(self.global_batch, int) and micro_batch > self.global_batch:
             raise _wrong(
                 f"micro_batch must be at most global_batch ({self.global_batch}), "
                 f"but is {self.micro_batch}"
@@ -536,8 +538,9 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
 class LoaderSpec(Part):
     """How rows are read."""
 
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Reading processes beside each training process; 0 reads in place."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Reading processes beside each training process; 0 reads in place. `auto`: as many as the
+    cores that the container gives each training process, without the one that trains."""
     stream: Literal["whole", "split"] = "whole"
     """Of data that can only be iterated: every process reads all of it, and the run does not
     depend on their number; or each reads its own part, and it does."""

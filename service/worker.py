@@ -76,6 +76,7 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
+    assert spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     pulse = pulse or Pulse(rank=world.index)
     require_measures(spec, task)
     if profile is not None and profile.first > plan.steps:

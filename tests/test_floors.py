@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops"},
+    {"charts", "spec_page", "flops", "limits"},
     {"errors", "optimizer_options", "receipt_file", "durable"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"verification", "state", "profiling"},
     {"loading", "snapshots", "console", "wandb_writer", "rehearsal", "reference"},
     {"checkpoints", "planning"},
-    {"updates"},
+    {"updates", "fitting"},
     {"loops"},
     {"worker"},
     {"checking", "in_place"},
@@ -64,6 +64,7 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "history",
     "report",
     "starting",
+    "limits",
 }
 
 
