@@ -27,6 +27,7 @@ from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
 from service.rehearsal import Trial
+from service.second_writers import require_packages
 from service.spec import CheckpointSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
@@ -53,6 +54,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     plan = _plan(spec, task, processes)
     require_measures(spec, task)
+    require_packages(spec.tracking)
     if spec.batch.micro_batch == "auto":
         memory = memory_each(processes)
         rows, seconds = _timed(

@@ -563,6 +563,15 @@ class WandBSpec(Part):
     """Words to find the run by."""
 
 
+class TrackioSpec(Part):
+    """Where trackio shows the run."""
+
+    project: Annotated[str, Field(examples=["digits"])]
+    """The project the run belongs to."""
+    space: str | None = None
+    """A Hugging Face Space, as `user/name`. Default: this machine, for `trackio show`."""
+
+
 class TrackingSpec(Part):
     """What is recorded and how often."""
 
@@ -570,6 +579,10 @@ class TrackingSpec(Part):
     """Optimizer steps from one line of the record to the next."""
     wandb: WandBSpec | None = None
     """Show the run in Weights & Biases as well."""
+    tensorboard: bool = False
+    """Write an event file for TensorBoard into the run's directory as well."""
+    trackio: TrackioSpec | None = None
+    """Show the run in trackio as well."""
 
 
 class FaultsSpec(Part):

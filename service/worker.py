@@ -39,6 +39,7 @@ from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
+from service.second_writers import require_packages, second_writers
 from service.snapshots import expected_bytes, load_weights
 from service.spec import Spec
 from service.spec_file import fingerprint
@@ -79,6 +80,7 @@ def run(
     assert spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     pulse = pulse or Pulse(rank=world.index)
     require_measures(spec, task)
+    require_packages(spec.tracking)
     if profile is not None and profile.first > plan.steps:
         raise SpecError(
             f"--profile: the run ends after step {plan.steps}, before step {profile.first}."
@@ -309,6 +311,7 @@ def _tracker(
     if opened is None:
         return Tracker(epoch_at=plan.epoch, resume_step=resume_step)
     directory, wandb = opened.directory, plan.spec.tracking.wandb
+    config = _config(plan, opened)
     screen = console(plan.steps, resume_step=resume_step)
     voice.speak_through(screen)
     writers: list[Writer] = [MetricsFile(directory.metrics, resume_step=resume_step), screen]
@@ -319,19 +322,31 @@ def _tracker(
                 run_id=opened.id,
                 name=plan.spec.name,
                 directory=directory.path,
-                config=_config(plan, opened),
+                config=config,
                 say=screen.say,
                 resume_step=resume_step,
             )
         )
+    writers += second_writers(
+        plan.spec.tracking,
+        directory=directory.path,
+        name=plan.spec.name,
+        config=config,
+        resume_step=resume_step,
+        say=screen.say,
+    )
     return Tracker(writers, epoch_at=plan.epoch, resume_step=resume_step)
 
 
 def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
-    """What W&B shows as the configuration: the spec as resolved, and what it ran on."""
-    git = {key: value for key, value in opened.facts["git"].items() if key != "diff"}
-    facts = {"versions": opened.facts["versions"], "git": git}
-    return {**plan.spec.model_dump(mode="json"), "processes": plan.processes, **facts}
+    """What trackers show as the configuration: the spec as resolved, and what it ran on."""
+    return {
+        **plan.spec.model_dump(mode="json"),
+        "spec_sha256": fingerprint(plan.spec),
+        "processes": plan.processes,
+        "versions": opened.facts["versions"],
+        "git": opened.facts["git"],
+    }
 
 
 def _opening(
