@@ -94,7 +94,7 @@ def run(
         raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
     asked = _process_count(node.processes if node else processes)
     window = window_of(profile) if profile is not None else None
-    loaded = _load(spec, overrides, name)
+    loaded = _load(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
     # Read when torch is loaded.  A thread that waits for its share gives the core back: where
     # it spins instead, beside one other busy process, five seconds of training took fifty.
@@ -320,6 +320,17 @@ def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
     if name is not None:
         overrides = (*overrides, f"name={json.dumps(name)}")
     return load_spec(find_recipe(spec), overrides=overrides)
+
+
+def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
+    """A name for each run of a W&B sweep: all of them are of one spec, and none may resume another.
+
+    The agent gives a run that was preempted its id again, and so the name under which it resumes.
+    """
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
+        return None
+    return f"{_load(spec, overrides, None).name}-{run_id}"
 
 
 def _process_count(asked: str | None) -> int:

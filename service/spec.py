@@ -561,6 +561,9 @@ class WandBSpec(Part):
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """Words to find the run by."""
+    artifacts: Literal["none", "reference"] = "none"
+    """`reference`: at the end, tell where the newest and the best checkpoint lie. Nothing of them
+    is uploaded or copied."""
 
 
 class TrackioSpec(Part):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
+from service.checkpoint_files import best_of, checkpoints_in
 from service.spec import WandBSpec
 from service.tracking import Outcome, Row, Writer, read_metrics
 
@@ -260,6 +261,11 @@ class WandB(Writer):
         A sweep queues a preempted run again, as 75 asks for; not one that W&B's own Stop button
         has stopped, so that one ends as finished, with `outcome: stopped` in its summary.
         """
+        if self._spec.artifacts == "reference":
+            try:
+                self._refer_to_checkpoints(run)
+            except Exception as error:
+                self._say(f"W&B did not take the checkpoints: {_one_line(error)}.")
         run.summary["outcome"] = outcome
         exit_code = {"done": 0, "stopped": 75, "failed": 1}[outcome]
         if outcome == "stopped" and self.stop_requested:
@@ -267,6 +273,21 @@ class WandB(Writer):
         elif outcome == "stopped":
             run.mark_preempting()
         run.finish(exit_code=exit_code)
+
+    def _refer_to_checkpoints(self, run: Run) -> None:
+        """One artifact for the best checkpoint and one for the newest, each a path and no copy."""
+        import wandb
+
+        place = self._metrics.parent / "checkpoints"
+        held = {checkpoint.step: checkpoint.path for checkpoint in checkpoints_in(place)}
+        best, newest = best_of(place), max(held, default=None)
+        for step in sorted({step for step in (best, newest) if step in held}):
+            artifact = wandb.Artifact(
+                f"{self._run_id}-checkpoint", type="checkpoint", metadata={"step": step}
+            )
+            artifact.add_reference(held[step].absolute().as_uri(), checksum=False)
+            # W&B calls the last one `latest` by itself.
+            run.log_artifact(artifact, aliases=["best"] if step == best else [])
 
     def _leave(self) -> None:
         """End wandb-core and take back wandb's exit handler, which would wait for it."""
