@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import transcript
 from commands import ROOT, evenstep
 
 from service.tracking import read_metrics
@@ -43,3 +44,11 @@ def test_the_mistake_that_the_readme_shows(own_job):
     told = evenstep("run", "my_job.yaml", cwd=own_job)
     assert told.returncode == 64
     assert shown.partition(": ")[2] in told.stderr
+
+
+def test_the_first_five_minutes_are_as_the_readme_shows_them():
+    shown = transcript.in_readme(README)
+    assert "error: runs/my_job was begun with another spec:" in shown
+    assert transcript.shape(transcript.transcript()) == transcript.shape(shown), (
+        "python tests/transcript.py"
+    )
