@@ -11,8 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
@@ -22,9 +21,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from service.handover import Handover
 from service.tracking import Outcome, Row, Writer
 
 _REDRAW_SECONDS = 0.25
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0  # for a reader to take the last lines
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
 
 # A key's name on the console and the form of its value; other keys keep their own name.
@@ -101,38 +103,68 @@ def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return stream.isatty() and environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
-class PlainConsole(Console):
-    """One line per row: a time, then `name=value` pairs."""
+class _Screen(Console, Protocol):
+    """What both have in common: a thread shows what the others leave to be shown.
 
-    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
-        self._total_steps = total_steps
-        self._time_left = time_left
-        self._stream = stream
+    Formatting takes its time, drawing more; and whoever reads a pipe may stop to.
+    """
+
+    _stream: TextIO
+    _handover: Handover[Row | str]
+    _thread: threading.Thread
 
     def write(self, row: Row) -> None:
-        pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
-        pairs |= _shown(row.values)
-        if (seconds := self._time_left.after(row)) is not None:
-            pairs["eta"] = _clock(seconds)
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
-        self.say(" ".join([when, *(f"{name}={value}" for name, value in pairs.items())]))
+        self._handover.put(row)
 
     def say(self, text: str) -> None:
+        if self._handover.ended:
+            self._print(text)
+        else:
+            self._handover.put(text)
+
+    def close(self, outcome: Outcome) -> None:
+        self._handover.end()
+        self._thread.join(_LAST_WORDS_SECONDS)
+        if self._thread.is_alive() and self._stream is sys.stdout:
+            # Nobody reads: what else is said would wait as well, up to the interpreter's own exit.
+            self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the very end
+
+    def _print(self, text: str) -> None:
         try:
             self._stream.write(text + "\n")
             self._stream.flush()
         except OSError:
             _let_go(self._stream)
 
-    def close(self, outcome: Outcome) -> None:
-        pass
+
+class PlainConsole(_Screen):
+    """One line per row: a time, then `name=value` pairs."""
+
+    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
+        self._total_steps = total_steps
+        self._time_left = time_left
+        self._stream = stream
+        self._handover = Handover()
+        self._thread = threading.Thread(target=self._show, name="console", daemon=True)
+        self._thread.start()
+
+    def _show(self) -> None:
+        for found in self._handover.looks(_LOOK_SECONDS):
+            lines = [thing if isinstance(thing, str) else self._line(thing) for thing in found]
+            if lines:
+                self._print("\n".join(lines))
+
+    def _line(self, row: Row) -> str:
+        pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
+        pairs |= _shown(row.values)
+        if (seconds := self._time_left.after(row)) is not None:
+            pairs["eta"] = _clock(seconds)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
+        return " ".join([when, *(f"{name}={value}" for name, value in pairs.items())])
 
 
-class LiveConsole(Console):
-    """One line at the bottom of a terminal, redrawn on news and at most four times a second.
-
-    Drawing takes a millisecond or two: a thread does it, the others only leave what is to be shown.
-    """
+class LiveConsole(_Screen):
+    """One line at the bottom of a terminal, redrawn on news and at most four times a second."""
 
     def __init__(
         self,
@@ -156,9 +188,8 @@ class LiveConsole(Console):
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._lines: deque[str] = deque()
-        self._news = threading.Event()
-        self._closing = threading.Event()
+        self._row: Row | None = None
+        self._handover = Handover()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
         self._live.start()
         # Rich hides the cursor meanwhile; a run that is killed could not bring it back.
@@ -166,40 +197,37 @@ class LiveConsole(Console):
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        left = self._time_left.after(row)
-        self._bar.take(row, left)
-        if tested := {k: v for k, v in row.values.items() if k.startswith("test/")}:
-            shown = (f"{name}={value}" for name, value in _shown(tested).items())
-            self.say(f"step {row.step} epoch {row.epoch:.4g} {' '.join(shown)}")
-        self._news.set()
-
-    def say(self, text: str) -> None:
-        self._lines.append(text)
-        if self._closing.is_set():
-            self._draw(_nothing)
-        self._news.set()
-
-    def close(self, outcome: Outcome) -> None:
-        self._closing.set()
-        self._news.set()
-        self._thread.join()
-        self._draw(self._live.stop)
+        self._row = row  # the bar shows the latest, and of the others only what was tested
+        if any(key.startswith("test/") for key in row.values):
+            self._handover.put(row)
 
     def _redraw(self) -> None:
-        while self._news.wait() and not self._closing.is_set():
-            self._news.clear()
-            self._draw(self._live.refresh)
-            self._closing.wait(_REDRAW_SECONDS)
+        drawn: Row | None = None
+        for found in self._handover.looks(_REDRAW_SECONDS):
+            row = self._row
+            if row is not None and row is not drawn:
+                self._bar.take(row, self._time_left.after(row))
+            if found or row is not drawn:
+                self._draw([_stays(thing) for thing in found], self._live.refresh)
+            drawn = row
+        self._draw([], self._live.stop)
 
-    def _draw(self, bar: Callable[[], None]) -> None:
+    def _draw(self, lines: Sequence[str], bar: Callable[[], None]) -> None:
         try:
-            if self._lines:
-                # Taken out one by one, as others may add some meanwhile; rich redraws the bar.
-                lines = [self._lines.popleft() for _ in range(len(self._lines))]
-                self._rich.print("\n".join(lines), soft_wrap=True)
+            if lines:
+                self._rich.print("\n".join(lines), soft_wrap=True)  # and rich redraws the bar
             bar()
         except OSError:
             _let_go(self._stream)
+
+
+def _stays(thing: Row | str) -> str:
+    """The line above the bar for what was said, or tested."""
+    if isinstance(thing, str):
+        return thing
+    tested = _shown({k: v for k, v in thing.values.items() if k.startswith("test/")})
+    shown = " ".join(f"{name}={value}" for name, value in tested.items())
+    return f"step {thing.step} epoch {thing.epoch:.4g} {shown}"
 
 
 class _Bar:
@@ -293,7 +321,3 @@ def _let_go(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-
-
-def _nothing() -> None:
-    """Of a bar that is gone nothing is drawn."""

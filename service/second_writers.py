@@ -10,14 +10,12 @@ import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from service.errors import SpecError
+from service.handover import Handover
 from service.spec import TrackingSpec, TrackioSpec
 from service.tracking import Outcome, Row, Writer, read_metrics
-
-LONGEST_QUEUE_ROWS = 10_000
 
 
 class Place(Protocol):
@@ -60,7 +58,7 @@ class Beside(Writer):
         self._resume_step = resume_step
         self._say = say
         self._close_seconds = close_seconds
-        self._queue: SimpleQueue[Row | None] = SimpleQueue()
+        self._rows: Handover[Row] = Handover()
         self._taken_rows = 0
         self._kept_rows = 0
         self._trouble: str | None = None
@@ -69,12 +67,11 @@ class Beside(Writer):
 
     def write(self, row: Row) -> None:
         self._taken_rows += 1
-        if self._queue.qsize() < LONGEST_QUEUE_ROWS:
-            self._queue.put(row)
+        self._rows.put(row)
 
     def close(self, outcome: Outcome) -> None:
         """Wait for the place at most `close_seconds`; say how many rows it lacks."""
-        self._queue.put(None)
+        self._rows.end()
         self._thread.join(self._close_seconds)
         if self._thread.is_alive():
             self._trouble = f"it had not finished after {self._close_seconds:g} s"
@@ -89,7 +86,7 @@ class Beside(Writer):
         try:
             place = self._open_place()
             self._catch_up(place)
-            while (row := self._queue.get()) is not None:
+            for row in self._rows:
                 if row.step > place.held_step:
                     place.put(row.step, row.time, row.values)
                 self._kept_rows += 1

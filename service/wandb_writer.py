@@ -20,19 +20,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.checkpoint_files import best_of, checkpoints_in
+from service.handover import Handover
 from service.spec import WandBSpec
 from service.tracking import Outcome, Row, Writer, read_metrics
 
 if TYPE_CHECKING:
     from wandb import Run
 
-LONGEST_QUEUE_ROWS = 10_000
 _ON_DISK_SECONDS = 1.0  # a killed process loses what is younger; wandb's own default is 15 s
 _CORE_SECONDS = 20.0  # for wandb-core to start and answer
 _LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
@@ -82,7 +81,8 @@ class WandB(Writer):
         self._owns_core = "WANDB_SERVICE" not in os.environ
         # Its exporter of errors would be waited for at the interpreter's exit.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self._queue: SimpleQueue[Row | Outcome] = SimpleQueue()
+        self._rows: Handover[Row] = Handover()
+        self._outcome: Outcome = "failed"
         self._taken_rows = 0
         self._sent_rows = 0
         self._trouble: str | None = None
@@ -96,8 +96,7 @@ class WandB(Writer):
 
     def write(self, row: Row) -> None:
         self._taken_rows += 1
-        if self._queue.qsize() < LONGEST_QUEUE_ROWS:
-            self._queue.put(row)
+        self._rows.put(row)
 
     @property
     def stop_requested(self) -> bool:
@@ -109,7 +108,8 @@ class WandB(Writer):
         if not self._thread.ident:
             return
         self._closing = True
-        self._queue.put(outcome)
+        self._outcome = outcome
+        self._rows.end()
         self._thread.join(self._close_seconds)
         if self._thread.is_alive():
             self._give_up()
@@ -155,8 +155,8 @@ class WandB(Writer):
         try:
             run = self._open()
             if run is not None:
-                outcome = self._send_until_closed(run)
-                self._finish(run, outcome)
+                self._send_until_closed(run)
+                self._finish(run, self._outcome)
         except (Exception, SystemExit) as error:
             if not self._given_up:
                 self._trouble = _one_line(error)
@@ -228,18 +228,17 @@ class WandB(Writer):
         run.define_metric("*", step_metric="step")
         return run
 
-    def _send_until_closed(self, run: Run) -> Outcome:
+    def _send_until_closed(self, run: Run) -> None:
         """Send what earlier attempts could not, then the queue; no step twice in the W&B run."""
         held = self._held_step(run)
         if self._resume_step is not None and held < self._resume_step:
             for record in read_metrics(self._metrics):
                 if held < record["step"] <= self._resume_step:
                     _send(run, record)
-        while isinstance(row := self._queue.get(), Row):
+        for row in self._rows:
             if row.step > held:
                 _send(run, row.record())
             self._sent_rows += 1
-        return row
 
     def _held_step(self, run: Run) -> int:
         """The last step that earlier attempts have put into this W&B run, or -1.

@@ -56,7 +56,9 @@ def test_without_a_terminal_each_row_is_one_line_to_grep():
 def test_each_group_has_its_rate_and_a_lost_loss_is_shown():
     out = io.StringIO()
     values = {"train/loss": float("nan"), "train/lr/base.*": 0.05, "train/lr/rest": 1e-4}
-    console(10, stream=out, started=START).write(row(0, values))
+    screen = console(10, stream=out, started=START)
+    screen.write(row(0, values))
+    screen.close("done")
     assert out.getvalue() == (
         "2026-11-23T04:13:00Z step=0/10 epoch=0 loss=nan lr/base.*=5.0e-02 lr/rest=1.0e-04\n"
     )
@@ -85,6 +87,7 @@ def test_a_letter_that_the_stream_cannot_write_ends_nothing():
     content = io.BytesIO()
     screen = console(10, stream=io.TextIOWrapper(content, encoding="ascii"))
     screen.say("Läuft")
+    screen.close("done")
     assert content.getvalue() == b"L?uft\n"
 
 
@@ -198,3 +201,30 @@ def test_a_reader_who_leaves_does_not_end_the_run():
     process.stdout = None
     _, err = process.communicate(b"\n", timeout=30)
     assert (process.returncode, err) == (0, b"")
+
+
+def test_a_reader_who_stops_reading_does_not_hold_the_run():
+    script = (
+        "import os, sys\n"
+        "from service.console import console; from service.tracking import Row\n"
+        "screen = console(5000)\n"
+        "for step in range(5000): screen.write(Row(step, 0.0, 0.0, {'train/loss': 1.0}))\n"
+        "screen.close('done')\n"
+        "screen.say('after the end')\n"
+        "print('the rest of the run prints into nothing')\n"
+        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.entry.leave` does
+    )
+    # 5000 lines are more than a pipe holds, and nobody takes them.
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.wait(30) == 0
+    taken = process.communicate()[0]
+    assert b"step=0/5000" in taken
+    assert b"step=4999/5000" not in taken
+
+
+def test_what_is_said_after_the_end_is_still_said():
+    out = io.StringIO()
+    screen = console(10, stream=out)
+    screen.close("done")
+    screen.say("Done.")
+    assert out.getvalue() == "Done.\n"

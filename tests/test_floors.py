@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops", "limits"},
+    {"charts", "spec_page", "flops", "limits", "handover"},
     {"errors", "optimizer_options", "receipt_file", "durable"},
     {"documents", "spec"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
@@ -66,6 +66,7 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "report",
     "starting",
     "limits",
+    "handover",
 }
 
 

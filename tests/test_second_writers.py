@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from commands import CLEAN, evenstep
 
-from service.second_writers import LONGEST_QUEUE_ROWS, Beside, Place
+from service.handover import LONGEST
+from service.second_writers import Beside, Place
 from service.tracking import MetricsFile, Row, Tracker, read_metrics
 
 ASKED = (
@@ -173,9 +174,9 @@ def test_a_place_that_never_opens_holds_nobody(tmp_path):
     never = threading.Event()
     tracker, said = tracked(tmp_path, lambda: Kept(opens=never), close_seconds=0.2)
     beside = tracker._writers[1]
-    for step in range(LONGEST_QUEUE_ROWS + 5):
+    for step in range(LONGEST + 5):
         beside.write(Row(step, 0.0, 0.0, {}))
-    assert beside._queue.qsize() == LONGEST_QUEUE_ROWS
+    assert len(beside._rows) == LONGEST
     tracker.close("done")
     never.set()
     assert said == [

@@ -360,4 +360,5 @@ def test_a_frozen_or_killed_wandb_core_costs_rows_on_wandb_alone(jobs: Jobs, nam
     assert found["cores_left"] == 0
     assert found["said"][-1].startswith("W&B lacks ")
     assert found["said"][-1].endswith("metrics.jsonl has them all.")
-    assert len(found["said"]) == {"SIGSTOP": 3, "SIGKILL": 4}[name]
+    # A kill is told at once, unless the job ends before the thread comes to notice it.
+    assert len(found["said"]) in {"SIGSTOP": (3,), "SIGKILL": (3, 4)}[name]
