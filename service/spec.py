@@ -93,8 +93,11 @@ class LengthSpec(Part):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            has = "neither" if self.steps is None else "both"
-            raise _wrong(f"must have epochs or steps, but has {has}")
+            if self.steps is None:
+                raise _wrong("must have epochs or steps, but has neither")
+            raise _wrong(
+                "must have epochs or steps, but has both; empty one, such as by length.epochs="
+            )
         return self
 
 
@@ -561,6 +564,8 @@ class WandBSpec(Part):
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """Words to find the run by."""
+    finish_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long the end of a run may wait for W&B to take what it lacks."""
     artifacts: Literal["none", "reference"] = "none"
     """`reference`: at the end, tell where the newest and the best checkpoint lie. Nothing of them
     is uploaded or copied."""

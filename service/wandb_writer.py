@@ -51,7 +51,6 @@ class WandB(Writer):
         say: Callable[[str], None],
         resume_step: int | None = None,
         init_seconds: float = 20.0,
-        close_seconds: float = 30.0,
     ) -> None:
         """Returns at once; the thread imports wandb and starts it.
 
@@ -63,7 +62,6 @@ class WandB(Writer):
             say: tells a person one line; called by the thread and by `close`.
             resume_step: the step of the checkpoint this attempt starts from, or None.
             init_seconds: how long the server may take to answer before the run is kept offline.
-            close_seconds: how long `close` waits for W&B.
         """
         self._spec = spec
         self._run_id = run_id
@@ -75,7 +73,7 @@ class WandB(Writer):
         self._is_silent = False
         self._resume_step = resume_step
         self._init_seconds = init_seconds
-        self._close_seconds = close_seconds
+        self._close_seconds = spec.finish_seconds
         self._mode: str = os.environ.get("WANDB_MODE") or spec.mode
         # A wandb-core that somebody else has started is theirs to end.
         self._owns_core = "WANDB_SERVICE" not in os.environ
@@ -104,7 +102,7 @@ class WandB(Writer):
         return self._stop.is_set()
 
     def close(self, outcome: Outcome) -> None:
-        """Finish the run on W&B, within `close_seconds` and some more where wandb-core is stuck."""
+        """Finish the run on W&B, within `finish_seconds`; 5 s more where wandb-core is stuck."""
         if not self._thread.ident:
             return
         self._closing = True
