@@ -28,6 +28,7 @@ _REDRAW_SECONDS = 0.25
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0  # for a reader to take the last lines
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
+_LEAST_CELL_COLUMNS = 7
 
 # A key's name on the console and the form of its value; other keys keep their own name.
 _FORMS = {
@@ -164,7 +165,10 @@ class PlainConsole(_Screen):
 
 
 class LiveConsole(_Screen):
-    """One line at the bottom of a terminal, redrawn on news and at most four times a second."""
+    """A line at the bottom of a terminal, redrawn on news and at most four times a second.
+
+    Above it grows a table of what was tested.
+    """
 
     def __init__(
         self,
@@ -188,7 +192,9 @@ class LiveConsole(_Screen):
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._row: Row | None = None
+        self._rows: dict[bool, Row] = {}
+        """The latest, by whether the training is measured in it."""
+        self._table = _Table()
         self._handover = Handover()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
         self._live.start()
@@ -197,19 +203,21 @@ class LiveConsole(_Screen):
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        self._row = row  # the bar shows the latest, and of the others only what was tested
+        self._rows["train/loss" in row.values] = row
         if any(key.startswith("test/") for key in row.values):
             self._handover.put(row)
 
     def _redraw(self) -> None:
-        drawn: Row | None = None
+        drawn = -1
         for found in self._handover.looks(_REDRAW_SECONDS):
-            row = self._row
-            if row is not None and row is not drawn:
+            rows = sorted(self._rows.copy().values(), key=lambda row: row.step)
+            new = [row for row in rows if row.step > drawn]
+            for row in new:
                 self._bar.take(row, self._time_left.after(row))
-            if found or row is not drawn:
-                self._draw([_stays(thing) for thing in found], self._live.refresh)
-            drawn = row
+                drawn = row.step
+            if found or new:
+                lines = [line for thing in found for line in self._table.lines_of(thing)]
+                self._draw(lines, self._live.refresh)
         self._draw([], self._live.stop)
 
     def _draw(self, lines: Sequence[str], bar: Callable[[], None]) -> None:
@@ -221,13 +229,27 @@ class LiveConsole(_Screen):
             _let_go(self._stream)
 
 
-def _stays(thing: Row | str) -> str:
-    """The line above the bar for what was said, or tested."""
-    if isinstance(thing, str):
-        return thing
-    tested = _shown({k: v for k, v in thing.values.items() if k.startswith("test/")})
-    shown = " ".join(f"{name}={value}" for name, value in tested.items())
-    return f"step {thing.step} epoch {thing.epoch:.4g} {shown}"
+class _Table:
+    """What was tested, a line for each time, under the names of the measures."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+
+    def lines_of(self, thing: Row | str) -> list[str]:
+        """The lines for what was said, or tested; with the names where they are new."""
+        if isinstance(thing, str):
+            return [thing]
+        tested = {key: value for key, value in thing.values.items() if key.startswith("test/")}
+        cells = {"step": str(thing.step), "epoch": f"{thing.epoch:.4g}", **_shown(tested)}
+        names, before = tuple(cells), self._names
+        self._names = names
+        lines = [cells[name].rjust(_width(name)) for name in names]
+        head = [name.rjust(_width(name)) for name in names]
+        return ["  ".join(row) for row in ([head, lines] if names != before else [lines])]
+
+
+def _width(name: str) -> int:
+    return max(len(name), _LEAST_CELL_COLUMNS)
 
 
 class _Bar:

@@ -105,6 +105,10 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
         found = _largest(plan, task=task, world=world, memory_bytes=memory_bytes)
     except EvenstepError as error:
         failed = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = OutOfMemory(f"Out of memory with the model alone: {str(error).splitlines()[0]}")
     world.fail_together(failed)
     [fewest] = world.highest([-found])
     return _in_equal_parts(plan.global_batch, -fewest, processes)

@@ -106,6 +106,8 @@ while time.monotonic() - begin < 1.0:
     if step == 100:
         values["test/accuracy"] = 0.976
         screen.say("saved")
+    if step == 200:
+        values["test/accuracy"] = 0.981
     screen.write(Row(step=step, epoch=step / 96, time=time.time(), values=values))
 screen.close("done")
 names = [thread.name for thread in threading.enumerate()]
@@ -159,7 +161,12 @@ def test_a_terminal_shows_one_line_that_is_drawn_four_times_a_second_at_most():
     # One at the start, one at the end, and one each with the two lines that stay.
     assert 3 <= draws <= 4 * seconds + 4
     *stay, bar, after = lines_shown(written)
-    assert stay == ["saved", "step 100 epoch 1.042 test/accuracy=0.976"]
+    assert stay == [
+        "saved",
+        "   step    epoch  test/accuracy",
+        "    100    1.042          0.976",
+        "    200    2.083          0.981",
+    ]
     assert bar.startswith(f"{step}/1000000 ")
     assert "loss 0.3121" in bar
     assert "rows/s 1480" in bar
