@@ -66,10 +66,13 @@ class Voice:
     def __call__(self, text: str) -> None:
         if not self._speaks:
             return
-        if self._screen is None:
-            print(text, flush=True)
-        else:
+        if self._screen is not None:
             self._screen.say(text)
+            return
+        try:
+            print(text, flush=True)
+        except OSError:
+            _let_go(sys.stdout)
 
 
 def console(

@@ -24,6 +24,16 @@ from service.world import World, is_out_of_memory
 
 
 @dataclass(frozen=True)
+class FirstPass:
+    """What a forward and a backward pass brought to light."""
+
+    unreached: list[str]
+    """Names of the trainable parameters that the loss does not depend on."""
+    flops_a_row: float | None
+    """What training on a row takes, or None where no operation of it can be counted."""
+
+
+@dataclass(frozen=True)
 class Trial:
     """What a throw-away pass is made with."""
 
@@ -38,31 +48,47 @@ class Trial:
         Raises:
             SpecError: the model, the loss or a measure fails or gives another shape than it should.
         """
-        with self._undone(model):
-            try:
-                self._pass(model, checked=True)
-            except EvenstepError:
-                raise
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                raise SpecError(
-                    f"task: one forward and backward pass over {len(self.batch.rows)} rows "
-                    f"failed: {type(error).__name__}: {error}"
-                ) from error
-            return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        return self.first(model).unreached
 
-    def flops_a_row(self, model: nn.Module) -> float | None:
-        """What training on a row takes, or None where no operation of it can be counted."""
-        with self._undone(model), FlopCount() as count:  # type: ignore[no-untyped-call]
-            try:
-                self._pass(model)
-            except Exception as error:
-                # The same pass went well before: it is the counting that this model does not bear.
-                if is_out_of_memory(error):
-                    raise
-                return None
-        return count.total / len(self.batch.rows) or None
+    def first(self, model: nn.Module) -> FirstPass:
+        """What the first pass brings to light.
+
+        Raises:
+            SpecError: as above.
+        """
+        with self._undone(model):
+            flops = self._counted(model)
+            if flops is None:  # a model that does not bear the counting is tried without it
+                model.zero_grad(set_to_none=True)
+                self._checked(model)
+            missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        return FirstPass(missed, flops / len(self.batch.rows) if flops else None)
+
+    def _counted(self, model: nn.Module) -> int | None:
+        """The operations of a pass, or None where it failed: by its own fault or the counting's."""
+        try:
+            with FlopCount() as count:  # type: ignore[no-untyped-call]
+                self._pass(model, checked=True)
+        except EvenstepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        return int(count.total)
+
+    def _checked(self, model: nn.Module) -> None:
+        try:
+            self._pass(model, checked=True)
+        except EvenstepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise SpecError(
+                f"task: one forward and backward pass over {len(self.batch.rows)} rows "
+                f"failed: {type(error).__name__}: {error}"
+            ) from error
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Have the model compiled, as it is called in training.

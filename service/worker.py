@@ -102,10 +102,11 @@ def run(
 
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
-    unreached = trial.unreached_parameters(model)
+    found = trial.first(model)
+    unreached = found.unreached
     peak = peak_flops(world.device, spec.model.precision)
     clock = Clock(
-        flops_a_row=trial.flops_a_row(model),
+        flops_a_row=found.flops_a_row,
         peak_flops=None if peak is None else peak * world.processes,
     )
     average = MovingAverage(model, spec.model.moving_average) if spec.model.moving_average else None

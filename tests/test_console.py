@@ -13,6 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from commands import BIN, CLEAN
 
 from service.console import LiveConsole, PlainConsole, console
 from service.tracking import Row
@@ -235,3 +236,16 @@ def test_what_is_said_after_the_end_is_still_said():
     screen.close("done")
     screen.say("Done.")
     assert out.getvalue() == "Done.\n"
+
+
+def test_a_full_disk_behind_the_screen_does_not_end_the_run(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / "evenstep", "run", "digits", "length.epochs=1"],
+            cwd=tmp_path,
+            env=CLEAN,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -103,6 +103,31 @@ def test_memory_and_operations_are_in_every_row_of_training(processes, tmp_path)
         assert "system/slowest_rank" not in row
 
 
+class Uncountable(nn.Module):
+    """Stands for what cannot be traced, such as a kernel of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 10)
+
+    def forward(self, images):
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        return self.inner(images.flatten(1))
+
+
+def uncountable():
+    rows = cut_of_digits().train_data()
+    return supervised(model=Uncountable, train=rows, test=rows)
+
+
+def test_a_model_that_does_not_bear_the_counting_is_trained_without(processes, tmp_path):
+    spec = spec_of("uncountable", task=f"{__file__}:uncountable", length={"steps": 2})
+    processes(1).run(train_in_process, spec, tmp_path)
+    rows = read_metrics(tmp_path / "job/metrics.jsonl")
+    assert len(rows) == 2
+    assert not any("system/tflops" in row for row in rows)
+
+
 def operations_by_torch(task):
     images, labels = task.train_data().tensors
     with FlopCounterMode(display=False) as counter:

@@ -28,7 +28,7 @@ FROM_OUTSIDE = ("kill launcher", "SIGTERM", "SIGINT", "SIGTERM to all")
 KILLS = ("kill one", "kill all", "raise")
 HANGS = ("SIGSTOP", "hang", "hang, lock held")
 MEASURED_ANEW = ("time", "train/rows_per_second", "train/data_wait", "save/", "system/")
-REHEARSALS = 4
+REHEARSALS = 3
 """Forward passes before the first step."""
 
 
