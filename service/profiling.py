@@ -168,12 +168,20 @@ def _by_work(seconds: dict[Any, float], steps: int) -> list[tuple[str, ...]]:
 
 
 def _by_operator(trace: Any, steps: int, *, on_cpu: bool) -> list[tuple[str, ...]]:
-    """What ran longest, what it called left out: on the device, or on the CPU where that is it."""
+    """What ran longest, what it called left out: on the device, or on the CPU where that is it.
+
+    A kernel of the device is an event too, and its time is that of the operator that began it.
+    """
+    from torch._C._autograd import DeviceType
 
     def self_time(event: Any) -> float:
         return float(event.self_cpu_time_total if on_cpu else event.self_device_time_total)
 
-    events = [event for event in trace.key_averages() if not event.key.startswith("step ")]
+    events = [
+        event
+        for event in trace.key_averages()
+        if event.device_type == DeviceType.CPU and not event.key.startswith("step ")
+    ]
     total = sum(map(self_time, events)) or 1.0
     longest = sorted(events, key=self_time, reverse=True)[:_OPERATORS_SHOWN]
     rows = [
