@@ -17,7 +17,7 @@ from wandb_server import WandBServer
 from service.tracking import read_metrics
 
 ILLS = ("unreachable", "no key", "refusing key", "failing", "hanging", "SIGSTOP", "SIGKILL")
-FINISH_SECONDS = 5.0
+FINISH_SECONDS = 3.0
 END_SECONDS = FINISH_SECONDS + 6.0
 """What the end may take: some for W&B, and 5 s to end its child."""
 SPEC = ("length.epochs=6", "tracking.log_every_steps=1")
