@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -169,7 +170,8 @@ class Pulse:
         """Leave the record where it outlives this process."""
         if self.scratch is not None:
             text = json.dumps(self.record())
-            partial = self.scratch / f".rank-{self.rank}.beat"
+            # The watch writes it as well, perhaps now: each has a file of its own to replace it by.
+            partial = self.scratch / f".rank-{self.rank}.{threading.get_native_id()}.beat"
             partial.write_text(text)
             os.replace(partial, self.scratch / f"rank-{self.rank}.beat")
 
