@@ -226,7 +226,7 @@ def outcome_of(
         silent: what somebody else knows better how to tell.
     """
     try:
-        _done(work)
+        work()
     except EvenstepError as error:
         return _told(error, here, silent)
     except KeyboardInterrupt:
@@ -240,24 +240,6 @@ def outcome_of(
         _report(here, message)
         return End(1, message, traceback.format_exc())
     return End(0)
-
-
-# Exceptions that ended the work.
-_KEPT: list[BaseException] = []
-
-
-def _done(work: Callable[[], object]) -> None:
-    """Do the work, and free nothing that its end leaves in the frames of a traceback.
-
-    There is the model with its exchange of gradients, the last to hold the processes' group. It
-    would be freed with the interpreter's lock held, and waits for gloo's threads to end; one of
-    these may wait for that lock, to free a tensor: now and then a run that was stopped hung so.
-    """
-    try:
-        work()
-    except BaseException as error:
-        _KEPT.append(error)
-        raise
 
 
 def leave(code: int) -> NoReturn:
