@@ -1,6 +1,6 @@
 """Prints what logging one row costs the training thread, by the writers that take it.
 
-    python benchmarks/tracking_overhead.py [ROWS]
+    python -m benchmarks.tracking_overhead [ROWS]
 
 Between two rows the thread works for some 10 ms as a training loop does: many short calls that
 let the interpreter go. What W&B's thread takes of it meanwhile shows as work that got slower.
@@ -18,14 +18,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO
 
+from service.clock import Clock
 from service.console import console
-from service.spec import WandBSpec
+from service.pulse import Pulse
+from service.second_writers import Beside, Place, TensorBoard, Trackio
+from service.spec import TrackioSpec, WandBSpec
 from service.tracking import MetricsFile, Tracker, Writer
+from service.vitals import Stopwatch, Vitals
 from service.wandb_writer import WandB
+from service.world import alone
 
 VALUES = {
     "train/loss": 0.31214,
@@ -56,12 +61,26 @@ def main() -> None:
                 console(rows, stream=nowhere),
                 wandb(run),
             ],
+            "all of these, TensorBoard": lambda run: [
+                metrics(run),
+                console(rows, stream=nowhere),
+                wandb(run),
+                second("TensorBoard", lambda: TensorBoard(run / "tensorboard"), run),
+            ],
+            "all of these, trackio": lambda run: [
+                metrics(run),
+                console(rows, stream=nowhere),
+                wandb(run),
+                second("TensorBoard", lambda: TensorBoard(run / "tensorboard"), run),
+                second("trackio", lambda: trackio(run), run),
+            ],
         }
         heads = f"{'CPU':>8} {'wall':>8} {'median':>8} {'99 %':>8}"
         print(f"{'microseconds a row':28} {heads}  work, ms")
         for name, build in cases.items():
             with tempfile.TemporaryDirectory() as run:
                 print(f"{name:28} {measure(build(Path(run)), rows)}", flush=True)
+        print(f"{'what the row is made of':28} {vitals(rows)}")
 
 
 def measure(writers: list[Writer], rows: int) -> str:
@@ -77,9 +96,31 @@ def measure(writers: list[Writer], rows: int) -> str:
         logging.append((time.perf_counter() - middle) * 1e6)
         working.append((middle - begin) * 1e3)
     tracker.close("done")
-    mean, at_99 = statistics.mean, statistics.quantiles(logging, n=100)[98]
-    figures = [mean(thinking), mean(logging), statistics.median(logging), at_99]
-    return " ".join(f"{figure:8.1f}" for figure in figures) + f"  {mean(working):8.2f}"
+    return f"{figures(thinking, logging)}  {statistics.mean(working):8.2f}"
+
+
+def vitals(rows: int) -> str:
+    """What it costs to tell how this process is, to rate it among 8, and to read the clock."""
+    pulse, world = Pulse(), alone()
+    clock = Clock(pulse, flops_a_row=1e6, peak_flops=1e12)
+    of_all = Vitals(world, rounds=1, clock=clock, stopwatch=Stopwatch(world.device), say=print)
+    thinking, wall = [], []
+    for step in range(rows):
+        pulse.enter("log", step)
+        for _ in range(KERNELS):
+            hashlib.sha256(KERNEL)
+        begin, before = time.perf_counter(), time.thread_time()
+        of_all.reading([of_all.own()] * 8)
+        clock.reading(rows_per_step=96)
+        thinking.append((time.thread_time() - before) * 1e6)
+        wall.append((time.perf_counter() - begin) * 1e6)
+    return figures(thinking, wall)
+
+
+def figures(thinking: list[float], wall: list[float]) -> str:
+    mean, at_99 = statistics.mean, statistics.quantiles(wall, n=100)[98]
+    told = [mean(thinking), mean(wall), statistics.median(wall), at_99]
+    return " ".join(f"{figure:8.1f}" for figure in told)
 
 
 def metrics(run: Path) -> Writer:
@@ -99,6 +140,26 @@ def wandb(run: Path) -> Writer:
     )
     started.wait()
     return writer
+
+
+def second(name: str, opened: Callable[[], Place], run: Path) -> Writer:
+    """One in a thread, with its start behind it."""
+    started = threading.Event()
+
+    def open_place() -> Place:
+        place = opened()
+        started.set()
+        return place
+
+    metrics = run / "metrics.jsonl"
+    writer = Beside(name, open_place, metrics=metrics, resume_step=None, say=print)
+    started.wait()
+    return writer
+
+
+def trackio(run: Path) -> Place:
+    with redirect_stdout(None):
+        return Trackio(TrackioSpec(project="overhead"), name=run.name, config={})
 
 
 def a_terminal() -> TextIO:

@@ -19,6 +19,7 @@ from launch.signals import STARTED, heard, stop_listening
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
+from service.profiling import window_of
 from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run
 from service.spec import Spec
@@ -69,6 +70,9 @@ evenstep.add_command(export)
 )
 @click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save and stop there.")
+@click.option(
+    "--profile", metavar="START:STEPS", help="Trace these steps; say where their time went."
+)
 def run(
     spec: str,
     overrides: tuple[str, ...],
@@ -79,6 +83,7 @@ def run(
     max_restarts: int,
     elastic: bool,
     stop_at: int | None,
+    profile: str | None,
 ) -> None:
     """Train and test SPEC: a file, or the name of a recipe. Run again, it resumes by itself."""
     place = launched()
@@ -88,17 +93,20 @@ def run(
     if node is not None and processes is not None:
         raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
     asked = _process_count(node.processes if node else processes)
-    loaded = _load(spec, overrides, name)
+    window = window_of(profile) if profile is not None else None
+    loaded = _load(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
     # Read when torch is loaded.  A thread that waits for its share gives the core back: where
     # it spins instead, beside one other busy process, five seconds of training took fifty.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if window is not None:  # read when torch is loaded: its profiler tells stderr of each start
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     runs = runs.absolute()
     if place is None or place.rank == 0:
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at)
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window)
     if node is not None and node.nodes > 1:
         from launch.entry import leave
         from launch.nodes import run_node
@@ -312,6 +320,17 @@ def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
     if name is not None:
         overrides = (*overrides, f"name={json.dumps(name)}")
     return load_spec(find_recipe(spec), overrides=overrides)
+
+
+def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
+    """A name for each run of a W&B sweep: all of them are of one spec, and none may resume another.
+
+    The agent gives a run that was preempted its id again, and so the name under which it resumes.
+    """
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
+        return None
+    return f"{_load(spec, overrides, None).name}-{run_id}"
 
 
 def _process_count(asked: str | None) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from launch.limits import limits
+from service.limits import limits, workers_each
 from service.spec import Spec
 
 State = Literal["ok", "skipped", "warning", "failed"]
@@ -61,7 +61,8 @@ class Asked:
 
     @property
     def workers(self) -> int:
-        return self.spec.loader.workers if self.spec else 0
+        asked = self.spec.loader.workers if self.spec else 0
+        return workers_each(self.processes) if asked == "auto" else int(asked)
 
 
 def examined(asked: Asked) -> Iterator[Finding]:

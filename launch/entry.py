@@ -18,8 +18,10 @@ from launch.process_group import process_group
 from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
 from service.failures import write_failure
 from service.faults import StopRequest
+from service.fitting import settled
 from service.hangs import Leave, watched
 from service.plan import Plan, make_plan
+from service.profiling import Window
 from service.pulse import Pulse
 from service.run_directory import RunDirectory
 from service.spec import Spec
@@ -58,6 +60,8 @@ class Job:
     stop_at: int | None = None
     group: Group | None = None
     """The processes of all nodes, where there are several."""
+    profile: Window | None = None
+    """The steps to trace."""
 
     def again(self, before: str | None) -> Job:
         """The job as it is started after a failure: an earlier run is put aside once.
@@ -80,7 +84,7 @@ class Job:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
-        return _received, (values, self.runs, self.fresh, self.stop_at, self.group)
+        return _received, (values, self.runs, self.fresh, self.stop_at, self.group, self.profile)
 
     def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
         """Run this process's part of the job to its end, or until `stop` is asked for.
@@ -91,6 +95,15 @@ class Job:
         spec = self.spec
         with here.watched(spec, environment), _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
+            spec = settled(
+                spec,
+                task=task,
+                world=world,
+                runs=self.runs,
+                fresh=self.fresh,
+                processes_here=environment.local_world_size,
+                say=print,
+            )
             plan = make_plan(
                 spec,
                 processes=world.processes,
@@ -107,6 +120,7 @@ class Job:
                     stop=stop,
                     fresh=self.fresh,
                     pulse=here.pulse,
+                    profile=self.profile,
                 )
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):

@@ -13,9 +13,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
-from launch.limits import threads_each
 from service.errors import SpecError
+from service.limits import threads_each
 from service.world import World
+
+# Groups that are done with stay until the process leaves. An exception's traceback may hold the
+# model with its exchange of gradients: were that the last to hold the group, it would be freed
+# with the interpreter's lock held, and wait there for gloo's threads to end, of which one may wait
+# for that lock to free a tensor. Now and then a run that was stopped hung so.
+_KEPT: list[object] = []
 
 
 @contextmanager
@@ -50,6 +56,7 @@ def process_group(
         yield world
     finally:
         if dist.is_initialized():
+            _KEPT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

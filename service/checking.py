@@ -18,6 +18,8 @@ from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
 from service.errors import Diverged, EvenstepError, SpecError
 from service.exchange import Overlapped
+from service.fitting import fitting_rows, with_micro_batch, with_workers
+from service.limits import memory_each, workers_each
 from service.loading import test_batches, train_steps
 from service.loops import summed_loss, test
 from service.normalization import prepare
@@ -25,6 +27,7 @@ from service.optimizers import make_optimizer, needs_closure, parameter_groups
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
 from service.rehearsal import Trial
+from service.second_writers import require_packages
 from service.spec import CheckpointSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
@@ -46,10 +49,22 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         SpecError: what would have ended the run before its first step.
         EvenstepError: what would have ended it at its first step, test or checkpoint.
     """
+    spec = with_workers(spec, workers_each(processes))
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     plan = _plan(spec, task, processes)
     require_measures(spec, task)
+    require_packages(spec.tracking)
+    if spec.batch.micro_batch == "auto":
+        memory = memory_each(processes)
+        rows, seconds = _timed(
+            lambda: fitting_rows(
+                spec, task=task, world=world, processes=processes, memory_bytes=memory
+            )
+        )
+        yield "fitting", f"micro-batches of {rows} rows ({seconds:.2f} s)"
+        spec = with_micro_batch(spec, rows)
+        plan = _plan(spec, task, processes)
     yield (
         "plan",
         f"{plan.steps:,} steps of {plan.global_batch:,} rows, {plan.micro_batches} micro-batches "

@@ -11,8 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
@@ -22,17 +21,26 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from service.handover import Handover
 from service.tracking import Outcome, Row, Writer
 
 _REDRAW_SECONDS = 0.25
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0  # for a reader to take the last lines
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
+_LEAST_CELL_COLUMNS = 7
 
 # A key's name on the console and the form of its value; other keys keep their own name.
 _FORMS = {
-    "train/lr": ("lr", ".1e"),
-    "train/grad_norm": ("grad_norm", ".3g"),
-    "train/rows_per_second": ("rows/s", ".0f"),
-    "train/data_wait": ("data_wait", ".0%"),
+    "train/lr": ("lr", "{:.1e}"),
+    "train/grad_norm": ("grad_norm", "{:.3g}"),
+    "train/rows_per_second": ("rows/s", "{:.0f}"),
+    "train/data_wait": ("data_wait", "{:.0%}"),
+    "system/peak_memory_gib": ("memory", "{:.2f}GiB"),
+    "system/tflops": ("tflop/s", "{:.3g}"),
+    "system/flop_utilization": ("utilization", "{:.0%}"),
+    "system/slowest_rank": ("slowest_rank", "{:.0f}"),
+    "system/slowest_ratio": ("slowest_ratio", "{:.3g}"),
 }
 
 
@@ -41,6 +49,30 @@ class Console(Writer, Protocol):
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
+
+
+class Voice:
+    """Says lines to a person: above the screen's bar where it has one, and else as they come."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        """Of all processes one speaks; for the others this is a way to say nothing."""
+        self._speaks = speaks
+        self._screen: Console | None = None
+
+    def speak_through(self, screen: Console) -> None:
+        """From now on let the screen print what is said."""
+        self._screen = screen
+
+    def __call__(self, text: str) -> None:
+        if not self._speaks:
+            return
+        if self._screen is not None:
+            self._screen.say(text)
+            return
+        try:
+            print(text, flush=True)
+        except OSError:
+            _let_go(sys.stdout)
 
 
 def console(
@@ -75,37 +107,70 @@ def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return stream.isatty() and environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
-class PlainConsole(Console):
-    """One line per row: a time, then `name=value` pairs."""
+class _Screen(Console, Protocol):
+    """What both have in common: a thread shows what the others leave to be shown.
 
-    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
-        self._total_steps = total_steps
-        self._time_left = time_left
-        self._stream = stream
+    Formatting takes its time, drawing more; and whoever reads a pipe may stop to.
+    """
+
+    _stream: TextIO
+    _handover: Handover[Row | str]
+    _thread: threading.Thread
 
     def write(self, row: Row) -> None:
-        pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
-        pairs |= _shown(row.values)
-        if (seconds := self._time_left.after(row)) is not None:
-            pairs["eta"] = _clock(seconds)
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
-        self.say(" ".join([when, *(f"{name}={value}" for name, value in pairs.items())]))
+        self._handover.put(row)
 
     def say(self, text: str) -> None:
+        if self._handover.ended:
+            self._print(text)
+        else:
+            self._handover.put(text)
+
+    def close(self, outcome: Outcome) -> None:
+        self._handover.end()
+        self._thread.join(_LAST_WORDS_SECONDS)
+        if self._thread.is_alive() and self._stream is sys.stdout:
+            # Nobody reads: what else is said would wait as well, up to the interpreter's own exit.
+            self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the very end
+
+    def _print(self, text: str) -> None:
         try:
             self._stream.write(text + "\n")
             self._stream.flush()
         except OSError:
             _let_go(self._stream)
 
-    def close(self, outcome: Outcome) -> None:
-        pass
+
+class PlainConsole(_Screen):
+    """One line per row: a time, then `name=value` pairs."""
+
+    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
+        self._total_steps = total_steps
+        self._time_left = time_left
+        self._stream = stream
+        self._handover = Handover()
+        self._thread = threading.Thread(target=self._show, name="console", daemon=True)
+        self._thread.start()
+
+    def _show(self) -> None:
+        for found in self._handover.looks(_LOOK_SECONDS):
+            lines = [thing if isinstance(thing, str) else self._line(thing) for thing in found]
+            if lines:
+                self._print("\n".join(lines))
+
+    def _line(self, row: Row) -> str:
+        pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
+        pairs |= _shown(row.values)
+        if (seconds := self._time_left.after(row)) is not None:
+            pairs["eta"] = _clock(seconds)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
+        return " ".join([when, *(f"{name}={value}" for name, value in pairs.items())])
 
 
-class LiveConsole(Console):
-    """One line at the bottom of a terminal, redrawn on news and at most four times a second.
+class LiveConsole(_Screen):
+    """A line at the bottom of a terminal, redrawn on news and at most four times a second.
 
-    Drawing takes a millisecond or two: a thread does it, the others only leave what is to be shown.
+    Above it grows a table of what was tested.
     """
 
     def __init__(
@@ -130,9 +195,10 @@ class LiveConsole(Console):
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._lines: deque[str] = deque()
-        self._news = threading.Event()
-        self._closing = threading.Event()
+        self._rows: dict[bool, Row] = {}
+        """The latest, by whether the training is measured in it."""
+        self._table = _Table()
+        self._handover = Handover()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
         self._live.start()
         # Rich hides the cursor meanwhile; a run that is killed could not bring it back.
@@ -140,38 +206,53 @@ class LiveConsole(Console):
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        left = self._time_left.after(row)
-        self._bar.take(row, left)
-        if tested := {k: v for k, v in row.values.items() if k.startswith("test/")}:
-            shown = (f"{name}={value}" for name, value in _shown(tested).items())
-            self.say(f"step {row.step} epoch {row.epoch:.4g} {' '.join(shown)}")
-        self._news.set()
-
-    def say(self, text: str) -> None:
-        self._lines.append(text)
-        self._news.set()
-
-    def close(self, outcome: Outcome) -> None:
-        self._closing.set()
-        self._news.set()
-        self._thread.join()
-        self._draw(self._live.stop)
+        self._rows["train/loss" in row.values] = row
+        if any(key.startswith("test/") for key in row.values):
+            self._handover.put(row)
 
     def _redraw(self) -> None:
-        while self._news.wait() and not self._closing.is_set():
-            self._news.clear()
-            self._draw(self._live.refresh)
-            self._closing.wait(_REDRAW_SECONDS)
+        drawn = -1
+        for found in self._handover.looks(_REDRAW_SECONDS):
+            rows = sorted(self._rows.copy().values(), key=lambda row: row.step)
+            new = [row for row in rows if row.step > drawn]
+            for row in new:
+                self._bar.take(row, self._time_left.after(row))
+                drawn = row.step
+            if found or new:
+                lines = [line for thing in found for line in self._table.lines_of(thing)]
+                self._draw(lines, self._live.refresh)
+        self._draw([], self._live.stop)
 
-    def _draw(self, bar: Callable[[], None]) -> None:
+    def _draw(self, lines: Sequence[str], bar: Callable[[], None]) -> None:
         try:
-            if self._lines:
-                # Taken out one by one, as others may add some meanwhile; rich redraws the bar.
-                lines = [self._lines.popleft() for _ in range(len(self._lines))]
-                self._rich.print("\n".join(lines), soft_wrap=True)
+            if lines:
+                self._rich.print("\n".join(lines), soft_wrap=True)  # and rich redraws the bar
             bar()
         except OSError:
             _let_go(self._stream)
+
+
+class _Table:
+    """What was tested, a line for each time, under the names of the measures."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+
+    def lines_of(self, thing: Row | str) -> list[str]:
+        """The lines for what was said, or tested; with the names where they are new."""
+        if isinstance(thing, str):
+            return [thing]
+        tested = {key: value for key, value in thing.values.items() if key.startswith("test/")}
+        cells = {"step": str(thing.step), "epoch": f"{thing.epoch:.4g}", **_shown(tested)}
+        names, before = tuple(cells), self._names
+        self._names = names
+        lines = [cells[name].rjust(_width(name)) for name in names]
+        head = [name.rjust(_width(name)) for name in names]
+        return ["  ".join(row) for row in ([head, lines] if names != before else [lines])]
+
+
+def _width(name: str) -> int:
+    return max(len(name), _LEAST_CELL_COLUMNS)
 
 
 class _Bar:
@@ -205,7 +286,7 @@ class _Bar:
 
 
 # Of the facts, those to keep longest where a terminal is narrow.
-_FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait")
+_FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait", "memory", "utilization")
 
 
 def _that_fit(facts: Mapping[str, str], columns: int) -> str:
@@ -243,10 +324,10 @@ class _TimeLeft:
 def _shown(values: Mapping[str, float]) -> dict[str, str]:
     shown = {}
     for key, value in values.items():
-        name, form = _FORMS.get(key, (key.removeprefix("train/"), ".4g"))
+        name, form = _FORMS.get(key, (key.removeprefix("train/"), "{:.4g}"))
         if name.startswith("lr/"):
-            form = ".1e"
-        shown[name] = format(value, form)
+            form = "{:.1e}"
+        shown[name] = form.format(value)
     return shown
 
 

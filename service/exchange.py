@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from service.vitals import Stopwatch
 from service.world import World
 
 T = TypeVar("T")
@@ -43,22 +44,33 @@ class Overlapped(Exchange):
     """Exchanged by DistributedDataParallel in the backward pass of the last micro-batch."""
 
     def __init__(
-        self, model: nn.Module, world: World, *, find_unused: bool, telling: bool = False
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        find_unused: bool,
+        telling: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """Exchange the gradients of `model`.
 
         Args:
             find_unused: look after each forward pass for parameters the loss does not depend on.
             telling: let a loss that is not finite make the gradients so, of all processes.
+            stopwatch: times the forward passes.
         """
         self.model = world.wrap(model, find_unused=find_unused)
         self._world = world
         self._seed = _Seed(telling)
+        self._stopwatch = stopwatch
 
     def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
-        return self._world.exchange_on_last(self.model, micro_batches)
+        passes = self._world.exchange_on_last(self.model, micro_batches)
+        return passes if self._stopwatch is None else self._stopwatch.over(passes)
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.end()
         # DDP averages gradients over processes: their number turns the mean back into the sum.
         self._seed.backward(loss_sum, self._world.processes / step_weight)
 
@@ -78,11 +90,12 @@ class Ordered(Exchange):
         unreached: Sequence[str] = (),
         gathered: Sequence[Tensor] = (),
         telling: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """Exchange the gradients of `model`.
 
         Args:
-            telling: as above.
+            telling, stopwatch: as above.
             unreached: names of the parameters that no loss depends on; they get no gradient.
             gathered: tensors that forward passes add to, such as BatchNorm's statistics; after
                 a step they hold the sums over all processes.
@@ -96,8 +109,13 @@ class Ordered(Exchange):
             if parameter.requires_grad and name not in unreached
         ]
         self._gathered = list(gathered)
+        self._stopwatch = stopwatch
 
     def over(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        passes = self._passes(micro_batches)
+        return passes if self._stopwatch is None else self._stopwatch.over(passes)
+
+    def _passes(self, micro_batches: Sequence[T]) -> Iterator[T]:
         total = yield from self._branch(micro_batches)
         total = self._world.sum_in_pairs(total)
         for parameter, grad in zip(self._parameters, total, strict=False):
@@ -106,6 +124,8 @@ class Ordered(Exchange):
             torch._foreach_copy_(self._gathered, total[len(self._parameters) :])
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.end()
         self._seed.backward(loss_sum, 1.0 / step_weight)
 
     def _branch(self, micro_batches: Sequence[T]) -> Generator[T, None, list[Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from service.errors import SpecError, Stopped
 from service.faults import StopRequest, stop_on_signals
+from service.fitting import settled
 from service.history import History, read_history
 from service.plan import make_plan
 from service.recipes import find_recipe
@@ -51,8 +52,17 @@ def run(
         )
     world = in_place(precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args)
-    plan = make_plan(loaded, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     place = Path(runs).absolute()
+    loaded = settled(
+        loaded,
+        task=task,
+        world=world,
+        runs=place,
+        fresh=fresh,
+        processes_here=1,
+        say=print,
+    )
+    plan = make_plan(loaded, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     # Only the main thread of an interpreter hears signals.
     hears = threading.current_thread() is threading.main_thread()
     with stop_on_signals() if hears else nullcontext(StopRequest()) as stop:

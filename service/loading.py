@@ -232,7 +232,7 @@ def _collated(
         sampler=orders,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=plan.spec.loader.workers,
+        num_workers=int(plan.spec.loader.workers),
         prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_outlive_signals,

@@ -27,6 +27,7 @@ from service.state import TrainState
 from service.task import Data, Task
 from service.tracking import Tracker
 from service.updates import Updates
+from service.vitals import Vitals
 from service.world import World
 
 
@@ -45,6 +46,8 @@ def train(
     test_data: Data,
     stop: StopRequest,
     pulse: Pulse,
+    clock: Clock,
+    vitals: Vitals,
 ) -> dict[str, float]:
     """Take optimizer steps until `steps` ends or some process is asked to stop.
 
@@ -59,8 +62,8 @@ def train(
         return {}
     values: dict[str, float] = {}
     due = min(plan.next_due(state.step), poll.next_step)
-    clock = Clock(pulse, step=state.step)
     pulse.enter("data", state.step)
+    clock.restart()
     for step in steps:
         divisor = updates.divisor(step.weight)
         passes = partial(
@@ -85,9 +88,9 @@ def train(
         values = {}
         if plan.logs_at(state.step):
             pulse.enter("log", state.step)
-            values = updates.look()
+            values = updates.look(vitals)
             values |= state.schedule.used()
-            values |= clock.reading(state.step, rows_per_step=plan.global_batch)
+            values |= clock.reading(rows_per_step=plan.global_batch)
             values |= checkpoints.timings()
             if plan.spec.model.compile:
                 values["train/compiled_graphs"] = compiled_graphs()
@@ -115,7 +118,7 @@ def train(
             checkpoints.save(state, records=(tracker, receipt), seal=receipt.seal)
             pulse.write()
         if plan.tests_at(state.step) or saving:
-            clock.restart(state.step)
+            clock.restart()
         if stopping:
             break
         due = min(plan.next_due(state.step), poll.next_step)

@@ -127,6 +127,8 @@ def make_plan(
     asked = spec.batch.global_batch
     global_batch = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
     micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
+    if micro_batch == "auto":  # a run has settled it; here it is the most that it may come to
+        micro_batch = largest_micro_batch(global_batch, processes)
     if micro_batch > global_batch:
         raise SpecError(
             f"batch.micro_batch: {micro_batch} rows do not fit in a global batch of "
@@ -161,13 +163,18 @@ def make_plan(
     )
 
 
+def largest_micro_batch(global_batch: int, processes: int) -> int:
+    """Rows of the largest micro-batch that leaves one for each process; 1 for too many of them."""
+    largest = max(1, math.ceil(global_batch / processes))
+    while largest > 1 and math.ceil(global_batch / largest) < processes:
+        largest -= 1
+    return largest
+
+
 def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_batch: int) -> str:
     fix = f"Use at most {pieces} processes"
     if processes <= global_batch:
-        largest = math.ceil(global_batch / processes)
-        while math.ceil(global_batch / largest) < processes:
-            largest -= 1
-        fix += f", or batch.micro_batch={largest}"
+        fix += f", or batch.micro_batch={largest_micro_batch(global_batch, processes)}"
     return (
         f"batch.micro_batch: a global batch of {global_batch} rows in micro-batches of "
         f"{micro_batch} is {pieces} pieces of work, too few for {processes} processes. {fix}."

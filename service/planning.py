@@ -62,7 +62,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
             "steps",
             f"{plan.steps:,} of {plan.global_batch:,} rows: {plan.epoch(plan.steps):.2f} epochs",
         ),
-        ("micro-batches", f"{plan.micro_batches} a step, of {plan.micro_batch} rows"),
+        ("micro-batches", f"{plan.micro_batches} a step, of {_micro_batch(plan)}"),
         ("processes", f"{plan.processes}, computing {_counted(shares)} micro-batches each"),
         ("most processes", f"{plan.micro_batches}"),
         ("tests", _every(plan.tests_at, plan)),
@@ -84,6 +84,12 @@ def _rows(plan: Plan) -> str:
         "a stream to train on, split among the processes: which rows meet in a step depends on "
         "their number, and so does the result; resumed exactly at the same number only"
     )
+
+
+def _micro_batch(plan: Plan) -> str:
+    if plan.spec.batch.micro_batch != "auto":
+        return f"{plan.micro_batch} rows"
+    return f"{plan.micro_batch} rows if so many fit in memory: the run finds out when it is begun"
 
 
 def _waiting(spec: Spec) -> list[tuple[str, str]]:

@@ -121,10 +121,15 @@ class Pulse:
             self.enter(work, micro_batch=batch.number)
             yield batch
 
-    def seconds(self) -> dict[str, float]:
+    def spent(self) -> dict[Work, float]:
         """Seconds of each kind of work so far, the present one included."""
         seconds, place = dict(self._seconds), self.place
         seconds[place.work] += monotonic() - place.since
+        return seconds
+
+    def seconds(self) -> dict[str, float]:
+        """The same as a person reads it: rounded, and without what took none."""
+        seconds = self.spent()
         return {work: round(seconds[work], 3) for work in ORDER if seconds[work]}
 
     @property

@@ -16,10 +16,21 @@ from torch import Tensor, nn
 
 from service.batches import Batch
 from service.errors import EvenstepError, SpecError
+from service.flops import FlopCount
 from service.normalization import Normalization
 from service.precision import computed
 from service.task import Task
 from service.world import World, is_out_of_memory
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What a forward and a backward pass brought to light."""
+
+    unreached: list[str]
+    """Names of the trainable parameters that the loss does not depend on."""
+    flops_a_row: float | None
+    """What training on a row takes, or None where no operation of it can be counted."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,47 @@ class Trial:
         Raises:
             SpecError: the model, the loss or a measure fails or gives another shape than it should.
         """
+        return self.first(model).unreached
+
+    def first(self, model: nn.Module) -> FirstPass:
+        """What the first pass brings to light.
+
+        Raises:
+            SpecError: as above.
+        """
         with self._undone(model):
-            try:
+            flops = self._counted(model)
+            if flops is None:  # a model that does not bear the counting is tried without it
+                model.zero_grad(set_to_none=True)
+                self._checked(model)
+            missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        return FirstPass(missed, flops / len(self.batch.rows) if flops else None)
+
+    def _counted(self, model: nn.Module) -> int | None:
+        """The operations of a pass, or None where it failed: by its own fault or the counting's."""
+        try:
+            with FlopCount() as count:  # type: ignore[no-untyped-call]
                 self._pass(model, checked=True)
-            except EvenstepError:
+        except EvenstepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
                 raise
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                raise SpecError(
-                    f"task: one forward and backward pass over {len(self.batch.rows)} rows "
-                    f"failed: {type(error).__name__}: {error}"
-                ) from error
-            return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            return None
+        return int(count.total)
+
+    def _checked(self, model: nn.Module) -> None:
+        try:
+            self._pass(model, checked=True)
+        except EvenstepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise SpecError(
+                f"task: one forward and backward pass over {len(self.batch.rows)} rows "
+                f"failed: {type(error).__name__}: {error}"
+            ) from error
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Have the model compiled, as it is called in training.

@@ -24,6 +24,11 @@ TITLES = {
     "train/rows_per_second": "Rows per second",
     "train/data_wait": "Waiting for data (fraction)",
     "train/lr": "Learning rate",
+    "system/peak_memory_gib": "Peak memory (GiB)",
+    "system/tflops": "Operations (TFLOP/s)",
+    "system/flop_utilization": "Operations (fraction of the peak)",
+    "system/slowest_rank": "Rank that the others wait for",
+    "system/slowest_ratio": "Times as long as the others' passes",
 }
 SMOOTHED_FROM = 120
 """Points from which a training curve is drawn smoothed over its own faint self."""

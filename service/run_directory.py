@@ -65,6 +65,10 @@ class RunDirectory:
         return self.path / "logs"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def failures(self) -> Path:
         return self.path / "failures"
 
@@ -80,6 +84,9 @@ class RunDirectory:
         """
         try:
             facts = json.loads(self.facts.read_text())
+        except FileNotFoundError as error:
+            what = "is not a run: it has no run.json" if self.path.exists() else "is not there"
+            raise SpecError(f"{self.path} {what}. Name a run's directory.") from error
         except (OSError, ValueError) as error:
             raise SpecError(f"{self.facts} cannot be read: {error}.") from error
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:

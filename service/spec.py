@@ -65,14 +65,16 @@ class BatchSpec(Part):
 
     global_batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(examples=[128])
     """Rows of one optimizer step over all processes; `all` is the whole data set (full-batch)."""
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows of one forward pass. It decides the arithmetic, so it belongs to the experiment;
     the number of processes only decides who computes which. Default: 32, or less where the
-    global batch is smaller."""
+    global batch is smaller. `auto`: the most that fit in memory when the run is begun; its own
+    spec.yaml has the number, and it stays so."""
 
     @model_validator(mode="after")
     def _pieces_of_the_whole(self) -> Self:
-        if isinstance(self.global_batch, int) and (self.micro_batch or 0) > self.global_batch:
+        micro_batch = self.micro_batch if isinstance(self.micro_batch, int) else 0
+        if isinstance(self.global_batch, int) and micro_batch > self.global_batch:
             raise _wrong(
                 f"micro_batch must be at most global_batch ({self.global_batch}), "
                 f"but is {self.micro_batch}"
@@ -91,8 +93,11 @@ class LengthSpec(Part):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            has = "neither" if self.steps is None else "both"
-            raise _wrong(f"must have epochs or steps, but has {has}")
+            if self.steps is None:
+                raise _wrong("must have epochs or steps, but has neither")
+            raise _wrong(
+                "must have epochs or steps, but has both; empty one, such as by length.epochs="
+            )
         return self
 
 
@@ -536,8 +541,9 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
 class LoaderSpec(Part):
     """How rows are read."""
 
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Reading processes beside each training process; 0 reads in place."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Reading processes beside each training process; 0 reads in place. `auto`: as many as the
+    cores that the container gives each training process, without the one that trains."""
     stream: Literal["whole", "split"] = "whole"
     """Of data that can only be iterated: every process reads all of it, and the run does not
     depend on their number; or each reads its own part, and it does."""
@@ -558,6 +564,20 @@ class WandBSpec(Part):
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """Words to find the run by."""
+    finish_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long the end of a run may wait for W&B to take what it lacks."""
+    artifacts: Literal["none", "reference"] = "none"
+    """`reference`: at the end, tell where the newest and the best checkpoint lie. Nothing of them
+    is uploaded or copied."""
+
+
+class TrackioSpec(Part):
+    """Where trackio shows the run."""
+
+    project: Annotated[str, Field(examples=["digits"])]
+    """The project the run belongs to."""
+    space: str | None = None
+    """A Hugging Face Space, as `user/name`. Default: this machine, for `trackio show`."""
 
 
 class TrackingSpec(Part):
@@ -567,6 +587,10 @@ class TrackingSpec(Part):
     """Optimizer steps from one line of the record to the next."""
     wandb: WandBSpec | None = None
     """Show the run in Weights & Biases as well."""
+    tensorboard: bool = False
+    """Write an event file for TensorBoard into the run's directory as well."""
+    trackio: TrackioSpec | None = None
+    """Show the run in trackio as well."""
 
 
 class FaultsSpec(Part):

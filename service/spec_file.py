@@ -351,9 +351,12 @@ def changes(old: Spec, new: Spec) -> list[str]:
     """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
 
     A task's file may lie in another directory: only its own name counts.  Parameter groups may
-    stand in another order: a checkpoint knows them by their parameters' names.
+    stand in another order: a checkpoint knows them by their parameters' names.  A micro-batch that
+    is to be found is the one that was found.
     """
     before, after = _compared(old), _compared(new)
+    if new.batch.micro_batch == "auto":
+        after["batch"]["micro_batch"] = before["batch"].get("micro_batch", "auto")
     groups = [values["optimizer"]["groups"] for values in (before, after)]
     if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
         after["optimizer"]["groups"] = groups[0]

@@ -23,6 +23,7 @@ from service.plan import Plan
 from service.precision import SMALLEST_SCALE
 from service.samplers import rows_at
 from service.state import TrainState
+from service.vitals import Vitals
 from service.world import World
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be looked at
@@ -164,8 +165,11 @@ class Updates:
 
     # ---- looking back, where the plan waits for the device anyway
 
-    def look(self) -> dict[str, float]:
+    def look(self, vitals: Vitals | None = None) -> dict[str, float]:
         """What the steps since the last look have come to; every process calls it.
+
+        Args:
+            vitals: what the processes tell of themselves along with it.
 
         Returns:
             The latest step's `train/loss` and `train/grad_norm`, and in the modes that skip, how
@@ -184,7 +188,8 @@ class Updates:
         ]
         last = held[-1]
         mine = {number: losses[last.step, number] for number in last.losses}
-        loss_sum, faulty = self._sum_over_processes(mine, len(faults))
+        own = vitals.own() if vitals is not None else []
+        loss_sum, faulty, told = self._sum_over_processes(mine, len(faults), own)
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
         endless = _where(norms, lambda value: not math.isfinite(value))
@@ -193,16 +198,23 @@ class Updates:
             faults = [fault for found in self._world.gather(faults) for fault in found]
         if faulty or endless:
             self._answer(faults, endless)
-        return {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        values = {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        return values if vitals is None else values | vitals.reading(told)
 
-    def _sum_over_processes(self, losses: Mapping[int, float], faults: int) -> tuple[float, float]:
-        """(the summed loss, added up exactly and rounded once; all processes' faults)."""
-        world, count = self._world, self._plan.micro_batches
+    def _sum_over_processes(
+        self, losses: Mapping[int, float], faults: int, own: Sequence[float]
+    ) -> tuple[float, float, list[list[float]]]:
+        """(the summed loss, rounded once; all processes' faults; each process's `own`)."""
+        world, count, width = self._world, self._plan.micro_batches, len(own)
         each = [losses.get(number, 0.0) for number in range(count)]  # 0 for what others computed
-        values = torch.tensor([*each, faults], dtype=world.wide).to(world.device)
-        *found, faulty = world.sum(values).tolist()
-        finite = all(map(math.isfinite, found))
-        return math.fsum(found) if finite else sum(found), faulty
+        told = [0.0] * (width * world.processes)
+        told[width * world.index : width * (world.index + 1)] = own
+        values = torch.tensor([*each, faults, *told], dtype=world.wide).to(world.device)
+        total = world.sum(values).tolist()
+        found, faulty, all_told = total[:count], total[count], total[count + 1 :]
+        loss = math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
+        by_rank = [all_told[at : at + width] for at in range(0, len(all_told), width or 1)]
+        return loss, faulty, by_rank
 
     def _reading(self, last: _Taken) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()

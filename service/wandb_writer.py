@@ -20,18 +20,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
+from service.checkpoint_files import best_of, checkpoints_in
+from service.handover import Handover
 from service.spec import WandBSpec
 from service.tracking import Outcome, Row, Writer, read_metrics
 
 if TYPE_CHECKING:
     from wandb import Run
 
-LONGEST_QUEUE_ROWS = 10_000
 _ON_DISK_SECONDS = 1.0  # a killed process loses what is younger; wandb's own default is 15 s
 _CORE_SECONDS = 20.0  # for wandb-core to start and answer
 _LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
@@ -51,7 +51,6 @@ class WandB(Writer):
         say: Callable[[str], None],
         resume_step: int | None = None,
         init_seconds: float = 20.0,
-        close_seconds: float = 30.0,
     ) -> None:
         """Returns at once; the thread imports wandb and starts it.
 
@@ -63,7 +62,6 @@ class WandB(Writer):
             say: tells a person one line; called by the thread and by `close`.
             resume_step: the step of the checkpoint this attempt starts from, or None.
             init_seconds: how long the server may take to answer before the run is kept offline.
-            close_seconds: how long `close` waits for W&B.
         """
         self._spec = spec
         self._run_id = run_id
@@ -75,13 +73,14 @@ class WandB(Writer):
         self._is_silent = False
         self._resume_step = resume_step
         self._init_seconds = init_seconds
-        self._close_seconds = close_seconds
+        self._close_seconds = spec.finish_seconds
         self._mode: str = os.environ.get("WANDB_MODE") or spec.mode
         # A wandb-core that somebody else has started is theirs to end.
         self._owns_core = "WANDB_SERVICE" not in os.environ
         # Its exporter of errors would be waited for at the interpreter's exit.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self._queue: SimpleQueue[Row | Outcome] = SimpleQueue()
+        self._rows: Handover[Row] = Handover()
+        self._outcome: Outcome = "failed"
         self._taken_rows = 0
         self._sent_rows = 0
         self._trouble: str | None = None
@@ -95,8 +94,7 @@ class WandB(Writer):
 
     def write(self, row: Row) -> None:
         self._taken_rows += 1
-        if self._queue.qsize() < LONGEST_QUEUE_ROWS:
-            self._queue.put(row)
+        self._rows.put(row)
 
     @property
     def stop_requested(self) -> bool:
@@ -104,11 +102,12 @@ class WandB(Writer):
         return self._stop.is_set()
 
     def close(self, outcome: Outcome) -> None:
-        """Finish the run on W&B, within `close_seconds` and some more where wandb-core is stuck."""
+        """Finish the run on W&B, within `finish_seconds`; 5 s more where wandb-core is stuck."""
         if not self._thread.ident:
             return
         self._closing = True
-        self._queue.put(outcome)
+        self._outcome = outcome
+        self._rows.end()
         self._thread.join(self._close_seconds)
         if self._thread.is_alive():
             self._give_up()
@@ -154,8 +153,8 @@ class WandB(Writer):
         try:
             run = self._open()
             if run is not None:
-                outcome = self._send_until_closed(run)
-                self._finish(run, outcome)
+                self._send_until_closed(run)
+                self._finish(run, self._outcome)
         except (Exception, SystemExit) as error:
             if not self._given_up:
                 self._trouble = _one_line(error)
@@ -227,18 +226,17 @@ class WandB(Writer):
         run.define_metric("*", step_metric="step")
         return run
 
-    def _send_until_closed(self, run: Run) -> Outcome:
+    def _send_until_closed(self, run: Run) -> None:
         """Send what earlier attempts could not, then the queue; no step twice in the W&B run."""
         held = self._held_step(run)
         if self._resume_step is not None and held < self._resume_step:
             for record in read_metrics(self._metrics):
                 if held < record["step"] <= self._resume_step:
                     _send(run, record)
-        while isinstance(row := self._queue.get(), Row):
+        for row in self._rows:
             if row.step > held:
                 _send(run, row.record())
             self._sent_rows += 1
-        return row
 
     def _held_step(self, run: Run) -> int:
         """The last step that earlier attempts have put into this W&B run, or -1.
@@ -260,6 +258,11 @@ class WandB(Writer):
         A sweep queues a preempted run again, as 75 asks for; not one that W&B's own Stop button
         has stopped, so that one ends as finished, with `outcome: stopped` in its summary.
         """
+        if self._spec.artifacts == "reference":
+            try:
+                self._refer_to_checkpoints(run)
+            except Exception as error:
+                self._say(f"W&B did not take the checkpoints: {_one_line(error)}.")
         run.summary["outcome"] = outcome
         exit_code = {"done": 0, "stopped": 75, "failed": 1}[outcome]
         if outcome == "stopped" and self.stop_requested:
@@ -267,6 +270,21 @@ class WandB(Writer):
         elif outcome == "stopped":
             run.mark_preempting()
         run.finish(exit_code=exit_code)
+
+    def _refer_to_checkpoints(self, run: Run) -> None:
+        """One artifact for the best checkpoint and one for the newest, each a path and no copy."""
+        import wandb
+
+        place = self._metrics.parent / "checkpoints"
+        held = {checkpoint.step: checkpoint.path for checkpoint in checkpoints_in(place)}
+        best, newest = best_of(place), max(held, default=None)
+        for step in sorted({step for step in (best, newest) if step in held}):
+            artifact = wandb.Artifact(
+                f"{self._run_id}-checkpoint", type="checkpoint", metadata={"step": step}
+            )
+            artifact.add_reference(held[step].absolute().as_uri(), checksum=False)
+            # W&B calls the last one `latest` by itself.
+            run.log_artifact(artifact, aliases=["best"] if step == best else [])
 
     def _leave(self) -> None:
         """End wandb-core and take back wandb's exit handler, which would wait for it."""

@@ -15,11 +15,13 @@ from service import randomness
 from service.averages import MovingAverage
 from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
+from service.clock import Clock
 from service.compiling import compile_in_place
-from service.console import console
-from service.errors import EvenstepError, Stopped
+from service.console import Voice, console
+from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
+from service.flops import peak_flops
 from service.loading import sample, test_batches, train_steps
 from service.loops import test, train
 from service.normalization import prepare
@@ -34,11 +36,13 @@ from service.patience import Patience
 from service.plan import Plan, make_plan
 from service.precision import LossScaler
 from service.predictions import Predictions
+from service.profiling import Profile, Window
 from service.pulse import Pulse
 from service.rates import make_schedule
 from service.receipts import Receipt
 from service.rehearsal import Trial
 from service.run_directory import OpenRun, RunDirectory, open_run, versions
+from service.second_writers import require_packages, second_writers
 from service.snapshots import expected_bytes, load_weights
 from service.spec import Spec
 from service.spec_file import fingerprint
@@ -47,6 +51,7 @@ from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.updates import Updates
+from service.vitals import Stopwatch, Vitals
 from service.wandb_writer import WandB
 from service.world import World
 
@@ -60,11 +65,13 @@ def run(
     stop: StopRequest,
     fresh: bool = False,
     pulse: Pulse | None = None,
+    profile: Window | None = None,
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
 
     Args:
         pulse: is told what this process is doing.
+        profile: the steps to trace.
 
     Returns:
         The values of the last step; empty when the run was done before.
@@ -73,8 +80,14 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     spec = plan.spec
+    assert spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     pulse = pulse or Pulse(rank=world.index)
     require_measures(spec, task)
+    require_packages(spec.tracking)
+    if profile is not None and profile.first > plan.steps:
+        raise SpecError(
+            f"--profile: the run ends after step {plan.steps}, before step {profile.first}."
+        )
     train_data, test_data = task.train_data(), task.test_data()
 
     ordered = spec.exactness == "bitwise"
@@ -92,21 +105,38 @@ def run(
 
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
-    unreached = trial.unreached_parameters(model)
+    found = trial.first(model)
+    unreached = found.unreached
+    peak = peak_flops(world.device, spec.model.precision)
+    clock = Clock(
+        pulse,
+        flops_a_row=found.flops_a_row,
+        peak_flops=None if peak is None else peak * world.processes,
+    )
     average = MovingAverage(model, spec.model.moving_average) if spec.model.moving_average else None
     scaler = LossScaler(model, world.device) if spec.model.precision == "fp16" else None
     if spec.model.compile:  # within what wraps it, which then exchanges while it computes
         compile_in_place(model, telling=world.is_lead)
         if average is not None:
             compile_in_place(average.model, telling=False)
+    stopwatch = Stopwatch(world.device)
+    timed = stopwatch if world.processes > 1 else None
     # Where a step may be skipped, all processes have to learn from the gradients that it shall be.
     telling = spec.faults.on_non_finite == "skip" or scaler is not None
     exchange: Exchange
     if ordered:
-        gathered = normalization.sums()
-        exchange = Ordered(model, world, unreached=unreached, gathered=gathered, telling=telling)
+        exchange = Ordered(
+            model,
+            world,
+            unreached=unreached,
+            gathered=normalization.sums(),
+            telling=telling,
+            stopwatch=timed,
+        )
     else:
-        exchange = Overlapped(model, world, find_unused=bool(unreached), telling=telling)
+        exchange = Overlapped(
+            model, world, find_unused=bool(unreached), telling=telling, stopwatch=timed
+        )
         if spec.model.compile:
             trial.compile(exchange.model, model)
         trial.settle_buckets(exchange.model, model)
@@ -119,7 +149,8 @@ def run(
         average=average,
         scaler=scaler,
     )
-    say = print if world.is_lead else _say_nothing
+    say = Voice(speaks=world.is_lead)
+    vitals = Vitals(world, rounds=plan.rounds, clock=clock, stopwatch=stopwatch, say=say)
     updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
     saved_bytes = expected_bytes(model, optimizer, averaged=average is not None)
 
@@ -160,16 +191,28 @@ def run(
 
     _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
     checkpoints.reserve(saved_bytes)
-    tracker = _tracker(plan, opened, world=world, step=state.step)
+    tracker = _tracker(plan, opened, world=world, step=state.step, voice=say)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
+    steps = train_steps(
+        state.stream or train_data, task=task, plan=plan, world=world, start=state.step
+    )
+    tracing: Profile | None = None
+    if profile is not None:
+        tracing = Profile(
+            profile,
+            directory=directory.profile,
+            device=world.device,
+            pulse=pulse,
+            clock=clock,
+            say=say,
+        )
+        steps = tracing.over(steps, start=state.step)
     outcome: Outcome = "failed"
     try:
         with collector_at_rest():
             last = train(
                 state,
-                train_steps(
-                    state.stream or train_data, task=task, plan=plan, world=world, start=state.step
-                ),
+                steps,
                 task=task,
                 world=world,
                 plan=plan,
@@ -181,12 +224,16 @@ def run(
                 test_data=test_data,
                 stop=stop,
                 pulse=pulse,
+                clock=clock,
+                vitals=vitals,
             )
         pulse.enter("save")
         checkpoints.finish()
         pulse.enter("log")
         outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
     finally:
+        if tracing is not None:
+            tracing.close()
         checkpoints.close()
         receipt.close()
         tracker.close(outcome)
@@ -289,13 +336,17 @@ def _start_attempt(
     world.fail_together(failed)
 
 
-def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> Tracker:
+def _tracker(
+    plan: Plan, opened: OpenRun | None, *, world: World, step: int, voice: Voice
+) -> Tracker:
     """Writers on the lead, the file of metrics first; none on the others."""
     resume_step = step if step else None
     if opened is None:
         return Tracker(epoch_at=plan.epoch, resume_step=resume_step)
     directory, wandb = opened.directory, plan.spec.tracking.wandb
+    config = _config(plan, opened)
     screen = console(plan.steps, resume_step=resume_step)
+    voice.speak_through(screen)
     writers: list[Writer] = [MetricsFile(directory.metrics, resume_step=resume_step), screen]
     if wandb is not None:
         writers.append(
@@ -304,19 +355,31 @@ def _tracker(plan: Plan, opened: OpenRun | None, *, world: World, step: int) -> 
                 run_id=opened.id,
                 name=plan.spec.name,
                 directory=directory.path,
-                config=_config(plan, opened),
+                config=config,
                 say=screen.say,
                 resume_step=resume_step,
             )
         )
+    writers += second_writers(
+        plan.spec.tracking,
+        directory=directory.path,
+        name=plan.spec.name,
+        config=config,
+        resume_step=resume_step,
+        say=screen.say,
+    )
     return Tracker(writers, epoch_at=plan.epoch, resume_step=resume_step)
 
 
 def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
-    """What W&B shows as the configuration: the spec as resolved, and what it ran on."""
-    git = {key: value for key, value in opened.facts["git"].items() if key != "diff"}
-    facts = {"versions": opened.facts["versions"], "git": git}
-    return {**plan.spec.model_dump(mode="json"), "processes": plan.processes, **facts}
+    """What trackers show as the configuration: the spec as resolved, and what it ran on."""
+    return {
+        **plan.spec.model_dump(mode="json"),
+        "spec_sha256": fingerprint(plan.spec),
+        "processes": plan.processes,
+        "versions": opened.facts["versions"],
+        "git": opened.facts["git"],
+    }
 
 
 def _opening(
@@ -357,7 +420,3 @@ def _closing(state: TrainState, last: dict[str, float], directory: RunDirectory)
         waited = state.early_stopping
         line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
     return f"{line} All of it is in {directory.path}"
-
-
-def _say_nothing(text: str) -> None:
-    """What the processes beside the lead say."""

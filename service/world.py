@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from service.errors import EvenstepError, PeerLost
+from service.limits import limits
 
 T = TypeVar("T")
 
@@ -218,6 +219,8 @@ def in_place(*, precision: str) -> World:
     """
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
+    if "OMP_NUM_THREADS" not in os.environ:  # in a container torch sees all cores of its node
+        torch.set_num_threads(min(torch.get_num_threads(), limits().cores))
     on_cpu = os.environ.get("EVENSTEP_DEVICE") == "cpu" or not torch.accelerator.is_available()
     with warnings.catch_warnings():
         # A notice that it takes the CPU, which is what it was told.

@@ -100,6 +100,71 @@ def of(task):
 
 
 MORE_MISTAKES = {
+    "a key that stands twice": (
+        GOOD + "seed: 1\n",
+        [],
+        r"job.yaml:14:1: 'seed' is written twice; it is also on line 5",
+    ),
+    "a file that is not YAML": (
+        wrong("model", "model: {batchnorm: micro"),
+        [],
+        r"job.yaml:\d+:\d+: .*YAML",
+    ),
+    "a key misspelt in a section": (
+        wrong("batch", "batch: {global_batsh: 96}"),
+        [],
+        r"job.yaml:6:9: batch.global_batsh: unknown key; did you mean 'global_batch'",
+    ),
+    "a number out of range": (
+        wrong("optimizer", "optimizer: {name: sgd, lr: -0.1}"),
+        [],
+        r"job.yaml:9:\d+: optimizer.lr: must be at least 0, but is -0.1",
+    ),
+    "a value that is none of several": (
+        wrong("model", "model: {batchnorm: synch}"),
+        [],
+        r"job.yaml:8:\d+: model.batchnorm: must be .*but is 'synch'; did you mean 'sync'",
+    ),
+    "a number or a word, and neither": (
+        wrong("batch", "batch: {global_batch: 96, micro_batch: large}"),
+        [],
+        r"job.yaml:6:\d+: batch.micro_batch: must be .* or 'auto', but is 'large'",
+    ),
+    "an optimizer nobody knows": (
+        wrong("optimizer", "optimizer: {name: sdg, lr: 0.1}"),
+        [],
+        r"job.yaml:9:\d+: optimizer.name: must be .*but is 'sdg'; did you mean 'sgd'",
+    ),
+    "an option of another optimizer": (
+        wrong("optimizer", "optimizer: {name: adamw, lr: 0.1, momentum: 0.9}"),
+        [],
+        r"job.yaml:9:\d+: optimizer.momentum: unknown key",
+    ),
+    "a schedule without its length": (
+        wrong("schedule", "schedule: {name: step, gamma: 0.1}"),
+        [],
+        r"job.yaml:10:\d+: schedule: must have every_steps, .*but has none",
+    ),
+    "a length given twice": (
+        GOOD,
+        ["length.steps=300"],
+        r"length: must have epochs or steps, but has both.*length.epochs=",
+    ),
+    "an interval given twice": (
+        wrong("test", "test: {every_epochs: 1, every_steps: 10}"),
+        [],
+        r"job.yaml:11:\d+: test: must have every_steps or every_epochs, but has both",
+    ),
+    "what waits for tests that never come": (
+        wrong("test", "early_stopping: {measure: test/loss, mode: min, patience: 3}"),
+        [],
+        r"early_stopping waits for tests: add test.every_epochs or test.every_steps",
+    ),
+    "a name that is no directory's": (
+        GOOD,
+        ["name=a/b"],
+        r"name: must be letters and digits.*but is 'a/b'",
+    ),
     "rows that cannot be read": (
         of("broken_rows"),
         [],

@@ -13,6 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from commands import BIN, CLEAN
 
 from service.console import LiveConsole, PlainConsole, console
 from service.tracking import Row
@@ -56,7 +57,9 @@ def test_without_a_terminal_each_row_is_one_line_to_grep():
 def test_each_group_has_its_rate_and_a_lost_loss_is_shown():
     out = io.StringIO()
     values = {"train/loss": float("nan"), "train/lr/base.*": 0.05, "train/lr/rest": 1e-4}
-    console(10, stream=out, started=START).write(row(0, values))
+    screen = console(10, stream=out, started=START)
+    screen.write(row(0, values))
+    screen.close("done")
     assert out.getvalue() == (
         "2026-11-23T04:13:00Z step=0/10 epoch=0 loss=nan lr/base.*=5.0e-02 lr/rest=1.0e-04\n"
     )
@@ -85,6 +88,7 @@ def test_a_letter_that_the_stream_cannot_write_ends_nothing():
     content = io.BytesIO()
     screen = console(10, stream=io.TextIOWrapper(content, encoding="ascii"))
     screen.say("Läuft")
+    screen.close("done")
     assert content.getvalue() == b"L?uft\n"
 
 
@@ -103,6 +107,8 @@ while time.monotonic() - begin < 1.0:
     if step == 100:
         values["test/accuracy"] = 0.976
         screen.say("saved")
+    if step == 200:
+        values["test/accuracy"] = 0.981
     screen.write(Row(step=step, epoch=step / 96, time=time.time(), values=values))
 screen.close("done")
 names = [thread.name for thread in threading.enumerate()]
@@ -156,7 +162,12 @@ def test_a_terminal_shows_one_line_that_is_drawn_four_times_a_second_at_most():
     # One at the start, one at the end, and one each with the two lines that stay.
     assert 3 <= draws <= 4 * seconds + 4
     *stay, bar, after = lines_shown(written)
-    assert stay == ["saved", "step 100 epoch 1.042 test/accuracy=0.976"]
+    assert stay == [
+        "saved",
+        "   step    epoch  test/accuracy",
+        "    100    1.042          0.976",
+        "    200    2.083          0.981",
+    ]
     assert bar.startswith(f"{step}/1000000 ")
     assert "loss 0.3121" in bar
     assert "rows/s 1480" in bar
@@ -198,3 +209,43 @@ def test_a_reader_who_leaves_does_not_end_the_run():
     process.stdout = None
     _, err = process.communicate(b"\n", timeout=30)
     assert (process.returncode, err) == (0, b"")
+
+
+def test_a_reader_who_stops_reading_does_not_hold_the_run():
+    script = (
+        "import os, sys\n"
+        "from service.console import console; from service.tracking import Row\n"
+        "screen = console(5000)\n"
+        "for step in range(5000): screen.write(Row(step, 0.0, 0.0, {'train/loss': 1.0}))\n"
+        "screen.close('done')\n"
+        "screen.say('after the end')\n"
+        "print('the rest of the run prints into nothing')\n"
+        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.entry.leave` does
+    )
+    # 5000 lines are more than a pipe holds, and nobody takes them.
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.wait(30) == 0
+    taken = process.communicate()[0]
+    assert b"step=0/5000" in taken
+    assert b"step=4999/5000" not in taken
+
+
+def test_what_is_said_after_the_end_is_still_said():
+    out = io.StringIO()
+    screen = console(10, stream=out)
+    screen.close("done")
+    screen.say("Done.")
+    assert out.getvalue() == "Done.\n"
+
+
+def test_a_full_disk_behind_the_screen_does_not_end_the_run(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / "evenstep", "run", "digits", "length.epochs=1"],
+            cwd=tmp_path,
+            env=CLEAN,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")

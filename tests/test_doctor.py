@@ -7,7 +7,7 @@ import pytest
 from commands import evenstep
 
 from launch.doctor import Asked, Finding, _shared_memory, exit_code
-from launch.limits import limits
+from service.limits import limits, memory_each, workers_each
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 
@@ -138,3 +138,21 @@ def test_the_limits_of_a_container_are_read(tmp_path, kind):
     found = limits(tmp_path / "cgroup", tmp_path / "own")
     assert (found.quota, found.memory_bytes) == (quota, memory)
     assert found.cores == max(1, min(found.affinity, int(quota or found.affinity)))
+
+
+def test_memory_is_what_the_container_leaves_and_files_in_its_cache_are_free(tmp_path):
+    (tmp_path / "own").write_text("0::/box\n")
+    box = tmp_path / "cgroup/box"
+    box.mkdir(parents=True)
+    (box / "memory.max").write_text("1000000000\n")
+    (box / "memory.current").write_text("700000000\n")
+    (box / "memory.stat").write_text("anon 100000000\nfile 600000000\nkernel 1\n")
+    assert memory_each(3, tmp_path / "cgroup", tmp_path / "own") == 300_000_000
+    (box / "memory.stat").write_text("")
+    assert memory_each(1, tmp_path / "cgroup", tmp_path / "own") == 300_000_000
+
+
+def test_workers_follow_the_cores():
+    cores = limits().cores
+    assert workers_each(1) == min(8, cores - 1)
+    assert workers_each(cores) == workers_each(cores + 1) == 0

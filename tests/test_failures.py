@@ -177,3 +177,24 @@ def test_a_run_killed_in_its_first_moment_begins_anew(tmp_path: Path, killed_bef
         path.rmdir() if path.is_dir() else path.unlink()
     open_run(tmp_path, spec, fresh=False).close()
     assert sorted(os.listdir(directory)) == [".lock", "logs", "run.json", "spec.yaml"]
+
+
+def test_two_threads_write_where_the_process_is_at_once(tmp_path):
+    pulse = Pulse(rank=3, scratch=tmp_path)
+    failed = []
+
+    def write():
+        try:
+            for _ in range(300):
+                pulse.write()
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-3.beat"]
+    assert read_beat(tmp_path, 3)["rank"] == 3

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page"},
+    {"charts", "spec_page", "flops", "limits", "handover"},
     {"errors", "optimizer_options", "durable"},
     {"documents", "spec", "receipt_file"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
@@ -17,6 +17,8 @@ FLOORS = [
     {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},
     {"precision", "history"},
     {"report", "starting"},
+    {"clock"},
+    {"vitals"},
     {
         "exchange",
         "predictions",
@@ -26,12 +28,11 @@ FLOORS = [
         "rates",
         "receipts",
         "agreement",
-        "clock",
     },
-    {"verification", "state"},
-    {"loading", "snapshots", "console", "wandb_writer", "rehearsal", "reference"},
+    {"verification", "state", "profiling"},
+    {"loading", "snapshots", "console", "wandb_writer", "second_writers", "rehearsal", "reference"},
     {"checkpoints", "planning"},
-    {"updates"},
+    {"updates", "fitting"},
     {"loops"},
     {"worker"},
     {"checking", "in_place"},
@@ -58,11 +59,14 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "export",
     "console",
     "wandb_writer",
+    "second_writers",
     "charts",
     "spec_page",
     "history",
     "report",
     "starting",
+    "limits",
+    "handover",
 }
 
 

@@ -92,6 +92,11 @@ MISTAKES = {
         r"checkpoint.best.measure: .*'test/acuracy'; did you mean 'test/accuracy'",
     ),
     "an override of nothing": (GOOD, ["optimizer.lrr=3"], r"optimizer.lrr=3: .*unknown key"),
+    "a steps' window that is none": (
+        GOOD,
+        ["--profile", "20"],
+        r"--profile: must be START:STEPS, such as 20:5",
+    ),
     "an option nobody knows": (GOOD, ["--proceses", "2"], r"No such option.*--processes"),
 }
 

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from commands import ROOT, evenstep
+import transcript
+from commands import BIN, ROOT, command, evenstep
 
 from service.tracking import read_metrics
 
@@ -43,3 +44,30 @@ def test_the_mistake_that_the_readme_shows(own_job):
     told = evenstep("run", "my_job.yaml", cwd=own_job)
     assert told.returncode == 64
     assert shown.partition(": ")[2] in told.stderr
+
+
+def test_the_first_five_minutes_are_as_the_readme_shows_them():
+    shown = transcript.in_readme(README)
+    assert "error: runs/my_job was begun with another spec:" in shown
+    assert transcript.shape(transcript.transcript()) == transcript.shape(shown), (
+        "python tests/transcript.py"
+    )
+
+
+def test_the_same_job_three_ways_as_the_readme_has_them(tmp_path):
+    commands = block("", "torchrun --standalone").strip().splitlines()
+    assert len(commands) == 3
+    for line, said in zip(commands, ("Done after", "Nothing to do", "Nothing to do"), strict=True):
+        program, *words = line.split()
+        done = command(BIN / program, *words, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+def test_every_command_of_the_table_is_there(tmp_path):
+    table = README.partition("## Commands")[2].partition("\n## ")[0]
+    groups = re.findall(r"`evenstep ([a-z|, `A-Z]+)", table)
+    assert len(groups) >= 8
+    schema = evenstep("--help", cwd=tmp_path)
+    for name in {re.split(r"\W", group)[0] for group in groups} | {"recipes", "new", "doctor"}:
+        assert re.search(rf"^  {name} ", schema.stdout, re.MULTILINE), name

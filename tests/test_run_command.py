@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 from commands import ROOT, evenstep, torchrun
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from wandb_log import read_segments
 
 from service.receipt_file import read_receipt
+from service.spec_file import fingerprint, load_spec
 from service.tracking import read_metrics
 
 
@@ -168,3 +170,23 @@ def test_weights_are_plain_safetensors(alone):
     weights = load_file(sorted((alone[0] / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
     assert weights["1.running_mean"].shape == (32,)
     assert int(weights["1.num_batches_tracked"]) == 180
+
+
+def test_wandb_shows_the_spec_its_hash_and_the_state_of_the_code(tmp_path):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "notes.txt").write_text("one\n")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+    for words in (("add", "."), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "notes.txt").write_text("two\n")
+    assert evenstep("run", "digits", "--stop-at", 3, cwd=tmp_path).returncode == 75
+    run = tmp_path / "runs/digits"
+    [log] = read_segments(run)
+    spec = load_spec(run / "spec.yaml")
+    assert log.config["optimizer"]["lr"] == 0.1
+    assert log.config["spec_sha256"] == fingerprint(spec)
+    assert log.config["processes"] == 1
+    assert log.config["versions"]["torch"]
+    assert log.config["git"]["dirty"] is True
+    assert len(log.config["git"]["commit"]) == 40
+    assert "-one\n+two\n" in log.config["git"]["diff"]

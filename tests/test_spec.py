@@ -184,7 +184,8 @@ MISTAKES = [
     # keys that do not go together
     ("length: {}", "bad.yaml:4:9: length: must have epochs or steps, but has neither"),
     ("length: {epochs: 1, steps: 1}",
-     "bad.yaml:4:9: length: must have epochs or steps, but has both"),
+     "bad.yaml:4:9: length: must have epochs or steps, but has both; empty one, such as by "
+     "length.epochs="),
     ("batch: {global_batch: 8, micro_batch: 16}",
      "bad.yaml:3:8: batch: micro_batch must be at most global_batch (8), but is 16"),
     ("schedule: {name: linear, warmup_steps: 1, warmup_fraction: 0.1}",

@@ -56,4 +56,4 @@ def test_one_swapped_row_is_found_at_its_step(runs, tmp_path):
 def test_what_is_no_run_is_told(runs):
     told = evenstep("verify", "one", "nothing", cwd=runs)
     assert told.returncode == 64
-    assert "run.json cannot be read" in told.stderr
+    assert "error: nothing is not there. Name a run's directory." in told.stderr

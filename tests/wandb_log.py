@@ -27,6 +27,8 @@ class RunLog:
     step_metrics: dict[str, str] = field(default_factory=dict)
     preempting: bool = False
     exit_code: int | None = None
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    """Name, aliases and references of each."""
 
     @property
     def steps(self) -> list[int]:
@@ -50,6 +52,8 @@ def read_log(path: Path) -> RunLog:
                 log.step_metrics[record.metric.glob_name] = record.metric.step_metric
             case "preempting":
                 log.preempting = True
+            case "artifact":
+                log.artifacts.append(_artifact(record.artifact))
             case "exit":
                 log.exit_code = record.exit.exit_code
     return log
@@ -59,6 +63,16 @@ def read_segments(directory: Path) -> list[RunLog]:
     """Those of RUN/wandb, the oldest first."""
     segments = [path for path in directory.glob("wandb/*run-*/*.wandb") if not path.is_symlink()]
     return [read_log(path) for path in sorted(segments, key=lambda path: path.stat().st_ctime_ns)]
+
+
+def _artifact(record: Any) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "type": record.type,
+        "aliases": sorted(record.aliases),
+        "references": [entry.ref for entry in record.manifest.contents],
+        "copies": [entry.local_path for entry in record.manifest.contents if entry.local_path],
+    }
 
 
 def _values(items: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class WandBServer:
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
         self.mode: Literal["ok", "refusing key", "failing", "hanging"] = "ok"
+        self.sweep_command: list[str] = []
+        self.trials: deque[tuple[str, dict[str, Any]]] = deque()
+        """Of the one sweep: ids of runs and their arguments, handed out one after the other."""
         self.changed = threading.Condition()
         self.closing = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -87,10 +91,26 @@ class WandBServer:
             return {"model": {"id": "p", "bucket": self._resume_status(run_id)}}
         if name == "RunStoppedStatus":
             return {"project": {"run": {"stopped": self.runs[run_id].stop_pressed}}}
+        if name == "SweepWithRuns":
+            config = json.dumps({"command": self.sweep_command})  # YAML as well
+            return {"project": {"sweep": {"config": config, "runs": {"edges": []}}}}
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "a"}}}
+        if name == "Heartbeat":
+            busy = any(json.loads(variables["runState"]).values())
+            commands = [] if busy else [self._next_command()]
+            return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
         if name == "CreateRunFiles":
             files = [{"name": f, "uploadUrl": f"{self.url}/{f}"} for f in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         return {}
+
+    def _next_command(self) -> dict[str, Any]:
+        if not self.trials:
+            return {"type": "exit"}
+        run_id, arguments = self.trials.popleft()
+        args = {key: {"value": value} for key, value in arguments.items()}
+        return {"type": "run", "run_id": run_id, "program": "unused", "args": args}
 
     def _upsert(self, run_id: str, variables: dict[str, Any]) -> dict[str, Any]:
         is_new, project = run_id not in self.runs, variables.get("project")

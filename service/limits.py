@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+_MOST_WORKERS = 8  # more of them wait for the disk, or for each other
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,32 @@ def _memory(place: Path) -> Iterator[int]:
         text = _text(place / name).strip()
         if text.isdecimal() and int(text) < 2**60:  # v1 writes a huge number for no limit
             yield int(text)
+
+
+def workers_each(processes: int) -> int:
+    """Loader workers beside each of `processes` training processes of this machine."""
+    return min(_MOST_WORKERS, limits().cores // processes - 1) if limits().cores > processes else 0
+
+
+def memory_each(processes: int, cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Main memory, in bytes, that each of `processes` processes on this machine may still take."""
+    free = [int(psutil.virtual_memory().available)]
+    for place in _places("memory", cgroups, own):
+        free += [max(0, limit - _used(place)) for limit in _memory(place)]
+    return min(free) // processes
+
+
+def _used(place: Path) -> int:
+    """What a cgroup holds, without the cached files that the kernel lets go of when it must."""
+    for name, cached in (
+        ("memory.current", r"^file (\d+)$"),
+        ("memory.usage_in_bytes", r"^total_cache (\d+)$"),
+    ):
+        text = _text(place / name).strip()
+        if text.isdecimal():
+            found = re.search(cached, _text(place / "memory.stat"), re.MULTILINE)
+            return int(text) - (int(found[1]) if found else 0)
+    return 0
 
 
 def _text(path: Path) -> str:

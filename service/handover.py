@@ -1,0 +1,54 @@
+"""From the training thread to one that may take its time, without waking it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+LONGEST = 10_000
+_LOOK_SECONDS = 0.1
+
+
+class Handover(Generic[T]):
+    """Things left by some threads and taken, in order, by one.
+
+    The one that takes looks for them ten times a second by itself. To wake it for each would cost
+    the thread that leaves it some 30 microseconds: a call of the kernel, and then the fight for
+    the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self._things: deque[T] = deque()
+        self._ended = threading.Event()
+
+    def put(self, thing: T) -> None:
+        """Leave it, unless `LONGEST` are there that nobody took."""
+        if len(self._things) < LONGEST:
+            self._things.append(thing)
+
+    def end(self) -> None:
+        """Nothing comes any more."""
+        self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def __iter__(self) -> Iterator[T]:
+        """Each as it is found, to the last one."""
+        for found in self.looks(_LOOK_SECONDS):
+            yield from found
+
+    def looks(self, look_seconds: float) -> Iterator[list[T]]:
+        """What came since the last look, perhaps nothing, every so often; the last look at once."""
+        ended = False
+        while not ended:
+            ended = self._ended.wait(look_seconds)  # asked first: what was left before is found
+            yield [self._things.popleft() for _ in range(len(self._things))]

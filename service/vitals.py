@@ -1,0 +1,138 @@
+"""How the processes of a run are: their memory, and whether one of them keeps the others waiting.
+
+Every process tells it at a logged step, within a sum over the processes that is taken anyway.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+
+from service.clock import Clock
+from service.world import World
+
+T = TypeVar("T")
+
+_NOTABLE_RATIO = 1.3
+_NOTABLE_PART = 0.05  # of a step, that the others wait for it
+_SAID_AFTER = 3  # logged steps in a row: a single one is chance
+_PASSES_HELD = 64
+
+
+class Stopwatch:
+    """Times this process's forward passes: the part of a step in which it waits for nobody.
+
+    Every backward pass ends when the slowest process has exchanged its gradients; by how much a
+    process is slower shows in its forward passes just so. With `batchnorm: sync` these wait for
+    the others as well, and only what each waits for its data is its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._begun: Any = None
+        self._latest: deque[tuple[Any, Any]] = deque(maxlen=_PASSES_HELD)
+
+    def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """The same; the forward pass of each begins as it comes."""
+        for micro_batch in micro_batches:
+            self._begun = self._now()
+            yield micro_batch
+
+    def end(self) -> None:
+        """The forward pass is over: its backward pass begins."""
+        self._latest.append((self._begun, self._now()))
+
+    def seconds_a_pass(self) -> float:
+        """The mean of the latest; on a GPU it waits for the last one."""
+        if not self._latest:
+            return 0.0
+        if not self._on_gpu:
+            return statistics.fmean(end - begun for begun, end in self._latest)
+        self._latest[-1][1].synchronize()
+        return statistics.fmean(b.elapsed_time(e) for b, e in self._latest) / 1e3
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        moment.record(torch.cuda.current_stream())
+        return moment
+
+
+class Vitals:
+    """What every process tells of itself, and what follows from what all of them told."""
+
+    width = 2
+    """How many numbers one process tells."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        rounds: int,
+        clock: Clock,
+        stopwatch: Stopwatch,
+        say: Callable[[str], None],
+    ) -> None:
+        """Every process makes one at the same point: they tell each other where they run.
+
+        `rounds` is how many forward passes a step takes, one after the other.
+        """
+        self._device = world.device
+        self._rounds = rounds
+        self._clock = clock
+        self._stopwatch = stopwatch
+        self._say = say
+        self._hosts = world.gather(socket.gethostname())
+        self._slow_rank, self._slow_for = -1, 0
+        self._said = False
+
+    def own(self) -> list[float]:
+        """Of this process: seconds that a pass and its data take it, and peak memory in bytes."""
+        waited = self._clock.waited_a_step / self._rounds
+        return [waited + self._stopwatch.seconds_a_pass(), float(peak_bytes(self._device))]
+
+    def reading(self, told: Sequence[Sequence[float]]) -> dict[str, float]:
+        """What the record keeps of what each process told, by rank."""
+        values = {"system/peak_memory_gib": max(memory for _, memory in told) / 2**30}
+        if len(told) > 1:
+            values |= self._slowest([seconds for seconds, _ in told])
+        return values
+
+    def _slowest(self, seconds: Sequence[float]) -> dict[str, float]:
+        """The slowest rank and by what factor it is, where the others notably wait for it."""
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
+        lost = (seconds[rank] - others) * self._rounds
+        notable = lost > _NOTABLE_PART * self._clock.seconds_a_step
+        if not notable or seconds[rank] < _NOTABLE_RATIO * others:
+            self._slow_rank, self._slow_for = -1, 0
+            return {}
+        ratio = seconds[rank] / max(others, 1e-9)
+        self._slow_for = self._slow_for + 1 if rank == self._slow_rank else 1
+        self._slow_rank = rank
+        if self._slow_for == _SAID_AFTER and not self._said:
+            self._said = True
+            self._say(
+                f"Rank {rank} on {self._hosts[rank]} keeps the others waiting: its forward passes "
+                f"and their data take {ratio:.1f} times as long, {lost * 1e3:.3g} ms of every "
+                "step. system/slowest_rank in the record follows it; --profile START:STEPS shows "
+                "where its time goes."
+            )
+        return {"system/slowest_rank": rank, "system/slowest_ratio": round(ratio, 3)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: the device's, or the machine's where that is it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,154 @@
+"""What a run always says of itself: memory, operations a second, and which process is slow."""
+
+import itertools
+import re
+
+import features
+import pytest
+import torch
+from commands import evenstep
+from jobs import cut_of_digits, spec_of, train_in_process
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from service.flops import FlopCount, known_peak, peak_flops
+from service.task import supervised
+from service.tracking import read_metrics
+
+SLOW = """
+import os
+import torch
+from torch import nn
+from service.recipes import digits
+from service.task import supervised
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = digits.network(8, 0.0)
+    def forward(self, images):
+        if os.environ.get("RANK") == "1":
+            torch.linalg.svd(torch.ones(250, 250))
+        return self.inner(images)
+
+train, test = digits.split_by_class(*digits.load())
+task = supervised(model=Slow, train=train, test=test, measures=("accuracy",))
+"""
+SPEC = """
+name: slow
+task: ./slow.py:task
+batch: {global_batch: 96, micro_batch: 16}
+length: {steps: 20}
+optimizer: {name: sgd, lr: 0.05}
+tracking: {log_every_steps: 4}
+"""
+
+
+def test_a_slow_rank_is_named_in_the_record_and_once_on_the_screen(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.yaml").write_text(SPEC)
+    done = evenstep("run", "slow.yaml", "--processes", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "runs/slow/metrics.jsonl")
+    assert [row["system/slowest_rank"] for row in rows] == [1] * 5
+    assert min(row["system/slowest_ratio"] for row in rows) >= 1.3
+    (said,) = re.findall(r"^Rank 1 on \S+ keeps the others waiting: .*$", done.stdout, re.M)
+    assert "times as long" in said
+    assert "--profile" in said
+
+
+class SlowlyRead:
+    """Rows that take one process long to read."""
+
+    def __init__(self, images, labels, slow):
+        self.images, self.labels, self.slow = images, labels, slow
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        if self.slow:
+            sum(itertools.repeat(1, 60_000))
+        return self.images[row], self.labels[row]
+
+
+def slowly_read():
+    import os
+
+    images, labels = cut_of_digits().train_data().tensors
+    return supervised(
+        model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        train=SlowlyRead(images, labels, os.environ.get("RANK") == "0"),
+        test=torch.utils.data.TensorDataset(images[:50], labels[:50]),
+    )
+
+
+def test_one_who_waits_long_for_its_data_is_slow_too(processes, tmp_path):
+    spec = spec_of("slowly_read", task=f"{__file__}:slowly_read", length={"steps": 4})
+    processes(2).run(train_in_process, spec, tmp_path)
+    rows = read_metrics(tmp_path / "job/metrics.jsonl")
+    assert {row["system/slowest_rank"] for row in rows} == {0}
+
+
+def test_memory_and_operations_are_in_every_row_of_training(processes, tmp_path):
+    spec = spec_of("cut_of_digits", length={"steps": 3})
+    processes(1).run(train_in_process, spec, tmp_path)
+    rows = read_metrics(tmp_path / "job/metrics.jsonl")
+    assert len(rows) == 3
+    for row in rows:
+        assert 0.05 < row["system/peak_memory_gib"] < 16
+        a_row = row["system/tflops"] * 1e12 / row["train/rows_per_second"]
+        assert a_row == pytest.approx(operations_by_torch(cut_of_digits()), rel=1e-6)
+        assert "system/flop_utilization" not in row, "nobody knows what this CPU could do"
+        assert "system/slowest_rank" not in row
+
+
+class Uncountable(nn.Module):
+    """Stands for what cannot be traced, such as a kernel of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 10)
+
+    def forward(self, images):
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        return self.inner(images.flatten(1))
+
+
+def uncountable():
+    rows = cut_of_digits().train_data()
+    return supervised(model=Uncountable, train=rows, test=rows)
+
+
+def test_a_model_that_does_not_bear_the_counting_is_trained_without(processes, tmp_path):
+    spec = spec_of("uncountable", task=f"{__file__}:uncountable", length={"steps": 2})
+    processes(1).run(train_in_process, spec, tmp_path)
+    rows = read_metrics(tmp_path / "job/metrics.jsonl")
+    assert len(rows) == 2
+    assert not any("system/tflops" in row for row in rows)
+
+
+def operations_by_torch(task):
+    images, labels = task.train_data().tensors
+    with FlopCounterMode(display=False) as counter:
+        task.loss(task.model()(images[:5]), labels[:5]).sum().backward()
+    return counter.get_total_flops() / 5
+
+
+@pytest.mark.parametrize("name", ["tokens", "network"])
+def test_operations_are_counted_as_torch_counts_them(name):
+    task = getattr(features, name)(double=False)
+    images, labels = task.train_data().tensors
+    with FlopCount() as count:
+        task.loss(task.model()(images[:5]), labels[:5]).sum().backward()
+    assert count.total / 5 == operations_by_torch(task) > 0
+
+
+def test_the_peak_of_a_device_is_known_by_its_name():
+    assert known_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert known_peak("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert known_peak("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert known_peak("NVIDIA L40S", "fp16") == 362e12
+    assert known_peak("Tesla V100-SXM2-32GB", "tf32") is None
+    assert known_peak("NVIDIA A1000", "fp32") is None
+    assert peak_flops(torch.device("cpu"), "fp32") is None

@@ -1,0 +1,109 @@
+"""Writes the first five minutes of a new user into the README: what they type, what they see.
+
+    python tests/transcript.py
+
+Every command is run; of a long output the middle is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from commands import BIN, CLEAN, ROOT
+
+README = ROOT / "README.md"
+BEGIN = "<!-- written by: python tests/transcript.py -->\n"
+END = "<!-- end of what it writes -->\n"
+INTERRUPT_AT = "step=240/"
+COMMANDS = (
+    "evenstep new mine",
+    "evenstep check mine/my_job.yaml",
+    "evenstep run mine/my_job.yaml ^C",
+    "evenstep run mine/my_job.yaml",
+    "evenstep run mine/my_job.yaml optimizer.lr=0.01",
+    "evenstep run mine/my_job.yaml optimizer.lr=0.01 --name faster --processes 2",
+    "evenstep runs",
+    "evenstep report my_job faster -o report.html",
+)
+HEAD, TAIL = 1, 1
+"""Rows of metrics that are shown of a run."""
+
+
+def transcript() -> str:
+    """The section as it stands in the README, of commands run now."""
+    with tempfile.TemporaryDirectory() as place:
+        shown = [line for command in COMMANDS for line in _shown(command, Path(place))]
+    return "\n".join(["```console", *shown, "```"]) + "\n"
+
+
+def in_readme(text: str) -> str:
+    """The section that a README holds."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip() + "\n"
+
+
+def shape(text: str) -> str:
+    """The same without figures: what stays from one machine, and one day, to the next."""
+    text = re.sub(r"\d[\d,.:TZe+-]*", "#", text)
+    text = re.sub(r"(# )?(B|kB|KiB|MB|MiB|GiB)\b", "#", text)
+    # Of a row, what depends on where Ctrl-C has met the run, and on the machine.
+    text = re.sub(r" (slowest_rank|slowest_ratio|test/\w+|save/\w+)=#", "", text)
+    return re.sub(r"[ -]{2,}", "  ", text)
+
+
+def _shown(command: str, place: Path) -> Iterator[str]:
+    typed = command.removesuffix(" ^C")
+    yield f"$ {typed}"
+    output = _output(typed, place, interrupted=typed != command)
+    lines = output.replace(f"{place}/", "").rstrip().splitlines()
+    yield from _without_the_middle([line for line in lines if "keeps the others" not in line])
+
+
+def _output(command: str, place: Path, *, interrupted: bool) -> str:
+    theirs = {key: value for key, value in CLEAN.items() if key not in ("OMP_NUM_THREADS", "CI")}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        shlex.split(command),
+        cwd=place,
+        env=theirs | {"PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if interrupted and INTERRUPT_AT in line:
+                process.send_signal(signal.SIGINT)
+                lines.append("^C\n")
+                interrupted = False
+    return "".join(lines)
+
+
+def _without_the_middle(lines: list[str]) -> Iterator[str]:
+    rows = [number for number, line in enumerate(lines) if re.match(r"\d{4}-\d\d-\d\dT", line)]
+    hidden = set(rows[HEAD:-TAIL]) if len(rows) > HEAD + TAIL else set()
+    for number, line in enumerate(lines):
+        if number not in hidden:
+            yield line
+        elif number - 1 not in hidden:
+            yield "..."
+
+
+def main() -> None:
+    text = README.read_text()
+    assert BEGIN in text, f"the README has no line {BEGIN!r}"
+    before, _, rest = text.partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{transcript()}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
