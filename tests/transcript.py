@@ -21,7 +21,7 @@ from commands import BIN, CLEAN, ROOT
 README = ROOT / "README.md"
 BEGIN = "<!-- written by: python tests/transcript.py -->\n"
 END = "<!-- end of what it writes -->\n"
-INTERRUPT_AT = "step=240/"
+INTERRUPT_AT = "step=120/"
 COMMANDS = (
     "evenstep new mine",
     "evenstep check mine/my_job.yaml",
@@ -54,7 +54,10 @@ def shape(text: str) -> str:
     text = re.sub(r"(# )?(B|kB|KiB|MB|MiB|GiB)\b", "#", text)
     # Of a row, what depends on where Ctrl-C has met the run, and on the machine.
     text = re.sub(r" (slowest_rank|slowest_ratio|test/\w+|save/\w+)=#", "", text)
-    return re.sub(r"[ -]{2,}", "  ", text)
+    text = re.sub(r"[ -]{2,}", "  ", text)
+    lines = [line for line in text.splitlines() if line != "..."]
+    # And how many rows there are.
+    return "\n".join(line for n, line in enumerate(lines) if n == 0 or line != lines[n - 1])
 
 
 def _shown(command: str, place: Path) -> Iterator[str]:
