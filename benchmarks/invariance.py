@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from features import FEATURES
+from features import AMPLIFYING, FEATURES
 from jobs import train_in_process
 from processes import Processes
 from test_features import difference
@@ -45,7 +45,7 @@ def main() -> None:
     pools = {count: Processes(count) for count in (1, 2, 3, 4, 5)}
     print("| | losses, float64 | weights, float64 | losses, float32 | weights, float32 |")
     print("|---|---|---|---|---|")
-    for name, job in FEATURES.items():
+    for name, job in (FEATURES | AMPLIFYING).items():
         if given.only not in name:
             continue
         cells = []

@@ -70,6 +70,20 @@ def network(
     )
 
 
+def biased_network(double: bool = True) -> Task:
+    """The digits network with biases that BatchNorm takes away: their gradient is 0 in theory."""
+    kind = torch.float64 if double else torch.float32
+    train, test = _digits(kind)
+
+    def model() -> nn.Module:
+        layers = list(digits.network(8, 0.0))
+        layers[0] = nn.Conv2d(1, 8, 3, padding=1)
+        layers[4] = nn.Conv2d(8, 16, 3, padding=1)
+        return nn.Sequential(*layers).to(kind)
+
+    return supervised(model=model, train=train, test=test, measures=("accuracy",))
+
+
 def weighted_rows(double: bool = True) -> Task:
     """Rows of different weight."""
     kind = torch.float64 if double else torch.float32
@@ -151,12 +165,25 @@ FEATURES: dict[str, dict[str, Any]] = {
     "augmentation in 2 loader workers": _job(
         "network", PLAIN | {"augmented": True}, loader={"workers": 2}
     ),
-    "gradient clipping": _job("network", PLAIN, max_grad_norm=0.3),
+    "gradient clipping": _job(
+        "network", PLAIN, max_grad_norm=0.5, optimizer={"name": "sgd", "lr": 0.02, "momentum": 0.9}
+    ),
+    "moving average of weights": _job("network", PLAIN, model={"moving_average": 0.95}),
     "weights of rows": _job("weighted_rows"),
     "weights of tokens": _job("tokens", optimizer={"name": "sgd", "lr": 0.5}),
     "full batch (all rows a step)": _job(
-        "network", batch={"global_batch": "all", "micro_batch": 60}
+        "network",
+        {"batchnorm": False},
+        batch={"global_batch": "all", "micro_batch": 60},
+        optimizer={"name": "sgd", "lr": 0.01, "momentum": 0.9},
     ),
     "all of it, bitwise": _job("network", {"augmented": True}, exactness="bitwise"),
     "AdamW": _job("network", PLAIN, optimizer={"name": "adamw", "lr": 0.003}),
+}
+# Held to no bound: Adam divides a gradient by its own size, and that of a bias before BatchNorm is
+# rounding noise around 0.  The noise becomes full steps, of weights that nothing depends on.
+AMPLIFYING: dict[str, dict[str, Any]] = {
+    "AdamW, biases before BatchNorm": _job(
+        "biased_network", optimizer={"name": "adamw", "lr": 0.003}
+    ),
 }

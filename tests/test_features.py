@@ -6,6 +6,7 @@ import pytest
 from features import FEATURES
 from jobs import train_in_process
 from safetensors.torch import load_file
+from torch import Tensor
 
 from service.receipt_file import read_receipt
 from service.tracking import read_metrics
@@ -19,13 +20,22 @@ def difference(alone: Path, together: Path) -> tuple[float, float]:
         [row["train/loss"] for row in read_metrics(place / "job" / "metrics.jsonl")]
         for place in (alone, together)
     ]
-    weights = [
-        load_file(max((place / "job" / "checkpoints").glob("step-*")) / "model.safetensors")
-        for place in (alone, together)
-    ]
+    weights = [_weights(place / "job" / "checkpoints") for place in (alone, together)]
     of_losses = max(abs(a - b) for a, b in zip(*losses, strict=True))
     pairs = [(weights[0][name].double(), weights[1][name].double()) for name in weights[0]]
     return of_losses, max((a - b).abs().max().item() for a, b in pairs)
+
+
+def _weights(checkpoints: Path) -> dict[str, Tensor]:
+    """Those of the newest checkpoint, with their moving average where there is one."""
+    newest = max(checkpoints.glob("step-*"))
+    files = [newest / name for name in ("model.safetensors", "average.safetensors")]
+    return {
+        f"{file.stem}.{name}": tensor
+        for file in files
+        if file.exists()
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("feature", FEATURES)

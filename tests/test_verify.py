@@ -7,6 +7,8 @@ from commands import evenstep
 from features import FEATURES
 from jobs import train_in_process
 
+from service.receipt_file import read_weights
+
 JOB = FEATURES["dropout"] | {"length": {"steps": 20}, "tracking": {"log_every_steps": 3}}
 
 
@@ -57,3 +59,38 @@ def test_what_is_no_run_is_told(runs):
     told = evenstep("verify", "one", "nothing", cwd=runs)
     assert told.returncode == 64
     assert "error: nothing is not there. Name a run's directory." in told.stderr
+
+
+def test_weights_are_compared_at_checkpoints_that_are_gone(processes, tmp_path):
+    job = FEATURES["dropout"] | {
+        "length": {"steps": 9},
+        "checkpoint": {"every_steps": 2, "keep": 1},
+    }
+    for name in ("a", "b"):
+        processes(1).run(train_in_process, job, tmp_path / name)
+    equal = evenstep("verify", "a/job", "b/job", "--level", "bits", cwd=tmp_path)
+    assert "weights: the same bits at 5 steps from 2 to 9" in equal.stdout, equal.stdout
+
+    receipt = tmp_path / "b" / "job" / "receipt.jsonl"
+    lines = [json.loads(line) for line in receipt.read_text().splitlines()]
+    for line in lines:
+        if line.get("step") == 4:
+            line["weights"]["model.safetensors"] = "0" * 64
+    receipt.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = evenstep("verify", "a/job", "b/job", "--level", "bits", cwd=tmp_path)
+
+    assert other.returncode == 1
+    assert "weights: model.safetensors differs at step 4" in other.stdout
+
+
+def test_what_is_taken_again_after_a_stop_is_sealed_once(processes, tmp_path):
+    job = FEATURES["dropout"] | {"length": {"steps": 9}, "checkpoint": {"every_steps": 2}}
+    processes(1).run(train_in_process, job, tmp_path / "whole")
+    processes(1).run(train_in_process, job, tmp_path / "cut", 5)
+    processes(1).run(train_in_process, job, tmp_path / "cut")
+
+    ended = evenstep("verify", "whole/job", "cut/job", "--level", "bits", cwd=tmp_path)
+
+    assert ended.returncode == 0, ended.stdout
+    sealed = read_weights(tmp_path / "cut" / "job" / "receipt.jsonl")
+    assert sorted(sealed) == [2, 4, 5, 6, 8, 9]
