@@ -152,12 +152,14 @@ def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
 def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
     """Bytes that one forward pass keeps for its backward pass, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, tuple[int, int]] = {}  # by storage: from which byte of it to which
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        where = tensor.untyped_storage().data_ptr()
+        if where not in own:
+            start, end = _extent(tensor)
+            first, last = kept.get(where, (start, end))
+            kept[where] = (min(first, start), max(last, end))
         return tensor
 
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -166,7 +168,15 @@ def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-    return sum(kept.values())
+    return sum(end - start for start, end in kept.values())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor spans: a micro-batch is a part of what was picked."""
+    start = tensor.storage_offset()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = start + last + 1 if tensor.numel() else start
+    return int(start * tensor.element_size()), int(end * tensor.element_size())
 
 
 def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:

@@ -26,7 +26,6 @@ from service.world import World
 
 # Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
-_BYTES_AHEAD = 4 << 20  # of rows that lie in memory and are picked together
 
 
 class Order(NamedTuple):
@@ -76,7 +75,7 @@ def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterato
     """This process's micro-batches of the test set, each row once over all processes."""
     orders = _test_orders(plan, world)
     if _is_in_memory(data):
-        return _slices_of_memory(data, orders, task=task, world=world)
+        return _copied_from_memory(data, orders, task=task, world=world)
     reader = _Reader(data, plan.spec.seed, rows=plan.test_rows)
     brought = _collated(reader, orders, plan, world)
     return _as_batches(brought, task=task, world=world)
@@ -258,25 +257,22 @@ def _from_memory(
 ) -> Iterator[Batch]:
     """Rows of two tensors, picked by index on the device that computes them.
 
-    Those of many steps are picked at once, and each micro-batch is a part of what was picked.
+    Each micro-batch has memory of its own: of a part of a larger block, the bits of what is
+    computed would depend on where in the block it begins, and so on where the run was resumed.
     """
-    tensors = [tensor.to(world.device) for tensor in data.tensors]
-    row_bytes = sum(tensor[:1].nbytes for tensor in tensors)
-    ahead = min(_ROWS_AHEAD, _BYTES_AHEAD // max(row_bytes, 1))
+    inputs, targets = (tensor.to(world.device) for tensor in data.tensors)
     weigh = getattr(task, "weight", None)
-    for block in _train_blocks(plan, world.index, start, ahead=ahead):
-        index = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
-        sizes = block.sizes * len(block.steps)
-        inputs, targets = (
-            torch.split_with_sizes(tensor.index_select(0, index), sizes) for tensor in tensors
-        )
-        orders = block.orders(plan.global_batch)
-        for order, picked, aims in zip(orders, inputs, targets, strict=True):
+    for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
+        indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
+        each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
+        for order, index in zip(block.orders(plan.global_batch), each, strict=True):
+            aims = targets.index_select(0, index)
             weight = None if weigh is None else weigh(aims)
+            picked = inputs.index_select(0, index)
             yield Batch(order.number, order.rows, picked, aims, weight, order.key)
 
 
-def _slices_of_memory(
+def _copied_from_memory(
     data: TensorDataset, orders: Iterable[Order], *, task: Task, world: World
 ) -> Iterator[Batch]:
     """Rows of two tensors that are asked for in the order in which they lie."""
@@ -284,9 +280,9 @@ def _slices_of_memory(
     weigh = getattr(task, "weight", None)
     for order in orders:
         part = slice(int(order.rows[0]), int(order.rows[-1]) + 1)
-        aims = targets[part]
-        weight = weigh(aims) if weigh is not None else None
-        yield Batch(order.number, order.rows, inputs[part], aims, weight, order.key)
+        aims = targets[part].clone()  # memory of its own, as above
+        weight = None if weigh is None else weigh(aims)
+        yield Batch(order.number, order.rows, inputs[part].clone(), aims, weight, order.key)
 
 
 class _Reader(Dataset[tuple[Order, Any]]):

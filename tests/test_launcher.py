@@ -187,7 +187,7 @@ def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
         launcher.send_signal(signal.SIGINT)
         launcher.wait(timeout=5)
     assert launcher.returncode == 130
-    assert not any(map(is_alive, below))
+    until(lambda: not any(map(is_alive, below)), "the death of all that it started")
 
 
 def test_a_hung_rank_is_named_with_its_line(tmp_path):
