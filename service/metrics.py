@@ -104,6 +104,8 @@ class Gathered:
 
     def values(self) -> dict[str, float]:
         """`test/<name>` of each, over the whole test set."""
+        if not self._metrics:
+            return {}
         own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
         states = self._world.gather({name: metric.metric_state for name, metric in own.items()})
         for name in own:
