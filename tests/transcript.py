@@ -83,11 +83,11 @@ def _output(command: str, place: Path, *, interrupted: bool) -> str:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
+            if line.startswith("Stopped after"):
+                lines.append("^C\n")  # rows may have come after it; how many is chance
             lines.append(line)
             if interrupted and INTERRUPT_AT in line:
                 process.send_signal(signal.SIGINT)
-                lines.append("^C\n")
-                interrupted = False
     return "".join(lines)
 
 
