@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from features import AMPLIFYING, FEATURES
+from features import AMPLIFYING, FEATURES, at
 from jobs import train_in_process
 from processes import Processes
 from test_features import difference
@@ -28,7 +28,9 @@ def worst(job: dict[str, Any], pools: dict[int, Processes]) -> tuple[float, floa
     counts = [n for n in pools if not bitwise or n in (1, 2, 4)]
     with tempfile.TemporaryDirectory() as place:
         for count in counts:
-            pools[count].run(train_in_process, job, Path(place, str(count)), timeout_seconds=600)
+            pools[count].run(
+                train_in_process, at(job, count), Path(place, str(count)), timeout_seconds=600
+            )
         found = [difference(Path(place, "1"), Path(place, str(n))) for n in counts if n > 1]
     return max(losses for losses, _ in found), max(weights for _, weights in found)
 

@@ -165,7 +165,8 @@ def _row(
 def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
     # `parameter_groups` has counted them.
     tensors = sum(len(group.names) for group in groups)
-    return f"{tensors} tensors in {len(groups)} groups, each in exactly one"
+    places = "1 group" if len(groups) == 1 else f"{len(groups)} groups, each in exactly one"
+    return f"{tensors} tensors in {places}"
 
 
 def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:

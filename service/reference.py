@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -44,9 +45,7 @@ def schedule_table() -> str:
 
 
 def _yaml(value: object) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))  # type: ignore[call-overload, no-any-return]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 TABLES = {"optimizers": optimizer_table, "schedules": schedule_table}

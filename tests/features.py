@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from service.recipes import digits
 from service.task import Task, supervised
@@ -141,6 +143,55 @@ def tokens(double: bool = True) -> Task:
     )
 
 
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """The rows of a data set in an order that each pass shuffles anew, made noisy, with a state."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.images, self.labels = data.tensors
+        self.at, self.epoch = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.at, self.epoch = 0, epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.epoch = state["at"], state["epoch"]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        while self.at < len(order):
+            row = int(order[self.at])
+            self.at += 1
+            noise = 0.05 * torch.randn(self.images[row].shape)
+            yield self.images[row] + noise.to(self.images), self.labels[row]
+
+
+def streamed(double: bool = True) -> Task:
+    """The digits as a stream that can only be iterated."""
+    kind = torch.float64 if double else torch.float32
+    train, test = _digits(kind)
+    return supervised(
+        model=lambda: digits.network(8, 0.25).to(kind),
+        train=Endless(train),
+        test=test,
+        measures=("accuracy",),
+    )
+
+
+ONE_EACH = "one each"
+
+
+def at(job: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The job at so many processes; a micro-batch of `ONE_EACH` is a process's share."""
+    batch = job["batch"]
+    if batch["micro_batch"] != ONE_EACH:
+        return job
+    return job | {"batch": batch | {"micro_batch": math.ceil(batch["global_batch"] / processes)}}
+
+
 def _job(task: str, arguments: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     batch = {"global_batch": 50, "micro_batch": 9}  # six micro-batches, the last of 5 rows
     return {
@@ -161,6 +212,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "nothing but rows": _job("network", PLAIN),
     "dropout": _job("network", {"batchnorm": False}),
     "BatchNorm, micro": _job("network", {"dropout": 0.0}),
+    "BatchNorm, sync, one micro-batch a process": _job(
+        "network",
+        {"dropout": 0.0},
+        batch={"global_batch": 50, "micro_batch": ONE_EACH},
+        model={"batchnorm": "sync"},
+    ),
     "augmentation": _job("network", PLAIN | {"augmented": True}),
     "augmentation in 2 loader workers": _job(
         "network", PLAIN | {"augmented": True}, loader={"workers": 2}
@@ -171,6 +228,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "moving average of weights": _job("network", PLAIN, model={"moving_average": 0.95}),
     "weights of rows": _job("weighted_rows"),
     "weights of tokens": _job("tokens", optimizer={"name": "sgd", "lr": 0.5}),
+    "a stream, read whole": _job("streamed"),
     "full batch (all rows a step)": _job(
         "network",
         {"batchnorm": False},

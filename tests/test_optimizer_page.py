@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import sys
 
@@ -10,6 +12,8 @@ import yaml
 from commands import ROOT, command
 from jobs import train_in_process
 
+from service.optimizer_options import OPTIMIZERS
+from service.optimizers import optimizer_class
 from service.recipes import find_recipe
 from service.recipes.optimizers import CLASSICS
 from service.reference import with_tables
@@ -22,6 +26,18 @@ PAGE = (ROOT / "docs/optimizers.md").read_text()
 def test_the_tables_are_those_that_the_code_makes():
     assert with_tables(PAGE) == PAGE, "run: python -m service.reference"
     assert with_tables(PAGE.replace("| `adam` |", "| `adm` |")) == PAGE
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_defaults_shown_are_those_of_torchs_class(name):
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    shown = dict(re.findall(r"`(\w+): ([^`]+)`", row.split("|")[2]))
+    signature = inspect.signature(optimizer_class(name).__init__).parameters
+    defaults = {option: signature[option].default for option in shown}
+    assert shown == {
+        option: default if isinstance(default, str) else json.dumps(default)
+        for option, default in defaults.items()
+    }
 
 
 def test_every_section_that_the_page_shows_is_a_spec():
