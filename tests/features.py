@@ -18,6 +18,7 @@ from service.recipes import digits
 from service.task import Task, supervised
 
 ROWS, TEST_ROWS = 389, 131
+PLAIN: dict[str, Any] = {"dropout": 0.0, "batchnorm": False}
 
 
 def _digits(kind: torch.dtype) -> tuple[TensorDataset, TensorDataset]:
@@ -173,12 +174,8 @@ def streamed(double: bool = True) -> Task:
     """The digits as a stream that can only be iterated."""
     kind = torch.float64 if double else torch.float32
     train, test = _digits(kind)
-    return supervised(
-        model=lambda: digits.network(8, 0.25).to(kind),
-        train=Endless(train),
-        test=test,
-        measures=("accuracy",),
-    )
+    plain = network(double, **PLAIN)
+    return supervised(model=plain.model, train=Endless(train), test=test, measures=("accuracy",))
 
 
 ONE_EACH = "one each"
@@ -207,7 +204,6 @@ def _job(task: str, arguments: dict[str, Any] | None = None, **sections: Any) ->
     }
 
 
-PLAIN = {"dropout": 0.0, "batchnorm": False}
 FEATURES: dict[str, dict[str, Any]] = {
     "nothing but rows": _job("network", PLAIN),
     "dropout": _job("network", {"batchnorm": False}),
