@@ -117,6 +117,7 @@ def test_the_training_is_the_same_to_the_bit_and_ends_in_time(ended, ill):
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS
-    assert here.seconds < well.seconds + END_SECONDS
+    # Eight of them share the machine: the bound on what W&B adds leaves room for that.
+    assert here.seconds < 1.5 * well.seconds + END_SECONDS
     assert "Traceback" not in here.output, here.output
     assert f"Done after step {STEPS}" in here.output

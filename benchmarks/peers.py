@@ -1,0 +1,483 @@
+"""What a training step and a test pass of each trainer of the field cost, against loops by hand.
+
+    pip install accelerate lightning pytorch-ignite torchtnt torchmetrics transformers
+    python -m benchmarks.peers [--pairs 12] [--only ignite]
+    torchrun --nproc-per-node 2 -m benchmarks.peers
+
+The task is that of benchmarks/by_hand.py; every one of them gets the same DataLoader, the same
+fused optimizer and nothing to log, save or show.  Before each pass over the data of theirs comes
+one of the loop by hand, in the same process, so that a busy machine slows both: medians of the
+ratios of processor time.  The test pass is each one's own idiom for loss and accuracy; whether it
+counts every row once is looked at, not believed.  A trainer that is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import importlib.util
+import io
+import os
+import pstats
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from benchmarks.by_hand import ROWS, TEST_ROWS, ByHand, Fetched, as_it_is, network, rows
+
+BATCH, TEST_BATCH = 32, 256
+WARM, COUNTED = 1, 1  # passes before the first that is timed; the calls are counted in the last
+
+
+class Turns:
+    """A DataLoader; before each pass over it comes one of the loop by hand, and both are timed."""
+
+    def __init__(self, loader: Iterable[Any], hand: ByHand, *, passes: int) -> None:
+        self.loader, self.hand = loader, hand
+        self.passes = passes
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.calls = {"hand": 0.0, "theirs": 0.0}
+        self._batches = hand.batches()
+        self._pass = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # what a trainer asks of a DataLoader, as `sampler`
+
+    def __iter__(self) -> Iterator[Any]:
+        self._pass += 1
+        if self._pass <= WARM + COUNTED < self.passes and self._pass > WARM:
+            with counting(self, "hand"):
+                self.hand.train_steps(self._batches, len(self))
+            with counting(self, "theirs"):
+                yield from self.loader
+            return
+        began = time.process_time()
+        self.hand.train_steps(self._batches, len(self))
+        ended = time.process_time()
+        yield from self.loader
+        if self._pass > WARM + COUNTED:
+            self.ours.append(ended - began)
+            self.theirs.append(time.process_time() - ended)
+
+
+@contextlib.contextmanager
+def counting(turns: Turns, name: str) -> Iterator[None]:
+    """Python calls a step, of whatever runs inside."""
+    profile = cProfile.Profile()
+    profile.enable()
+    yield
+    profile.disable()
+    stats: Any = pstats.Stats(profile, stream=io.StringIO())
+    turns.calls[name] = stats.total_calls / len(turns)
+
+
+class Peer(NamedTuple):
+    """A trainer of the field on the task."""
+
+    package: str
+    train: Callable[[ByHand, int], Turns]
+    """Train so many passes; returns what was timed."""
+    test: Callable[[nn.Module, Fetched], Callable[[], float]]
+    """Given the model and the rows: a pass over the test set that returns the accuracy."""
+
+
+def train_loader(*, sharded: bool = True) -> DataLoader[Any]:
+    """That of the loop by hand; `sharded` where the trainer leaves the sampler to its user."""
+    data = Fetched(rows(ROWS, seed=1))
+    sampler: DistributedSampler[Any] | None = None
+    if sharded and dist.is_initialized():
+        sampler = DistributedSampler(data)
+    return DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_size=BATCH,
+        sampler=sampler,
+        shuffle=sampler is None,
+        collate_fn=as_it_is,
+        drop_last=True,
+    )
+
+
+def evaluation_loader(data: Fetched, *, sharded: bool = True) -> DataLoader[Any]:
+    sampler: DistributedSampler[Any] | None = None
+    if sharded and dist.is_initialized():
+        sampler = DistributedSampler(data, shuffle=False)
+    return DataLoader(data, batch_size=TEST_BATCH, sampler=sampler, collate_fn=as_it_is)  # type: ignore[arg-type]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def joined(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def with_accelerate(hand: ByHand, passes: int) -> Turns:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = network()
+    model, optimizer, loader = accelerator.prepare(model, adamw(model), train_loader(sharded=False))
+    turns = Turns(loader, hand, passes=passes)
+    for _ in range(passes):
+        model.train()
+        for inputs, targets in turns:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            accelerator.backward(loss)
+            optimizer.step()
+    return turns
+
+
+def test_with_accelerate(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(evaluation_loader(data, sharded=False))
+
+    @torch.no_grad()
+    def tested() -> float:
+        model.eval()
+        hits, loss, count = 0.0, 0.0, 0
+        for inputs, targets in loader:
+            outputs = model(inputs)
+            outputs, targets = accelerator.gather_for_metrics((outputs, targets))
+            loss += F.cross_entropy(outputs, targets, reduction="sum").item()
+            hits += (outputs.argmax(1) == targets).sum().item()
+            count += len(targets)
+        return hits / count
+
+    return tested
+
+
+def with_fabric(hand: ByHand, passes: int) -> Turns:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategy())
+    model = network()
+    model, optimizer = fabric.setup(model, adamw(model))
+    loader = fabric.setup_dataloaders(train_loader(sharded=False))
+    turns = Turns(loader, hand, passes=passes)
+    for _ in range(passes):
+        model.train()
+        for inputs, targets in turns:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            fabric.backward(loss)
+            optimizer.step()
+    return turns
+
+
+def test_with_fabric(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategy())
+    loader = fabric.setup_dataloaders(evaluation_loader(data, sharded=False))
+
+    @torch.no_grad()
+    def tested() -> float:
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for inputs, targets in loader:
+            outputs = model(inputs)
+            sums[0] += F.cross_entropy(outputs, targets, reduction="sum")
+            sums[1] += (outputs.argmax(1) == targets).sum()
+            sums[2] += len(targets)
+        total = fabric.all_reduce(sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return float(total[1] / total[2])
+
+    return tested
+
+
+def with_ignite(hand: ByHand, passes: int) -> Turns:
+    from ignite.engine import Engine
+
+    model = joined(network())
+    optimizer = adamw(model)
+
+    def update(engine: Engine, batch: list[Tensor]) -> None:
+        model.train()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    turns = Turns(train_loader(), hand, passes=passes)
+    Engine(update).run(turns, max_epochs=passes)
+    return turns
+
+
+def test_with_ignite(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    from ignite.engine import create_supervised_evaluator
+    from ignite.metrics import Accuracy, Loss
+
+    metrics: Any = {"accuracy": Accuracy(), "loss": Loss(F.cross_entropy)}
+    evaluator = create_supervised_evaluator(model, metrics=metrics)
+    loader = evaluation_loader(data)
+    return lambda: float(evaluator.run(loader).metrics["accuracy"])
+
+
+def lightning_module(model: nn.Module) -> Any:
+    import lightning as L
+    from torchmetrics.classification import MulticlassAccuracy
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.accuracy = MulticlassAccuracy(10, average="micro")
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            outputs = self.model(batch[0])
+            self.accuracy(outputs, batch[1])
+            loss = F.cross_entropy(outputs, batch[1])
+            self.log("loss", loss, sync_dist=True, batch_size=len(batch[1]))
+            self.log("accuracy", self.accuracy, batch_size=len(batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return adamw(self.model)
+
+    return Module()
+
+
+def lightning_trainer(passes: int) -> Any:
+    import lightning as L
+
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world_size(),
+        strategy=strategy(),
+        max_epochs=passes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def with_lightning(hand: ByHand, passes: int) -> Turns:
+    turns = Turns(train_loader(), hand, passes=passes)
+    lightning_trainer(passes).fit(lightning_module(network()), train_dataloaders=turns)
+    return turns
+
+
+def test_with_lightning(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    trainer, module = lightning_trainer(1), lightning_module(model)
+    loader = evaluation_loader(data, sharded=False)
+    return lambda: float(trainer.validate(module, loader, verbose=False)[0]["accuracy"])
+
+
+def with_torchtnt(hand: ByHand, passes: int) -> Turns:
+    from torchtnt.framework.state import State
+    from torchtnt.framework.train import train
+    from torchtnt.framework.unit import TrainUnit
+
+    model = joined(network())
+
+    class Unit(TrainUnit[list[Tensor]]):  # type: ignore[misc,unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.optimizer = adamw(model)
+
+        def train_step(self, state: State, data: list[Tensor]) -> None:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(data[0]), data[1])
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+
+    turns = Turns(train_loader(), hand, passes=passes)
+    train(Unit(), turns, max_epochs=passes)
+    return turns
+
+
+def test_with_torchtnt(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    from torcheval.metrics import MulticlassAccuracy
+    from torcheval.metrics.toolkit import sync_and_compute
+    from torchtnt.framework.evaluate import evaluate
+    from torchtnt.framework.state import State
+    from torchtnt.framework.unit import EvalUnit
+
+    class Unit(EvalUnit[list[Tensor]]):  # type: ignore[misc,unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.accuracy = MulticlassAccuracy()
+
+        def eval_step(self, state: State, data: list[Tensor]) -> None:
+            outputs = self.model(data[0])
+            F.cross_entropy(outputs, data[1])
+            self.accuracy.update(outputs, data[1])
+
+    loader = evaluation_loader(data)
+
+    def tested() -> float:
+        unit = Unit()
+        evaluate(unit, loader)
+        found = sync_and_compute(unit.accuracy, recipient_rank="all")
+        return float(found)
+
+    return tested
+
+
+class Mappings(Dataset[dict[str, Tensor]]):
+    """The rows as transformers' Trainer wants them."""
+
+    def __init__(self, data: Fetched) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitems__(self, asked: list[int]) -> dict[str, Tensor]:
+        inputs, labels = self._data.__getitems__(asked)
+        return {"inputs": inputs, "labels": labels}
+
+
+class WithLoss(nn.Module):
+    """The model as transformers' Trainer wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.model(inputs)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def transformers_trainer(model: nn.Module, hand: ByHand | None, passes: int, place: str) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    class Paired(Trainer):
+        turns: Turns
+
+        def get_train_dataloader(self) -> Any:
+            assert hand is not None
+            self.turns = Turns(super().get_train_dataloader(), hand, passes=passes)
+            return self.turns
+
+    arguments = TrainingArguments(
+        place,
+        use_cpu=True,
+        num_train_epochs=passes,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=TEST_BATCH,
+        dataloader_drop_last=hand is not None,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )
+    wrapped = WithLoss(model)
+    return Paired(
+        wrapped,
+        arguments,
+        train_dataset=Mappings(Fetched(rows(ROWS, seed=1))),
+        data_collator=as_it_is,  # type: ignore[arg-type]
+        optimizers=(adamw(wrapped), None),
+        compute_metrics=lambda found: {
+            "accuracy": float((found.predictions.argmax(1) == found.label_ids).mean())
+        },
+    )
+
+
+def with_transformers(hand: ByHand, passes: int) -> Turns:
+    with tempfile.TemporaryDirectory() as place:
+        trainer = transformers_trainer(network(), hand, passes, place)
+        trainer.train()
+        turns: Turns = trainer.turns
+        return turns
+
+
+def test_with_transformers(model: nn.Module, data: Fetched) -> Callable[[], float]:
+    place = tempfile.mkdtemp()
+    trainer = transformers_trainer(model, None, 1, place)
+    asked = Mappings(data)
+    return lambda: float(trainer.evaluate(asked)["eval_accuracy"])
+
+
+PEERS = {
+    "ignite": Peer("ignite", with_ignite, test_with_ignite),
+    "Fabric": Peer("lightning", with_fabric, test_with_fabric),
+    "accelerate": Peer("accelerate", with_accelerate, test_with_accelerate),
+    "torchtnt": Peer("torchtnt", with_torchtnt, test_with_torchtnt),
+    "Lightning": Peer("lightning", with_lightning, test_with_lightning),
+    "transformers Trainer": Peer("transformers", with_transformers, test_with_transformers),
+}
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def strategy() -> str:
+    return "ddp" if dist.is_initialized() else "auto"
+
+
+def row(name: str, peer: Peer, *, pairs: int) -> str:
+    """One line of the table."""
+    hand = ByHand(batch=BATCH, loader=True)
+    turns = peer.train(hand, WARM + COUNTED + pairs)
+    steps = statistics.median(a / b for a, b in zip(turns.theirs, turns.ours, strict=True))
+    calls = turns.calls["theirs"]
+    reference = ByHand(batch=TEST_BATCH, loader=False)
+    tested = peer.test(reference.model, Fetched(reference.test))
+    exact = abs(tested() - reference.tested(TEST_BATCH)[1]) < 0.5 / TEST_ROWS
+    passes = []
+    for _ in range(pairs):
+        began = time.process_time()
+        tested()
+        ended = time.process_time()
+        reference.tested(TEST_BATCH)
+        passes.append((ended - began) / (time.process_time() - ended))
+    test = statistics.median(passes)
+    return f"| {name} | {calls:.0f} | {steps:.2f} | {test:.1f} | {'yes' if exact else 'no'} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--only", default="", help="trainers whose name holds this")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    lead = not dist.is_initialized() or dist.get_rank() == 0
+    if lead:
+        print("| trainer | Python calls a step | step | test pass | exact |")
+        print("|---|---|---|---|---|", flush=True)
+    for name, peer in PEERS.items():
+        if given.only.lower() not in name.lower() or not importlib.util.find_spec(peer.package):
+            continue
+        line = row(name, peer, pairs=given.pairs)
+        if lead:
+            print(line, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
