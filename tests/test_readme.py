@@ -46,7 +46,6 @@ def test_the_mistake_that_the_readme_shows(own_job):
     assert shown.partition(": ")[2] in told.stderr
 
 
-@pytest.mark.slow  # the job may end before its Ctrl-C is heard, where the machine is busy
 def test_the_first_five_minutes_are_as_the_readme_shows_them():
     shown = transcript.in_readme(README)
     assert "error: runs/my_job was begun with another spec:" in shown

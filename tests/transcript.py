@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -63,7 +64,11 @@ def shape(text: str) -> str:
 def _shown(command: str, place: Path) -> Iterator[str]:
     typed = command.removesuffix(" ^C")
     yield f"$ {typed}"
-    output = _output(typed, place, interrupted=typed != command)
+    interrupted = typed != command
+    output = _output(typed, place, interrupted=interrupted)
+    while interrupted and "^C" not in output:  # on a busy machine it may end before it is heard
+        shutil.rmtree(place / "runs")
+        output = _output(typed, place, interrupted=True)
     lines = output.replace(f"{place}/", "").rstrip().splitlines()
     yield from _without_the_middle([line for line in lines if "keeps the others" not in line])
 
