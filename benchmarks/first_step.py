@@ -1,6 +1,9 @@
 """Seconds from the command to the first finished step, and rows per second, of the digits recipe.
 
 python -m benchmarks.first_step [--runs 5]
+
+Each start of ours is followed by one of a bare script (benchmarks/bare.py), by `python` or by
+torchrun: medians, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -42,15 +45,36 @@ def one_run(processes: int) -> tuple[float, float]:
     return first - started, statistics.median(rates)
 
 
+def bare(processes: int) -> float:
+    """Seconds to the first step of a bare script."""
+    program = [sys.executable]
+    if processes > 1:
+        torchrun = EVENSTEP.with_name("torchrun")
+        program = [str(torchrun), "--standalone", f"--nproc-per-node={processes}"]
+    started = time.time()
+    done = subprocess.run(
+        [*program, "-m", "benchmarks.bare"],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return float(done.stdout.split()[-1]) - started
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=5)
     count = arguments.parse_args().runs
-    print("| processes | command to first step | rows per second |\n|---|---|---|")
+    print("| processes | command to first step | a bare script | ratio | rows per second |")
+    print("|---|---|---|---|---|")
     for processes in (1, 2):
-        firsts, rates = zip(*(one_run(processes) for _ in range(count)), strict=True)
+        found = [(*one_run(processes), bare(processes)) for _ in range(count)]
+        first, rate, by_hand = (statistics.median(column) for column in zip(*found, strict=True))
+        ratio = statistics.median(ours / theirs for ours, _, theirs in found)
         print(
-            f"| {processes} | {statistics.median(firsts):.1f} s | {statistics.median(rates):,.0f} |"
+            f"| {processes} | {first:.1f} s | {by_hand:.1f} s | {ratio:.2f} | {rate:,.0f} |",
+            flush=True,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ def new(directory: Path) -> None:
     for path in start(directory):
         click.echo(f"wrote {path}")
     spec = directory / SPEC
-    where = spec if spec.is_absolute() else f"./{spec}"
+    where = shlex.quote(str(spec) if spec.is_absolute() else f"./{spec}")
     click.echo(f"next: evenstep check {where}\n      evenstep run {where}")
 
 

@@ -147,16 +147,20 @@ class _Block(NamedTuple):
     keys: NDArray[np.int64]  # [S, M]
     rows: NDArray[np.int64]  # [S, rows of a step]
 
+    def parts(self) -> tuple[list[int], list[int], list[NDArray[np.int64]]]:
+        """(number, key, rows) of each micro-batch, in order: three lists."""
+        ends = np.cumsum(self.sizes).tolist()
+        spans = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        rows = [of_step[span] for of_step in self.rows for span in spans]
+        return [*self.numbers] * len(self.steps), self.keys.ravel().tolist(), rows
+
     def orders(self, global_batch: int) -> Iterator[Order]:
         """One for each micro-batch, in order."""
-        ends = np.cumsum(self.sizes).tolist()
-        starts = [end - size for end, size in zip(ends, self.sizes, strict=True)]
-        pieces = list(zip(self.numbers, starts, ends, strict=True))
-        of_steps = zip(self.steps, self.keys.tolist(), self.rows, strict=True)
-        for step, keys, rows in of_steps:
-            first = step * global_batch + self.first
-            for (number, start, end), key in zip(pieces, keys, strict=True):
-                yield Order(step, number, key, first + start, rows[start:end])
+        firsts = self.first + np.cumsum([0, *self.sizes[:-1]])
+        positions = np.add.outer(np.array(self.steps) * global_batch, firsts).ravel().tolist()
+        steps = np.repeat(self.steps, len(self.sizes)).tolist()
+        numbers, keys, rows = self.parts()
+        return map(Order, steps, numbers, keys, positions, rows)
 
 
 def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
@@ -265,11 +269,10 @@ def _from_memory(
     for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
         indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
         each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
-        for order, index in zip(block.orders(plan.global_batch), each, strict=True):
+        for number, key, rows, index in zip(*block.parts(), each, strict=True):
             aims = targets.index_select(0, index)
             weight = None if weigh is None else weigh(aims)
-            picked = inputs.index_select(0, index)
-            yield Batch(order.number, order.rows, picked, aims, weight, order.key)
+            yield Batch(number, rows, inputs.index_select(0, index), aims, weight, key)
 
 
 def _copied_from_memory(

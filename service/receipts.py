@@ -15,6 +15,7 @@ from service.batches import Batch
 from service.receipt_file import ReceiptFile
 from service.world import World
 
+_PLACE = struct.Struct("<qq")
 _HELD_AT_MOST = 256  # micro-batches whose row ids are kept until they are digested
 
 
@@ -75,9 +76,8 @@ class Receipt:
 
 def micro_batch_digest(step: int, number: int, rows: NDArray[np.int64]) -> int:
     """64 bits over the step, the number of the micro-batch and its row ids [B] in order."""
-    hashed = hashlib.blake2b(struct.pack("<qq", step, number), digest_size=8)
-    hashed.update(np.ascontiguousarray(rows, "<i8").data)
-    return int.from_bytes(hashed.digest(), "little")
+    words = _PLACE.pack(step, number) + rows.astype("<i8", copy=False).tobytes()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
 
 
 def _signed(value: int) -> int:

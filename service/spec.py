@@ -600,7 +600,7 @@ class FaultsSpec(Part):
     """A process that stands still longer than this is reported and ended."""
     startup_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """The same before the first step, which may load data and compile."""
-    stop_poll_steps: Annotated[int, Field(ge=1)] = 10
+    stop_poll_steps: Annotated[int, Field(ge=1)] = 50
     """The processes agree at least this often whether one of them was asked to stop."""
     stop_budget_seconds: Annotated[float, Field(gt=0)] = 120.0
     """What a request to stop may take, the last save included; then the launcher kills."""

@@ -1,6 +1,7 @@
 """`evenstep new` and `evenstep check`: what they write and say, and every kind of mistake found."""
 
 import re
+import shlex
 
 import pytest
 from commands import ROOT, evenstep
@@ -39,15 +40,15 @@ def test_check_tells_what_a_run_would_do_and_writes_nothing(tmp_path):
 
 
 def test_new_writes_a_job_that_checks_runs_and_learns(tmp_path):
-    made = evenstep("new", "mine", cwd=tmp_path)
+    made = evenstep("new", "my own", cwd=tmp_path)  # a name that a shell would part
     assert made.returncode == 0, made.stderr
-    spec = (tmp_path / "mine/my_job.yaml").read_text()
+    spec = (tmp_path / "my own/my_job.yaml").read_text()
     assert spec.startswith("# yaml-language-server: $schema=evenstep.schema.json\n")
-    assert (tmp_path / "mine/evenstep.schema.json").exists()
+    assert (tmp_path / "my own/evenstep.schema.json").exists()
     commands = re.findall(r"evenstep (.*)", made.stdout)
     assert [line.split()[0] for line in commands] == ["check", "run"]
     for line in commands:
-        done = evenstep(*line.split(), cwd=tmp_path)
+        done = evenstep(*shlex.split(line), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert re.search(r"Done after step 600: .*test/accuracy (1\.|1$|0\.9)", done.stdout)
 
