@@ -38,16 +38,13 @@ class Tally:
 
         Args:
             losses: [B] or [B, T].
-            measured: [B, measures] or [B, T, measures].
+            measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
             weight: of the shape of `losses`, or None where each counts 1.
         """
-        values = torch.cat(  # [*, loss and measures]
-            [
-                losses.to(self._on, torch.float64)[..., None],
-                measured.to(self._on, torch.float64),
-            ],
-            dim=-1,
-        )
+        values = losses.to(self._on, torch.float64)[..., None]
+        if len(self._names) > 1:  # there are measures
+            measured = measured.to(self._on, torch.float64)
+            values = torch.cat([values, measured], dim=-1)  # [*, loss and measures]
         if weight is not None:
             values = values * weight.to(self._on, torch.float64)[..., None]
         line = self._lines[number]

@@ -146,8 +146,14 @@ def require_shapes(losses: Tensor, measured: Tensor, batch: Batch, task: Task) -
             f"task.weight: must have the shape of the loss, {list(losses.shape)}, but has "
             f"{list(batch.weight.shape)}."
         )
+    if losses.numel() != rows and batch.weight is None:
+        raise SpecError(
+            f"task.weight: the loss has {losses[0].numel()} values for each row "
+            f"({list(losses.shape)}), and nothing says what each of them counts. Give a weight, "
+            "such as `weight=lambda targets: targets.ne(-100).float()`, or one value for each row."
+        )
     wanted = [*losses.shape, len(task.measures)]
-    if list(measured.shape) != wanted:
+    if task.measures and list(measured.shape) != wanted:
         raise SpecError(
             f"task.measure: must have the shape {wanted}, one value for each row and measure "
             f"{list(task.measures)}, but has {list(measured.shape)}."

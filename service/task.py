@@ -128,7 +128,8 @@ class supervised:  # reads as the function a user calls; it is a Task
         measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
             torchmetrics metric, which is given the model's outputs and the targets.
         weight: what each value of the loss counts, as a function of the targets: 0 for the
-            padding of a text, say.  Without it each counts as 1.
+            padding of a text, say.  Without it each row counts as 1; a loss with several values
+            a row needs it.
     Raises:
         SpecError: a loss or measure nobody knows.
     """

@@ -60,6 +60,11 @@ MISTAKES = {
         [],
         r"task.loss: must give one value for each row.*gave \[\]",
     ),
+    "a loss by pixel that nothing weighs": (
+        wrong("task", "task: ./my_task.py:unweighed").replace("test/accuracy", "test/loss"),
+        [],
+        r"task.weight: the loss has 64 values for each row .*Give a weight",
+    ),
     "a model that does not fit its data": (
         wrong("task", "task: ./my_task.py:misfit"),
         [],
@@ -116,6 +121,13 @@ def mean(width, dropout):
     return supervised(
         model=lambda: digits.network(width, dropout), train=train, test=test,
         loss=nn.functional.cross_entropy, measures=("accuracy",),
+    )
+
+def unweighed(width, dropout):
+    train, test = digits.split_by_class(*digits.load())
+    return supervised(
+        model=lambda: nn.Conv2d(1, 10, 3, padding=1), train=train, test=test,
+        loss=lambda outputs, targets: outputs.mean(1),
     )
 
 def misfit(width, dropout):
