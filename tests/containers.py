@@ -1,0 +1,168 @@
+"""Containers without a registry: podman and buildah with settings and a store of their own.
+
+The image is built from our Dockerfile, on a base that debootstrap makes of this machine's own
+Debian, with wheels that pip fetches here, where it knows its index. All of it is kept in a
+cache (`PLACE`), so a machine pays for it once; nothing under /etc is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+from commands import ROOT
+
+PLACE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evenstep-containers"
+NEEDED = ("podman", "buildah", "runc", "debootstrap", "iptables")
+_TAG = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+IMAGE = f"localhost/evenstep:{_TAG}"
+"""The image of this source tree."""
+
+_STORAGE = """\
+[storage]
+driver = "overlay"
+graphroot = "{place}/store"
+runroot = "{place}/run"
+[storage.options.overlay]
+skip_mount_home = "true"
+"""
+# Podman's own limits need CAP_SYS_RESOURCE, which root in a container may lack.
+_ENGINE = """\
+[containers]
+default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
+log_driver = "k8s-file"
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+tmp_dir = "{place}/tmp"
+[network]
+network_backend = "netavark"
+network_config_dir = "{place}/networks"
+"""
+
+
+@cache
+def why_not() -> str | None:
+    """Why containers cannot be built and run here, or None."""
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    if os.geteuid() != 0:
+        return "needs root, to make a base and networks"
+    tried = podman("info", check=False)
+    return None if tried.returncode == 0 else f"podman does not run here: {_last_line(tried.stderr)}"
+
+
+def podman(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`podman WORDS`, with its output caught."""
+    return _engine("podman", *words, check=check)
+
+
+def built_image() -> str:
+    """The name of the image, built of the tree as it is now; layers that have not changed stay.
+
+    A machine without a cache takes about five minutes for it.
+    """
+    base = _base()
+    wheels = _wheels(_python_of(base))
+    settings = PLACE / "pip.conf"
+    settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+    _engine(
+        *("buildah", "build", "--isolation", "chroot", "--layers", "--tag", IMAGE),
+        *("--volume", f"{wheels}:/wheels:ro", "--secret", f"id=pip,src={settings}"),
+        *("--build-arg", f"BASE_IMAGE={base}", ROOT),
+    )
+    return IMAGE
+
+
+def _base() -> str:
+    """A minimal Debian with Python, as the machine's own sources have it."""
+    mirror, suite = _debian()
+    name = f"localhost/evenstep-base:{suite}"
+    if podman("image", "exists", name, check=False).returncode == 0:
+        return name
+    container = _engine("buildah", "from", "scratch").stdout.strip()
+    try:
+        root = _engine("buildah", "mount", container).stdout.strip()
+        packages = "--include=ca-certificates,python3,python3-venv"
+        _run("debootstrap", "--variant=minbase", packages, suite, root, mirror)
+        for rest in ("var/cache/apt", "var/lib/apt/lists"):
+            shutil.rmtree(Path(root, rest))
+        _engine("buildah", "umount", container)
+        _engine("buildah", "config", "--env", "LANG=C.UTF-8", container)
+        _engine("buildah", "commit", "--quiet", container, name)
+    finally:
+        _engine("buildah", "rm", container)
+    return name
+
+
+def _debian() -> tuple[str, str]:
+    """Where this machine gets its packages from, and the name of its release."""
+    words = ("--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages")
+    own = re.search(r"(?m)^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text())
+    assert own is not None, "a Debian without a name"
+    for line in _run("apt-get", "indextargets", *words).splitlines():
+        mirror, suite = line.split()
+        if suite == own[1]:
+            return mirror, suite
+    raise AssertionError(f"apt has no source for {own[1]}: run apt-get update")
+
+
+def _python_of(base: str) -> str:
+    words = ("import sys; print('%d.%d' % sys.version_info[:2])",)
+    return podman("run", "--rm", "--network=none", base, "python3", "-c", *words).stdout.strip()
+
+
+def _wheels(python: str) -> Path:
+    """What the Dockerfile installs, as wheels; fetched again when the requirements change."""
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
+    constraints = ROOT / "constraints.txt"
+    text = "\n".join([python, *wanted, constraints.read_text()])
+    place = PLACE / f"wheels-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not place.exists():
+        for old in PLACE.glob("wheels-*"):
+            shutil.rmtree(old)
+        partial = PLACE / f"partial-wheels-{os.getpid()}"
+        place_words = ("--dest", partial, "--constraint", constraints, "--python-version", python)
+        pip = (sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:")
+        _run(*pip, *place_words, *wanted)
+        partial.rename(place)
+    return place
+
+
+def _engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    PLACE.mkdir(parents=True, exist_ok=True)
+    for name, text in (("storage.conf", _STORAGE), ("containers.conf", _ENGINE)):
+        (PLACE / name).write_text(text.format(place=PLACE))
+    own = {
+        "CONTAINERS_STORAGE_CONF": str(PLACE / "storage.conf"),
+        "CONTAINERS_CONF": str(PLACE / "containers.conf"),
+    }
+    done = subprocess.run(
+        [str(word) for word in words],
+        env=os.environ | own,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, f"{' '.join(map(str, words))}: {done.stderr}"
+    return done
+
+
+def _run(*words: object) -> str:
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
