@@ -24,6 +24,11 @@ NEEDED = ("podman", "buildah", "runc", "debootstrap", "iptables")
 _TAG = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
 IMAGE = f"localhost/evenstep:{_TAG}"
 """The image of this source tree."""
+SETTINGS = {
+    "CONTAINERS_STORAGE_CONF": str(PLACE / "storage.conf"),
+    "CONTAINERS_CONF": str(PLACE / "containers.conf"),
+}
+"""What podman and buildah must find in their environment."""
 
 _STORAGE = """\
 [storage]
@@ -58,7 +63,9 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "needs root, to make a base and networks"
     tried = podman("info", check=False)
-    return None if tried.returncode == 0 else f"podman does not run here: {_last_line(tried.stderr)}"
+    return (
+        None if tried.returncode == 0 else f"podman does not run here: {_last_line(tried.stderr)}"
+    )
 
 
 def podman(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -143,13 +150,9 @@ def _engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[s
     PLACE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", _STORAGE), ("containers.conf", _ENGINE)):
         (PLACE / name).write_text(text.format(place=PLACE))
-    own = {
-        "CONTAINERS_STORAGE_CONF": str(PLACE / "storage.conf"),
-        "CONTAINERS_CONF": str(PLACE / "containers.conf"),
-    }
     done = subprocess.run(
         [str(word) for word in words],
-        env=os.environ | own,
+        env=os.environ | SETTINGS,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pods
+import containers
+import pod_processes
 import pytest
 import torch
 from commands import evenstep
+from pod_containers import Podman
+from pod_processes import Namespaces
 from pods import Cluster
 from safetensors.torch import load_file
 
@@ -19,11 +23,13 @@ from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
 
-_REASON = pods.why_not()
+# Real containers of the real image where they run, else plain processes in namespaces; the
+# variable chooses: EVENSTEP_PODS=processes make test-slow
+_CHOSEN = os.environ.get("EVENSTEP_PODS") or ("processes" if containers.why_not() else "containers")
+_REASON = {"containers": containers.why_not, "processes": pod_processes.why_not}[_CHOSEN]()
 pytestmark = [
-    pytest.mark.pods,
-    pytest.mark.slow,
-    pytest.mark.skipif(_REASON is not None, reason=f"pods cannot run here: {_REASON}"),
+    pytest.mark.skipif(_REASON is not None, reason=f"{_CHOSEN} cannot run here: {_REASON}"),
+    pytest.mark.usefixtures("image"),
 ]
 STEPS = 60
 OVERRIDES = (
@@ -35,7 +41,8 @@ OVERRIDES = (
     "test={every_steps: 30}",
     "exactness=bitwise",
 )
-CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu", "image": "evenstep:test"} | {
+CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu"} | {
+    "image": containers.IMAGE,
     "cpu": "2",
     "memory": "3Gi",
     "shared_memory": "64Mi",
@@ -46,7 +53,9 @@ CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu", "image": "evens
 def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
-    return Cluster(render(load_spec(find_recipe("digits"), overrides=words)), directory)
+    objects = render(load_spec(find_recipe("digits"), overrides=words))
+    engine = Podman() if _CHOSEN == "containers" else Namespaces()
+    return Cluster(objects, directory, engine)
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +80,14 @@ def once_at(step: int, act: Callable[[Cluster], None]) -> Callable[[Cluster], No
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def image() -> None:
+    """What the containers are made of."""
+    if _CHOSEN == "containers":
+        containers.built_image()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with start(tmp_path_factory.mktemp("undisturbed") / "job") as cluster:
         assert cluster.run(seconds=400) == "Complete", cluster.logs()
         yield cluster
