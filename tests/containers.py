@@ -70,7 +70,7 @@ def why_not() -> str | None:
 
 def podman(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`podman WORDS`, with its output caught."""
-    return _engine("podman", *words, check=check)
+    return engine("podman", *words, check=check)
 
 
 def built_image() -> str:
@@ -82,7 +82,7 @@ def built_image() -> str:
     wheels = _wheels(_python_of(base))
     settings = PLACE / "pip.conf"
     settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
-    _engine(
+    engine(
         *("buildah", "build", "--isolation", "chroot", "--layers", "--tag", IMAGE),
         *("--volume", f"{wheels}:/wheels:ro", "--secret", f"id=pip,src={settings}"),
         *("--build-arg", f"BASE_IMAGE={base}", ROOT),
@@ -96,18 +96,18 @@ def _base() -> str:
     name = f"localhost/evenstep-base:{suite}"
     if podman("image", "exists", name, check=False).returncode == 0:
         return name
-    container = _engine("buildah", "from", "scratch").stdout.strip()
+    container = engine("buildah", "from", "scratch").stdout.strip()
     try:
-        root = _engine("buildah", "mount", container).stdout.strip()
+        root = engine("buildah", "mount", container).stdout.strip()
         packages = "--include=ca-certificates,python3,python3-venv"
         _run("debootstrap", "--variant=minbase", packages, suite, root, mirror)
         for rest in ("var/cache/apt", "var/lib/apt/lists"):
             shutil.rmtree(Path(root, rest))
-        _engine("buildah", "umount", container)
-        _engine("buildah", "config", "--env", "LANG=C.UTF-8", container)
-        _engine("buildah", "commit", "--quiet", container, name)
+        engine("buildah", "umount", container)
+        engine("buildah", "config", "--env", "LANG=C.UTF-8", container)
+        engine("buildah", "commit", "--quiet", container, name)
     finally:
-        _engine("buildah", "rm", container)
+        engine("buildah", "rm", container)
     return name
 
 
@@ -146,7 +146,8 @@ def _wheels(python: str) -> Path:
     return place
 
 
-def _engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command of podman or buildah, under our settings."""
     PLACE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", _STORAGE), ("containers.conf", _ENGINE)):
         (PLACE / name).write_text(text.format(place=PLACE))
