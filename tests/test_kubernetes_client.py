@@ -132,17 +132,127 @@ def test_status_tells_pods_step_and_loss(place: Path) -> None:
     assert len(lines) == 4, "Endpoints are not the job's own trouble"
 
 
-def test_status_tells_why_a_job_does_not_start(place: Path) -> None:
+NOW = "2026-11-23T05:21:09Z"  # after the recorded job was made
+QUOTA = (
+    'Error creating: pods "ddp-train-0-x" is forbidden: exceeded quota: team, requested: '
+    "requests.nvidia.com/gpu=8, used: requests.nvidia.com/gpu=4, limited: "
+    "requests.nvidia.com/gpu=8"
+)
+IMAGE_MISSING = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "nowhere/e:1"'}
+NO_ROOM = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"} | {
+    "message": "0/5 nodes are available: 5 Insufficient nvidia.com/gpu."
+}
+UNMOUNTED = 'MountVolume.SetUp failed for volume "mount-0" : secret "s3" not found'
+
+
+def warning(reason: str, message: str, *, of: str = "Job") -> Answer:
+    """The recorded list of events, with one of them turned into a warning."""
     events = copy.deepcopy(recorded(28))
-    # The words of a pod that Pod Security refused, as the Job controller reports them.
-    events.body["items"][0] |= {"type": "Warning", "reason": "FailedCreate"}
-    events.body["items"][0]["message"] = "Error creating: " + _refused_pod()
+    events.body["items"] = events.body["items"][:1]
+    events.body["items"][0] |= {"type": "Warning", "reason": reason, "message": message}
+    events.body["items"][0] |= {"lastTimestamp": NOW}
+    events.body["items"][0]["involvedObject"]["kind"] = of
+    return events
+
+
+def pods_that(**status: object) -> Answer:
+    """The recorded pods, in another state."""
     pods = copy.deepcopy(recorded(15))
-    pods.body["items"] = []
-    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events]}
-    with serving(answers, place / "config"):
+    for pod in pods.body["items"]:
+        pod["status"] |= status
+    return pods
+
+
+def waiting(state: dict[str, str]) -> Answer:
+    return pods_that(containerStatuses=[{"name": "trainer", "state": {"waiting": state}}])
+
+
+NO_PODS = copy.deepcopy(recorded(15))
+NO_PODS.body["items"] = []
+REASONS = {
+    "Pod Security": (
+        NO_PODS,
+        lambda: warning("FailedCreate", "Error creating: " + _refused_pod()),
+        'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec',
+    ),
+    "quota": (NO_PODS, lambda: warning("FailedCreate", QUOTA), "gpu=8 -> ask for less (kub"),
+    "image": (
+        waiting(IMAGE_MISSING),
+        lambda: recorded(28),
+        'ImagePullBackOff: Back-off pulling image "nowhere/e:1" -> is kubernetes.image right?',
+    ),
+    "no machine": (
+        pods_that(conditions=[NO_ROOM]),
+        lambda: recorded(28),
+        "not scheduled: 0/5 nodes are available: 5 Insufficient nvidia.com/gpu -> no machine has",
+    ),
+    "a secret that is not there": (
+        recorded(15),
+        lambda: warning("FailedMount", UNMOUNTED, of="Pod"),
+        'FailedMount: MountVolume.SetUp failed for volume "mount-0" : secret "s3" not found',
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_status_tells_why_a_job_does_not_start(place: Path, reason: str) -> None:
+    pods, events, words = REASONS[reason]
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events()]}
+    with serving(answers | {("GET", "/log"): [recorded(18)]}, place / "config") as server:
         done = kubernetes(place, "status", "ddp-train")
-    assert 'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec' in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+    asked = [r.query["fieldSelector"][0] for r in server.requests if r.path.endswith(EVENTS)]
+    if pods is not NO_PODS:
+        assert "involvedObject.name=ddp-train-0-4xpdm" in asked, "of the pods that wait, too"
+
+
+def test_status_does_not_complain_of_what_an_earlier_job_met(place: Path) -> None:
+    events = warning("FailedCreate", QUOTA)
+    events.body["items"][0]["lastTimestamp"] = "2026-11-23T04:23:57Z"
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [NO_PODS], ("GET", EVENTS): [events]}
+    with serving(answers, place / "config"):
+        assert "quota" not in kubernetes(place, "status", "ddp-train").stdout
+
+
+def test_status_tells_how_often_a_node_was_restarted_and_why(place: Path) -> None:
+    pods = pods_that(phase="Running")
+    for n, (code, reason) in enumerate(((137, "OOMKilled"), (76, "Error"))):
+        before = copy.deepcopy(pods.body["items"][0])
+        before["metadata"] |= {"name": f"before-{n}"}
+        before["metadata"] |= {"creationTimestamp": f"2026-11-23T0{n}:00:00Z"}
+        ended = {"exitCode": code, "reason": reason}
+        before["status"] |= {"phase": "Failed"}
+        before["status"] |= {"containerStatuses": [{"state": {"terminated": ended}}]}
+        pods.body["items"].append(before)
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods]}
+    answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
+    with serving(answers, place / "config"):
+        lines = kubernetes(place, "status", "ddp-train").stdout.splitlines()
+    assert lines[1].strip() == (
+        "node 0  ddp-train-0-4xpdm  running; restarted 2 times, the one before "
+        "ended with 76 (lost a peer)"
+    )
+    assert lines[2].strip() == "node 1  ddp-train-1-84gxd  running"
+
+
+def test_status_tells_what_the_queue_says(place: Path) -> None:
+    job = copy.deepcopy(recorded(20))
+    job.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    message = (
+        "couldn't assign flavors to pod set main: insufficient unused quota for "
+        "nvidia.com/gpu in flavor default, 8 more needed"
+    )
+    condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending"}
+    workload = {"status": {"conditions": [condition | {"message": message}]}}
+    answers = {("GET", JOB): [job], ("GET", PODS): [NO_PODS], ("GET", EVENTS): [recorded(28)]}
+    answers |= {("GET", "/workloads"): [Answer(200, {"items": [workload]})]}
+    with serving(answers, place / "config") as server:
+        done = kubernetes(place, "status", "ddp-train")
+    assert f"the queue says: {message} -> it starts when" in done.stdout
+    (asked,) = [r for r in server.requests if r.path.endswith("/workloads")]
+    uid = job.body["metadata"]["uid"]
+    assert asked.query["labelSelector"] == [f"kueue.x-k8s.io/job-uid={uid}"]
 
 
 def test_status_of_a_suspended_and_of_a_failing_job(place: Path) -> None:

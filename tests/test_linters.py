@@ -24,7 +24,7 @@ LEFT_TO_THE_USER = {
 }
 
 OF_THE_DOCKERFILE = {
-    "CKV_DOCKER_2": "no HEALTHCHECK: no cluster reads it, and the hang watch ends what stands still",
+    "CKV_DOCKER_2": "no HEALTHCHECK: no cluster reads it; the hang watch ends what stands",
     "CKV_DOCKER_7": "checkov sees no tag in ${BASE_IMAGE}; its default has one, as is tested here",
 }
 

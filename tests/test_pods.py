@@ -28,6 +28,7 @@ from service.tracking import read_metrics
 _CHOSEN = os.environ.get("EVENSTEP_PODS") or ("processes" if containers.why_not() else "containers")
 _REASON = {"containers": containers.why_not, "processes": pod_processes.why_not}[_CHOSEN]()
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.skipif(_REASON is not None, reason=f"{_CHOSEN} cannot run here: {_REASON}"),
     pytest.mark.usefixtures("image"),
 ]
@@ -111,6 +112,7 @@ def test_what_a_pod_may_and_may_not(undisturbed: Cluster) -> None:
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
@@ -123,7 +125,6 @@ def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
         assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
-@pytest.mark.slow
 def test_a_killed_index_0_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ _PATHS = {
     "Job": "apis/batch/v1/namespaces/{namespace}/jobs",
     "JobSet": "apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets",
     "TrainJob": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs",
+    "Workload": "apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/workloads",
     "TrainingRuntime": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainingruntimes",
 }
 
