@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from commands import evenstep
-from kubernetes_server import Answer, recorded, serving
+from commands import ROOT, evenstep
+from kubernetes_server import Answer, Request, recorded, serving
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
 PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"
@@ -104,7 +106,11 @@ REFUSALS = {
     7: (64, 'The cluster refuses: Job.batch "bad" is invalid: spec.completionMode: Unsupported'),
     22: (64, "can only be modified in tandem with spec.parallelism"),
     3: (1, "The cluster does not know you (401): sign in again"),
-    2: (1, "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch"),
+    2: (
+        1,
+        "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch; kubectl "
+        "create rolebinding evenstep -n ml-train --role=evenstep --user=system:anonymous",
+    ),
 }
 
 
@@ -298,6 +304,51 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
         nobody = kubernetes(place, "cancel", "ddp-train")
     assert nobody.returncode == 1
     assert "There is no Job ddp-train in namespace ml-train" in nobody.stderr
+
+
+def granted(role: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def needed(request: Request) -> set[tuple[str, str, str]]:
+    """The rights that the server asks for before it answers."""
+    found = re.fullmatch(
+        r"/apis?/(?:([\w.-]+)/)?v\w+/namespaces/[\w-]+/(\w+)(?:/[\w-]+(/log)?)?", request.path
+    )
+    assert found is not None, request.path
+    group, resource = found[1] or "", found[2] + (found[3] or "")
+    verbs = {"GET": ["get"], "PATCH": ["patch", "create"], "DELETE": ["delete"]}[request.method]
+    if request.method == "GET" and request.path.endswith(resource) and not found[3]:
+        verbs = ["list"]
+    return {(verb, group, resource) for verb in verbs}
+
+
+def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> None:
+    role = yaml.safe_load((ROOT / "k8s/role.yaml").read_text())
+    asked = set()
+    for target, kind in (("job", "jobs"), ("jobset", "jobsets"), ("kubeflow", "trainjobs")):
+        queued = copy.deepcopy(recorded(20))
+        queued.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+        path = f"/{kind}/ddp-train"
+        answers = {("GET", path): [NONE, queued], ("DELETE", path): [recorded(29)]}
+        answers |= {("GET", PODS): [recorded(15)], ("GET", EVENTS): [recorded(28)]}
+        answers |= {("GET", "/workloads"): [Answer(200, {"items": []})], ("GET", "/log"): [LOG]}
+        answers |= {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
+        with serving(answers, place / "config") as server:
+            for words in (("submit", "job.yaml"), *((w, "ddp-train") for w in AFTER)):
+                done = kubernetes(place, *words, "--target", target)
+                assert done.returncode == 0, done.stderr
+        asked |= {right for request in server.requests for right in needed(request)}
+    assert asked == granted(role)
+
+
+AFTER = ("status", "logs", "cancel")
 
 
 def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:

@@ -159,15 +159,19 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
 
 
 def _role(message: str, namespace: str) -> str:
-    """The command by which an administrator would allow what was forbidden."""
-    found = re.search(r'cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message)
+    """The commands by which an administrator would allow what was forbidden."""
+    found = re.search(
+        r'User "([^"]+)" cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message
+    )
     if not found:
         return ""
-    verb, resource, group = found.groups()
+    user, verb, resource, group = found.groups()
     kind = f"{resource}.{group}" if group else resource
     return (
         f" Ask the cluster's administrator for it: kubectl create role evenstep -n {namespace} "
-        f"--verb={verb} --resource={kind}"
+        f"--verb={verb} --resource={kind}; kubectl create rolebinding evenstep -n {namespace} "
+        f"--role=evenstep --user={user}. All that these commands need is in k8s/role.yaml of "
+        "Evenstep's repository."
     )
 
 
