@@ -54,6 +54,7 @@ class Cluster:
     """(index, exit code, what the policy makes of it) of each pod that has ended."""
     pods: list[Pod] = field(default_factory=list)
     condition: str | None = None
+    suspended: bool = False
     done: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -119,6 +120,18 @@ class Cluster:
             pod.kill_at = time.monotonic() + self.pod["terminationGracePeriodSeconds"]
             pod.container.send(signal.SIGTERM)
 
+    def suspend(self) -> None:
+        """What Kueue does to let another job go first: the controller deletes the pods."""
+        self.suspended = True
+        self.due.clear()
+        for index in list(self.running):
+            self.stop(index)
+
+    def resume(self) -> None:
+        """Let it go on; the pods that are not gone yet are waited for."""
+        self.suspended = False
+        self.due = dict.fromkeys(set(range(self.nodes)) - self.done - self.running.keys(), 0.0)
+
     def kill(self, index: int) -> None:
         """End a pod's container without a word, as when it runs out of memory."""
         self.running[index].container.send(signal.SIGKILL)
@@ -151,8 +164,10 @@ class Cluster:
         del self.running[pod.index]
         self.engine.forget(pod.container)
         action = "Complete" if code == 0 else self._action(pod, code)
+        if self.suspended and code != 0:
+            action = "deleted"  # which is no failure
         self.ended.append((pod.index, code, action))
-        if self.condition is not None:
+        if self.condition is not None or action == "deleted":
             return
         if action == "Complete":
             self.done.add(pod.index)

@@ -22,11 +22,7 @@ from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
 
-_REASON = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(_REASON is not None, reason=f"no containers here: {_REASON}"),
-]
+pytestmark = pytest.mark.cluster
 CLUSTER = {"image": IMAGE, "processes_per_node": 2, "device": "cpu", "cpu": "2"} | {
     "memory": "3Gi",
     "shared_memory": "64Mi",
@@ -36,6 +32,9 @@ CLUSTER = {"image": IMAGE, "processes_per_node": 2, "device": "cpu", "cpu": "2"}
 
 @pytest.fixture(scope="module", autouse=True)
 def image() -> str:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"no containers here: {reason}")
     return built_image()
 
 

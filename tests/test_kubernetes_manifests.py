@@ -90,7 +90,7 @@ def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
 WAYS = {
     "the least": {},
     "on the CPU": {"device": "cpu"},
-    "several nodes": {"nodes": 4, "processes_per_node": 8},
+    "several nodes": {"nodes": 3, "processes_per_node": 2},
     "every option": EVERY_OPTION,
 }
 
@@ -263,6 +263,56 @@ def test_a_pod_reads_the_very_spec_that_was_rendered() -> None:
 def test_a_name_that_no_host_could_have_is_refused(name: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         render(job(nodes=2).model_copy(update={"name": name}))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no image": ({"image": ""}, "kubernetes.image: must be a container image, such as reg"),
+    "an image with a capital": ({"image": "Team/e:1"}, "kubernetes.image: must be a container"),
+    "a device without a vendor": (
+        {"device": "gpu"},
+        "kubernetes.device: must be cpu, or a device as the cluster calls it, such as nvidia.com",
+    ),
+    "a place for a mount that is taken": (
+        {"mounts": [{"path": "/runs/", "claim": "data"}]},
+        "kubernetes.mounts.0.path: /runs is Evenstep's own. Use another, such as /mnt/data",
+    ),
+    "one place for two mounts": (
+        {"mounts": [{"path": "/a", "secret": "s"}, {"path": "/a", "claim": "c"}]},
+        "kubernetes.mounts.1.path: /a is that of mounts.0 already. Use another, such as /mnt/c",
+    ),
+    "a variable that follows from the nodes": (
+        {"env": {"PET_NNODES": "4"}},
+        "kubernetes.env.PET_NNODES: it follows from nodes, processes_per_node and port",
+    ),
+    "a variable that none can be": (
+        {"env": {"1 A": "b"}},
+        "must be the name of an environment variable, but is '1 A'",
+    ),
+    "an address that is no block": (
+        {"egress": ["10.1.2.3"]},
+        "kubernetes.egress: must be blocks of addresses, such as 10.1.2.3/32, but has '10.1.2.3'",
+    ),
+    "a block that is none": ({"egress": ["10.1.2.3/8"]}, "10.1.2.3/8 has host bits set"),
+    "a label in words": (
+        {"topology": "rack 1"},
+        "kubernetes.topology: must be the key of a Kubernetes label",
+    ),
+    "less time than the save may take": (
+        {"grace_seconds": 60},
+        "killed 60 s after it is asked to stop, but may take faults.stop_budget_seconds=120",
+    ),
+    "more processes than pieces of work": (
+        {"nodes": 4, "processes_per_node": 2},
+        "is 6 pieces of work, too few for 8 processes. Use at most 6 processes, or batch.micro_ba",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_no_cluster_could_run_is_refused_before_it_is_asked(mistake: str) -> None:
+    options, message = REFUSED[mistake]
+    with pytest.raises(SpecError, match=re.escape(message)):
+        render(job(**options))
 
 
 def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> None:

@@ -23,15 +23,7 @@ from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
 
-# Real containers of the real image where they run, else plain processes in namespaces; the
-# variable chooses: EVENSTEP_PODS=processes make test-slow
-_CHOSEN = os.environ.get("EVENSTEP_PODS") or ("processes" if containers.why_not() else "containers")
-_REASON = {"containers": containers.why_not, "processes": pod_processes.why_not}[_CHOSEN]()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(_REASON is not None, reason=f"{_CHOSEN} cannot run here: {_REASON}"),
-    pytest.mark.usefixtures("image"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("pods")]
 STEPS = 60
 OVERRIDES = (
     f"length={{steps: {STEPS}}}",
@@ -51,12 +43,30 @@ CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu"} | {
 }
 
 
+def chosen() -> str:
+    """Real containers of the real image where they run, else plain processes in namespaces.
+
+    The variable chooses: EVENSTEP_PODS=processes make test-slow
+    """
+    default = "processes" if containers.why_not() else "containers"
+    return os.environ.get("EVENSTEP_PODS", default)
+
+
+@pytest.fixture(scope="module")
+def pods() -> None:
+    """Pods can run here, and the image of the containers is built."""
+    reason = {"containers": containers, "processes": pod_processes}[chosen()].why_not()
+    if reason is not None:
+        pytest.skip(f"{chosen()} cannot run here: {reason}")
+    if chosen() == "containers":
+        containers.built_image()
+
+
 def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
     objects = render(load_spec(find_recipe("digits"), overrides=words))
-    engine = Podman() if _CHOSEN == "containers" else Namespaces()
-    return Cluster(objects, directory, engine)
+    return Cluster(objects, directory, Podman() if chosen() == "containers" else Namespaces())
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
@@ -81,14 +91,7 @@ def once_at(step: int, act: Callable[[Cluster], None]) -> Callable[[Cluster], No
 
 
 @pytest.fixture(scope="module")
-def image() -> None:
-    """What the containers are made of."""
-    if _CHOSEN == "containers":
-        containers.built_image()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(image: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def undisturbed(pods: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with start(tmp_path_factory.mktemp("undisturbed") / "job") as cluster:
         assert cluster.run(seconds=400) == "Complete", cluster.logs()
         yield cluster
@@ -169,6 +172,29 @@ def test_an_evicted_pod_saves_and_the_run_goes_on(
         assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
+@pytest.mark.slow
+def test_a_job_that_its_queue_suspends_saves_and_goes_on_later(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    suspended_at = 0
+
+    def each(cluster: Cluster) -> None:
+        nonlocal suspended_at
+        if not suspended_at and cluster.step() >= 24:
+            cluster.suspend()
+            suspended_at = cluster.step()
+        if cluster.suspended and not cluster.running:
+            assert not (cluster.runs / "digits/checkpoints/step-00000060").exists()
+            cluster.resume()
+
+    with start(tmp_path / "job") as cluster:
+        assert cluster.run(seconds=400, each=each) == "Complete", cluster.logs()
+        assert sorted(cluster.ended[:2]) == [(0, 75, "deleted"), (1, 75, "deleted")]
+        assert "Resuming after step" in cluster.pods[2].log + cluster.pods[3].log
+        assert cluster.failures == [0, 0]
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
 def test_a_pod_that_comes_late_finds_the_run_done(undisturbed: Cluster) -> None:
     undisturbed.condition, undisturbed.done = None, {0}
     undisturbed.due = {1: 0.0}
@@ -185,6 +211,33 @@ def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
         assert not (cluster.runs / "digits").exists(), "nothing half-written"
 
 
+def test_an_interface_that_a_pod_does_not_have_fails_the_job_at_once(tmp_path: Path) -> None:
+    with start(tmp_path / "job", env={"GLOO_SOCKET_IFNAME": "eth77"}) as cluster:
+        assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
+        assert "GLOO_SOCKET_IFNAME=eth77: this machine has no such network" in cluster.logs()
+        assert "eth0, lo. Leave it out" in cluster.logs()
+
+
+@pytest.mark.slow
+def test_nodes_that_are_lost_again_and_again_end_the_job_when_nothing_is_gained(
+    tmp_path: Path,
+) -> None:
+    """No exit code of it counts: not that of a lost machine, and not that of its peer."""
+
+    def lose(cluster: Cluster) -> None:
+        cluster.running[1].disrupted = True
+        cluster.kill(1)
+
+    trains = once_every_attempt(lose, sign="processes on cpu", node=0)
+    with start(tmp_path / "job", "checkpoint.every_steps=1000") as cluster:
+        ended = cluster.run(seconds=600, each=trains)
+        assert ended == "Failed: PodFailurePolicy", cluster.logs()
+        assert cluster.failures == [0, 0], "nothing was counted"
+        assert (1, 137, "Ignore") in cluster.ended
+        assert 42 in {code for _, code, _ in cluster.ended}, cluster.ended
+        assert "3 attempts in a row failed without a new checkpoint" in cluster.logs()
+
+
 @pytest.mark.slow
 def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path: Path) -> None:
     crash = once_every_attempt(lambda c: c.kill(1))
@@ -194,12 +247,17 @@ def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path
         assert cluster.failures[1] == 2
 
 
-def once_every_attempt(act: Callable[[Cluster], None]) -> Callable[[Cluster], None]:
+def once_every_attempt(
+    act: Callable[[Cluster], None], *, sign: str = "meeting at", node: int = 1
+) -> Callable[[Cluster], None]:
+    """Do it once in every attempt, when a node's log shows the sign."""
     acted: set[int] = set()
 
     def each(cluster: Cluster) -> None:
-        pod = cluster.running.get(1)
-        if pod is not None and pod.attempt not in acted and "meeting at" in pod.log:
+        pod = cluster.running.get(node)
+        if pod is None or 1 not in cluster.running or pod.attempt in acted:
+            return
+        if sign in pod.log:
             acted.add(pod.attempt)
             act(cluster)
 
