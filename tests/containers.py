@@ -70,7 +70,7 @@ def why_not() -> str | None:
 
 def podman(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`podman WORDS`, with its output caught."""
-    return engine("podman", *words, check=check)
+    return _engine("podman", *words, check=check)
 
 
 def built_image() -> str:
@@ -79,15 +79,43 @@ def built_image() -> str:
     A machine without a cache takes about five minutes for it.
     """
     base = _base()
-    wheels = _wheels(_python_of(base))
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
+    wheels = wheels_of("evenstep", wanted, python=_python_of(base))
+    build(ROOT, IMAGE, wheels=wheels, words=("--build-arg", f"BASE_IMAGE={base}"))
+    podman("image", "prune", "--force", "--filter", "until=168h")  # layers of an older tree
+    return IMAGE
+
+
+def build(context: Path, name: str, *, wheels: Path, words: tuple[str, ...] = ()) -> None:
+    """Build the Dockerfile of a directory; its pip finds these wheels and nothing else."""
     settings = PLACE / "pip.conf"
     settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
-    engine(
-        *("buildah", "build", "--isolation", "chroot", "--layers", "--tag", IMAGE),
+    _engine(
+        *("buildah", "build", "--isolation", "chroot", "--layers", "--tag", name),
         *("--volume", f"{wheels}:/wheels:ro", "--secret", f"id=pip,src={settings}"),
-        *("--build-arg", f"BASE_IMAGE={base}", ROOT),
+        *(*words, context),
     )
-    return IMAGE
+
+
+def wheels_of(name: str, wanted: list[str], *, python: str) -> Path:
+    """What is wanted and all that it needs, as wheels; fetched again when that has changed.
+
+    Args:
+        python: of which version they must be.
+    """
+    constraints = ROOT / "constraints.txt"
+    text = "\n".join([python, *wanted, constraints.read_text()])
+    place = PLACE / f"wheels-{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not place.exists():
+        for old in PLACE.glob(f"wheels-{name}-*"):
+            shutil.rmtree(old)
+        partial = PLACE / f"partial-{os.getpid()}"
+        pip = (sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:")
+        words = ("--dest", partial, "--constraint", constraints, "--python-version", python)
+        _run(*pip, *words, *wanted)
+        partial.rename(place)
+    return place
 
 
 def _base() -> str:
@@ -96,18 +124,18 @@ def _base() -> str:
     name = f"localhost/evenstep-base:{suite}"
     if podman("image", "exists", name, check=False).returncode == 0:
         return name
-    container = engine("buildah", "from", "scratch").stdout.strip()
+    container = _engine("buildah", "from", "scratch").stdout.strip()
     try:
-        root = engine("buildah", "mount", container).stdout.strip()
+        root = _engine("buildah", "mount", container).stdout.strip()
         packages = "--include=ca-certificates,python3,python3-venv"
         _run("debootstrap", "--variant=minbase", packages, suite, root, mirror)
         for rest in ("var/cache/apt", "var/lib/apt/lists"):
             shutil.rmtree(Path(root, rest))
-        engine("buildah", "umount", container)
-        engine("buildah", "config", "--env", "LANG=C.UTF-8", container)
-        engine("buildah", "commit", "--quiet", container, name)
+        _engine("buildah", "umount", container)
+        _engine("buildah", "config", "--env", "LANG=C.UTF-8", container)
+        _engine("buildah", "commit", "--quiet", container, name)
     finally:
-        engine("buildah", "rm", container)
+        _engine("buildah", "rm", container)
     return name
 
 
@@ -128,25 +156,7 @@ def _python_of(base: str) -> str:
     return podman("run", "--rm", "--network=none", base, "python3", "-c", *words).stdout.strip()
 
 
-def _wheels(python: str) -> Path:
-    """What the Dockerfile installs, as wheels; fetched again when the requirements change."""
-    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
-    constraints = ROOT / "constraints.txt"
-    text = "\n".join([python, *wanted, constraints.read_text()])
-    place = PLACE / f"wheels-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if not place.exists():
-        for old in PLACE.glob("wheels-*"):
-            shutil.rmtree(old)
-        partial = PLACE / f"partial-wheels-{os.getpid()}"
-        place_words = ("--dest", partial, "--constraint", constraints, "--python-version", python)
-        pip = (sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:")
-        _run(*pip, *place_words, *wanted)
-        partial.rename(place)
-    return place
-
-
-def engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def _engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """A command of podman or buildah, under our settings."""
     PLACE.mkdir(parents=True, exist_ok=True)
     for name, text in (("storage.conf", _STORAGE), ("containers.conf", _ENGINE)):

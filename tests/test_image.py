@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from commands import ROOT
-from containers import IMAGE, built_image, podman, why_not
-from containers import engine as run_engine
+from containers import IMAGE, build, built_image, podman, wheels_of, why_not
 from packaging.requirements import Requirement
 from pod_containers import Podman
 from pods import Cluster
@@ -50,7 +49,7 @@ def inside(image: str, *command: str) -> str:
     """What a command in the image says, run as the manifests run it: no network, no write."""
     shown = json.dumps(list(command))
     run = ("run", "--rm", "--network", "none", "--read-only", "--entrypoint", shown, image)
-    return podman(*run).stdout
+    return podman(*run).stdout.strip()
 
 
 def test_the_image_trains_as_the_manifest_runs_it(tmp_path: Path) -> None:
@@ -134,29 +133,32 @@ def test_the_versions_in_the_image_are_the_pinned_ones(image: str) -> None:
     assert found.keys() - pinned.keys() <= {"evenstep", "setuptools"}, "nothing without a pin"
 
 
-def test_the_example_of_the_page_makes_an_image_with_a_task_in_it(
-    image: str, tmp_path: Path
-) -> None:
-    """docs/kubernetes.md, Your own task in the image: its Dockerfile, built and run."""
-    page = (ROOT / "docs/kubernetes.md").read_text()
-    found = re.search(r"```dockerfile\n(.*?)```", page, re.DOTALL)
-    assert found is not None
-    text = re.sub(r"(?m)^FROM \S+$", f"FROM {image}", found[1])
-    (tmp_path / "Dockerfile").write_text(text)
-    package = tmp_path / "my_package"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    task = "from service.recipes.digits import task\n"
-    (package / "jobs.py").write_text(task)
-    own = f"{IMAGE}-own"
-    run_engine("buildah", "build", "--isolation", "chroot", "--tag", own, tmp_path)
+def test_the_example_of_the_page_is_an_image_that_trains(image: str, tmp_path: Path) -> None:
+    """docs/image.md: its four files, built and run as the two pods that they ask for."""
+    page = (ROOT / "docs/image.md").read_text()
+    files = dict(re.findall(r"(?ms)`([\w./]+)`[^`\n]*:\n\n```\w*\n(.*?)^```$", page))
+    assert len(files) == 4
+    files["Dockerfile"] = re.sub(r"(?m)^FROM \S+", f"FROM {image}", files["Dockerfile"])
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    own = f"{IMAGE}-example"
+    wheels = wheels_of("example", files["requirements.txt"].split(), python=python_in(image))
+    build(tmp_path, own, wheels=wheels)
     try:
-        words = ("task=my_package.jobs:task",)
-        with job(tmp_path / "job", *words, image=own, processes_per_node=1) as cluster:
+        options = CLUSTER | {"image": own, "nodes": 2, "cpu": "1"}
+        words = [f"kubernetes.{key}={json.dumps(value)}" for key, value in options.items()]
+        objects = render(load_spec(tmp_path / "my_job.yaml", overrides=words))
+        with Cluster(objects, tmp_path / "job", Podman()) as cluster:
             assert cluster.run(seconds=300) == "Complete", cluster.logs()
-            assert cluster.step() == 20
+            assert "4 processes on cpu" in cluster.logs()
+            assert cluster.step() == 34, "ceil(4 epochs of 500 rows / 60)"
     finally:
         podman("rmi", own)
+
+
+def python_in(image: str) -> str:
+    return inside(image, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
 
 
 def test_nothing_is_left_behind() -> None:
