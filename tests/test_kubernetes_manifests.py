@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import ROOT, evenstep
+from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.kubernetes.kustomize import kustomization
@@ -205,6 +206,46 @@ def test_exit_codes_mean_to_the_cluster_what_they_mean_here() -> None:
         None,
         [75, 76],
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "action"),
+    [
+        (42, "FailJobSet"),
+        (64, "FailJobSet"),
+        (75, "RestartJobSetAndIgnoreMaxRestarts"),
+        (76, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, "RestartJobSet"),
+        (None, "RestartJobSetAndIgnoreMaxRestarts"),
+    ],
+)
+def test_a_jobset_makes_of_a_failure_what_a_job_does(code: int | None, action: str) -> None:
+    """By the words in which the Job controller was recorded to tell why it failed a Job."""
+    told = recorded(26).body["status"]["conditions"][-1]["message"]
+    assert "failed with exit code 78 matching FailJob rule" in told
+    told = told.replace("78", str(code))
+    if code is None:
+        told = "Pod ml/digits-node-0-0-x has condition DisruptionTarget matching FailJob rule"
+    reason = "BackoffLimitExceeded" if code == 137 else "PodFailurePolicy"  # no rule speaks of it
+    policy = of_kind(render(job(nodes=2), target="jobset"), "JobSet")["spec"]["failurePolicy"]
+    fits = [
+        rule["action"]
+        for rule in policy["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(re.match(pattern, told) for pattern in rule["onJobFailureMessagePatterns"])
+    ]
+    assert (fits or ["RestartJobSet"])[0] == action, "without a rule it restarts, and counts"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_queue_decides_when_a_job_starts_under_every_target(target: Any) -> None:
+    objects = render(job(queue="training", priority_class="batch"), target=target)
+    label = "kueue.x-k8s.io/queue-name"
+    queued = [made for made in objects if label in made["metadata"]["labels"]]
+    assert [made["kind"] for made in queued] == [objects[-1]["kind"]]
+    assert queued[0]["metadata"]["labels"][label] == "training"
+    assert queued[0]["spec"]["suspend"] is True
+    assert pod_of(objects)["priorityClassName"] == "batch"
 
 
 @pytest.mark.parametrize("target", TARGETS)
