@@ -125,14 +125,14 @@ def test_a_refusal_is_told_with_what_to_do(place: Path, number: int) -> None:
 
 
 def test_status_tells_pods_step_and_loss(place: Path) -> None:
-    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)]}
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods_that(phase="Running")]}
     answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
     with serving(answers, place / "config"):
         done = kubernetes(place, "status", "ddp-train")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "ddp-train: running (2 active pods)"
-    assert lines[1].split() == ["node", "0", "ddp-train-0-4xpdm", "pending"]
+    assert lines[1].split() == ["node", "0", "ddp-train-0-4xpdm", "running"]
     assert lines[2].split()[:2] == ["node", "1"]
     assert lines[3] == "  step 20 of 180, loss 0.512"
     assert len(lines) == 4, "Endpoints are not the job's own trouble"
@@ -293,6 +293,45 @@ def test_a_log_that_is_not_to_be_had_is_told(place: Path) -> None:
         ended = kubernetes(place, "logs", "ddp-train")
     assert ended.returncode == 1
     assert "The cluster answered 500: no preferred addresses found" in ended.stderr
+
+
+def test_a_pod_that_has_not_started_has_no_log_and_a_state_all_the_same(place: Path) -> None:
+    """The words of a kubelet that is still fetching an image, as kubectl shows them."""
+    words = 'container "trainer" in pod "ddp-train-0-4xpdm" is waiting to start: ContainerCreating'
+    early = Answer(400, {"kind": "Status", "code": 400, "message": words})
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods_that(phase="Running")]}
+    answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [early]}
+    with serving(answers, place / "config"):
+        done = kubernetes(place, "status", "ddp-train")
+        log = kubernetes(place, "logs", "ddp-train")
+    assert done.returncode == 0, done.stderr
+    assert f"  There is no log yet: {words}." in done.stdout
+    assert log.returncode == 1
+    assert f"error: There is no log yet: {words}." in log.stderr
+
+
+NOT_THERE = {
+    "the namespace": (
+        {"message": 'namespaces "ml-train" not found', "details": {"kind": "namespaces"}},
+        64,
+        'namespaces "ml-train" not found. Set kubernetes.namespace to one that is there.',
+    ),
+    "what the target needs": (
+        {"message": "the server could not find the requested resource", "details": {}},
+        1,
+        "what the target needs is not installed. Use --target job.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_THERE)
+def test_what_is_not_there_is_named(place: Path, what: str) -> None:
+    body, code, words = NOT_THERE[what]
+    answers = {("GET", "/jobsets/ddp-train"): [NONE], ("PATCH", ""): [Answer(404, body)]}
+    with serving(answers, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml", "--target", "jobset")
+    assert ended.returncode == code
+    assert words in ended.stderr
 
 
 def test_cancel_lets_the_pods_save(place: Path) -> None:

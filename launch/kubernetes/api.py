@@ -98,7 +98,11 @@ class Api:
         return bool(self._call("DELETE", f"{self._path(kind)}/{name}", missing=True, json=wish))
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
-        """The lines of a pod's log, as they come."""
+        """The lines of a pod's log, as they come.
+
+        Raises:
+            ClusterError: it has none yet, as its container has not started.
+        """
         import httpx2
 
         params = {"follow": "true"} if follow else {}
@@ -108,6 +112,9 @@ class Api:
             with self._client.stream("GET", url, params=params, timeout=patience) as answer:
                 if answer.status_code >= 400:
                     answer.read()
+                    if answer.status_code == 400:
+                        message = _status(answer.text).get("message", answer.text)
+                        raise ClusterError(f"There is no log yet: {message}.")
                     raise _refusal(answer.status_code, answer.text, self.namespace)
                 yield from answer.iter_lines()
         except httpx2.TransportError as error:

@@ -138,13 +138,13 @@ def _pods(api: Api, name: str) -> list[dict[str, Any]]:
 
 def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
     """The newest step and loss in the log of node 0's newest pod, where it has one."""
-    own = [pod for pod in pods if index(pod) == "0"]
+    own = [pod for pod in pods if index(pod) == "0" and not has_not_begun(pod)]
     if not own:
         return
     try:
         lines = list(api.log(own[-1]["metadata"]["name"], lines=50))
     except ClusterError as error:
-        yield f"  no log: {error}"
+        yield f"  {error}"
         return
     found = [match for match in map(_PROGRESS.search, lines) if match]
     if found:
