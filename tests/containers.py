@@ -20,7 +20,7 @@ from pathlib import Path
 from commands import ROOT
 
 PLACE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evenstep-containers"
-NEEDED = ("podman", "buildah", "runc", "debootstrap", "iptables")
+NEEDED = ("podman", "buildah", "runc", "debootstrap", "iptables", "apt-get")
 _TAG = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
 IMAGE = f"localhost/evenstep:{_TAG}"
 """The image of this source tree."""
@@ -54,6 +54,10 @@ network_config_dir = "{place}/networks"
 """
 
 
+class NoMirror(Exception):
+    """There is no base, and nowhere to get one from: no network, most likely."""
+
+
 @cache
 def why_not() -> str | None:
     """Why containers cannot be built and run here, or None."""
@@ -77,6 +81,9 @@ def built_image() -> str:
     """The name of the image, built of the tree as it is now; layers that have not changed stay.
 
     A machine without a cache takes about five minutes for it.
+
+    Raises:
+        NoMirror: it has no cache, and no packages are to be had.
     """
     base = _base()
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -85,6 +92,14 @@ def built_image() -> str:
     build(ROOT, IMAGE, wheels=wheels, words=("--build-arg", f"BASE_IMAGE={base}"))
     podman("image", "prune", "--force", "--filter", "until=168h")  # layers of an older tree
     return IMAGE
+
+
+def left_behind() -> list[str]:
+    """Containers and networks that this process has made, and that are still there."""
+    own = f"evenstep-{os.getpid()}-"
+    names = podman("ps", "--all", "--format", "{{.Names}}").stdout.split()
+    names += podman("network", "ls", "--format", "{{.Name}}").stdout.split()
+    return [name for name in names if name.startswith(own)]
 
 
 def build(context: Path, name: str, *, wheels: Path, words: tuple[str, ...] = ()) -> None:
@@ -128,7 +143,9 @@ def _base() -> str:
     try:
         root = _engine("buildah", "mount", container).stdout.strip()
         packages = "--include=ca-certificates,python3,python3-venv"
-        _run("debootstrap", "--variant=minbase", packages, suite, root, mirror)
+        made = _ran("debootstrap", "--variant=minbase", packages, suite, root, mirror)
+        if made.returncode:
+            raise NoMirror(f"debootstrap {suite} {mirror}: {_last_line(made.stdout)}")
         for rest in ("var/cache/apt", "var/lib/apt/lists"):
             shutil.rmtree(Path(root, rest))
         _engine("buildah", "umount", container)
@@ -173,9 +190,13 @@ def _engine(*words: object, check: bool = True) -> subprocess.CompletedProcess[s
 
 
 def _run(*words: object) -> str:
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    done = _ran(*words)
     assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stdout}{done.stderr}"
     return done.stdout
+
+
+def _ran(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True)
 
 
 def _last_line(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from importlib.metadata import requires
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import ROOT
-from containers import IMAGE, build, built_image, podman, wheels_of, why_not
+from containers import IMAGE, build, podman, wheels_of
 from packaging.requirements import Requirement
 from pod_containers import Podman
 from pods import Cluster
@@ -21,20 +20,12 @@ from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("image")]
 CLUSTER = {"image": IMAGE, "processes_per_node": 2, "device": "cpu", "cpu": "2"} | {
     "memory": "3Gi",
     "shared_memory": "64Mi",
     "env": {"WANDB_MODE": "offline"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def image() -> str:
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"no containers here: {reason}")
-    return built_image()
 
 
 def job(
@@ -159,9 +150,3 @@ def test_the_example_of_the_page_is_an_image_that_trains(image: str, tmp_path: P
 
 def python_in(image: str) -> str:
     return inside(image, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
-
-
-def test_nothing_is_left_behind() -> None:
-    own = f"evenstep-{os.getpid()}-"
-    assert own not in podman("ps", "--all", "--format", "{{.Names}}").stdout
-    assert own not in podman("network", "ls", "--format", "{{.Name}}").stdout

@@ -371,7 +371,11 @@ def needed(request: Request) -> set[tuple[str, str, str]]:
 def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> None:
     role = yaml.safe_load((ROOT / "k8s/role.yaml").read_text())
     asked = set()
-    for target, kind in (("job", "jobs"), ("jobset", "jobsets"), ("kubeflow", "trainjobs")):
+    for target, kind, after in (
+        ("job", "jobs", ("status", "logs", "cancel")),
+        ("jobset", "jobsets", ("cancel",)),
+        ("kubeflow", "trainjobs", ("cancel",)),
+    ):
         queued = copy.deepcopy(recorded(20))
         queued.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
         path = f"/{kind}/ddp-train"
@@ -380,14 +384,11 @@ def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> N
         answers |= {("GET", "/workloads"): [Answer(200, {"items": []})], ("GET", "/log"): [LOG]}
         answers |= {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
         with serving(answers, place / "config") as server:
-            for words in (("submit", "job.yaml"), *((w, "ddp-train") for w in AFTER)):
+            for words in (("submit", "job.yaml"), *((w, "ddp-train") for w in after)):
                 done = kubernetes(place, *words, "--target", target)
                 assert done.returncode == 0, done.stderr
         asked |= {right for request in server.requests for right in needed(request)}
     assert asked == granted(role)
-
-
-AFTER = ("status", "logs", "cancel")
 
 
 def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:

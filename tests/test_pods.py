@@ -53,13 +53,12 @@ def chosen() -> str:
 
 
 @pytest.fixture(scope="module")
-def pods() -> None:
+def pods(request: pytest.FixtureRequest) -> None:
     """Pods can run here, and the image of the containers is built."""
-    reason = {"containers": containers, "processes": pod_processes}[chosen()].why_not()
-    if reason is not None:
-        pytest.skip(f"{chosen()} cannot run here: {reason}")
     if chosen() == "containers":
-        containers.built_image()
+        request.getfixturevalue("image")
+    elif pod_processes.why_not() is not None:
+        pytest.skip(f"processes cannot run here: {pod_processes.why_not()}")
 
 
 def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
