@@ -8,6 +8,7 @@ podReplacementPolicy. Not the NetworkPolicy: the pods' network has no way out at
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -63,6 +64,7 @@ class Cluster:
         self.files = kinds["ConfigMap"]["data"]
         self.service = kinds.get("Service")
         self.name = kinds["Job"]["metadata"]["name"]
+        self.run_name = kinds["ConfigMap"]["metadata"]["name"]
         self.pod = self.job["template"]["spec"]
         (self.container,) = self.pod["containers"]
         self.nodes = self.job["completions"]
@@ -142,7 +144,7 @@ class Cluster:
 
     def step(self) -> int:
         """The newest step that the run has recorded."""
-        metrics = self.runs / self.name / "metrics.jsonl"
+        metrics = self.runs / self.run_name / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
@@ -267,6 +269,34 @@ class Cluster:
         """What fsGroup means: root's still, and the group may write."""
         os.chown(directory, 0, self.pod["securityContext"]["fsGroup"])
         directory.chmod(0o2775)
+
+
+def as_its_controllers_make_it(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Job and the Service that a JobSet becomes, or a TrainJob through its runtime.
+
+    Not the failurePolicy of the set; it is read from the sources of JobSet v0.13 and of the torch
+    plug-in of Kubeflow Trainer (August 2026), neither of which runs here.
+    """
+    kinds = {made["kind"]: made for made in objects}
+    name = objects[-1]["metadata"]["name"]
+    of_a_runtime = "TrainingRuntime" in kinds
+    of_a_set = kinds["TrainingRuntime"]["spec"]["template"] if of_a_runtime else kinds["JobSet"]
+    (replicated,) = copy.deepcopy(of_a_set["spec"]["replicatedJobs"])
+    job = replicated["template"]["spec"]
+    job["template"]["spec"]["subdomain"] = name
+    if of_a_runtime:
+        trainer = kinds["TrainJob"]["spec"]["trainer"]
+        first = f"{name}-{replicated['name']}-0-0.{name}"
+        job["template"]["spec"]["containers"][0]["env"] += [
+            {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
+            {"name": "PET_NPROC_PER_NODE", "value": str(trainer["numProcPerNode"])},
+            {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _RANK}}},
+            {"name": "PET_MASTER_ADDR", "value": first},
+            {"name": "PET_MASTER_PORT", "value": "29500"},
+        ]
+    made_name = {"name": f"{name}-{replicated['name']}-0"}
+    made = [{"kind": "Job", "metadata": made_name, "spec": job}]
+    return [*objects, *made, {"kind": "Service", "metadata": {"name": name}}]
 
 
 def _expanded(word: str, variables: dict[str, str]) -> str:

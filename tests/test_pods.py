@@ -15,10 +15,10 @@ import torch
 from commands import evenstep
 from pod_containers import Podman
 from pod_processes import Namespaces
-from pods import Cluster
+from pods import Cluster, as_its_controllers_make_it
 from safetensors.torch import load_file
 
-from launch.kubernetes.manifests import render
+from launch.kubernetes.manifests import Target, render
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
@@ -61,10 +61,12 @@ def pods(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"processes cannot run here: {pod_processes.why_not()}")
 
 
-def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
+def start(directory: Path, *overrides: str, target: Target = "job", **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
-    objects = render(load_spec(find_recipe("digits"), overrides=words))
+    objects = render(load_spec(find_recipe("digits"), overrides=words), target=target)
+    if target != "job":
+        objects = as_its_controllers_make_it(objects)
     return Cluster(objects, directory, Podman() if chosen() == "containers" else Namespaces())
 
 
@@ -104,6 +106,17 @@ def test_two_pods_of_two_processes_train_what_one_process_trains(
     alone = evenstep("run", "digits", *OVERRIDES, cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert same_bits(weights(tmp_path / "runs"), weights(undisturbed.runs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["jobset", "kubeflow"])
+def test_the_pods_of_another_target_find_each_other_and_train_the_same(
+    undisturbed: Cluster, tmp_path: Path, target: Target
+) -> None:
+    with start(tmp_path / "job", target=target) as cluster:
+        assert cluster.run(seconds=400) == "Complete", cluster.logs()
+        assert "meeting at digits-node-0-0.digits:29500" in cluster.logs()
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
 def test_what_a_pod_may_and_may_not(undisturbed: Cluster) -> None:
