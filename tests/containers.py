@@ -90,7 +90,7 @@ def built_image() -> str:
     wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
     wheels = wheels_of("evenstep", wanted, python=_python_of(base))
     build(ROOT, IMAGE, wheels=wheels, words=("--build-arg", f"BASE_IMAGE={base}"))
-    podman("image", "prune", "--force", "--filter", "until=168h")  # layers of an older tree
+    podman("image", "prune", "--force", "--filter", "until=24h")  # layers of an older tree
     return IMAGE
 
 
