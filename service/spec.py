@@ -5,6 +5,7 @@ No torch here: a spec is read, checked and printed on machines that have none.
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
@@ -50,6 +51,10 @@ TEST_MEASURE = r"^test/\S+$"
 QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 ABSOLUTE_PATH = r"^/\S+$"
+IMAGE = r"^[a-z0-9][a-z0-9._:/-]*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
+LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
     IMPORT_STRING: "package.module:Class",
@@ -57,6 +62,10 @@ PATTERNS_IN_WORDS = {
     QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
     ABSOLUTE_PATH: "an absolute path",
+    IMAGE: "a container image, such as registry.example.com/team/evenstep:0.1.0",
+    DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
+    LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
+    VARIABLE: "the name of an environment variable",
 }
 
 
@@ -655,13 +664,15 @@ class MountSpec(Part):
 class KubernetesSpec(Part):
     """Where and with what the job runs on a cluster; it never changes the result."""
 
-    image: Annotated[str, Field(examples=["registry.example.com/team/evenstep:0.1.0"])]
+    image: Annotated[
+        str, Field(pattern=IMAGE, examples=["registry.example.com/team/evenstep:0.1.0"])
+    ]
     """The container image, best by its digest."""
     nodes: Annotated[int, Field(ge=1)] = 1
     """Pods that train together."""
     processes_per_node: Annotated[int, Field(ge=1)] = 1
     """Training processes of each pod, and so its devices."""
-    device: str = "nvidia.com/gpu"
+    device: Annotated[str, Field(pattern=DEVICE)] = "nvidia.com/gpu"
     """What the cluster calls a device, such as amd.com/gpu; `cpu` trains without one."""
     cpu: Quantity = "4"
     """Cores of each pod."""
@@ -679,11 +690,11 @@ class KubernetesSpec(Part):
     """Its storage class; with several nodes it must offer ReadWriteMany."""
     namespace: DnsLabel | None = None
     """The namespace. Default: the one of whoever applies it."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[Annotated[str, Field(pattern=LABEL)], str] = {}
     """Labels that the cluster's nodes must have."""
     tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
     """Taints to put up with, besides the one of the devices."""
-    topology: str = "topology.kubernetes.io/zone"
+    topology: Annotated[str, Field(pattern=LABEL)] = "topology.kubernetes.io/zone"
     """Pods prefer nodes with one value of this label; `none` has no preference."""
     queue: DnsLabel | None = None
     """Kueue's LocalQueue; it then decides when the job starts."""
@@ -691,7 +702,7 @@ class KubernetesSpec(Part):
     """Which jobs go first when there is not room for all."""
     image_pull_secret: DnsLabel | None = None
     """The Secret with which the image is fetched."""
-    env: dict[str, str] = {}
+    env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = {}
     """Further environment variables."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
     """Further files: data sets, certificates, credentials."""
@@ -715,6 +726,18 @@ class KubernetesSpec(Part):
     @property
     def on_cpu(self) -> bool:
         return self.device == "cpu"
+
+    @field_validator("egress")
+    @classmethod
+    def _blocks_of_addresses(cls, egress: tuple[str, ...]) -> tuple[str, ...]:
+        for block in egress:
+            try:
+                if "/" in block and ip_network(block):
+                    continue
+            except ValueError as error:
+                raise _wrong(f"must be blocks of addresses, but {error}") from error
+            raise _wrong(f"must be blocks of addresses, such as {block}/32, but has {block!r}")
+        return egress
 
     @model_validator(mode="after")
     def _memory_holds_what_is_shared(self) -> Self:

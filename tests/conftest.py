@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import containers
 import pytest
 from accelerate import Accelerator
 from processes import Processes, ProcessesOf
@@ -28,3 +29,17 @@ def processes() -> Iterator[ProcessesOf]:
 def alone() -> World:
     """A world of one process: this one."""
     return World(Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[str]:
+    """The image of this source tree, built once per session, which leaves no container behind."""
+    reason = containers.why_not()
+    if reason is not None:
+        pytest.skip(f"no containers here: {reason}")
+    try:
+        built = containers.built_image()
+    except containers.NoMirror as error:
+        pytest.skip(f"no base for an image: {error}")
+    yield built
+    assert containers.left_behind() == []

@@ -1,50 +1,29 @@
-"""The one stand-in for a cluster: runs the pods of a rendered Indexed Job as plain processes.
+"""The one stand-in for a cluster: runs the pods of a rendered Indexed Job on this machine.
 
-Each pod has a network, a host name, mounts, a read-only root, a user and a process 1 of its own,
-by Linux namespaces; the environment, volumes and command are the manifest's. What the Job
-controller does is done as the one of Kubernetes 1.36 was seen to do it: podFailurePolicy, the
-back-off of each index, podReplacementPolicy. Not the image, memory limits or the NetworkPolicy.
+A pod's container has the command, environment, volumes, user, limits and grace period of the
+manifest; an engine (tests/engines.py) runs it. What the Job controller does is done as the one of
+Kubernetes 1.36 was seen to do it: podFailurePolicy, the back-off of each index,
+podReplacementPolicy. Not the NetworkPolicy: the pods' network has no way out at all.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-from commands import BIN, ROOT
+from engines import CLUSTER_DOMAIN, NAMESPACE, Container, Engine, Mount, Wanted
 
-NEEDED = ("ip", "unshare", "nsenter", "setpriv", "chroot", "mount")
+from service.spec import quantity
+
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-_NAMESPACE = "ml"
-_numbers = itertools.count()
-
-
-def why_not() -> str | None:
-    """Why pods cannot run here, or None."""
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed"
-    if os.geteuid() != 0:
-        return "needs root, for namespaces"
-    name = f"evenstep-{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if tried.returncode:
-        return f"no network namespaces here: {tried.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=True)
-    return None
 
 
 @dataclass
@@ -53,22 +32,13 @@ class Pod:
 
     index: int
     attempt: int
-    address: str
-    place: Path
-    process: subprocess.Popen[bytes]
+    container: Container
     disrupted: bool = False
-    killed: bool = False
     kill_at: float = float("inf")
 
     @property
     def log(self) -> str:
-        return (self.place / "log").read_text(errors="replace")
-
-    def send(self, number: int) -> None:
-        """Send a signal to the container's process 1, as the kubelet does."""
-        self.killed = self.killed or number == signal.SIGKILL
-        with suppress(IndexError, ProcessLookupError, psutil.NoSuchProcess):
-            psutil.Process(self.process.pid).children()[0].send_signal(number)
+        return self.container.log
 
 
 @dataclass
@@ -77,6 +47,7 @@ class Cluster:
 
     objects: list[dict[str, Any]]
     directory: Path
+    engine: Engine
     backoff: float = 0.05
     """Seconds here for one of the controller's."""
     running: dict[int, Pod] = field(default_factory=dict)
@@ -84,6 +55,7 @@ class Cluster:
     """(index, exit code, what the policy makes of it) of each pod that has ended."""
     pods: list[Pod] = field(default_factory=list)
     condition: str | None = None
+    suspended: bool = False
     done: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -92,39 +64,28 @@ class Cluster:
         self.files = kinds["ConfigMap"]["data"]
         self.service = kinds.get("Service")
         self.name = kinds["Job"]["metadata"]["name"]
+        self.run_name = kinds["ConfigMap"]["metadata"]["name"]
         self.pod = self.job["template"]["spec"]
         (self.container,) = self.pod["containers"]
         self.nodes = self.job["completions"]
         self.due = dict.fromkeys(range(self.nodes), 0.0)
         self.failures = [0] * self.nodes
         self.attempts = [0] * self.nodes
-        self.prefix = f"ev{os.getpid()}-{next(_numbers)}"
         self.directory.mkdir(parents=True)
-        (self.directory / "runs").mkdir()
-        os.chown(self.directory / "runs", self.user, self.user)
-
-    @property
-    def user(self) -> int:
-        user: int = self.pod["securityContext"]["runAsUser"]
-        return user
+        self.runs.mkdir()
+        self._give_to_the_group(self.runs)
 
     @property
     def runs(self) -> Path:
+        """The one volume that outlives its pods."""
         return self.directory / "runs"
 
     def __enter__(self) -> Cluster:
-        _ip("netns", "add", self._bridge)
-        _ip("-n", self._bridge, "link", "add", "br0", "type", "bridge")
-        _ip("-n", self._bridge, "link", "set", "br0", "up")
+        self.engine.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for pod in self.running.values():
-            pod.send(signal.SIGKILL)
-            pod.process.wait(10)
-        for pod in self.pods:
-            _ip("netns", "del", self._network(pod), check=False)
-        _ip("netns", "del", self._bridge)
+        self.engine.__exit__(*exception)
 
     def run(self, *, seconds: float, each: Callable[[Cluster], None] = lambda _: None) -> str:
         """Run the Job to its end: Complete or Failed, with the reason."""
@@ -149,38 +110,9 @@ class Cluster:
         """Start a pod of this index, at an address that no pod has had."""
         attempt = self.attempts[index]
         self.attempts[index] += 1
-        place = self.directory / f"pod-{index}-{attempt}"
-        (place / "root").mkdir(parents=True)
-        address = f"10.233.{attempt}.{10 + index}"
-        variables = self._variables(index)
-        command = [_expanded(word, variables) for word in self.container["command"]]
-        assert command[0] == "evenstep", "what the image has on its PATH"
-        command[0] = str(BIN / "evenstep")
-        (place / "hostname").write_text(f"{self.name}-{index}")
-        (place / "resolv.conf").write_text("")  # names are in /etc/hosts alone, see _publish
-        (place / "hosts").write_text("")
-        self._mounts(place)
-        network = f"{self.prefix}-{index}-{attempt}"
-        self._connect(network, f"v{index}x{attempt}", address)
-        readable = " ".join(dict.fromkeys([sys.base_prefix, sys.prefix, str(ROOT)]))
-        words = [
-            *("nsenter", f"--net=/run/netns/{network}"),
-            *("unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child=KILL"),
-            *(str(ROOT / "tests/container.sh"), place, self.user, readable),
-            *("env", "-i", *(f"{k}={v}" for k, v in variables.items()), *command),
-        ]
-        with open(place / "log", "wb") as log:
-            process = subprocess.Popen(
-                [str(word) for word in words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-            )
-        pod = Pod(index, attempt, address, place, process)
+        pod = Pod(index, attempt, self.engine.start(self._wanted(index, attempt)))
         self.running[index] = pod
         self.pods.append(pod)
-        self._publish()
 
     def stop(self, index: int, *, disruption: bool = False) -> None:
         """Delete or evict a pod: SIGTERM, the grace period, SIGKILL."""
@@ -188,21 +120,31 @@ class Cluster:
         pod.disrupted = pod.disrupted or disruption
         if pod.kill_at == float("inf"):
             pod.kill_at = time.monotonic() + self.pod["terminationGracePeriodSeconds"]
-            pod.send(signal.SIGTERM)
+            pod.container.send(signal.SIGTERM)
+
+    def suspend(self) -> None:
+        """What Kueue does to let another job go first: the controller deletes the pods."""
+        self.suspended = True
+        self.due.clear()
+        for index in list(self.running):
+            self.stop(index)
+
+    def resume(self) -> None:
+        """Let it go on; the pods that are not gone yet are waited for."""
+        self.suspended = False
+        self.due = dict.fromkeys(set(range(self.nodes)) - self.done - self.running.keys(), 0.0)
 
     def kill(self, index: int) -> None:
         """End a pod's container without a word, as when it runs out of memory."""
-        self.running[index].send(signal.SIGKILL)
+        self.running[index].container.send(signal.SIGKILL)
 
     def freeze(self, index: int) -> None:
         """Stop the training processes of a pod, and leave its launcher as it is."""
-        launcher = psutil.Process(self.running[index].process.pid).children()[0]
-        for process in launcher.children(recursive=True):
-            process.suspend()
+        self.running[index].container.freeze()
 
     def step(self) -> int:
         """The newest step that the run has recorded."""
-        metrics = self.runs / self.name / "metrics.jsonl"
+        metrics = self.runs / self.run_name / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
@@ -214,18 +156,20 @@ class Cluster:
     def _wait(self) -> None:
         """Wait a moment for a pod to end, and do what the controller does about it."""
         for pod in list(self.running.values()):
-            with suppress(subprocess.TimeoutExpired):
-                self._ended(pod, pod.process.wait(0.05))
-            if pod.index in self.running and time.monotonic() > pod.kill_at:
-                pod.send(signal.SIGKILL)
+            code = pod.container.ended(0.05)
+            if code is not None:
+                self._ended(pod, code)
+            elif time.monotonic() > pod.kill_at:
+                pod.container.send(signal.SIGKILL)
 
-    def _ended(self, pod: Pod, status: int) -> None:
-        code = 128 + signal.SIGKILL if pod.killed else status  # unshare does not hand it on
+    def _ended(self, pod: Pod, code: int) -> None:
         del self.running[pod.index]
-        self._publish()
+        self.engine.forget(pod.container)
         action = "Complete" if code == 0 else self._action(pod, code)
+        if self.suspended and code != 0:
+            action = "deleted"  # which is no failure
         self.ended.append((pod.index, code, action))
-        if self.condition is not None:
+        if self.condition is not None or action == "deleted":
             return
         if action == "Complete":
             self.done.add(pod.index)
@@ -256,9 +200,37 @@ class Cluster:
 
     # ---- the kubelet
 
+    def _wanted(self, index: int, attempt: int) -> Wanted:
+        context, limits = self.container["securityContext"], self.container["resources"]["limits"]
+        assert context["readOnlyRootFilesystem"], "the one kind of container that engines know"
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["allowPrivilegeEscalation"] is False
+        user = self.pod["securityContext"]["runAsUser"]
+        assert user != 0, "runAsNonRoot: CreateContainerConfigError"
+        place = self.directory / f"pod-{index}-{attempt}"
+        place.mkdir()
+        variables = self._variables(index)
+        subdomain = self.pod.get("subdomain")
+        return Wanted(
+            name=f"{self.engine.name}-{index}-{attempt}",
+            host=f"{self.name}-{index}",
+            domain=f"{subdomain}.{NAMESPACE}.svc.{CLUSTER_DOMAIN}" if subdomain else None,
+            is_public=subdomain is not None and self.service is not None,
+            address=self.engine.address(sum(self.attempts) - 1),
+            image=self.container["image"],
+            command=tuple(_expanded(word, variables) for word in self.container["command"]),
+            variables=variables,
+            mounts=tuple(self._mounts(place)),
+            user=user,
+            group=self.pod["securityContext"]["runAsGroup"],
+            memory_bytes=int(quantity(limits["memory"])),
+            cores=quantity(limits["cpu"]),
+            place=place,
+        )
+
     def _variables(self, index: int) -> dict[str, str]:
-        """The manifest's, with what an image sets besides, and what the controller adds."""
-        variables = {"PATH": f"{BIN}:/usr/bin:/bin"}
+        """The manifest's, and what the controller adds."""
+        variables = {}
         for each in self.container["env"]:
             source = each.get("valueFrom")
             if source is not None:
@@ -266,20 +238,17 @@ class Cluster:
             variables[each["name"]] = each.get("value", str(index))
         return variables | {"JOB_COMPLETION_INDEX": str(index)}
 
-    def _mounts(self, place: Path) -> None:
+    def _mounts(self, place: Path) -> Iterator[Mount]:
         volumes = {volume["name"]: volume for volume in self.pod["volumes"]}
-        lines = []
         for mount in self.container["volumeMounts"]:
-            mode = "ro" if mount.get("readOnly") else "rw"
-            volume = volumes[mount["name"]]
-            if volume.get("emptyDir", {}).get("medium") == "Memory":
-                size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
-                lines.append(f"{mount['mountPath']} memory {size}")
+            where, volume = mount["mountPath"], volumes[mount["name"]]
+            memory = volume.get("emptyDir", {})
+            if memory.get("medium") == "Memory":
+                yield Mount(where, None, size_bytes=int(quantity(memory["sizeLimit"])))
                 continue
-            source = self._volume(volume, place / mount["name"])
-            if source is not None:
-                lines.append(f"{mount['mountPath']} {mode} {source}")
-        (place / "mounts").write_text("\n".join(lines) + "\n")
+            directory = self._volume(volume, place / mount["name"])
+            if directory is not None:
+                yield Mount(where, directory, read_only=mount.get("readOnly", False))
 
     def _volume(self, volume: dict[str, Any], own: Path) -> Path | None:
         if "persistentVolumeClaim" in volume:
@@ -293,45 +262,41 @@ class Cluster:
                 (own / name).write_text(text)
         else:
             assert "emptyDir" in volume
-            os.chown(own, -1, self.pod["securityContext"]["fsGroup"])
-            own.chmod(0o2777)
+            self._give_to_the_group(own)
         return own
 
-    def _publish(self) -> None:
-        """What the pods can resolve: their own name, and through the Service the other pods'."""
-        names = {}
-        if self.service is not None and self.pod.get("subdomain"):
-            domain = f"{self.service['metadata']['name']}.{_NAMESPACE}.svc.cluster.local"
-            for pod in self.running.values():
-                host = f"{self.name}-{pod.index}"
-                names[pod.index] = f"{host}.{domain} {host}.{self.pod['subdomain']}"
-        for pod in self.running.values():
-            own = f"{self.name}-{pod.index}"
-            lines = ["127.0.0.1 localhost", f"{pod.address} {names.get(pod.index, '')} {own}"]
-            others = [p for p in self.running.values() if p is not pod and p.index in names]
-            lines += [f"{other.address} {names[other.index]}" for other in others]
-            (pod.place / "hosts").write_text("\n".join(lines) + "\n")
-
-    @property
-    def _bridge(self) -> str:
-        return f"{self.prefix}-bridge"
-
-    def _network(self, pod: Pod) -> str:
-        return f"{self.prefix}-{pod.index}-{pod.attempt}"
-
-    def _connect(self, network: str, port: str, address: str) -> None:
-        _ip("netns", "add", network)
-        _ip("-n", network, "link", "set", "lo", "up")
-        pair = ("type", "veth", "peer", "name", port, "netns", self._bridge)
-        _ip("-n", network, "link", "add", "eth0", *pair)
-        _ip("-n", self._bridge, "link", "set", port, "master", "br0", "up")
-        _ip("-n", network, "addr", "add", f"{address}/16", "dev", "eth0")
-        _ip("-n", network, "link", "set", "eth0", "up")
+    def _give_to_the_group(self, directory: Path) -> None:
+        """What fsGroup means: root's still, and the group may write."""
+        os.chown(directory, 0, self.pod["securityContext"]["fsGroup"])
+        directory.chmod(0o2775)
 
 
-def _ip(*words: str, check: bool = True) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+def as_its_controllers_make_it(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Job and the Service that a JobSet becomes, or a TrainJob through its runtime.
+
+    Not the failurePolicy of the set; it is read from the sources of JobSet v0.13 and of the torch
+    plug-in of Kubeflow Trainer (August 2026), neither of which runs here.
+    """
+    kinds = {made["kind"]: made for made in objects}
+    name = objects[-1]["metadata"]["name"]
+    of_a_runtime = "TrainingRuntime" in kinds
+    of_a_set = kinds["TrainingRuntime"]["spec"]["template"] if of_a_runtime else kinds["JobSet"]
+    (replicated,) = copy.deepcopy(of_a_set["spec"]["replicatedJobs"])
+    job = replicated["template"]["spec"]
+    job["template"]["spec"]["subdomain"] = name
+    if of_a_runtime:
+        trainer = kinds["TrainJob"]["spec"]["trainer"]
+        first = f"{name}-{replicated['name']}-0-0.{name}"
+        job["template"]["spec"]["containers"][0]["env"] += [
+            {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
+            {"name": "PET_NPROC_PER_NODE", "value": str(trainer["numProcPerNode"])},
+            {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _RANK}}},
+            {"name": "PET_MASTER_ADDR", "value": first},
+            {"name": "PET_MASTER_PORT", "value": "29500"},
+        ]
+    made_name = {"name": f"{name}-{replicated['name']}-0"}
+    made = [{"kind": "Job", "metadata": made_name, "spec": job}]
+    return [*objects, *made, {"kind": "Service", "metadata": {"name": name}}]
 
 
 def _expanded(word: str, variables: dict[str, str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from commands import evenstep
-from kubernetes_server import Answer, recorded, serving
+from commands import ROOT, evenstep
+from kubernetes_server import Answer, Request, recorded, serving
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
 PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"
@@ -104,7 +106,11 @@ REFUSALS = {
     7: (64, 'The cluster refuses: Job.batch "bad" is invalid: spec.completionMode: Unsupported'),
     22: (64, "can only be modified in tandem with spec.parallelism"),
     3: (1, "The cluster does not know you (401): sign in again"),
-    2: (1, "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch"),
+    2: (
+        1,
+        "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch; kubectl "
+        "create rolebinding evenstep -n ml-train --role=evenstep --user=system:anonymous",
+    ),
 }
 
 
@@ -119,30 +125,140 @@ def test_a_refusal_is_told_with_what_to_do(place: Path, number: int) -> None:
 
 
 def test_status_tells_pods_step_and_loss(place: Path) -> None:
-    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)]}
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods_that(phase="Running")]}
     answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
     with serving(answers, place / "config"):
         done = kubernetes(place, "status", "ddp-train")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "ddp-train: running (2 active pods)"
-    assert lines[1].split() == ["node", "0", "ddp-train-0-4xpdm", "pending"]
+    assert lines[1].split() == ["node", "0", "ddp-train-0-4xpdm", "running"]
     assert lines[2].split()[:2] == ["node", "1"]
     assert lines[3] == "  step 20 of 180, loss 0.512"
     assert len(lines) == 4, "Endpoints are not the job's own trouble"
 
 
-def test_status_tells_why_a_job_does_not_start(place: Path) -> None:
+NOW = "2026-11-23T05:21:09Z"  # after the recorded job was made
+QUOTA = (
+    'Error creating: pods "ddp-train-0-x" is forbidden: exceeded quota: team, requested: '
+    "requests.nvidia.com/gpu=8, used: requests.nvidia.com/gpu=4, limited: "
+    "requests.nvidia.com/gpu=8"
+)
+IMAGE_MISSING = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "nowhere/e:1"'}
+NO_ROOM = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"} | {
+    "message": "0/5 nodes are available: 5 Insufficient nvidia.com/gpu."
+}
+UNMOUNTED = 'MountVolume.SetUp failed for volume "mount-0" : secret "s3" not found'
+
+
+def warning(reason: str, message: str, *, of: str = "Job") -> Answer:
+    """The recorded list of events, with one of them turned into a warning."""
     events = copy.deepcopy(recorded(28))
-    # The words of a pod that Pod Security refused, as the Job controller reports them.
-    events.body["items"][0] |= {"type": "Warning", "reason": "FailedCreate"}
-    events.body["items"][0]["message"] = "Error creating: " + _refused_pod()
+    events.body["items"] = events.body["items"][:1]
+    events.body["items"][0] |= {"type": "Warning", "reason": reason, "message": message}
+    events.body["items"][0] |= {"lastTimestamp": NOW}
+    events.body["items"][0]["involvedObject"]["kind"] = of
+    return events
+
+
+def pods_that(**status: object) -> Answer:
+    """The recorded pods, in another state."""
     pods = copy.deepcopy(recorded(15))
-    pods.body["items"] = []
-    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events]}
-    with serving(answers, place / "config"):
+    for pod in pods.body["items"]:
+        pod["status"] |= status
+    return pods
+
+
+def waiting(state: dict[str, str]) -> Answer:
+    return pods_that(containerStatuses=[{"name": "trainer", "state": {"waiting": state}}])
+
+
+NO_PODS = copy.deepcopy(recorded(15))
+NO_PODS.body["items"] = []
+REASONS = {
+    "Pod Security": (
+        NO_PODS,
+        lambda: warning("FailedCreate", "Error creating: " + _refused_pod()),
+        'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec',
+    ),
+    "quota": (NO_PODS, lambda: warning("FailedCreate", QUOTA), "gpu=8 -> ask for less (kub"),
+    "image": (
+        waiting(IMAGE_MISSING),
+        lambda: recorded(28),
+        'ImagePullBackOff: Back-off pulling image "nowhere/e:1" -> is kubernetes.image right?',
+    ),
+    "no machine": (
+        pods_that(conditions=[NO_ROOM]),
+        lambda: recorded(28),
+        "not scheduled: 0/5 nodes are available: 5 Insufficient nvidia.com/gpu -> no machine has",
+    ),
+    "a secret that is not there": (
+        recorded(15),
+        lambda: warning("FailedMount", UNMOUNTED, of="Pod"),
+        'FailedMount: MountVolume.SetUp failed for volume "mount-0" : secret "s3" not found',
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_status_tells_why_a_job_does_not_start(place: Path, reason: str) -> None:
+    pods, events, words = REASONS[reason]
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events()]}
+    with serving(answers | {("GET", "/log"): [recorded(18)]}, place / "config") as server:
         done = kubernetes(place, "status", "ddp-train")
-    assert 'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec' in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+    asked = [r.query["fieldSelector"][0] for r in server.requests if r.path.endswith(EVENTS)]
+    if pods is not NO_PODS:
+        assert "involvedObject.name=ddp-train-0-4xpdm" in asked, "of the pods that wait, too"
+
+
+def test_status_does_not_complain_of_what_an_earlier_job_met(place: Path) -> None:
+    events = warning("FailedCreate", QUOTA)
+    events.body["items"][0]["lastTimestamp"] = "2026-11-23T04:23:57Z"
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [NO_PODS], ("GET", EVENTS): [events]}
+    with serving(answers, place / "config"):
+        assert "quota" not in kubernetes(place, "status", "ddp-train").stdout
+
+
+def test_status_tells_how_often_a_node_was_restarted_and_why(place: Path) -> None:
+    pods = pods_that(phase="Running")
+    for n, (code, reason) in enumerate(((137, "OOMKilled"), (76, "Error"))):
+        before = copy.deepcopy(pods.body["items"][0])
+        before["metadata"] |= {"name": f"before-{n}"}
+        before["metadata"] |= {"creationTimestamp": f"2026-11-23T0{n}:00:00Z"}
+        ended = {"exitCode": code, "reason": reason}
+        before["status"] |= {"phase": "Failed"}
+        before["status"] |= {"containerStatuses": [{"state": {"terminated": ended}}]}
+        pods.body["items"].append(before)
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods]}
+    answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
+    with serving(answers, place / "config"):
+        lines = kubernetes(place, "status", "ddp-train").stdout.splitlines()
+    assert lines[1].strip() == (
+        "node 0  ddp-train-0-4xpdm  running; restarted 2 times, the one before "
+        "ended with 76 (lost a peer)"
+    )
+    assert lines[2].strip() == "node 1  ddp-train-1-84gxd  running"
+
+
+def test_status_tells_what_the_queue_says(place: Path) -> None:
+    job = copy.deepcopy(recorded(20))
+    job.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    message = (
+        "couldn't assign flavors to pod set main: insufficient unused quota for "
+        "nvidia.com/gpu in flavor default, 8 more needed"
+    )
+    condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending"}
+    workload = {"status": {"conditions": [condition | {"message": message}]}}
+    answers = {("GET", JOB): [job], ("GET", PODS): [NO_PODS], ("GET", EVENTS): [recorded(28)]}
+    answers |= {("GET", "/workloads"): [Answer(200, {"items": [workload]})]}
+    with serving(answers, place / "config") as server:
+        done = kubernetes(place, "status", "ddp-train")
+    assert f"the queue says: {message} -> it starts when" in done.stdout
+    (asked,) = [r for r in server.requests if r.path.endswith("/workloads")]
+    uid = job.body["metadata"]["uid"]
+    assert asked.query["labelSelector"] == [f"kueue.x-k8s.io/job-uid={uid}"]
 
 
 def test_status_of_a_suspended_and_of_a_failing_job(place: Path) -> None:
@@ -179,6 +295,45 @@ def test_a_log_that_is_not_to_be_had_is_told(place: Path) -> None:
     assert "The cluster answered 500: no preferred addresses found" in ended.stderr
 
 
+def test_a_pod_that_has_not_started_has_no_log_and_a_state_all_the_same(place: Path) -> None:
+    """The words of a kubelet that is still fetching an image, as kubectl shows them."""
+    words = 'container "trainer" in pod "ddp-train-0-4xpdm" is waiting to start: ContainerCreating'
+    early = Answer(400, {"kind": "Status", "code": 400, "message": words})
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods_that(phase="Running")]}
+    answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [early]}
+    with serving(answers, place / "config"):
+        done = kubernetes(place, "status", "ddp-train")
+        log = kubernetes(place, "logs", "ddp-train")
+    assert done.returncode == 0, done.stderr
+    assert f"  There is no log yet: {words}." in done.stdout
+    assert log.returncode == 1
+    assert f"error: There is no log yet: {words}." in log.stderr
+
+
+NOT_THERE = {
+    "the namespace": (
+        {"message": 'namespaces "ml-train" not found', "details": {"kind": "namespaces"}},
+        64,
+        'namespaces "ml-train" not found. Set kubernetes.namespace to one that is there.',
+    ),
+    "what the target needs": (
+        {"message": "the server could not find the requested resource", "details": {}},
+        1,
+        "what the target needs is not installed. Use --target job.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_THERE)
+def test_what_is_not_there_is_named(place: Path, what: str) -> None:
+    body, code, words = NOT_THERE[what]
+    answers = {("GET", "/jobsets/ddp-train"): [NONE], ("PATCH", ""): [Answer(404, body)]}
+    with serving(answers, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml", "--target", "jobset")
+    assert ended.returncode == code
+    assert words in ended.stderr
+
+
 def test_cancel_lets_the_pods_save(place: Path) -> None:
     with serving({("DELETE", JOB): [recorded(29)]}, place / "config") as server:
         done = kubernetes(place, "cancel", "ddp-train")
@@ -188,6 +343,52 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
         nobody = kubernetes(place, "cancel", "ddp-train")
     assert nobody.returncode == 1
     assert "There is no Job ddp-train in namespace ml-train" in nobody.stderr
+
+
+def granted(role: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def needed(request: Request) -> set[tuple[str, str, str]]:
+    """The rights that the server asks for before it answers."""
+    found = re.fullmatch(
+        r"/apis?/(?:([\w.-]+)/)?v\w+/namespaces/[\w-]+/(\w+)(?:/[\w-]+(/log)?)?", request.path
+    )
+    assert found is not None, request.path
+    group, resource = found[1] or "", found[2] + (found[3] or "")
+    verbs = {"GET": ["get"], "PATCH": ["patch", "create"], "DELETE": ["delete"]}[request.method]
+    if request.method == "GET" and request.path.endswith(resource) and not found[3]:
+        verbs = ["list"]
+    return {(verb, group, resource) for verb in verbs}
+
+
+def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> None:
+    role = yaml.safe_load((ROOT / "k8s/role.yaml").read_text())
+    asked = set()
+    for target, kind, after in (
+        ("job", "jobs", ("status", "logs", "cancel")),
+        ("jobset", "jobsets", ("cancel",)),
+        ("kubeflow", "trainjobs", ("cancel",)),
+    ):
+        queued = copy.deepcopy(recorded(20))
+        queued.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+        path = f"/{kind}/ddp-train"
+        answers = {("GET", path): [NONE, queued], ("DELETE", path): [recorded(29)]}
+        answers |= {("GET", PODS): [recorded(15)], ("GET", EVENTS): [recorded(28)]}
+        answers |= {("GET", "/workloads"): [Answer(200, {"items": []})], ("GET", "/log"): [LOG]}
+        answers |= {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
+        with serving(answers, place / "config") as server:
+            for words in (("submit", "job.yaml"), *((w, "ddp-train") for w in after)):
+                done = kubernetes(place, *words, "--target", target)
+                assert done.returncode == 0, done.stderr
+        asked |= {right for request in server.requests for right in needed(request)}
+    assert asked == granted(role)
 
 
 def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import ROOT, evenstep
+from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.kubernetes.kustomize import kustomization
@@ -90,7 +91,7 @@ def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
 WAYS = {
     "the least": {},
     "on the CPU": {"device": "cpu"},
-    "several nodes": {"nodes": 4, "processes_per_node": 8},
+    "several nodes": {"nodes": 3, "processes_per_node": 2},
     "every option": EVERY_OPTION,
 }
 
@@ -207,6 +208,46 @@ def test_exit_codes_mean_to_the_cluster_what_they_mean_here() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("code", "action"),
+    [
+        (42, "FailJobSet"),
+        (64, "FailJobSet"),
+        (75, "RestartJobSetAndIgnoreMaxRestarts"),
+        (76, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, "RestartJobSet"),
+        (None, "RestartJobSetAndIgnoreMaxRestarts"),
+    ],
+)
+def test_a_jobset_makes_of_a_failure_what_a_job_does(code: int | None, action: str) -> None:
+    """By the words in which the Job controller was recorded to tell why it failed a Job."""
+    told = recorded(26).body["status"]["conditions"][-1]["message"]
+    assert "failed with exit code 78 matching FailJob rule" in told
+    told = told.replace("78", str(code))
+    if code is None:
+        told = "Pod ml/digits-node-0-0-x has condition DisruptionTarget matching FailJob rule"
+    reason = "BackoffLimitExceeded" if code == 137 else "PodFailurePolicy"  # no rule speaks of it
+    policy = of_kind(render(job(nodes=2), target="jobset"), "JobSet")["spec"]["failurePolicy"]
+    fits = [
+        rule["action"]
+        for rule in policy["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(re.match(pattern, told) for pattern in rule["onJobFailureMessagePatterns"])
+    ]
+    assert (fits or ["RestartJobSet"])[0] == action, "without a rule it restarts, and counts"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_queue_decides_when_a_job_starts_under_every_target(target: Any) -> None:
+    objects = render(job(queue="training", priority_class="batch"), target=target)
+    label = "kueue.x-k8s.io/queue-name"
+    queued = [made for made in objects if label in made["metadata"]["labels"]]
+    assert [made["kind"] for made in queued] == [objects[-1]["kind"]]
+    assert queued[0]["metadata"]["labels"][label] == "training"
+    assert queued[0]["spec"]["suspend"] is True
+    assert pod_of(objects)["priorityClassName"] == "batch"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_one_label_finds_the_pods_of_this_run_alone(target: Any) -> None:
     objects = render(job(nodes=2), target=target)
@@ -265,6 +306,56 @@ def test_a_name_that_no_host_could_have_is_refused(name: str, message: str) -> N
         render(job(nodes=2).model_copy(update={"name": name}))
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no image": ({"image": ""}, "kubernetes.image: must be a container image, such as reg"),
+    "an image with a capital": ({"image": "Team/e:1"}, "kubernetes.image: must be a container"),
+    "a device without a vendor": (
+        {"device": "gpu"},
+        "kubernetes.device: must be cpu, or a device as the cluster calls it, such as nvidia.com",
+    ),
+    "a place for a mount that is taken": (
+        {"mounts": [{"path": "/runs/", "claim": "data"}]},
+        "kubernetes.mounts.0.path: /runs is Evenstep's own. Use another, such as /mnt/data",
+    ),
+    "one place for two mounts": (
+        {"mounts": [{"path": "/a", "secret": "s"}, {"path": "/a", "claim": "c"}]},
+        "kubernetes.mounts.1.path: /a is that of mounts.0 already. Use another, such as /mnt/c",
+    ),
+    "a variable that follows from the nodes": (
+        {"env": {"PET_NNODES": "4"}},
+        "kubernetes.env.PET_NNODES: it follows from nodes, processes_per_node and port",
+    ),
+    "a variable that none can be": (
+        {"env": {"1 A": "b"}},
+        "must be the name of an environment variable, but is '1 A'",
+    ),
+    "an address that is no block": (
+        {"egress": ["10.1.2.3"]},
+        "kubernetes.egress: must be blocks of addresses, such as 10.1.2.3/32, but has '10.1.2.3'",
+    ),
+    "a block that is none": ({"egress": ["10.1.2.3/8"]}, "10.1.2.3/8 has host bits set"),
+    "a label in words": (
+        {"topology": "rack 1"},
+        "kubernetes.topology: must be the key of a Kubernetes label",
+    ),
+    "less time than the save may take": (
+        {"grace_seconds": 60},
+        "killed 60 s after it is asked to stop, but may take faults.stop_budget_seconds=120",
+    ),
+    "more processes than pieces of work": (
+        {"nodes": 4, "processes_per_node": 2},
+        "is 6 pieces of work, too few for 8 processes. Use at most 6 processes, or batch.micro_ba",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_no_cluster_could_run_is_refused_before_it_is_asked(mistake: str) -> None:
+    options, message = REFUSED[mistake]
+    with pytest.raises(SpecError, match=re.escape(message)):
+        render(job(**options))
+
+
 def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text("task = 3\n")
     spec = yaml.safe_dump(JOB | {"task": "./my_task.py:task", "kubernetes": {"image": IMAGE}})
@@ -314,8 +405,9 @@ def test_every_field_has_its_reason() -> None:
     told = re.sub("(?s)```.*?```", "", (ROOT / "k8s/README.md").read_text())
     words = set(re.findall(r"`([^`]+)`", told))
     named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
-    keys = set(itertools.chain(*(_keys(made) for made in render(job(**EVERY_OPTION)))))
-    keys |= set(_keys(of_kind(render(job()), "PersistentVolumeClaim")))
+    objects = [made for target in TARGETS for made in render(job(**EVERY_OPTION), target=target)]  # type: ignore[arg-type]
+    objects += render(job(storage_class="fast"))  # with a claim of its own
+    keys = set(itertools.chain(*map(_keys, objects)))
     assert keys - named == set()
 
 

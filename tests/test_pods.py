@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pods
+import containers
+import pod_processes
 import pytest
 import torch
 from commands import evenstep
-from pods import Cluster
+from pod_containers import Podman
+from pod_processes import Namespaces
+from pods import Cluster, as_its_controllers_make_it
 from safetensors.torch import load_file
 
-from launch.kubernetes.manifests import render
+from launch.kubernetes.manifests import Target, render
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
 
-_REASON = pods.why_not()
-pytestmark = [
-    pytest.mark.pods,
-    pytest.mark.slow,
-    pytest.mark.skipif(_REASON is not None, reason=f"pods cannot run here: {_REASON}"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("pods")]
 STEPS = 60
 OVERRIDES = (
     f"length={{steps: {STEPS}}}",
@@ -35,7 +34,8 @@ OVERRIDES = (
     "test={every_steps: 30}",
     "exactness=bitwise",
 )
-CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu", "image": "evenstep:test"} | {
+CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu"} | {
+    "image": containers.IMAGE,
     "cpu": "2",
     "memory": "3Gi",
     "shared_memory": "64Mi",
@@ -43,10 +43,31 @@ CLUSTER = {"nodes": 2, "processes_per_node": 2, "device": "cpu", "image": "evens
 }
 
 
-def start(directory: Path, *overrides: str, **cluster: Any) -> Cluster:
+def chosen() -> str:
+    """Real containers of the real image where they run, else plain processes in namespaces.
+
+    The variable chooses: EVENSTEP_PODS=processes make test-slow
+    """
+    default = "processes" if containers.why_not() else "containers"
+    return os.environ.get("EVENSTEP_PODS", default)
+
+
+@pytest.fixture(scope="module")
+def pods(request: pytest.FixtureRequest) -> None:
+    """Pods can run here, and the image of the containers is built."""
+    if chosen() == "containers":
+        request.getfixturevalue("image")
+    elif pod_processes.why_not() is not None:
+        pytest.skip(f"processes cannot run here: {pod_processes.why_not()}")
+
+
+def start(directory: Path, *overrides: str, target: Target = "job", **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
-    return Cluster(render(load_spec(find_recipe("digits"), overrides=words)), directory)
+    objects = render(load_spec(find_recipe("digits"), overrides=words), target=target)
+    if target != "job":
+        objects = as_its_controllers_make_it(objects)
+    return Cluster(objects, directory, Podman() if chosen() == "containers" else Namespaces())
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +92,7 @@ def once_at(step: int, act: Callable[[Cluster], None]) -> Callable[[Cluster], No
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def undisturbed(pods: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with start(tmp_path_factory.mktemp("undisturbed") / "job") as cluster:
         assert cluster.run(seconds=400) == "Complete", cluster.logs()
         yield cluster
@@ -87,6 +108,17 @@ def test_two_pods_of_two_processes_train_what_one_process_trains(
     assert same_bits(weights(tmp_path / "runs"), weights(undisturbed.runs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["jobset", "kubeflow"])
+def test_the_pods_of_another_target_find_each_other_and_train_the_same(
+    undisturbed: Cluster, tmp_path: Path, target: Target
+) -> None:
+    with start(tmp_path / "job", target=target) as cluster:
+        assert cluster.run(seconds=400) == "Complete", cluster.logs()
+        assert "meeting at digits-node-0-0.digits:29500" in cluster.logs()
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
 def test_what_a_pod_may_and_may_not(undisturbed: Cluster) -> None:
     run = undisturbed.runs / "digits"
     assert run.stat().st_uid == 10001, "it ran as the manifest's user"
@@ -95,6 +127,7 @@ def test_what_a_pod_may_and_may_not(undisturbed: Cluster) -> None:
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
@@ -107,7 +140,6 @@ def test_a_killed_worker_pod_is_replaced_and_the_run_ends_in_the_same_bits(
         assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
-@pytest.mark.slow
 def test_a_killed_index_0_is_replaced_and_the_run_ends_in_the_same_bits(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
@@ -152,6 +184,29 @@ def test_an_evicted_pod_saves_and_the_run_goes_on(
         assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
+@pytest.mark.slow
+def test_a_job_that_its_queue_suspends_saves_and_goes_on_later(
+    undisturbed: Cluster, tmp_path: Path
+) -> None:
+    suspended_at = 0
+
+    def each(cluster: Cluster) -> None:
+        nonlocal suspended_at
+        if not suspended_at and cluster.step() >= 24:
+            cluster.suspend()
+            suspended_at = cluster.step()
+        if cluster.suspended and not cluster.running:
+            assert not (cluster.runs / "digits/checkpoints/step-00000060").exists()
+            cluster.resume()
+
+    with start(tmp_path / "job") as cluster:
+        assert cluster.run(seconds=400, each=each) == "Complete", cluster.logs()
+        assert sorted(cluster.ended[:2]) == [(0, 75, "deleted"), (1, 75, "deleted")]
+        assert "Resuming after step" in cluster.pods[2].log + cluster.pods[3].log
+        assert cluster.failures == [0, 0]
+        assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
+
+
 def test_a_pod_that_comes_late_finds_the_run_done(undisturbed: Cluster) -> None:
     undisturbed.condition, undisturbed.done = None, {0}
     undisturbed.due = {1: 0.0}
@@ -168,6 +223,33 @@ def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
         assert not (cluster.runs / "digits").exists(), "nothing half-written"
 
 
+def test_an_interface_that_a_pod_does_not_have_fails_the_job_at_once(tmp_path: Path) -> None:
+    with start(tmp_path / "job", env={"GLOO_SOCKET_IFNAME": "eth77"}) as cluster:
+        assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
+        assert "GLOO_SOCKET_IFNAME=eth77: this machine has no such network" in cluster.logs()
+        assert "eth0, lo. Leave it out" in cluster.logs()
+
+
+@pytest.mark.slow
+def test_nodes_that_are_lost_again_and_again_end_the_job_when_nothing_is_gained(
+    tmp_path: Path,
+) -> None:
+    """No exit code of it counts: not that of a lost machine, and not that of its peer."""
+
+    def lose(cluster: Cluster) -> None:
+        cluster.running[1].disrupted = True
+        cluster.kill(1)
+
+    trains = once_every_attempt(lose, sign="processes on cpu", node=0)
+    with start(tmp_path / "job", "checkpoint.every_steps=1000") as cluster:
+        ended = cluster.run(seconds=600, each=trains)
+        assert ended == "Failed: PodFailurePolicy", cluster.logs()
+        assert cluster.failures == [0, 0], "nothing was counted"
+        assert (1, 137, "Ignore") in cluster.ended
+        assert 42 in {code for _, code, _ in cluster.ended}, cluster.ended
+        assert "3 attempts in a row failed without a new checkpoint" in cluster.logs()
+
+
 @pytest.mark.slow
 def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path: Path) -> None:
     crash = once_every_attempt(lambda c: c.kill(1))
@@ -177,12 +259,17 @@ def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path
         assert cluster.failures[1] == 2
 
 
-def once_every_attempt(act: Callable[[Cluster], None]) -> Callable[[Cluster], None]:
+def once_every_attempt(
+    act: Callable[[Cluster], None], *, sign: str = "meeting at", node: int = 1
+) -> Callable[[Cluster], None]:
+    """Do it once in every attempt, when a node's log shows the sign."""
     acted: set[int] = set()
 
     def each(cluster: Cluster) -> None:
-        pod = cluster.running.get(1)
-        if pod is not None and pod.attempt not in acted and "meeting at" in pod.log:
+        pod = cluster.running.get(node)
+        if pod is None or 1 not in cluster.running or pod.attempt in acted:
+            return
+        if sign in pod.log:
             acted.add(pod.attempt)
             act(cluster)
 

@@ -22,6 +22,7 @@ _PATHS = {
     "Job": "apis/batch/v1/namespaces/{namespace}/jobs",
     "JobSet": "apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets",
     "TrainJob": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs",
+    "Workload": "apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/workloads",
     "TrainingRuntime": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainingruntimes",
 }
 
@@ -97,7 +98,11 @@ class Api:
         return bool(self._call("DELETE", f"{self._path(kind)}/{name}", missing=True, json=wish))
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
-        """The lines of a pod's log, as they come."""
+        """The lines of a pod's log, as they come.
+
+        Raises:
+            ClusterError: it has none yet, as its container has not started.
+        """
         import httpx2
 
         params = {"follow": "true"} if follow else {}
@@ -107,6 +112,9 @@ class Api:
             with self._client.stream("GET", url, params=params, timeout=patience) as answer:
                 if answer.status_code >= 400:
                     answer.read()
+                    if answer.status_code == 400:
+                        message = _status(answer.text).get("message", answer.text)
+                        raise ClusterError(f"There is no log yet: {message}.")
                     raise _refusal(answer.status_code, answer.text, self.namespace)
                 yield from answer.iter_lines()
         except httpx2.TransportError as error:
@@ -158,15 +166,19 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
 
 
 def _role(message: str, namespace: str) -> str:
-    """The command by which an administrator would allow what was forbidden."""
-    found = re.search(r'cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message)
+    """The commands by which an administrator would allow what was forbidden."""
+    found = re.search(
+        r'User "([^"]+)" cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message
+    )
     if not found:
         return ""
-    verb, resource, group = found.groups()
+    user, verb, resource, group = found.groups()
     kind = f"{resource}.{group}" if group else resource
     return (
         f" Ask the cluster's administrator for it: kubectl create role evenstep -n {namespace} "
-        f"--verb={verb} --resource={kind}"
+        f"--verb={verb} --resource={kind}; kubectl create rolebinding evenstep -n {namespace} "
+        f"--role=evenstep --user={user}. All that these commands need is in k8s/role.yaml of "
+        "Evenstep's repository."
     )
 
 

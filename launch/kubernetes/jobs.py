@@ -5,26 +5,28 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 from launch.kubernetes.api import Api, ClusterError
 from launch.kubernetes.pods import Manifest
+from launch.kubernetes.states import (
+    advised,
+    ending,
+    has_not_begun,
+    index,
+    node_state,
+    queued,
+    state,
+)
+from launch.kubernetes.targets import GROUP, QUEUE, QUEUE_OF
 from service.errors import SpecError
 
 KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
-_INDEX = "batch.kubernetes.io/job-completion-index"
-_OWN = {*KINDS.values(), "PersistentVolumeClaim", "Workload"}
-_ENDS = {"Complete", "Completed", "Failed"}
 _POLL_SECONDS = 2.0
 _GONE_SECONDS = 300.0
-_CODES = {
-    0: "done",
-    42: "would fail again",
-    64: "a mistake in the spec",
-    75: "stopped, its state is saved",
-    76: "lost a peer",
-    137: "killed; out of memory, if nobody killed it",
-}
+_ASKED_PODS = 3
+"""Of more pods that wait, the events are the same."""
 _PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
 
 
@@ -70,15 +72,15 @@ def wait(api: Api, kind: str, name: str) -> str:
 def status(api: Api, kind: str, name: str) -> Iterator[str]:
     """How the job does, in lines for a person."""
     work = _existing(api, kind, name)
-    state = work.get("status") or {}
-    counted = ", ".join(f"{state[k]} {k}" for k in ("active", "succeeded", "failed") if k in state)
-    yield f"{name}: {_state(work)}" + (f" ({counted} pods)" if counted else "")
+    found = work.get("status") or {}
+    counted = ", ".join(f"{found[k]} {k}" for k in ("active", "succeeded", "failed") if k in found)
+    yield f"{name}: {state(work)}" + (f" ({counted} pods)" if counted else "")
     pods = _pods(api, name)
-    for pod in pods:
-        yield f"  node {_index(pod)}  {pod['metadata']['name']}  {_condition(pod)}"
+    for _, own in groupby(pods, key=index):
+        yield f"  {node_state(list(own))}"
     yield from _progress(api, pods)
     if ending(work) is None:
-        yield from _troubles(api, name)
+        yield from _troubles(api, work, pods)
 
 
 def logs(
@@ -90,7 +92,7 @@ def logs(
         ClusterError: there is no such job, or no such pod.
     """
     _existing(api, kind, name)
-    own = [pod for pod in _pods(api, name) if _index(pod) == str(node)]
+    own = [pod for pod in _pods(api, name) if index(pod) == str(node)]
     wanted = 2 if previous else 1
     if len(own) < wanted:
         which = "an earlier pod" if previous else "a pod"
@@ -107,15 +109,6 @@ def cancel(api: Api, kind: str, name: str) -> str:
     if not api.delete(kind, name):
         raise _missing(api, kind, name)
     return f"{name} is stopping with a checkpoint; submit it again to go on."
-
-
-def ending(work: dict[str, Any]) -> str | None:
-    """How a job ended, with the reason; None where it has not."""
-    for condition in (work.get("status") or {}).get("conditions") or []:
-        if condition["type"] in _ENDS and condition["status"] == "True":
-            words = [condition["type"], condition.get("reason"), condition.get("message")]
-            return ": ".join(word for word in words if word)
-    return None
 
 
 def _existing(api: Api, kind: str, name: str) -> dict[str, Any]:
@@ -137,57 +130,21 @@ def _wait_until_gone(api: Api, kind: str, name: str) -> None:
         time.sleep(_POLL_SECONDS / 4)
 
 
-def _state(work: dict[str, Any]) -> str:
-    end = ending(work)
-    if end is not None:
-        return end
-    conditions = (work.get("status") or {}).get("conditions") or []
-    now = {each["type"]: each for each in conditions if each["status"] == "True"}
-    if "FailureTarget" in now:
-        return f"failing: {now['FailureTarget']['message']}"
-    if work["metadata"].get("deletionTimestamp"):
-        return "stopping"
-    if work["spec"].get("suspend"):
-        return "suspended: it waits in its queue, or was stopped by hand"
-    return "running"
-
-
 def _pods(api: Api, name: str) -> list[dict[str, Any]]:
     """The run's pods, by node, the oldest first."""
     found = api.find("Pod", labelSelector=f"app.kubernetes.io/instance={name}")
-    return sorted(found, key=lambda p: (int(_index(p)), p["metadata"]["creationTimestamp"]))
-
-
-def _index(pod: dict[str, Any]) -> str:
-    return str(pod["metadata"]["labels"].get(_INDEX, "0"))
-
-
-def _condition(pod: dict[str, Any]) -> str:
-    """What a pod does, or why it does not, in words."""
-    state = pod.get("status") or {}
-    for container in state.get("containerStatuses") or []:
-        ended = container["state"].get("terminated")
-        if ended:
-            code = ended["exitCode"]
-            return f"ended with {code}" + (f" ({_CODES[code]})" if code in _CODES else "")
-        waiting = container["state"].get("waiting")
-        if waiting:
-            return ": ".join(w for w in (waiting["reason"], waiting.get("message")) if w)
-    for condition in state.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"not scheduled: {condition.get('message', condition.get('reason'))}"
-    return str(state.get("phase", "unknown")).lower()
+    return sorted(found, key=lambda p: (int(index(p)), p["metadata"]["creationTimestamp"]))
 
 
 def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
     """The newest step and loss in the log of node 0's newest pod, where it has one."""
-    own = [pod for pod in pods if _index(pod) == "0"]
+    own = [pod for pod in pods if index(pod) == "0" and not has_not_begun(pod)]
     if not own:
         return
     try:
         lines = list(api.log(own[-1]["metadata"]["name"], lines=50))
     except ClusterError as error:
-        yield f"  no log: {error}"
+        yield f"  {error}"
         return
     found = [match for match in map(_PROGRESS.search, lines) if match]
     if found:
@@ -195,11 +152,40 @@ def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  step {step} of {steps}, loss {loss}"
 
 
-def _troubles(api: Api, name: str) -> Iterator[str]:
-    """What the cluster complains of about the job itself: quota, Pod Security, volumes."""
+def _troubles(api: Api, work: dict[str, Any], pods: list[dict[str, Any]]) -> Iterator[str]:
+    """What the cluster complains of: quota, Pod Security, volumes, the queue."""
+    if QUEUE in work["metadata"].get("labels", {}) and work["spec"].get("suspend"):
+        yield from _queue(api, work)
+    name = work["metadata"]["name"]
+    waiting = [pod["metadata"]["name"] for pod in pods if has_not_begun(pod)]
+    told: dict[str, None] = {}  # in order, and each once
+    for each in (name, f"{name}-{GROUP}-0", f"{name}-runs", *waiting[:_ASKED_PODS]):
+        told |= dict.fromkeys(_complaints(api, each, since=work["metadata"]["creationTimestamp"]))
+    yield from told
+
+
+def _complaints(api: Api, name: str, *, since: str) -> Iterator[str]:
+    """The newest warnings about the objects of this name, and what to do about them.
+
+    Args:
+        since: older ones are about an earlier job of this name.
+    """
     events = api.find("Event", fieldSelector=f"involvedObject.name={name}")
-    told = [
-        e for e in events if e["type"] == "Warning" and e["involvedObject"]["kind"] != "Endpoints"
-    ]
-    for event in told[-3:]:
-        yield f"  {event['reason']}: {event['message']}"
+    for event in [event for event in events if _is_trouble(event, since)][-3:]:
+        yield f"  {event['reason']}: {advised(event['message'])}"
+
+
+def _is_trouble(event: dict[str, Any], since: str) -> bool:
+    when = event.get("lastTimestamp") or event.get("eventTime") or since
+    # The endpoints of a Service complain while pods come and go, and mean nothing by it.
+    other = event["involvedObject"]["kind"] in ("Endpoints", "EndpointSlice")
+    return bool(event["type"] == "Warning" and when >= since and not other)
+
+
+def _queue(api: Api, work: dict[str, Any]) -> Iterator[str]:
+    try:
+        found = api.find("Workload", labelSelector=f"{QUEUE_OF}={work['metadata']['uid']}")
+    except ClusterError as error:
+        yield f"  no word from the queue: {error}"
+        return
+    yield from (f"  {told}" for told in map(queued, found) if told is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from launch.kubernetes.pods import Manifest, claim_name, labels, own_pods
+from launch.kubernetes.refusals import check
 from launch.kubernetes.targets import TARGETS
 from service.errors import SpecError
 from service.spec import KubernetesSpec, Spec
@@ -29,14 +29,14 @@ def render(
     Args:
         files: what stands beside the spec in its directory; see `task_file`.
     Raises:
-        SpecError: the spec has no `kubernetes` section, or its name is none for a cluster.
+        SpecError: the spec has no `kubernetes` section, or one that no cluster could run.
     """
     cluster = spec.kubernetes
     if cluster is None:
         raise SpecError(
             "kubernetes: missing; add kubernetes: {image: registry.example.com/team/evenstep:0.1.0}"
         )
-    require_name(spec.name, cluster.nodes)
+    check(spec, cluster)
     workload, needs_service = TARGETS[target](spec, cluster)
     objects = [
         _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False}),
@@ -52,21 +52,6 @@ def render(
     if needs_service:
         objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
     return [*objects, *workload]
-
-
-def require_name(name: str, nodes: int) -> None:
-    """Refuse a name that no pod, host or Service could have.
-
-    Raises:
-        SpecError: says which names are good.
-    """
-    longest = 63 - len(f"-node-0-{nodes - 1}")
-    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
-        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:longest].strip("-")
-        raise SpecError(
-            f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
-            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near or 'run'}."
-        )
 
 
 def task_file(spec: Spec) -> dict[str, str]:

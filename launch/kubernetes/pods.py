@@ -122,7 +122,7 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
             "capabilities": {"drop": ["ALL"]},
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": _mounts(cluster),
+        "volumeMounts": [*own_mounts(), *(_mounted(n, m) for n, m in enumerate(cluster.mounts))],
     }
 
 
@@ -151,16 +151,15 @@ def _resources(cluster: KubernetesSpec) -> Manifest:
     return resources
 
 
-def _mounts(cluster: KubernetesSpec) -> list[Manifest]:
-    own: list[Manifest] = [
+def own_mounts() -> list[Manifest]:
+    """Where a pod finds what every job has."""
+    return [
         {"name": "runs", "mountPath": RUNS_DIRECTORY},
         {"name": "spec", "mountPath": SPEC_DIRECTORY, "readOnly": True},
         {"name": "scratch", "mountPath": "/tmp"},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "wandb", "mountPath": f"{SECRETS_DIRECTORY}/wandb", "readOnly": True},
     ]
-    asked = [_mounted(n, mount) for n, mount in enumerate(cluster.mounts)]
-    return [*own, *asked]
 
 
 def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:

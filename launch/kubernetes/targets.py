@@ -9,6 +9,10 @@ from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.spec import KubernetesSpec, Spec
 
 QUEUE = "kueue.x-k8s.io/queue-name"
+QUEUE_OF = "kueue.x-k8s.io/job-uid"
+"""The label by which Kueue's own object of a job is found."""
+GROUP = "node"
+"""The one Job in a JobSet, which is called <run>-node-0."""
 
 NEVER_AGAIN = sorted((WillFailAgain.exit_code, SpecError.exit_code))
 NOT_ITS_FAULT = sorted((Stopped.exit_code, PeerLost.exit_code))
@@ -36,7 +40,7 @@ def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
 
 def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
     """A JobSet: its controller starts the whole group again, and makes the Service."""
-    address = f"{spec.name}-node-0-0.{spec.name}" if cluster.nodes > 1 else None
+    address = f"{spec.name}-{GROUP}-0-0.{spec.name}" if cluster.nodes > 1 else None
     world = world_variables(cluster, address=address)
     template = pod_template(spec, cluster, container="trainer", world=world, subdomain=False)
     content = {
@@ -160,6 +164,6 @@ def _job_set(
             ],
         },
         "replicatedJobs": [
-            {"name": "node", **({"replicas": 1} if replicas else {}), "template": {"spec": group}}
+            {"name": GROUP, **({"replicas": 1} if replicas else {}), "template": {"spec": group}}
         ],
     }

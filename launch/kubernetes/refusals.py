@@ -1,0 +1,75 @@
+"""What a cluster would refuse, or what could not work on one, told before it is asked."""
+
+from __future__ import annotations
+
+import re
+
+from launch.kubernetes.pods import own_mounts, world_variables
+from service.errors import SpecError
+from service.plan import make_plan
+from service.spec import KubernetesSpec, Spec
+
+_MANY_ROWS = 1 << 60
+
+
+def check(spec: Spec, cluster: KubernetesSpec) -> None:
+    """Refuse what no cluster could run.
+
+    Raises:
+        SpecError: names the key, and what to write instead.
+    """
+    require_name(spec.name, cluster.nodes)
+    _check_mounts(cluster)
+    _check_variables(cluster)
+    _check_grace(spec, cluster)
+    # Of more rows than there can be, what is refused is refused whatever their number.
+    processes = cluster.nodes * cluster.processes_per_node
+    make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
+
+
+def require_name(name: str, nodes: int) -> None:
+    """Refuse a name that no pod, host or Service could have.
+
+    Raises:
+        SpecError: says which names are good.
+    """
+    longest = 63 - len(f"-node-0-{nodes - 1}")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:longest].strip("-")
+        raise SpecError(
+            f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
+            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near or 'run'}."
+        )
+
+
+def _check_mounts(cluster: KubernetesSpec) -> None:
+    taken = {mount["mountPath"]: "Evenstep's own" for mount in own_mounts()}
+    for number, mount in enumerate(cluster.mounts):
+        path = mount.path.rstrip("/") or "/"
+        if path == "/" or path in taken:
+            whose = taken.get(path, "the image's own")
+            raise SpecError(
+                f"kubernetes.mounts.{number}.path: {path} is {whose}. Use another, such as "
+                f"/mnt/{mount.claim or mount.secret or mount.config_map}."
+            )
+        taken[path] = f"that of mounts.{number} already"
+
+
+def _check_variables(cluster: KubernetesSpec) -> None:
+    own = {each["name"] for each in world_variables(cluster, address="")}
+    for name in cluster.env:
+        if name in own:
+            raise SpecError(
+                f"kubernetes.env.{name}: it follows from nodes, processes_per_node and port, "
+                "which are the place to change it. Leave it out here."
+            )
+
+
+def _check_grace(spec: Spec, cluster: KubernetesSpec) -> None:
+    budget = spec.faults.stop_budget_seconds
+    if cluster.grace_seconds <= budget:
+        raise SpecError(
+            f"kubernetes.grace_seconds: a pod is killed {cluster.grace_seconds} s after it is "
+            f"asked to stop, but may take faults.stop_budget_seconds={budget:g} to save. Use "
+            f"{int(budget) + 60}, or a smaller budget."
+        )
