@@ -39,7 +39,7 @@ def image() -> Iterator[str]:
         pytest.skip(f"no containers here: {reason}")
     try:
         built = containers.built_image()
-    except containers.NoMirror as error:
-        pytest.skip(f"no base for an image: {error}")
+    except containers.NotHere as error:
+        pytest.skip(f"no containers here: {error}")
     yield built
     assert containers.left_behind() == []

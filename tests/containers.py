@@ -54,8 +54,8 @@ network_config_dir = "{place}/networks"
 """
 
 
-class NoMirror(Exception):
-    """There is no base, and nowhere to get one from: no network, most likely."""
+class NotHere(Exception):
+    """No image can be had, or no container run: there is no network, or no right to it."""
 
 
 @cache
@@ -83,9 +83,10 @@ def built_image() -> str:
     A machine without a cache takes about five minutes for it.
 
     Raises:
-        NoMirror: it has no cache, and no packages are to be had.
+        NotHere: it has no cache, and no packages are to be had; or no container starts.
     """
     base = _base()
+    _try(base)
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
     wheels = wheels_of("evenstep", wanted, python=_python_of(base))
@@ -145,7 +146,7 @@ def _base() -> str:
         packages = "--include=ca-certificates,python3,python3-venv"
         made = _ran("debootstrap", "--variant=minbase", packages, suite, root, mirror)
         if made.returncode:
-            raise NoMirror(f"debootstrap {suite} {mirror}: {_last_line(made.stdout)}")
+            raise NotHere(f"debootstrap {suite} {mirror}: {_last_line(made.stdout)}")
         for rest in ("var/cache/apt", "var/lib/apt/lists"):
             shutil.rmtree(Path(root, rest))
         _engine("buildah", "umount", container)
@@ -154,6 +155,20 @@ def _base() -> str:
     finally:
         _engine("buildah", "rm", container)
     return name
+
+
+def _try(base: str) -> None:
+    """Run nothing, in a network of its own."""
+    network = f"evenstep-{os.getpid()}-trial"
+    for words in (
+        ("network", "create", "--internal", network),
+        ("run", "--rm", f"--network={network}", base, "true"),
+        ("network", "rm", network),
+    ):
+        tried = podman(*words, check=False)
+        if tried.returncode:
+            podman("network", "rm", "--force", network, check=False)
+            raise NotHere(f"podman {' '.join(words)}: {_last_line(tried.stderr)}")
 
 
 def _debian() -> tuple[str, str]:
@@ -165,7 +180,7 @@ def _debian() -> tuple[str, str]:
         mirror, suite = line.split()
         if suite == own[1]:
             return mirror, suite
-    raise AssertionError(f"apt has no source for {own[1]}: run apt-get update")
+    raise NotHere(f"apt has no source for {own[1]}: run apt-get update")
 
 
 def _python_of(base: str) -> str:
