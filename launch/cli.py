@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -112,7 +112,16 @@ def run(
         from launch.nodes import run_node
 
         leave(run_node(job, node, processes=asked))
-    _start(job, place, processes=asked, max_restarts=max_restarts, elastic=elastic)
+    from service.run_directory import RunDirectory
+
+    _start(
+        job,
+        place,
+        processes=asked,
+        max_restarts=max_restarts,
+        elastic=elastic,
+        echoed_logs=RunDirectory(runs / loaded.name).logs if node else None,
+    )
 
 
 @evenstep.command()
@@ -137,15 +146,23 @@ def _start(
     processes: int,
     max_restarts: int = 0,
     elastic: bool = False,
+    echoed_logs: Path | None = None,
 ) -> NoReturn:
-    """Do this process's part of the job, or start `processes` that do theirs; exit as they did."""
+    """Do this process's part of the job, or start `processes` that do theirs; exit as they did.
+
+    What the other ranks write into `echoed_logs` comes out of here too, as a pod's log wants it.
+    """
     from launch.entry import Here, leave, leave_hung, outcome_of
     from service.pulse import Pulse
 
     if place is None and (processes > 1 or max_restarts):
+        from launch.echo import echoed
         from launch.local import run_locally
 
-        leave(run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic))
+        ranks = range(1, processes) if echoed_logs else ()
+        with echoed(echoed_logs or Path(), ranks, _complain):
+            code = run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic)
+        leave(code)
     if place is not None:
         die_with_parent()
         if place.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -283,19 +300,27 @@ def status(name: str, target: Target, namespace: str | None) -> None:
 @_RUN
 @_TARGET
 @_NAMESPACE
-@click.option("--node", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--node", type=click.IntRange(min=0), help="All of a node's log, of every rank.")
 @click.option("--previous", is_flag=True, help="Of the pod before this one.")
 @click.option("-f", "--follow", is_flag=True, help="Stay, and show what comes.")
 def logs(
-    name: str, target: Target, namespace: str | None, node: int, previous: bool, follow: bool
+    name: str,
+    target: Target,
+    namespace: str | None,
+    rank: int,
+    node: int | None,
+    previous: bool,
+    follow: bool,
 ) -> None:
-    """Print the log of a node: node 0 speaks for all."""
+    """Print what a rank wrote: rank 0 speaks for all."""
     from launch.kubernetes import jobs
     from launch.kubernetes.api import Api
 
     with Api(namespace=namespace, say=_complain) as api:
         kind = jobs.KINDS[target]
-        for line in jobs.logs(api, kind, name, node=node, previous=previous, follow=follow):
+        which: dict[str, Any] = {"node": node, "rank": rank, "previous": previous}
+        for line in jobs.logs(api, kind, name, **which, follow=follow):
             click.echo(line)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
+from launch.echo import echoed
 from launch.environment import Group, Node
 from launch.meeting import Company, Introduction, host, join
 from launch.signals import heard
@@ -58,9 +59,11 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         watch = _Watch(company)
         from launch.local import run_locally
 
-        code = 1
+        code, first = 1, node.index * processes
+        ranks = [rank for rank in range(first, first + processes) if rank]
         try:
-            code = watch.outcome(run_locally(replace(job, group=group), processes=processes))
+            with echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say):
+                code = watch.outcome(run_locally(replace(job, group=group), processes=processes))
         except EvenstepError as error:
             code = error.exit_code
             raise

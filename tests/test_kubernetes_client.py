@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,29 @@ def test_logs_are_of_the_newest_pod_of_a_node_or_the_one_before(place: Path) -> 
     assert [r.path.split("/")[-2] for r in read] == ["ddp-train-0-newer", "ddp-train-0-4xpdm"]
     assert read[0].query == {"follow": ["true"]}
     assert "has not had an earlier pod of node 1" in never.stderr
+
+
+def test_logs_of_a_rank_are_those_lines_of_its_nodes_pod(place: Path) -> None:
+    pods = copy.deepcopy(recorded(15))
+    for pod in pods.body["items"]:
+        pod["spec"]["containers"][0]["env"] = [{"name": "PET_NPROC_PER_NODE", "value": "2"}]
+    log = replace(LOG, body="Node 1 of 2\n[rank 2] two\n[rank 3] three\n[rank 3] [x] four\n")
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", "/log"): [log]}
+    with serving(answers, place / "config") as server:
+        third = kubernetes(place, "logs", "ddp-train", "--rank", 3)
+        first = kubernetes(place, "logs", "ddp-train")
+        whole = kubernetes(place, "logs", "ddp-train", "--node", 1)
+        beyond = kubernetes(place, "logs", "ddp-train", "--rank", 9)
+    assert third.stdout == "three\n[x] four\n"
+    assert first.stdout == "Node 1 of 2\n"
+    assert whole.stdout == log.body
+    read = [r.path.split("/")[-2] for r in server.requests if r.path.endswith("/log")]
+    assert [name.rsplit("-", 1)[0] for name in read] == [
+        "ddp-train-1",
+        "ddp-train-0",
+        "ddp-train-1",
+    ]
+    assert "has not had a pod of node 4" in beyond.stderr
 
 
 def test_a_log_that_is_not_to_be_had_is_told(place: Path) -> None:

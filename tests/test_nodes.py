@@ -242,12 +242,24 @@ def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:
     first.part(76), last.part(76)
 
 
+LOUD = """
+import os
+from service.recipes import digits
+
+def task(**arguments):
+    print("this is", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+    return digits.task(**arguments)
+"""
+
+
 def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path) -> None:
     variables = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "EVENSTEP_DEVICE": "cpu"} | {
         "PET_MASTER_ADDR": "127.0.0.1",
         "PET_MASTER_PORT": str(meeting.port),
     }
+    (tmp_path / "loud.py").write_text(LOUD)
     words = ["run", "digits", "length={steps: 12}", "schedule={name: constant}"]
+    words += ["task=./loud.py:task"]
     other = subprocess.Popen(
         [BIN / "evenstep", *words],
         cwd=tmp_path,
@@ -262,9 +274,21 @@ def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path)
     assert "digits: 2 processes on cpu" in done.stdout
     assert "Done after step 12" in done.stdout
     assert "step=" not in output, "one node speaks for all"
+    assert output.count("[rank 1] this is 1 of 2\n") == 1, output
+    assert "this is 0 of 2\n" in done.stdout
     late = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="1")
     assert late.returncode == 0
     assert "Nothing to do" in late.stderr
+
+
+def test_one_node_of_its_own_tells_what_its_ranks_write(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(LOUD)
+    words = ["run", "digits", "length={steps: 3}", "schedule={name: constant}"]
+    variables = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0"}
+    done = evenstep(*words, "task=./loud.py:task", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    assert "this is 0 of 2\n" in done.stdout
+    assert done.stderr.count("[rank 1] this is 1 of 2\n") == 1, done.stderr
 
 
 def test_what_the_environment_says_twice_is_refused(tmp_path: Path) -> None:

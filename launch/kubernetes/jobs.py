@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
+from launch.echo import spoken
 from launch.kubernetes.api import Api, ClusterError
 from launch.kubernetes.pods import Manifest
 from launch.kubernetes.states import (
@@ -84,20 +85,46 @@ def status(api: Api, kind: str, name: str) -> Iterator[str]:
 
 
 def logs(
-    api: Api, kind: str, name: str, *, node: int, previous: bool, follow: bool
+    api: Api,
+    kind: str,
+    name: str,
+    *,
+    node: int | None = None,
+    rank: int = 0,
+    previous: bool = False,
+    follow: bool = False,
 ) -> Iterator[str]:
-    """The log of a node's newest pod, or of the one before it.
+    """What one rank wrote, or all that a node's pod did; of its newest pod or the one before it.
+
+    Args:
+        node: all of its log, with the ranks' names before what they wrote.
 
     Raises:
         ClusterError: there is no such job, or no such pod.
     """
     _existing(api, kind, name)
-    own = [pod for pod in _pods(api, name) if index(pod) == str(node)]
+    pods = _pods(api, name)
+    place = rank // _processes_each(pods) if node is None else node
+    own = [pod for pod in pods if index(pod) == str(place)]
     wanted = 2 if previous else 1
     if len(own) < wanted:
         which = "an earlier pod" if previous else "a pod"
-        raise ClusterError(f"{kind} {name} has not had {which} of node {node}.")
-    yield from api.log(own[-wanted]["metadata"]["name"], follow=follow)
+        raise ClusterError(f"{kind} {name} has not had {which} of node {place}.")
+    for line in api.log(own[-wanted]["metadata"]["name"], follow=follow):
+        spoke, words = spoken(line)
+        if node is not None:
+            yield line
+        elif spoke == rank:
+            yield words
+
+
+def _processes_each(pods: list[dict[str, Any]]) -> int:
+    """How many processes a node has."""
+    for pod in pods:
+        for variable in pod["spec"]["containers"][0].get("env", []):
+            if variable["name"] == "PET_NPROC_PER_NODE":
+                return int(variable["value"])
+    return 1
 
 
 def cancel(api: Api, kind: str, name: str) -> str:

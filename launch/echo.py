@@ -1,0 +1,66 @@
+"""What the ranks beside the first write into files, in the launcher's own output as well.
+
+The log of a pod is all that a cluster keeps of it where others can read it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_LOOK_SECONDS = 1.0
+_SPOKEN = re.compile(r"\[rank (\d+)\] (.*)")
+
+
+@contextmanager
+def echoed(logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> Iterator[None]:
+    """Say what these ranks add to their logs in directory `logs`, until the block is left."""
+    echo = _Echo(logs, ranks, say)
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            echo.look()
+
+    thread = threading.Thread(target=follow, name="echo", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        echo.look(last=True)
+
+
+def spoken(line: str) -> tuple[int, str]:
+    """(rank, what it wrote) of a line of a pod's log; the launcher's lines are those of rank 0."""
+    found = _SPOKEN.fullmatch(line)
+    return (int(found[1]), found[2]) if found else (0, line)
+
+
+class _Echo:
+    def __init__(self, logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._files = {rank: logs / f"rank-{rank}.log" for rank in ranks}
+        # What is there already is of earlier attempts, whose pods have told it.
+        self._read = {rank: _size(file) for rank, file in self._files.items()}
+
+    def look(self, *, last: bool = False) -> None:
+        """Say the whole lines that were added since; with `last`, also one that has no end."""
+        for rank, file in self._files.items():
+            if _size(file) <= self._read[rank]:
+                continue
+            with file.open("rb") as opened:
+                opened.seek(self._read[rank])
+                added = opened.read()
+            whole = added if last else added[: added.rfind(b"\n") + 1]
+            self._read[rank] += len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                self._say(f"[rank {rank}] {line}")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
