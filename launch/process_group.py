@@ -42,12 +42,14 @@ def process_group(
         SpecError: there are more processes than devices on this machine.
     """
     device = _device(environment)
+    free = not bitwise and "OMP_NUM_THREADS" not in os.environ
     if bitwise:
         _compute_in_one_order()
-    else:
+    elif free:
         _share_cores(environment, device)
     _multiply_in(precision)
-    world = World(_accelerator(environment, device, timeout_seconds), precision=precision)
+    accelerator = _accelerator(environment, device, timeout_seconds)
+    world = World(accelerator, precision=precision, may_set_threads=free)
     # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"
@@ -77,8 +79,8 @@ def _device(environment: Environment) -> str:
 
 
 def _share_cores(environment: Environment, device: str) -> None:
-    """Divide the cores this container gets among its processes, unless OMP_NUM_THREADS does."""
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    """Divide the cores this container gets among its processes."""
+    if device == "cpu":
         threads = threads_each(environment.local_world_size)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

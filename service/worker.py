@@ -106,6 +106,7 @@ def run(
     batch = sample(train_data, task=task, plan=plan, world=world)
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     found = trial.first(model)
+    world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     unreached = found.unreached
     peak = peak_flops(world.device, spec.model.precision)
     clock = Clock(

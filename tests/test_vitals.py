@@ -2,11 +2,13 @@
 
 import itertools
 import re
+import subprocess
+import sys
 
 import features
 import pytest
 import torch
-from commands import evenstep
+from commands import CLEAN, evenstep
 from jobs import cut_of_digits, spec_of, train_in_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -152,3 +154,22 @@ def test_the_peak_of_a_device_is_known_by_its_name():
     assert known_peak("Tesla V100-SXM2-32GB", "tf32") is None
     assert known_peak("NVIDIA A1000", "fp32") is None
     assert peak_flops(torch.device("cpu"), "fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("flops", "given", "threads"),
+    [("3e7", None, 1), ("3e9", None, 2), ("None", None, 2), ("3e7", "2", 2)],
+)
+def test_a_small_pass_is_computed_on_one_thread_unless_somebody_said_how_many(
+    tmp_path, flops, given, threads
+):
+    script = (
+        "import torch; from service.world import in_place; world = in_place(precision='fp32'); "
+        f"torch.set_num_threads(2); world.suit_threads({flops}); print(torch.get_num_threads())"
+    )
+    environ = {key: value for key, value in CLEAN.items() if key != "OMP_NUM_THREADS"}
+    environ |= {"EVENSTEP_DEVICE": "cpu"} | ({} if given is None else {"OMP_NUM_THREADS": given})
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(threads)], done.stderr
