@@ -55,7 +55,8 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
     yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
     processes = manifest["processes"]
     yield f"{processes} process{'es' if processes != 1 else ''}"
-    yield "good, best" if checkpoint.step == best else "good"
+    told = "good, best" if checkpoint.step == best else "good"
+    yield f"{told}, stopped in its test, which is due" if checkpoint.untested else told
 
 
 @click.command()

@@ -1,13 +1,21 @@
-"""All processes agree on the step at which they follow a request to stop."""
+"""All processes agree on the step, or the place in a test, at which they follow a stop."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from service.world import World
 
+T = TypeVar("T")
+
 POLL_SECONDS = 0.5
 """About as long as a request waits to be heard by all, and never less than one step."""
+
+
+class GivenUp(Exception):
+    """All processes have agreed to leave a test pass where they are in it."""
 
 
 class StopPoll:
@@ -38,3 +46,19 @@ class StopPoll:
         self._asked_at, self._asked_step = now, step
         self.next_step = step + self._most_steps - hurry
         return bool(stop)
+
+    def within(
+        self, batches: Iterable[T], *, rounds: int, wanted: Callable[[], bool]
+    ) -> Iterator[T]:
+        """The same batches of a test pass; before them, every so often, all are asked.
+
+        Args:
+            rounds: batches that every process has; of those that only some have, none can ask.
+        Raises:
+            GivenUp: one of them was told to stop.
+        """
+        poll = StopPoll(self._world, most_steps=self._most_steps)
+        for number, batch in enumerate(batches):
+            if number < rounds and poll.agreed(number, wanted()):
+                raise GivenUp
+            yield batch

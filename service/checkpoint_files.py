@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-00000120` with its tensors in safetensors files, `state.json`
 with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others
-and of itself.  A reader believes nothing: see `damage_of`.
+and of itself.  `step-00000120.untested` is one whose step's test pass was given up; it goes when
+the one with the test is there.  A reader believes nothing: see `damage_of`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
 DATA = (MODEL, OPTIMIZER, STATE)  # and AVERAGE, where the spec asks for one
 BEST = "best"
 
-_NAME = re.compile(r"step-(\d{8,})", re.ASCII)
+_UNTESTED = ".untested"
+_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_UNTESTED)})?", re.ASCII)
 _MANIFEST_BYTES = 1 << 20
 _HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 _STATE_BYTES = 1 << 30
@@ -63,6 +65,11 @@ class Checkpoint:
 
     path: Path
     step: int
+
+    @property
+    def untested(self) -> bool:
+        """Whether the test pass of its step was given up, and is still due."""
+        return self.path.name.endswith(_UNTESTED)
 
 
 @dataclass(frozen=True)
@@ -104,20 +111,23 @@ class _Damaged(Exception):
 # ---- names
 
 
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
+def name_of(step: int, *, untested: bool = False) -> str:
+    return f"step-{step:08d}{_UNTESTED if untested else ''}"
 
 
 def checkpoints_in(directory: Path) -> list[Checkpoint]:
-    """What is named like a checkpoint, by step; whether it is one is asked of `damage_of`."""
+    """What is named like a checkpoint, by step; whether it is one is asked of `damage_of`.
+
+    Of two of one step, the untested one comes first.
+    """
     if not directory.is_dir():
         return []
     found = []
     for path in directory.iterdir():
         match = _NAME.fullmatch(path.name)
-        if match and path.name == name_of(int(match[1])):
+        if match and path.name == name_of(int(match[1]), untested=bool(match[2])):
             found.append(Checkpoint(path, int(match[1])))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, not checkpoint.untested))
 
 
 def best_of(directory: Path) -> int | None:
@@ -145,13 +155,13 @@ def find_checkpoint(directory: Path, which: str) -> Checkpoint:
                 return checkpoint
         raise NoCheckpoint(f"None of the {len(found)} checkpoints in {directory} can be read.")
     step = best_of(directory) if which == "best" else int(which) if which.isdecimal() else None
-    for checkpoint in found:
+    for checkpoint in reversed(found):
         if checkpoint.step == step:
             damage = damage_of(checkpoint)
             if damage is not None:
                 raise NoCheckpoint(f"The checkpoint {checkpoint.path} is damaged: {damage}.")
             return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+    steps = ", ".join(dict.fromkeys(str(checkpoint.step) for checkpoint in found))
     if which == "best":
         raise SpecError(f"No checkpoint in {directory} is marked as the best. There are {steps}.")
     raise SpecError(f"--checkpoint: there is no {which!r}; there are best, latest, {steps}.")
@@ -162,7 +172,7 @@ def kept(steps: Sequence[int], *, newest: int, every: int | None, best: int | No
 
     Asked again after others have gone, the answer for those that stayed is the same.
     """
-    ordered = sorted(steps)
+    ordered = sorted(set(steps))
     stay = {*ordered[-newest:], *(step for step in ordered if step == best)}
     if every is not None:
         first_of: dict[int, int] = {}

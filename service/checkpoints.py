@@ -86,6 +86,10 @@ class _Job:
         return int(self.content.rest["step"])
 
     @property
+    def untested(self) -> bool:
+        return self.content.rest["untested"] is not None
+
+    @property
     def best(self) -> int | None:
         best = self.content.rest["best"]
         return best["step"] if best else None
@@ -269,7 +273,7 @@ class Checkpoints:
     def _publish(self, job: _Job) -> None:
         make_directory(self._directory)
         self._sweep()
-        target = Checkpoint(self._directory / name_of(job.step), job.step)
+        target = Checkpoint(self._directory / name_of(job.step, untested=job.untested), job.step)
         if os.path.lexists(target.path) and damage_of(target) is not None:
             self._set_aside(target)
         if not os.path.lexists(target.path):
@@ -336,8 +340,9 @@ class Checkpoints:
             every=self._spec.keep_every_steps,
             best=best,
         )
+        tested = {checkpoint.step for checkpoint in found if not checkpoint.untested}
         for old in found:
-            if old.step not in stay:
+            if old.step not in stay or (old.untested and old.step in tested):
                 # First out of sight, in one piece: half a checkpoint would look like a damaged one.
                 gone = old.path.with_name(f".{old.path.name}.removed-{secrets.token_hex(4)}")
                 os.rename(old.path, gone)
@@ -370,27 +375,27 @@ class Checkpoints:
             NoCheckpoint: there are some, and none is good.
             SpecError: it does not fit the model, the optimizer or the data.
         """
-        seal: tuple[int, str] | None = None
+        chosen: tuple[str, int, str] | None = None
         failed: EvenstepError | None = None
         if self._world.is_lead:
             try:
-                seal = self._choose()
+                chosen = self._choose()
             except EvenstepError as error:
                 failed = error
         self._world.fail_together(failed)
         # One process chooses: two that fell back differently would train two models.
-        seal = self._world.from_lead(seal)
-        if seal is None:
+        chosen = self._world.from_lead(chosen)
+        if chosen is None:
             return False
         try:
-            self._load(*seal, state)
+            self._load(*chosen, state)
         except EvenstepError as error:
             failed = error
         self._world.fail_together(failed)
         return True
 
-    def _choose(self) -> tuple[int, str] | None:
-        """Step and hash of the newest good checkpoint; clears up around it."""
+    def _choose(self) -> tuple[str, int, str] | None:
+        """Name, step and hash of the newest good checkpoint; clears up around it."""
         try:
             self._sweep()
             newest = self._newest_good()
@@ -400,7 +405,7 @@ class Checkpoints:
             self._require_same_rows(newest, manifest)
             best = read_state(newest.path)["best"]
             self._mark_best(best["step"] if best else None)
-            return newest.step, str(manifest["sha256"])
+            return newest.path.name, newest.step, str(manifest["sha256"])
         except OSError as error:
             raise SpecError(
                 f"The checkpoints in {self._directory} cannot be used: {error.strerror or error}."
@@ -436,8 +441,8 @@ class Checkpoints:
                 "Give it the data it began with, or begin again with --fresh."
             )
 
-    def _load(self, step: int, sha256: str, state: TrainState) -> None:
-        chosen = Checkpoint(self._directory / name_of(step), step)
+    def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
+        chosen = Checkpoint(self._directory / name, step)
         if read_manifest(chosen)["sha256"] != sha256:
             raise NoCheckpoint(
                 f"Process {self._world.index} finds another checkpoint in {chosen.path} than the "

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from service.agreement import StopPoll
+from service.agreement import GivenUp, StopPoll
 from service.batches import Batch, Step
 from service.checkpoints import Checkpoints
 from service.clock import Clock
@@ -60,7 +60,27 @@ def train(
     poll = StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps)
     if poll.agreed(state.step, stop.requested):
         return {}
+    conclude = partial(
+        conclude_step,
+        state,
+        task=task,
+        world=world,
+        plan=plan,
+        updates=updates,
+        tracker=tracker,
+        receipt=receipt,
+        checkpoints=checkpoints,
+        test_data=test_data,
+        stop=stop,
+        poll=poll,
+        pulse=pulse,
+        clock=clock,
+    )
     values: dict[str, float] = {}
+    if state.untested is not None:  # the last attempt stopped in the test pass of its last step
+        values = state.untested
+        if conclude(values):
+            return values
     due = min(plan.next_due(state.step), poll.next_step)
     pulse.enter("data", state.step)
     clock.restart()
@@ -94,36 +114,70 @@ def train(
             values |= checkpoints.timings()
             if plan.spec.model.compile:
                 values["train/compiled_graphs"] = compiled_graphs()
-        if plan.tests_at(state.step):
-            updates.look()  # what has gone astray is neither tested nor, below, saved
-            batches = test_batches(test_data, task=task, plan=plan, world=world)
-            batches = pulse.during("test", batches)
-            values |= test(state.tested, batches, task=task, world=world, plan=plan)
-        pulse.enter("agree", state.step)
-        wanted = stop.requested or tracker.stop_requested
-        stopping = poll.agreed(state.step, wanted) or plan.stops_at(state.step)
-        best = state.improves(values, plan.spec.checkpoint.best)
-        state.learn(values)
-        stopping |= state.ended_early
-        saving = plan.saves_at(state.step) or best or stopping
-        pulse.enter("log")
-        if saving:
-            updates.look()
-        if values or saving:
-            receipt.write(state.step)
-        if values:
-            tracker.log(state.step, values)
-        if saving:
-            pulse.enter("save")
-            checkpoints.save(state, records=(tracker, receipt), seal=receipt.seal)
-            pulse.write()
-        if plan.tests_at(state.step) or saving:
-            clock.restart()
-        if stopping:
+        if conclude(values):
             break
         due = min(plan.next_due(state.step), poll.next_step)
         pulse.enter("data")
     return values
+
+
+def conclude_step(
+    state: TrainState,
+    values: dict[str, float],
+    *,
+    task: Task,
+    world: World,
+    plan: Plan,
+    updates: Updates,
+    tracker: Tracker,
+    receipt: Receipt,
+    checkpoints: Checkpoints,
+    test_data: Data,
+    stop: StopRequest,
+    poll: StopPoll,
+    pulse: Pulse,
+    clock: Clock,
+) -> bool:
+    """Test, log and save as the plan has it for the step just taken; whether to stop after it.
+
+    Args:
+        values: what training measured; what the test measures is added.
+    """
+    state.untested = None
+
+    def wanted() -> bool:
+        return stop.requested or tracker.stop_requested
+
+    if plan.tests_at(state.step):
+        updates.look()  # what has gone astray is neither tested nor, below, saved
+        batches = test_batches(test_data, task=task, plan=plan, world=world)
+        batches = pulse.during("test", batches)
+        batches = poll.within(batches, rounds=plan.test_rounds, wanted=wanted)
+        try:
+            values |= test(state.tested, batches, task=task, world=world, plan=plan)
+        except GivenUp:
+            state.untested = {name: float(value) for name, value in values.items()}
+    pulse.enter("agree", state.step)
+    stopping = state.untested is not None or poll.agreed(state.step, wanted())
+    stopping |= plan.stops_at(state.step)
+    best = state.improves(values, plan.spec.checkpoint.best)
+    state.learn(values)
+    stopping |= state.ended_early
+    saving = plan.saves_at(state.step) or best or stopping
+    pulse.enter("log")
+    if saving:
+        updates.look()
+    if values or saving:
+        receipt.write(state.step)
+    if values and state.untested is None:  # a step has one row, and half of this one is due
+        tracker.log(state.step, values)
+    if saving:
+        pulse.enter("save")
+        checkpoints.save(state, records=(tracker, receipt), seal=receipt.seal)
+        pulse.write()
+    if plan.tests_at(state.step) or saving:
+        clock.restart()
+    return stopping
 
 
 def backpropagate(

@@ -51,6 +51,11 @@ class Plan:
         """Micro-batches of the test set, over all processes."""
         return math.ceil(self.test_rows / self.spec.test.micro_batch)
 
+    @property
+    def test_rounds(self) -> int:
+        """Micro-batches of the test set that every process has; some have one more."""
+        return self.test_micro_batches // self.processes
+
     def share(self, process: int) -> range:
         """The numbers of the micro-batches that `process` computes: a contiguous run."""
         if self.spec.exactness == "bitwise":

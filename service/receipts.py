@@ -44,11 +44,13 @@ class Receipt:
         """Write the digests of the steps up to `step` finished ones; every process calls it."""
         self._digest()
         steps = range(self._first, step)
+        if not steps:
+            return  # all is written: an attempt that began in the test pass of a step
         mine = torch.tensor([_signed(self._digests.get(s, 0)) for s in steps], dtype=torch.int64)
         total = self._world.sum_of_integers(mine)
         self._digests.clear()
         self._first = step
-        if self._file is not None and len(steps):
+        if self._file is not None:
             self._file.add_rows(steps, total.tolist())
 
     def seal(self, step: int, files: Mapping[str, str]) -> None:

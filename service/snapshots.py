@@ -88,6 +88,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "skipped_steps": state.skipped_steps,
         "faulty_steps": state.faulty_steps,
+        "untested": state.untested,
     }
     trained = frozenset(name for name, _ in state.model.named_parameters())
     return Content({name: _by_width(held) for name, held in files.items()}, rest, trained)
@@ -286,6 +287,7 @@ def load(
         if state.stream is not None and rest["stream"] is not None:
             state.stream.move_to(rest["stream"], index)
         state.step = rest["step"]
+        state.untested = rest["untested"]
         state.best = Best(**rest["best"]) if rest["best"] else None
         state.remember(rest["memory"])
     except (KeyError, TypeError, AttributeError) as error:

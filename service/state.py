@@ -43,6 +43,8 @@ class TrainState:
     """What keeps fp16's gradients within its range."""
     skipped_steps: int = 0
     """Steps that were counted and not taken."""
+    untested: dict[str, float] | None = None
+    """What training measured at this step, where its test pass was given up: it is still due."""
     faulty_steps: int = 0
     """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
 
@@ -62,6 +64,11 @@ class TrainState:
     def ended_early(self) -> bool:
         """Whether the measure of `early_stopping` has not improved for long enough."""
         return self.early_stopping is not None and self.early_stopping.ran_out
+
+    @property
+    def recorded_step(self) -> int:
+        """The last step of whose row nothing is due."""
+        return self.step if self.untested is None else self.step - 1
 
     def drop_frozen_gradients(self) -> None:
         """Let the next update pass by the parameters that are not trained yet."""

@@ -184,7 +184,7 @@ def run(
         raise
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
     say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
-    if state.step >= plan.steps or state.ended_early:
+    if (state.step >= plan.steps and state.untested is None) or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
         if opened:
             opened.close()
@@ -192,7 +192,7 @@ def run(
 
     _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
     checkpoints.reserve(saved_bytes)
-    tracker = _tracker(plan, opened, world=world, step=state.step, voice=say)
+    tracker = _tracker(plan, opened, world=world, step=state.recorded_step, voice=say)
     receipt = Receipt(directory.receipt, world=world, step=state.step)
     steps = train_steps(
         state.stream or train_data, task=task, plan=plan, world=world, start=state.step
@@ -231,7 +231,8 @@ def run(
         pulse.enter("save")
         checkpoints.finish()
         pulse.enter("log")
-        outcome = "done" if state.step >= plan.steps or state.ended_early else "stopped"
+        is_last = state.step >= plan.steps and state.untested is None
+        outcome = "done" if is_last or state.ended_early else "stopped"
     finally:
         if tracing is not None:
             tracing.close()
@@ -247,9 +248,10 @@ def run(
             )
             opened.close()
     if outcome == "stopped":
+        due = "" if state.untested is None else ", in its test, which is then done anew"
         raise Stopped(
             f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
-            f"{directory.path}. Run the same command again to continue."
+            f"{directory.path}. Run the same command again to continue{due}."
         )
     say(_closing(state, last, directory))
     # Nobody leaves as finished before everybody has: a peer that failed now would be alone.

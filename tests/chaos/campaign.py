@@ -36,7 +36,7 @@ AGAIN = "starts again by itself"
 KILLS = ("kill one", "kill all", "raise", "out of memory")
 HANGS = ("SIGSTOP", "hang", "hang, lock held")
 DAMAGES = ("cut a file", "flip a bit")
-STOPS = ("SIGTERM", "SIGINT", "SIGTERM to all")
+STOPS = ("SIGTERM", "SIGINT", "SIGTERM to all", "SIGTERM, slow test")
 EXPECTED = {
     **dict.fromkeys((*KILLS, *HANGS, *DAMAGES), AGAIN),
     **dict.fromkeys(STOPS, "exit 75"),
@@ -110,6 +110,8 @@ def _injury(kind: str, moment: str, chance: random.Random, processes: int) -> In
         moment = "disk"
     elif kind in DAMAGES:
         moment = "forward"
+    elif kind == "SIGTERM, slow test":
+        moment = "test"
     elif moment == "exit" and kind not in ("kill one", "kill all", "kill launcher"):
         moment = "forward"  # on its way out a process has nothing left to save or to wait for
     elif moment in ("start-up", "rehearsal", "backward") and kind in ("raise", "out of memory"):
@@ -141,7 +143,7 @@ def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
         "optimizer": {"name": "adamw", "lr": 0.003},
         "schedule": {"name": "cosine", "warmup_steps": 5},
         "tracking": {"log_every_steps": 1},
-        "test": {"every_steps": 5, "micro_batch": 32},
+        "test": {"every_steps": 5, "micro_batch": 6},  # 22 of them, the last of 5 rows
         "checkpoint": {
             "every_steps": SAVE_EVERY,
             "best": {"measure": "test/accuracy", "mode": "max"},

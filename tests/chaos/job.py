@@ -38,6 +38,7 @@ _seen: Counter[str] = Counter()
 _open, _write, _close = os.open, os.write, os.close
 _for_good = ExitStack()
 _slow: list[float] = []
+_slow_test: list[float] = []
 
 
 def task(rows: int = 389, test_rows: int = 131) -> Task:
@@ -65,6 +66,8 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         moment(self._pass())
+        if _slow_test and not self.training:
+            time.sleep(_slow_test[0])
         outputs = self.layers(images)
         if outputs.requires_grad and _seen["forward"]:
             outputs.register_hook(_in_backward)
@@ -201,6 +204,12 @@ def _terminate(injury: dict[str, Any]) -> None:
     os.kill(_launcher(), signal.SIGTERM)
 
 
+def _terminate_a_slow_test(injury: dict[str, Any]) -> None:
+    """The passes of this rank's test now take as long as those of a large model."""
+    _slow_test.append(0.1)
+    _terminate(injury)
+
+
 def _interrupt(injury: dict[str, Any]) -> None:
     os.kill(_launcher(), signal.SIGINT)
 
@@ -254,6 +263,7 @@ INJURIES = {
     "kill all": _kill_all,
     "kill launcher": _kill_launcher,
     "SIGTERM": _terminate,
+    "SIGTERM, slow test": _terminate_a_slow_test,
     "SIGINT": _interrupt,
     "SIGTERM to all": _terminate_the_tree,
     "raise": _raise,
