@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -249,8 +249,9 @@ def leave(code: int) -> NoReturn:
     gloo it now and then ends in an abort ("terminate called without an active exception").
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # who reads it is gone, or its disk is full: the code still counts
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch import fork_server
 from launch.environment import launched
 from launch.signals import STARTED, heard
+from service.durable import told_of
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.failures import write_failure
 from service.faults import StopRequest, die_with_parent, stop_on_signals
 from service.pulse import Pulse
-from service.run_directory import read_beat
+from service.run_directory import RunDirectory, read_beat
 
 if TYPE_CHECKING:
     from launch.agent import Agent
@@ -139,12 +140,21 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
         first=group.index * group.processes if group else 0,
     )
     agent.run_once()
-    for report in (notes / "failures").glob("*.json"):  # from before the run had a directory
-        if job.directory().facts.exists():
-            job.directory().failures.mkdir(exist_ok=True)
-            shutil.copy(report, job.directory().failures)
+    _bring_reports(notes / "failures", job.directory())
     cause = root_cause(agent, _endings(notes), job.spec.faults.stop_budget_seconds)
     return _explained(cause, agent, job, notes)
+
+
+def _bring_reports(notes: Path, directory: RunDirectory) -> None:
+    """Keep with the run, if it has a directory, what was reported before it had one."""
+    if not directory.facts.exists():
+        return
+    for report in notes.glob("*.json"):
+        try:
+            directory.failures.mkdir(exist_ok=True)
+            shutil.copy(report, directory.failures)
+        except OSError as error:
+            print(f"WARNING: {told_of(directory.failures, error)}", file=sys.stderr, flush=True)
 
 
 def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:

@@ -7,7 +7,6 @@ writes; writing, hashing and syncing leave the interpreter alone.
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -35,7 +34,15 @@ from service.checkpoint_files import (
     tensor_digests,
     write_into,
 )
-from service.durable import make_directory, remove, remove_if_possible, replace_file, sync_directory
+from service.durable import (
+    in_the_way,
+    kind_of,
+    make_directory,
+    remove,
+    remove_if_possible,
+    replace_file,
+    sync_directory,
+)
 from service.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
 from service.pulse import WRITER, Pulse
 from service.snapshots import Content, Snapshot, content_of, load, require_finite
@@ -46,14 +53,6 @@ from service.world import World
 _LOOK_SECONDS = 0.25
 _PIECE_BYTES = 64 << 20
 """So much is written between two signs that the writer gets on."""
-_STANDING_IN_THE_WAY = {
-    errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
-    errno.EDQUOT: "the disk quota is used up. Free some of it, or lower checkpoint.keep",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "it may not be written by this user",
-    errno.EPERM: "it may not be written by this user",
-    errno.EFBIG: "a file may not become that large there (ulimit -f)",
-}
 
 
 class Record(Protocol):
@@ -452,10 +451,11 @@ class Checkpoints:
 
 
 def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
-    """An error of the operating system in words; what a person must put right ends with 42."""
-    told = _STANDING_IN_THE_WAY.get(error.errno or 0)
-    kind = EvenstepError if told is None else NotSaved
-    return kind(
+    """An error of the operating system in words."""
+    where = ""
+    if error.filename is not None and directory not in Path(error.filename).parents:
+        where = f"{error.filename}, which belongs to it: "  # a record of the steps before it
+    return kind_of(error)(
         f"The checkpoint of step {step} could not be written to {directory}: "
-        f"{told or error.strerror or error}. Earlier ones are untouched."
+        f"{where}{in_the_way(error)}. Earlier ones are untouched."
     )

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.errors import EvenstepError, NotSaved
+
+_STANDING_IN_THE_WAY = {
+    errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
+    errno.EDQUOT: "the disk quota is used up. Free some of it, or lower checkpoint.keep",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it may not be written by this user",
+    errno.EPERM: "it may not be written by this user",
+    errno.EFBIG: "a file may not become that large there (ulimit -f)",
+}
 # Small enough that a hash finds it still in the cache, large enough that a thread which writes
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
@@ -64,6 +76,86 @@ def replace_file(path: Path, text: str) -> None:
     write_file(partial, [text.encode()])
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+class Appended:
+    """A file of lines that is only added to, by any thread, each line by one call of the system.
+
+    What the disk does not take is kept in memory, and written before the next line or by `sync`:
+    who adds lines need not end because a disk was full for a while.
+    """
+
+    def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
+        """`say` tells a person, once, that lines are kept back."""
+        self._path = path
+        self._say = say
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._adding = threading.Lock()
+        self._kept = b""
+
+    def add(self, line: bytes) -> None:
+        """Write the line, or keep it: whenever the process dies, one line tears at most."""
+        with self._adding:
+            is_told = bool(self._kept)
+            self._kept += line
+            try:
+                self._write()
+            except OSError as error:
+                if not is_told:
+                    self._say(
+                        f"WARNING: {told_of(self._path, error)} What belongs there is kept in "
+                        "memory; training goes on, up to the next checkpoint at most."
+                    )
+
+    def sync(self) -> None:
+        """Return when every line is on disk.
+
+        Raises:
+            OSError: it is not; names the file.
+        """
+        try:
+            with self._adding:
+                self._write()
+            os.fsync(self._descriptor)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def close(self) -> None:
+        """Nothing is added afterwards."""
+        os.close(self._descriptor)
+
+    def _write(self) -> None:
+        while self._kept:
+            self._kept = self._kept[os.write(self._descriptor, self._kept) :]
+
+
+def in_the_way(error: OSError) -> str:
+    """What keeps a file from being written, and what a person can do about it."""
+    return _STANDING_IN_THE_WAY.get(error.errno or 0) or error.strerror or str(error)
+
+
+def told_of(path: Path, error: OSError) -> str:
+    """The same as a sentence, with the place."""
+    return f"{path} could not be written: {in_the_way(error)}."
+
+
+def kind_of(error: OSError) -> type[EvenstepError]:
+    """What a person must put right ends with 42; of all else a restart may get rid."""
+    return NotSaved if error.errno in _STANDING_IN_THE_WAY else EvenstepError
+
+
+@contextmanager
+def told_when_unwritten(path: Path) -> Iterator[None]:
+    """What is done to a file within it fails in words.
+
+    Raises:
+        EvenstepError: the file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind_of(error)(told_of(path, error)) from error
 
 
 def sync_file(path: Path) -> None:

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from service.durable import told_of
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
@@ -38,8 +41,24 @@ def _secrets(environ: Mapping[str, str]) -> list[str]:
     return sorted(found, key=len, reverse=True)  # one may hold another
 
 
-def write_failure(directory: Path, report: Mapping[str, Any]) -> Path:
-    """Write `<time>-rank-N.json`, whole or not at all; returns where it lies."""
+def write_failure(directory: Path, report: Mapping[str, Any]) -> Path | None:
+    """Write `<time>-rank-N.json`, whole or not at all; returns where it lies.
+
+    Where there is no room for it that is said, and no more: it is the failure itself that ends
+    the process.
+    """
+    try:
+        return _written(directory, report)
+    except OSError as error:
+        print(
+            f"WARNING: the report of a failure is lost: {told_of(directory, error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
+def _written(directory: Path, report: Mapping[str, Any]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     path = directory / f"{stamp}-rank-{report['rank']}.json"

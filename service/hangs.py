@@ -167,7 +167,10 @@ class _Watch:
         path = scratch / f"rank-{self._pulse.rank}.stacks"
         if self._stacks is None or self._stacks.name != str(path):
             self.close()
-            self._stacks = path.open("w")
+            try:
+                self._stacks = path.open("w")
+            except OSError:  # no room for it: better among the output than nowhere
+                return sys.stderr
         return self._stacks
 
     def _line(self) -> tuple[str, bool]:
@@ -194,7 +197,8 @@ class _Watch:
         if failures is None:  # under a foreign torchrun, with no run opened yet
             told = _told(report, self._pulse.rank, standing)
             self._leave(HUNG, f"{report['stacks']}\n{told}")
-        write_failure(failures, report)
+        if write_failure(failures, report) is None:
+            print(report["stacks"], file=sys.stderr, flush=True)
         behind = who_is_behind(self._reports(failures))
         mine = behind["rank"] == self._pulse.rank
         self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from service.clock import Clock
+from service.durable import told_of
 from service.errors import SpecError
 from service.pulse import ORDER, WORDS, Pulse
 
@@ -127,7 +128,10 @@ class Profile:
             self._pulse.enter("log")
             with self._clock.stopped():
                 trace.stop()
-                self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
+                try:
+                    self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
+                except OSError as error:  # a full disk takes the trace, and not the run
+                    self._say(f"WARNING: the trace is lost: {told_of(self._directory, error)}")
             self._pulse.enter("data")
 
     def _write(self, trace: Any, begun: Sequence[int], seconds: dict[Any, float]) -> None:

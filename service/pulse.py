@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+from service.durable import told_when_unwritten
 from service.run_directory import RunDirectory
 
 # In the order in which one step goes through them.
@@ -145,17 +146,23 @@ class Pulse:
         return self._scratch / "failures" if self._scratch else None
 
     def settle(self, directory: RunDirectory) -> None:
-        """From now on write into the run's directory; what was printed so far moves there."""
-        log, self.directory = self._log, directory
+        """From now on write into the run's directory; what was printed so far moves there.
+
+        Raises:
+            EvenstepError: it cannot be written there.
+        """
+        log = self._log
         if log is not None and log.exists():
             final = directory.logs / f"rank-{self.rank}.log"
             sys.stdout.flush()
             sys.stderr.flush()
-            with final.open("ab") as file:
+            with told_when_unwritten(final), final.open("ab") as file:
                 file.write(log.read_bytes())
+                file.flush()
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             log.unlink()
+        self.directory = directory
 
     def speak_into_log(self) -> None:
         """Send what this process prints into a file: on the terminal one speaks for all."""

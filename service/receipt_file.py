@@ -6,14 +6,13 @@ checkpoint's tensor files.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.durable import sync_directory
+from service.durable import Appended, sync_directory, told_when_unwritten
 
 
 def read_receipt(path: Path) -> dict[int, str]:
@@ -33,11 +32,18 @@ def read_weights(path: Path) -> dict[int, dict[str, str]]:
 class ReceiptFile:
     """A receipt that is added to, line by line, each of them written at once."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        """Forget what was written for steps after `step`: they are about to be taken again."""
-        _keep_up_to(path, step)
+    def __init__(self, path: Path, *, step: int, say: Callable[[str], None] = print) -> None:
+        """Forget what was written for steps after `step`: they are about to be taken again.
+
+        `say` tells a person where lines wait for a disk that is full.
+
+        Raises:
+            EvenstepError: it cannot be written.
+        """
+        with told_when_unwritten(path):
+            _keep_up_to(path, step)
+            self._file = Appended(path, say=say)
         self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def add_rows(self, steps: range, digests: Sequence[int]) -> None:
         """Add the digests of `steps`, counted from 0."""
@@ -50,17 +56,15 @@ class ReceiptFile:
 
     def sync(self) -> None:
         """Put what was added on disk."""
-        os.fsync(self._descriptor)
+        self._file.sync()
         sync_directory(self._path.parent)
 
     def close(self) -> None:
         """Nothing is added afterwards."""
-        os.close(self._descriptor)
+        self._file.close()
 
     def _add(self, line: Mapping[str, Any]) -> None:
-        text = (json.dumps(line) + "\n").encode()
-        if os.write(self._descriptor, text) != len(text):
-            raise OSError(errno.ENOSPC, "no room for a whole line; free some", str(self._path))
+        self._file.add((json.dumps(line) + "\n").encode())
 
 
 def _keep_up_to(path: Path, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,19 @@ class Receipt:
     (step, micro-batch, rows in order).  So it does not depend on who computed which.
     """
 
-    def __init__(self, path: Path, *, world: World, step: int) -> None:
+    def __init__(
+        self, path: Path, *, world: World, step: int, say: Callable[[str], None] = print
+    ) -> None:
+        """`say` tells a person where lines wait for a disk that is full.
+
+        Raises:
+            EvenstepError: the file cannot be written.
+        """
         self._world = world
         self._first = step
         self._held: list[tuple[int, int, NDArray[np.int64]]] = []  # step, micro-batch, rows
         self._digests: dict[int, int] = {}
-        self._file = ReceiptFile(path, step=step) if world.is_lead else None
+        self._file = ReceiptFile(path, step=step, say=say) if world.is_lead else None
 
     def note(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Remember what the forward passes of step `step` (counted from 0) consumed."""

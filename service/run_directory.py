@@ -13,13 +13,14 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from service.account import account_of, failures_in_a_row
-from service.durable import replace_file
+from service.durable import in_the_way, replace_file, told_when_unwritten
 from service.errors import NoProgress, SpecError
 from service.failures import redacted
 from service.spec import Spec
@@ -94,8 +95,13 @@ class RunDirectory:
         return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Replace run.json, in one piece."""
-        replace_file(self.facts, json.dumps(facts, indent=1) + "\n")
+        """Replace run.json, in one piece.
+
+        Raises:
+            EvenstepError: it cannot be written, and is as it was.
+        """
+        with told_when_unwritten(self.facts):
+            replace_file(self.facts, json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass
@@ -169,6 +175,17 @@ class OpenRun:
         self.facts["account"] = account_of(self.facts["attempts"])
         self.directory.write_facts(self.facts)
 
+    def enter_done(self) -> None:
+        """Enter that the run is done where its last attempt could not, though all is saved.
+
+        Raises:
+            EvenstepError: it cannot be entered now either.
+        """
+        if self.facts["state"] == "running":
+            self.facts["state"] = self.facts["attempts"][-1]["outcome"] = "done"
+            self.facts["account"] = account_of(self.facts["attempts"])
+            self.directory.write_facts(self.facts)
+
     def close_lost_attempt(self) -> None:
         """Enter what is known of an attempt that could not say how it ended: it was killed."""
         attempts = self.facts["attempts"]
@@ -220,26 +237,34 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
             differs from the one it was begun with in a way that changes the result.
     """
     directory = RunDirectory(runs / spec.name)
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(directory)
-        if fresh and directory.facts.exists():
-            _put_aside(directory)
-            lock.close()
-            directory.path.mkdir(parents=True)
-            lock = _lock(directory)
-        if _is_begun(directory):
-            opened = OpenRun(directory, _taken_up(directory, spec), lock)
-            opened.close_lost_attempt()
-            return opened
-        _require_empty(directory)
-        facts = _first_facts(spec)
-        # In this order: killed between any two of these, it begins anew the next time.
-        directory.write_facts(facts)
-        directory.logs.mkdir(exist_ok=True)
-        replace_file(directory.spec, dump_spec(spec))
-    except OSError as error:
-        raise _unusable(directory, error) from error
+    with ExitStack() as stack:
+        try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(_lock(directory))
+            if fresh and directory.facts.exists():
+                _put_aside(directory)
+                lock.close()
+                directory.path.mkdir(parents=True)
+                lock = stack.enter_context(_lock(directory))
+            opened = _opened(directory, spec, lock)
+        except OSError as error:
+            raise _unusable(directory, error) from error
+        stack.pop_all()  # it stays open with the run
+    return opened
+
+
+def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
+    """The run as it was left, or as it begins."""
+    if _is_begun(directory):
+        opened = OpenRun(directory, _taken_up(directory, spec), lock)
+        opened.close_lost_attempt()
+        return opened
+    _require_empty(directory)
+    facts = _first_facts(spec)
+    # In this order: killed between any two of these, it begins anew the next time.
+    directory.write_facts(facts)
+    directory.logs.mkdir(exist_ok=True)
+    replace_file(directory.spec, dump_spec(spec))
     return OpenRun(directory, facts, lock)
 
 
@@ -263,7 +288,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
 
 def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
     return SpecError(
-        f"The run directory {directory.path} cannot be used: {error.strerror}. "
+        f"The run directory {directory.path} cannot be used: {in_the_way(error)}. "
         "Choose another with --runs or --name."
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from service.durable import Appended, sync_directory, told_when_unwritten
 from service.errors import WillFailAgain
 
 Outcome = Literal["done", "stopped", "failed"]
@@ -127,24 +127,29 @@ class Tracker:
 class MetricsFile(Writer):
     """`metrics.jsonl`, the truth: one JSON object a line, no gap and no repeated step."""
 
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        """Empty for a fresh run; for a resume, exactly the rows up to the checkpoint's step."""
-        _keep_up_to(path, resume_step)
-        self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    def __init__(
+        self, path: Path, *, resume_step: int | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        """Empty for a fresh run; for a resume, exactly the rows up to the checkpoint's step.
+
+        `say` tells a person where rows wait for a disk that is full.
+
+        Raises:
+            EvenstepError: it cannot be written.
+        """
+        with told_when_unwritten(path):
+            _keep_up_to(path, resume_step)
+            self._file = Appended(path, say=say)
 
     def write(self, row: Row) -> None:
         """Append the row by one system call: whenever the process dies, one line tears at most."""
-        line = _line(row)
-        written = os.write(self._descriptor, line)
-        if written != len(line):
-            raise OSError(errno.ENOSPC, "no room for a whole row; free some", str(self._path))
+        self._file.add(_line(row))
 
     def sync(self) -> None:
-        os.fsync(self._descriptor)
+        self._file.sync()
 
     def close(self, outcome: Outcome) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
 
 def tells_of_speed(key: str) -> bool:
@@ -185,15 +190,7 @@ def _keep_up_to(path: Path, step: int | None) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -54,6 +55,8 @@ from service.updates import Updates
 from service.vitals import Stopwatch, Vitals
 from service.wandb_writer import WandB
 from service.world import World
+
+T = TypeVar("T")
 
 
 def run(
@@ -156,9 +159,10 @@ def run(
     saved_bytes = expected_bytes(model, optimizer, averaged=average is not None)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
-    opened = _open(runs, spec, world=world, fresh=fresh)
+    opened = together(world, lambda: _open(runs, spec, world=world, fresh=fresh))
     directory = RunDirectory(runs / spec.name)
-    pulse.settle(directory)
+    with closed_on_failure(opened):
+        together(world, lambda: pulse.settle(directory))
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
@@ -176,24 +180,30 @@ def run(
         },
         say=say,
     )
-    try:
+    with closed_on_failure(opened):
         resumed = checkpoints.restore(state)
-    except BaseException:
-        if opened:
-            opened.close()
-        raise
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
     say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
     if (state.step >= plan.steps and state.untested is None) or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
+        with closed_on_failure(opened):
+            together(world, lambda: opened.enter_done() if opened else None)
         if opened:
             opened.close()
         return {}
 
-    _start_attempt(opened, plan, world, step=state.step, started=pulse.started)
-    checkpoints.reserve(saved_bytes)
-    tracker = _tracker(plan, opened, world=world, step=state.recorded_step, voice=say)
-    receipt = Receipt(directory.receipt, world=world, step=state.step)
+    with closed_on_failure(opened):
+        together(
+            world,
+            lambda: _start_attempt(opened, plan, world, step=state.step, started=pulse.started),
+        )
+        checkpoints.reserve(saved_bytes)
+        receipt = together(
+            world, lambda: Receipt(directory.receipt, world=world, step=state.step, say=say)
+        )
+        tracker = together(
+            world, lambda: _tracker(plan, opened, world=world, step=state.recorded_step, voice=say)
+        )
     steps = train_steps(
         state.stream or train_data, task=task, plan=plan, world=world, start=state.step
     )
@@ -209,6 +219,7 @@ def run(
         )
         steps = tracing.over(steps, start=state.step)
     outcome: Outcome = "failed"
+    unentered: EvenstepError | None = None
     try:
         with collector_at_rest():
             last = train(
@@ -240,22 +251,16 @@ def run(
         receipt.close()
         tracker.close(outcome)
         if opened:
-            opened.end_attempt(
-                outcome,
-                step=state.step,
-                seconds=pulse.seconds(),
-                longest_save_seconds=pulse.longest_save_seconds,
-            )
-            opened.close()
+            unentered = _end_attempt(opened, outcome, step=state.step, pulse=pulse)
     if outcome == "stopped":
         due = "" if state.untested is None else ", in its test, which is then done anew"
         raise Stopped(
             f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
             f"{directory.path}. Run the same command again to continue{due}."
         )
-    say(_closing(state, last, directory))
     # Nobody leaves as finished before everybody has: a peer that failed now would be alone.
-    world.barrier()
+    world.fail_together(unentered)
+    say(_closing(state, last, directory))
     return last
 
 
@@ -307,36 +312,75 @@ def test_run(
     return measures
 
 
+def together(world: World, act: Callable[[], T]) -> T:
+    """What `act` returns on this process.
+
+    Raises:
+        EvenstepError: it failed on some process, and so do all.
+    """
+    done: list[T] = []
+    failed: EvenstepError | None = None
+    try:
+        done.append(act())
+    except EvenstepError as error:
+        failed = error
+    world.fail_together(failed)
+    return done[0]
+
+
+@contextmanager
+def closed_on_failure(opened: OpenRun | None) -> Iterator[None]:
+    """Let others have the run where it does not come to its first step."""
+    try:
+        yield
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        raise
+
+
 def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | None:
     """The run, opened by the lead; None on the other processes."""
-    opened: OpenRun | None = None
-    failed: EvenstepError | None = None
-    if world.is_lead:
-        try:
-            opened = open_run(runs, spec, fresh=fresh)
-        except EvenstepError as error:
-            failed = error
-    world.fail_together(failed)
-    return opened
+    return open_run(runs, spec, fresh=fresh) if world.is_lead else None
 
 
 def _start_attempt(
     opened: OpenRun | None, plan: Plan, world: World, *, step: int, started: float
 ) -> None:
-    """Enter the attempt, on the lead; on all processes, give up where none got any further."""
-    failed: EvenstepError | None = None
-    if opened:
-        try:
-            opened.start_attempt(
-                processes=world.processes,
-                device=str(world.device),
-                step=step,
-                started=started,
-                most_failures=plan.spec.faults.attempts_without_progress,
-            )
-        except EvenstepError as error:
-            failed = error
-    world.fail_together(failed)
+    """Enter the attempt, on the lead, unless none got any further."""
+    if opened is None:
+        return
+    opened.start_attempt(
+        processes=plan.processes,
+        device=str(world.device),
+        step=step,
+        started=started,
+        most_failures=plan.spec.faults.attempts_without_progress,
+    )
+
+
+def _end_attempt(
+    opened: OpenRun, outcome: Outcome, *, step: int, pulse: Pulse
+) -> EvenstepError | None:
+    """Enter how the attempt ended; what kept it from being entered.
+
+    The state is saved by then, or something worse is being told: it takes nobody's place.
+    """
+    unentered: EvenstepError | None = None
+    try:
+        opened.end_attempt(
+            outcome,
+            step=step,
+            seconds=pulse.seconds(),
+            longest_save_seconds=pulse.longest_save_seconds,
+        )
+    except EvenstepError as error:
+        what = "The run is done and saved" if outcome == "done" else f"This attempt {outcome}"
+        unentered = type(error)(f"{error} {what}; the same command, run again, enters it there.")
+        if outcome != "done":
+            print(f"WARNING: {unentered}", file=sys.stderr, flush=True)
+    opened.close()
+    return unentered
 
 
 def _tracker(
@@ -350,7 +394,8 @@ def _tracker(
     config = _config(plan, opened)
     screen = console(plan.steps, resume_step=resume_step)
     voice.speak_through(screen)
-    writers: list[Writer] = [MetricsFile(directory.metrics, resume_step=resume_step), screen]
+    metrics = MetricsFile(directory.metrics, resume_step=resume_step, say=voice)
+    writers: list[Writer] = [metrics, screen]
     if wandb is not None:
         writers.append(
             WandB(

@@ -31,6 +31,7 @@ def test_a_report_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("STORE_PASSWORD", "correct horse")
     told = {"rank": 3, "stacks": f"key={'a' * 40}", "at": ["s3://me:pass@host/x", "correct horse"]}
     path = write_failure(tmp_path, told)
+    assert path is not None
     assert path.name.endswith("-rank-3.json")
     assert json.loads(path.read_text())["at"] == ["s3://***@host/x", "***"]
     assert "aaaa" not in path.read_text()

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops", "limits", "handover"},
-    {"errors", "optimizer_options", "durable"},
+    {"charts", "spec_page", "flops", "limits", "handover", "errors"},
+    {"optimizer_options", "durable"},
     {"documents", "spec", "receipt_file"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
     {"samplers", "failures", "faults", "account", "export"},

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def _on_disk(operation: str, words: tuple[Any, ...]) -> None:
         moment("disk", (operation, words))
         if _slow and operation == "fsync":
             time.sleep(_slow[0])
+    if operation == "open" and at.endswith(".run.json.partial"):
+        moment("run.json", (operation, words))
 
 
 def moment(name: str, doing: tuple[str, tuple[Any, ...]] | None = None) -> None:
@@ -240,6 +242,21 @@ def _fill_the_disk(injury: dict[str, Any]) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def _filler() -> Path:
+    return Path(_plan()["run"]).parent / "filler"
+
+
+def _take_all_room(injury: dict[str, Any]) -> None:
+    """Really fill the file system that the run is on."""
+    with suppress(OSError), _filler().open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def _give_room_back(injury: dict[str, Any]) -> None:
+    _filler().unlink()
+
+
 def _slow_the_disk(injury: dict[str, Any]) -> None:
     """From now on it takes as long to sync a few bytes as it takes elsewhere for a gigabyte."""
     _slow.append(0.5)
@@ -272,6 +289,8 @@ INJURIES = {
     "hang": _hang,
     "hang, lock held": _hang_with_the_lock,
     "disk full": _fill_the_disk,
+    "no room": _take_all_room,
+    "room again": _give_room_back,
     "slow disk": _slow_the_disk,
     "cut a file": _damage,
     "flip a bit": _damage,
