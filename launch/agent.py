@@ -68,10 +68,13 @@ class Agent(SimpleElasticAgent):
         *arguments: object,
         processes: int,
         stop: StopRequest,
-        stop_budget_seconds: float,
+        stop_budget_seconds: Callable[[], float],
         first: int = 0,
     ) -> None:
-        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest."""
+        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest.
+
+        `stop_budget_seconds` is asked when a request to stop has come: by then saves were measured.
+        """
         handler = get_rendezvous_handler(
             RendezvousParameters(
                 backend="c10d",
@@ -99,6 +102,8 @@ class Agent(SimpleElasticAgent):
         self._first = first
         self._stop = stop
         self._stop_budget = stop_budget_seconds
+        self.stop_budget_seconds = math.inf
+        """What the ranks were given to stop, once they were asked to."""
         self._forwarded = False
         self._failed = False
         self._deadline: float | None = None
@@ -170,7 +175,8 @@ class Agent(SimpleElasticAgent):
         now = time.monotonic()
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
-            self._deadline = self._deadline or now + self._stop_budget
+            self.stop_budget_seconds = self._stop_budget()
+            self._deadline = self._deadline or now + self.stop_budget_seconds
             print(
                 f"{self._stop.signal_name}: saving the state after the step that is under way; "
                 "Ctrl-C ends at once.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from launch.commands_checkpoints import checkpoints, export
-from launch.environment import Environment, launched, node_here, read_secrets
+from launch.environment import Environment, launched, node_here, read_secrets, torchrun_grace
 from launch.job_commands import check, doctor, new
 from launch.kubernetes.manifests import Target, task_file, to_yaml
 from launch.kubernetes.manifests import render as manifests
@@ -106,7 +106,8 @@ def run(
         check_run(runs, loaded, fresh=fresh)
     from launch.entry import Job
 
-    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window)
+    given = torchrun_grace() if place is not None else None
+    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given)
     if node is not None and node.nodes > 1:
         from launch.entry import leave
         from launch.nodes import run_node
@@ -166,10 +167,10 @@ def _start(
     if place is not None:
         die_with_parent()
         if place.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-            given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
             click.echo(
-                f"Started by torchrun: a request to stop, and its save, may take {given} s unless "
-                "its --shutdown-timeout says otherwise; faults.stop_budget_seconds has no say.",
+                "Started by torchrun: a request to stop, and its save, may take "
+                f"{torchrun_grace().seconds:g} s, which is its --shutdown-timeout; "
+                "faults.stop_budget_seconds has no say.",
                 err=True,
             )
     environment = place or Environment()
@@ -197,12 +198,13 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 @_SPEC
 @_OVERRIDES
 @_PROCESSES
-def plan(spec: str, overrides: tuple[str, ...], processes: str | None) -> None:
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Path) -> None:
     """Show the arithmetic of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = _load(spec, overrides, None)
     from service.planning import planned
 
-    click.echo(planned(loaded, processes=_process_count(processes)))
+    click.echo(planned(loaded, processes=_process_count(processes), runs=runs.absolute()))
 
 
 @evenstep.command(name="recipes")

@@ -27,7 +27,9 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from service.limits import limits, workers_each
+from service.run_directory import RunDirectory
 from service.spec import Spec
+from service.stopping import estimated, graces, longest_save, stop_in_words
 
 State = Literal["ok", "skipped", "warning", "failed"]
 
@@ -418,6 +420,23 @@ def _run_directory(asked: Asked) -> Iterator[Finding]:
         yield Finding("disk", "failed", f"{place} cannot be written: {error.strerror}", fix)
 
 
+def _stop(asked: Asked) -> Iterator[Finding]:
+    """Whether who stops the job gives it as long as its last save takes."""
+    if asked.spec is None:
+        yield Finding("stop", "skipped", "name a spec to compare how long one takes and may take")
+        return
+    from service.planning import checkpoint_bytes
+
+    runs = asked.runs.absolute()
+    takes = longest_save(RunDirectory(runs / asked.spec.name))
+    takes = takes or estimated(checkpoint_bytes(asked.spec), runs)
+    short = [grace for grace in graces(asked.spec) if takes and takes.seconds > grace.seconds]
+    raised = " and ".join(f"{grace.name} to {takes.seconds:.0f}" for grace in short if takes)
+    fix = f"Raise {raised}, or choose a faster disk with --runs." if short else ""
+    told = stop_in_words(asked.spec, takes)
+    yield Finding("stop", "warning" if short else "ok", told, fix)
+
+
 def _tried_disk(place: Path) -> Iterator[Finding]:
     begin, now = time.perf_counter(), time.time()
     with (place / "partial").open("wb") as file:
@@ -482,6 +501,7 @@ CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
     _shared_memory,
     _open_files,
     _run_directory,
+    _stop,
     _host_name,
     _all_reduce,
     _wandb,

@@ -26,6 +26,7 @@ from service.pulse import Pulse
 from service.run_directory import RunDirectory
 from service.spec import Spec
 from service.spec_file import load_spec
+from service.stopping import Grace, graces
 from service.task import load_task
 from service.worker import run, test_run
 from service.world import World, is_out_of_memory, lost_peer
@@ -62,6 +63,8 @@ class Job:
     """The processes of all nodes, where there are several."""
     profile: Window | None = None
     """The steps to trace."""
+    grace: Grace | None = None
+    """What the launcher gives a stop, where it is not our own."""
 
     def again(self, before: str | None) -> Job:
         """The job as it is started after a failure: an earlier run is put aside once.
@@ -84,7 +87,8 @@ class Job:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
-        return _received, (values, self.runs, self.fresh, self.stop_at, self.group, self.profile)
+        rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace)
+        return _received, (values, self.runs, *rest)
 
     def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
         """Run this process's part of the job to its end, or until `stop` is asked for.
@@ -121,6 +125,7 @@ class Job:
                     fresh=self.fresh,
                     pulse=here.pulse,
                     profile=self.profile,
+                    graces=graces(spec, launcher=self.grace),
                 )
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):

@@ -7,9 +7,13 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
 from service.errors import SpecError
+from service.stopping import Grace
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,16 @@ class Group:
             # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
+
+
+def torchrun_grace() -> Grace:
+    """What the torchrun that started this process gives a request to stop."""
+    words = [word.partition("=") for word in psutil.Process(os.getppid()).cmdline()]
+    said = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
+        if name.replace("_", "-") == "--shutdown-timeout":
+            said = value or following
+    return Grace(float(said), "torchrun's --shutdown-timeout")
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:

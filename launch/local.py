@@ -26,6 +26,7 @@ from service.failures import write_failure
 from service.faults import StopRequest, die_with_parent, stop_on_signals
 from service.pulse import Pulse
 from service.run_directory import RunDirectory, read_beat
+from service.stopping import budget_seconds
 
 if TYPE_CHECKING:
     from launch.agent import Agent
@@ -136,12 +137,12 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
         started,
         processes=processes,
         stop=stop,
-        stop_budget_seconds=job.spec.faults.stop_budget_seconds,
+        stop_budget_seconds=lambda: budget_seconds(job.spec, job.directory()),
         first=group.index * group.processes if group else 0,
     )
     agent.run_once()
     _bring_reports(notes / "failures", job.directory())
-    cause = root_cause(agent, _endings(notes), job.spec.faults.stop_budget_seconds)
+    cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds)
     return _explained(cause, agent, job, notes)
 
 

@@ -48,6 +48,7 @@ from service.pulse import WRITER, Pulse
 from service.snapshots import Content, Snapshot, content_of, load, require_finite
 from service.spec import CheckpointSpec
 from service.state import TrainState
+from service.stopping import Stopping
 from service.world import World
 
 _LOOK_SECONDS = 0.25
@@ -107,11 +108,12 @@ class Checkpoints:
         say: Callable[[str], None],
         rename: Mapping[str, str] | None = None,
         pulse: Pulse | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
-        `pulse` is told that a save gets on, and how long it took.  `rename` gives the new names
-        of parameters and modules that are saved under old ones.
+        `pulse` is told that a save gets on, and how long it took, as is `stopping`.  `rename`
+        gives the new names of parameters and modules that are saved under old ones.
         """
         self._directory = directory
         self._world = world
@@ -120,6 +122,7 @@ class Checkpoints:
         self._say = say
         self._rename = rename or {}
         self._pulse = pulse or Pulse()
+        self._stopping = stopping or Stopping((), say=say)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=WRITER)
         self._moves = 0
         """Counts what the writer has got done."""
@@ -268,6 +271,7 @@ class Checkpoints:
         seconds = time.perf_counter() - job.began
         self._durable.put(seconds)
         self._pulse.longest_save_seconds = max(self._pulse.longest_save_seconds, seconds)
+        self._stopping.learned(seconds, "as measured in this run")
 
     def _publish(self, job: _Job) -> None:
         make_directory(self._directory)

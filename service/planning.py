@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,15 +19,20 @@ from service.optimizers import (
 )
 from service.plan import Plan, make_plan
 from service.rates import make_schedule
+from service.run_directory import RunDirectory
 from service.snapshots import expected_bytes
 from service.spec import OptimizerSpec, PlateauSpec, Spec
 from service.state import require_measures
+from service.stopping import estimated, longest_save, stop_in_words
 from service.task import load_task
 from service.world import alone
 
 
-def planned(spec: Spec, *, processes: int) -> str:
+def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     """The plan of `spec` on `processes` processes, as text.
+
+    Args:
+        runs: where the run is, or would be; how long saves take is looked up or tried there.
 
     Raises:
         SpecError: the task cannot be loaded, or does not go together with the spec.
@@ -42,15 +48,27 @@ def planned(spec: Spec, *, processes: int) -> str:
     optimizer = make_optimizer(model, spec.optimizer, groups)
     require_its_loss(optimizer, spec)
     size = expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
-    saving = ("a checkpoint", saving_in_words(size, spec.checkpoint))
+    takes = longest_save(RunDirectory(runs / spec.name)) or estimated(size, runs)
+    saving = [
+        ("a checkpoint", saving_in_words(size, spec.checkpoint)),
+        ("a stop takes", stop_in_words(spec, takes)),
+    ]
     return "\n\n".join(
         [
-            _aligned([*_arithmetic(plan), saving]),
+            _aligned([*_arithmetic(plan), *saving]),
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
         ]
     )
+
+
+def checkpoint_bytes(spec: Spec) -> int | None:
+    """What a checkpoint of the job takes; None where only a step can tell."""
+    task = load_task(spec.task, spec.task_args)
+    model = task.model()
+    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
 
 
 def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
@@ -67,7 +85,6 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("most processes", f"{plan.micro_batches}"),
         ("tests", _every(plan.tests_at, plan)),
         ("checkpoints", _every(plan.saves_at, plan)),
-        ("a stop takes", _stopping(plan.spec)),
         *_waiting(plan.spec),
     ]
 
@@ -103,17 +120,6 @@ def _waiting(spec: Spec) -> list[tuple[str, str]]:
         patience = f"has not improved in {stopping.patience} tests"
         told.append(("ends early", f"when {stopping.measure} {patience}"))
     return told
-
-
-def _stopping(spec: Spec) -> str:
-    budget = spec.faults.stop_budget_seconds
-    told = f"at most {budget:g} s with its save; then the processes are killed"
-    if spec.kubernetes is None:
-        return told
-    grace = spec.kubernetes.grace_seconds
-    if grace <= budget:
-        return f"{told}, but a pod is given only {grace} s: raise kubernetes.grace_seconds"
-    return f"{told}; a pod is given {grace} s"
 
 
 def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

@@ -199,6 +199,7 @@ class OpenRun:
             "to_step": max(last["from_step"], known.get("step", 0), self._last_row()),
             "outcome": "lost",
             "seconds": known.get("seconds", {}),
+            "longest_save_seconds": known.get("longest_save_seconds", 0.0),
         }
 
     def _last_row(self) -> int:

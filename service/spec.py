@@ -611,8 +611,9 @@ class FaultsSpec(Part):
     """The same before the first step, which may load data and compile."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 50
     """The processes agree at least this often whether one of them was asked to stop."""
-    stop_budget_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """What a request to stop may take, the last save included; then the launcher kills."""
+    stop_budget_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """What a request to stop may take, the last save included; then the launcher kills. `auto`:
+    120 s, or more where the saves of this run take longer."""
     attempts_without_progress: Annotated[int, Field(ge=1)] = 3
     """Give up, with exit code 42, after so many failures in a row without a new checkpoint."""
     on_non_finite: Literal["stop", "skip"] = "stop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +48,7 @@ from service.snapshots import expected_bytes, load_weights
 from service.spec import Spec
 from service.spec_file import fingerprint
 from service.state import TrainState, require_measures
+from service.stopping import Grace, Stopping, estimated, measured_in
 from service.streams import Stream, is_stream
 from service.task import Task
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
@@ -69,12 +70,14 @@ def run(
     fresh: bool = False,
     pulse: Pulse | None = None,
     profile: Window | None = None,
+    graces: Sequence[Grace] = (),
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
 
     Args:
         pulse: is told what this process is doing.
         profile: the steps to trace.
+        graces: who gives a stop how long before the processes are killed.
 
     Returns:
         The values of the last step; empty when the run was done before.
@@ -166,6 +169,7 @@ def run(
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
         state.stream = Stream(train_data, mode=mode, index=index, of=of)
+    stopping = Stopping(graces, say=say)
     checkpoints = Checkpoints(
         directory.checkpoints,
         world=world,
@@ -179,11 +183,17 @@ def run(
             "versions": versions(),
         },
         say=say,
+        stopping=stopping,
     )
     with closed_on_failure(opened):
         resumed = checkpoints.restore(state)
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
     say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
+    if opened is not None and graces:
+        attempts = opened.facts["attempts"]
+        takes = measured_in(attempts) or estimated(saved_bytes, directory.path)
+        if takes is not None:
+            stopping.learned(takes.save_seconds, takes.how)
     if (state.step >= plan.steps and state.untested is None) or state.ended_early:
         say(f"Nothing to do: {directory.path} is done. Begin again with --fresh.")
         with closed_on_failure(opened):

@@ -13,7 +13,7 @@ FLOORS = [
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
     {"samplers", "failures", "faults", "account", "export"},
     {"run_directory"},
-    {"plan", "pulse"},
+    {"plan", "pulse", "stopping"},
     {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},
     {"precision", "history"},
     {"report", "starting"},
@@ -67,6 +67,7 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "starting",
     "limits",
     "handover",
+    "stopping",
 }
 
 

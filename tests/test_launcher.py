@@ -1,6 +1,7 @@
 """What the launcher promises: root cause first, no orphan, no lost signal, no endless loop."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from chaos.campaign import spec_of
+from commands import evenstep
 from injuring import (
     DEADLINE_SECONDS,
     descendants,
@@ -137,13 +139,20 @@ def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous):
         tmp_path,
         ("slow disk", "disk", 0, 1),
         length={"steps": 2},
-        faults={"hang_timeout_seconds": 3.0},
+        faults={"hang_timeout_seconds": 3.0, "stop_budget_seconds": 11},
         checkpoint={"every_steps": 9, "asynchronous": asynchronous},
     )
-    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    code, out, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 0, err
-    assert facts_of(tmp_path)["attempts"][0]["longest_save_seconds"] > 3
+    longest = facts_of(tmp_path)["attempts"][0]["longest_save_seconds"]
+    assert longest > 3
     assert not list((tmp_path / "runs/job/failures").glob("*"))
+    told = f"(two saves of {longest:.2g} s, as measured in this run, and 10 s to leave)"
+    budget = "faults.stop_budget_seconds gives it 11 s"
+    assert f"{told}, but {budget}. Raise it to {math.ceil(2 * longest + 10)}" in out
+    assert out.count("WARNING: a stop may take") == 1
+    plan = evenstep("plan", "job.yaml", cwd=tmp_path).stdout
+    assert f"{told}; WARNING: {budget} only, raise it to" in plan
 
 
 def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path):

@@ -1,20 +1,34 @@
 """A request to stop: heard in a test pass too, and within the time that there is."""
 
 import math
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from chaos.campaign import differences
+from commands import command
 from jobs import plain_rows, spec_of
 from processes import ProcessesOf
 
+from launch.doctor import Asked, _stop
 from service.checkpoint_files import checkpoints_in
 from service.errors import DataBroken, Stopped
 from service.faults import StopRequest
 from service.plan import make_plan
+from service.run_directory import RunDirectory, open_run
 from service.spec_file import load_spec
+from service.stopping import (
+    Grace,
+    Stopping,
+    budget_seconds,
+    estimated,
+    graces,
+    longest_save,
+    stop_in_words,
+)
 from service.tracking import read_metrics
 from service.worker import run
 from service.world import World
@@ -108,3 +122,65 @@ def test_a_stop_does_not_wait_for_a_test_pass_which_is_done_anew_later(
     assert differences(job, tmp_path / "whole") == []
     assert {"train/loss", "test/accuracy"} <= read_metrics(job / "metrics.jsonl")[19].keys()
     assert not any(c.untested for c in checkpoints_in(job / "checkpoints") if c.step == 40)
+
+
+POD = {"image": "registry/image:1", "storage_claim": "runs", "grace_seconds": 40}
+
+
+def test_a_stop_is_given_what_its_saves_were_measured_to_take(tmp_path: Path) -> None:
+    spec = load_spec(JOB)
+    directory = RunDirectory(tmp_path / "job")
+    assert budget_seconds(spec, directory) == 120, "before any save was measured"
+    opened = open_run(tmp_path, spec, fresh=False)
+    opened.start_attempt(processes=2, device="cpu", step=0)
+    opened.end_attempt("stopped", step=4, longest_save_seconds=100.5)
+    opened.start_attempt(processes=2, device="cpu", step=4)
+    opened.end_attempt("stopped", step=9, longest_save_seconds=0.25)
+    opened.close()
+    assert budget_seconds(spec, directory) == 2 * (2 * 100.5 + 10), "twice what it takes"
+    asked = spec_of("plain_rows", faults={"stop_budget_seconds": 7})
+    assert budget_seconds(load_spec(asked), directory) == 7, "who says a number gets it"
+    in_pod = load_spec(JOB | {"kubernetes": POD})
+    told = stop_in_words(in_pod, longest_save(directory))
+    assert "211 s (two saves of 1e+02 s, as measured in this run" in told
+    assert "WARNING: kubernetes.grace_seconds gives it 40 s only, raise it to 211" in told
+    (finding,) = _stop(Asked(runs=tmp_path, spec=in_pod))
+    assert (finding.state, finding.fix.partition(",")[0]) == (
+        "warning",
+        "Raise kubernetes.grace_seconds to 211",
+    )
+
+
+def test_before_that_it_is_estimated_or_said_to_be_unknown(tmp_path: Path) -> None:
+    in_pod = load_spec(JOB | {"kubernetes": POD})
+    assert stop_in_words(in_pod, None) == (
+        "an unknown time, until a save of this run was measured; "
+        "kubernetes.grace_seconds gives it 40 s"
+    )
+    large = estimated(1 << 50, tmp_path)
+    assert large is not None
+    assert large.save_seconds > 1000
+    assert "estimated from 1.13e+09 MB at the" in large.words()
+    assert estimated(None, tmp_path) is None
+    assert os.listdir(tmp_path) == [], "the trial leaves nothing"
+    said: list[str] = []
+    stopping = Stopping(graces(in_pod, launcher=Grace(30, "torchrun's own")), say=said.append)
+    for seconds in (1.0, 12.0, 16.0, 99.0):
+        stopping.learned(seconds, "as measured in this run")
+    assert [line.partition(", but ")[2].partition(" gives")[0] for line in said] == [
+        "torchrun's own",
+        "kubernetes.grace_seconds",
+    ], "each once, as soon as it is too little"
+
+
+def test_the_word_of_a_foreign_torchrun_is_taken_for_its_grace(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(
+        "from launch.environment import torchrun_grace\nprint(torchrun_grace().seconds)"
+    )
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, 'child.py'])"
+    )
+    said = {(): 30, ("--shutdown_timeout=7",): 7, ("--shutdown-timeout", "45"): 45}
+    for words, seconds in said.items():
+        done = command(sys.executable, "parent.py", *words, cwd=tmp_path, timeout=60)
+        assert float(done.stdout) == seconds, done.stderr

@@ -8,6 +8,7 @@ from launch.kubernetes.pods import own_mounts, world_variables
 from service.errors import SpecError
 from service.plan import make_plan
 from service.spec import KubernetesSpec, Spec
+from service.stopping import LEAST_SECONDS
 
 _MANY_ROWS = 1 << 60
 
@@ -67,6 +68,7 @@ def _check_variables(cluster: KubernetesSpec) -> None:
 
 def _check_grace(spec: Spec, cluster: KubernetesSpec) -> None:
     budget = spec.faults.stop_budget_seconds
+    budget = LEAST_SECONDS if budget == "auto" else budget
     if cluster.grace_seconds <= budget:
         raise SpecError(
             f"kubernetes.grace_seconds: a pod is killed {cluster.grace_seconds} s after it is "
