@@ -22,6 +22,7 @@ from service.checkpoint_files import (
 from service.errors import SpecError
 from service.export import export_weights
 from service.run_directory import RunDirectory
+from service.spec_file import load_spec
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 
@@ -61,15 +62,25 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 
 @click.command()
 @_RUN
-@click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE")
+@click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="The weights' moving average.")
 def export(run: Path, file: Path, checkpoint: str, average: bool) -> None:
-    """Write the weights of RUN as one file that safetensors.torch.load_file reads."""
+    """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
+    of a model of transformers, as a directory DIR that its from_pretrained reads."""
     RunDirectory(run).read_facts()
-    if file.suffix != ".safetensors":
-        raise SpecError(f"-o: {file} must end in .safetensors, which is what is written.")
+    if file.suffix not in ("", ".safetensors"):
+        raise SpecError(
+            f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
+            "for a model of transformers, named without an ending."
+        )
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
-    size = export_weights(chosen, file.absolute(), average=average)
+    if file.suffix:
+        written = in_words(export_weights(chosen, file.absolute(), average=average))
+    else:
+        from service.pretrained import export_pretrained
+
+        spec = load_spec(RunDirectory(run).spec)
+        written = export_pretrained(chosen, file.absolute(), spec=spec, average=average)
     what = "averaged weights" if average else "weights"
-    click.echo(f"{file}: {in_words(size)}, the {what} after step {chosen.step:,}")
+    click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

@@ -831,6 +831,7 @@ def test_tied_weights_are_exported_under_both_names(tmp_path, alone):
     [
         (["-o", "there.safetensors"], "there.safetensors exists"),
         (["-o", "w.pt"], "must end in .safetensors"),
+        (["-o", "w"], "a directory is for a model of transformers, and that of"),
         (["-o", "no/w.safetensors"], "cannot be written: No such file"),
         (["-o", "w.safetensors", "--checkpoint", "7"], "there is no '7'; there are best, latest"),
         (["-o", "w.safetensors", "--checkpoint", "../step-00000020"], "there is no '../step"),

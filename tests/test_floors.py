@@ -31,7 +31,7 @@ FLOORS = [
     },
     {"verification", "state", "profiling"},
     {"loading", "snapshots", "console", "wandb_writer", "second_writers", "rehearsal", "reference"},
-    {"checkpoints", "planning"},
+    {"checkpoints", "planning", "pretrained"},
     {"updates", "fitting"},
     {"loops"},
     {"worker"},
