@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -181,6 +182,11 @@ def run(
     raise AssertionError(f"the run did not end; see {chaos / 'output'}")
 
 
+def _hear_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and so would the command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _command(words: Sequence[object], place: Path, chaos: Path) -> int:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     with (chaos / "output").open("ab") as output, (chaos / "log").open("a") as log:
@@ -192,6 +198,7 @@ def _command(words: Sequence[object], place: Path, chaos: Path) -> int:
             stdout=output,
             stderr=output,
             timeout=900,
+            preexec_fn=_hear_ctrl_c,
         )
         output.write(f"--- exit code {ended.returncode}\n".encode())
         log.write(f"{time.time():.4f} - - - exit {ended.returncode}\n")
