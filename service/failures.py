@@ -36,6 +36,11 @@ def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
     return value
 
 
+def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the whole text is one, or it is an address with a password."""
+    return text in _secrets(environ) or _IN_AN_ADDRESS.search(text) is not None
+
+
 def _secrets(environ: Mapping[str, str]) -> list[str]:
     found = [v for k, v in environ.items() if _SECRET_NAME.search(k) and len(v) >= _SHORTEST]
     return sorted(found, key=len, reverse=True)  # one may hold another

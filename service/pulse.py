@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -72,6 +73,18 @@ class Place(NamedTuple):
         return f"step {self.step}{micro_batch}, {WORDS[self.work]}"
 
 
+@dataclass
+class Trace:
+    """What this process last asked all others for."""
+
+    name: str = "none"
+    count: int = 0
+    """How many times it asked; ranks that differ in it wait for different things."""
+
+    def begin(self, name: str) -> None:
+        self.name, self.count = name, self.count + 1
+
+
 class Pulse:
     """The place of one process, and the seconds it has spent at each kind of work.
 
@@ -87,6 +100,8 @@ class Pulse:
         """Seconds since 1970 at which this attempt began, perhaps before this process did."""
         self.longest_save_seconds = 0.0
         """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
+        self.trace = Trace()
+        """The last collective; the world's own, as soon as there is one."""
         self.directory: RunDirectory | None = None
         self._scratch = scratch
         self._writing = threading.Lock()
@@ -101,6 +116,8 @@ class Pulse:
         self._seconds[before] += now - since
         # One assignment: whoever reads it from another thread sees a whole place.
         self._place = (work, last_step if step is None else step, micro_batch, now)
+        if work == "exchange":
+            self.trace.begin("exchange of gradients")
 
     @property
     def place(self) -> Place:
@@ -188,6 +205,8 @@ class Pulse:
             "step": place.step,
             "micro_batch": place.micro_batch,
             "work": place.work,
+            "last_collective": self.trace.name,
+            "collectives": self.trace.count,
             "standing_seconds": round(monotonic() - place.since, 3),
             "longest_save_seconds": round(self.longest_save_seconds, 3),
             "seconds": self.seconds(),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,7 +22,7 @@ from typing import IO, Any
 from service.account import account_of, failures_in_a_row
 from service.durable import in_the_way, replace_file, told_when_unwritten
 from service.errors import NoProgress, SpecError
-from service.failures import redacted
+from service.failures import is_secret, redacted
 from service.spec import Spec
 from service.spec_file import changes, dump_spec, load_spec
 
@@ -238,6 +238,7 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
             differs from the one it was begun with in a way that changes the result.
     """
     directory = RunDirectory(runs / spec.name)
+    _require_no_secret(spec)
     with ExitStack() as stack:
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -276,6 +277,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
         SpecError: see `open_run`.
     """
     directory = RunDirectory(runs / spec.name)
+    _require_no_secret(spec)
     try:
         _require_free(directory)
         if _is_begun(directory):
@@ -285,6 +287,28 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
             _require_empty(directory)
     except OSError as error:
         raise _unusable(directory, error) from error
+
+
+def _require_no_secret(spec: Spec) -> None:
+    """Refuse what spec.yaml, and every tracker that is shown the spec, would give away."""
+    for place, value in _texts(spec.model_dump(mode="json")):
+        if is_secret(value):
+            raise SpecError(
+                f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "
+                "run. Let the task take it from the environment."
+            )
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain values, with its key."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{place}[{number}]")
 
 
 def _unusable(directory: RunDirectory, error: OSError) -> SpecError:

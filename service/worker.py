@@ -88,6 +88,7 @@ def run(
     spec = plan.spec
     assert spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     pulse = pulse or Pulse(rank=world.index)
+    pulse.trace = world.trace
     require_measures(spec, task)
     require_packages(spec.tracking)
     if profile is not None and profile.first > plan.steps:

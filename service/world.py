@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from service.errors import EvenstepError, PeerLost
 from service.limits import limits
+from service.pulse import Trace
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class World:
         self.precision = precision
         self.narrow = _AUTOCAST.get(precision)
         """What a forward pass is computed in where it may be narrower than its weights."""
+        self.trace = Trace()
         self._generators = _generators(self.device)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
@@ -105,6 +107,7 @@ class World:
         if self.processes == 1:
             return values
         total = values.detach().clone()
+        self.trace.begin("sum")
         dist.all_reduce(total)
         return total
 
@@ -115,6 +118,7 @@ class World:
         partners of a pair end with the same.
         """
         distance = 1
+        self.trace.begin("sum in pairs")
         while distance < self.processes:
             partner = self.index ^ distance
             for kind in {tensor.dtype: None for tensor in tensors}:
@@ -137,6 +141,7 @@ class World:
         """Every process's values, in order: [processes, ...]."""
         if self.processes == 1:
             return values[None]
+        self.trace.begin("stack")
         parts = [torch.empty_like(values) for _ in range(self.processes)]
         dist.all_gather(parts, values.detach())
         return torch.stack(parts)
@@ -145,6 +150,7 @@ class World:
         """Elementwise sum of int64 on the CPU, modulo 2^64."""
         if self.processes == 1:
             return values
+        self.trace.begin("sum of integers")
         total = values.clone()
         dist.all_reduce(total, group=self._control)
         return total
@@ -153,6 +159,7 @@ class World:
         """The highest of each value over the processes; it never waits for the device."""
         if self.processes == 1:
             return list(values)
+        self.trace.begin("highest")
         votes = torch.tensor(values)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
         return [int(vote) for vote in votes]
@@ -161,6 +168,7 @@ class World:
         """The lead's value, on every process."""
         if self.processes == 1:
             return value
+        self.trace.begin("word of the lead")
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
@@ -169,6 +177,7 @@ class World:
         """Every process's value, in order, on every process."""
         if self.processes == 1:
             return [value]
+        self.trace.begin("gathering")
         values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value, group=self._control)
         return values
@@ -186,6 +195,7 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.processes > 1:
+            self.trace.begin("barrier")
             dist.barrier(group=self._control)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from service.account import account_of, failures_in_a_row
-from service.errors import NoProgress
+from service.errors import NoProgress, SpecError
 from service.failures import read_failures, redacted, write_failure
 from service.hangs import _told, who_is_behind
 from service.pulse import Pulse
-from service.run_directory import open_run, read_beat
+from service.run_directory import check_run, open_run, read_beat
 from service.spec_file import load_spec
 
 SPEC = {
@@ -48,7 +48,20 @@ def test_a_run_remembers_no_secret_of_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evenstep", "run", "task_args.token=hush-hush-hush"])
     opened = open_run(tmp_path, load_spec(SPEC), fresh=False)
     opened.close()
-    assert "hush" not in opened.directory.facts.read_text()
+    assert "hush-hush-hush" not in opened.directory.facts.read_text()
+
+
+@pytest.mark.parametrize("secret", ["hush-hush-hush", "s3://me:hush@host/rows"])
+def test_a_spec_that_holds_a_secret_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, secret
+):
+    monkeypatch.setenv("MY_TOKEN", "hush-hush-hush")
+    spec = load_spec(SPEC | {"task_args": {"rows": [{"from": secret}]}})
+    for begin in (check_run, open_run):
+        with pytest.raises(SpecError, match=r"^task_args.rows\[0\].from holds a secret") as told:
+            begin(tmp_path, spec, fresh=False)
+        assert "hush" not in str(told.value)
+    assert not list(tmp_path.iterdir())
 
 
 REPORTS = {

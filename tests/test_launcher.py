@@ -120,7 +120,7 @@ def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
 
 
 def test_a_hung_rank_is_named_with_its_line(tmp_path):
-    environ = injured(tmp_path, ("hang", "forward", 1, 6), faults={"hang_timeout_seconds": 2.0})
+    environ = injured(tmp_path, ("hang", "forward", 1, 5), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err
     assert re.search(r"error: rank 1: This process has stood still for \d s at step \d+", err), err
@@ -128,6 +128,8 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     found = [json.loads(p.read_text()) for p in (tmp_path / "runs/job/failures").glob("*.json")]
     assert {report["rank"] for report in found} == {0, 1}
     hung, waits = sorted(found, key=lambda report: -report["rank"])
+    assert waits["last_collective"] == "exchange of gradients", "which the other never began"
+    assert waits["collectives"] == hung["collectives"] + 1
     assert "_hang" in hung["stacks"]
     assert waits["waits_for_others"]
     assert not hung["waits_for_others"]

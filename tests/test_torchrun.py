@@ -1,0 +1,94 @@
+"""Under somebody else's torchrun: nodes come and go, and a request to stop saves at once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import BIN, CLEAN, evenstep
+from injuring import descendants, is_alive, until
+from jobs import spec_of
+
+from service.receipt_file import read_receipt
+from service.run_directory import RunDirectory
+
+ELASTIC = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job")
+QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+
+
+def node(place: Path, name: str, port: int) -> subprocess.Popen[str]:
+    """One agent of an elastic job, its output in a file."""
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    words = (BIN / "torchrun", *ELASTIC, *rendezvous, "--rdzv-conf", QUICK, "-m", "launch", "run")
+    # With it, torch 2.13 gives each attempt a store of its own: a rank must not meet dead ones.
+    environ = CLEAN | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (place / name).open("w") as output:
+        return subprocess.Popen(
+            [*map(str, words), "job.yaml"],
+            cwd=place,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.slow
+def test_an_elastic_job_goes_on_with_the_nodes_that_are_left_and_stops_with_its_state(tmp_path):
+    job = spec_of("plain_rows", length={"steps": 3000}, checkpoint={"every_steps": 10})
+    (tmp_path / "job.yaml").write_text(json.dumps(job | {"test": {"every_steps": 1000}}))
+    directory = RunDirectory(tmp_path / "runs/job")
+
+    def attempts() -> list[dict[str, float]]:
+        return directory.read_facts()["attempts"] if directory.facts.exists() else []
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    first, second = (node(tmp_path, name, port) for name in ("first", "second"))
+    try:
+        until(lambda: attempts() and attempts()[-1]["processes"] == 2, "a run on two nodes")
+        until(lambda: list(directory.checkpoints.glob("step-*")), "a checkpoint")
+        # The one that hosts the rendezvous must stay: without it the other leaves as well.
+        hosts = b"second" if b":%d" % port in listening(second.pid) else b"first"
+        lost, left = (first, second) if hosts == b"second" else (second, first)
+        below = descendants(lost.pid)
+        for process in (lost.pid, *below):
+            os.kill(process, signal.SIGKILL)
+        until(lambda: attempts()[-1]["processes"] == 1, "a run on the node that is left")
+        began = attempts()[-1]["from_step"]
+        assert began >= 10
+        until(lambda: max(read_receipt(directory.receipt)) > began + 20, "twenty steps")
+        below = descendants(left.pid)
+        left.terminate()
+        left.wait(timeout=60)
+        until(lambda: not any(map(is_alive, below)), "the end of all that it started")
+    finally:
+        for agent in (first, second):
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+    told = (tmp_path / hosts.decode()).read_text()
+    assert "may take 30 s, which is its --shutdown-timeout" in told
+    assert "the state is saved in" in told
+    assert directory.read_facts()["state"] == "stopped"
+    stopped = attempts()[-1]["to_step"]
+    assert (directory.checkpoints / f"step-{stopped:08d}").is_dir()
+    rows = read_receipt(directory.receipt)
+    assert sorted(rows) == [*range(1, stopped + 1)]
+    words = ("--name", "whole", "--stop-at", stopped)
+    assert evenstep("run", "job.yaml", *words, cwd=tmp_path).returncode == 75
+    assert rows == read_receipt(tmp_path / "runs/whole/receipt.jsonl"), "on exactly the same rows"
+
+
+def listening(process: int) -> bytes:
+    """Ports on which the process listens, as `:port` words."""
+    import psutil
+
+    found = psutil.Process(process).net_connections(kind="tcp")
+    return b" ".join(b":%d" % c.laddr.port for c in found if c.status == psutil.CONN_LISTEN)
