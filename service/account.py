@@ -44,6 +44,19 @@ def account_of(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def each_of(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Of each attempt that ended: its steps, how many of them were taken again later, seconds."""
+    ended = [attempt for attempt in attempts if "to_step" in attempt]
+    return [
+        {
+            "steps": attempt["to_step"] - attempt["from_step"],
+            "taken again": max(0, attempt["to_step"] - step),
+            **{kind: _seconds(attempt, kind) for kind in KINDS},
+        }
+        for attempt, step in _until(ended)
+    ]
+
+
 def failures_in_a_row(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
     """How many of the last attempts started at `step` as well and failed, one after the other."""
     count = 0
@@ -56,7 +69,8 @@ def failures_in_a_row(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
 
 def _until(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
     """Each attempt with the step from which the next one went on."""
-    nexts = [attempt["from_step"] for attempt in attempts[1:]] + [attempts[-1]["to_step"]]
+    nexts = [attempt["from_step"] for attempt in attempts[1:]]
+    nexts += [attempt["to_step"] for attempt in attempts[-1:]]
     return list(zip(attempts, nexts, strict=True))
 
 

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from service.account import each_of
 from service.charts import COLOURS, Line, chart, short, smoothed, step_axis
 from service.errors import SpecError
 from service.history import Failure, History, differing
@@ -322,7 +323,8 @@ def _facts(history: History, *, alone: bool) -> str:
     changed = f"<details><summary>uncommitted changes</summary><pre>{escape(diff)}</pre></details>"
     heading = "What it was" if alone else f"What {history.name} was"
     return (
-        f'<section class="card"><h2>{escape(heading)}</h2>{_attempts(history)}{_failures(history)}'
+        f'<section class="card"><h2>{escape(heading)}</h2>{_attempts(history)}'
+        f"{_account(history)}{_failures(history)}"
         f'<div class="facts"><dl>{facts}</dl>'
         f"<details{' open' if alone else ''}><summary>spec, as resolved</summary>"
         f"<pre>{escape(dump_values(history.spec))}</pre></details>{changed if diff else ''}"
@@ -357,6 +359,30 @@ def _attempts(history: History) -> str:
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _account(history: History) -> str:
+    """Where the time of each attempt went, and that of the run, with what lay between them."""
+    each = each_of(history.attempts)
+    whole = history.facts.get("account", {}).get("seconds", {})
+    if not each or not whole:
+        return ""
+    again = history.facts["account"]["steps_again"]
+    total = {"steps": sum(told["steps"] for told in each), "taken again": again, **whole}
+    head = ("#", *total)
+    body = []
+    for name, told in [*((str(n + 1), told) for n, told in enumerate(each)), ("all", total)]:
+        cells = [name, *(_spent(key, told.get(key, 0.0)) for key in total)]
+        body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    heads = "".join(f'<th scope="col">{escape(word)}</th>' for word in head)
+    return (
+        f'<h3>Where the time went</h3><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _spent(key: str, value: float) -> str:
+    return f"{value:,.0f}" if key in ("steps", "taken again") else _duration(value)
 
 
 def _cell(value: str | int | float) -> str:

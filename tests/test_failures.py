@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.account import account_of, failures_in_a_row
+from service.account import account_of, each_of, failures_in_a_row
 from service.errors import NoProgress, SpecError
 from service.failures import read_failures, redacted, write_failure
 from service.hangs import _told, who_is_behind
@@ -148,6 +148,21 @@ def test_a_step_taken_twice_counts_once():
     assert account["seconds"]["stopped"] == 10
     assert account["wall_seconds"] == 40
     assert math.isclose(account["goodput"], (10 * 8 / 10 + 6) / 40)
+
+
+def test_of_each_attempt_the_steps_that_counted_and_the_time_by_kind_are_told():
+    first, running = (
+        attempt(100, 120, 0, 10, "lost", starting=8, forward=9, data=2),
+        {
+            "started": 140,
+            "from_step": 12,
+        },
+    )
+    second = attempt(130, 140, 8, 12, "stopped", starting=1, test=5, save=3)
+    one, other = each_of([first, second, running])
+    assert (one["steps"], one["taken again"], one["training"], one["start-up"]) == (10, 2, 9, 8)
+    assert (other["steps"], other["taken again"], other["testing"], other["saving"]) == (4, 0, 5, 3)
+    assert each_of([]) == []
 
 
 def test_only_failures_at_the_same_step_are_in_a_row():

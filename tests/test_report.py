@@ -114,11 +114,15 @@ def test_the_account_of_a_run_is_shown_where_it_keeps_one(place, tmp_path):
         (run / name).write_bytes((place / "runs" / "first" / name).read_bytes())
     facts = json.loads((place / "runs/first/run.json").read_text())
     facts["attempts"][0]["outcome"] = facts["state"] = "gave up"
-    facts["account"] = {"goodput": 0.4321}
+    seconds = {"training": 61.0, "waiting for data": 0.25, "stopped": 7.5}
+    facts["account"] = {"goodput": 0.4321, "steps_again": 1003, "seconds": seconds}
     (run / "run.json").write_text(json.dumps(facts))
     text = page([read_history(run)], now=0)
     assert "43% of the time since the first start" in text
     assert 'class="bar gave-up"' in text
+    assert "Where the time went" in text
+    (whole,) = re.findall(r"<tr><td>all</td>(.*?)</tr>", text)
+    assert "<td>1,003</td><td>1 min 01 s</td><td>0.25 s</td><td>7.5 s</td>" in whole
 
 
 def test_the_table_shows_what_differs_and_nothing_else(place):
