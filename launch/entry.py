@@ -17,7 +17,7 @@ from launch.environment import Environment, Group
 from launch.process_group import process_group
 from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
 from service.failures import write_failure
-from service.faults import StopRequest
+from service.faults import StoppedEarly, StopRequest
 from service.fitting import settled
 from service.hangs import Leave, watched
 from service.plan import Plan, make_plan
@@ -97,7 +97,8 @@ class Job:
             EvenstepError: see `service.worker.run`.
         """
         spec = self.spec
-        with here.watched(spec, environment), _world(spec, environment) as world:
+        watched_here = here.watched(spec, environment)
+        with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
             task = load_task(spec.task, spec.task_args)
             spec = settled(
                 spec,
@@ -234,6 +235,8 @@ def outcome_of(
         work()
     except EvenstepError as error:
         return _told(error, here, silent)
+    except StoppedEarly as told:
+        return _told(Stopped(str(told)), here, silent)
     except KeyboardInterrupt:
         return End(130, "interrupted")
     except Exception as error:

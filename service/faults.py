@@ -9,9 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+
+
+class StoppedEarly(BaseException):
+    """Raised where a signal finds the process before its first step.
+
+    No `Exception`: whatever is under way, a user's code or torch's, would take it for its own.
+    """
 
 
 class StopRequest:
@@ -21,6 +29,7 @@ class StopRequest:
         self.signal_name: str | None = None
         self.interrupt = False
         """Whether a signal ends the work at once, because nothing would be lost."""
+        self._starting = False
 
     @property
     def requested(self) -> bool:
@@ -32,6 +41,31 @@ class StopRequest:
         if self.interrupt or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+        if self._starting:
+            self._leave()
+
+    @contextmanager
+    def followed_at_once(self) -> Iterator[None]:
+        """While it lasts, and until `has_started`: what takes long to begin has nothing to save.
+
+        Raises:
+            StoppedEarly: there is a request.
+        """
+        self._starting = True
+        try:
+            if self.requested:
+                self._leave()
+            yield
+        finally:
+            self._starting = False
+
+    def has_started(self) -> None:
+        """From now on a request waits for a step at which all processes follow it."""
+        self._starting = False
+
+    def _leave(self) -> NoReturn:
+        self._starting = False  # the next signal must not come in the way of this one
+        raise StoppedEarly(f"Stopped by {self.signal_name} before the first step of this attempt.")
 
 
 @contextmanager

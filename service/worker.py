@@ -203,6 +203,7 @@ def run(
             opened.close()
         return {}
 
+    stop.has_started()
     with closed_on_failure(opened):
         together(
             world,

@@ -119,6 +119,21 @@ def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
     until(lambda: not any(map(is_alive, below)), "the death of all that it started")
 
 
+def test_a_start_that_takes_long_does_not_hold_up_a_stop(tmp_path):
+    environ = injured(tmp_path, ("hang", "start-up", 1, 1))
+    with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
+        until((tmp_path / "struck-0").exists, "a rank whose data takes an hour to load")
+        launcher.terminate()
+        began = time.monotonic()
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 75, err
+    assert time.monotonic() - began < 30, "not the 120 s that a stop may take"
+    assert "error" not in err
+    code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
+    assert code == 0, err
+    assert [attempt["outcome"] for attempt in facts_of(tmp_path)["attempts"]] == ["done"]
+
+
 def test_a_hung_rank_is_named_with_its_line(tmp_path):
     environ = injured(tmp_path, ("hang", "forward", 1, 5), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
