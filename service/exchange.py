@@ -60,6 +60,7 @@ class Overlapped(Exchange):
             stopwatch: times the forward passes.
         """
         self.model = world.wrap(model, find_unused=find_unused)
+        self._exchanges = self.model is not model
         self._world = world
         self._seed = _Seed(telling)
         self._stopwatch = stopwatch
@@ -73,6 +74,8 @@ class Overlapped(Exchange):
             self._stopwatch.end()
         # DDP averages gradients over processes: their number turns the mean back into the sum.
         self._seed.backward(loss_sum, self._world.processes / step_weight)
+        if self._exchanges:
+            self._world.require_exchanged(self.model)
 
 
 class Ordered(Exchange):

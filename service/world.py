@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from service.errors import EvenstepError, PeerLost
+from service.errors import EvenstepError, PeerLost, WillFailAgain
 from service.limits import limits
 from service.pulse import Trace
 
@@ -90,6 +91,22 @@ class World:
         if len(micro_batches) > 1 and isinstance(model, DistributedDataParallel):
             return _exchanged_last(model, micro_batches)
         return micro_batches
+
+    def require_exchanged(self, model: nn.Module) -> None:
+        """Check, after a backward pass, that no gradient of it still waits to be exchanged.
+
+        Left alone, DDP would not say so before the next forward pass, and whatever the processes
+        ask each other until then would be answered with a gradient.
+
+        Raises:
+            WillFailAgain: the loss did not depend on some parameters; names them.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            return
+        try:
+            model._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise _left_out(model, error) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's arithmetic, as the spec's precision says."""
@@ -203,6 +220,18 @@ def _exchanged_last(model: DistributedDataParallel, micro_batches: Sequence[T]) 
     with model.no_sync():
         yield from micro_batches[:-1]
     yield micro_batches[-1]
+
+
+def _left_out(model: DistributedDataParallel, error: RuntimeError) -> WillFailAgain:
+    """The parameters that torch names by their numbers, by their names."""
+    found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
+    names = [trained[int(number)] for number in found[1].split()] if found else ["some parameters"]
+    return WillFailAgain(
+        f"The loss of a micro-batch does not depend on {', '.join(names[:8])}, as that of the "
+        "first rows did. On several processes a parameter is trained in every step or in none: add "
+        "`0.0 * parameter.sum()` to the outputs where it is left out, or freeze it."
+    )
 
 
 def alone() -> World:
