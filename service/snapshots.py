@@ -287,7 +287,7 @@ def load(
         if state.stream is not None and rest["stream"] is not None:
             state.stream.move_to(rest["stream"], index)
         state.step = rest["step"]
-        state.untested = rest["untested"]
+        state.untested = rest.get("untested")  # none in those of before
         state.best = Best(**rest["best"]) if rest["best"] else None
         state.remember(rest["memory"])
     except (KeyError, TypeError, AttributeError) as error:
