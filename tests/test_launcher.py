@@ -47,7 +47,7 @@ def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):
     log = (tmp_path / "runs/job/logs/rank-1.log").read_text()
     assert "chaos: this rank fails" in log
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert len(files) > 8
+    assert len(files) > 5
     assert not [path for path in files if b"k" * 40 in path.read_bytes()], "the key is nowhere"
 
 
