@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from service.errors import EvenstepError, PeerLost, WillFailAgain
 from service.limits import limits
+from service.pairs import MOST_BYTES, Pairs, mean_of_gradients
 from service.pulse import Trace
 
 T = TypeVar("T")
@@ -55,8 +56,13 @@ class World:
         self._generators = _generators(self.device)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
-        if self.processes > 1 and dist.get_backend() != "gloo":
-            self._control = dist.new_group(backend="gloo")
+        self._pairs: Pairs | None = None
+        if self.processes > 1:
+            if dist.get_backend() != "gloo":
+                self._control = dist.new_group(backend="gloo")
+            group = self._control or dist.group.WORLD
+            assert group is not None, "there are several processes and no group of them"
+            self._pairs = Pairs(group)
 
     def suit_threads(self, flops: float | None) -> None:
         """Compute on one thread where a pass takes so few operations that sharing them costs more.
@@ -84,7 +90,10 @@ class World:
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; accelerate 1.15 knows the old name alone.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            return cast(nn.Module, self._accelerator.prepare_model(model))
+            wrapped = cast(nn.Module, self._accelerator.prepare_model(model))
+        if self._pairs is not None and _few_gradients(model):
+            cast(Any, wrapped).register_comm_hook(self._pairs, mean_of_gradients)
+        return wrapped
 
     def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterable[T]:
         """The micro-batches in order; gradients are exchanged in the backward of the last one."""
@@ -121,11 +130,14 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the processes, as a new tensor."""
-        if self.processes == 1:
+        if self._pairs is None:
             return values
-        total = values.detach().clone()
+        total = values.detach().clone(memory_format=torch.contiguous_format)
         self.trace.begin("sum")
-        dist.all_reduce(total)
+        if self._pairs.fit(total):
+            self._pairs.combine(total)
+        else:
+            dist.all_reduce(total)
         return total
 
     def sum_in_pairs(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -165,20 +177,20 @@ class World:
 
     def sum_of_integers(self, values: Tensor) -> Tensor:
         """Elementwise sum of int64 on the CPU, modulo 2^64."""
-        if self.processes == 1:
+        if self._pairs is None:
             return values
         self.trace.begin("sum of integers")
-        total = values.clone()
-        dist.all_reduce(total, group=self._control)
+        total = values.clone(memory_format=torch.contiguous_format)
+        self._pairs.combine(total)
         return total
 
     def highest(self, values: Sequence[int]) -> list[int]:
         """The highest of each value over the processes; it never waits for the device."""
-        if self.processes == 1:
+        if self._pairs is None:
             return list(values)
         self.trace.begin("highest")
         votes = torch.tensor(values)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
+        self._pairs.combine(votes, torch.maximum)
         return [int(vote) for vote in votes]
 
     def from_lead(self, value: T) -> T:
@@ -214,6 +226,14 @@ class World:
         if self.processes > 1:
             self.trace.begin("barrier")
             dist.barrier(group=self._control)
+
+
+def _few_gradients(model: nn.Module) -> bool:
+    """Whether all gradients of the model are few enough to come together in pairs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bytes_each = max((p.element_size() for p in trained), default=0)
+    count = sum(p.numel() for p in trained)
+    return all(p.device.type == "cpu" for p in trained) and count * bytes_each <= MOST_BYTES
 
 
 def _exchanged_last(model: DistributedDataParallel, micro_batches: Sequence[T]) -> Iterator[T]:

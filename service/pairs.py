@@ -1,0 +1,80 @@
+"""Sums of a few numbers over processes on CPUs, by messages between pairs of them.
+
+gloo's own all-reduce hands each message from thread to thread, round its ring: 8 kB take two
+processes of one machine 1.4 ms and four 6 ms, most of it waking up, and every hop more of a large
+job adds to it. A message sent and received takes 0.1 ms, and log2(W) of them in turn reach all.
+"""
+
+# Without `from __future__ import annotations`: DistributedDataParallel reads those of its hook.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Above it a ring is quicker: it sends everything about twice, and pairs log2(W) times.
+# Measured with 2, 3 and 4 processes on one machine: from there on as quick as pairs or quicker.
+MOST_BYTES = 1 << 19
+_TO_FIRST, _BACK, _BETWEEN = 1001, 1002, 1003  # tags: no message is taken for another
+
+Combine = Callable[..., Tensor]
+"""`torch.add`, `torch.maximum`, ...: of two tensors, into `out`; the same either way round."""
+
+
+class Pairs:
+    """Processes of one gloo group, met in pairs: neighbours first, (0 + 1) + (2 + 3).
+
+    Those beyond the greatest power of two hand theirs to one of the others first. a + b and b + a
+    have the same bits, so all processes end with the same; how large the group is, decides which.
+    Source: recursive doubling, Thakur, Rabenseifner & Gropp, "Optimization of Collective
+    Communication Operations in MPICH", 2005.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group: Any = group
+        self._index = group.rank()
+        self.processes: int = group.size()
+        self._paired = 1 << (self.processes.bit_length() - 1)
+
+    def fit(self, values: Tensor) -> bool:
+        """Whether these are few enough to come together so."""
+        return values.device.type == "cpu" and values.numel() * values.element_size() <= MOST_BYTES
+
+    def combine(self, values: Tensor, by: Combine = torch.add) -> None:
+        """Leave in `values`, contiguous, what all processes' come to; equal on each to the bit.
+
+        Raises:
+            RuntimeError: a process is gone, or did not answer within the group's time.
+        """
+        index, group, beyond = self._index, self._group, self._index + self._paired
+        if index >= self._paired:
+            group.send([values], index - self._paired, _TO_FIRST).wait()
+            group.recv([values], index - self._paired, _BACK).wait()
+            return
+        received = torch.empty_like(values)
+        if beyond < self.processes:
+            group.recv([received], beyond, _TO_FIRST).wait()
+            by(values, received, out=values)
+        distance = 1
+        while distance < self._paired:
+            sent = group.send([values], index ^ distance, _BETWEEN)
+            group.recv([received], index ^ distance, _BETWEEN).wait()
+            sent.wait()
+            by(values, received, out=values)
+            distance *= 2
+        if beyond < self.processes:
+            group.send([values], beyond, _BACK).wait()
+
+
+def mean_of_gradients(
+    pairs: Pairs,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """What DistributedDataParallel is to do with its one bucket (its communication hook)."""
+    values = bucket.buffer()
+    pairs.combine(values)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(values.div_(pairs.processes))
+    return done

@@ -1,0 +1,100 @@
+"""What processes tell each other in pairs comes to what they would tell each other in a ring."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from service.pairs import MOST_BYTES
+
+SIZES = [2, 3, 4, 5]
+
+
+def rows_of(rank: int, kind: torch.dtype, count: int) -> torch.Tensor:
+    """Numbers that differ from rank to rank, and whose sums have to be rounded."""
+    generator = torch.Generator().manual_seed(rank)
+    if kind.is_floating_point:
+        return torch.randn(count, generator=generator, dtype=torch.float64).to(kind)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
+
+
+def summed(world, kind, count):
+    values = rows_of(world.index, kind, count)
+    total = world.sum_of_integers(values) if kind == torch.int64 else world.sum(values)
+    untouched = torch.equal(values, rows_of(world.index, kind, count))
+    return total, untouched
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sum_is_that_of_all_and_the_same_bits_everywhere(processes, size, kind):
+    answers = processes(size).run(summed, kind, 1001)
+    wanted = sum(rows_of(rank, kind, 1001) for rank in range(size))
+    for total, untouched in answers:
+        assert untouched, "a sum is a new tensor"
+        assert torch.equal(total, answers[0][0])
+        if kind == torch.int64:
+            assert torch.equal(total, wanted), "modulo 2**64"
+        else:
+            torch.testing.assert_close(total, wanted)
+
+
+def highest(world):
+    values = [world.index, -world.index, (world.index * 7) % 5]
+    return world.highest(values)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_highest_of_each_value_is_found(processes, size):
+    wanted = [size - 1, 0, max(rank * 7 % 5 for rank in range(size))]
+    assert processes(size).run(highest) == [wanted] * size
+
+
+def transposed(world):
+    return world.sum(torch.arange(6.0).reshape(2, 3).T + world.index)
+
+
+def test_a_tensor_laid_out_otherwise_is_summed_as_well(processes):
+    wanted = 3 * torch.arange(6.0).reshape(2, 3).T + 3
+    for total in processes(3).run(transposed):
+        assert torch.equal(total, wanted)
+
+
+def messages_sent(world, elements):
+    """How many messages a sum is sent by, as the profiler sees them, and the sum."""
+    values = torch.full((elements,), 1.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        total = world.sum(values)
+    names = [event.name for event in profile.events()]
+    return sum(n == "gloo:send" for n in names), float(total.min()), float(total.max())
+
+
+def test_many_numbers_go_round_the_ring(processes):
+    few, many = MOST_BYTES // 4, MOST_BYTES // 4 + 1
+    assert processes(4).run(messages_sent, few) == [(2, 4.0, 4.0)] * 4
+    assert processes(4).run(messages_sent, many) == [(0, 4.0, 4.0)] * 4
+
+
+def gradients(world, width):
+    """(the gradient of DDP, the mean of those of all processes by themselves)."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(9, width), nn.Tanh(), nn.Linear(width, 3))
+    inputs = torch.randn(7, 9, generator=torch.Generator().manual_seed(world.index))
+    model(inputs).pow(2).sum().backward()
+    own = torch.cat([p.grad.flatten() for p in model.parameters()])
+    dist.all_reduce(own)
+    model.zero_grad()
+    wrapped = world.wrap(model)
+    for _ in range(3):
+        model.zero_grad()
+        wrapped(inputs).pow(2).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), own / world.processes
+
+
+@pytest.mark.parametrize("width", [11, 20_000], ids=["few", "many"])
+def test_ddp_has_the_mean_of_the_gradients(processes, width):
+    assert (13 * width * 4 > MOST_BYTES) == (width == 20_000)
+    answers = processes(3).run(gradients, width)
+    for found, wanted in answers:
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found, answers[0][0]), "weights must not drift apart"
