@@ -1,4 +1,4 @@
-"""Sums over processes of one machine: gloo's ring against messages between pairs (service/pairs.py).
+"""Sums over processes of one machine: gloo's ring, and pairs (service/pairs.py).
 
 torchrun --nproc-per-node N -m benchmarks.sums
 

@@ -28,7 +28,7 @@ from service.plan import Plan, make_plan
 from service.rates import make_schedule
 from service.rehearsal import Trial
 from service.second_writers import require_packages
-from service.spec import CheckpointSpec, Spec
+from service.spec import CheckpointSpec, ExchangeSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task, load_task
@@ -181,7 +181,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
     """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
-    exchange = Overlapped(state.model, world, find_unused=False)
+    exchange = Overlapped(state.model, world, find_unused=False, spec=ExchangeSpec())
     weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
 
     def evaluate() -> Tensor:

@@ -14,8 +14,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from service.spec import ExchangeSpec
 from service.vitals import Stopwatch
-from service.world import World
+from service.world import World, graph_changed
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Overlapped(Exchange):
         world: World,
         *,
         find_unused: bool,
+        spec: ExchangeSpec,
         telling: bool = False,
         stopwatch: Stopwatch | None = None,
     ) -> None:
@@ -56,10 +58,11 @@ class Overlapped(Exchange):
 
         Args:
             find_unused: look after each forward pass for parameters the loss does not depend on.
+            spec: what they travel in, and when they leave.
             telling: let a loss that is not finite make the gradients so, of all processes.
             stopwatch: times the forward passes.
         """
-        self.model = world.wrap(model, find_unused=find_unused)
+        self.model = world.wrap(model, find_unused=find_unused, spec=spec)
         self._exchanges = self.model is not model
         self._world = world
         self._seed = _Seed(telling)
@@ -73,7 +76,13 @@ class Overlapped(Exchange):
         if self._stopwatch is not None:
             self._stopwatch.end()
         # DDP averages gradients over processes: their number turns the mean back into the sum.
-        self._seed.backward(loss_sum, self._world.processes / step_weight)
+        try:
+            self._seed.backward(loss_sum, self._world.processes / step_weight)
+        except RuntimeError as error:
+            changed = graph_changed(error)
+            if changed is None:
+                raise
+            raise changed from error
         if self._exchanges:
             self._world.require_exchanged(self.model)
 

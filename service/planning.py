@@ -86,6 +86,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("tests", _every(plan.tests_at, plan)),
         ("checkpoints", _every(plan.saves_at, plan)),
         *_waiting(plan.spec),
+        *_narrowed(plan),
     ]
 
 
@@ -120,6 +121,15 @@ def _waiting(spec: Spec) -> list[tuple[str, str]]:
         patience = f"has not improved in {stopping.patience} tests"
         told.append(("ends early", f"when {stopping.measure} {patience}"))
     return told
+
+
+def _narrowed(plan: Plan) -> list[tuple[str, str]]:
+    if plan.spec.exchange.precision == "full" or plan.processes == 1:
+        return []
+    told = (
+        f"in {plan.spec.exchange.precision}: half the bytes, and the result depends on the number"
+    )
+    return [("gradients", f"exchanged {told} of processes")]
 
 
 def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

@@ -547,6 +547,19 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
     return part
 
 
+class ExchangeSpec(Part):
+    """How several processes add up their gradients; one process has nobody to exchange with."""
+
+    precision: Literal["full", "bf16"] = "full"
+    """What gradients travel in. `bf16` halves the bytes and rounds each gradient and sum to 8 bits,
+    so the result then depends on the number of processes."""
+    bucket_mib: Annotated[int, Field(ge=1)] = 25
+    """Gradients leave as soon as so many MiB of them are there, beside the backward pass."""
+    static_graph: bool = False
+    """Promise that every step trains the same parameters in the same order, which then is not
+    looked up in each of them."""
+
+
 class LoaderSpec(Part):
     """How rows are read."""
 
@@ -797,6 +810,8 @@ class Spec(Part):
     """When a checkpoint is written, and how many are kept."""
     loader: LoaderSpec = LoaderSpec()
     """How rows are read."""
+    exchange: ExchangeSpec = ExchangeSpec()
+    """How several processes add up their gradients."""
     tracking: TrackingSpec = TrackingSpec()
     """What is recorded and how often."""
     faults: FaultsSpec = FaultsSpec()
@@ -820,6 +835,15 @@ class Spec(Part):
     @classmethod
     def _constant_unless_named(cls, schedule: Any) -> Any:
         return {"name": "constant", **schedule} if isinstance(schedule, dict) else schedule
+
+    @model_validator(mode="after")
+    def _whole_to_the_bit(self) -> Self:
+        if self.exactness == "bitwise" and self.exchange != ExchangeSpec():
+            raise _wrong(
+                "exactness: bitwise adds gradients in an order and a way of its own: "
+                "leave exchange out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tests_in_time(self) -> Self:

@@ -143,7 +143,12 @@ def run(
         )
     else:
         exchange = Overlapped(
-            model, world, find_unused=bool(unreached), telling=telling, stopwatch=timed
+            model,
+            world,
+            find_unused=bool(unreached),
+            spec=spec.exchange,
+            telling=telling,
+            stopwatch=timed,
         )
         if spec.model.compile:
             trial.compile(exchange.model, model)

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from service.errors import EvenstepError, PeerLost, WillFailAgain
 from service.limits import limits
-from service.pairs import MOST_BYTES, Pairs, mean_of_gradients
+from service.pairs import MOST_BYTES, Pairs, mean_in_bf16, mean_in_pairs
 from service.pulse import Trace
+from service.spec import ExchangeSpec
 
 T = TypeVar("T")
 
@@ -73,7 +74,13 @@ class World:
         if few and self._may_set_threads and self.device.type == "cpu":
             torch.set_num_threads(1)
 
-    def wrap(self, model: nn.Module, *, find_unused: bool = False) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        *,
+        find_unused: bool,
+        spec: ExchangeSpec,
+    ) -> nn.Module:
         """The model, in DistributedDataParallel where there are several processes.
 
         Args:
@@ -83,16 +90,20 @@ class World:
             return model  # accelerate would wrap it all the same, at 1.3x the step
         # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
         self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=find_unused,
+            find_unused_parameters=find_unused and not spec.static_graph,
+            static_graph=spec.static_graph,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            bucket_cap_mb=spec.bucket_mib,
         )
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; accelerate 1.15 knows the old name alone.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            wrapped = cast(nn.Module, self._accelerator.prepare_model(model))
-        if self._pairs is not None and _few_gradients(model):
-            cast(Any, wrapped).register_comm_hook(self._pairs, mean_of_gradients)
+            wrapped = cast(DistributedDataParallel, self._accelerator.prepare_model(model))
+        if spec.precision == "bf16":
+            wrapped.register_comm_hook(None, mean_in_bf16)
+        elif self._pairs is not None and _few_gradients(model):
+            wrapped.register_comm_hook(self._pairs, mean_in_pairs)
         return wrapped
 
     def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterable[T]:
@@ -251,6 +262,16 @@ def _left_out(model: DistributedDataParallel, error: RuntimeError) -> WillFailAg
         f"The loss of a micro-batch does not depend on {', '.join(names[:8])}, as that of the "
         "first rows did. On several processes a parameter is trained in every step or in none: add "
         "`0.0 * parameter.sum()` to the outputs where it is left out, or freeze it."
+    )
+
+
+def graph_changed(error: RuntimeError) -> WillFailAgain | None:
+    """`error` read as a promise of `exchange.static_graph` that was not kept, where it is one."""
+    if "compatible with static_graph" not in str(error):
+        return None
+    return WillFailAgain(
+        "exchange.static_graph: the loss of a micro-batch depends on parameters that those of the "
+        "first rows did not depend on. Leave static_graph out."
     )
 
 

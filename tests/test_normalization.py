@@ -17,6 +17,7 @@ from service.errors import SpecError
 from service.exchange import Overlapped
 from service.normalization import merged, prepare
 from service.samplers import share_of
+from service.spec import ExchangeSpec
 from service.world import World
 
 ROWS, MICRO_BATCH = 517, 60  # 9 micro-batches, the last of 37 rows
@@ -302,7 +303,7 @@ def _train_with_ddp(world: World, rows: int) -> dict[str, Tensor]:
     """Weights and statistics after three steps, the rows being shared out unevenly."""
     model = _conv_net().double()
     prepare(model, "sync", world)
-    exchange = Overlapped(model, world, find_unused=False)
+    exchange = Overlapped(model, world, find_unused=False, spec=ExchangeSpec())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     shares = {1: (rows,), 2: (rows - 3, 3), 3: (rows - 8, 0, 8)}[world.processes]
     for step in range(3):

@@ -61,8 +61,8 @@ MISTAKES = [
     # keys
     ("epoch: 3",
      "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, early_stopping, "
-     "exactness, faults, kubernetes, length, loader, max_grad_norm, max_grad_value, model, name, "
-     "optimizer, schedule, seed, task, task_args, test, tracking"),
+     "exactness, exchange, faults, kubernetes, length, loader, max_grad_norm, max_grad_value, "
+     "model, name, optimizer, schedule, seed, task, task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),

@@ -28,10 +28,18 @@ class Net(nn.Module):
         return self.used(rows) + (self.spare(rows) if self.left >= 0 else 0)
 
 
-def _task(times: int):
+class Growing(Net):
+    """The second one is used from then on."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.left -= self.training
+        return self.used(rows) + (self.spare(rows) if self.left < 0 else 0)
+
+
+def _task(times: int, kind: type[Net] = Net):
     rows = torch.linspace(-1, 1, 412).reshape(103, 4)
     data = torch.utils.data.TensorDataset(rows, torch.arange(103) % 3)
-    return supervised(model=lambda: Net(times), train=data, test=data, measures=("accuracy",))
+    return supervised(model=lambda: kind(times), train=data, test=data, measures=("accuracy",))
 
 
 def never():
@@ -40,6 +48,10 @@ def never():
 
 def at_first():
     return _task(12)
+
+
+def later():
+    return _task(12, Growing)
 
 
 def ran(tmp_path, name, *words):
