@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,20 @@ from torch import Tensor
 from service.batches import to_device
 from service.errors import DataBroken
 from service.world import World
+
+_HELD_AT_MOST = 1000  # micro-batches whose sums are not in the table yet
+
+
+class _Line(NamedTuple):
+    """What one micro-batch comes to."""
+
+    number: int
+    loss: Tensor
+    """Its weighted sum, float64, on the device."""
+    measures: Tensor | None
+    """Theirs: [measures]."""
+    weight: float | Tensor
+    rows: int
 
 
 class Tally:
@@ -30,6 +44,7 @@ class Tally:
         # Apple's GPUs have no float64; their sums are merged on the CPU like everybody's.
         self._on = torch.device("cpu") if device.type == "mps" else device
         self._lines = torch.zeros(micro_batches, columns, dtype=torch.float64, device=self._on)
+        self._held: list[_Line] = []
 
     def add(
         self, number: int, losses: Tensor, measured: Tensor, weight: Tensor | None, *, rows: int
@@ -41,16 +56,30 @@ class Tally:
             measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
             weight: of the shape of `losses`, or None where each counts 1.
         """
-        values = losses.to(self._on, torch.float64)[..., None]
-        if len(self._names) > 1:  # there are measures
-            measured = measured.to(self._on, torch.float64)
-            values = torch.cat([values, measured], dim=-1)  # [*, loss and measures]
+        losses, measured = losses.to(self._on), measured.to(self._on)
+        wide, each = torch.float64, None
         if weight is not None:
-            values = values * weight.to(self._on, torch.float64)[..., None]
-        line = self._lines[number]
-        line[:-2] = values.flatten(0, -2).sum(0)
-        line[-2] = losses.numel() if weight is None else weight.to(self._on, torch.float64).sum()
-        line[-1] = rows
+            weight = weight.to(self._on, wide)
+            losses = losses * weight
+        if len(self._names) > 1:  # there are measures
+            each = measured if weight is None else measured * weight.unsqueeze(-1)
+            each = each.flatten(0, -2).sum(0, dtype=wide)
+        total = losses.numel() if weight is None else weight.sum()
+        self._held.append(_Line(number, losses.sum(dtype=wide), each, total, rows))
+        if len(self._held) == _HELD_AT_MOST:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring what is held into the table, at once: each line by itself would take as long."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        parts = [torch.stack([line.loss for line in held])[:, None]]
+        if len(self._names) > 1:
+            parts.append(torch.stack([line.measures for line in held if line.measures is not None]))
+        parts.append(_column([line.weight for line in held], self._on))
+        parts.append(_column([line.rows for line in held], self._on))
+        self._lines[[line.number for line in held]] = torch.cat(parts, dim=1)
 
     def means(self, world: World, *, rows: int) -> dict[str, float]:
         """Weighted mean of the loss and each measure over the whole test set.
@@ -58,6 +87,7 @@ class Tally:
         Raises:
             DataBroken: the rows counted are not `rows`, or nothing in them has weight.
         """
+        self._write()
         totals = world.sum(self._lines).sum(0).tolist()
         *sums, weight, counted = totals
         if counted != rows:
@@ -70,6 +100,14 @@ class Tally:
         return {
             f"test/{name}": value / weight for name, value in zip(self._names, sums, strict=True)
         }
+
+
+def _column(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers, or scalars that are on the device: float64 [N, 1] on it."""
+    scalars = [value for value in values if isinstance(value, Tensor)]
+    if scalars:
+        return torch.stack(scalars)[:, None]
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 class Gathered:

@@ -173,7 +173,8 @@ class supervised:  # reads as the function a user calls; it is a Task
         """Every measure of every row: float64 [B, measures]."""
         if not self._measures:
             return torch.zeros(len(targets), 0, dtype=torch.float64, device=targets.device)
-        return torch.stack([m(outputs, targets).double() for m in self._measures], dim=-1)
+        values = [m(outputs, targets).double() for m in self._measures]
+        return values[0].unsqueeze(-1) if len(values) == 1 else torch.stack(values, dim=-1)
 
 
 def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
