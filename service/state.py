@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._autograd import _profiler_enabled
 
 from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
-from service.optimizers import Frozen
+from service.optimizers import Frozen, plain_step, step_hooks
 from service.patience import Patience
 from service.precision import LossScaler
 from service.rates import Schedule
@@ -56,9 +57,18 @@ class TrainState:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def take_step(self) -> None:
+        """The optimizer's step, likewise: not labelled for a profiler that does not run."""
+        if self._plain_step is None or any(self._hooks) or _profiler_enabled():
+            self.optimizer.step()
+        else:
+            self._plain_step(self.optimizer)
+
     def __post_init__(self) -> None:
         groups = self.optimizer.param_groups
         self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._plain_step = plain_step(self.optimizer)
+        self._hooks = step_hooks(self.optimizer)
 
     @property
     def ended_early(self) -> bool:

@@ -151,7 +151,7 @@ class Updates:
         if closure is not None:
             optimizer.step(closure)
         elif broken is None:
-            optimizer.step()
+            self._state.take_step()
         elif self._by_kernel and self._has_stepped:
             # The kernel reads the flag where it lies, and nobody waits for the device.
             optimizer.grad_scale, optimizer.found_inf = None, broken

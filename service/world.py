@@ -241,6 +241,8 @@ class World:
 
 def _few_gradients(model: nn.Module) -> bool:
     """Whether all gradients of the model are few enough to come together in pairs."""
+    if any(getattr(module, "sparse", False) for module in model.modules()):  # as DDP asks it too
+        return False  # they come as sparse tensors, which have no buffer to add to
     trained = [p for p in model.parameters() if p.requires_grad]
     bytes_each = max((p.element_size() for p in trained), default=0)
     count = sum(p.numel() for p in trained)
