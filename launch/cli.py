@@ -21,7 +21,7 @@ from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
 from service.profiling import window_of
 from service.recipes import find_recipe, recipes
-from service.run_directory import RunDirectory, check_run
+from service.run_directory import check_run, find_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
 from service.spec_page import spec_page
@@ -131,13 +131,14 @@ def run(
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
 @_PROCESSES
 def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | None) -> None:
-    """Test a checkpoint of RUN, a run's directory, on any number of processes."""
+    """Test a checkpoint of RUN, a directory or a name in ./runs, on any number of processes."""
     place = launched()
     asked = _process_count(processes)
-    RunDirectory(run).read_facts()
+    found = find_run(run)
+    found.read_facts()
     from launch.entry import TestJob
 
-    _start(TestJob(run.absolute(), checkpoint, predictions), place, processes=asked)
+    _start(TestJob(found.path.absolute(), checkpoint, predictions), place, processes=asked)
 
 
 def _start(
@@ -189,7 +190,7 @@ def _start(
 @click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Of losses.")
 def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
     """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
-    compared = compare(RunDirectory(run_a), RunDirectory(run_b), level=level, tolerance=tolerance)
+    compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
     click.echo("\n".join(compared.lines))
     sys.exit(0 if compared.equal else 1)
 

@@ -21,7 +21,7 @@ from service.checkpoint_files import (
 )
 from service.errors import SpecError
 from service.export import export_weights
-from service.run_directory import RunDirectory
+from service.run_directory import find_run
 from service.spec_file import load_spec
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -30,10 +30,12 @@ _RUN = click.argument("run", type=click.Path(path_type=Path))
 @click.command()
 @_RUN
 def checkpoints(run: Path) -> None:
-    """List the checkpoints of RUN, a run's directory, and verify every byte; exit 1 if one is
-    damaged."""
-    RunDirectory(run).read_facts()
-    directory = RunDirectory(run).checkpoints
+    """List the checkpoints of RUN, a directory or a name in ./runs, and verify every byte.
+
+    Exits with 1 if one is damaged."""
+    found = find_run(run)
+    found.read_facts()
+    directory = found.checkpoints
     damaged = 0
     for checkpoint in checkpoints_in(directory):
         damage = damage_of(checkpoint)
@@ -68,19 +70,20 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 def export(run: Path, file: Path, checkpoint: str, average: bool) -> None:
     """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
     of a model of transformers, as a directory DIR that its from_pretrained reads."""
-    RunDirectory(run).read_facts()
+    found = find_run(run)
+    found.read_facts()
     if file.suffix not in ("", ".safetensors"):
         raise SpecError(
             f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
             "for a model of transformers, named without an ending."
         )
-    chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
+    chosen = find_checkpoint(found.checkpoints, checkpoint)
     if file.suffix:
         written = in_words(export_weights(chosen, file.absolute(), average=average))
     else:
         from service.pretrained import export_pretrained
 
-        spec = load_spec(RunDirectory(run).spec)
+        spec = load_spec(found.spec)
         written = export_pretrained(chosen, file.absolute(), spec=spec, average=average)
     what = "averaged weights" if average else "weights"
     click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

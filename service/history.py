@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from service.documents import dotted, read_document, shown
-from service.errors import EvenstepError, SpecError, did_you_mean
-from service.run_directory import RunDirectory
+from service.errors import EvenstepError, SpecError
+from service.run_directory import RunDirectory, find_run
 from service.tracking import read_metrics
 
 
@@ -136,7 +136,7 @@ def read_history(path: Path | str) -> History:
     Raises:
         SpecError: there is no run there, or what it left cannot be read.
     """
-    directory = _find(Path(path))
+    directory = find_run(Path(path))
     facts = directory.read_facts()
     spec = read_document(directory.spec).values
     rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
@@ -185,17 +185,6 @@ def _flat(value: Any, steps: tuple[str | int, ...]) -> Iterator[tuple[str, str]]
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
-
-
-def _find(path: Path) -> RunDirectory:
-    for place in (path, Path("runs") / path):
-        if (place / "run.json").exists():
-            return RunDirectory(place)
-    if path.exists():
-        raise SpecError(f"{path} is not a run: it has no run.json.")
-    parent = path.parent if path.parent != Path() else Path("runs")
-    known = [entry.parent.name for entry in parent.glob("*/run.json")]
-    raise SpecError(f"There is no run {path}{did_you_mean(path.name, known)}.")
 
 
 def _writer_is_gone(directory: RunDirectory) -> bool:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from service.account import account_of, failures_in_a_row
 from service.durable import in_the_way, replace_file, told_when_unwritten
-from service.errors import NoProgress, SpecError
+from service.errors import NoProgress, SpecError, did_you_mean
 from service.failures import is_secret, redacted
 from service.spec import Spec
 from service.spec_file import changes, dump_spec, load_spec
@@ -102,6 +102,22 @@ class RunDirectory:
         """
         with told_when_unwritten(self.facts):
             replace_file(self.facts, json.dumps(facts, indent=1) + "\n")
+
+
+def find_run(path: Path) -> RunDirectory:
+    """The run in a directory, or the one of that name in `runs/`.
+
+    Raises:
+        SpecError: there is none; names the nearest.
+    """
+    for place in (path, Path("runs") / path):
+        if (place / "run.json").exists():
+            return RunDirectory(place)
+    if path.exists():
+        raise SpecError(f"{path} is not a run: it has no run.json.")
+    parent = path.parent if path.parent != Path() else Path("runs")
+    known = [entry.parent.name for entry in parent.glob("*/run.json")]
+    raise SpecError(f"There is no run {path}{did_you_mean(path.name, known) or '.'}")
 
 
 @dataclass

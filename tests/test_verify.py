@@ -58,7 +58,7 @@ def test_one_swapped_row_is_found_at_its_step(runs, tmp_path):
 def test_what_is_no_run_is_told(runs):
     told = evenstep("verify", "one", "nothing", cwd=runs)
     assert told.returncode == 64
-    assert "error: nothing is not there. Name a run's directory." in told.stderr
+    assert "error: There is no run nothing" in told.stderr
 
 
 def test_weights_are_compared_at_checkpoints_that_are_gone(processes, tmp_path):

@@ -28,7 +28,7 @@ def find_recipe(spec: str) -> Path:
     path = _directory() / f"{spec}.yaml"
     if not path.exists():
         near = did_you_mean(spec, recipes())
-        raise SpecError(f"there is no recipe {spec!r}{near}. To run a file, write ./{spec}.yaml")
+        raise SpecError(f"there is no recipe {spec!r} (a file is ./{spec}.yaml){near}")
     return path
 
 
