@@ -382,7 +382,7 @@ def _loader_bytes(asked: Asked) -> int:
     from service.task import load_task
 
     assert asked.spec is not None
-    task = load_task(asked.spec.task, asked.spec.task_args)
+    task = load_task(asked.spec.task, asked.spec.task_args, seed=asked.spec.seed)
     rows = task.train_rows
     plan = make_plan(asked.spec, processes=1, train_rows=rows, test_rows=task.test_rows)
     rounds = -(-plan.micro_batches // asked.processes)

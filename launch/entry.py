@@ -99,7 +99,7 @@ class Job:
         spec = self.spec
         watched_here = here.watched(spec, environment)
         with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
-            task = load_task(spec.task, spec.task_args)
+            task = load_task(spec.task, spec.task_args, seed=spec.seed)
             spec = settled(
                 spec,
                 task=task,
@@ -164,7 +164,7 @@ class TestJob:
         stop.interrupt = True  # there is nothing to save
         spec = self.spec
         with _world(spec, environment) as world:
-            task = load_task(spec.task, spec.task_args)
+            task = load_task(spec.task, spec.task_args, seed=spec.seed)
             measures = test_run(
                 spec,
                 task,

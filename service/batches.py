@@ -57,7 +57,9 @@ def split(collated: Any) -> tuple[Any, Any]:
         return collated[0], collated[1]
     raise TypeError(
         f"a row must be (inputs, targets) or a mapping, but is {type(collated).__name__}"
-        + (f" of {len(collated)}." if isinstance(collated, tuple | list) else ".")
+        + (f" of {len(collated)}" if isinstance(collated, tuple | list) else "")
+        + ". What the model takes is one thing: ((a, b), targets) gives it a and b as a list, "
+        "and a mapping gives it each by its name."
     )
 
 
@@ -68,7 +70,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {k: to_device(v, device) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_device(v, device) for v in value)
+        return _of_its_kind(value, [to_device(v, device) for v in value])
     return value
 
 
@@ -79,8 +81,13 @@ def first_rows(value: Any, count: int) -> Any:
     if isinstance(value, Mapping):
         return {k: first_rows(v, count) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(first_rows(v, count) for v in value)
+        return _of_its_kind(value, [first_rows(v, count) for v in value])
     return value
+
+
+def _of_its_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """The items as a list, a tuple, or the named tuple that `value` is."""
+    return value._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from service import randomness
 from service.batches import Batch, forward
@@ -31,7 +30,7 @@ from service.second_writers import require_packages
 from service.spec import CheckpointSpec, ExchangeSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
-from service.task import Task, load_task
+from service.task import Task, collate_of, load_task
 from service.world import World
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         EvenstepError: what would have ended it at its first step, test or checkpoint.
     """
     spec = with_workers(spec, workers_each(processes))
-    task, seconds = _timed(lambda: load_task(spec.task, spec.task_args))
+    task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     plan = _plan(spec, task, processes)
     require_measures(spec, task)
@@ -107,7 +106,7 @@ def row_bytes(task: Task) -> int:
         rows = [next(iter(data))]
     else:
         rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
-    return _bytes(default_collate(list(rows)))
+    return _bytes(collate_of(task)(list(rows)))
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

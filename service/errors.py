@@ -18,7 +18,10 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class EvenstepError(Exception):
@@ -95,3 +98,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _one_holds_the_other(a: str, b: str) -> bool:
     return a in b or b in a
+
+
+def with_place(error: BaseException) -> str:
+    """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from.
+
+    That is the last line of the person's own code that it came through, where there is one.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_a_persons(frame.filename)]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+_HERE = Path(__file__).parent
+_OTHERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+
+def _is_a_persons(file: str) -> bool:
+    """Whether a file of code is neither Python's, nor a package's, nor one of this machinery."""
+    ours = (str(_HERE), str(_HERE.with_name("launch")))
+    is_ours = str(Path(file).parent) in ours  # and what ships as a task below them is not
+    return not (is_ours or file.startswith(("<frozen ", *_OTHERS)))

@@ -51,7 +51,7 @@ def run(
             "Run it by `evenstep run`, which has a process of its own."
         )
     world = in_place(precision=loaded.model.precision)
-    task = load_task(loaded.task, loaded.task_args)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
     place = Path(runs).absolute()
     loaded = settled(
         loaded,

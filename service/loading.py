@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from service import randomness
 from service.batches import Batch, Step, first_rows, split, to_device
-from service.errors import DataBroken, EvenstepError
+from service.errors import DataBroken, EvenstepError, with_place
 from service.faults import STOP_SIGNALS, die_with_parent
+from service.generators import seed_generators
 from service.plan import Plan
 from service.samplers import micro_batches, rows_at
 from service.streams import Stream, is_stream
-from service.task import Data, Task
+from service.task import Data, Task, collate_of
 from service.world import World
 
 # Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
@@ -49,13 +49,13 @@ def train_steps(
         DataBroken: the data set failed on a row, or gave what no model takes.
     """
     if isinstance(data, Stream):
-        collated = _from_stream(data, plan, world.index, start)
+        collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
         batches = _as_batches(collated, task=task, world=world)
-    elif _is_in_memory(data):
+    elif _is_in_memory(data, task):
         batches = _from_memory(data, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
-        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows)
+        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
         brought = _collated(reader, orders, plan, world)
         batches = _as_batches(brought, task=task, world=world)
     per_step = len(plan.share(world.index))
@@ -74,9 +74,9 @@ def train_steps(
 def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
     """This process's micro-batches of the test set, each row once over all processes."""
     orders = _test_orders(plan, world)
-    if _is_in_memory(data):
+    if _is_in_memory(data, task):
         return _copied_from_memory(data, orders, task=task, world=world)
-    reader = _Reader(data, plan.spec.seed, rows=plan.test_rows)
+    reader = _Reader(data, plan.spec.seed, rows=plan.test_rows, collate=collate_of(task))
     brought = _collated(reader, orders, plan, world)
     return _as_batches(brought, task=task, world=world)
 
@@ -105,15 +105,22 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
     smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
     rows = np.arange(min(smallest, plan.train_rows or smallest))
     order = Order(0, 0, 0, 0, rows)
+    collate = collate_of(task)
     if is_stream(data):
-        collated = default_collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
+        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
     else:
-        collated = _Reader(data, plan.spec.seed, rows=plan.train_rows)[order][1]
+        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
+        collated = reader[order][1]
     return next(_as_batches([(order, collated)], task=task, world=world))
 
 
 def _from_stream(
-    stream: Stream, plan: Plan, process: int, start: int
+    stream: Stream,
+    plan: Plan,
+    process: int,
+    start: int,
+    *,
+    collate: Callable[[list[Any]], Any],
 ) -> Iterator[tuple[Order, Any]]:
     share = plan.share(process)
     spans = [_span(number, plan) for number in share]
@@ -130,7 +137,7 @@ def _from_stream(
             ids = np.arange(first, first + len(span))
             piece = rows[span.start - read.start : span.stop - read.start]
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
-            yield Order(step, number, key, first, ids), default_collate(piece)
+            yield Order(step, number, key, first, ids), collate(piece)
 
 
 def _span(number: int, plan: Plan) -> range:
@@ -254,8 +261,9 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
         raise DataBroken(told) from error
 
 
-def _is_in_memory(data: Data | Stream) -> TypeGuard[TensorDataset]:
-    return isinstance(data, TensorDataset) and len(data.tensors) == 2
+def _is_in_memory(data: Data | Stream, task: Task) -> TypeGuard[TensorDataset]:
+    stacked = not hasattr(task, "collate")
+    return stacked and isinstance(data, TensorDataset) and len(data.tensors) == 2
 
 
 def _from_memory(
@@ -293,15 +301,18 @@ def _copied_from_memory(
 class _Reader(Dataset[tuple[Order, Any]]):
     """A data set asked for whole micro-batches, with every row's random numbers keyed."""
 
-    def __init__(self, data: Data, seed: int, *, rows: int | None) -> None:
+    def __init__(
+        self, data: Data, seed: int, *, rows: int | None, collate: Callable[[list[Any]], Any]
+    ) -> None:
         """`rows` are those of one pass over the data."""
         self._data = data
         self._seed = seed
+        self._collate = collate
         self._passed_over = rows or 1
 
     def __getitem__(self, order: Order) -> tuple[Order, Any]:
         try:
-            return order, default_collate(self._rows(order))
+            return order, self._collate(self._rows(order))
         except EvenstepError:
             raise
         except Exception as error:
@@ -309,7 +320,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
             raise DataBroken(
                 f"The data set failed at step {order.step}, micro-batch {order.number} "
                 f"(rows {rows[:8]}{' ...' if len(rows) > 8 else ''}): "
-                f"{type(error).__name__}: {error}"
+                f"{with_place(error)}{_remedy(error)}"
             ) from error
 
     def _rows(self, order: Order) -> list[Any]:
@@ -326,11 +337,12 @@ class _Reader(Dataset[tuple[Order, Any]]):
         return brought
 
 
-def seed_generators(key: int) -> None:
-    """Start python's, numpy's and torch's global generators at `key`."""
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(key)
+def _remedy(error: Exception) -> str:
+    """What helps where torch cannot stack the rows, by the words in which it says so."""
+    said = ("default_collate", "stack expects each tensor", "in list of batch should be of equal")
+    if any(words in str(error) for words in said):
+        return ". Give the task a collate that makes a batch of such rows."
+    return ""
 
 
 def _as_it_is(value: Any) -> Any:

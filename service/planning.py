@@ -37,7 +37,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     Raises:
         SpecError: the task cannot be loaded, or does not go together with the spec.
     """
-    task = load_task(spec.task, spec.task_args)
+    task = load_task(spec.task, spec.task_args, seed=spec.seed)
     plan = make_plan(
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
@@ -65,7 +65,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
 
 def checkpoint_bytes(spec: Spec) -> int | None:
     """What a checkpoint of the job takes; None where only a step can tell."""
-    task = load_task(spec.task, spec.task_args)
+    task = load_task(spec.task, spec.task_args, seed=spec.seed)
     model = task.model()
     optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
     return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)

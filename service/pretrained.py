@@ -32,7 +32,7 @@ def export_pretrained(
     """
     if os.path.lexists(directory):
         raise SpecError(f"-o: {directory} exists. Choose another name, or remove it.")
-    model = load_task(spec.task, spec.task_args).model()
+    model = load_task(spec.task, spec.task_args, seed=spec.seed).model()
     pretrained = _of_transformers(model, spec)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
     partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
-from service.errors import EvenstepError, SpecError
+from service.errors import EvenstepError, SpecError, with_place
 from service.flops import FlopCount
 from service.normalization import Normalization
 from service.precision import computed
@@ -87,7 +87,7 @@ class Trial:
                 raise
             raise SpecError(
                 f"task: one forward and backward pass over {len(self.batch.rows)} rows "
-                f"failed: {type(error).__name__}: {error}"
+                f"failed: {with_place(error)}"
             ) from error
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:

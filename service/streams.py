@@ -33,8 +33,14 @@ class Stream:
         """Process `index` of `of` reads it.
 
         Raises:
-            SpecError: `split` is asked of a stream that cannot divide itself.
+            SpecError: it can be read once only, or `split` is asked of a stream that cannot divide
+                itself.
         """
+        if hasattr(data, "__next__"):
+            raise SpecError(
+                f"task: the training data is a {type(data).__name__}, which can be read once only. "
+                "Give an object whose __iter__ begins anew, so that a run can go on and resume."
+            )
         self.mode = mode
         self._of = of
         self._data = _divided(data, index, of) if mode == "split" and of > 1 else data

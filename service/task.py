@@ -8,13 +8,16 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
-from service.errors import SpecError, did_you_mean
+from service import randomness
+from service.errors import SpecError, did_you_mean, with_place
+from service.generators import seed_generators
 from service.streams import is_stream
 
 # A map-style data set: __len__, __getitem__ and, when present, __getitems__.  For training it may
@@ -54,7 +57,8 @@ class Task(Protocol):
     # A task may also have
     #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
     #   metrics                     a mapping from names to torchmetrics metrics;
-    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row.
+    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
+    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
 
 
 Loss = Callable[[Any, Any], Tensor]
@@ -114,8 +118,26 @@ def measured_by(task: Task) -> tuple[str, ...]:
 
 
 def logits(outputs: Any) -> Tensor:
-    """The tensor in a model's outputs: itself, or what a transformers model calls its logits."""
-    return cast(Tensor, outputs if isinstance(outputs, Tensor) else outputs.logits)
+    """The tensor in a model's outputs: itself, or what a transformers model calls its logits.
+
+    Raises:
+        SpecError: the outputs have none.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    found = getattr(outputs, "logits", found)
+    if not isinstance(found, Tensor):
+        raise SpecError(
+            f"task: the model gives a {type(outputs).__name__}, which is no tensor and has no "
+            "logits. Give a loss, measures and predict that are functions of it."
+        )
+    return found
+
+
+def collate_of(task: Task) -> Callable[[list[Any]], Any]:
+    """What makes a batch of a list of rows: the task's own `collate`, or torch's stacking."""
+    return getattr(task, "collate", default_collate)
 
 
 class supervised:  # reads as the function a user calls; it is a Task
@@ -123,15 +145,21 @@ class supervised:  # reads as the function a user calls; it is a Task
 
     Args:
         model: makes a new model.
-        train, test: map-style data sets whose rows are (inputs, targets), or makers of them.
+        train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
+            under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
+        test: such a data set, which can be no stream; None for a task without a test.
         loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
         measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
             torchmetrics metric, which is given the model's outputs and the targets.
         weight: what each value of the loss counts, as a function of the targets: 0 for the
             padding of a text, say.  Without it each row counts as 1; a loss with several values
             a row needs it.
+        collate: makes a batch of a list of rows that torch cannot stack, such as texts of unequal
+            length; it runs in the loader's workers where there are any.
+        predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
+            [B, ...].  Without it, their logits.
     Raises:
-        SpecError: a loss or measure nobody knows.
+        SpecError: a loss or measure nobody knows, or data that is no data set.
     """
 
     def __init__(
@@ -139,16 +167,19 @@ class supervised:  # reads as the function a user calls; it is a Task
         *,
         model: Callable[[], nn.Module],
         train: Data,
-        test: Data,
+        test: Data = None,
         loss: str | Loss = "cross_entropy",
         measures: Sequence[str] | Mapping[str, Any] = (),
         weight: Callable[[Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model = model
         self._train = train() if callable(train) else train
-        self._test = test() if callable(test) else test
-        self.train_rows = None if is_stream(self._train) else len(self._train)
-        self.test_rows = len(self._test)
+        test = test() if callable(test) else test
+        self._test: Data = () if test is None else test
+        self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
+        self.test_rows = _length(self._test, "test")
         self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
         if isinstance(loss, str) and loss in SUMMED_LOSSES:
             self.summed_loss = SUMMED_LOSSES[loss]
@@ -160,6 +191,10 @@ class supervised:  # reads as the function a user calls; it is a Task
         self.measures = tuple(sums)
         if weight is not None:
             self.weight = weight
+        if collate is not None:
+            self.collate = collate
+        if predict is not None:
+            self.predict = predict
 
     def train_data(self) -> Data:
         """The training rows."""
@@ -170,11 +205,23 @@ class supervised:  # reads as the function a user calls; it is a Task
         return self._test
 
     def measure(self, outputs: Any, targets: Any) -> Tensor:
-        """Every measure of every row: float64 [B, measures]."""
+        """Every measure of every row: float64 [B, measures]; nothing where there are none."""
         if not self._measures:
-            return torch.zeros(len(targets), 0, dtype=torch.float64, device=targets.device)
+            return torch.zeros(0, 0, dtype=torch.float64)
         values = [m(outputs, targets).double() for m in self._measures]
         return values[0].unsqueeze(-1) if len(values) == 1 else torch.stack(values, dim=-1)
+
+
+def _length(data: Data, what: str) -> int:
+    if hasattr(type(data), "__len__"):
+        return len(data)
+    kind = f"the {what} data is a {type(data).__name__}"
+    if is_stream(data):
+        raise SpecError(
+            f"task: {kind}, which can only be iterated. Each row is tested once, so its rows must "
+            "be known: give a list of them, or a data set with __len__ and __getitem__."
+        )
+    raise SpecError(f"task: {kind}, which is no data set: it has no __len__.")
 
 
 def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
@@ -183,15 +230,18 @@ def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
     return table[name]
 
 
-def load_task(where: str, arguments: Mapping[str, Any]) -> Task:
+def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Task:
     """The task that `package.module:name` or `path/to/file.py:name` names.
 
-    A function or class is called with `arguments`; anything else is the task itself.
+    A function or class is called with `arguments`; anything else is the task itself.  Python's,
+    numpy's and torch's generators are started at `seed` before: data that is drawn or split at
+    random is then the same on every process, and again when the run is resumed.
 
     Raises:
         SpecError: it cannot be imported, called, or is no task; says which and where.
     """
     source, _, name = where.rpartition(":")
+    seed_generators(randomness.key(randomness.TASK, seed))
     module = _import(source)
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]
@@ -224,7 +274,7 @@ def _import(source: str) -> Any:
     except SpecError:
         raise
     except Exception as error:
-        raise SpecError(f"task: cannot import {source}: {_told(error)}") from error
+        raise SpecError(f"task: cannot import {source}: {with_place(error)}") from error
 
 
 def _import_file(path: Path) -> Any:
@@ -258,13 +308,4 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str)
     except SpecError:
         raise
     except Exception as error:
-        raise SpecError(f"task: {where} raised {_told(error)}") from error
-
-
-def _told(error: BaseException) -> str:
-    """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+        raise SpecError(f"task: {where} raised {with_place(error)}") from error

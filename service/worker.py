@@ -23,6 +23,7 @@ from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
 from service.flops import peak_flops
+from service.generators import seed_generators
 from service.loading import sample, test_batches, train_steps
 from service.loops import test, train
 from service.normalization import prepare
@@ -95,10 +96,12 @@ def run(
         raise SpecError(
             f"--profile: the run ends after step {plan.steps}, before step {profile.first}."
         )
-    train_data, test_data = task.train_data(), task.test_data()
+    train_data, test_data = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
 
     ordered = spec.exactness == "bitwise"
-    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
+    weights_key = randomness.key(randomness.WEIGHTS, spec.seed)
+    seed_generators(weights_key)
+    torch.manual_seed(weights_key)  # those of the devices too
     model = task.model().to(world.device)
     normalization = prepare(model, spec.model.batchnorm, world, exchanged=ordered)
     if spec.model.channels_last:
@@ -322,11 +325,21 @@ def test_run(
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
     kept = Predictions(predictions, task=task, world=world) if predictions else None
-    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
+    test_data = drawn_alike(spec, task.test_data)
+    batches = test_batches(test_data, task=task, plan=plan, world=world)
     measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)
     if kept is not None:
         kept.write()
     return measures
+
+
+def drawn_alike(spec: Spec, bring: Callable[[], T]) -> T:
+    """What `bring` returns, drawn from the same random numbers on every process, every time.
+
+    Two that split one set of rows at random, each for its own part, split it in the same way.
+    """
+    seed_generators(randomness.key(randomness.TASK, spec.seed))
+    return bring()
 
 
 def together(world: World, act: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors"},
+    {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"},
     {"optimizer_options", "durable"},
     {"documents", "spec", "receipt_file"},
     {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},

@@ -1,0 +1,308 @@
+"""Tasks as people bring them: rows of many kinds, several losses, texts of unequal length."""
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from commands import evenstep
+from jobs import spec_of, train_in_process
+from safetensors.torch import load_file
+from test_features import difference
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import TensorDataset, random_split
+
+from service.batches import first_rows, split, to_device
+from service.errors import SpecError, with_place
+from service.streams import Stream
+from service.task import load_task, logits, supervised
+from service.tracking import read_metrics
+
+HERE = __file__
+SMALL = {"length": {"steps": 8}, "test": {}, "optimizer": {"name": "sgd", "lr": 0.05}}
+
+
+def job(factory: str, **sections: Any) -> dict[str, Any]:
+    return spec_of("") | SMALL | {"task": f"{HERE}:{factory}"} | sections
+
+
+# ---- two losses, mappings in and out
+
+
+class TwoHeads(nn.Module):
+    """What it is given has names, and so has what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.kind, self.place = nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(7, 2)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        features = self.base(image).relu()
+        return {"kind": self.kind(features), "place": self.place(features)}
+
+
+def both_losses(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    kind = nn.functional.cross_entropy(outputs["kind"], targets["kind"], reduction="none")
+    return kind + (outputs["place"] - targets["place"]).square().mean(1)
+
+
+def two_losses(**parts: Any) -> supervised:
+    images = torch.randn(103, 5, generator=torch.Generator().manual_seed(0))
+    rows = [
+        {"image": image, "targets": {"kind": int(image.sum() > 0), "place": image[:2]}}
+        for image in images
+    ]
+    return supervised(model=TwoHeads, train=rows, test=rows[:31], loss=both_losses, **parts)
+
+
+def two_losses_predicted() -> supervised:
+    return two_losses(predict=lambda outputs: outputs["place"])
+
+
+@pytest.mark.parametrize("factory", ["two_losses", "two_losses_predicted"])
+def test_two_losses_of_mappings_need_no_measure(processes, tmp_path, factory):
+    for count in (1, 3):
+        [values, *_] = processes(count).run(train_in_process, job(factory), tmp_path / str(count))
+        assert values["test/loss"] > 0
+    assert max(difference(tmp_path / "1", tmp_path / "3")) < 1e-5
+
+
+def test_what_the_task_predicts_is_written(processes, tmp_path):
+    processes(1).run(train_in_process, job("two_losses_predicted"), tmp_path / "runs")
+    done = evenstep("test", "job", "--predictions", "places.npy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "runs/job/checkpoints/step-00000008/model.safetensors")
+    model = TwoHeads()
+    model.load_state_dict(weights)
+    images = torch.stack([row["image"] for row in two_losses().test_data()])
+    by_hand = model(images)["place"].detach().numpy()
+    assert np.load(tmp_path / "places.npy") == pytest.approx(by_hand, abs=1e-6)
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_outputs_without_logits_are_told_where_logits_are_needed(processes, tmp_path):
+    processes(1).run(train_in_process, job("two_losses"), tmp_path / "runs")
+    told = evenstep("test", "job", "--predictions", "out.npy", cwd=tmp_path)
+    assert told.returncode == 64
+    assert "the model gives a dict, which is no tensor and has no logits" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_mapping_may_hold_logits():
+    found = torch.ones(3)
+    assert logits({"logits": found}) is found
+
+
+# ---- texts of unequal length
+
+
+class Letters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def pad(rows: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    inputs = pad_sequence(rows, batch_first=True)
+    return {"input_ids": inputs}, pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def token_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.transpose(1, 2), targets, reduction="none")
+
+
+def texts(collated: bool = True) -> supervised:
+    # Drawn from no generator of its own: the seed of the spec is what makes it the same.
+    rows = [torch.randint(30, (3 + row % 7,)) for row in range(103)]
+    return supervised(
+        model=Letters,
+        train=rows,
+        test=rows[:31],
+        loss=token_losses,
+        weight=lambda targets: targets.ne(-100).float(),
+        collate=pad if collated else None,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_of_unequal_length_come_together_by_the_tasks_own_collate(
+    processes, tmp_path, workers
+):
+    text = job("texts", loader={"workers": workers})
+    for count in (1, 3):
+        processes(count).run(train_in_process, text, tmp_path / str(count))
+    assert max(difference(tmp_path / "1", tmp_path / "3")) < 1e-5
+
+
+def test_rows_that_torch_cannot_stack_ask_for_a_collate(processes, tmp_path):
+    (tmp_path / "job.json").write_text(to_json(job("texts", task_args={"collated": False})))
+    told = evenstep("run", "job.json", cwd=tmp_path)
+    assert told.returncode == 42
+    assert "Give the task a collate that makes a batch of such rows." in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_predictions_of_unequal_shapes_are_told(processes, tmp_path):
+    text = job("texts", test={"micro_batch": 2})
+    processes(1).run(train_in_process, text, tmp_path / "runs")
+    told = evenstep("test", "job", "--predictions", "out.npy", "--processes", 2, cwd=tmp_path)
+    assert told.returncode == 64
+    assert "task.predict: must give rows of one shape, but gave [4, 30] and [5, 30]" in told.stderr
+    assert list(tmp_path.glob("*out*")) == []
+
+
+# ---- rows of a kind of their own
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.head(pair.left + pair.right)
+
+
+def pairs() -> supervised:
+    generator = torch.Generator().manual_seed(3)
+    rows = [(Pair(*torch.randn(2, 4, generator=generator)), row % 3) for row in range(61)]
+    return supervised(model=Sum, train=rows, test=rows[:9], measures=("accuracy",))
+
+
+def test_named_tuples_stay_what_they_are(processes, tmp_path):
+    [values, *_] = processes(1).run(train_in_process, job("pairs"), tmp_path)
+    assert 0 <= values["test/accuracy"] <= 1
+    pair = Pair(torch.ones(3, 2), torch.zeros(3, 2))
+    for same in (to_device(pair, torch.device("cpu")), first_rows(pair, 2)):
+        assert isinstance(same, Pair)
+    assert len(first_rows(pair, 2).left) == 2
+
+
+def test_rows_of_three_say_how_to_make_two_of_them():
+    with pytest.raises(TypeError, match=r"but is tuple of 3. .*\(\(a, b\), targets\)"):
+        split((1, 2, 3))
+
+
+# ---- data drawn or split at random, by whoever does not think of seeds
+
+
+def split_at_random() -> supervised:
+    rows = TensorDataset(torch.randn(97, 4), torch.randint(3, (97,)))
+    train, test = random_split(rows, [70, 27])
+    noise = random.random() + np.random.rand()
+    data = [(inputs + noise, target) for inputs, target in train]
+    return supervised(model=lambda: nn.Linear(4, 3), train=data, test=test)
+
+
+class SplitWhenAsked:
+    """Brings its parts by themselves, each drawn when it is asked for."""
+
+    measures: tuple[str, ...] = ()
+    train_rows, test_rows = 70, 27
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(4, 3)
+        nn.init.constant_(model.bias, random.random() + np.random.rand())
+        return model
+
+    def _parts(self) -> list[Any]:
+        rows = TensorDataset(torch.randn(97, 4), torch.randint(3, (97,)))
+        return random_split(rows, [self.train_rows, self.test_rows])
+
+    def train_data(self) -> Any:
+        return self._parts()[0]
+
+    def test_data(self) -> Any:
+        return self._parts()[1]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.zeros(0)
+
+
+@pytest.mark.parametrize("factory", ["split_at_random", "SplitWhenAsked"])
+def test_data_that_is_drawn_without_a_seed_is_the_same_on_every_process(
+    processes, tmp_path, factory
+):
+    for count in (1, 3):
+        for stop_at in (3, None):  # and when it is brought again, to resume
+            processes(count).run(train_in_process, job(factory), tmp_path / str(count), stop_at)
+    assert max(difference(tmp_path / "1", tmp_path / "3")) < 1e-5
+    processes(1).run(train_in_process, job(factory), tmp_path / "whole")
+    assert difference(tmp_path / "1", tmp_path / "whole") == (0, 0)
+    last = [read_metrics(tmp_path / n / "job/metrics.jsonl")[-1] for n in ("1", "3")]
+    assert last[0]["test/loss"] == pytest.approx(last[1]["test/loss"], abs=1e-5)
+
+
+def test_another_seed_draws_other_data():
+    [one, same, other] = [
+        load_task(f"{HERE}:split_at_random", {}, seed=seed).train_data()[0][0] for seed in (1, 1, 2)
+    ]
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+# ---- what is no data
+
+
+class Endless:
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.zeros(4), 0
+
+
+def test_a_stream_cannot_be_tested_on():
+    with pytest.raises(SpecError, match="the test data is a Endless, which can only be iterated"):
+        supervised(model=lambda: nn.Linear(4, 3), train=Endless(), test=Endless())
+
+
+def test_what_has_no_length_is_no_data():
+    with pytest.raises(SpecError, match="the training data is a object, which is no data set"):
+        supervised(model=lambda: nn.Linear(4, 3), train=object())
+
+
+def test_what_can_be_read_once_only_is_no_stream():
+    rows = ((torch.zeros(4), 0) for _ in range(9))
+    with pytest.raises(SpecError, match="a generator, which can be read once only"):
+        Stream(rows, mode="whole", index=0, of=1)
+
+
+def test_a_task_needs_no_test():
+    task = supervised(model=lambda: nn.Linear(4, 3), train=[(torch.zeros(4), 0)])
+    assert task.test_rows == 0
+
+
+# ---- where a person's own code failed
+
+
+def test_an_error_is_told_with_the_line_of_the_persons_own_code():
+    def own() -> None:
+        torch.stack([])
+
+    with pytest.raises(RuntimeError) as raised:
+        own()
+    line = own.__code__.co_firstlineno + 1
+    assert with_place(raised.value).endswith(f"({HERE}:{line})")
+
+
+def test_an_error_of_nobodys_code_has_no_place():
+    assert with_place(ValueError("no")) == "ValueError: no"
+
+
+def to_json(values: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(values)
