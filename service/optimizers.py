@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -247,10 +247,16 @@ def make_optimizer(
         raise SpecError("optimizer.groups: every group is frozen, so there is nothing to train.")
     own = [group for group in trained if not group.companion]
     others = [group for group in trained if group.companion]
-    made = [_made(parameters, spec, own, "optimizer")] if own else []
+    sparse = set(sparse_parameters(model))
+    made = [_made(parameters, spec, own, "optimizer", sparse=sparse)] if own else []
     if others:
         companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
-        made.append(_made(parameters, companion, others, "optimizer.companion"))
+        if needs_closure(optimizer_class(companion.name)):
+            raise SpecError(
+                f"optimizer.companion.name: {companion.name} evaluates a step several times, and "
+                "so it trains alone. Use another, such as adamw."
+            )
+        made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
     return made[0] if len(made) == 1 else Together(made)
 
 
@@ -259,6 +265,8 @@ def _made(
     spec: OptimizerSpec,
     groups: Sequence[ParameterGroup],
     where: str,
+    *,
+    sparse: Set[str],
 ) -> torch.optim.Optimizer:
     make = optimizer_class(spec.name)
     if needs_closure(make) and len(groups) > 1:
@@ -274,12 +282,41 @@ def _made(
     _check_options(make, options, where)
     members = [parameter for group in trained for parameter in group["params"]]
     given = {option for group in groups for option in group.options} | set(options)
-    if _fused_pays(make, members) and not _LAYOUT & given:
-        options["fused"] = True
+    kinds = {name in sparse for group in groups for name in group.names}
+    if _fused_pays(make, members) and kinds == {False} and not _LAYOUT & given:
+        options["fused"] = True  # which takes no sparse gradients
     try:
+        if ":" not in spec.name:
+            for settings in _distinct([{**options, **group.options} for group in groups]):
+                for is_sparse in kinds:
+                    _try_out(make, settings, like=members[0], sparse=is_sparse)
         return make(trained, **options)
     except Exception as error:  # whatever a class says of its options is for the user to read
-        raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {error}.") from error
+        told = str(error).rstrip(".")
+        raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {told}.") from error
+
+
+def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for number, one in enumerate(settings) if one not in settings[:number]]
+
+
+def _try_out(
+    make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter, sparse: bool
+) -> None:
+    """Take one step over four numbers of its own, of the kind and on the device of `like`.
+
+    torch looks at some options in the first step only (`differentiable`, `line_search_fn`), at
+    those of a group never, and says then whether it takes sparse gradients.
+    """
+    probe = nn.Parameter(torch.zeros(2, 2, dtype=like.dtype, device=like.device))
+    probe.grad = torch.ones_like(probe)
+    if sparse:
+        probe.grad = probe.grad.to_sparse(1)
+    optimizer = make([probe], **options)
+    if needs_closure(make):
+        optimizer.step(lambda: 0.0)
+    else:
+        optimizer.step()
 
 
 def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from service.errors import SpecError, did_you_mean
+from service.errors import SpecError, did_you_mean, with_place
 from service.patience import Patience
 from service.plan import Plan
 from service.schedules import Multiplier
@@ -29,7 +29,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
     if isinstance(spec, PlateauSpec):
         return PlateauSchedule(optimizer, plan.rate, spec)
     if isinstance(spec, CustomScheduleSpec):
-        return TorchSchedule(optimizer, spec, warmup=plan.warmup)
+        return TorchSchedule(optimizer, spec, warmup=plan.warmup, steps=plan.steps)
     return Schedule(optimizer, plan.rate)
 
 
@@ -134,10 +134,21 @@ class TorchSchedule(Schedule):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, spec: CustomScheduleSpec, *, warmup: int
+        self, optimizer: torch.optim.Optimizer, spec: CustomScheduleSpec, *, warmup: int, steps: int
     ) -> None:
+        """`steps` are those of the run.
+
+        Raises:
+            SpecError: the scheduler cannot be made, or knows an end before that of the run.
+        """
         self._torch = _made(spec, optimizer)
         self._name = spec.name
+        end = getattr(self._torch, "total_steps", None)  # OneCycleLR's, which raises beyond it
+        if isinstance(end, int) and end < steps - warmup:
+            raise SpecError(
+                f"schedule: {spec.name} ends after {end} steps, and the run takes {steps - warmup} "
+                f"after the warmup. Use total_steps: {steps - warmup}."
+            )
         self._built = copy.deepcopy(self._torch.state_dict())
         self._warmup = warmup
         self._taken = 0
@@ -150,7 +161,12 @@ class TorchSchedule(Schedule):
             super().set(step)
             return
         while self._taken < step - self._warmup:
-            self._torch.step()
+            try:
+                self._torch.step()
+            except Exception as error:  # as when it is made: whatever it raises is for the user
+                raise SpecError(
+                    f"schedule: {self._name} says at step {step}: {with_place(error)}"
+                ) from error
             self._taken += 1
 
     def restart(self, step: int) -> None:

@@ -115,7 +115,8 @@ def _shape(schedule: ScheduleSpec, length: Length, warmup: int) -> Multiplier:
             scale = max(length.whole(schedule, "timescale", default=warmup or 1), 1)
             return lambda step: inverse_sqrt(step - warmup, timescale=scale)
         case WarmupStableDecaySpec(shape=bend, final=final):
-            decay = max(length.whole(schedule, "decay", default=0.2 * length.steps), 1)
+            wanted = length.whole(schedule, "decay", default=0.2 * length.steps)
+            decay = max(min(wanted, rest), 1)  # it begins at the whole rate, after the warmup
             begin = length.steps - decay
             return lambda step: decayed(max(step - begin, 0) / decay, bend=bend, final=final)
     raise AssertionError(f"no shape for {schedule.name!r}")

@@ -235,8 +235,9 @@ def expected_bytes(
     ]
     try:
         twin.step()
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None  # it asks for a number, a closure or sparse gradients: adafactor, lbfgs, ...
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError):
+        # It asks for a number, a closure, sparse gradients or a GPU: adafactor, lbfgs, capturable.
+        return None
     held = sum(
         value.nbytes
         for values in twin.state.values()

@@ -18,6 +18,7 @@ from service.optimizer_options import OPTIMIZERS
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import make_plan
 from service.samplers import rows_at
+from service.snapshots import expected_bytes
 from service.spec_file import load_spec
 from service.task import load_task
 from service.tracking import read_metrics
@@ -326,6 +327,54 @@ def test_a_wrong_optimizer_is_told(optimizer, message):
     spec = load_spec(small.spec_for({"name": "test_optimizers:Strange", "lr": 0.1} | optimizer))
     model = small.dense().model()
     with pytest.raises(SpecError, match=message):
+        make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"name": "lbfgs", "line_search_fn": "weak"}, "LBFGS says: only 'strong_wolfe'"),
+        ({"name": "adam", "differentiable": True}, "Adam says: a leaf Variable that requires grad"),
+        (
+            {"name": "adam", "groups": [{"match": "0.*"}, {"match": "*", "eps": -1.0}]},
+            "Adam says: Invalid epsilon value: -1.0",
+        ),
+    ],
+)
+def test_what_torch_finds_in_the_first_step_is_told_before_it(optimizer, message):
+    spec = load_spec(small.spec_for({"lr": 0.1} | optimizer))
+    model = small.dense().model()
+    with pytest.raises(SpecError, match=message):
+        make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+
+
+def test_an_optimizer_for_gpus_alone_can_still_be_planned():
+    spec = load_spec(small.spec_for({"name": "adam", "lr": 0.1, "capturable": True}))
+    model = small.dense().model()
+    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    assert expected_bytes(model, optimizer) is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, in its own Adagrad
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_sparse_gradients_train_without_the_fused_kernel(alone, tmp_path, name):
+    spec = small.spec_for({"name": name, "lr": 0.1}, length={"steps": 2})
+    train_in_process(alone, spec | {"task": f"{small.HERE}:sparse"}, tmp_path)
+    assert read_metrics(tmp_path / "job/metrics.jsonl")[-1]["step"] == 2
+
+
+def test_an_optimizer_without_sparse_gradients_is_refused_them():
+    spec = load_spec(small.spec_for({"name": "rmsprop", "lr": 0.1}))
+    model = small.sparse().model()
+    with pytest.raises(SpecError, match="RMSprop does not support sparse gradients"):
+        make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+
+
+def test_lbfgs_is_nobodys_companion():
+    muon = {"name": "muon", "lr": 0.1, "companion": {"name": "lbfgs", "lr": 1.0}}
+    spec = load_spec(small.spec_for(muon))
+    model = small.dense().model()
+    with pytest.raises(SpecError, match=r"companion\.name: lbfgs evaluates a step"):
         make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
 
 

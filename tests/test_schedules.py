@@ -129,6 +129,12 @@ def test_inverse_sqrt_is_that_of_the_transformer():
     assert ours({"name": "inverse_sqrt"})[15] == pytest.approx(17**-0.5)
 
 
+def test_a_decay_that_would_begin_in_the_warmup_begins_after_it():
+    schedule = {"name": "warmup_stable_decay", "warmup_steps": 20, "decay_steps": 30}
+    rates = ours(schedule)
+    assert rates[19:] == pytest.approx([1.0] + [1 - step / 17 for step in range(17)])
+
+
 @pytest.mark.parametrize(
     ("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))]
 )
@@ -282,6 +288,10 @@ def test_what_a_schedule_remembers_is_in_the_checkpoint_at_any_number_of_process
         ),
         ({"name": "torch.optim.lr_scheduler:ReduceLROnPlateau"}, "use name: plateau"),
         ({"name": "collections:Counter"}, "collections:Counter"),
+        (
+            {"name": "torch.optim.lr_scheduler:OneCycleLR", "max_lr": 0.1, "total_steps": 3},
+            "OneCycleLR ends after 3 steps, and the run takes",
+        ),
     ],
 )
 def test_a_wrong_scheduler_is_told(schedule, message):
@@ -290,6 +300,19 @@ def test_a_wrong_scheduler_is_told(schedule, message):
         warnings.simplefilter("error")
         with pytest.raises(SpecError, match=message):
             make_schedule(optimizer, plan_of(schedule))
+
+
+def failing_at_the_third(optimizer: torch.optim.Optimizer) -> lr_scheduler.LambdaLR:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5][step])
+
+
+def test_a_scheduler_that_fails_on_its_way_is_told_with_the_step_and_the_line():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(optimizer, plan_of({"name": f"{__name__}:failing_at_the_third"}))
+    optimizer.step()
+    schedule.set(1)
+    with pytest.raises(SpecError, match=r"says at step 2: IndexError.*test_schedules.py:\d+"):
+        schedule.set(2)
 
 
 # ---- early stopping
