@@ -174,7 +174,7 @@ MORE_MISTAKES = {
     "rows that cannot be read by a worker": (
         of("broken_rows"),
         ["loader.workers=1"],
-        r"^The data set failed at step 0, micro-batch 0 [^\n]*OSError: disk gone \(tasks_to_check.py:\d+\)$",
+        r"^The data set failed at step 0, micro-batch 0 [^\n]*OSError: disk gone \(\S+py:\d+\)$",
     ),
     "test rows that cannot be read": (
         of("broken_tests"),
