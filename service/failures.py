@@ -15,6 +15,8 @@ from typing import Any
 from service.durable import told_of
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# The place where a secret lies is none, and a spec may well name it.
+_NAMES_A_PLACE = re.compile(r"_(FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
 _IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
 _SHORTEST = 8  # characters; what is shorter would blank out innocent text
 
@@ -42,7 +44,8 @@ def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
-    found = [v for k, v in environ.items() if _SECRET_NAME.search(k) and len(v) >= _SHORTEST]
+    named = {k: v for k, v in environ.items() if _SECRET_NAME.search(k)}
+    found = [v for k, v in named.items() if len(v) >= _SHORTEST and not _NAMES_A_PLACE.search(k)]
     return sorted(found, key=len, reverse=True)  # one may hold another
 
 

@@ -254,7 +254,7 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
             differs from the one it was begun with in a way that changes the result.
     """
     directory = RunDirectory(runs / spec.name)
-    _require_no_secret(spec)
+    require_no_secret(spec)
     with ExitStack() as stack:
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
         SpecError: see `open_run`.
     """
     directory = RunDirectory(runs / spec.name)
-    _require_no_secret(spec)
+    require_no_secret(spec)
     try:
         _require_free(directory)
         if _is_begun(directory):
@@ -305,13 +305,24 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
         raise _unusable(directory, error) from error
 
 
-def _require_no_secret(spec: Spec) -> None:
-    """Refuse what spec.yaml, and every tracker that is shown the spec, would give away."""
+def require_no_secret(spec: Spec) -> None:
+    """Refuse what spec.yaml, and every tracker that is shown the spec, would give away.
+
+    Raises:
+        SpecError: names the place.
+    """
+    pods = dict(spec.kubernetes.env) if spec.kubernetes else {}
     for place, value in _texts(spec.model_dump(mode="json")):
-        if is_secret(value):
+        if is_secret(value, os.environ | pods):
+            better = "Let the task take it from the environment."
+            if place.startswith("kubernetes."):
+                better = (
+                    "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
+                    "kubernetes.wandb_secret for the key of W&B."
+                )
             raise SpecError(
                 f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "
-                "run. Let the task take it from the environment."
+                f"run. {better}"
             )
 
 

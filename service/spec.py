@@ -50,10 +50,12 @@ IMPORT_STRING = r"^[\w.]+:\w+$"
 TEST_MEASURE = r"^test/\S+$"
 QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-ABSOLUTE_PATH = r"^/\S+$"
-IMAGE = r"^[a-z0-9][a-z0-9._:/-]*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+ABSOLUTE_PATH = r"^/[^\s:]+$"
+IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
 DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
 LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
@@ -61,10 +63,12 @@ PATTERNS_IN_WORDS = {
     TEST_MEASURE: "a measure of the test loop, such as test/accuracy",
     QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
-    ABSOLUTE_PATH: "an absolute path",
+    DNS_NAME: "a name of Kubernetes: lower-case letters, digits, - and .",
+    ABSOLUTE_PATH: "an absolute path without spaces and :",
     IMAGE: "a container image, such as registry.example.com/team/evenstep:0.1.0",
     DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
     LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
+    LABEL_VALUE: "the value of a Kubernetes label: up to 63 letters, digits, ., _ and -",
     VARIABLE: "the name of an environment variable",
 }
 
@@ -637,6 +641,7 @@ class FaultsSpec(Part):
 
 Quantity = Annotated[str, Field(pattern=QUANTITY)]
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
+DnsName = Annotated[str, Field(pattern=DNS_NAME)]
 
 
 class TolerationSpec(Part):
@@ -651,17 +656,25 @@ class TolerationSpec(Part):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """The taint's effect; without one, every effect."""
 
+    @model_validator(mode="after")
+    def _value_where_it_matters(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise _wrong("must have operator: Equal, or no value, but Exists has a value")
+        if self.operator == "Equal" and self.key is None:
+            raise _wrong("must have a key, whose value is equal, but has none")
+        return self
+
 
 class MountSpec(Part):
     """Something of the namespace that the pods see as files: give claim, secret or config_map."""
 
     path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
     """Where it is seen."""
-    claim: DnsLabel | None = None
+    claim: DnsName | None = None
     """A PersistentVolumeClaim."""
-    secret: DnsLabel | None = None
+    secret: DnsName | None = None
     """A Secret."""
-    config_map: DnsLabel | None = None
+    config_map: DnsName | None = None
     """A ConfigMap."""
     read_only: bool = True
     """Whether a claim can only be read; the others always can only be read."""
@@ -696,15 +709,17 @@ class KubernetesSpec(Part):
     """Size of /dev/shm, through which loader workers and NCCL hand their data."""
     scratch: Quantity = "10Gi"
     """Size of /tmp, the one other place a pod can write to."""
-    storage_claim: DnsLabel | None = None
+    storage_claim: DnsName | None = None
     """A PersistentVolumeClaim that is there and holds the runs. Default: one is made."""
     storage: Quantity = "50Gi"
     """Size of the claim that is made."""
-    storage_class: str | None = None
+    storage_class: DnsName | None = None
     """Its storage class; with several nodes it must offer ReadWriteMany."""
     namespace: DnsLabel | None = None
     """The namespace. Default: the one of whoever applies it."""
-    node_selector: dict[Annotated[str, Field(pattern=LABEL)], str] = {}
+    node_selector: dict[
+        Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]
+    ] = {}
     """Labels that the cluster's nodes must have."""
     tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
     """Taints to put up with, besides the one of the devices."""
@@ -712,15 +727,15 @@ class KubernetesSpec(Part):
     """Pods prefer nodes with one value of this label; `none` has no preference."""
     queue: DnsLabel | None = None
     """Kueue's LocalQueue; it then decides when the job starts."""
-    priority_class: str | None = None
+    priority_class: DnsName | None = None
     """Which jobs go first when there is not room for all."""
-    image_pull_secret: DnsLabel | None = None
+    image_pull_secret: DnsName | None = None
     """The Secret with which the image is fetched."""
     env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = {}
     """Further environment variables."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
     """Further files: data sets, certificates, credentials."""
-    wandb_secret: DnsLabel = "wandb"
+    wandb_secret: DnsName = "wandb"
     """The Secret whose `api-key` is the key of Weights & Biases; W&B is offline without it."""
     egress: tuple[str, ...] = Field(default=(), strict=False)
     """Address blocks the pods may speak to besides each other and DNS, such as 10.1.2.0/24."""

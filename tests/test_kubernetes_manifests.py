@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.kubernetes.kustomize import kustomization
-from launch.kubernetes.manifests import render
+from launch.kubernetes.manifests import render, task_file, to_yaml
 from launch.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
 from service.errors import SpecError
 from service.spec import Spec
@@ -313,6 +314,47 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"device": "gpu"},
         "kubernetes.device: must be cpu, or a device as the cluster calls it, such as nvidia.com",
     ),
+    "an image by its address": (
+        {"image": "https://r.io/e"},
+        "kubernetes.image: must be a containe",
+    ),
+    "nothing to compute on": ({"cpu": "0"}, "kubernetes.cpu: must be more than 0."),
+    "a label's value in words": (
+        {"node_selector": {"rack": "the second"}},
+        "kubernetes.node_selector: must be the value of a Kubernetes label: up to 63 letters",
+    ),
+    "a class that none can be": (
+        {"priority_class": "Batch Jobs"},
+        "kubernetes.priority_class: must be a name of Kubernetes: lower-case letters, digits",
+    ),
+    "a taint's value that does not matter": (
+        {"tolerations": [{"key": "team", "value": "ml"}]},
+        "must have operator: Equal, or no value, but Exists has a value",
+    ),
+    "a taint's value without its key": (
+        {"tolerations": [{"operator": "Equal", "value": "ml"}]},
+        "must have a key, whose value is equal, but has none",
+    ),
+    "a key where everybody reads it": (
+        {"env": {"WANDB_API_KEY": "0123456789abcdef"}},
+        "kubernetes.env.WANDB_API_KEY holds a secret, which spec.yaml would keep",
+    ),
+    "a password where everybody reads it": (
+        {"env": {"STORE": "https://me:word@example.com/data"}},
+        "kubernetes.env.STORE holds a secret",
+    ),
+    "a mount over the image": (
+        {"mounts": [{"path": "/data/../usr", "claim": "data"}]},
+        "kubernetes.mounts.0.path: /usr is the image's own or Evenstep's. Use another, such",
+    ),
+    "a mount over what holds a mount of ours": (
+        {"mounts": [{"path": "//dev", "claim": "data"}]},
+        "kubernetes.mounts.0.path: /dev is the image's own",
+    ),
+    "a mount in what can only be read": (
+        {"mounts": [{"path": "/etc/evenstep/data", "claim": "data"}]},
+        "kubernetes.mounts.0.path: /etc/evenstep/data is the image's own",
+    ),
     "a place for a mount that is taken": (
         {"mounts": [{"path": "/runs/", "claim": "data"}]},
         "kubernetes.mounts.0.path: /runs is Evenstep's own. Use another, such as /mnt/data",
@@ -354,6 +396,73 @@ def test_what_no_cluster_could_run_is_refused_before_it_is_asked(mistake: str) -
     options, message = REFUSED[mistake]
     with pytest.raises(SpecError, match=re.escape(message)):
         render(job(**options))
+
+
+NO_NUMBERS = [
+    "1e-3",
+    "1234e5",
+    "0o17",
+    "0B11",
+    "1_0",
+    "y",
+    "N",
+    ".5",
+    "017",
+    "1.2.3",
+    "",
+    "~",
+    "no",
+]
+
+
+def test_what_looks_like_a_number_stays_text_to_every_reader() -> None:
+    """kubectl reads numbers that YAML 1.1, and so PyYAML, takes for text."""
+    env = {f"V{number}": text for number, text in enumerate(NO_NUMBERS)} | {"y": "1e3", "N": "x"}
+    options = {"env": env, "storage_claim": "1e3", "node_selector": {"gen": "7e2"}}
+    rendered = to_yaml([of_kind(render(job(**options)), "Job")])
+    (container,) = pod_of([yaml.safe_load(rendered)])["containers"]
+    read = {each["name"]: each.get("value") for each in container["env"]}
+    assert {name: read[name] for name in env} == env
+    without_quotes = set(re.findall(r"(?m): (\S+)$", rendered))
+    assert without_quotes & {*NO_NUMBERS, "1e3", "7e2"} == set()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kubectl_reads_the_texts_that_were_given(tmp_path: Path) -> None:
+    env = {f"V{number}": text for number, text in enumerate(NO_NUMBERS)} | {"y": "1e3"}
+    work = of_kind(render(job(env=env, node_selector={"gen": "7e2"})), "Job")
+    (tmp_path / "job.yaml").write_text(to_yaml([work]))
+    words = ("kubectl", "label", "--local", "-f", tmp_path / "job.yaml", "a=b", "-o", "json")
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    pod = pod_of([json.loads(done.stdout)])
+    read = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    assert {name: read[name] for name in env} == env
+    assert pod["nodeSelector"] == {"gen": "7e2"}
+
+
+def test_a_file_that_says_where_a_secret_lies_is_none() -> None:
+    env = {"AWS_SHARED_CREDENTIALS_FILE": "/keys/aws", "HF_TOKEN_PATH": "/keys/hf-token"}
+    env |= {"GOOGLE_APPLICATION_CREDENTIALS": "/keys/google.json", "TOKENIZERS_PARALLELISM": "no"}
+    objects = render(job(env=env, mounts=[{"path": "/keys", "secret": "team.keys"}]))
+    read = {each["name"]: each.get("value") for each in pod_of(objects)["containers"][0]["env"]}
+    assert {name: read[name] for name in env} == env
+
+
+FILES = {
+    "x y.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'x y.py'"),
+    "tâche.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'tâche.py'"),
+    "latin.py": (b"a = '\xe9'\n", "cannot be read: 'utf-8' codec can't decode"),
+    "big.py": ("#" * 999_900, "bytes, and a ConfigMap holds 1,000,000. Put the task into the im"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_task_that_cannot_travel_is_refused(tmp_path: Path, name: str) -> None:
+    text, message = FILES[name]
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    spec = load_spec(JOB | {"task": f"{tmp_path / name}:task", "kubernetes": {"image": IMAGE}})
+    with pytest.raises(SpecError, match=re.escape(message)):
+        render(spec, files=task_file(spec))
 
 
 def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,9 @@ Target = Literal["job", "jobset", "kubeflow"]
 
 _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"]
 _CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")  # the key of a ConfigMap
+# What kubectl reads as a number or a truth, and PyYAML, by YAML 1.1 to the letter, does not.
+_NO_TEXT_TO_KUBECTL = re.compile(r"[yYnN]|[-+]?(0[oObBxX]\w+|[\d_.]+([eE][-+]?[\d_]+)?)")
 
 
 def render(
@@ -58,18 +62,22 @@ def task_file(spec: Spec) -> dict[str, str]:
     """The file of a task that is one, by its name; empty where the task is in a module.
 
     Raises:
-        SpecError: it cannot be read, or is too large to travel with the spec.
+        SpecError: it cannot be read, or has a name under which it cannot travel with the spec.
     """
     where, _, _ = spec.task.rpartition(":")
     if not where.endswith(".py"):
         return {}
+    name = Path(where).name
+    if not _FILE_NAME.fullmatch(name):
+        raise SpecError(
+            f"task: a ConfigMap cannot hold a file called {name!r}. Name it with letters without "
+            "accents, digits, . _ and - only."
+        )
     try:
         text = Path(where).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SpecError(f"task: {where} cannot be read: {error}.") from error
-    if len(text.encode()) > _CONFIG_MAP_BYTES:
-        raise SpecError(f"task: {where} is too large for a ConfigMap; put it into the image.")
-    return {Path(where).name: text}
+    return {name: text}
 
 
 def to_yaml(documents: list[Any]) -> str:
@@ -91,7 +99,14 @@ def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
         spec = spec.model_copy(update={"task": f"./{Path(where).name}:{name}"})
     # What was given and no default: an image of another version reads that too.
     given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    return _object(spec, "v1", "ConfigMap", {"data": {"spec.yaml": dump_values(given), **files}})
+    data = {"spec.yaml": dump_values(given), **files}
+    size = sum(len(text.encode()) for text in data.values())
+    if size > _CONFIG_MAP_BYTES:
+        raise SpecError(
+            f"The spec and the file of its task have {size:,} bytes, and a ConfigMap holds "
+            f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/image.md."
+        )
+    return _object(spec, "v1", "ConfigMap", {"data": data})
 
 
 def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:
@@ -136,15 +151,17 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block, so that a spec in a ConfigMap can be read."""
+    """Writes text of several lines as a block, so that a spec in a ConfigMap can be read, and
+    quotes what a reader of another YAML would not take for text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    quote = "'" if _NO_TEXT_TO_KUBECTL.fullmatch(text) else None
     return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else quote
     )
 
 

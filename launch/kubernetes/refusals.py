@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os.path
 import re
+from collections.abc import Iterable
 
 from launch.kubernetes.pods import own_mounts, world_variables
 from service.errors import SpecError
 from service.plan import make_plan
-from service.spec import KubernetesSpec, Spec
+from service.run_directory import require_no_secret
+from service.spec import KubernetesSpec, Spec, quantity
 from service.stopping import LEAST_SECONDS
 
 _MANY_ROWS = 1 << 60
+_QUANTITIES = ("cpu", "memory", "shared_memory", "scratch", "storage")
+_OF_THE_IMAGE = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/evenstep", "/proc", "/sys", "/usr")
+"""Without these nothing in it runs."""
 
 
 def check(spec: Spec, cluster: KubernetesSpec) -> None:
@@ -20,6 +26,8 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
         SpecError: names the key, and what to write instead.
     """
     require_name(spec.name, cluster.nodes)
+    require_no_secret(spec)
+    _check_quantities(cluster)
     _check_mounts(cluster)
     _check_variables(cluster)
     _check_grace(spec, cluster)
@@ -43,17 +51,31 @@ def require_name(name: str, nodes: int) -> None:
         )
 
 
+def _check_quantities(cluster: KubernetesSpec) -> None:
+    for name in _QUANTITIES:
+        if quantity(getattr(cluster, name)) == 0:
+            raise SpecError(f"kubernetes.{name}: must be more than 0.")
+
+
 def _check_mounts(cluster: KubernetesSpec) -> None:
     taken = {mount["mountPath"]: "Evenstep's own" for mount in own_mounts()}
+    only_read = tuple(f"{mount['mountPath']}/" for mount in own_mounts() if "readOnly" in mount)
     for number, mount in enumerate(cluster.mounts):
-        path = mount.path.rstrip("/") or "/"
-        if path == "/" or path in taken:
-            whose = taken.get(path, "the image's own")
+        path = os.path.normpath("/" + mount.path.lstrip("/"))
+        # No place for a mount can be made in what can only be read.
+        if _hides_what_is_needed(path, taken) or path.startswith(only_read):
+            whose = taken.get(path, "the image's own or Evenstep's")
             raise SpecError(
                 f"kubernetes.mounts.{number}.path: {path} is {whose}. Use another, such as "
                 f"/mnt/{mount.claim or mount.secret or mount.config_map}."
             )
         taken[path] = f"that of mounts.{number} already"
+
+
+def _hides_what_is_needed(path: str, taken: Iterable[str]) -> bool:
+    """Whether what the image or another mount has there would be covered by a mount at `path`."""
+    above = path.rstrip("/") + "/"
+    return any(f"{each}/".startswith(above) for each in (*taken, *_OF_THE_IMAGE))
 
 
 def _check_variables(cluster: KubernetesSpec) -> None:
