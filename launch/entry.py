@@ -79,9 +79,11 @@ class Job:
         return RunDirectory(self.runs / self.spec.name)
 
     def run_id(self) -> str | None:
-        """The id of the run that is in its place now."""
-        directory = self.directory()
-        return str(directory.read_facts()["id"]) if directory.facts.exists() else None
+        """The id of the run that is in its place now; None where none can be read."""
+        try:
+            return str(self.directory().read_facts()["id"])
+        except SpecError:
+            return None  # whether that is a mistake, opening the run decides
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The classes of a spec's optimizers are made when it is imported and have no name that

@@ -7,6 +7,7 @@ writes; writing, hashing and syncing leave the interpreter alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -400,6 +401,8 @@ class Checkpoints:
     def _choose(self) -> tuple[str, int, str] | None:
         """Name, step and hash of the newest good checkpoint; clears up around it."""
         try:
+            if os.path.lexists(self._directory) and not self._directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             self._sweep()
             newest = self._newest_good()
             if newest is None:

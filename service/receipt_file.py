@@ -7,12 +7,12 @@ checkpoint's tensor files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.durable import Appended, sync_directory, told_when_unwritten
+from service.durable import Appended, replace_file, sync_directory, told_when_unwritten
+from service.errors import WillFailAgain
 
 
 def read_receipt(path: Path) -> dict[int, str]:
@@ -71,9 +71,8 @@ def _keep_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
-    fresh = path.with_suffix(".partial")
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(fresh, path)
+    # On disk before it takes the old one's place: what a checkpoint rests on must not be lost.
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _begins(line: Mapping[str, Any]) -> int:
@@ -89,7 +88,29 @@ def _cut(line: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    """Every line, without a torn last one.
+
+    Raises:
+        WillFailAgain: one before it is none.
+    """
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [_line(raw, f"{path}:{n}") for n, raw in enumerate(whole.splitlines(), start=1)]
+
+
+def _line(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+        if "weights" in line:
+            whole = isinstance(line["step"], int) and isinstance(line["weights"], dict)
+        else:
+            whole = len(line["rows"]) == line["to"] - line["from"] + 1
+        if whole:
+            return dict(line)
+    except (ValueError, TypeError, KeyError):
+        pass  # told below, as for every other line that is none
+    raise WillFailAgain(
+        f"{place}: this line is not of a receipt: {raw[:60]!r}. Remove the line, or start the run "
+        "anew with --fresh."
+    )

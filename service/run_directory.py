@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from service.account import account_of, failures_in_a_row
 from service.durable import in_the_way, replace_file, told_when_unwritten
-from service.errors import NoProgress, SpecError, did_you_mean
+from service.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean
 from service.failures import is_secret, redacted
 from service.spec import Spec
 from service.spec_file import changes, dump_spec, load_spec
@@ -29,6 +29,7 @@ from service.spec_file import changes, dump_spec, load_spec
 FORMAT = 1
 _LOCK_SECONDS = 2.0
 _LONGEST_ROW = 65536  # bytes
+_NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class RunDirectory:
             raise SpecError(f"{self.facts} cannot be read: {error}.") from error
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise SpecError(f"{self.facts} is not a run of this version of evenstep.")
+        if not _is_whole(facts):
+            raise SpecError(f"{self.facts} is damaged. Put a good copy back, or use --fresh.")
         return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
@@ -191,6 +194,21 @@ class OpenRun:
         self.facts["account"] = account_of(self.facts["attempts"])
         self.directory.write_facts(self.facts)
 
+    def require_never_saved(self) -> None:
+        """Refuse to begin anew, where no checkpoint is found, what once had one.
+
+        Raises:
+            NoCheckpoint: there was one, by what earlier attempts have entered.
+        """
+        for attempt in self.facts["attempts"]:
+            had_saved = attempt["outcome"] in ("done", "stopped") and attempt["to_step"]
+            if had_saved or attempt["from_step"]:
+                raise NoCheckpoint(
+                    f"There is no checkpoint in {self.directory.checkpoints}, but the run had one "
+                    f"at step {attempt['to_step'] if had_saved else attempt['from_step']}. Put it "
+                    "back, or begin again with --fresh."
+                )
+
     def enter_done(self) -> None:
         """Enter that the run is done where its last attempt could not, though all is saved.
 
@@ -235,13 +253,28 @@ class OpenRun:
         self._lock.close()
 
 
+def _is_whole(facts: Mapping[str, Any]) -> bool:
+    """Whether it tells of the run and its attempts, the last of which may not have ended."""
+    told = facts.get("attempts")
+    if not isinstance(told, list) or not all(isinstance(attempt, dict) for attempt in told):
+        return False
+    words = [facts.get("id"), facts.get("state"), *(each.get("outcome") for each in told[:-1])]
+    numbers = [each.get(key) for each in told for key in ("started", "from_step")]
+    numbers += [each.get(key) for each in told[:-1] for key in ("ended", "to_step")]
+    return all(isinstance(word, str) for word in words) and all(
+        isinstance(number, int | float) for number in numbers
+    )
+
+
 def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
     """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
     try:
         beat = json.loads((directory / f"rank-{rank}.beat").read_text())
     except (OSError, ValueError):
         return None  # it has written nothing
-    return beat if isinstance(beat, dict) else None
+    whole = isinstance(beat, dict) and isinstance(beat.get("seconds"), dict)
+    whole = whole and all(isinstance(beat.get(key), int | float) for key in _NUMBERS_OF_A_BEAT)
+    return beat if whole else None
 
 
 def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:

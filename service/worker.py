@@ -196,6 +196,8 @@ def run(
     )
     with closed_on_failure(opened):
         resumed = checkpoints.restore(state)
+        if not resumed:
+            together(world, lambda: opened.require_never_saved() if opened else None)
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
     say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
     if opened is not None and graces:

@@ -1,0 +1,197 @@
+"""Whatever happened to a run's files, the next attempt says so, or mends it: no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import evenstep
+from jobs import spec_of, train_in_process
+from processes import ProcessesOf
+
+from service.errors import EvenstepError, NoCheckpoint, SpecError, WillFailAgain
+from service.receipt_file import ReceiptFile, read_receipt
+from service.run_directory import RunDirectory
+from service.tracking import read_metrics
+from service.world import World
+
+SPEC = spec_of("plain_rows", length={"steps": 20}, checkpoint={"every_steps": 7})
+
+
+def attempt(world: World, runs: Path, stop_at: int | None = None) -> tuple[str, int, str]:
+    """How an attempt ended: the error's name, its exit code and its words."""
+    try:
+        train_in_process(world, SPEC, runs, stop_at)
+    except EvenstepError as error:
+        return type(error).__name__, error.exit_code, str(error)
+    return "", 0, ""
+
+
+@pytest.fixture(scope="module")
+def run_of_9(tmp_path_factory: pytest.TempPathFactory, processes: ProcessesOf) -> Path:
+    """The runs of a job that was stopped after step 9."""
+    runs = tmp_path_factory.mktemp("runs")
+    processes(1).run(attempt, runs, 9)
+    return runs
+
+
+def wrong_line(path: Path, line: bytes) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], line + b"\n", *lines[3:]]))
+
+
+def added(path: Path, text: bytes) -> None:
+    path.write_bytes(path.read_bytes() + text)
+
+
+def altered(path: Path, change: Callable[[dict], object]) -> None:
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+
+
+def directory_instead(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], type[EvenstepError], str]] = {
+    "run.json without attempts": (
+        lambda run: altered(run / "run.json", lambda facts: facts.pop("attempts")),
+        SpecError,
+        "run.json is damaged",
+    ),
+    "run.json with an attempt of no step": (
+        lambda run: altered(run / "run.json", lambda f: f["attempts"][0].update(from_step=None)),
+        SpecError,
+        "run.json is damaged",
+    ),
+    "a receipt torn in its middle": (
+        lambda run: wrong_line(run / "receipt.jsonl", b'{"from": 3, "t'),
+        WillFailAgain,
+        'receipt.jsonl:3: this line is not of a receipt: b\'{"from": 3, "t\'',
+    ),
+    "a receipt with a digest too few": (
+        lambda run: wrong_line(run / "receipt.jsonl", b'{"from": 3, "to": 4, "rows": ["aa"]}'),
+        WillFailAgain,
+        "receipt.jsonl:3: this line is not of a receipt",
+    ),
+    "a receipt of zeros": (
+        lambda run: wrong_line(run / "receipt.jsonl", bytes(40)),
+        WillFailAgain,
+        "receipt.jsonl:3: this line is not of a receipt",
+    ),
+    "metrics torn in their middle": (
+        lambda run: wrong_line(run / "metrics.jsonl", b'{"step": 3, "ep'),
+        WillFailAgain,
+        "metrics.jsonl:3: this line is not a row of metrics",
+    ),
+    "a directory in the place of metrics": (
+        lambda run: directory_instead(run / "metrics.jsonl"),
+        EvenstepError,
+        "metrics.jsonl could not be written: Is a directory",
+    ),
+    "checkpoints that are gone": (
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        NoCheckpoint,
+        "job/checkpoints, but the run had one at step 9. Put it back",
+    ),
+    "a file in the place of checkpoints": (
+        lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
+        SpecError,
+        "job/checkpoints cannot be used: Not a directory",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_mended_is_told_and_nothing_is_lost(
+    run_of_9: Path, tmp_path: Path, processes: ProcessesOf, what: str
+) -> None:
+    damage, kind, told = REFUSED[what]
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    damage(tmp_path / "runs/job")
+    ((name, code, words),) = processes(1).run(attempt, tmp_path / "runs")
+    assert (name, code) == (kind.__name__, kind.exit_code), words
+    assert told in words
+    steps = [path.name for path in (tmp_path / "runs/job").glob("checkpoints/step-*")]
+    assert sorted(steps) in (["step-00000007", "step-00000009"], []), "as they were"
+
+
+def unfinished(run: Path) -> None:
+    """As one whose last attempt was killed leaves it."""
+    altered(run / "run.json", lambda facts: facts["attempts"][-1].pop("ended"))
+
+
+def strange_beat(run: Path) -> None:
+    unfinished(run)
+    beat = {"started": RunDirectory(run).read_facts()["attempts"][-1]["started"]}
+    beat |= {"time": "noon", "step": None, "seconds": 3}
+    (run / "logs").mkdir(exist_ok=True)
+    (run / "logs/rank-0.beat").write_text(json.dumps(beat))
+
+
+MENDED: dict[str, Callable[[Path], object]] = {
+    "a torn last row": lambda run: added(run / "metrics.jsonl", b'{"step": 10, "lo'),
+    "a torn last line of the receipt": lambda run: added(run / "receipt.jsonl", b"{"),
+    "a beat that is none": strange_beat,
+    "a beat that is a directory": lambda run: directory_instead(run / "logs/rank-0.beat"),
+    "a leftover that is a link": lambda run: (
+        run / "checkpoints/.step-00000014.partial-ab"
+    ).symlink_to(run / "checkpoints/step-00000009"),
+    "a mark of the best that leads out": lambda run: (run / "checkpoints/best").symlink_to(
+        "/etc/passwd"
+    ),
+    "a file called like the next checkpoint": lambda run: (
+        run / "checkpoints/step-00000014"
+    ).touch(),
+}
+
+
+@pytest.mark.parametrize("what", MENDED)
+def test_what_can_be_mended_is_and_the_run_ends_as_it_would_have(
+    run_of_9: Path, tmp_path: Path, processes: ProcessesOf, what: str
+) -> None:
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    MENDED[what](tmp_path / "runs/job")
+    assert processes(1).run(attempt, tmp_path / "runs") == [("", 0, "")]
+    run = RunDirectory(tmp_path / "runs/job")
+    assert [row["step"] for row in read_metrics(run.metrics)] == list(range(1, 21))
+    assert sorted(read_receipt(run.receipt)) == list(range(1, 21))
+    assert run.read_facts()["state"] == "done"
+    assert (run.checkpoints / "step-00000009").is_dir(), "what a link led to is untouched"
+
+
+def test_a_damaged_run_json_is_put_aside_where_a_person_says_so(
+    run_of_9: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    (tmp_path / "job.yaml").write_text(json.dumps(SPEC))
+    facts = tmp_path / "runs/job/run.json"
+    facts.write_text(facts.read_text()[:40])
+    refused = evenstep("run", "job.yaml", cwd=tmp_path)
+    assert refused.returncode == 64
+    assert "run.json cannot be read" in refused.stderr
+    words = ("--fresh", "--processes", 2, "--max-restarts", 1)
+    done = evenstep("run", "job.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_receipt_is_on_disk_before_it_takes_the_old_ones_place(
+    run_of_9: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "receipt.jsonl"
+    shutil.copy(run_of_9 / "job/receipt.jsonl", path)
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))[1]
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"to {b}"), replace(a, b))[1])
+    ReceiptFile(path, step=5).close()
+    assert done == [str(tmp_path / ".receipt.jsonl.partial"), f"to {path}", str(tmp_path)]
+    assert sorted(read_receipt(path)) == [1, 2, 3, 4, 5]
