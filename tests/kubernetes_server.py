@@ -44,6 +44,7 @@ class Request:
     query: dict[str, list[str]]
     content_type: str | None
     body: Any
+    authorization: str
 
 
 @dataclass
@@ -74,7 +75,8 @@ def serving(answers: dict[tuple[str, str], list[Answer]], kubeconfig: Path) -> I
             length = int(self.headers.get("Content-Length", 0))
             body = json.loads(self.rfile.read(length)) if length else None
             kind = self.headers.get("Content-Type")
-            request = Request(self.command, parts.path, parse_qs(parts.query), kind, body)
+            who = self.headers.get("Authorization", "")
+            request = Request(self.command, parts.path, parse_qs(parts.query), kind, body, who)
             answer = server.answer(request)
             text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body)
             self.send_response(answer.status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -13,6 +14,9 @@ import pytest
 import yaml
 from commands import ROOT, evenstep
 from kubernetes_server import Answer, Request, recorded, serving
+
+from launch.kubernetes.api import Api, ClusterError
+from service.errors import SpecError
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
 PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"
@@ -422,6 +426,135 @@ def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:
     assert "Set KUBECONFIG" in ended.stderr
 
 
+def kubeconfig(place: Path, **changes: Any) -> Path:
+    """One that leads to a server; `changes` replace its cluster, user or context."""
+    named = {"cluster": {"server": "http://127.0.0.1:1"}, "user": {"token": "t"}}
+    named |= {"context": {"cluster": "c", "user": "c"}} | changes
+    lists = {f"{kind}s": [{"name": "c", kind: content}] for kind, content in named.items()}
+    file = place / "config"
+    file.write_text(json.dumps({"kind": "Config", "current-context": "c", **lists}))
+    return file
+
+
+def command_to_sign_in(words: str, *, version: str = "v1") -> dict[str, Any]:
+    command = {"command": "sh", "args": ["-c", words]}
+    return {"exec": command | {"apiVersion": f"client.authentication.k8s.io/{version}"}}
+
+
+NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "a user that is not in it": ({"context": {"cluster": "c", "user": "me"}}, 64, "names 'me', wh"),
+    "an authority that is nowhere": (
+        {"cluster": {"server": "https://127.0.0.1:1", "certificate-authority": "ca.crt"}},
+        64,
+        "/ca.crt, which cannot be read",
+    ),
+    "an authority that is none": (
+        {"cluster": {"server": "https://127.0.0.1:1", "certificate-authority": "job.yaml"}},
+        64,
+        "the context c leads nowhere: ",
+    ),
+    "a certificate that is nowhere": (
+        {"user": {"client-certificate": "/nowhere", "client-key": "/nowhere"}},
+        64,
+        "the context c names /nowhere, which cannot be read",
+    ),
+    "a way to sign in of long ago": (
+        {"user": {"auth-provider": {"name": "gcp"}}},
+        64,
+        "the context c leads nowhere: auth-provider not supported",
+    ),
+    "a command that fails": (
+        {"user": command_to_sign_in("echo expired >&2; exit 3")},
+        1,
+        "Nobody could sign in to the cluster at http://127.0.0.1:1: Exec sh returned 3: expired",
+    ),
+    "a command that says nothing": (
+        {"user": command_to_sign_in("true")},
+        1,
+        "Does kubectl get pods work? It uses the same kubeconfig.",
+    ),
+    "a command that is not there": (
+        {"user": command_to_sign_in("true") | {"exec": {"apiVersion": "x/v1", "command": "none"}}},
+        1,
+        "Nobody could sign in",
+    ),
+    "no user at all": ({"context": {"cluster": "c"}}, 1, "does not answer"),
+}
+
+
+@pytest.mark.parametrize("way", NO_WAYS)
+def test_a_kubeconfig_that_leads_nowhere_is_told(
+    place: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, code, words = NO_WAYS[way]
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig(place, **changes)))
+    with pytest.raises((SpecError, ClusterError)) as caught:
+        ask()
+    assert caught.value.exit_code == code
+    assert words in str(caught.value)
+
+
+def ask() -> None:
+    with Api(namespace=None, say=print) as api:
+        api.get("Job", "ddp-train")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "}{:", "clusters: 3", "users: [3]", "\0"])
+def test_a_kubeconfig_that_is_none_is_told(
+    place: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "config").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(place / "config"))
+    with pytest.raises(SpecError, match=r"No way to a cluster: .*config .*Set KUBECONFIG"):
+        ask()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1beta1"])
+def test_a_command_signs_in_and_is_told_what_for(
+    place: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of the large clouds do."""
+    words = (
+        'echo \'{"status": {"token": "\''
+        "$(echo $KUBERNETES_EXEC_INFO | grep -o authentication.k8s.io/v1[a-z0-9]*)'\"}}'"
+    )
+    user = command_to_sign_in(words, version=version)
+    with serving({("GET", JOB): [recorded(14)]}, place / "served") as server:
+        served = json.loads((place / "served").read_text())["clusters"][0]["cluster"]
+        context = {"cluster": "c", "user": "c", "namespace": "ml-train"}
+        file = kubeconfig(place, cluster=served, user=user, context=context)
+        monkeypatch.setenv("KUBECONFIG", str(file))
+        ask()
+    assert server.requests[0].authorization == f"Bearer authentication.k8s.io/{version}"
+
+
+def test_several_kubeconfigs_are_read_as_one(place: Path) -> None:
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [NO_PODS]}
+    with serving(answers | {("GET", EVENTS): [recorded(28)]}, place / "served"):
+        whole = json.loads((place / "served").read_text())
+        for key in ("clusters", "users"):
+            (place / key).write_text(json.dumps({key: whole.pop(key)}))
+        (place / "rest").write_text(json.dumps(whole))
+        files = ":".join(str(place / name) for name in ("none", "clusters", "rest", "users"))
+        done = evenstep("kubernetes", "status", "ddp-train", cwd=place, KUBECONFIG=files)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ddp-train: running")
+
+
+def test_submit_waits_for_a_job_that_is_stopping(place: Path) -> None:
+    stopping = copy.deepcopy(recorded(14))
+    stopping.body["metadata"]["deletionTimestamp"] = NOW
+    answers = {("GET", JOB): [stopping, stopping, NONE]}
+    with serving(answers | applied(recorded(5)), place / "config") as server:
+        done = kubernetes(place, "submit", "job.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "Job ddp-train is still stopping; waiting until it is gone.",
+        "Job ddp-train is submitted to namespace ml-train.",
+    ]
+    assert "DELETE" not in [request.method for request in server.requests]
+
+
 def test_a_cluster_that_does_not_answer_is_told(place: Path) -> None:
     with serving({}, place / "config"):
         pass
@@ -432,8 +565,6 @@ def test_a_cluster_that_does_not_answer_is_told(place: Path) -> None:
 
 
 def _refused_pod() -> str:
-    import json
-
     from kubernetes_server import ANSWERS
 
     (path,) = ANSWERS.glob("17-*.json")

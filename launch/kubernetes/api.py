@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from launch.kubernetes.access import access, no_way
 from service.errors import EvenstepError, SpecError
 
 FIELD_MANAGER = "evenstep"
@@ -42,21 +44,15 @@ class Api:
         Raises:
             SpecError: there is no way to a cluster here.
         """
+        config = access()
+        from httpx2 import InvalidURL
+        from lightkube.config.client_adapter import Client, ConnectionParams
+        from lightkube.core.exceptions import ConfigError
+
         try:
-            from lightkube.config.client_adapter import Client, ConnectionParams
-            from lightkube.config.kubeconfig import KubeConfig
-            from lightkube.core.exceptions import ConfigError
-        except ImportError as error:
-            raise SpecError("Install evenstep[kubernetes] to speak to a cluster.") from error
-        try:
-            config = KubeConfig.from_env().get()
-            assert config is not None, "it raises where there is none"
             self._client = Client(config, ConnectionParams())
-        except ConfigError as error:
-            raise SpecError(
-                f"No way to a cluster: {error}. Set KUBECONFIG to the file that the cluster's "
-                "administrator gave you, or put it at ~/.kube/config."
-            ) from error
+        except (ConfigError, InvalidURL, OSError, ValueError) as error:
+            raise no_way(f"the context {config.context_name} leads nowhere: {error}") from error
         self.namespace = namespace or config.namespace or "default"
         self._server = config.cluster.server
         self._say = say
@@ -108,29 +104,25 @@ class Api:
         params = {"follow": "true"} if follow else {}
         params |= {"tailLines": str(lines)} if lines is not None else {}
         url, patience = f"{self._path('Pod')}/{pod}/log", httpx2.Timeout(10.0, read=None)
-        try:
-            with self._client.stream("GET", url, params=params, timeout=patience) as answer:
-                if answer.status_code >= 400:
-                    answer.read()
-                    if answer.status_code == 400:
-                        message = _status(answer.text).get("message", answer.text)
-                        raise ClusterError(f"There is no log yet: {message}.")
-                    raise _refusal(answer.status_code, answer.text, self.namespace)
-                yield from answer.iter_lines()
-        except httpx2.TransportError as error:
-            raise self._silence(error) from error
+        with (
+            self._answering(),
+            self._client.stream("GET", url, params=params, timeout=patience) as answer,
+        ):
+            if answer.status_code >= 400:
+                answer.read()
+                if answer.status_code == 400:
+                    message = _status(answer.text).get("message", answer.text)
+                    raise ClusterError(f"There is no log yet: {message}.")
+                raise _refusal(answer.status_code, answer.text, self.namespace)
+            yield from answer.iter_lines()
 
     def _path(self, kind: str) -> str:
         return "/" + _PATHS[kind].format(namespace=self.namespace)
 
     def _call(self, method: str, path: str, *, missing: bool = False, **rest: Any) -> Any:
         """The server's answer; an empty one for what is not there, where it may be missing."""
-        import httpx2
-
-        try:
+        with self._answering():
             answer = self._client.request(method, path, **rest)
-        except httpx2.TransportError as error:
-            raise self._silence(error) from error
         for warning in answer.headers.get_list("Warning"):
             self._say(f"warning: {_unquoted(warning)}")
         if answer.status_code == 404 and missing and _details(answer.text).get("name"):
@@ -139,11 +131,30 @@ class Api:
             raise _refusal(answer.status_code, answer.text, self.namespace)
         return answer.json()
 
-    def _silence(self, error: Exception) -> ClusterError:
-        return ClusterError(
-            f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is it "
-            "the right context? See: kubectl config get-contexts"
-        )
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What is asked within it is answered, or there is a word on why not.
+
+        Raises:
+            ClusterError: the cluster is silent, or nobody could sign in.
+        """
+        import httpx2
+        from lightkube.core.exceptions import ConfigError
+
+        try:
+            yield
+        except httpx2.TransportError as error:
+            raise ClusterError(
+                f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is "
+                "it the right context? See: kubectl config get-contexts"
+            ) from error
+        except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
+            # The command of the kubeconfig that signs in: it is not there, fails, or says nothing.
+            told = str(error) if isinstance(error, ConfigError | OSError) else repr(error)
+            raise ClusterError(
+                f"Nobody could sign in to the cluster at {self._server}: {told}. Does kubectl get "
+                "pods work? It uses the same kubeconfig."
+            ) from error
 
 
 def _refusal(code: int, text: str, namespace: str) -> EvenstepError:

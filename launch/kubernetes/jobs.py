@@ -32,7 +32,8 @@ _PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
 
 
 def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> None:
-    """Make the objects; what is left of an earlier job of this name goes first, if it has ended.
+    """Make the objects; what is left of an earlier job of this name goes first, if it has ended
+    or is being stopped.
 
     Raises:
         SpecError: a job of this name is running, or the cluster refuses an object.
@@ -42,12 +43,15 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
     kind, name = work["kind"], work["metadata"]["name"]
     earlier = api.get(kind, name)
     if earlier is not None:
-        if ending(earlier) is None:
+        if earlier["metadata"].get("deletionTimestamp"):
+            say(f"{kind} {name} is still stopping; waiting until it is gone.")
+        elif ending(earlier) is None:
             raise SpecError(
                 f"{kind} {name} is there already and has not ended. Stop it with evenstep "
                 f"kubernetes cancel {name}, or give this run a --name of its own."
             )
-        api.delete(kind, name)
+        else:
+            api.delete(kind, name)
         _wait_until_gone(api, kind, name)
     for made in objects:
         api.apply(made)
@@ -153,7 +157,7 @@ def _wait_until_gone(api: Api, kind: str, name: str) -> None:
     deadline = time.monotonic() + _GONE_SECONDS
     while api.get(kind, name) is not None:
         if time.monotonic() > deadline:
-            raise ClusterError(f"{kind} {name} has ended, but is not gone yet. Try again later.")
+            raise ClusterError(f"{kind} {name} is not gone yet. Try again later.")
         time.sleep(_POLL_SECONDS / 4)
 
 
