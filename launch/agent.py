@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -70,9 +70,11 @@ class Agent(SimpleElasticAgent):
         stop: StopRequest,
         stop_budget_seconds: Callable[[], float],
         first: int = 0,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest.
 
+        `variables` are part of each rank's environment, beside those that tell it its place.
         `stop_budget_seconds` is asked when a request to stop has come: by then saves were measured.
         """
         handler = get_rendezvous_handler(
@@ -100,6 +102,7 @@ class Agent(SimpleElasticAgent):
         self._handler = handler
         self._entry = entry
         self._first = first
+        self._variables = dict(variables or {})
         self._stop = stop
         self._stop_budget = stop_budget_seconds
         self.stop_budget_seconds = math.inf
@@ -128,7 +131,7 @@ class Agent(SimpleElasticAgent):
         context = multiprocessing.get_context("forkserver")
         spec = worker_group.spec
         for worker in worker_group.workers:
-            environment = _environment(worker, worker_group)
+            environment = self._variables | _environment(worker, worker_group)
             process = context.Process(target=self._entry, args=(environment, *spec.args))
             process.start()
             self.ranks.append(Rank(self._first + worker.global_rank, process))

@@ -12,10 +12,11 @@ import click
 
 from launch.commands_checkpoints import checkpoints, export
 from launch.environment import Environment, launched, node_here, read_secrets, torchrun_grace
+from launch.job import Job, TestJob
 from launch.job_commands import check, doctor, new
-from launch.kubernetes.manifests import Target, task_file, to_yaml
-from launch.kubernetes.manifests import render as manifests
+from launch.leaving import leave, leave_hung
 from launch.signals import STARTED, heard, stop_listening
+from launch.warming import collect_garbage, end_server
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
@@ -28,7 +29,7 @@ from service.spec_page import spec_page
 from service.verification import compare
 
 if TYPE_CHECKING:
-    from launch.entry import Job, TestJob
+    from launch.kubernetes.manifests import Target
 
 _SPEC = click.argument("spec", metavar="SPEC")
 _OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
@@ -96,25 +97,15 @@ def run(
     window = window_of(profile) if profile is not None else None
     loaded = _load(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
-    # Read when torch is loaded.  A thread that waits for its share gives the core back: where
-    # it spins instead, beside one other busy process, five seconds of training took fifty.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if window is not None:  # read when torch is loaded: its profiler tells stderr of each start
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     runs = runs.absolute()
     if place is None or place.rank == 0:
         check_run(runs, loaded, fresh=fresh)
-    from launch.entry import Job
-
     given = torchrun_grace() if place is not None else None
     job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given)
     if node is not None and node.nodes > 1:
-        from launch.entry import leave
         from launch.nodes import run_node
 
         leave(run_node(job, node, processes=asked))
-    from service.run_directory import RunDirectory
-
     _start(
         job,
         place,
@@ -136,8 +127,6 @@ def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | 
     asked = _process_count(processes)
     found = find_run(run)
     found.read_facts()
-    from launch.entry import TestJob
-
     _start(TestJob(found.path.absolute(), checkpoint, predictions), place, processes=asked)
 
 
@@ -154,9 +143,6 @@ def _start(
 
     What the other ranks write into `echoed_logs` comes out of here too, as a pod's log wants it.
     """
-    from launch.entry import Here, leave, leave_hung, outcome_of
-    from service.pulse import Pulse
-
     if place is None and (processes > 1 or max_restarts):
         from launch.echo import echoed
         from launch.local import run_locally
@@ -174,6 +160,11 @@ def _start(
                 "faults.stop_budget_seconds has no say.",
                 err=True,
             )
+    end_server()  # `auto` may have found one device only
+    from launch.entry import Here, outcome_of
+    from service.pulse import Pulse
+
+    collect_garbage()
     environment = place or Environment()
     here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
     with stop_on_signals(heard) as stop:
@@ -250,6 +241,9 @@ _NAME = click.option("--name", help="Name of the run; the spec's own by default.
 @_NAME
 def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
     """Print the manifests of SPEC, for kubectl apply -f -."""
+    from launch.kubernetes.manifests import render as manifests
+    from launch.kubernetes.manifests import task_file, to_yaml
+
     loaded = _load(spec, overrides, name)
     click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
 
@@ -272,6 +266,8 @@ def submit(
     """Start SPEC on a cluster. Submitted again after its end, it resumes."""
     from launch.kubernetes import jobs
     from launch.kubernetes.api import Api, ClusterError
+    from launch.kubernetes.manifests import render as manifests
+    from launch.kubernetes.manifests import task_file
 
     loaded = _load(spec, overrides, name)
     objects = manifests(loaded, target=target, files=task_file(loaded))

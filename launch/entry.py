@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from launch.environment import Environment, Group
+from launch.environment import Environment
+from launch.job import Job, TestJob
 from launch.process_group import process_group
 from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
 from service.failures import write_failure
@@ -21,12 +19,9 @@ from service.faults import StoppedEarly, StopRequest
 from service.fitting import settled
 from service.hangs import Leave, watched
 from service.plan import Plan, make_plan
-from service.profiling import Window
 from service.pulse import Pulse
-from service.run_directory import RunDirectory
 from service.spec import Spec
-from service.spec_file import load_spec
-from service.stopping import Grace, graces
+from service.stopping import graces
 from service.task import load_task
 from service.worker import run, test_run
 from service.world import World, is_out_of_memory, lost_peer
@@ -51,132 +46,70 @@ class Here:
         )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be run, as a process receives it."""
+def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+    """Run this process's part of the job to its end, or until `stop` is asked for.
 
-    spec: Spec
-    runs: Path
-    fresh: bool = False
-    stop_at: int | None = None
-    group: Group | None = None
-    """The processes of all nodes, where there are several."""
-    profile: Window | None = None
-    """The steps to trace."""
-    grace: Grace | None = None
-    """What the launcher gives a stop, where it is not our own."""
-
-    def again(self, before: str | None) -> Job:
-        """The job as it is started after a failure: an earlier run is put aside once.
-
-        Args:
-            before: the id of the run when the job was started.
-        """
-        return replace(self, fresh=self.fresh and self.run_id() == before)
-
-    def directory(self) -> RunDirectory:
-        """Where the run is kept."""
-        return RunDirectory(self.runs / self.spec.name)
-
-    def run_id(self) -> str | None:
-        """The id of the run that is in its place now; None where none can be read."""
+    Raises:
+        EvenstepError: see `service.worker.run`.
+    """
+    spec = job.spec
+    watched_here = here.watched(spec, environment)
+    with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        spec = settled(
+            spec,
+            task=task,
+            world=world,
+            runs=job.runs,
+            fresh=job.fresh,
+            processes_here=environment.local_world_size,
+            say=print,
+        )
+        plan = make_plan(
+            spec,
+            processes=world.processes,
+            train_rows=task.train_rows,
+            test_rows=task.test_rows,
+            stop_at=job.stop_at,
+        )
         try:
-            return str(self.directory().read_facts()["id"])
-        except SpecError:
-            return None  # whether that is a mistake, opening the run decides
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The classes of a spec's optimizers are made when it is imported and have no name that
-        # a pickle could find them by.  What travels are plain values, as in a file.
-        values = self.spec.model_dump(mode="json", exclude_none=True)
-        rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace)
-        return _received, (values, self.runs, *rest)
-
-    def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
-        """Run this process's part of the job to its end, or until `stop` is asked for.
-
-        Raises:
-            EvenstepError: see `service.worker.run`.
-        """
-        spec = self.spec
-        watched_here = here.watched(spec, environment)
-        with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
-            task = load_task(spec.task, spec.task_args, seed=spec.seed)
-            spec = settled(
-                spec,
-                task=task,
-                world=world,
-                runs=self.runs,
-                fresh=self.fresh,
-                processes_here=environment.local_world_size,
-                say=print,
-            )
-            plan = make_plan(
-                spec,
-                processes=world.processes,
-                train_rows=task.train_rows,
-                test_rows=task.test_rows,
-                stop_at=self.stop_at,
-            )
-            try:
-                run(
-                    plan,
-                    task,
-                    world,
-                    runs=self.runs,
-                    stop=stop,
-                    fresh=self.fresh,
-                    pulse=here.pulse,
-                    profile=self.profile,
-                    graces=graces(spec, launcher=self.grace),
-                )
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise _out_of_memory(plan, error) from error
-                raise
-
-
-def _received(spec: dict[str, Any], *rest: Any) -> Job:
-    return Job(load_spec(spec), *rest)
-
-
-@dataclass(frozen=True)
-class TestJob:
-    """What is to be tested, as a process receives it."""
-
-    run: Path
-    checkpoint: str
-    predictions: Path | None = None
-
-    def directory(self) -> RunDirectory:
-        """Where the run is kept."""
-        return RunDirectory(self.run)
-
-    @property
-    def spec(self) -> Spec:
-        """The spec of the run."""
-        return load_spec(RunDirectory(self.run).spec)
-
-    def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
-        """Do this process's part of the test; the lead prints the measures.
-
-        Raises:
-            EvenstepError: see `service.worker.test_run`.
-        """
-        stop.interrupt = True  # there is nothing to save
-        spec = self.spec
-        with _world(spec, environment) as world:
-            task = load_task(spec.task, spec.task_args, seed=spec.seed)
-            measures = test_run(
-                spec,
+            run(
+                plan,
                 task,
                 world,
-                run=self.run,
-                checkpoint=self.checkpoint,
-                predictions=self.predictions,
+                runs=job.runs,
+                stop=stop,
+                fresh=job.fresh,
+                pulse=here.pulse,
+                profile=job.profile,
+                graces=graces(spec, launcher=job.grace),
             )
-            if world.is_lead:
-                print(json.dumps(measures))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(plan, error) from error
+            raise
+
+
+def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
+    """Do this process's part of the test; the lead prints the measures.
+
+    Raises:
+        EvenstepError: see `service.worker.test_run`.
+    """
+    stop.interrupt = True  # there is nothing to save
+    spec = job.spec
+    with _world(spec, environment) as world:
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        measures = test_run(
+            spec,
+            task,
+            world,
+            run=job.run,
+            checkpoint=job.checkpoint,
+            predictions=job.predictions,
+        )
+        if world.is_lead:
+            print(json.dumps(measures))
 
 
 @contextmanager
@@ -250,25 +183,6 @@ def outcome_of(
         _report(here, message)
         return End(1, message, traceback.format_exc())
     return End(0)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now, with what is registered for its exit done.
-
-    The interpreter's own way out takes seconds with torch loaded, in which peers wait; and with
-    gloo it now and then ends in an abort ("terminate called without an active exception").
-    """
-    atexit._run_exitfuncs()
-    with suppress(OSError):  # who reads it is gone, or its disk is full: the code still counts
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def leave_hung(code: int, message: str) -> NoReturn:
-    """End this process from another thread than the one that hangs, which may hold any lock."""
-    os.write(2, f"error: {message}\n".encode(errors="replace"))
-    os._exit(code)
 
 
 def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:

@@ -6,12 +6,13 @@ data-loader workers of the rank; the kernel carries it out within milliseconds.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
+from launch.warming import LAUNCHER
 from service.faults import STOP_SIGNALS, die_with_parent
 
-LAUNCHER = "EVENSTEP_LAUNCHER"
 PROCESS = os.getpid()
 """The fork server itself, as its forks know it."""
 
@@ -20,3 +21,4 @@ if os.environ.get(LAUNCHER, "").isdecimal():
     os.setsid()  # what is sent to the launcher's process group reaches the ranks through it alone
     # A rank starts with them held back, and lets them in where it can hear them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    gc.disable()  # until a rank has all it needs: what is imported stays

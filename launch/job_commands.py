@@ -38,8 +38,9 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.echo(f"{loaded.name}: the spec is right")
-    from launch.entry import Here, leave, leave_hung, outcome_of
+    from launch.entry import Here, outcome_of
     from launch.environment import Environment
+    from launch.leaving import leave, leave_hung
     from launch.process_group import process_group
     from service.checking import checked
     from service.pulse import Pulse

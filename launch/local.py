@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import fork_server
 from launch.environment import launched
+from launch.leaving import leave
 from launch.signals import STARTED, heard
+from launch.warming import begin_server, collect_garbage, set_since
 from service.durable import told_of
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.failures import write_failure
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 STOPPED, PEER_LOST = Stopped.exit_code, PeerLost.exit_code
 # Starting again cannot change these.
 FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
-_PRELOAD = ["launch.fork_server", "launch.entry", "launch.local", "launch.cli", "torch._dynamo"]
 _LAST_WORDS = 4000  # characters of the output of a process that crashed
 
 
@@ -74,7 +74,7 @@ def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: boo
     """
     with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
         try:
-            _warm_up()
+            _get_ready()
             return _attempts(job, processes, max_restarts, elastic, stop, Path(notes))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -110,16 +110,13 @@ def _attempts(
     raise AssertionError("the last restart returns")
 
 
-def _warm_up() -> None:
-    """Start the fork server; it imports torch while this process imports the agent."""
-    from multiprocessing import forkserver
-
-    os.environ[fork_server.LAUNCHER] = str(os.getpid())
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+def _get_ready() -> None:
+    """Import the agent while the fork server, begun by now, imports what the ranks need."""
+    begin_server()
     from launch.agent import adopt_strangers
 
     adopt_strangers()
+    collect_garbage()
     # The agent's own log repeats, in a traceback, what we say in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
@@ -139,6 +136,7 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
         stop=stop,
         stop_budget_seconds=lambda: budget_seconds(job.spec, job.directory()),
         first=group.index * group.processes if group else 0,
+        variables=set_since(),
     )
     agent.run_once()
     _bring_reports(notes / "failures", job.directory())
@@ -191,9 +189,11 @@ def _last_words(path: Path) -> str:
 
 def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
     """What each process runs; leaves a note of how it ended."""
-    from launch.entry import Here, leave, outcome_of
+    from launch.entry import Here, outcome_of
+    from launch.fork_server import PROCESS
 
-    die_with_parent(fork_server.PROCESS)
+    die_with_parent(PROCESS)
+    collect_garbage()
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()
     os.environ.update(environment)

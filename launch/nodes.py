@@ -34,7 +34,7 @@ says so in its own words and ends in order."""
 
 
 class _Job(Protocol):
-    """As much of `launch.entry.Job` as can be known without torch."""
+    """As much of `launch.job.Job` as can be known without torch."""
 
     spec: Any
     runs: Any

@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from launch.entry import leave
 from launch.environment import launched
+from launch.leaving import leave
 from launch.process_group import process_group
 from service.world import World
 

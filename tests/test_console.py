@@ -220,7 +220,7 @@ def test_a_reader_who_stops_reading_does_not_hold_the_run():
         "screen.close('done')\n"
         "screen.say('after the end')\n"
         "print('the rest of the run prints into nothing')\n"
-        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.entry.leave` does
+        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.leaving.leave` does
     )
     # 5000 lines are more than a pipe holds, and nobody takes them.
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
