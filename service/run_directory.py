@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -480,13 +481,18 @@ def _first_facts(spec: Spec) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in ("evenstep", "torch", "numpy", "accelerate", "safetensors", "wandb"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # an optional one, or evenstep from a source tree
-    return found
+    packages = ("evenstep", "torch", "numpy", "accelerate", "safetensors", "wandb")
+    found = {package: _version_of(package) for package in packages}
+    present = {package: version for package, version in found.items() if version is not None}
+    return {"python": platform.python_version(), **present}
+
+
+@cache
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # an optional one, or evenstep from a source tree
 
 
 def git_facts() -> dict[str, Any]:

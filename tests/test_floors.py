@@ -112,7 +112,10 @@ def test_what_a_machine_without_torch_needs_does_not_import_it(name):
     assert rooms & set(FLOOR_OF) <= WITHOUT_TORCH
 
 
-@pytest.mark.parametrize("name", ["environment", "echo", "meeting", "kubernetes/*"])
+@pytest.mark.parametrize(
+    "name",
+    ["signals", "warming", "leaving", "environment", "echo", "meeting", "kubernetes/*"],
+)
 def test_what_a_launcher_without_torch_needs_does_not_import_it(name):
     found = list((ROOT / "launch").glob(f"{name}.py"))
     assert found

@@ -1,0 +1,186 @@
+"""What is loaded by whom, and when: the order of a start, held without a clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from commands import BIN, CLEAN, evenstep
+from injuring import DEADLINE_SECONDS, descendants, is_alive, until
+
+from launch.warming import starts_processes
+
+# Each process that Python starts leaves the names of its modules; a killed one leaves none.
+_LEAVE_MODULES = """
+import atexit, os, sys
+place = os.environ["LEAVE_MODULES"]
+def leave():
+    with open(f"{place}/{os.getpid()}", "w") as file:
+        file.write("\\n".join(sys.modules))
+atexit.register(leave)
+"""
+_TASK = """
+import os
+from pathlib import Path
+import psutil
+from jobs import plain_rows
+
+def task():
+    told = f"{os.getpid()} {len(psutil.Process().children())} {os.environ.get('WANDB_API_KEY')}"
+    Path(f"rank-{os.environ.get('RANK', '-')}").write_text(told)
+    return plain_rows(rows=23, test_rows=5)
+"""
+_SPEC = {
+    "name": "job",
+    "task": "./job.py:task",
+    "batch": {"global_batch": 7, "micro_batch": 3},
+    "length": {"steps": 2},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+}
+
+
+def job(place: Path) -> dict[str, str]:
+    """Write a small job; the environment in which its task can be imported."""
+    (place / "job.py").write_text(_TASK)
+    (place / "job.yaml").write_text(json.dumps(_SPEC))
+    return {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+def watched(place: Path, environ: dict[str, str]) -> dict[str, str]:
+    """The same, in which each process leaves the names of its modules in `place/modules`."""
+    (place / "site").mkdir()
+    (place / "modules").mkdir()
+    (place / "site/sitecustomize.py").write_text(_LEAVE_MODULES)
+    path = os.pathsep.join([str(place / "site"), environ.get("PYTHONPATH", "")])
+    return environ | {"PYTHONPATH": path, "LEAVE_MODULES": str(place / "modules")}
+
+
+def modules_of(place: Path) -> dict[int, set[str]]:
+    return {int(p.name): set(p.read_text().split()) for p in (place / "modules").iterdir()}
+
+
+@contextmanager
+def waiting_for_its_spec(*words: str, cwd: Path, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    """`evenstep run` of a spec that is a pipe nobody has written into."""
+    os.mkfifo(cwd / "pipe.yaml")
+    process = subprocess.Popen(
+        [str(BIN / "evenstep"), "run", "pipe.yaml", *words],
+        cwd=cwd,
+        env=CLEAN | environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def has_torch(process: int) -> bool:
+    return "libtorch_python" in Path(f"/proc/{process}/maps").read_text()
+
+
+def test_the_fork_server_loads_torch_before_the_spec_is_read(tmp_path):
+    with waiting_for_its_spec("--processes", "2", cwd=tmp_path) as launcher:
+        until(lambda: any(map(has_torch, descendants(launcher.pid))), "a child with torch")
+        assert not has_torch(launcher.pid), "it waits for the spec"
+        below = descendants(launcher.pid)
+        (tmp_path / "pipe.yaml").write_text("nonsense: 3\n")
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 64, err
+    assert "unknown key" in err
+    until(lambda: not any(map(is_alive, below)), "the end of all that it began", 2.0)
+
+
+def test_a_process_that_trains_loads_the_libraries_before_the_spec_is_read(tmp_path):
+    with waiting_for_its_spec(cwd=tmp_path) as process:
+        until(lambda: has_torch(process.pid), "torch's libraries")
+        assert not descendants(process.pid)
+        (tmp_path / "pipe.yaml").write_text("nonsense: 3\n")
+        _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 64, err
+
+
+def test_a_fault_in_a_spec_is_told_before_anything_is_loaded_to_the_end(tmp_path):
+    environ = watched(tmp_path, job(tmp_path))
+    refused = evenstep("run", "job.yaml", "batch.rows=3", cwd=tmp_path, **environ)
+    assert refused.returncode == 64
+    (modules,) = modules_of(tmp_path).values()
+    assert "torch" not in modules
+
+
+def test_the_launcher_does_without_what_only_ranks_need(tmp_path):
+    environ = watched(tmp_path, job(tmp_path))
+    ended = evenstep("run", "job.yaml", "--processes", 2, cwd=tmp_path, **environ)
+    assert ended.returncode == 0, ended.stderr
+    ranks = {int((tmp_path / f"rank-{n}").read_text().split()[0]) for n in range(2)}
+    found = modules_of(tmp_path)
+    (launcher,) = [process for process in found if "launch.agent" in found[process]]
+    assert launcher not in ranks
+    assert not found[launcher] & {"service.worker", "service.world", "accelerate", "torch._dynamo"}
+    for rank in ranks:
+        assert found[rank] >= {"service.worker", "accelerate", "torch._dynamo"}
+        assert not found[rank] & {"launch.cli", "launch.agent", "wandb"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "schema",
+        "recipes",
+        "runs .",
+        "kubernetes render digits kubernetes.image=registry.example.com/evenstep:1",
+    ],
+)
+def test_what_only_tells_something_never_loads_torch(tmp_path, words):
+    ended = evenstep(*words.split(), cwd=tmp_path, **watched(tmp_path, {}))
+    assert ended.returncode == 0, ended.stderr
+    (modules,) = modules_of(tmp_path).values()
+    assert "click" in modules
+    assert not modules & {"torch", "accelerate", "wandb"}
+
+
+def test_what_is_set_after_the_server_was_begun_reaches_the_ranks(tmp_path):
+    (tmp_path / "key").write_text("k" * 40 + "\n")
+    environ = job(tmp_path) | {"WANDB_API_KEY_FILE": str(tmp_path / "key")}
+    ended = evenstep("run", "job.yaml", "--processes", 2, cwd=tmp_path, **environ)
+    assert ended.returncode == 0, ended.stderr
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text().split()[2] == "k" * 40
+
+
+@pytest.mark.skipif("EVENSTEP_DEVICE" in os.environ, reason="counts this machine's devices")
+def test_a_server_that_was_begun_for_nothing_is_ended(tmp_path):
+    environ = job(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = evenstep("run", "job.yaml", "--processes", "auto", cwd=tmp_path, **environ)
+    assert ended.returncode == 0, ended.stderr
+    _, children, _ = (tmp_path / "rank--").read_text().split()
+    assert int(children) <= 1, "multiprocessing's tracker may be there"
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "starts"),
+    [
+        ("run digits", {}, False),
+        ("run digits --processes 1", {}, False),
+        ("run digits --processes=3", {}, True),
+        ("run digits --processes auto", {}, True),
+        ("run digits --processes 2 --processes 1", {}, False),
+        ("run --max-restarts 2 digits", {}, True),
+        ("run digits --max-restarts=0", {}, False),
+        ("run digits", {"RANK": "0"}, False),
+        ("run digits", {"PET_NNODES": "2"}, True),
+        ("run digits", {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "gpu"}, True),
+        ("test runs/digits --processes 2", {}, True),
+    ],
+)
+def test_who_will_start_processes_is_told_by_the_words(words, variables, starts):
+    assert starts_processes(words.split(), variables) is starts
