@@ -33,13 +33,13 @@ from service.state import TrainState
 from service.world import World
 
 
-def state_of(millions: int) -> TrainState:
-    """A model of equal square layers with one Adam step behind it."""
+def state_of(millions: int, *, stepped: bool = True) -> TrainState:
+    """A model of equal square layers with one Adam step behind it, or before its first."""
     width = 1024
     layers = max(1, round(millions * 1e6 / width**2))
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    for p in model.parameters():
+    for p in model.parameters() if stepped else ():
         p.grad = torch.randn_like(p)
     optimizer.step()
     return TrainState(model, optimizer, Schedule(optimizer, lambda step: 1.0))

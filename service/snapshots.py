@@ -430,7 +430,7 @@ def _load_optimizer(
     if strange:
         raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")
     groups = [
-        (list(map(renamed, group["names"])), _unpacked(group["values"], tensors))
+        (list(map(renamed, group["names"])), _kept(_unpacked(group["values"], tensors)))
         for group in described["groups"]
     ]
     values = {name: _unpacked(entries, tensors) for name, entries in saved.items()}
@@ -499,7 +499,7 @@ def _in_order(
 
 
 def _as_saved(loaded: Any, saved: Any, parameter: Tensor) -> Any:
-    """`saved` where torch put it, with its own type, lying in memory as its parameter does.
+    """A copy of `saved` where torch put it, with its own type, lying as its parameter does.
 
     Torch gives some of an optimizer's numbers the parameter's type; and an average that lay as
     its parameter does, channels last, no longer does: a fused step then mixes its elements up.
@@ -510,9 +510,10 @@ def _as_saved(loaded: Any, saved: Any, parameter: Tensor) -> Any:
         )
         return fresh.copy_(saved)
     if isinstance(saved, Tensor):
-        return saved.to(loaded.device)
-    if isinstance(saved, list):
-        return [_as_saved(*pair, parameter) for pair in zip(loaded, saved, strict=True)]
+        return saved.to(loaded.device, copy=True)
+    if isinstance(saved, list | tuple):
+        kept = [_as_saved(*pair, parameter) for pair in zip(loaded, saved, strict=True)]
+        return type(saved)(kept)
     return saved
 
 
@@ -533,11 +534,24 @@ def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
+def _kept(value: Any) -> Any:
+    """`value`, with copies of its tensors.
+
+    What was read is a window on the file: to go on with it would be to page the state in from a
+    disk on which the checkpoint has perhaps been removed.
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _kept(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_kept(part) for part in value])
+    return value
+
+
 def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in packed:
-        # What was read is a window on the file: to go on with it would be to page the state in
-        # from a disk on which the checkpoint has perhaps been removed.
-        return tensors[packed["tensor"]].clone()
+        return tensors[packed["tensor"]]
     if "list" in packed:
         return [_unpack(part, tensors) for part in packed["list"]]
     if "tuple" in packed:
