@@ -22,7 +22,7 @@ from service.errors import EvenstepError, SpecError
 from service.faults import die_with_parent, stop_on_signals
 from service.profiling import window_of
 from service.recipes import find_recipe, recipes
-from service.run_directory import check_run, find_run
+from service.run_directory import RunDirectory, check_run, find_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
 from service.spec_page import spec_page

@@ -25,7 +25,12 @@ HUNG = 1
 _REPORTS_SECONDS = 2.0  # for the reports of the others, who stand still for as long
 _MOST_SECONDS_A_LOOK = 1.0
 # Whose innermost frame is in one of these waits for another process.
-_WAITING = ("torch/distributed/", "service/world.py", "torch/autograd/graph.py")
+_WAITING = (
+    "torch/distributed/",
+    "service/world.py",
+    "service/pairs.py",
+    "torch/autograd/graph.py",
+)
 
 Leave = Callable[[int, str], NoReturn]
 
