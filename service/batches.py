@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,24 +65,30 @@ def split(collated: Any) -> tuple[Any, Any]:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """The same nest of tensors on `device`; copies from pinned memory do not wait."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return _of_its_kind(value, [to_device(v, device) for v in value])
-    return value
+    return each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def first_rows(value: Any, count: int) -> Any:
     """The first `count` rows of a nest of tensors; 0 makes an empty batch of the same kind."""
+    return each_tensor(value, lambda tensor: tensor[:count])
+
+
+def each_tensor(value: Any, act: Callable[[Tensor], Any]) -> Any:
+    """The same nest with what `act` makes of each tensor in it, in order."""
     if isinstance(value, Tensor):
-        return value[:count]
+        return act(value)
     if isinstance(value, Mapping):
-        return {k: first_rows(v, count) for k, v in value.items()}
+        return {k: each_tensor(v, act) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return _of_its_kind(value, [first_rows(v, count) for v in value])
+        return _of_its_kind(value, [each_tensor(v, act) for v in value])
     return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a nest, in order."""
+    found: list[Tensor] = []
+    each_tensor(value, found.append)
+    return found
 
 
 def _of_its_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:

@@ -91,6 +91,11 @@ def memory_each(processes: int, cgroups: Path = CGROUPS, own: Path = OWN) -> int
     return min(free) // processes
 
 
+def memory_here() -> int:
+    """The same for this process beside those that a launcher started with it on this machine."""
+    return memory_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _used(place: Path) -> int:
     """What a cgroup holds, without the cached files that the kernel lets go of when it must."""
     for name, cached in (

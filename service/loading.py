@@ -6,20 +6,23 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from service import randomness
-from service.batches import Batch, Step, first_rows, split, to_device
-from service.errors import DataBroken, EvenstepError, with_place
+from service.batches import Batch, Step, first_rows, split, tensors_of, to_device
+from service.errors import DataBroken, EvenstepError, SpecError, with_place
 from service.faults import STOP_SIGNALS, die_with_parent
 from service.generators import seed_generators
+from service.in_memory import InMemory, in_memory, joined, picker, run_copier
+from service.limits import memory_here
 from service.plan import Plan
 from service.samplers import micro_batches, rows_at
+from service.spec import LoaderSpec
 from service.streams import Stream, is_stream
 from service.task import Data, Task, collate_of
 from service.world import World
@@ -51,8 +54,8 @@ def train_steps(
     if isinstance(data, Stream):
         collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
         batches = _as_batches(collated, task=task, world=world)
-    elif _is_in_memory(data, task):
-        batches = _from_memory(data, task=task, plan=plan, world=world, start=start)
+    elif (rows := _held(data, task)) is not None:
+        batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
@@ -74,8 +77,9 @@ def train_steps(
 def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
     """This process's micro-batches of the test set, each row once over all processes."""
     orders = _test_orders(plan, world)
-    if _is_in_memory(data, task):
-        return _copied_from_memory(data, orders, task=task, world=world)
+    rows = _held(data, task)
+    if rows is not None:
+        return _copied_from_memory(rows, orders, task=task, world=world)
     reader = _Reader(data, plan.spec.seed, rows=plan.test_rows, collate=collate_of(task))
     brought = _collated(reader, orders, plan, world)
     return _as_batches(brought, task=task, world=world)
@@ -261,41 +265,96 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
         raise DataBroken(told) from error
 
 
-def _is_in_memory(data: Data | Stream, task: Task) -> TypeGuard[TensorDataset]:
-    stacked = not hasattr(task, "collate")
-    return stacked and isinstance(data, TensorDataset) and len(data.tensors) == 2
+def _held(data: Data | Stream, task: Task) -> InMemory | None:
+    """The rows where they are tensors in memory, and no task brings them together otherwise."""
+    if hasattr(task, "collate") and not isinstance(data, InMemory):
+        return None
+    return in_memory(data)
+
+
+def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
+    """How the rows come, in a person's words."""
+    if is_stream(data):
+        return "one after the other, as the stream gives them"
+    if spec.in_memory or _held(data, task) is not None:
+        return "by index, from memory"
+    each = "a micro-batch at a time" if hasattr(data, "__getitems__") else "row by row"
+    if spec.workers == "auto":
+        return f"{each}, by as many workers as there are cores for"
+    return f"{each}, by {spec.workers} workers ahead of time" if spec.workers else each
+
+
+def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> Data:
+    """The data set with its rows as tensors, where `loader.in_memory` asks for it.
+
+    Raises:
+        SpecError: it cannot be, or does not fit.
+        DataBroken: the data set failed on a row, or its rows have several shapes.
+    """
+    if not plan.spec.loader.in_memory:
+        return data
+    if is_stream(data):
+        raise SpecError("loader.in_memory: the training data is a stream. Leave in_memory out.")
+    if len(data) == 0:
+        return data
+    held = _held(data, task)
+    if held is not None:
+        return held
+    reader = _Reader(data, plan.spec.seed, rows=len(data), collate=collate_of(task))
+    _require_room(reader, len(data))
+    starts = range(0, len(data), _ROWS_AHEAD)
+    spans = [np.arange(at, min(at + _ROWS_AHEAD, len(data))) for at in starts]
+    orders = [Order(0, n, 0, int(rows[0]), rows) for n, rows in enumerate(spans)]
+    try:
+        return joined([split(value) for _, value in _collated(reader, orders, plan, world)])
+    except (RuntimeError, TypeError) as error:
+        raise DataBroken(f"loader.in_memory: the rows make no tensors: {error}") from error
+
+
+def _require_room(reader: _Reader, rows: int) -> None:
+    """Judged by the first row; while they are joined, all of them are there twice."""
+    _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
+    needed = 2 * rows * sum(t.numel() * t.element_size() for t in tensors_of(first))
+    free = memory_here()
+    if needed > free:
+        raise SpecError(
+            f"loader.in_memory: {rows:,} rows take {needed / 2**30:.1f} GiB while they are read, "
+            f"and {free / 2**30:.1f} GiB are free here. Leave in_memory out, or use loader.workers."
+        )
 
 
 def _from_memory(
-    data: TensorDataset, *, task: Task, plan: Plan, world: World, start: int
+    data: InMemory, *, task: Task, plan: Plan, world: World, start: int
 ) -> Iterator[Batch]:
-    """Rows of two tensors, picked by index on the device that computes them.
+    """Rows picked by index on the device that computes them.
 
     Each micro-batch has memory of its own: of a part of a larger block, the bits of what is
     computed would depend on where in the block it begins, and so on where the run was resumed.
     """
-    inputs, targets = (tensor.to(world.device) for tensor in data.tensors)
+    held = data.on(world.device)
+    inputs, targets = picker(held.inputs), picker(held.targets)
     weigh = getattr(task, "weight", None)
     for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
         indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
         each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
         for number, key, rows, index in zip(*block.parts(), each, strict=True):
-            aims = targets.index_select(0, index)
+            aims = targets(index)
             weight = None if weigh is None else weigh(aims)
-            yield Batch(number, rows, inputs.index_select(0, index), aims, weight, key)
+            yield Batch(number, rows, inputs(index), aims, weight, key)
 
 
 def _copied_from_memory(
-    data: TensorDataset, orders: Iterable[Order], *, task: Task, world: World
+    data: InMemory, orders: Iterable[Order], *, task: Task, world: World
 ) -> Iterator[Batch]:
-    """Rows of two tensors that are asked for in the order in which they lie."""
-    inputs, targets = (tensor.to(world.device) for tensor in data.tensors)
+    """Rows that are asked for in the order in which they lie."""
+    held = data.on(world.device)
+    inputs, targets = run_copier(held.inputs), run_copier(held.targets)
     weigh = getattr(task, "weight", None)
     for _, number, key, first, rows in orders:
         # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
-        aims = targets.narrow_copy(0, first, len(rows))
+        aims = targets(first, len(rows))
         weight = None if weigh is None else weigh(aims)
-        yield Batch(number, rows, inputs.narrow_copy(0, first, len(rows)), aims, weight, key)
+        yield Batch(number, rows, inputs(first, len(rows)), aims, weight, key)
 
 
 class _Reader(Dataset[tuple[Order, Any]]):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from service.checkpoint_files import saving_in_words
+from service.loading import way_of_rows
 from service.normalization import prepare
 from service.optimizers import (
     ParameterGroup,
@@ -24,7 +25,7 @@ from service.snapshots import expected_bytes
 from service.spec import OptimizerSpec, PlateauSpec, Spec
 from service.state import require_measures
 from service.stopping import estimated, longest_save, stop_in_words
-from service.task import load_task
+from service.task import Task, load_task
 from service.world import alone
 
 
@@ -55,7 +56,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     ]
     return "\n\n".join(
         [
-            _aligned([*_arithmetic(plan), *saving]),
+            _aligned([*_arithmetic(plan), *_data(plan, task), *saving]),
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
@@ -88,6 +89,11 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         *_waiting(plan.spec),
         *_narrowed(plan),
     ]
+
+
+def _data(plan: Plan, task: Task) -> list[tuple[str, str]]:
+    way = way_of_rows(task.train_data(), task=task, spec=plan.spec.loader)
+    return [("rows come", way)]
 
 
 def _rows(plan: Plan) -> str:

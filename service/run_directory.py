@@ -144,12 +144,14 @@ class OpenRun:
         device: str,
         step: int,
         started: float | None = None,
+        data: str | None = None,
         most_failures: int | None = None,
     ) -> None:
         """Enter that the run goes on from `step`.
 
         Args:
             started: when the attempt began, in seconds since 1970; now by default.
+            data: how the rows come, for a person.
             most_failures: give up after so many in a row that did not get beyond `step`.
         Raises:
             NoProgress: this would be one more.
@@ -164,6 +166,7 @@ class OpenRun:
                 "device": device,
                 "host": socket.gethostname(),
                 "from_step": step,
+                **({"data": data} if data is not None else {}),
             }
         )
         if most_failures is not None and failures >= most_failures:

@@ -574,6 +574,9 @@ class LoaderSpec(Part):
     depend on their number; or each reads its own part, and it does."""
     prefetch: Annotated[int, Field(ge=1)] = 2
     """Steps each worker reads ahead."""
+    in_memory: bool = False
+    """Read every row once, at the start, and pick them from memory by their index from then on:
+    for rows that are the same each time they are read, and fit."""
 
 
 class WandBSpec(Part):

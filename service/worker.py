@@ -24,7 +24,13 @@ from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
 from service.flops import peak_flops
 from service.generators import seed_generators
-from service.loading import sample, test_batches, train_steps
+from service.loading import (
+    brought_into_memory,
+    sample,
+    test_batches,
+    train_steps,
+    way_of_rows,
+)
 from service.loops import test, train
 from service.normalization import prepare
 from service.optimizers import (
@@ -97,6 +103,14 @@ def run(
             f"--profile: the run ends after step {plan.steps}, before step {profile.first}."
         )
     train_data, test_data = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
+    rows_come = way_of_rows(train_data, task=task, spec=spec.loader)
+    train_data, test_data = together(
+        world,
+        lambda: [
+            brought_into_memory(data, task=task, plan=plan, world=world)
+            for data in (train_data, test_data)
+        ],
+    )
 
     ordered = spec.exactness == "bitwise"
     weights_key = randomness.key(randomness.WEIGHTS, spec.seed)
@@ -217,7 +231,9 @@ def run(
     with closed_on_failure(opened):
         together(
             world,
-            lambda: _start_attempt(opened, plan, world, step=state.step, started=pulse.started),
+            lambda: _start_attempt(
+                opened, plan, world, step=state.step, started=pulse.started, data=rows_come
+            ),
         )
         checkpoints.reserve(saved_bytes)
         receipt = together(
@@ -377,9 +393,9 @@ def _open(runs: Path, spec: Spec, *, world: World, fresh: bool) -> OpenRun | Non
 
 
 def _start_attempt(
-    opened: OpenRun | None, plan: Plan, world: World, *, step: int, started: float
+    opened: OpenRun | None, plan: Plan, world: World, *, step: int, started: float, data: str
 ) -> None:
-    """Enter the attempt, on the lead, unless none got any further."""
+    """Enter the attempt, on the lead, unless none got any further; `data` says how rows come."""
     if opened is None:
         return
     opened.start_attempt(
@@ -387,6 +403,7 @@ def _start_attempt(
         device=str(world.device),
         step=step,
         started=started,
+        data=data,
         most_failures=plan.spec.faults.attempts_without_progress,
     )
 

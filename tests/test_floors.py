@@ -30,6 +30,7 @@ FLOORS = [
         "agreement",
     },
     {"verification", "state", "profiling"},
+    {"in_memory"},
     {"loading", "snapshots", "console", "wandb_writer", "second_writers", "rehearsal", "reference"},
     {"checkpoints", "planning", "pretrained"},
     {"updates", "fitting"},

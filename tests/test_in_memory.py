@@ -1,0 +1,169 @@
+"""Rows that fit in memory are picked by index, and are the rows that they were before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import evenstep
+from jobs import spec_of, train_in_process
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from service.in_memory import InMemory, in_memory
+from service.run_directory import RunDirectory
+from service.task import supervised
+from service.verification import compare
+
+HERE = Path(__file__)
+ROWS, TEST_ROWS = 5003, 517
+
+
+class Rows:
+    """Rows that come one by one, and count how often."""
+
+    def __init__(self, count, named=False):
+        self.count, self.named, self.asked = count, named, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        self.asked += 1
+        inputs, target = torch.full((4,), row / self.count), row % 3
+        if self.named:
+            return {"x": inputs, "half": inputs[:2], "label": target}
+        return inputs, target
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.all, self.some = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x, half):
+        return self.all(x) + self.some(half)
+
+
+def one_by_one(named=False):
+    return supervised(
+        model=Named if named else lambda: nn.Linear(4, 3),
+        train=Rows(ROWS, named),
+        test=Rows(TEST_ROWS, named),
+        measures=("accuracy",),
+    )
+
+
+def ragged():
+    class Ragged(Rows):
+        def __getitem__(self, row):
+            return torch.ones(4 if row < 4500 else 5), 0
+
+    return supervised(model=lambda: nn.Linear(4, 3), train=Ragged(ROWS))
+
+
+def stream():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(4), 0)] * 60)
+
+    return supervised(model=lambda: nn.Linear(4, 3), train=Endless())
+
+
+def huge():
+    class Huge(Rows):
+        def __getitem__(self, row):
+            return torch.ones(1000, 1000), 0
+
+    return supervised(model=lambda: nn.Linear(1000, 3), train=Huge(10**9))
+
+
+def job(name, task="one_by_one", **sections):
+    return spec_of(task, name=name, **sections) | {"task": f"{HERE}:{task}"}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["pairs", "mappings"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_run_is_the_same_to_the_bit(processes, tmp_path, named, workers):
+    args = {"task_args": {"named": named}}
+    processes(2).run(train_in_process, job("read", **args), tmp_path)
+    loader = {"in_memory": True, "workers": workers}
+    processes(2).run(train_in_process, job("held", loader=loader, **args), tmp_path)
+    runs = [RunDirectory(tmp_path / name) for name in ("read", "held")]
+    compared = compare(*runs, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
+    assert [run.read_facts()["attempts"][0]["data"] for run in runs] == [
+        "row by row",
+        "by index, from memory",
+    ]
+
+
+def rows_asked(world, runs):
+    """How often a training row was read in 200 steps of 50."""
+    from service.faults import StopRequest
+    from service.plan import make_plan
+    from service.spec_file import load_spec
+    from service.worker import run
+
+    task = one_by_one()
+    spec = load_spec(job("held", loader={"in_memory": True}, length={"steps": 200}))
+    plan = make_plan(spec, processes=1, train_rows=ROWS, test_rows=TEST_ROWS)
+    run(plan, task, world, runs=runs, stop=StopRequest())
+    return task.train_data().asked, task.test_data().asked
+
+
+def test_each_row_is_read_once(processes, tmp_path):
+    train, test = processes(1).run(rows_asked, tmp_path)[0]
+    assert train == ROWS + 1, "each once, and the first one to see how large it is"
+    assert test == TEST_ROWS + 1, "in ten test passes"
+
+
+def test_a_part_of_tensors_is_in_memory_too():
+    whole = TensorDataset(torch.arange(20.0).reshape(10, 2), torch.arange(10))
+    held = in_memory(Subset(Subset(whole, [9, 3, 5, 1]), [2, 0]))
+    assert isinstance(held, InMemory)
+    assert held.inputs.tolist() == [[10.0, 11.0], [18.0, 19.0]]
+    assert held.targets.tolist() == [5, 9]
+    assert len(held) == 2
+    assert held[1][1] == 9
+
+
+def refused(tmp_path, task, *words):
+    (tmp_path / "job.yaml").write_text(json.dumps(job("job", task)))
+    return evenstep("run", "job.yaml", "loader.in_memory=true", *words, cwd=tmp_path)
+
+
+def test_rows_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
+    done = refused(tmp_path, "huge")
+    assert done.returncode == 64, done.stderr
+    assert "loader.in_memory: 1,000,000,000 rows take" in done.stderr
+    assert "Leave in_memory out" in done.stderr
+
+
+def test_rows_of_several_shapes_are_told(tmp_path):
+    done = refused(tmp_path, "ragged", "test={}")
+    assert done.returncode == 42, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "stack expects each tensor to be equal size" in done.stderr
+
+
+def test_a_stream_is_not_held(tmp_path):
+    done = refused(tmp_path, "stream")
+    assert done.returncode == 64, done.stderr
+    assert "the training data is a stream. Leave in_memory out." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "way"),
+    [
+        ((), "row by row"),
+        (("loader.workers=2",), "row by row, by 2 workers ahead of time"),
+        (("loader.workers=auto",), "row by row, by as many workers as there are cores for"),
+        (("loader.in_memory=true",), "by index, from memory"),
+    ],
+)
+def test_the_plan_says_how_rows_come(tmp_path, words, way):
+    (tmp_path / "job.yaml").write_text(json.dumps(job("job")))
+    told = evenstep("plan", "job.yaml", *words, cwd=tmp_path)
+    (line,) = (line for line in told.stdout.splitlines() if "rows come" in line)
+    assert line.split(maxsplit=2)[2] == way
