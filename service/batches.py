@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     number: int
     """Which micro-batch of the step it is, counted over all processes."""
     rows: NDArray[np.int64]
-    """The ids of its rows in the data set, in order: [B]."""
+    """The ids of its rows in the data set, or of a stream digests of what they hold: [B]."""
     inputs: Any
     """What the model takes: a tensor [B, ...], or a tuple or mapping of them."""
     targets: Any

@@ -23,7 +23,7 @@ from service.limits import memory_here
 from service.plan import Plan
 from service.samplers import micro_batches, rows_at
 from service.spec import LoaderSpec
-from service.streams import Stream, is_stream
+from service.streams import Stream, contents, is_stream
 from service.task import Data, Task, collate_of
 from service.world import World
 
@@ -131,17 +131,12 @@ def _from_stream(
     own = range(spans[0].start, spans[-1].stop)
     read = range(plan.global_batch) if stream.mode == "whole" else own
     for step in range(start, plan.steps):
-        rows = []
-        for place in read:
-            position = step * plan.global_batch + place
-            seed_generators(randomness.key(randomness.ROW, plan.spec.seed, 0, position))
-            rows += stream.take(1)
+        rows = stream.take(len(read))
         for number, span in zip(share, spans, strict=True):
             first = step * plan.global_batch + span.start
-            ids = np.arange(first, first + len(span))
             piece = rows[span.start - read.start : span.stop - read.start]
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
-            yield Order(step, number, key, first, ids), collate(piece)
+            yield Order(step, number, key, first, contents(piece)), collate(piece)
 
 
 def _span(number: int, plan: Plan) -> range:

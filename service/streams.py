@@ -9,12 +9,18 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from service.errors import DataBroken, SpecError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service import randomness
+from service.errors import DataBroken, EvenstepError, SpecError, with_place
+from service.generators import seed_generators
+from service.keeping import from_plain, plain
 
 Mode = Literal["whole", "split"]
 
@@ -29,48 +35,73 @@ def is_stream(data: Any) -> bool:
 class Stream:
     """An iterable data set as one endless sequence of rows, pass after pass."""
 
-    def __init__(self, data: Any, *, mode: Mode, index: int, of: int) -> None:
+    def __init__(self, data: Any, *, mode: Mode, index: int, of: int, seed: int = 0) -> None:
         """Process `index` of `of` reads it.
 
+        Args:
+            seed: with the place of a row, names the random numbers that it is read with.
         Raises:
-            SpecError: it can be read once only, or `split` is asked of a stream that cannot divide
-                itself.
+            SpecError: it can be read once only, gives batches, or `split` is asked of a stream
+                that cannot divide itself.
         """
         if hasattr(data, "__next__"):
             raise SpecError(
                 f"task: the training data is a {type(data).__name__}, which can be read once only. "
                 "Give an object whose __iter__ begins anew, so that a run can go on and resume."
             )
+        if getattr(data, "batch_size", None) is not None and hasattr(data, "dataset"):
+            raise SpecError(
+                f"task: the training data is a {type(data).__name__} that gives batches. Give its "
+                "data set, of which micro-batches are made here, or make it with batch_size=None."
+            )
         self.mode = mode
         self._of = of
+        self._seed = seed, index if mode == "split" else 0
         self._data = _divided(data, index, of) if mode == "split" and of > 1 else data
         self._passes = 0
         self._rows = 0  # since this pass began
+        self._taken = 0  # since the first pass began
         self._rest: Iterator[Any] | None = None
 
     def take(self, count: int) -> list[Any]:
         """The next `count` rows; at its end the stream begins again.
 
+        Python's, numpy's and torch's generators start anew for each of them, so the same rows come
+        with the same random numbers, also when they are read again.
+
         Raises:
             DataBroken: it has no rows at all, or fails.
         """
-        return [self._next() for _ in range(count)]
+        rows = []
+        for _ in range(count):
+            seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
+            try:
+                rows.append(self._next())
+            except EvenstepError:
+                raise
+            except Exception as error:
+                raise DataBroken(
+                    f"The stream {type(self._data).__name__} failed after {self._taken} rows: "
+                    f"{with_place(error)}"
+                ) from error
+            self._taken += 1
+        return rows
 
     def place(self) -> dict[str, Any]:
         """Where it is: plain values that JSON keeps.
 
         Raises:
-            SpecError: the stream's own state does not fit into JSON.
+            SpecError: the stream's own state holds what cannot be kept without a pickle.
         """
-        state = self._data.state_dict() if hasattr(self._data, "state_dict") else None
         try:
-            state = json.loads(json.dumps(state))
+            state = plain(self._data.state_dict()) if _remembers_all(self._data) else None
         except TypeError as error:
             raise SpecError(
                 f"task: the state of the {type(self._data).__name__} cannot be saved: {error}. "
-                "Its state_dict must hold plain numbers, text, lists and mappings."
+                "Its state_dict must hold numbers, text, bytes, tensors, lists and mappings."
             ) from error
-        return {"passes": self._passes, "rows": self._rows, "state": state}
+        place = {"passes": self._passes, "rows": self._rows, "taken": self._taken}
+        return place | {"state": state}
 
     def move_to(self, places: list[dict[str, Any]], index: int) -> None:
         """Go on from where the processes of an earlier attempt were.
@@ -85,12 +116,16 @@ class Stream:
                 "from the beginning."
             )
         place = places[index] if self.mode == "split" else places[0]
-        self._begin(place["passes"])
         if place["state"] is not None and hasattr(self._data, "load_state_dict"):
-            self._data.load_state_dict(copy.deepcopy(place["state"]))
-            self._rest, self._rows = iter(self._data), place["rows"]
-        else:  # no state of its own: read up to there again
-            self.take(place["rows"])
+            self._begin(place["passes"])
+            self._data.load_state_dict(from_plain(place["state"]))
+            self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
+            return
+        # No state of its own: read up to there again; all passes where one may depend on another.
+        if hasattr(self._data, "set_epoch"):
+            self._begin(place["passes"])
+            self._taken = place["taken"] - place["rows"]
+        self.take(place["taken"] - self._taken)
 
     def _next(self) -> Any:
         if self._rest is None:
@@ -113,6 +148,55 @@ class Stream:
 
 
 _END = object()
+
+
+def _remembers_all(data: Any) -> bool:
+    """Whether a stream has a state, and what it reads from there on follows from it.
+
+    The buffer in which Hugging Face's streams shuffle is not in theirs: resumed, it is filled anew
+    with later rows, and those that were in it are lost.
+    """
+    inner = getattr(data, "_ex_iterable", None)
+    while inner is not None:
+        if "Shuffled" in type(inner).__name__ and hasattr(inner, "buffer_size"):
+            return False
+        inner = getattr(inner, "ex_iterable", None)
+    return hasattr(data, "state_dict")
+
+
+def contents(rows: list[Any]) -> NDArray[np.int64]:
+    """What names rows that have no ids: a digest of what each holds: [B]."""
+    return np.array([_content(row) for row in rows], np.int64)
+
+
+def _content(row: Any) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for piece in _pieces(row):
+        digest.update(piece)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _pieces(value: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield np.ascontiguousarray(value).data.cast("B") if value.size else b""
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from _pieces(item)
+    elif isinstance(value, tuple | list):
+        yield f"{len(value)}".encode()
+        for item in value:
+            yield from _pieces(item)
+    elif isinstance(value, bytes):
+        yield value
+    elif isinstance(value, str | int | float | bool | np.generic | None):
+        yield repr(value).encode()
+    else:  # an object that nothing is known of, such as an image: its kind
+        yield type(value).__qualname__.encode()
 
 
 def _divided(data: Any, index: int, of: int) -> Any:

@@ -213,9 +213,9 @@ class supervised:  # reads as the function a user calls; it is a Task
 
 
 def _length(data: Data, what: str) -> int:
-    if hasattr(type(data), "__len__"):
-        return len(data)
     kind = f"the {what} data is a {type(data).__name__}"
+    if not is_stream(data) and hasattr(type(data), "__len__"):
+        return len(data)
     if is_stream(data):
         raise SpecError(
             f"task: {kind}, which can only be iterated. Each row is tested once, so its rows must "

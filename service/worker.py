@@ -191,7 +191,7 @@ def run(
         together(world, lambda: pulse.settle(directory))
     if is_stream(train_data):
         mode, index, of = spec.loader.stream, world.index, world.processes
-        state.stream = Stream(train_data, mode=mode, index=index, of=of)
+        state.stream = Stream(train_data, mode=mode, index=index, of=of, seed=spec.seed)
     stopping = Stopping(graces, say=say)
     checkpoints = Checkpoints(
         directory.checkpoints,

@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"},
+    {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"}
+    | {"keeping"},
     {"optimizer_options", "durable"},
     {"documents", "spec", "receipt_file"},
-    {"spec_file", "randomness", "schedules", "streams", "patience", "checkpoint_files"},
-    {"samplers", "failures", "faults", "account", "export"},
+    {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"},
+    {"samplers", "streams", "failures", "faults", "account", "export"},
     {"run_directory"},
     {"plan", "pulse", "stopping"},
     {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},

@@ -1,0 +1,64 @@
+"""Values of a foreign state as JSON and back, without a pickle: tensors, arrays, bytes, tuples."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import torch
+
+# What JSON has no word for stands in a mapping with this one key: [kind, what it is made of].
+_MARK = "$"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON keeps it; `from_plain` gives an equal one back.
+
+    Raises:
+        TypeError: it is, or holds, something of another kind.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and _MARK not in value:
+            return {key: plain(item) for key, item in value.items()}
+        return {_MARK: ["dict", [[plain(key), plain(item)] for key, item in value.items()]]}
+    if isinstance(value, tuple):
+        return {_MARK: ["tuple", [plain(item) for item in value]]}
+    if isinstance(value, bytes):
+        return {_MARK: ["bytes", base64.b64encode(value).decode()]}
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        kind = str(value.dtype).removeprefix("torch.")
+        return {_MARK: ["tensor", [kind, list(value.shape), base64.b64encode(data).decode()]]}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        data = np.ascontiguousarray(value).tobytes()
+        parts = [value.dtype.str, list(value.shape), base64.b64encode(data).decode()]
+        return {_MARK: ["array" if isinstance(value, np.ndarray) else "scalar", parts]}
+    raise TypeError(f"{type(value).__name__} is none of them")
+
+
+def from_plain(value: Any) -> Any:
+    """What `plain` was given."""
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _MARK not in value:
+        return {key: from_plain(item) for key, item in value.items()}
+    kind, parts = value[_MARK]
+    match kind:
+        case "dict":
+            return {from_plain(key): from_plain(item) for key, item in parts}
+        case "tuple":
+            return tuple(from_plain(item) for item in parts)
+        case "bytes":
+            return base64.b64decode(parts)
+    dtype, shape, data = parts
+    numbers = np.frombuffer(base64.b64decode(data), np.uint8 if kind == "tensor" else dtype).copy()
+    if kind == "tensor":
+        return torch.from_numpy(numbers).view(getattr(torch, dtype)).reshape(shape)
+    return numbers.reshape(shape) if kind == "array" else numbers[0]
