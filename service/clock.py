@@ -72,10 +72,10 @@ class Clock:
     def stopped(self) -> Iterator[None]:
         """Time that is neither training nor waiting; for who brings the steps, between two."""
         begin = perf_counter()
+        self._pulse.enter("log")  # and so it is not waited for data
         yield
-        seconds = perf_counter() - begin
-        self._since += seconds
-        self._waited += seconds  # the pulse takes it for waiting
+        self._since += perf_counter() - begin
+        self._pulse.enter("data")
 
     def _steps(self) -> int:
         return self._pulse.place.step - self._step

@@ -116,23 +116,22 @@ class Profile:
         if not on_cpu:
             activities = torch.profiler.supported_activities()  # type: ignore[no-untyped-call]
         begun: list[int] = []
+        with self._clock.stopped():
+            trace = torch.profiler.profile(activities=activities)
+            trace.start()
         before = self._pulse.spent()
-        trace = torch.profiler.profile(activities=activities)
-        trace.start()
         try:
             yield begun
         finally:
             if not on_cpu:
                 torch.accelerator.synchronize()
             spent = self._pulse.spent()
-            self._pulse.enter("log")
             with self._clock.stopped():
                 trace.stop()
                 try:
                     self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
                 except OSError as error:  # a full disk takes the trace, and not the run
                     self._say(f"WARNING: the trace is lost: {told_of(self._directory, error)}")
-            self._pulse.enter("data")
 
     def _write(self, trace: Any, begun: Sequence[int], seconds: dict[Any, float]) -> None:
         self._directory.mkdir(exist_ok=True)

@@ -2,13 +2,15 @@
 
 import json
 import re
+from time import perf_counter
 
 import pytest
 from commands import evenstep, torchrun
 
+from service.clock import Clock
 from service.errors import SpecError
 from service.profiling import Window, window_of
-from service.pulse import WORDS
+from service.pulse import WORDS, Pulse
 from service.tracking import read_metrics
 
 SHORT = ("run", "digits", "length.epochs=1", "tracking.wandb=", "tracking.log_every_steps=1")
@@ -51,6 +53,8 @@ def test_every_process_leaves_a_trace_and_the_lead_says_where_the_time_went(plai
     assert (run / "profile/rank-0.txt").read_text() in done.stdout
     weights = "checkpoints/step-00000015/model.safetensors"
     assert (run / weights).read_bytes() == (plain / weights).read_bytes(), "to the bit"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert all(row.get("system/slowest_ratio", 1.0) >= 1.0 for row in rows)
 
 
 def test_a_run_that_ends_within_the_window_leaves_what_there_is(tmp_path):
@@ -67,6 +71,19 @@ def test_a_run_that_ends_within_the_window_leaves_what_there_is(tmp_path):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(1, 16)]
     assert all(row["train/data_wait"] >= 0 for row in rows)
+
+
+def test_the_writing_of_a_trace_is_neither_training_nor_waiting():
+    pulse = Pulse(rank=0)
+    clock = Clock(pulse)
+    pulse.enter("data", 0)
+    with clock.stopped():
+        began = perf_counter()
+        while perf_counter() - began < 0.05:
+            pass
+    pulse.enter("forward", 1)
+    assert 0.0 <= clock.waited_a_step < 0.05
+    assert clock.seconds_a_step < 0.05
 
 
 def test_a_window_is_read_or_refused(tmp_path):
