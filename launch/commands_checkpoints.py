@@ -19,6 +19,7 @@ from service.checkpoint_files import (
     in_words,
     read_manifest,
 )
+from service.durable import told_when_unread
 from service.errors import SpecError
 from service.export import export_weights
 from service.run_directory import find_run
@@ -35,7 +36,12 @@ def checkpoints(run: Path) -> None:
     Exits with 1 if one is damaged."""
     found = find_run(run)
     found.read_facts()
-    directory = found.checkpoints
+    with told_when_unread(found.checkpoints):
+        sys.exit(1 if _listed(found.checkpoints) else 0)
+
+
+def _listed(directory: Path) -> int:
+    """Print what is there; how many of them are damaged."""
     damaged = 0
     for checkpoint in checkpoints_in(directory):
         damage = damage_of(checkpoint)
@@ -45,7 +51,7 @@ def checkpoints(run: Path) -> None:
         click.echo("  ".join(_columns(checkpoint, damage, best=best_of(directory))))
     for aside in sorted(directory.glob(".damaged-*")):
         click.echo(f"{'':10}  {aside.name}: was damaged when the run resumed, and is not used")
-    sys.exit(1 if damaged else 0)
+    return damaged
 
 
 def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) -> Iterator[str]:

@@ -262,10 +262,7 @@ def _welcome(door: socket.socket, own: Introduction, friends: dict[int, Friend])
         said = friend.hear(_CONNECT_SECONDS)
     except TimeoutError:
         said = None
-    try:
-        other = Introduction(**said) if said else None
-    except TypeError:
-        other = None
+    other = _introduced(said)
     if other is None or not 0 < other.index < own.nodes:
         friend.close()
         return None
@@ -278,6 +275,14 @@ def _welcome(door: socket.socket, own: Introduction, friends: dict[int, Friend])
             each.close()
         raise SpecError(difference)
     return friend
+
+
+def _introduced(said: dict[str, Any] | None) -> Introduction | None:
+    """Who speaks; None where it is nobody of ours."""
+    kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
+    if said is None or {key: type(value) for key, value in said.items()} != kinds:
+        return None
+    return Introduction(**said)
 
 
 def _difference(own: Introduction, other: Introduction) -> str | None:

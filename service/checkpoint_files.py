@@ -8,6 +8,7 @@ the one with the test is there.  A reader believes nothing: see `damage_of`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.durable import sha256_of, sync_directory, write_file
+from service.durable import PASSING, sha256_of, sync_directory, told_when_unread, write_file
 from service.errors import NoCheckpoint, SpecError
 from service.spec import CheckpointSpec
 
@@ -144,9 +145,14 @@ def find_checkpoint(directory: Path, which: str) -> Checkpoint:
     """The checkpoint that `best`, `latest` or a step names; `latest` is the newest good one.
 
     Raises:
-        SpecError: there is none of that name.
+        SpecError: there is none of that name, or it may not be read.
         NoCheckpoint: it is damaged.
     """
+    with told_when_unread(directory):
+        return _found(directory, which)
+
+
+def _found(directory: Path, which: str) -> Checkpoint:
     found = checkpoints_in(directory)
     if not found:
         raise SpecError(f"There is no checkpoint in {directory}.")
@@ -245,7 +251,11 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 
 
 def damage_of(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint, or None where every byte of it is as it was written."""
+    """What is wrong with a checkpoint, or None where every byte of it is as it was written.
+
+    Raises:
+        OSError: it may not be read, or cannot be just now: no word on what it is.
+    """
     directory = checkpoint.path
     try:
         if directory.is_symlink() or not directory.is_dir():
@@ -264,6 +274,8 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     except _Damaged as damage:
         return str(damage)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM) or error.errno in PASSING:
+            raise
         return f"{error.filename or directory}: {error.strerror or error}"
     return None
 

@@ -36,6 +36,7 @@ from service.checkpoint_files import (
     write_into,
 )
 from service.durable import (
+    PASSING,
     in_the_way,
     kind_of,
     make_directory,
@@ -413,8 +414,11 @@ class Checkpoints:
             self._mark_best(best["step"] if best else None)
             return newest.path.name, newest.step, str(manifest["sha256"])
         except OSError as error:
-            raise SpecError(
-                f"The checkpoints in {self._directory} cannot be used: {error.strerror or error}."
+            kind = EvenstepError if error.errno in PASSING else SpecError
+            named = f" ({error.filename})" if error.filename else ""
+            raise kind(
+                f"The checkpoints in {self._directory} cannot be used: "
+                f"{error.strerror or error}{named}."
             ) from error
 
     def _newest_good(self) -> Checkpoint | None:

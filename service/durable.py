@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.errors import EvenstepError, NotSaved
+from service.errors import EvenstepError, NotSaved, SpecError
 
 _STANDING_IN_THE_WAY = {
     errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
@@ -22,6 +22,8 @@ _STANDING_IN_THE_WAY = {
     errno.EPERM: "it may not be written by this user",
     errno.EFBIG: "a file may not become that large there (ulimit -f)",
 }
+# Of the machine or of its storage at this moment, and not of what lies there.
+PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 # Small enough that a hash finds it still in the cache, large enough that a thread which writes
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
@@ -156,6 +158,22 @@ def told_when_unwritten(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind_of(error)(told_of(path, error)) from error
+
+
+@contextmanager
+def told_when_unread(path: Path) -> Iterator[None]:
+    """What is read at a path within it fails in words.
+
+    Raises:
+        SpecError: what is there may not be read, or is of another kind.
+        EvenstepError: it could not be read just now.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = EvenstepError if error.errno in PASSING else SpecError
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        raise kind(f"{named} cannot be read: {error.strerror or error}.") from error
 
 
 def sync_file(path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.documents import dotted, read_document, shown
+from service.durable import told_when_unread
 from service.errors import EvenstepError, SpecError
 from service.run_directory import RunDirectory, find_run
 from service.tracking import read_metrics
@@ -136,11 +137,12 @@ def read_history(path: Path | str) -> History:
     Raises:
         SpecError: there is no run there, or what it left cannot be read.
     """
-    directory = find_run(Path(path))
-    facts = directory.read_facts()
-    spec = read_document(directory.spec).values
-    rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
-    return History(directory, facts, spec, rows, tuple(_failures(directory.path / "failures")))
+    with told_when_unread(Path(path)):
+        directory = find_run(Path(path))
+        facts = directory.read_facts()
+        spec = read_document(directory.spec).values
+        rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
+        return History(directory, facts, spec, rows, tuple(_failures(directory.path / "failures")))
 
 
 def histories_in(runs: Path) -> tuple[list[History], list[str]]:
@@ -153,10 +155,11 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
         raise SpecError(f"There is no directory {runs}. Name the one that `run --runs` was given.")
     found, broken = [], []
     for entry in sorted(runs.iterdir()):
-        if entry.name.startswith(".") or not (entry / "run.json").exists():
-            continue
         try:
-            found.append(read_history(entry))
+            with told_when_unread(entry):
+                is_run = not entry.name.startswith(".") and (entry / "run.json").exists()
+            if is_run:
+                found.append(read_history(entry))
         except EvenstepError as error:
             broken.append(str(error))
     return sorted(found, key=lambda history: history.news, reverse=True), broken

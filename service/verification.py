@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from service.durable import told_when_unread
 from service.errors import SpecError
 from service.receipt_file import read_receipt, read_weights
 from service.run_directory import RunDirectory
@@ -33,11 +34,12 @@ def compare(a: RunDirectory, b: RunDirectory, *, level: str, tolerance: float) -
     """
     for run in (a, b):
         run.read_facts()
-    checks = [_rows(a, b)]
-    if level != "rows":
-        checks.append(_values(a, b, tolerance=tolerance if level == "losses" else None))
-    if level == "bits":
-        checks.append(_weights(a, b))
+    with told_when_unread(a.path):
+        checks = [_rows(a, b)]
+        if level != "rows":
+            checks.append(_values(a, b, tolerance=tolerance if level == "losses" else None))
+        if level == "bits":
+            checks.append(_weights(a, b))
     return Compared(all(check.equal for check in checks), [c for x in checks for c in x.lines])
 
 

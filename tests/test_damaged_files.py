@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import evenstep
+from commands import BIN, command, evenstep
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
@@ -179,6 +179,35 @@ def test_a_damaged_run_json_is_put_aside_where_a_person_says_so(
     words = ("--fresh", "--processes", 2, "--max-restarts", 1)
     done = evenstep("run", "job.yaml", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def without_rights(*words: object, cwd: Path) -> tuple[int, str]:
+    """The command with no more rights than a file's mode gives its owner: its code, and stderr."""
+    start: tuple[object, ...] = (BIN / "evenstep", *words)
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may read everything, and setpriv is not there to change that")
+        start = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", *start)
+    ended = command(*start, cwd=cwd, timeout=120)
+    return ended.returncode, ended.stderr
+
+
+def test_what_may_not_be_read_is_not_taken_for_damaged(run_of_9: Path, tmp_path: Path) -> None:
+    """To go on from the checkpoint before would lose steps that are all there."""
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    (tmp_path / "job.yaml").write_text(json.dumps(SPEC))
+    newest = tmp_path / "runs/job/checkpoints/step-00000009"
+    (newest / "model.safetensors").chmod(0)
+    words = f"{newest.relative_to(tmp_path)}/model.safetensors cannot be read: Permission denied."
+    ended = without_rights("run", "job.yaml", cwd=tmp_path)
+    assert ended[0] == 64, ended
+    assert "cannot be used: Permission denied (" in ended[1]
+    assert without_rights("checkpoints", "runs/job", cwd=tmp_path) == (64, f"error: {words}\n")
+    assert (newest / "manifest.json").exists(), "it is not set aside"
+    (tmp_path / "runs/job").chmod(0)
+    listed = without_rights("runs", cwd=tmp_path)
+    (tmp_path / "runs/job").chmod(0o755)
+    assert listed == (0, "warning: runs/job/run.json cannot be read: Permission denied.\n")
 
 
 def test_a_receipt_is_on_disk_before_it_takes_the_old_ones_place(

@@ -169,11 +169,14 @@ def test_a_node_that_dies_while_it_waits_may_come_again(meeting: Meeting) -> Non
     first.close()
     stranger = connected(meeting.port)
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    liar = connected(meeting.port)
+    liar.sendall(b'{"index": "1", "nodes": 3, "processes": 2, "spec": "abc"}\n')
     meeting.join(replace(OWN, index=1))
     meeting.join(replace(OWN, index=2))
     ends = meeting.end()
     assert [friend.index for friend in ends[0].friends] == [1, 2]
     stranger.close()
+    liar.close()
     for company in (ends[0], ends[1][0], ends[2][0]):
         company.part(1)
 
