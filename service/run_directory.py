@@ -294,13 +294,11 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
     require_no_secret(spec)
     with ExitStack() as stack:
         try:
-            directory.path.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(_lock(directory))
             if fresh and directory.facts.exists():
                 _put_aside(directory)
-                lock.close()
-                directory.path.mkdir(parents=True)
-                lock = stack.enter_context(_lock(directory))
+                before, lock = lock, stack.enter_context(_lock(directory))
+                before.close()
             opened = _opened(directory, spec, lock)
         except OSError as error:
             raise _unusable(directory, error) from error
@@ -387,8 +385,14 @@ def _is_begun(directory: RunDirectory) -> bool:
 
 
 def _lock(directory: RunDirectory) -> IO[str]:
-    lock = open(directory.path / ".lock", "a+")  # noqa: SIM115  # held as long as the run is open
-    _claim(lock, directory)
+    path = directory.path / ".lock"
+    while True:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")  # noqa: SIM115  # held as long as the run is open
+        _claim(lock, directory)
+        if _is_in_its_place(lock, path):
+            break
+        lock.close()
     # A child that is forked later, such as a data-loader worker, would hold the lock for as long
     # as it lives: where this process is killed, longer than the run may wait for its next attempt.
     held = weakref.ref(lock)
@@ -397,6 +401,15 @@ def _lock(directory: RunDirectory) -> IO[str]:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _is_in_its_place(lock: IO[str], path: Path) -> bool:
+    """Whether it is the run's lock still: who waits for one may get it after --fresh has put the
+    run aside, and the lock with it, while another process begins a new run at its path."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _claim(lock: IO[str], directory: RunDirectory) -> None:

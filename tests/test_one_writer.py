@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 from commands import evenstep
@@ -40,6 +42,48 @@ def test_a_child_of_a_killed_writer_does_not_keep_the_run(tmp_path):
         open_run(tmp_path, spec, fresh=False).close()
     finally:
         os.kill(orphan, signal.SIGKILL)
+
+
+def open_and_tell(runs, fresh, told):
+    """Open the run, and say what came of it; then wait to be ended."""
+    try:
+        opened = open_run(runs, load_spec(spec_of("plain_rows")), fresh=fresh)
+    except SpecError as error:
+        told.send(str(error))
+    else:
+        told.send(opened.id)
+        signal.pause()
+
+
+def waits_for(process, path):
+    """Whether the process has the file open."""
+    files = Path(f"/proc/{process.pid}/fd")
+    return any(os.path.realpath(file) == str(path) for file in files.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc tells who waits")
+@pytest.mark.parametrize("fresh", [False, True])
+def test_who_waits_while_a_run_is_put_aside_does_not_write_to_the_new_one(tmp_path, fresh):
+    """As where two start at one moment, one of them with --fresh."""
+    spec, context = load_spec(spec_of("plain_rows")), get_context("fork")
+    first = open_run(tmp_path, spec, fresh=False)
+    here, there = context.Pipe()
+    second = context.Process(target=open_and_tell, args=(tmp_path, fresh, there), daemon=True)
+    second.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not waits_for(second, tmp_path / "job/.lock"):
+            assert time.monotonic() < deadline
+        os.rename(tmp_path / "job", tmp_path / ".job-aside")
+        new = open_run(tmp_path, spec, fresh=False)
+        first.close()
+        assert here.poll(20)
+        assert f"is being written by process {os.getpid()} on" in here.recv()
+        assert new.directory.read_facts()["id"] == new.id
+        new.close()
+    finally:
+        second.kill()
+        second.join()
 
 
 def test_a_second_command_is_refused_before_it_starts_anything(tmp_path):
