@@ -7,10 +7,12 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -446,10 +448,12 @@ def _load_optimizer(
     }
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
+    windows: list[tuple[Tensor, Tensor]] = []
     for number, entries in by_number.items():
         held = optimizer.state[members[number]]
         for key, value in entries.items():
-            held[key] = _as_saved(held[key], value, members[number])
+            held[key] = _as_saved(held[key], value, members[number], windows)
+    _fill(windows)
 
 
 def _load_groups(
@@ -498,23 +502,50 @@ def _in_order(
     return {order[0]: {key: ordered(value) for key, value in entries.items()}}
 
 
-def _as_saved(loaded: Any, saved: Any, parameter: Tensor) -> Any:
+def _as_saved(
+    loaded: Any, saved: Any, parameter: Tensor, windows: list[tuple[Tensor, Tensor]]
+) -> Any:
     """A copy of `saved` where torch put it, with its own type, lying as its parameter does.
 
     Torch gives some of an optimizer's numbers the parameter's type; and an average that lay as
     its parameter does, channels last, no longer does: a fused step then mixes its elements up.
+
+    Args:
+        windows: takes the large ones that are still to be copied, with what they are copied from.
     """
     if isinstance(saved, Tensor) and saved.shape == parameter.shape:
         fresh = torch.empty_like(
             parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False
         )
-        return fresh.copy_(saved)
+        windows.append((fresh, saved))
+        return fresh
     if isinstance(saved, Tensor):
         return saved.to(loaded.device, copy=True)
     if isinstance(saved, list | tuple):
-        kept = [_as_saved(*pair, parameter) for pair in zip(loaded, saved, strict=True)]
-        return type(saved)(kept)
+        pairs = zip(loaded, saved, strict=True)
+        return type(saved)([_as_saved(*pair, parameter, windows) for pair in pairs])
     return saved
+
+
+def _fill(windows: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first, several at once.
+
+    To get new memory from the system takes longer than to copy into it, and each core can do so.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="load") as threads:
+        copies = [threads.submit(_copy, *pair) for pair in windows]
+    for copied in copies:
+        copied.result()
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    alike = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+    if not (alike and target.device.type == "cpu" and target.dim()):
+        target.copy_(source)
+        return
+    # By numpy, which takes no further threads for it: these are as many as there are cores.
+    into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
+    np.copyto(into, of)
 
 
 def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
