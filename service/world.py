@@ -179,9 +179,14 @@ class World:
 
     def stack(self, values: Tensor) -> Tensor:
         """Every process's values, in order: [processes, ...]."""
-        if self.processes == 1:
+        if self._pairs is None:
             return values[None]
         self.trace.begin("stack")
+        rows = values.new_zeros(self.processes, *values.shape)
+        if self._pairs.fit(rows):  # each adds its own to the zeros of the others
+            rows[self.index] = values.detach()
+            self._pairs.combine(rows)
+            return rows
         parts = [torch.empty_like(values) for _ in range(self.processes)]
         dist.all_gather(parts, values.detach())
         return torch.stack(parts)
@@ -202,7 +207,8 @@ class World:
         self.trace.begin("highest")
         votes = torch.tensor(values)
         self._pairs.combine(votes, torch.maximum)
-        return [int(vote) for vote in votes]
+        highest: list[int] = votes.tolist()
+        return highest
 
     def from_lead(self, value: T) -> T:
         """The lead's value, on every process."""

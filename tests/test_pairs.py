@@ -99,3 +99,15 @@ def test_ddp_has_the_mean_of_the_gradients(processes, width):
     for found, wanted in answers:
         torch.testing.assert_close(found, wanted)
         assert torch.equal(found, answers[0][0]), "weights must not drift apart"
+
+
+def stacked(world, elements):
+    values = rows_of(world.index, torch.float32, elements)
+    return world.stack(values)
+
+
+@pytest.mark.parametrize("elements", [7, MOST_BYTES // 4], ids=["few", "many"])
+def test_values_stand_by_rank(processes, elements):
+    wanted = torch.stack([rows_of(rank, torch.float32, elements) for rank in range(3)])
+    for found in processes(3).run(stacked, elements):
+        assert torch.equal(found, wanted)
