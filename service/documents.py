@@ -448,9 +448,12 @@ def _plain(value: Any, *, steps: Steps) -> Any:
         return [_plain(item, steps=(*steps, i)) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         return _plain_entries(value, steps=steps)
+    kind = "a huge number" if isinstance(value, int) else f"of type {type(value).__name__}"
+    name = getattr(value, "__name__", None)
+    hint = f"; give its name, such as '__main__:{name}'" if callable(value) and name else ""
     raise SpecError(
-        f"{key}: must be null, a truth value, a number, text, a list or a mapping, "
-        f"but is {'a huge number' if isinstance(value, int) else f'of type {type(value).__name__}'}"
+        f"{key}: must be null, a truth value, a number, text, a list or a mapping, but is {kind}"
+        f"{hint}"
     )
 
 

@@ -39,7 +39,7 @@ class Failure:
     """Where every thread stood, if the report says so."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class History:
     """One run: its facts, its spec as plain values, and its metrics."""
 
@@ -48,6 +48,11 @@ class History:
     spec: dict[str, Any]
     rows: list[dict[str, float]]
     failures: tuple[Failure, ...] = ()
+
+    def __repr__(self) -> str:
+        """What a notebook shows of it: `<run digits: done, step 180 of 180>`."""
+        of = f" of {self.steps}" if self.steps else ""
+        return f"<run {self.name}: {self.state}, step {self.step}{of}>"
 
     @property
     def name(self) -> str:

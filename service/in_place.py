@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from service.documents import document_of
 from service.errors import SpecError, Stopped
 from service.faults import StopRequest, stop_on_signals
 from service.fitting import settled
@@ -44,6 +45,7 @@ def run(
         EvenstepError: the run cannot go on.
     """
     _require_one_process()
+    document_of(overrides)  # what no spec could hold is refused in words
     loaded = load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
     if loaded.exactness == "bitwise":
         raise SpecError(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import Discriminator, ValidationError
@@ -153,6 +153,9 @@ def _wrong_member(error: ErrorDetails, spot: _Spot, document: Document) -> _Faul
 
 
 def _missing(name: str, field: FieldInfo) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if len(choices) > 1:
+        return f"missing; add {name}: {' or '.join(choices)}"
     if not field.examples:
         return "missing; add it"
     return f"missing; add {name}: {_on_one_line(field.examples[0])}"
@@ -203,6 +206,8 @@ def _hint(error: ErrorDetails) -> str:
         return _near(given, [word.strip("'") for word in _words(error["ctx"]["expected"])])
     if error["type"] == "string_type" and isinstance(given, int | float):
         return "; put it in quotes"
+    if error["type"].startswith("union_tag") and isinstance(given, str):
+        return f"; write {{name: {given}}}"
     if error["type"].startswith(("model_", "dict_")) and given is None:
         return "; leave the key out for its default"
     return ""

@@ -81,14 +81,47 @@ spec = {
     "name": "cells", "task": "__main__:task", "batch": {"global_batch": 50},
     "length": {"epochs": 40}, "optimizer": {"name": "adam", "lr": 0.1},
 }
-print(run(spec).rows[-1]["test/accuracy"])
+history = run(spec)
+print(history)
+print(history.rows[-1]["test/accuracy"])
 """
 
 
 def test_a_task_may_be_a_cell_of_the_notebook(tmp_path):
     done = python(NOTEBOOK, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.strip().splitlines()[-1]) > 0.9
+    *_, shown, accuracy = done.stdout.strip().splitlines()
+    assert shown == "<run cells: done, step 160 of 160>"
+    assert float(accuracy) > 0.9
+
+
+WRONG = """
+import pathlib, numpy
+from service import run
+from service.errors import SpecError
+
+def task(): pass
+
+for wrong in (
+    {"task": task},
+    {"task_args": {"folder": pathlib.Path("data")}},
+    {"optimizer": {"lr": numpy.float32(0.1)}},
+):
+    try:
+        run("digits", **wrong)
+    except SpecError as error:
+        print(error)
+"""
+
+
+def test_what_no_spec_can_hold_is_told_in_a_notebook_too(tmp_path):
+    done = python(WRONG, tmp_path)
+    assert done.returncode == 0, done.stderr
+    of_task, of_folder, of_rate = done.stdout.splitlines()
+    assert of_task.endswith("but is of type function; give its name, such as '__main__:task'")
+    assert of_folder.startswith("task_args.folder: must be null, a truth value")
+    assert of_rate.startswith("optimizer.lr: must be null")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_under_torchrun_the_door_says_where_to_go(tmp_path):

@@ -69,7 +69,7 @@ MISTAKES = [
     ("batch: {micro_batch: 1}",
      "bad.yaml:3:1: batch.global_batch: missing; add global_batch: 128"),
     ("checkpoint: {best: {measure: test/loss}}",
-     "bad.yaml:6:14: checkpoint.best.mode: missing; add mode: max"),
+     "bad.yaml:6:14: checkpoint.best.mode: missing; add mode: max or min"),
     # types
     ("name: 2024", "bad.yaml:1:7: name: must be text, but is 2024; put it in quotes"),
     ("seed: 1.5", "bad.yaml:6:7: seed: must be a whole number, but is 1.5"),
@@ -138,7 +138,8 @@ MISTAKES = [
     ("optimizer: {lr: 0.1}", "bad.yaml:5:1: optimizer.name: missing; add name: sgd"),
     ("optimizer: {name: 3, lr: 0.1}", "bad.yaml:5:19: optimizer.name: must be text, but is 3"),
     ("optimizer: sgd",
-     "bad.yaml:5:12: optimizer: must be a mapping of keys to values, but is 'sgd'"),
+     "bad.yaml:5:12: optimizer: must be a mapping of keys to values, but is 'sgd'; "
+     "write {name: sgd}"),
     ("optimizer: {name: Adamm, lr: 0.1}",
      "bad.yaml:5:19: optimizer.name: must be an optimizer of torch.optim or package.module:Class, "
      "but is 'Adamm'; did you mean 'adam'?"),
