@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
-from service.errors import Diverged, EvenstepError, SpecError
+from service.errors import Diverged, EvenstepError, SpecError, with_place
 from service.exchange import Overlapped
 from service.fitting import fitting_rows, with_micro_batch, with_workers
 from service.limits import memory_each, workers_each
@@ -30,8 +30,8 @@ from service.second_writers import require_packages
 from service.spec import CheckpointSpec, ExchangeSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
-from service.task import Task, collate_of, load_task
-from service.world import World
+from service.task import Task, collate_of, load_task, new_model
+from service.world import World, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     # As if there were a process for each micro-batch, so that a step brings one of them.
     small = _plan(spec, task, plan.micro_batches)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
-    model, seconds = _timed(lambda: task.model().to(world.device))
+    model, seconds = _timed(lambda: new_model(task).to(world.device))
     normalization = prepare(model, spec.model.batchnorm, world)
     state = _state(spec, model, small)
     yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
@@ -209,7 +209,16 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
     rows = min(task.test_rows, spec.test.micro_batch)
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
-    return test(model, batches, task=task, world=world, plan=plan)
+    try:
+        return test(model, batches, task=task, world=world, plan=plan)
+    except EvenstepError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SpecError(
+            f"task: the test loop failed over its first {rows} rows: {with_place(error)}"
+        ) from error
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
@@ -220,7 +229,7 @@ def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
             Path(place), world=world, spec=waiting, facts={}, say=_say_nothing
         )
         checkpoints.save(state)
-        model = task.model().to(world.device)
+        model = new_model(task).to(world.device)
         prepare(model, plan.spec.model.batchnorm, world)
         fresh = _state(plan.spec, model, plan)
         checkpoints.restore(fresh)

@@ -27,7 +27,7 @@ from service.run_directory import RunDirectory
 from service.snapshots import expected_bytes
 from service.spec import Spec
 from service.spec_file import load_spec
-from service.task import Task
+from service.task import Task, new_model
 from service.vitals import peak_bytes
 from service.world import World, is_out_of_memory
 
@@ -133,7 +133,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     """The largest number of rows, doubled from 1 on, of which a pass fits in this process."""
     most = largest_micro_batch(plan.global_batch, plan.processes)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
-    model = task.model().to(world.device)
+    model = new_model(task).to(world.device)
     held = _held_besides(model, plan)
     on_cpu = world.device.type == "cpu"
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.batches import to_device
-from service.errors import DataBroken
+from service.errors import DataBroken, SpecError
 from service.world import World
 
 _HELD_AT_MOST = 1000  # micro-batches whose sums are not in the table yet
@@ -153,9 +153,21 @@ class Gathered:
                 for outputs, targets in kept:
                     for metric in self._unmerged.values():
                         metric.cpu().update(outputs, targets)
-        return {
-            f"test/{name}": float(self._metrics[name].cpu().compute()) for name in self._metrics
-        }
+        return {f"test/{n}": _one_number(n, self._metrics[n].cpu()) for n in self._metrics}
+
+
+def _one_number(name: str, metric: Any) -> float:
+    value = metric.compute()
+    if isinstance(value, Tensor) and value.numel() != 1:
+        kind = f"a tensor of shape {list(value.shape)}"
+    elif not isinstance(value, Tensor | int | float):
+        kind = f"a {type(value).__name__}"
+    else:
+        return float(value)
+    raise SpecError(
+        f"task.measures: {name} must come to one number, but {type(metric).__name__} gives {kind}. "
+        "Average it, such as by average='macro', or measure its parts by themselves."
+    )
 
 
 def _merges_exactly(metric: Any) -> bool:

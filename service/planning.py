@@ -25,7 +25,7 @@ from service.snapshots import expected_bytes
 from service.spec import OptimizerSpec, PlateauSpec, Spec
 from service.state import require_measures
 from service.stopping import estimated, longest_save, stop_in_words
-from service.task import Task, load_task
+from service.task import Task, load_task, new_model
 from service.world import alone
 
 
@@ -43,7 +43,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
     require_measures(spec, task)
-    model = task.model()
+    model = new_model(task)
     groups = parameter_groups(model, spec.optimizer)
     parameters = _parameters(model, groups, spec)
     optimizer = make_optimizer(model, spec.optimizer, groups)
@@ -67,7 +67,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
 def checkpoint_bytes(spec: Spec) -> int | None:
     """What a checkpoint of the job takes; None where only a step can tell."""
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
-    model = task.model()
+    model = new_model(task)
     optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
     return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
 

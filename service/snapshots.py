@@ -349,9 +349,11 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
     missing, strange = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or strange:
         near = did_you_mean(missing[0], strange) if missing and strange else "."
+        differs = [f"lacks {missing[:5]}"] if missing else []
+        differs += [f"has {strange[:5]} besides"] if strange else []
         raise SpecError(
-            f"The checkpoint {directory} is of another model: it lacks {missing[:5]} and has "
-            f"{strange[:5]} besides{near}{_how_to_rename(missing, strange)}"
+            f"The checkpoint {directory} is of another model: it {' and '.join(differs)}"
+            f"{near}{_how_to_rename(missing, strange)}"
         )
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"

@@ -135,6 +135,31 @@ def logits(outputs: Any) -> Tensor:
     return found
 
 
+def new_model(task: Task) -> nn.Module:
+    """A new model of the task.
+
+    Raises:
+        SpecError: the task raised, or gave something else.
+    """
+    try:
+        model: object = task.model()
+    except SpecError:
+        raise
+    except Exception as error:
+        if isinstance(task.model, nn.Module):  # which is called when it should be made
+            raise SpecError(
+                f"task.model: must make a new model, but is one: a {type(task.model).__name__}. "
+                "Write model=lambda: ..., so that each process and each test makes its own."
+            ) from error
+        raise SpecError(f"task.model: raised {with_place(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise SpecError(
+            f"task.model: must give an nn.Module, but gave a {type(model).__name__}. A class of "
+            "models makes one when it is called."
+        )
+    return model
+
+
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     """What makes a batch of a list of rows: the task's own `collate`, or torch's stacking."""
     return getattr(task, "collate", default_collate)

@@ -57,7 +57,7 @@ from service.spec_file import fingerprint
 from service.state import TrainState, require_measures
 from service.stopping import Grace, Stopping, estimated, measured_in
 from service.streams import Stream, is_stream
-from service.task import Task
+from service.task import Task, new_model
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.updates import Updates
 from service.vitals import Stopwatch, Vitals
@@ -116,7 +116,7 @@ def run(
     weights_key = randomness.key(randomness.WEIGHTS, spec.seed)
     seed_generators(weights_key)
     torch.manual_seed(weights_key)  # those of the devices too
-    model = task.model().to(world.device)
+    model = new_model(task).to(world.device)
     normalization = prepare(model, spec.model.batchnorm, world, exchanged=ordered)
     if spec.model.channels_last:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
@@ -338,7 +338,7 @@ def test_run(
     # Testing has no micro-batches to share out, so any number of processes can take part.
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
-    model = task.model().to(world.device)
+    model = new_model(task).to(world.device)
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)

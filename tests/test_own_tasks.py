@@ -13,9 +13,12 @@ from test_features import difference
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset, random_split
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from service.batches import first_rows, split, to_device
+from service.checking import checked
 from service.errors import SpecError, with_place
+from service.spec_file import load_spec
 from service.streams import Stream
 from service.task import load_task, logits, supervised
 from service.tracking import read_metrics
@@ -278,6 +281,50 @@ def test_what_can_be_read_once_only_is_no_stream():
     rows = ((torch.zeros(4), 0) for _ in range(9))
     with pytest.raises(SpecError, match="a generator, which can be read once only"):
         Stream(rows, mode="whole", index=0, of=1)
+
+
+class Confused(nn.Linear):
+    """Cannot be tested."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            raise ValueError("only for training")
+        return super().forward(inputs)
+
+
+def made_of(model: str) -> supervised:
+    def wrong() -> nn.Module:
+        return nn.Linear(4, "three")
+
+    makers = {
+        "one": nn.Linear(4, 3),
+        "class": lambda: nn.Linear,
+        "raises": wrong,
+        "untested": lambda: Confused(4, 3),
+        "matrix": lambda: nn.Linear(4, 3),
+    }
+    matrix = {"confusion": MulticlassConfusionMatrix(num_classes=3)} if model == "matrix" else ()
+    rows = [(torch.ones(4), row % 3) for row in range(60)]
+    return supervised(model=makers[model], train=rows, test=rows[:7], measures=matrix)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("one", "task.model: must make a new model, but is one: a Linear. Write model=lambda"),
+        ("class", "task.model: must give an nn.Module, but gave a type"),
+        ("raises", "task.model: raised TypeError: .*test_own_tasks.py:"),
+        ("untested", r"over its first 7 rows: ValueError: only .*test_own_tasks.py:\d+\)"),
+        (
+            "matrix",
+            r"confusion must come to one number, but MulticlassConfusionMatrix gives .*3, 3",
+        ),
+    ],
+)
+def test_a_model_that_is_none_is_told(alone, model, message):
+    spec = load_spec(job("made_of", task_args={"model": model}))
+    with pytest.raises(SpecError, match=message):
+        list(checked(spec, world=alone))
 
 
 def test_a_task_needs_no_test():
