@@ -13,7 +13,14 @@ from typing import NamedTuple
 from launch.environment import Environment
 from launch.job import Job, TestJob
 from launch.process_group import process_group
-from service.errors import EvenstepError, OutOfMemory, PeerLost, SpecError, Stopped
+from service.errors import (
+    EvenstepError,
+    OutOfMemory,
+    PeerLost,
+    SpecError,
+    Stopped,
+    is_out_of_memory,
+)
 from service.failures import write_failure
 from service.faults import StoppedEarly, StopRequest
 from service.fitting import settled
@@ -24,7 +31,7 @@ from service.spec import Spec
 from service.stopping import graces
 from service.task import load_task
 from service.worker import run, test_run
-from service.world import World, is_out_of_memory, lost_peer
+from service.world import World, lost_peer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
-from service.errors import Diverged, EvenstepError, SpecError, with_place
+from service.errors import Diverged, EvenstepError, SpecError, is_out_of_memory, with_place
 from service.exchange import Overlapped
 from service.fitting import fitting_rows, with_micro_batch, with_workers
 from service.limits import memory_each, workers_each
@@ -31,7 +31,7 @@ from service.spec import CheckpointSpec, ExchangeSpec, Spec
 from service.state import TrainState, require_measures
 from service.streams import Stream, is_stream
 from service.task import Task, collate_of, load_task, new_model
-from service.world import World, is_out_of_memory
+from service.world import World
 
 T = TypeVar("T")
 

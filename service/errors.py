@@ -100,6 +100,13 @@ def _one_holds_the_other(a: str, b: str) -> bool:
     return a in b or b in a
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python could not get the memory that was asked for."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return "can't allocate memory" in str(error)
+
+
 def with_place(error: BaseException) -> str:
     """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from.
 

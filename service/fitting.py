@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from service import randomness
-from service.errors import EvenstepError, OutOfMemory
+from service.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.limits import memory_each, workers_each
 from service.loading import sample
 from service.normalization import prepare
@@ -29,7 +29,7 @@ from service.spec import Spec
 from service.spec_file import load_spec
 from service.task import Task, new_model
 from service.vitals import peak_bytes
-from service.world import World, is_out_of_memory
+from service.world import World
 
 _USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
-from service.errors import EvenstepError, SpecError, with_place
+from service.errors import EvenstepError, SpecError, is_out_of_memory, with_place
 from service.flops import FlopCount
 from service.normalization import Normalization
 from service.precision import computed
 from service.task import Task
-from service.world import World, is_out_of_memory
+from service.world import World
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from service import randomness
-from service.errors import SpecError, did_you_mean, with_place
+from service.errors import SpecError, did_you_mean, is_out_of_memory, with_place
 from service.generators import seed_generators
 from service.streams import is_stream
 
@@ -146,6 +146,8 @@ def new_model(task: Task) -> nn.Module:
     except SpecError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if isinstance(task.model, nn.Module):  # which is called when it should be made
             raise SpecError(
                 f"task.model: must make a new model, but is one: a {type(task.model).__name__}. "

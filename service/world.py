@@ -299,12 +299,6 @@ def lost_peer(error: BaseException) -> PeerLost | None:
     return None
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not get the memory that was asked for."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
 def _generators(device: torch.device) -> list[torch.Generator]:
     """The default generators of the CPU and of the device."""
     generators = [torch.default_generator]
