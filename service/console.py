@@ -219,7 +219,8 @@ class LiveConsole(_Screen):
                 self._bar.take(row, self._time_left.after(row))
                 drawn = row.step
             if found or new:
-                lines = [line for thing in found for line in self._table.lines_of(thing)]
+                columns = self._rich.width
+                lines = [line for one in found for line in self._table.lines_of(one, columns)]
                 self._draw(lines, self._live.refresh)
         self._draw([], self._live.stop)
 
@@ -238,17 +239,33 @@ class _Table:
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
 
-    def lines_of(self, thing: Row | str) -> list[str]:
-        """The lines for what was said, or tested; with the names where they are new."""
+    def lines_of(self, thing: Row | str, columns: int) -> list[str]:
+        """The lines for what was said, or tested; with the names where they are new.
+
+        Of what was tested, as much as fits in `columns`: what is left out is in the record.
+        """
         if isinstance(thing, str):
             return [thing]
         tested = {key: value for key, value in thing.values.items() if key.startswith("test/")}
         cells = {"step": str(thing.step), "epoch": f"{thing.epoch:.4g}", **_shown(tested)}
-        names, before = tuple(cells), self._names
+        names, before = _columns_that_fit(tuple(cells), columns), self._names
         self._names = names
         lines = [cells[name].rjust(_width(name)) for name in names]
         head = [name.rjust(_width(name)) for name in names]
         return ["  ".join(row) for row in ([head, lines] if names != before else [lines])]
+
+
+def _columns_that_fit(names: tuple[str, ...], columns: int) -> tuple[str, ...]:
+    """The names of a table's columns without those that go first where there is no room for all.
+
+    `names` are the step, the epoch and the measures; the step and the first measure always stay.
+    """
+    kept = list(names)
+    for name in (names[1], *reversed(names[3:])):
+        if sum(map(_width, kept)) + 2 * (len(kept) - 1) <= columns:
+            break
+        kept.remove(name)
+    return tuple(kept)
 
 
 def _width(name: str) -> int:

@@ -100,6 +100,8 @@ class Trial:
             try:
                 self._pass(wrapped)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise SpecError(
                     f"model.compile: torch cannot compile this model here: "
                     f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands import BIN, CLEAN
 
-from service.console import LiveConsole, PlainConsole, console
+from service.console import LiveConsole, PlainConsole, _Table, console
 from service.tracking import Row
 
 ROOT = Path(__file__).parents[1]
@@ -177,14 +177,27 @@ def test_a_terminal_shows_one_line_that_is_drawn_four_times_a_second_at_most():
 
 def test_a_narrow_terminal_still_has_one_line():
     written, _, step = on_a_terminal(30)
-    *_, bar, _ = lines_shown(written)
+    *stay, bar, _ = lines_shown(written)
+    assert stay[1:3] == ["   step  test/accuracy", "    100          0.976"], "epoch goes first"
     assert bar.startswith(f"{step}/")
     assert len(bar) < 30
 
 
 def test_columns_says_how_wide_the_line_may_be():
     written, _, _ = on_a_terminal(200, COLUMNS="40")
-    assert max(len(line) for line in lines_shown(written)) < 45
+    assert max(len(line) for line in lines_shown(written)) <= 40
+
+
+def test_the_table_keeps_the_measures_that_fit():
+    values = {"test/loss": 0.5, "test/accuracy": 0.9, "test/a_long_measure": 0.1}
+    row = Row(step=100, epoch=1.5, time=0.0, values=values)
+    shown = [_Table().lines_of(row, columns)[0].split() for columns in (80, 55, 40, 10)]
+    assert shown == [
+        ["step", "epoch", *values],
+        ["step", *values],
+        ["step", "test/loss", "test/accuracy"],
+        ["step", "test/loss"],
+    ]
 
 
 def test_no_color_leaves_the_colours_out():
