@@ -25,8 +25,6 @@ from service.recipes import find_recipe, recipes
 from service.run_directory import RunDirectory, check_run, find_run
 from service.spec import Spec
 from service.spec_file import load_spec, spec_schema
-from service.spec_page import spec_page
-from service.verification import compare
 
 if TYPE_CHECKING:
     from launch.kubernetes.manifests import Target
@@ -181,6 +179,8 @@ def _start(
 @click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Of losses.")
 def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
     """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
+    from service.verification import compare
+
     compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
     click.echo("\n".join(compared.lines))
     sys.exit(0 if compared.equal else 1)
@@ -212,6 +212,8 @@ def list_recipes() -> None:
 @click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
 def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
+    from service.spec_page import spec_page
+
     click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import click
 
-from launch.doctor import Asked, examined, exit_code
 from service.recipes import find_recipe
 from service.spec_file import load_spec
-from service.starting import SPEC, start
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def new(directory: Path) -> None:
     """Write a commented task and spec into DIRECTORY to begin a job of your own."""
+    from service.starting import SPEC, start
+
     for path in start(directory):
         click.echo(f"wrote {path}")
     spec = directory / SPEC
@@ -61,6 +61,8 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(spec: str | None, processes: int, runs: Path, as_json: bool) -> None:
     """Check this machine, with SPEC against its needs. Exit 0: fine, 1: warnings, 2: failed."""
+    from launch.doctor import Asked, examined, exit_code
+
     loaded = load_spec(find_recipe(spec)) if spec is not None else None
     findings = []
     for finding in examined(Asked(processes=processes, runs=runs, spec=loaded)):

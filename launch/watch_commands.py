@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from service.history import History, histories_in, read_history
-from service.report import write_report
+if TYPE_CHECKING:
+    from service.history import History
 
 
 @click.command()
@@ -22,6 +23,9 @@ from service.report import write_report
 )
 def report(runs: tuple[str, ...], output: Path) -> None:
     """Draw one page about RUNs: directories, or names of runs in ./runs. Needs no network."""
+    from service.history import read_history
+    from service.report import write_report
+
     histories = [read_history(run) for run in runs]
     write_report(histories, output)
     click.echo(f"{output}: {', '.join(history.name for history in histories)}")
@@ -31,6 +35,8 @@ def report(runs: tuple[str, ...], output: Path) -> None:
 @click.argument("directory", type=click.Path(path_type=Path), default="runs")
 def list_runs(directory: Path) -> None:
     """List the runs in DIRECTORY (default: runs), the latest news first."""
+    from service.history import histories_in
+
     found, broken = histories_in(directory)
     rows = [("run", "state", "step", "best", "when"), *map(_row, found)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -12,17 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TextIO
-
-from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from service.handover import Handover
 from service.tracking import Outcome, Row, Writer
+
+if TYPE_CHECKING:  # at run time only where there is a terminal to draw on
+    from rich.console import Console as RichConsole
+    from rich.console import ConsoleOptions, RenderResult
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
 
 _REDRAW_SECONDS = 0.25
 _LOOK_SECONDS = 0.1
@@ -181,6 +180,9 @@ class LiveConsole(_Screen):
         stream: TextIO,
         environ: Mapping[str, str],
     ) -> None:
+        from rich.console import Console as RichConsole
+        from rich.live import Live
+
         self._stream = stream
         self._time_left = time_left
         self._bar = _Bar(total_steps, step=time_left.step)
@@ -289,6 +291,10 @@ class _Bar:
         self._step, self._facts = row.step, facts
 
     def __rich_console__(self, rich: RichConsole, options: ConsoleOptions) -> RenderResult:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
         count = f"{self._step}/{self._total_steps}"
         # The last column stays free: some terminals wrap when it is written.
         room = options.max_width - 1 - len(count) - 1
