@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+
+def spare_compiler() -> None:
+    """Let optimizers be made in this process without the import of torch's compiler.
+
+    Torch keeps the compiler out of an optimizer's methods, and imports it to do so, at the first
+    call: a second of every start.  Where it is not there, they need not be kept from it.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    methods = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+    for method in [getattr(Optimizer, name) for name in methods]:
+        bare = getattr(method, "__wrapped__", None)
+        if bare is not None and not hasattr(bare, _KEPT_OUT):
+            setattr(bare, _KEPT_OUT, bare)
+
+
+# Where torch._disable_dynamo remembers the method that it calls in the place of this one.
+_KEPT_OUT = "__dynamo_disable"
 
 
 def compile_in_place(model: nn.Module, *, telling: bool) -> None:

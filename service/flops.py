@@ -38,6 +38,11 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
 
     total = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while it counts, so torch need not import its compiler to say so."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

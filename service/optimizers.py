@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -316,7 +317,7 @@ def _try_out(
     if needs_closure(make):
         optimizer.step(lambda: 0.0)
     else:
-        optimizer.step()
+        step_of(optimizer)()
 
 
 def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:
@@ -334,11 +335,28 @@ def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimi
 
     The wrapper labels the step for torch's profiler and calls hooks: a tenth of the time of a
     fused AdamW on a small model.  A scheduler of torch's may have put its own in the place of both.
+    A second one within says where a compiled step may be cut, and imports the compiler to say it.
     """
     step = type(optimizer).step
     if "step" in vars(optimizer) or not getattr(step, "hooked", False):
         return None
-    return getattr(step, "__wrapped__", None)
+    within: Callable[[torch.optim.Optimizer], Any] | None = getattr(step, "__wrapped__", None)
+    bare = getattr(within, "__wrapped__", None)
+    is_cut = getattr(within, "__globals__", {}).get("__name__") == "torch.optim.optimizer"
+    if bare is None or not is_cut or optimizer.defaults.get("differentiable"):
+        return within
+    return partial(_without_gradients, bare)
+
+
+def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Its step, the plain one where there is one."""
+    plain = plain_step(optimizer)
+    return optimizer.step if plain is None else partial(plain, optimizer)
+
+
+def _without_gradients(step: Callable[[Any], Any], optimizer: torch.optim.Optimizer) -> Any:
+    with torch.no_grad():
+        return step(optimizer)
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from service.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
 from service.errors import Diverged, NoCheckpoint, SpecError, did_you_mean
+from service.optimizers import step_of
 from service.state import Best, TrainState
 
 DTYPES = {
@@ -218,7 +219,8 @@ def expected_bytes(
 ) -> int | None:
     """Bytes of a checkpoint's tensors, before the first step; None where only a step can tell.
 
-    The optimizer takes a step without numbers, on tensors that have a shape and nothing else.
+    The optimizer takes a step on parameters of a few numbers, which is seen through: what it keeps
+    beside each is as large as the parameter, or one number, or it cannot be told.
 
     Args:
         averaged: the weights' moving average is saved too.
@@ -228,31 +230,44 @@ def expected_bytes(
     weights = sum(tensor.nbytes for tensor in weights_of(model)[0].values())
     if type(optimizer).__module__.partition(".")[0] != "torch":
         return None  # another's copy might share what it counts in with the one that trains
+    groups = [[(_small(p), p) for p in group["params"]] for group in optimizer.param_groups]
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
     twin.param_groups = [
-        {**group, "params": [_shape_of(p) for p in group["params"]], "foreach": False}
+        {**group, "params": [small for small, _ in pairs], "foreach": False}
         | ({"fused": None} if "fused" in group else {})
-        for group in optimizer.param_groups
+        for group, pairs in zip(optimizer.param_groups, groups, strict=True)
     ]
     try:
-        twin.step()
+        step_of(twin)()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError):
-        # It asks for a number, a closure, sparse gradients or a GPU: adafactor, lbfgs, capturable.
+        # It asks for a closure, sparse gradients or a GPU: lbfgs, capturable.
         return None
-    held = sum(
-        value.nbytes
-        for values in twin.state.values()
-        for value in values.values()
+    held = [
+        _bytes_held(value, small, parameter)
+        for pairs in groups
+        for small, parameter in pairs
+        for value in twin.state[small].values()
         if isinstance(value, Tensor)
-    )
-    return held + weights * (2 if averaged else 1)
+    ]
+    if None in held:
+        return None
+    return sum(filter(None, held)) + weights * (2 if averaged else 1)
 
 
-def _shape_of(parameter: Tensor) -> Tensor:
-    twin = torch.empty_like(parameter, device="meta", requires_grad=True)
-    twin.grad = torch.empty_like(twin)
-    return twin
+def _small(parameter: Tensor) -> Tensor:
+    """A parameter of the same kind with two numbers along each dimension, and a gradient."""
+    shape = (2,) * parameter.dim()
+    small = torch.zeros(shape, dtype=parameter.dtype, device="cpu", requires_grad=True)
+    small.grad = torch.zeros_like(small)
+    return small
+
+
+def _bytes_held(value: Tensor, small: Tensor, parameter: Tensor) -> int | None:
+    """Bytes beside the real parameter of what is `value` beside the small; None: it depends."""
+    if value.shape == small.shape:
+        return parameter.numel() * value.element_size()
+    return value.nbytes if value.dim() == 0 else None
 
 
 # ---- back from disk

@@ -17,7 +17,7 @@ from service.averages import MovingAverage
 from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
 from service.clock import Clock
-from service.compiling import compile_in_place
+from service.compiling import compile_in_place, spare_compiler
 from service.console import Voice, console
 from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
@@ -123,6 +123,8 @@ def run(
         model.to(**nhwc)
     require_sparse_can_travel(model, spec, device=world.device.type, many=world.processes > 1)
     groups = parameter_groups(model, spec.optimizer)
+    if not spec.model.compile:
+        spare_compiler()
     optimizer = make_optimizer(model, spec.optimizer, groups)
     require_its_loss(optimizer, spec)
     schedule = make_schedule(optimizer, plan)

@@ -130,6 +130,16 @@ def test_the_launcher_does_without_what_only_ranks_need(tmp_path):
         assert not found[rank] & {"launch.cli", "launch.agent", "wandb"}
 
 
+def test_a_process_that_compiles_nothing_does_without_the_compiler(tmp_path):
+    environ = watched(tmp_path, job(tmp_path))
+    for step in (1, 2):  # from the beginning, and from a checkpoint
+        ended = evenstep("run", "job.yaml", "--stop-at", step, cwd=tmp_path, **environ)
+        assert ended.returncode == (75 if step == 1 else 0), ended.stderr
+    started, resumed = modules_of(tmp_path).values()
+    assert started >= {"torch", "service.worker"} <= resumed
+    assert not (started | resumed) & {"torch._dynamo", "launch.agent", "rich.console"}
+
+
 @pytest.mark.parametrize(
     "words",
     [
