@@ -19,6 +19,7 @@ from launch.signals import STARTED, heard, stop_listening
 from launch.warming import collect_garbage, end_server
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
+from service.failures import redacted
 from service.faults import die_with_parent, stop_on_signals
 from service.profiling import window_of
 from service.recipes import find_recipe, recipes
@@ -387,5 +388,5 @@ def main() -> None:
     except EvenstepError as error:
         place = launched()
         if place is None or place.rank == 0:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {redacted(str(error))}", err=True)
         sys.exit(error.exit_code)

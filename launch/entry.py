@@ -21,7 +21,7 @@ from service.errors import (
     Stopped,
     is_out_of_memory,
 )
-from service.failures import write_failure
+from service.failures import redacted, write_failure
 from service.faults import StoppedEarly, StopRequest
 from service.fitting import settled
 from service.hangs import Leave, watched
@@ -185,20 +185,23 @@ def outcome_of(
         lost = lost_peer(error)
         if lost is not None:
             return _told(lost, here, silent)
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
+        # What a user's code raises may hold what it was given: the log of a pod is read by many.
+        message = str(redacted(f"{type(error).__name__}: {error}"))
+        trace = str(redacted(traceback.format_exc()))
+        print(trace, end="", file=sys.stderr, flush=True)
         _report(here, message)
-        return End(1, message, traceback.format_exc())
+        return End(1, message, trace)
     return End(0)
 
 
 def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
+    message = str(redacted(str(error)))
     if here.pulse.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
-        print(f"{word}{error}", file=sys.stderr, flush=True)
+        print(f"{word}{message}", file=sys.stderr, flush=True)
     if not isinstance(error, Stopped | PeerLost | SpecError):
-        _report(here, str(error))
-    return End(error.exit_code, str(error))
+        _report(here, message)
+    return End(error.exit_code, message)
 
 
 def _report(here: Here, message: str) -> None:

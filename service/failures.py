@@ -19,6 +19,7 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGN
 _NAMES_A_PLACE = re.compile(r"_(FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
 _IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
 _SHORTEST = 8  # characters; what is shorter would blank out innocent text
+_NO_WORD = 16  # as long as this, it stands in no innocent text by chance
 
 
 def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
@@ -39,8 +40,11 @@ def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 
 def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the whole text is one, or it is an address with a password."""
-    return text in _secrets(environ) or _IN_AN_ADDRESS.search(text) is not None
+    """Whether the text is one or holds a long one, or it is an address with a password."""
+    for secret in _secrets(environ):
+        if text == secret or (len(secret) >= _NO_WORD and secret in text):
+            return True
+    return _IN_AN_ADDRESS.search(text) is not None
 
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:

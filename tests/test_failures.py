@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import evenstep
 
 from service.account import account_of, each_of, failures_in_a_row
 from service.errors import NoProgress, SpecError
@@ -51,17 +52,61 @@ def test_a_run_remembers_no_secret_of_its_command(tmp_path, monkeypatch):
     assert "hush-hush-hush" not in opened.directory.facts.read_text()
 
 
-@pytest.mark.parametrize("secret", ["hush-hush-hush", "s3://me:hush@host/rows"])
+SECRETS = ["hush-hush-hush", "s3://me:hush@host/rows", "https://host/?k=hush-and-hush-and-hush"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
 def test_a_spec_that_holds_a_secret_is_refused_before_anything_is_written(
     tmp_path, monkeypatch, secret
 ):
     monkeypatch.setenv("MY_TOKEN", "hush-hush-hush")
+    monkeypatch.setenv("STORE_KEY", "hush-and-hush-and-hush")
     spec = load_spec(SPEC | {"task_args": {"rows": [{"from": secret}]}})
     for begin in (check_run, open_run):
         with pytest.raises(SpecError, match=r"^task_args.rows\[0\].from holds a secret") as told:
             begin(tmp_path, spec, fresh=False)
         assert "hush" not in str(told.value)
     assert not list(tmp_path.iterdir())
+
+
+LEAKING = """
+import os
+
+def task():
+    raise RuntimeError("no way in with " + os.environ["STORE_KEY"] + " to s3://me:hush@host")
+
+def late():
+    import torch
+    from torch.utils.data import TensorDataset
+    from service.task import supervised
+
+    class Model(torch.nn.Linear):
+        calls = 0
+
+        def forward(self, rows):
+            self.calls += 1
+            return super().forward(rows) if self.calls < 9 else task()
+
+    rows = TensorDataset(torch.rand(40, 4), torch.arange(40) % 3)
+    return supervised(model=lambda: Model(4, 3), train=rows, test=rows)
+"""
+
+
+MORE = {"batch": {"global_batch": 8, "micro_batch": 2}}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("where", ["task", "late"])
+def test_what_a_task_raises_shows_no_secret(tmp_path, where, processes):
+    (tmp_path / "leaking.py").write_text(LEAKING)
+    (tmp_path / "job.yaml").write_text(json.dumps(SPEC | MORE | {"task": f"./leaking.py:{where}"}))
+    environ = {"STORE_KEY": "hush-and-hush-and-hush"}
+    ended = evenstep("run", "job.yaml", "--processes", processes, cwd=tmp_path, **environ)
+    assert ended.returncode == (64 if where == "task" else 1), ended.stderr
+    assert "no way in with *** to s3://***@host" in ended.stderr
+    for path in tmp_path.rglob("*"):
+        assert path.name == "leaking.py" or not path.is_file() or b"hush" not in path.read_bytes()
+    assert "hush" not in ended.stdout + ended.stderr
 
 
 REPORTS = {
