@@ -198,6 +198,8 @@ class Agent(SimpleElasticAgent):
             for rank in alive:
                 rank.ended_by_us = True
                 rank.process.kill()
+            if now > self._deadline + PEERS_LEAVE_SECONDS:
+                end_server()  # it stands still: it alone can tell that they are gone
 
 
 def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
@@ -247,6 +249,15 @@ def end_strangers() -> None:
         if process not in ours:
             os.kill(process, signal.SIGKILL)  # a child, reaped by nobody else: it cannot be gone
             _reap(process, 0)
+
+
+def end_server() -> None:
+    """Kill the fork server, and so every process that it has started."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is not None:
+        os.kill(server, signal.SIGKILL)  # a child that nobody reaps here: it cannot be another's
 
 
 def _reap(process: int, options: int) -> None:

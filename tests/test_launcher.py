@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos.campaign import spec_of
 from commands import evenstep
@@ -199,6 +201,25 @@ def test_a_frozen_rank_does_not_hold_up_a_stop(tmp_path):
     assert code == 137, err
     assert "Rank 0 has not answered" in err
     assert time.monotonic() - started_at < 60, "not the 120 s that a stop may take"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork server is found by /proc")
+def test_a_frozen_fork_server_does_not_hold_up_a_stop(tmp_path):
+    more = {"faults": {"stop_budget_seconds": 2.0}, "length": {"steps": 100_000}}
+    environ = injured(tmp_path, **more)
+    with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
+        metrics = tmp_path / "runs/job/metrics.jsonl"
+        until(lambda: metrics.exists() and metrics.stat().st_size, "a step")
+        (server,) = [
+            child
+            for child in descendants(launcher.pid)
+            if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+            and psutil.Process(child).ppid() == launcher.pid
+        ]
+        os.kill(server, signal.SIGSTOP)
+        os.kill(launcher.pid, signal.SIGTERM)
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 137, err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
