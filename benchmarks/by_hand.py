@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo  # every program imports it that makes an optimizer; ours need not
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
+
+
+class Seeded(Protocol):
+    """A generator that can be started at a key, as torch's are."""
+
+    def manual_seed(self, seed: int, /) -> object: ...
 
 
 def seed_generators(key: int) -> None:
@@ -13,3 +22,31 @@ def seed_generators(key: int) -> None:
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
+
+
+class _Python:
+    def manual_seed(self, seed: int, /) -> None:
+        random.seed(seed)
+
+
+class _Numpy:
+    def manual_seed(self, seed: int, /) -> None:
+        np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextmanager
+def noticing_draws() -> Iterator[list[Seeded]]:
+    """Yields a list; afterwards it holds Python's and numpy's global generators, if drawn from."""
+    drawn: list[Seeded] = []
+    python, numpy = random.getstate(), _place(np.random.get_state())
+    yield drawn
+    if random.getstate() != python:
+        drawn.append(_Python())
+    if _place(np.random.get_state()) != numpy:
+        drawn.append(_Numpy())
+
+
+def _place(state: object) -> list[object]:
+    """numpy's state as values that can be compared."""
+    assert isinstance(state, tuple), "numpy's legacy state"
+    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in state]

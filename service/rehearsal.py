@@ -7,7 +7,7 @@ without it a resumed run would add up its first step in another order than the u
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from service.batches import Batch
 from service.errors import EvenstepError, SpecError, is_out_of_memory, with_place
 from service.flops import FlopCount
+from service.generators import Seeded, noticing_draws
 from service.normalization import Normalization
 from service.precision import computed
 from service.task import Task
@@ -31,6 +32,8 @@ class FirstPass:
     """Names of the trainable parameters that the loss does not depend on."""
     flops_a_row: float | None
     """What training on a row takes, or None where no operation of it can be counted."""
+    drawn: Sequence[Seeded] = ()
+    """Global generators besides torch's that the model draws from."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class Trial:
         Raises:
             SpecError: as above.
         """
-        with self._undone(model):
+        with self._undone(model), noticing_draws() as drawn:
             flops = self._counted(model)
             if flops is None:  # a model that does not bear the counting is tried without it
                 model.zero_grad(set_to_none=True)
                 self._checked(model)
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        return FirstPass(missed, flops / len(self.batch.rows) if flops else None)
+        return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn)
 
     def _counted(self, model: nn.Module) -> int | None:
         """The operations of a pass, or None where it failed: by its own fault or the counting's."""

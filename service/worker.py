@@ -133,6 +133,7 @@ def run(
     trial = Trial(batch, task=task, world=world, normalization=normalization)
     found = trial.first(model)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
+    world.seed_also(found.drawn)
     unreached = found.unreached
     peak = peak_flops(world.device, spec.model.precision)
     clock = Clock(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from service.errors import EvenstepError, PeerLost, WillFailAgain
+from service.generators import Seeded
 from service.limits import limits
 from service.pairs import MOST_BYTES, Pairs, mean_in_bf16, mean_in_pairs
 from service.pulse import Trace
@@ -54,7 +55,8 @@ class World:
         self.narrow = _AUTOCAST.get(precision)
         """What a forward pass is computed in where it may be narrower than its weights."""
         self.trace = Trace()
-        self._generators = _generators(self.device)
+        self._own_generators = _generators(self.device)
+        self._generators: list[Seeded] = list(self._own_generators)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
         self._pairs: Pairs | None = None
@@ -133,6 +135,10 @@ class World:
         if self.narrow is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.narrow)
+
+    def seed_also(self, generators: Sequence[Seeded]) -> None:
+        """Besides torch's, start these: to do it for nothing would cost a small step a twentieth."""
+        self._generators = [*self._own_generators, *generators]
 
     def seed(self, key: int) -> None:
         """Start every generator a forward pass may draw from at `key`."""

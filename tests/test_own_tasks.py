@@ -250,6 +250,39 @@ def test_data_that_is_drawn_without_a_seed_is_the_same_on_every_process(
     assert last[0]["test/loss"] == pytest.approx(last[1]["test/loss"], abs=1e-5)
 
 
+class LayersAtRandom(nn.Module):
+    """Leaves layers out at random, by Python's or numpy's generator: LayerDrop as it is written."""
+
+    def __init__(self, draw: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.head = nn.Linear(4, 3)
+        self._draw = {"python": random.random, "numpy": np.random.rand}[draw]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for layer in self.layers:
+            kept = float(not self.training or self._draw() > 0.5)
+            rows = rows + kept * layer(rows).tanh()
+        out: Tensor = self.head(rows)
+        return out
+
+
+def layers_at_random(draw: str) -> supervised:
+    rows = TensorDataset(torch.randn(97, 4), torch.randint(3, (97,)))
+    return supervised(model=lambda: LayersAtRandom(draw), train=rows, test=rows)
+
+
+@pytest.mark.parametrize("draw", ["python", "numpy"])
+def test_what_a_model_draws_besides_torch_is_the_same_at_any_world_size(processes, tmp_path, draw):
+    asked = job("layers_at_random", task_args={"draw": draw})
+    for count in (1, 3):
+        for stop_at in (3, None):
+            processes(count).run(train_in_process, asked, tmp_path / str(count), stop_at)
+    assert max(difference(tmp_path / "1", tmp_path / "3")) < 1e-5
+    processes(1).run(train_in_process, asked, tmp_path / "whole")
+    assert difference(tmp_path / "1", tmp_path / "whole") == (0, 0)
+
+
 def test_another_seed_draws_other_data():
     [one, same, other] = [
         load_task(f"{HERE}:split_at_random", {}, seed=seed).train_data()[0][0] for seed in (1, 1, 2)
