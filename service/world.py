@@ -137,7 +137,7 @@ class World:
         return torch.autocast(self.device.type, self.narrow)
 
     def seed_also(self, generators: Sequence[Seeded]) -> None:
-        """Besides torch's, start these: to do it for nothing would cost a small step a twentieth."""
+        """Besides torch's, start these: for nothing, it would cost a small step a twentieth."""
         self._generators = [*self._own_generators, *generators]
 
     def seed(self, key: int) -> None:
