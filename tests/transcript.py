@@ -66,11 +66,18 @@ def _shown(command: str, place: Path) -> Iterator[str]:
     yield f"$ {typed}"
     interrupted = typed != command
     output = _output(typed, place, interrupted=interrupted)
-    while interrupted and "^C" not in output:  # on a busy machine it may end before it is heard
+    for _ in range(9):  # on a busy machine it may end before it is heard
+        if not interrupted or "^C" in output:
+            break
         shutil.rmtree(place / "runs")
         output = _output(typed, place, interrupted=True)
     lines = output.replace(f"{place}/", "").rstrip().splitlines()
     yield from _without_the_middle([line for line in lines if "keeps the others" not in line])
+
+
+def _hear_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and so would the command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _output(command: str, place: Path, *, interrupted: bool) -> str:
@@ -84,6 +91,7 @@ def _output(command: str, place: Path, *, interrupted: bool) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_hear_ctrl_c,
     ) as process:
         assert process.stdout is not None
         lines = []
