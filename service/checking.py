@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
-from service.errors import Diverged, EvenstepError, SpecError, is_out_of_memory, with_place
+from service.errors import Diverged, EvenstepError, SpecError, told_as_mistake
 from service.exchange import Overlapped
 from service.fitting import fitting_rows, with_micro_batch, with_workers
 from service.limits import memory_each, workers_each
@@ -209,16 +209,8 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
     rows = min(task.test_rows, spec.test.micro_batch)
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
-    try:
+    with told_as_mistake(f"task: the test loop failed over its first {rows} rows"):
         return test(model, batches, task=task, world=world, plan=plan)
-    except EvenstepError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise SpecError(
-            f"task: the test loop failed over its first {rows} rows: {with_place(error)}"
-        ) from error
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -127,3 +128,19 @@ def _is_a_persons(file: str) -> bool:
     ours = (str(_HERE), str(_HERE.with_name("launch")))
     is_ours = str(Path(file).parent) in ours  # and what ships as a task below them is not
     return not (is_ours or file.startswith(("<frozen ", *_OTHERS)))
+
+
+@contextmanager
+def told_as_mistake(what: str) -> Iterator[None]:
+    """Turn whatever a person's own code raises into a `SpecError`: `what`, and what it said.
+
+    An error of ours, and memory that ran out, stay what they are.
+    """
+    try:
+        yield
+    except EvenstepError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SpecError(f"{what}: {with_place(error)}") from error

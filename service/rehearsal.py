@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
-from service.errors import EvenstepError, SpecError, is_out_of_memory, with_place
+from service.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.flops import FlopCount
 from service.generators import Seeded, noticing_draws
 from service.normalization import Normalization
@@ -81,17 +81,9 @@ class Trial:
         return int(count.total)
 
     def _checked(self, model: nn.Module) -> None:
-        try:
+        rows = len(self.batch.rows)
+        with told_as_mistake(f"task: one forward and backward pass over {rows} rows failed"):
             self._pass(model, checked=True)
-        except EvenstepError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise SpecError(
-                f"task: one forward and backward pass over {len(self.batch.rows)} rows "
-                f"failed: {with_place(error)}"
-            ) from error
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Have the model compiled, as it is called in training.
@@ -99,16 +91,9 @@ class Trial:
         Raises:
             SpecError: it cannot be.
         """
-        with self._undone(bare):
-            try:
-                self._pass(wrapped)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                raise SpecError(
-                    f"model.compile: torch cannot compile this model here: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+        said = told_as_mistake("model.compile: torch cannot compile this model here")
+        with self._undone(bare), said:
+            self._pass(wrapped)
 
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Bring gradient exchange into the order that it keeps for the rest of the run."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import evenstep
+from disks import mounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import spec_of, train_in_process
@@ -470,13 +471,8 @@ def killed_while_saving(place, world, state, number, asynchronous):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 192 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", place]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small file system")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted(tmp_path / "disk", "192k") as disk:
+        yield disk
 
 
 @BOTH

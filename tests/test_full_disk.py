@@ -1,14 +1,13 @@
 """A disk that is full under a run's records: told once and by all, and nothing is lost."""
 
 import json
-import os
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chaos.campaign import differences
+from disks import mounted
 from injuring import ended, facts_of, injured
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
@@ -25,13 +24,8 @@ from service.world import World
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB, for the runs."""
-    place = tmp_path / "runs"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small file system")
-    yield tmp_path
-    subprocess.run(["umount", place], check=True)
+    with mounted(tmp_path / "runs", "3m"):
+        yield tmp_path
 
 
 def test_a_disk_without_room_stops_a_run_or_not_and_loses_no_row(small_disk: Path) -> None:

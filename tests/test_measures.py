@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, Bin
 
 from service.errors import DataBroken
 from service.loops import test as run_test
-from service.metrics import Tally
+from service.metrics import _HELD_AT_MOST, Tally
 from service.plan import make_plan
 from service.spec_file import load_spec
 from service.task import supervised
@@ -161,3 +161,16 @@ def test_a_place_for_predictions_that_cannot_be_is_told(tmp_path, processes):
     assert told.returncode == 64
     assert "must end in .npy or .safetensors" in told.stderr
     assert HERE.exists()
+
+
+def test_more_micro_batches_than_are_held_at_once_are_all_counted(alone):
+    count = 2 * _HELD_AT_MOST + 17
+    tally = Tally(("square",), micro_batches=count, device=torch.device("cpu"))
+    for number in reversed(range(count)):  # each of two rows, in any order
+        losses = torch.tensor([float(number), 1.0])
+        tally.add(number, losses, losses.square()[:, None], None, rows=2)
+    numbers = torch.arange(count, dtype=torch.float64)
+    assert tally.means(alone, rows=2 * count) == {
+        "test/loss": (numbers.sum() + count).item() / (2 * count),
+        "test/square": (numbers.square().sum() + count).item() / (2 * count),
+    }

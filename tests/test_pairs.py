@@ -111,3 +111,21 @@ def test_values_stand_by_rank(processes, elements):
     wanted = torch.stack([rows_of(rank, torch.float32, elements) for rank in range(3)])
     for found in processes(3).run(stacked, elements):
         assert torch.equal(found, wanted)
+
+
+def sends_of_a_backward_pass(world, width):
+    """How many messages of pairs, and how many rings, the exchange of gradients takes."""
+    model = nn.Sequential(nn.Linear(9, width), nn.Linear(width, 3))
+    wrapped = world.wrap(model, find_unused=False, spec=ExchangeSpec())
+    for _ in range(2):
+        wrapped(torch.ones(7, 9)).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        wrapped(torch.ones(7, 9)).sum().backward()
+    names = [event.name for event in profile.events()]
+    return names.count("gloo:send"), names.count("gloo:all_reduce")
+
+
+def test_few_gradients_meet_in_pairs_and_many_go_round(processes):
+    assert processes(4).run(sends_of_a_backward_pass, 11) == [(2, 0)] * 4
+    many = processes(4).run(sends_of_a_backward_pass, 20_000)
+    assert all(sends == 0 and rings > 0 for sends, rings in many)
