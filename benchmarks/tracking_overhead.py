@@ -1,15 +1,17 @@
 """Prints what logging one row costs the training thread, by the writers that take it.
 
-    python -m benchmarks.tracking_overhead [ROWS]
+    python -m benchmarks.tracking_overhead [TURNS]
 
 Between two rows the thread works for some 10 ms as a training loop does: many short calls that
 let the interpreter go. What W&B's thread takes of it meanwhile shows as work that got slower.
 CPU is what the thread itself used; the rest of the wall time it waited for a core, which on a
-busy machine says more about the machine.
+busy machine says more about the machine. How fast that is changes from minute to minute, so the
+cases take turns of 50 rows.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import statistics
@@ -19,8 +21,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from service.clock import Clock
 from service.console import console
@@ -48,7 +51,8 @@ Build = Callable[[Path], list[Writer]]
 
 
 def main() -> None:
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    rows = 50
     os.environ["WANDB__STATS_COREWEAVE_METADATA_BASE_URL"] = "http://127.0.0.1:9"
     with open(os.devnull, "w") as nowhere, a_terminal() as terminal:
         cases: dict[str, Build] = {
@@ -75,52 +79,64 @@ def main() -> None:
                 second("trackio", lambda: trackio(run), run),
             ],
         }
-        heads = f"{'CPU':>8} {'wall':>8} {'median':>8} {'99 %':>8}"
-        print(f"{'microseconds a row':28} {heads}  work, ms")
-        for name, build in cases.items():
-            with tempfile.TemporaryDirectory() as run:
-                print(f"{name:28} {measure(build(Path(run)), rows)}", flush=True)
-        print(f"{'what the row is made of':28} {vitals(rows)}")
+        taken = {name: Taken([], [], []) for name in [*cases, "what the row is made of"]}
+        for _ in range(turns):
+            for name, build in cases.items():
+                with tempfile.TemporaryDirectory() as run:
+                    measure(build(Path(run)), rows, taken[name])
+            vitals(rows, taken["what the row is made of"])
+    print(f"{'microseconds a row':28} {'CPU':>8} {'median':>8} {'wall':>8} {'99 %':>8}  work, ms")
+    for name, times in taken.items():
+        print(f"{name:28} {figures(times)}")
 
 
-def measure(writers: list[Writer], rows: int) -> str:
-    tracker = Tracker(writers, epoch_at=lambda step: step / 96)
-    logging, thinking, working = [], [], []
-    for step in range(1, rows + 1):
+class Taken(NamedTuple):
+    """Of every row: microseconds of processor and of wall time, and the milliseconds before it."""
+
+    thinking: list[float]
+    wall: list[float]
+    working: list[float]
+
+    def add(self, work: Callable[[], object]) -> None:
         begin = time.perf_counter()
         for _ in range(KERNELS):
             hashlib.sha256(KERNEL)
         middle, before = time.perf_counter(), time.thread_time()
-        tracker.log(step, VALUES)
-        thinking.append((time.thread_time() - before) * 1e6)
-        logging.append((time.perf_counter() - middle) * 1e6)
-        working.append((middle - begin) * 1e3)
+        work()
+        self.thinking.append((time.thread_time() - before) * 1e6)
+        self.wall.append((time.perf_counter() - middle) * 1e6)
+        self.working.append((middle - begin) * 1e3)
+
+
+def measure(writers: list[Writer], rows: int, taken: Taken) -> None:
+    tracker = Tracker(writers, epoch_at=lambda step: step / 96)
+    gc.collect()
+    gc.freeze()  # as a run does
+    for step in range(1, rows + 1):
+        taken.add(partial(tracker.log, step, VALUES))
     tracker.close("done")
-    return f"{figures(thinking, logging)}  {statistics.mean(working):8.2f}"
 
 
-def vitals(rows: int) -> str:
+def vitals(rows: int, taken: Taken) -> None:
     """What it costs to tell how this process is, to rate it among 8, and to read the clock."""
     pulse, world = Pulse(), alone()
     clock = Clock(pulse, flops_a_row=1e6, peak_flops=1e12)
     of_all = Vitals(world, rounds=1, clock=clock, stopwatch=Stopwatch(world.device), say=print)
-    thinking, wall = [], []
+
+    def read() -> None:
+        _, memory = of_all.own()
+        of_all.reading([[0.01, memory]] * 8)
+        clock.reading(rows_per_step=96)
+
     for step in range(rows):
         pulse.enter("log", step)
-        for _ in range(KERNELS):
-            hashlib.sha256(KERNEL)
-        begin, before = time.perf_counter(), time.thread_time()
-        of_all.reading([of_all.own()] * 8)
-        clock.reading(rows_per_step=96)
-        thinking.append((time.thread_time() - before) * 1e6)
-        wall.append((time.perf_counter() - begin) * 1e6)
-    return figures(thinking, wall)
+        taken.add(read)
 
 
-def figures(thinking: list[float], wall: list[float]) -> str:
-    mean, at_99 = statistics.mean, statistics.quantiles(wall, n=100)[98]
-    told = [mean(thinking), mean(wall), statistics.median(wall), at_99]
-    return " ".join(f"{figure:8.1f}" for figure in told)
+def figures(taken: Taken) -> str:
+    mean, at_99 = statistics.mean, statistics.quantiles(taken.wall, n=100)[98]
+    told = [mean(taken.thinking), statistics.median(taken.thinking), mean(taken.wall), at_99]
+    return " ".join(f"{figure:8.1f}" for figure in told) + f"  {mean(taken.working):8.2f}"
 
 
 def metrics(run: Path) -> Writer:

@@ -35,7 +35,7 @@ class Clock:
         """Forget the time so far: what comes between two steps is not training."""
         self._since = perf_counter()
         self._waited = self._pulse.seconds_waited
-        self._step = self._pulse.place.step
+        self._step = self._pulse.step
 
     @property
     def seconds_a_step(self) -> float:
@@ -56,12 +56,13 @@ class Clock:
         """
         seconds = max(perf_counter() - self._since, 1e-9)
         waited = self._pulse.seconds_waited - self._waited
+        rate = self._steps() * rows_per_step / seconds
         values = {
-            "train/rows_per_second": self._steps() * rows_per_step / seconds,
+            "train/rows_per_second": rate,
             "train/data_wait": min(max(waited, 0.0) / seconds, 1.0),
         }
         if self._flops_a_row is not None:
-            flops = values["train/rows_per_second"] * self._flops_a_row
+            flops = rate * self._flops_a_row
             values["system/tflops"] = flops / 1e12
             if self._peak_flops is not None:
                 values["system/flop_utilization"] = flops / self._peak_flops
@@ -78,4 +79,4 @@ class Clock:
         self._pulse.enter("data")
 
     def _steps(self) -> int:
-        return self._pulse.place.step - self._step
+        return self._pulse.step - self._step

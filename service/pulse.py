@@ -125,6 +125,11 @@ class Pulse:
         return Place(*self._place)
 
     @property
+    def step(self) -> int:
+        """Optimizer steps finished."""
+        return self._place[1]
+
+    @property
     def seconds_waited(self) -> float:
         """Seconds waited for data so far, the present wait not included."""
         return self._seconds["data"]

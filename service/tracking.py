@@ -8,9 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from service.durable import Appended, sync_directory, told_when_unwritten
 from service.errors import WillFailAgain
@@ -21,11 +20,11 @@ Outcome = Literal["done", "stopped", "failed"]
 # null: which of them a loss became is what one wants to know afterwards, and Python's float(),
 # JavaScript's Number() and pandas.to_numeric read all three of them back.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make one for every row
 _OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What was measured at one step."""
 
     step: int
@@ -165,9 +164,9 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
 def _line(row: Row) -> bytes:
     record = row.record()
     try:
-        text = json.dumps(record, allow_nan=False)
+        text = _ENCODER.encode(record)
     except ValueError:
-        text = json.dumps({key: _strict(value) for key, value in record.items()})
+        text = _ENCODER.encode({key: _strict(value) for key, value in record.items()})
     return text.encode() + b"\n"
 
 

@@ -109,14 +109,16 @@ class Vitals:
 
     def _slowest(self, seconds: Sequence[float]) -> dict[str, float]:
         """The slowest rank and by what factor it is, where the others notably wait for it."""
-        rank = max(range(len(seconds)), key=seconds.__getitem__)
-        others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
-        lost = (seconds[rank] - others) * self._rounds
+        most, others = max(seconds), min(seconds)
+        rank = seconds.index(most)
+        if most >= _NOTABLE_RATIO * others:  # nearly always it is not, and needs no median
+            others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
+        lost = (most - others) * self._rounds
         notable = lost > _NOTABLE_PART * self._clock.seconds_a_step
-        if not notable or seconds[rank] < _NOTABLE_RATIO * others:
+        if not notable or most < _NOTABLE_RATIO * others:
             self._slow_rank, self._slow_for = -1, 0
             return {}
-        ratio = seconds[rank] / max(others, 1e-9)
+        ratio = most / max(others, 1e-9)
         self._slow_for = self._slow_for + 1 if rank == self._slow_rank else 1
         self._slow_rank = rank
         if self._slow_for == _SAID_AFTER and not self._said:
