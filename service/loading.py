@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from service.generators import seed_generators
 from service.in_memory import InMemory, in_memory, joined, picker, run_copier
 from service.limits import memory_here
 from service.plan import Plan
-from service.samplers import micro_batches, rows_at
+from service.samplers import MicroBatch, micro_batches, rows_at
 from service.spec import LoaderSpec
 from service.streams import Stream, contents, is_stream
 from service.task import Data, Task, collate_of
@@ -86,18 +87,22 @@ def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterato
 
 
 def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
-    shared = micro_batches(
-        plan.test_rows,
-        micro_batch=plan.spec.test.micro_batch,
-        index=world.index,
-        of=world.processes,
-    )
-    numbers = np.array([number for number, _ in shared], np.int64)
-    keys = randomness.keys(randomness.TEST, plan.spec.seed, numbers=numbers).tolist()
-    first = shared[0][1].start if shared else 0
-    rows = np.arange(first, shared[-1][1].stop if shared else 0)  # a share is one run of them
+    size, seed = plan.spec.test.micro_batch, plan.spec.seed
+    shared, keys = _test_share(plan.test_rows, size, world.index, world.processes, seed)
+    first = shared[0].span.start if shared else 0
+    rows = np.arange(first, shared[-1].span.stop if shared else 0)  # a share is one run of them
     for (number, span), key in zip(shared, keys, strict=True):
         yield Order(0, number, key, span.start, rows[span.start - first : span.stop - first])
+
+
+@lru_cache(maxsize=1)  # it is the same in every test of a run
+def _test_share(
+    rows: int, size: int, process: int, processes: int, seed: int
+) -> tuple[list[MicroBatch], list[int]]:
+    """The micro-batches of the test set that a process takes, and the key of each."""
+    shared = micro_batches(rows, micro_batch=size, index=process, of=processes)
+    numbers = np.array([number for number, _ in shared], np.int64)
+    return shared, randomness.keys(randomness.TEST, seed, numbers=numbers).tolist()
 
 
 def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:

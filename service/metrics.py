@@ -42,7 +42,8 @@ class Tally:
         # float64 [micro-batches, loss and measures, then weight and rows]
         columns = len(self._names) + 2
         # Apple's GPUs have no float64; their sums are merged on the CPU like everybody's.
-        self._on = torch.device("cpu") if device.type == "mps" else device
+        self._moved = device.type == "mps"
+        self._on = torch.device("cpu") if self._moved else device
         self._lines = torch.zeros(micro_batches, columns, dtype=torch.float64, device=self._on)
         self._held: list[_Line] = []
 
@@ -56,7 +57,8 @@ class Tally:
             measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
             weight: of the shape of `losses`, or None where each counts 1.
         """
-        losses, measured = losses.to(self._on), measured.to(self._on)
+        if self._moved:
+            losses, measured = losses.to(self._on), measured.to(self._on)
         wide, each = torch.float64, None
         if weight is not None:
             weight = weight.to(self._on, wide)
@@ -77,9 +79,12 @@ class Tally:
         parts = [torch.stack([line.loss for line in held])[:, None]]
         if len(self._names) > 1:
             parts.append(torch.stack([line.measures for line in held if line.measures is not None]))
-        parts.append(_column([line.weight for line in held], self._on))
-        parts.append(_column([line.rows for line in held], self._on))
-        self._lines[[line.number for line in held]] = torch.cat(parts, dim=1)
+        parts.append(_weights_and_rows(held, self._on))
+        numbers = [line.number for line in held]
+        run = range(numbers[0], numbers[-1] + 1)
+        # They nearly always come as a run, for which no index has to be made.
+        place = slice(run.start, run.stop) if numbers == [*run] else numbers
+        self._lines[place] = torch.cat(parts, dim=1)
 
     def means(self, world: World, *, rows: int) -> dict[str, float]:
         """Weighted mean of the loss and each measure over the whole test set.
@@ -102,12 +107,14 @@ class Tally:
         }
 
 
-def _column(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Numbers, or scalars that are on the device: float64 [N, 1] on it."""
-    scalars = [value for value in values if isinstance(value, Tensor)]
-    if scalars:
-        return torch.stack(scalars)[:, None]
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
+    """Numbers, or weights that are on the device and counts of rows: float64 [N, 2] on it."""
+    weights = [line.weight for line in lines if isinstance(line.weight, Tensor)]
+    told = [(0 if weights else line.weight, line.rows) for line in lines]
+    counts = torch.tensor(told, dtype=torch.float64, device=device)
+    if weights:
+        counts[:, 0] = torch.stack(weights)
+    return counts
 
 
 class Gathered:
