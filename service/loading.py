@@ -22,7 +22,7 @@ from service.generators import seed_generators
 from service.in_memory import InMemory, in_memory, joined, picker, run_copier
 from service.limits import memory_here
 from service.plan import Plan
-from service.samplers import MicroBatch, micro_batches, rows_at
+from service.samplers import micro_batches, rows_at
 from service.spec import LoaderSpec
 from service.streams import Stream, contents, is_stream
 from service.task import Data, Task, collate_of
@@ -88,21 +88,22 @@ def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterato
 
 def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
     size, seed = plan.spec.test.micro_batch, plan.spec.seed
-    shared, keys = _test_share(plan.test_rows, size, world.index, world.processes, seed)
-    first = shared[0].span.start if shared else 0
-    rows = np.arange(first, shared[-1].span.stop if shared else 0)  # a share is one run of them
-    for (number, span), key in zip(shared, keys, strict=True):
-        yield Order(0, number, key, span.start, rows[span.start - first : span.stop - first])
+    share = _test_share(plan.test_rows, size, world.index, world.processes, seed)
+    first, stop = (share[0][2], share[-1][3]) if share else (0, 0)
+    rows = np.arange(first, stop)  # a share is one run of them
+    for number, key, start, end in share:
+        yield Order(0, number, key, start, rows[start - first : end - first])
 
 
 @lru_cache(maxsize=1)  # it is the same in every test of a run
 def _test_share(
     rows: int, size: int, process: int, processes: int, seed: int
-) -> tuple[list[MicroBatch], list[int]]:
-    """The micro-batches of the test set that a process takes, and the key of each."""
+) -> list[tuple[int, int, int, int]]:
+    """(number, key, first row, row after the last) of each micro-batch that a process tests."""
     shared = micro_batches(rows, micro_batch=size, index=process, of=processes)
     numbers = np.array([number for number, _ in shared], np.int64)
-    return shared, randomness.keys(randomness.TEST, seed, numbers=numbers).tolist()
+    keys = randomness.keys(randomness.TEST, seed, numbers=numbers).tolist()
+    return [(n, key, span.start, span.stop) for (n, span), key in zip(shared, keys, strict=True)]
 
 
 def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:

@@ -20,10 +20,8 @@ class _Line(NamedTuple):
     """What one micro-batch comes to."""
 
     number: int
-    loss: Tensor
-    """Its weighted sum, float64, on the device."""
-    measures: Tensor | None
-    """Theirs: [measures]."""
+    sums: list[Tensor]
+    """Weighted, of the loss [1] and the measures [measures], float64, on the device."""
     weight: float | Tensor
     rows: int
 
@@ -59,15 +57,16 @@ class Tally:
         """
         if self._moved:
             losses, measured = losses.to(self._on), measured.to(self._on)
-        wide, each = torch.float64, None
+        wide = torch.float64
         if weight is not None:
             weight = weight.to(self._on, wide)
             losses = losses * weight
+        sums = [losses.flatten().sum(0, keepdim=True, dtype=wide)]
         if len(self._names) > 1:  # there are measures
             each = measured if weight is None else measured * weight.unsqueeze(-1)
-            each = each.flatten(0, -2).sum(0, dtype=wide)
+            sums.append(each.flatten(0, -2).sum(0, dtype=wide))
         total = losses.numel() if weight is None else weight.sum()
-        self._held.append(_Line(number, losses.sum(dtype=wide), each, total, rows))
+        self._held.append(_Line(number, sums, total, rows))
         if len(self._held) == _HELD_AT_MOST:
             self._write()
 
@@ -76,10 +75,8 @@ class Tally:
         held, self._held = self._held, []
         if not held:
             return
-        parts = [torch.stack([line.loss for line in held])[:, None]]
-        if len(self._names) > 1:
-            parts.append(torch.stack([line.measures for line in held if line.measures is not None]))
-        parts.append(_weights_and_rows(held, self._on))
+        sums = torch.cat([part for line in held for part in line.sums])
+        parts = [sums.view(len(held), -1), _weights_and_rows(held, self._on)]
         numbers = [line.number for line in held]
         run = range(numbers[0], numbers[-1] + 1)
         # They nearly always come as a run, for which no index has to be made.
