@@ -278,7 +278,7 @@ def submit(
     with Api(namespace=namespace, say=_complain) as api:
         jobs.submit(api, objects, say=click.echo)
         if waits:
-            end = jobs.wait(api, jobs.KINDS[target], loaded.name)
+            end = jobs.wait(api, jobs.KINDS[target], loaded.name, say=_complain)
             click.echo(f"{loaded.name}: {end}")
             if end.startswith("Failed"):
                 raise ClusterError(f"See: evenstep kubernetes logs {loaded.name}")

@@ -28,6 +28,10 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+HANGS_UP = Answer(0, None)
+"""No answer: the connection ends."""
+
+
 def recorded(number: int) -> Answer:
     """The answer of one recorded exchange."""
     (path,) = ANSWERS.glob(f"{number:02d}-*.json")
@@ -78,6 +82,9 @@ def serving(answers: dict[tuple[str, str], list[Answer]], kubeconfig: Path) -> I
             who = self.headers.get("Authorization", "")
             request = Request(self.command, parts.path, parse_qs(parts.query), kind, body, who)
             answer = server.answer(request)
+            if answer is HANGS_UP:
+                self.close_connection = True
+                return
             text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body)
             self.send_response(answer.status)
             for name, value in answer.headers.items():

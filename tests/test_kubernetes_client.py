@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import ROOT, evenstep
-from kubernetes_server import Answer, Request, recorded, serving
+from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
 from launch.kubernetes.api import Api, ClusterError
 from service.errors import SpecError
@@ -105,6 +105,23 @@ def test_submit_waits_for_the_end_where_asked_to(place: Path) -> None:
     assert ended.returncode == 1
     assert "Failed: PodFailurePolicy: Container trainer for pod" in ended.stdout
     assert "exit code 78" in ended.stdout
+
+
+def test_a_cluster_may_be_silent_for_a_while_where_one_waits_for_the_end(place: Path) -> None:
+    failed = copy.deepcopy(recorded(26))
+    failed.body["status"]["conditions"][-1]["type"] = "Failed"
+    busy = Answer(503, {"message": "etcdserver: leader changed"})
+    asked = [NONE, recorded(14), HANGS_UP, busy, recorded(14), failed]
+    with serving({("GET", JOB): asked, **applied(recorded(5))}, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml", "--wait")
+    assert ended.returncode == 1
+    assert "Failed: PodFailurePolicy" in ended.stdout
+    assert ended.stderr.count("asking again for ten minutes") == 1
+    assert "does not answer" in ended.stderr
+    with serving({("GET", JOB): [busy]}, place / "config"):
+        at_once = kubernetes(place, "status", "ddp-train")
+    assert at_once.returncode == 1
+    assert "The cluster answered 503: etcdserver: leader changed." in at_once.stderr
 
 
 REFUSALS = {

@@ -33,6 +33,10 @@ class ClusterError(EvenstepError):
     """The cluster said no, or nothing; what to do or to ask for."""
 
 
+class Silence(ClusterError):
+    """The cluster did not answer, or could not just now: the same question may be asked again."""
+
+
 class Api:
     """One namespace of one cluster."""
 
@@ -136,7 +140,8 @@ class Api:
         """What is asked within it is answered, or there is a word on why not.
 
         Raises:
-            ClusterError: the cluster is silent, or nobody could sign in.
+            Silence: the cluster does not answer.
+            ClusterError: nobody could sign in.
         """
         import httpx2
         from lightkube.core.exceptions import ConfigError
@@ -144,7 +149,7 @@ class Api:
         try:
             yield
         except httpx2.TransportError as error:
-            raise ClusterError(
+            raise Silence(
                 f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is "
                 "it the right context? See: kubectl config get-contexts"
             ) from error
@@ -173,7 +178,8 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
         )
     if code in (400, 409, 422):
         return SpecError(f"The cluster refuses: {message}.")
-    return ClusterError(f"The cluster answered {code}: {message}.")
+    kind = Silence if code in (429, 500, 502, 503, 504) else ClusterError
+    return kind(f"The cluster answered {code}: {message}.")
 
 
 def _role(message: str, namespace: str) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from launch.echo import spoken
-from launch.kubernetes.api import Api, ClusterError
+from launch.kubernetes.api import Api, ClusterError, Silence
 from launch.kubernetes.pods import Manifest
 from launch.kubernetes.states import (
     advised,
@@ -26,6 +26,7 @@ from service.errors import SpecError
 KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
 _POLL_SECONDS = 2.0
 _GONE_SECONDS = 300.0
+_SILENCE_SECONDS = 600.0
 _ASKED_PODS = 3
 """Of more pods that wait, the events are the same."""
 _PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
@@ -58,19 +59,29 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
     say(f"{kind} {name} is submitted to namespace {api.namespace}.")
 
 
-def wait(api: Api, kind: str, name: str) -> str:
-    """The ending of the job, once it has one.
+def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
+    """The ending of the job, once it has one; a cluster may be silent for a while meanwhile.
 
     Raises:
-        ClusterError: it was deleted meanwhile.
+        ClusterError: the job was deleted meanwhile, or the cluster is silent for ten minutes.
     """
+    silent_since: float | None = None
     while True:
-        work = api.get(kind, name)
-        if work is None:
-            raise ClusterError(f"{kind} {name} was deleted while it was waited for.")
-        end = ending(work)
-        if end is not None:
-            return end
+        try:
+            work = api.get(kind, name)
+        except Silence as error:
+            if silent_since is None:
+                silent_since = time.monotonic()
+                say(f"{error} The job does not need it; asking again for ten minutes.")
+            elif time.monotonic() - silent_since > _SILENCE_SECONDS:
+                raise
+        else:
+            silent_since = None
+            if work is None:
+                raise ClusterError(f"{kind} {name} was deleted while it was waited for.")
+            end = ending(work)
+            if end is not None:
+                return end
         time.sleep(_POLL_SECONDS)
 
 
