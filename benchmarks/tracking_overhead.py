@@ -1,21 +1,22 @@
 """Prints what logging one row costs the training thread, by the writers that take it.
 
-    python -m benchmarks.tracking_overhead [TURNS]
+    python -m benchmarks.tracking_overhead [--between 10] [--turns 10]
 
-Between two rows the thread works for some 10 ms as a training loop does: many short calls that
-let the interpreter go. What W&B's thread takes of it meanwhile shows as work that got slower.
-CPU is what the thread itself used; the rest of the wall time it waited for a core, which on a
-busy machine says more about the machine. How fast that is changes from minute to minute, so the
-cases take turns of 50 rows.
+Between two rows the thread works for some milliseconds as a training loop does: many short calls
+that let the interpreter go. The longer it works, the less of what logging needs is left in the
+core's caches, and the more a row costs. What W&B's thread takes of it meanwhile shows as work that
+got slower. CPU is what the thread itself used; the rest of the wall time it waited for a core,
+which on a busy machine says more about the machine. How fast that is changes from minute to
+minute, so the cases take turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import hashlib
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -46,12 +47,15 @@ VALUES = {
     "test/top5": 0.998,
 }
 KERNEL = bytes(200_000)  # to hash it takes some 0.1 ms, without the interpreter
-KERNELS = 100
+KERNELS_A_MS = 10
 Build = Callable[[Path], list[Writer]]
 
 
 def main() -> None:
-    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--between", type=int, default=10, help="milliseconds of work between rows")
+    parser.add_argument("--turns", type=int, default=10, help="of 50 rows for each case")
+    told = parser.parse_args()
     rows = 50
     os.environ["WANDB__STATS_COREWEAVE_METADATA_BASE_URL"] = "http://127.0.0.1:9"
     with open(os.devnull, "w") as nowhere, a_terminal() as terminal:
@@ -79,8 +83,9 @@ def main() -> None:
                 second("trackio", lambda: trackio(run), run),
             ],
         }
-        taken = {name: Taken([], [], []) for name in [*cases, "what the row is made of"]}
-        for _ in range(turns):
+        kernels = told.between * KERNELS_A_MS
+        taken = {name: Taken(kernels, [], [], []) for name in [*cases, "what the row is made of"]}
+        for _ in range(told.turns):
             for name, build in cases.items():
                 with tempfile.TemporaryDirectory() as run:
                     measure(build(Path(run)), rows, taken[name])
@@ -93,13 +98,14 @@ def main() -> None:
 class Taken(NamedTuple):
     """Of every row: microseconds of processor and of wall time, and the milliseconds before it."""
 
+    kernels: int
     thinking: list[float]
     wall: list[float]
     working: list[float]
 
     def add(self, work: Callable[[], object]) -> None:
         begin = time.perf_counter()
-        for _ in range(KERNELS):
+        for _ in range(self.kernels):
             hashlib.sha256(KERNEL)
         middle, before = time.perf_counter(), time.thread_time()
         work()
