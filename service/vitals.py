@@ -38,7 +38,8 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._begun: Any = None
-        self._latest: deque[tuple[Any, Any]] = deque(maxlen=_PASSES_HELD)
+        # Of each pass its seconds; on a GPU two events, as it is not over yet.
+        self._latest: deque[Any] = deque(maxlen=_PASSES_HELD)
 
     def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
         """The same; the forward pass of each begins as it comes."""
@@ -48,14 +49,15 @@ class Stopwatch:
 
     def end(self) -> None:
         """The forward pass is over: its backward pass begins."""
-        self._latest.append((self._begun, self._now()))
+        now = self._now()
+        self._latest.append((self._begun, now) if self._on_gpu else now - self._begun)
 
     def seconds_a_pass(self) -> float:
         """The mean of the latest; on a GPU it waits for the last one."""
         if not self._latest:
             return 0.0
         if not self._on_gpu:
-            return statistics.fmean(end - begun for begun, end in self._latest)
+            return statistics.fmean(self._latest)
         self._latest[-1][1].synchronize()
         return statistics.fmean(b.elapsed_time(e) for b, e in self._latest) / 1e3
 
