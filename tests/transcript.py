@@ -55,6 +55,7 @@ def shape(text: str) -> str:
     text = re.sub(r"(# )?(B|kB|KiB|MB|MiB|GiB)\b", "#", text)
     # Of a row, what depends on where Ctrl-C has met the run, and on the machine.
     text = re.sub(r" (slowest_rank|slowest_ratio|test/\w+|save/\w+)=#", "", text)
+    text = text.replace(", in its test, which is then done anew", "")
     text = re.sub(r"[ -]{2,}", "  ", text)
     lines = [line for line in text.splitlines() if line != "..."]
     # And how many rows there are.
