@@ -13,7 +13,6 @@ minute, so the cases take turns.
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import os
 import statistics
@@ -34,6 +33,7 @@ from service.spec import TrackioSpec, WandBSpec
 from service.tracking import MetricsFile, Tracker, Writer
 from service.vitals import Stopwatch, Vitals
 from service.wandb_writer import WandB
+from service.worker import collector_at_rest
 from service.world import alone
 
 VALUES = {
@@ -116,10 +116,9 @@ class Taken(NamedTuple):
 
 def measure(writers: list[Writer], rows: int, taken: Taken) -> None:
     tracker = Tracker(writers, epoch_at=lambda step: step / 96)
-    gc.collect()
-    gc.freeze()  # as a run does
-    for step in range(1, rows + 1):
-        taken.add(partial(tracker.log, step, VALUES))
+    with collector_at_rest():  # as in a run
+        for step in range(1, rows + 1):
+            taken.add(partial(tracker.log, step, VALUES))
     tracker.close("done")
 
 

@@ -40,8 +40,7 @@ class Tally:
         # float64 [micro-batches, loss and measures, then weight and rows]
         columns = len(self._names) + 2
         # Apple's GPUs have no float64; their sums are merged on the CPU like everybody's.
-        self._moved = device.type == "mps"
-        self._on = torch.device("cpu") if self._moved else device
+        self._on = torch.device("cpu") if device.type == "mps" else device
         self._lines = torch.zeros(micro_batches, columns, dtype=torch.float64, device=self._on)
         self._held: list[_Line] = []
 
@@ -55,9 +54,8 @@ class Tally:
             measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
             weight: of the shape of `losses`, or None where each counts 1.
         """
-        if self._moved:
-            losses, measured = losses.to(self._on), measured.to(self._on)
-        wide = torch.float64
+        # A task may measure on the CPU what a GPU has computed.
+        losses, measured, wide = losses.to(self._on), measured.to(self._on), torch.float64
         if weight is not None:
             weight = weight.to(self._on, wide)
             losses = losses * weight

@@ -15,7 +15,8 @@ import yaml
 from commands import ROOT, evenstep
 from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
-from launch.kubernetes.api import Api, ClusterError
+from launch.kubernetes import jobs
+from launch.kubernetes.api import Api, ClusterError, Silence
 from service.errors import SpecError
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
@@ -122,6 +123,22 @@ def test_a_cluster_may_be_silent_for_a_while_where_one_waits_for_the_end(place: 
         at_once = kubernetes(place, "status", "ddp-train")
     assert at_once.returncode == 1
     assert "The cluster answered 503: etcdserver: leader changed." in at_once.stderr
+
+
+def test_one_that_stays_silent_is_not_waited_for_for_ever(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "_SILENCE_SECONDS", 0.1)
+    monkeypatch.setenv("KUBECONFIG", str(place / "config"))
+    said: list[str] = []
+    with (
+        serving({("GET", JOB): [HANGS_UP]}, place / "config"),
+        Api(namespace=None, say=print) as api,
+        pytest.raises(Silence, match="does not answer"),
+    ):
+        jobs.wait(api, "Job", "ddp-train", say=said.append)
+    assert len(said) == 1
 
 
 REFUSALS = {
