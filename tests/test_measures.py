@@ -13,7 +13,9 @@ from torch.utils.data import TensorDataset
 from torchmetrics import PearsonCorrCoef
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, BinaryF1Score
 
+from service import randomness
 from service.errors import DataBroken
+from service.loading import test_batches as batches_of
 from service.loops import test as run_test
 from service.metrics import _HELD_AT_MOST, Tally
 from service.plan import make_plan
@@ -74,12 +76,10 @@ class Correlation(PearsonCorrCoef):
 
 
 def measure(world, micro_batch):
-    from service.loading import test_batches
-
     task = _task()
     spec = load_spec(spec_of("plain_rows", test={"micro_batch": micro_batch}))
     plan = make_plan(spec, processes=1, train_rows=64, test_rows=ROWS)
-    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
+    batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
     model = task.model()
     model.train()
     measures = run_test(model, batches, task=task, world=world, plan=plan)
@@ -116,13 +116,10 @@ def test_more_processes_than_rows_count_each_once(processes):
 def count_rows(world, spec):
     from jobs import plain_rows
 
-    from service.loading import test_batches
-
     task = plain_rows(rows=60, test_rows=3)
     plan = make_plan(load_spec(spec), processes=1, train_rows=60, test_rows=3)
     rows = sum(
-        len(batch.rows)
-        for batch in test_batches(task.test_data(), task=task, plan=plan, world=world)
+        len(batch.rows) for batch in batches_of(task.test_data(), task=task, plan=plan, world=world)
     )
     return float(world.sum(torch.tensor(float(rows))))
 
@@ -174,3 +171,14 @@ def test_more_micro_batches_than_are_held_at_once_are_all_counted(alone):
         "test/loss": (numbers.sum() + count).item() / (2 * count),
         "test/square": (numbers.square().sum() + count).item() / (2 * count),
     }
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_every_micro_batch_of_a_test_has_random_numbers_of_its_own(alone, seed):
+    spec = load_spec(spec_of("plain_rows", seed=seed, test={"micro_batch": 100}))
+    task = _task()
+    plan = make_plan(spec, processes=1, train_rows=64, test_rows=ROWS)
+    for _ in range(2):  # the second time it is what the first one found
+        batches = batches_of(task.test_data(), task=task, plan=plan, world=alone)
+        found = [batch.key for batch in batches]
+        assert found == [randomness.key(randomness.TEST, seed, n) for n in range(6)]

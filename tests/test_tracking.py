@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,12 @@ def strict(line: str) -> dict[str, object]:
 
 def test_a_row_is_in_the_file_when_log_returns(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    tracker = tracker_of(path)
+    tracker, before = tracker_of(path), time.time()
     tracker.log(10, {"train/loss": 0.25, "test/accuracy": 0.5})
     (line,) = path.read_text().splitlines(keepends=True)
     assert line.endswith("\n")
     assert list(strict(line)) == ["step", "epoch", "time", "train/loss", "test/accuracy"]
+    assert before - 0.001 <= strict(line)["time"] <= time.time()
     assert strict(line) | {"time": 0} == {
         "step": 10,
         "epoch": 1.25,

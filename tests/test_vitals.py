@@ -13,9 +13,12 @@ from jobs import cut_of_digits, spec_of, train_in_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from service.clock import Clock
 from service.flops import FlopCount, known_peak, peak_flops
+from service.pulse import Pulse
 from service.task import supervised
 from service.tracking import read_metrics
+from service.vitals import Stopwatch, Vitals
 
 SLOW = """
 import os
@@ -44,6 +47,16 @@ length: {steps: 20}
 optimizer: {name: sgd, lr: 0.05}
 tracking: {log_every_steps: 4}
 """
+
+
+def test_who_is_as_slow_as_half_of_the_others_is_not_the_slow_one(alone):
+    clock, stopwatch = Clock(Pulse()), Stopwatch(alone.device)
+    vitals = Vitals(alone, rounds=1, clock=clock, stopwatch=stopwatch, say=print)
+    seconds = [[0.3, 0.0], [0.1, 0.0], [0.29, 0.0], [0.29, 0.0]]
+    assert "system/slowest_rank" not in vitals.reading(seconds)
+    alike = [[0.3, 0.0], [0.1, 0.0], [0.11, 0.0], [0.11, 0.0]]
+    found = vitals.reading(alike)
+    assert (found["system/slowest_rank"], found["system/slowest_ratio"]) == (0, 2.727)
 
 
 def test_a_slow_rank_is_named_in_the_record_and_once_on_the_screen(tmp_path):
