@@ -1,91 +1,123 @@
-"""Whether a save would be faster if the processes of a node shared it.
+"""What it brings that the processes of a node share a save.
 
-    python -m benchmarks.shared_save [--mib 1140] [--rounds 5] [--directory DIR]
+    torchrun --nproc-per-node N -m benchmarks.shared_save [--millions 100] [--rounds 5]
 
-So many MiB are copied, and hashed, written and synced as a checkpoint's files are: by one process,
-or cut into as many files as there are processes, which begin together; seconds until the last has
-ended.  Each size of team takes turns; medians, with the largest behind.
+A model of that many float32 parameters with Adam on each of N processes, 12 bytes a parameter,
+saved by the first of them and, in turn, by all.  `stall` is the time until training may go on,
+`durable` until the checkpoint is published, and `lost` what training lost by then: the stall, and
+what each piece of training work beside the writers took longer than such a piece before.  Of a
+piece the slowest process counts, as it does in a step.  Medians, with the largest behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 
-from service.durable import write_file
+from benchmarks.checkpoint_stall import figures, state_of, work
+from service.checkpoints import Checkpoints
+from service.parts import PART_BYTES
+from service.snapshots import expected_bytes
+from service.spec import CheckpointSpec
+from service.state import TrainState
+from service.world import World
 
-TEAMS = (1, 2, 4)
-_PIECE_BYTES = 2**24
-
-
-def one(mib: int, place: Path, number: int, together: Barrier) -> None:
-    """Copy `mib`, then hash, write and sync them: the times of both, into a file."""
-    torch.set_num_threads(1)
-    held = torch.rand(mib * 2**18)
-    snapshot = torch.zeros_like(held)
-    together.wait()
-    began = time.perf_counter()
-    snapshot.copy_(held)
-    copied = time.perf_counter() - began
-    together.wait()
-    began = time.perf_counter()
-    view = memoryview(snapshot.numpy()).cast("B")
-    pieces = (view[at : at + _PIECE_BYTES] for at in range(0, len(view), _PIECE_BYTES))
-    write_file(place / f"part-{number}", pieces)
-    written = time.perf_counter() - began
-    (place / f"times-{number}").write_text(f"{copied} {written}")
+NEVER = 1 << 50
+"""Bytes of a part that is larger than any state, which its lead then writes alone."""
+_QUIET = 5
 
 
-def shared(mib: int, processes: int, parent: Path) -> tuple[float, float]:
-    """Seconds until the last of the processes has copied its part, and has written it."""
-    context = multiprocessing.get_context("spawn")
-    together = context.Barrier(processes)
-    with tempfile.TemporaryDirectory(dir=parent) as name:
-        place = Path(name)
-        team = [
-            context.Process(target=one, args=(mib // processes, place, n, together))
-            for n in range(processes)
-        ]
-        for process in team:
-            process.start()
-        for process in team:
-            process.join()
-            assert process.exitcode == 0, "a process has failed"
-        times = [
-            [float(t) for t in (place / f"times-{n}").read_text().split()] for n in range(processes)
-        ]
-    copied, written = zip(*times, strict=True)
-    return max(copied), max(written)
+class Way:
+    """The saves of one way, and what was measured of them."""
+
+    def __init__(self, part_bytes: int, asynchronous: bool, world: World, place: Path) -> None:
+        self.asynchronous = asynchronous
+        self._world = world
+        self._made = Checkpoints(
+            place / f"{part_bytes}-{asynchronous}",
+            world=world,
+            spec=CheckpointSpec(keep=1, asynchronous=asynchronous),
+            facts={},
+            say=print,
+            part_bytes=part_bytes,
+        )
+        self._stalls: list[float] = []
+        self._durables: list[float] = []
+        self._lost: list[float] = []
+
+    def save(self, state: TrainState) -> None:
+        """One save, with training work of all processes beside it until it is on disk."""
+        if not self._stalls:
+            self._made.reserve(expected_bytes(state.model, state.optimizer))
+        quiet = statistics.median(self._step() for _ in range(_QUIET))
+        state.step += 1
+        self._world.barrier()
+        self._made.save(state)
+        told = self._made.timings()
+        self._stalls.append(told["save/stall_seconds"])
+        lost = self._stalls[-1]
+        while not self._world.from_lead("save/durable_seconds" in told):
+            lost += self._step() - quiet
+            told |= self._made.timings()
+        self._lost.append(lost)
+        if self._world.is_lead:
+            self._durables.append(told["save/durable_seconds"])
+
+    def _step(self) -> float:
+        began = time.perf_counter()
+        work()
+        self._world.barrier()
+        return time.perf_counter() - began
+
+    def row(self, name: str) -> str:
+        """Its row of the table; the first save, which gets the memory, is left out."""
+        how = "asynchronous" if self.asynchronous else "blocking"
+        return (
+            f"| {self._world.processes} | {how} | {name} | {figures(self._stalls[1:])} "
+            f"| {figures(self._durables[1:])} | {figures(self._lost[1:])} |"
+        )
+
+    def close(self) -> None:
+        self._made.finish()
+        self._made.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mib", type=int, default=1140)
+    parser.add_argument("--millions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=None)
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     told = parser.parse_args()
-    found: dict[int, list[tuple[float, float]]] = {processes: [] for processes in TEAMS}
-    for _ in range(told.rounds):
-        for processes, values in found.items():
-            values.append(
-                shared(told.mib, processes, told.directory or Path(tempfile.gettempdir()))
-            )
-    print("| processes | copied, s | hashed, written and synced, s |")
-    print("|---|---|---|")
-    for processes, values in found.items():
-        copied, written = zip(*values, strict=True)
-        print(f"| {processes} | {figures(copied)} | {figures(written)} |")
-
-
-def figures(values: tuple[float, ...]) -> str:
-    return f"{statistics.median(values):.2f} ({max(values):.2f})"
+    torch.set_num_threads(1)
+    world, state = World(Accelerator(cpu=True)), state_of(told.millions)
+    with tempfile.TemporaryDirectory(dir=told.directory) as own:
+        place = Path(world.from_lead(own))
+        ways = {
+            (name, asynchronous): Way(part_bytes, asynchronous, world, place)
+            for asynchronous in (False, True)
+            for name, part_bytes in (("the first", NEVER), ("all", PART_BYTES))
+        }
+        for _ in range(told.rounds + 1):
+            for way in ways.values():
+                way.save(state)
+        for way in ways.values():
+            way.close()
+        if world.is_lead:
+            print("| processes | save | written by | stall | durable | lost |")
+            print("|--:|---|---|---|---|---|")
+            for (name, _), way in ways.items():
+                print(way.row(name), flush=True)
+        world.barrier()
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that ends
 
 
 if __name__ == "__main__":

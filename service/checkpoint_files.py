@@ -1,9 +1,10 @@
 """Checkpoints on disk: their names, their files, and whether to believe them.  No torch.
 
 A checkpoint is a directory `step-00000120` with its tensors in safetensors files, `state.json`
-with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others
-and of itself.  `step-00000120.untested` is one whose step's test pass was given up; it goes when
-the one with the test is there.  A reader believes nothing: see `damage_of`.
+with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others,
+of large ones part by part, and of itself.  `step-00000120.untested` is one whose step's test pass
+was given up; it goes when the one with the test is there.  A reader believes nothing: see
+`damage_of`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ from typing import Any
 
 from service.durable import PASSING, sha256_of, sync_directory, told_when_unread, write_file
 from service.errors import NoCheckpoint, SpecError
+from service.limits import limits
+from service.parts import Part, digest_of, parts_of, told_of
 from service.spec import CheckpointSpec
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # the first knows no parts
 MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
     "average.safetensors",
@@ -38,7 +42,7 @@ BEST = "best"
 
 _UNTESTED = ".untested"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_UNTESTED)})?", re.ASCII)
-_MANIFEST_BYTES = 1 << 20
+_MANIFEST_BYTES = 16 << 20
 _HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 _STATE_BYTES = 1 << 30
 _SIZES = {
@@ -102,7 +106,7 @@ def saving_in_words(size_bytes: int | None, spec: CheckpointSpec) -> str:
     """What a checkpoint takes on disk and in memory; None is a size only the first step tells."""
     size = "as much as weights and optimizer state" if size_bytes is None else in_words(size_bytes)
     if spec.asynchronous:
-        return f"{size} each on disk, and the same once in the main memory of the first process."
+        return f"{size} each on disk, and the same once in the main memory of the first node."
     return f"{size} each on disk; training waits until one is written."
 
 
@@ -192,27 +196,25 @@ def kept(steps: Sequence[int], *, newest: int, every: int | None, best: int | No
 # ---- write
 
 
-def write_into(
+def complete(
     directory: Path,
-    tensors: Mapping[str, tuple[Sequence[Entry], Iterable[memoryview]]],
+    digests: Mapping[Part, str],
     rest: Mapping[str, Any],
     facts: Mapping[str, Any],
+    *,
+    part_bytes: int,
 ) -> None:
-    """Write a checkpoint's files, each synced, the manifest last.
+    """Make a checkpoint of a directory with the files of tensors: each file synced, manifest last.
 
     Args:
-        tensors: for each file the entries and, in their order, the bytes of each.
+        digests: SHA-256 of all parts of the files of tensors, which are synced.
         rest: everything else that the state is; `step` is in it.
         facts: what the manifest tells besides.
     """
-    written = {
-        name: write_file(directory / name, _whole(entries, pieces))
-        for name, (entries, pieces) in tensors.items()
-    }
-    written[STATE] = write_file(directory / STATE, [(json.dumps(rest) + "\n").encode()])
-    files = {name: {"bytes": w.size_bytes, "sha256": w.sha256} for name, w in written.items()}
-    manifest = {**facts, "format": FORMAT, "step": rest["step"], "files": files}
-    write_file(directory / MANIFEST, [_sealed(manifest).encode()])
+    state = write_file(directory / STATE, [(json.dumps(rest) + "\n").encode()])
+    files = told_of(digests) | {STATE: {"bytes": state.size_bytes, "sha256": state.sha256}}
+    own = {"format": FORMAT, "step": rest["step"], "part_bytes": part_bytes, "files": files}
+    write_file(directory / MANIFEST, [_sealed({**facts, **own}).encode()])
     sync_directory(directory)
 
 
@@ -233,11 +235,6 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) 
     text = json.dumps(told, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
     return len(text).to_bytes(8, "little") + text
-
-
-def _whole(entries: Sequence[Entry], pieces: Iterable[memoryview]) -> Iterable[bytes | memoryview]:
-    yield header(entries)
-    yield from pieces
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
@@ -265,9 +262,10 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
         if strangers:  # hidden ones come by themselves, from NFS or a file browser
             return f"it holds what no checkpoint holds: {', '.join(sorted(strangers)[:3])!r}"
-        # A hash leaves the interpreter alone: with two cores, two files take as long as the larger.
-        with ThreadPoolExecutor(len(files), thread_name_prefix="hash") as threads:
-            checks = [threads.submit(_require_as_written, directory / n, files[n]) for n in files]
+        parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
+        # A hash leaves the interpreter alone: two cores take half as long as one.
+        with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
+            checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
         for check in checks:
             check.result()
         _require_state(directory, checkpoint.step)
@@ -319,7 +317,7 @@ def read_header(path: Path) -> tuple[list[Entry], int]:
 def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
     raw = _bytes(directory / MANIFEST, _MANIFEST_BYTES)
     manifest = _object(raw, MANIFEST)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in FORMATS:
         raise _Damaged(f"its format is {manifest.get('format')!r} and not {FORMAT}")
     # Compared as bytes: a change that means the same is a change all the same.
     if _sealed(manifest).encode() != raw:
@@ -333,13 +331,34 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
     return manifest
 
 
-def _require_as_written(path: Path, told: Any) -> None:
+def _parts_of(
+    path: Path, told: Any, manifest: Mapping[str, Any]
+) -> Iterator[tuple[Part, str | None]]:
+    """The parts of a file, of which the size is as told, and what the manifest says of each."""
     size = _size(path)
     if not isinstance(told, dict) or told.get("bytes") != size:
         instead = told.get("bytes") if isinstance(told, dict) else told
         raise _Damaged(f"{path.name} has {size} bytes instead of {instead!r}")
-    if sha256_of(path) != told.get("sha256"):
-        raise _Damaged(f"the content of {path.name} has changed")
+    digests, part_bytes = told.get("parts"), manifest.get("part_bytes")
+    if digests is None:
+        yield Part(path.name, 0, size), told.get("sha256")
+        return
+    if type(part_bytes) is not int or part_bytes < 1 or not isinstance(digests, list):
+        raise _Damaged(f"{MANIFEST} does not say which parts {path.name} has")
+    if len(digests) != -(-size // part_bytes):
+        raise _Damaged(f"{MANIFEST} tells of {len(digests)} parts of {path.name}")
+    try:
+        whole = digest_of(digests)
+    except (TypeError, ValueError):
+        whole = None
+    if whole != told.get("sha256"):
+        raise _Damaged(f"{MANIFEST} has two words for the content of {path.name}")
+    yield from zip(parts_of(path.name, size, part_bytes), digests, strict=True)
+
+
+def _require_as_written(directory: Path, part: Part, sha256: str | None) -> None:
+    if sha256_of(directory / part.file, part.begin, part.end) != sha256:
+        raise _Damaged(f"the content of {part.file} has changed")
 
 
 def _require_state(directory: Path, step: int) -> None:

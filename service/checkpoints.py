@@ -1,8 +1,10 @@
-"""Checkpoints of a run: taken by all processes together, written by one, published whole or not.
+"""Checkpoints of a run: taken by all processes together, published by one, whole or not.
 
 The training thread copies the state into a kept buffer and goes on; a thread beside it writes,
 syncs and publishes.  It is a thread and not a process, for it dies with the process whose state it
-writes; writing, hashing and syncing leave the interpreter alone.
+writes; writing, hashing and syncing leave the interpreter alone.  A large state is shared: each
+process of the lead's node copies and writes its parts of the files, and the lead, told of all
+parts that they are on disk, makes a checkpoint of them.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import errno
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from service.checkpoint_files import (
     Checkpoint,
     best_of,
     checkpoints_in,
+    complete,
     damage_of,
     in_words,
     kept,
@@ -33,8 +37,8 @@ from service.checkpoint_files import (
     read_manifest,
     read_state,
     tensor_digests,
-    write_into,
 )
+from service.copies import Excerpt, Layout, Snapshot, require_finite
 from service.durable import (
     PASSING,
     in_the_way,
@@ -45,17 +49,24 @@ from service.durable import (
     replace_file,
     sync_directory,
 )
-from service.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
+from service.errors import (
+    Diverged,
+    EvenstepError,
+    NoCheckpoint,
+    NotSaved,
+    SpecError,
+    WillFailAgain,
+)
+from service.limits import limits
+from service.parts import PART_BYTES, Part, write_parts
 from service.pulse import WRITER, Pulse
-from service.snapshots import Content, Snapshot, content_of, load, require_finite
+from service.snapshots import content_of, load
 from service.spec import CheckpointSpec
 from service.state import TrainState
 from service.stopping import Stopping
 from service.world import World
 
 _LOOK_SECONDS = 0.25
-_PIECE_BYTES = 64 << 20
-"""So much is written between two signs that the writer gets on."""
 
 
 class Record(Protocol):
@@ -74,31 +85,38 @@ class Seal(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    """One save, as the writer gets it."""
+    """One save, as the writer of one process gets it."""
 
-    content: Content
+    excerpt: Excerpt
+    """What this process writes."""
+    size_bytes: int
+    """Of the whole content."""
+    is_shared: bool
+    """Whether all writers take part."""
     arrived: torch.cuda.Event | None
-    """When the content has come from the device; None where it is here."""
+    """When the excerpt has come from the device; None where it is here."""
+    failed: EvenstepError | None
+    """Why there is nothing to write."""
     records: Sequence[Record]
     seal: Seal | None
     began: float
 
     @property
     def step(self) -> int:
-        return int(self.content.rest["step"])
+        return int(self.excerpt.rest["step"])
 
     @property
     def untested(self) -> bool:
-        return self.content.rest["untested"] is not None
+        return self.excerpt.rest["untested"] is not None
 
     @property
     def best(self) -> int | None:
-        best = self.content.rest["best"]
+        best = self.excerpt.rest["best"]
         return best["step"] if best else None
 
 
 class Checkpoints:
-    """The checkpoints of one run.  Every process calls the methods; the lead writes."""
+    """The checkpoints of one run.  Every process calls the methods; the lead publishes."""
 
     def __init__(
         self,
@@ -111,20 +129,25 @@ class Checkpoints:
         rename: Mapping[str, str] | None = None,
         pulse: Pulse | None = None,
         stopping: Stopping | None = None,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
         `pulse` is told that a save gets on, and how long it took, as is `stopping`.  `rename`
-        gives the new names of parameters and modules that are saved under old ones.
+        gives the new names of parameters and modules that are saved under old ones.  A state of
+        less than two parts is written by the lead alone.
         """
         self._directory = directory
         self._world = world
+        self._writers = world.writers()
+        self._part_bytes = part_bytes
         self._spec = spec
         self._facts = dict(facts)
         self._say = say
         self._rename = rename or {}
         self._pulse = pulse or Pulse()
         self._stopping = stopping or Stopping((), say=say)
+        self._trainer = threading.get_ident()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=WRITER)
         self._moves = 0
         """Counts what the writer has got done."""
@@ -142,7 +165,12 @@ class Checkpoints:
 
         Where the size of a state is not known beforehand, the first save does it.
         """
-        if self._world.is_lead and self._spec.asynchronous and expected_bytes is not None:
+        if not self._spec.asynchronous or expected_bytes is None:
+            return
+        processes = min(self._writers.processes, expected_bytes // self._part_bytes)
+        if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
+            expected_bytes = expected_bytes // processes + 2 * self._part_bytes
+        if self._world.index < max(1, processes):
             self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
 
     # ---- save
@@ -160,10 +188,11 @@ class Checkpoints:
                 failed; on every process, and the checkpoints before it are as they were.
         """
         began = time.perf_counter()
+        self._trainer = threading.get_ident()
         self._settle()  # a later save waits for the earlier
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
-        if self._world.is_lead:
+        if self._world.index < self._writers.processes:
             self._pending = self._begin(state, places, records, seal, began)
         if not self._spec.asynchronous:
             self._settle()
@@ -201,12 +230,24 @@ class Checkpoints:
         records: Sequence[Record],
         seal: Seal | None,
         began: float,
-    ) -> Future[None]:
+    ) -> Future[None] | None:
         """The save under way, or done, or failed: `_settle` finds out."""
         begun: Future[None] = Future()
         try:
-            content, arrived = self._copied(content_of(state, places))
-            job = _Job(content, arrived, records, seal, began)
+            content = content_of(state, places)
+            layout = Layout(content, processes=self._writers.processes, part_bytes=self._part_bytes)
+            if not (self._world.is_lead or layout.is_shared):
+                return None
+            if layout.is_shared:
+                self._writers.meet()
+            excerpt, arrived, failed = layout.excerpt(self._writers.index), None, None
+            if self._spec.asynchronous:
+                try:
+                    excerpt, arrived = self._copied(excerpt)
+                except EvenstepError as error:
+                    failed = error  # the others are waiting for this process to say so
+            size, shared = content.size_bytes, layout.is_shared
+            job = _Job(excerpt, size, shared, arrived, failed, records, seal, began)
             if self._spec.asynchronous:
                 return self._writer.submit(self._carry_out, job)
             self._carry_out(job)
@@ -215,17 +256,21 @@ class Checkpoints:
             begun.set_exception(error)
         return begun
 
-    def _copied(self, content: Content) -> tuple[Content, torch.cuda.Event | None]:
-        if not self._spec.asynchronous:
-            return content, None
+    def _streams(self) -> int:
+        """Two where one process writes all of it, unless training needs the core for the second."""
+        training = torch.get_num_threads() if self._world.device.type == "cpu" else 1
+        busy = training if self._spec.asynchronous else 0
+        return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
+
+    def _copied(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
         try:
             if self._reserved is not None:
                 self._reserved.result()
-            return self._snapshot.take(content)
+            return self._snapshot.take(excerpt)
         except RuntimeError as error:  # what torch raises where memory is short
             raise NotSaved(
-                f"The state after step {content.rest['step']} could not be copied: {error}. "
-                f"It takes {in_words(content.size_bytes)} of main memory besides; "
+                f"The state after step {excerpt.rest['step']} could not be copied: {error}. "
+                f"It takes {in_words(excerpt.size_bytes)} of main memory besides; "
                 "checkpoint.asynchronous=false takes none."
             ) from error
 
@@ -252,20 +297,24 @@ class Checkpoints:
         self._unsaved = failed
         self._say(f"WARNING: {failed} Training goes on (checkpoint.on_failure: go_on).")
 
-    def _wait_for(self, pending: Future[None]) -> None:
+    def _wait_for(self, pending: Future[Any]) -> None:
         """Return when it is done; for as long as the writer gets on, this is no standing still."""
         seen = self._moves
         while wait([pending], timeout=_LOOK_SECONDS).not_done:
             if seen != self._moves:
                 seen = self._moves
-                self._pulse.moved()
+                self._tell()
 
-    # ---- what the writer does: on the lead, beside training; no other process is asked
+    # ---- what the writer does: beside training; only other writers are asked
 
     def _carry_out(self, job: _Job) -> None:
         if job.arrived is not None:
             job.arrived.synchronize()
-        require_finite(job.content)
+        if not self._world.is_lead:
+            place = self._writers.from_lead(None)
+            if place is not None:
+                self._write(job, place)
+            return
         try:
             self._publish(job)
         except OSError as error:
@@ -276,59 +325,118 @@ class Checkpoints:
         self._stopping.learned(seconds, "as measured in this run")
 
     def _publish(self, job: _Job) -> None:
-        make_directory(self._directory)
-        self._sweep()
         target = Checkpoint(self._directory / name_of(job.step, untested=job.untested), job.step)
-        if os.path.lexists(target.path) and damage_of(target) is not None:
-            self._set_aside(target)
-        if not os.path.lexists(target.path):
-            self._write(job, target)
+        partial: Path | None = None
+        try:
+            partial = self._prepared(job, target)
+        finally:  # the others go on where there is a place, and need not where there is none
+            if job.is_shared:
+                self._writers.from_lead(partial)
+        if partial is not None:
+            try:
+                self._make(job, partial, target)
+            except BaseException:
+                remove_if_possible(partial)
+                raise
+            sync_directory(self._directory)
+            self._get_on()
         self._prune(job.best)
         self._mark_best(job.best)
 
-    def _write(self, job: _Job, target: Checkpoint) -> None:
+    def _prepared(self, job: _Job, target: Checkpoint) -> Path | None:
+        """A new directory to write into; None where the checkpoint is there already."""
+        if job.failed is not None:
+            raise job.failed
+        require_finite(job.excerpt)
+        make_directory(self._directory)
+        self._sweep()
+        if os.path.lexists(target.path) and damage_of(target) is not None:
+            self._set_aside(target)
+        if os.path.lexists(target.path):
+            return None
         self._require_room(job)
         partial = self._directory / f".{target.path.name}.partial-{secrets.token_hex(4)}"
         partial.mkdir()
-        content = job.content
-        try:
-            write_into(
-                partial,
-                {
-                    file: (content.entries(file), self._getting_on(content.pieces(file)))
-                    for file in content.tensors
-                },
-                content.rest,
-                {"time": time.time(), **self._facts},
-            )
-            self._get_on()
-            if job.seal is not None:
-                job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
-            # A checkpoint that outlived the machine without the rows before it would be a gap.
-            for record in job.records:
-                record.sync()
-                self._get_on()
-            os.rename(partial, target.path)
-        except BaseException:
-            remove_if_possible(partial)
-            raise
-        sync_directory(self._directory)
-        self._get_on()
+        return partial
 
-    def _getting_on(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-        """The same bytes; the next are asked for when the ones before are written."""
-        for piece in pieces:
-            for start in range(0, len(piece), _PIECE_BYTES):
-                yield piece[start : start + _PIECE_BYTES]
-                self._get_on()
+    def _make(self, job: _Job, partial: Path, target: Checkpoint) -> None:
+        """Publish what all write into `partial` as the checkpoint `target`."""
+        complete(
+            partial,
+            self._write(job, partial),
+            job.excerpt.rest,
+            {"time": time.time(), **self._facts},
+            part_bytes=self._part_bytes,
+        )
+        self._get_on()
+        if job.seal is not None:
+            job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
+        # A checkpoint that outlived the machine without the rows before it would be a gap.
+        for record in job.records:
+            record.sync()
+            self._get_on()
+        os.rename(partial, target.path)
+
+    def _write(self, job: _Job, partial: Path) -> dict[Part, str]:
+        """Write this process's parts; SHA-256 of everybody's, when all are on disk.
+
+        Raises:
+            EvenstepError: some process could not write its own; the first one's words.
+        """
+        own: dict[Part, str] = {}
+        failed: EvenstepError | None = None
+        try:
+            own = self._written(job, partial)
+        except EvenstepError as error:
+            failed = error
+        except OSError as error:
+            failed = _not_saved(job.step, self._directory, error)
+        answer = (failed, job.excerpt.layout, own)
+        told = self._writers.gather(answer) if job.is_shared else [answer]
+        digests: dict[Part, str] = {}
+        for index, (failed, layout, parts) in enumerate(told):
+            if failed is not None:
+                raise failed
+            if layout != job.excerpt.layout:
+                raise WillFailAgain(
+                    f"Process {index} holds other tensors than process {self._world.index}: their "
+                    "names, types or shapes differ, so the state is not saved. Make the model and "
+                    "its optimizer the same on every process."
+                )
+            digests |= parts
+        return digests
+
+    def _written(self, job: _Job, partial: Path) -> dict[Part, str]:
+        if not self._world.is_lead:  # who has looked already, before there was a place
+            if job.failed is not None:
+                raise job.failed
+            require_finite(job.excerpt)
+
+        def write(share: set[Part]) -> dict[Part, str]:
+            return write_parts(partial, share, job.excerpt.bytes_of, moved=self._get_on)
+
+        shares = job.excerpt.shares  # none, where there are more processes than parts
+        digests: dict[Part, str] = {}
+        with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix=WRITER) as beside:
+            writing = [beside.submit(write, share) for share in shares[1:]]
+            for share in shares[:1]:
+                digests |= write(share)
+            for written in writing:
+                self._wait_for(written)
+                digests |= written.result()
+        return digests
 
     def _get_on(self) -> None:
         self._moves += 1
-        if not self._spec.asynchronous:  # else it is another thread that tells where it is
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell that a save gets on; of another thread, `_wait_for` tells where training waits."""
+        if threading.get_ident() == self._trainer:
             self._pulse.moved()
 
     def _require_room(self, job: _Job) -> None:
-        needed = job.content.size_bytes
+        needed = job.size_bytes
         free = shutil.disk_usage(self._directory).free
         if needed > free:
             raise NotSaved(
@@ -348,11 +456,7 @@ class Checkpoints:
         tested = {checkpoint.step for checkpoint in found if not checkpoint.untested}
         for old in found:
             if old.step not in stay or (old.untested and old.step in tested):
-                # First out of sight, in one piece: half a checkpoint would look like a damaged one.
-                gone = old.path.with_name(f".{old.path.name}.removed-{secrets.token_hex(4)}")
-                os.rename(old.path, gone)
-                remove(gone)
-                self._get_on()
+                self._remove(old.path)
 
     def _mark_best(self, best: int | None) -> None:
         if best is None or best == best_of(self._directory):
@@ -362,10 +466,21 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what a process that was killed left half-written or half-removed."""
-        for pattern in (".step-*.partial-*", ".step-*.removed-*"):
-            for leftover in self._directory.glob(pattern):
-                remove(leftover)
-                self._get_on()
+        for partial in list(self._directory.glob(".step-*.partial-*")):
+            self._remove(partial)
+        for leftover in self._directory.glob(".step-*.removed-*"):
+            remove(leftover)
+            self._get_on()
+
+    def _remove(self, path: Path) -> None:
+        """First out of sight, in one piece: half a checkpoint would look like a damaged one.
+
+        And a writer of a job that was killed, which has yet to find that out, no longer finds it.
+        """
+        gone = path.with_name(f".{path.name.lstrip('.')}.removed-{secrets.token_hex(4)}")
+        os.rename(path, gone)
+        remove(gone)
+        self._get_on()
 
     def _set_aside(self, damaged: Checkpoint) -> None:
         aside = f".damaged-{damaged.path.name}-{secrets.token_hex(2)}"

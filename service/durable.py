@@ -27,6 +27,7 @@ PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOM
 # Small enough that a hash finds it still in the cache, large enough that a thread which writes
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
+_READ_BYTES = 1 << 18  # as hashlib.file_digest reads
 # What is synced at the end takes its time then, and nobody sees how far it is.
 _SYNC_BYTES = 256 << 20
 
@@ -42,27 +43,50 @@ class Written:
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
     """Write a new file and sync it; its directory is left to `sync_directory`.
 
-    Writing, hashing and syncing leave the interpreter to other threads.
-
     Raises:
         OSError: also where `path` exists, be it as a link.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    digest, size, synced = hashlib.sha256(), 0, 0
-    try:
-        for piece in pieces:
-            view = memoryview(piece)
-            if size - synced >= _SYNC_BYTES:
-                os.fsync(descriptor)
-                synced = size
-            for start in range(0, len(view), _CHUNK_BYTES):
-                chunk = view[start : start + _CHUNK_BYTES]
-                _write_whole(descriptor, chunk)
-                digest.update(chunk)
-            size += len(view)
+    with opened_to_write(path, os.O_EXCL) as descriptor:
+        written = put(descriptor, pieces)
         os.fsync(descriptor)
+    return written
+
+
+@contextmanager
+def opened_to_write(path: Path, flags: int = 0) -> Iterator[int]:
+    """A descriptor of the file, made where there is none; never through a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o644)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def put(
+    descriptor: int,
+    pieces: Iterable[bytes | memoryview],
+    *,
+    moved: Callable[[], None] = lambda: None,
+) -> Written:
+    """Write the pieces in a row; to sync the last of them is left to the caller.
+
+    Writing, hashing and syncing leave the interpreter to other threads.
+
+    Args:
+        moved: called whenever a few megabytes more are written.
+    """
+    digest, size, synced = hashlib.sha256(), 0, 0
+    for piece in pieces:
+        view = memoryview(piece)
+        if size - synced >= _SYNC_BYTES:
+            os.fsync(descriptor)
+            synced = size
+        for start in range(0, len(view), _CHUNK_BYTES):
+            chunk = view[start : start + _CHUNK_BYTES]
+            _write_whole(descriptor, chunk)
+            digest.update(chunk)
+            moved()
+        size += len(view)
     return Written(size, digest.hexdigest())
 
 
@@ -211,7 +235,13 @@ def remove_if_possible(path: Path) -> None:
         remove(path)
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """The hash of a file's content, or of its bytes from `begin` to `end`."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        left = os.fstat(file.fileno()).st_size - begin if end is None else end - begin
+        while left > 0 and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()

@@ -183,11 +183,11 @@ class _Watch:
         frames = sys._current_frames()
         line, waiting = _line_of(frames[self._main]) if self._main in frames else ("", False)
         if self._pulse.place.work == "save" and not waiting:
-            for thread in threading.enumerate():  # the lead waits for its own writer
+            for thread in threading.enumerate():  # it waits for its own writer
                 if thread.name.startswith(WRITER) and thread.ident in frames:
-                    written, _ = _line_of(frames[thread.ident])
-                    is_idle = "concurrent/futures" in written
-                    line = line if is_idle else written
+                    written, for_others = _line_of(frames[thread.ident])
+                    if "concurrent/futures" not in written:  # else it is idle
+                        line, waiting = written, for_others
         return line, waiting
 
     def _report(self, standing: float) -> None:

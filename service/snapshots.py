@@ -1,12 +1,11 @@
-"""A training state as named tensors and plain values, the kept copy of it, and the way back."""
+"""A training state as named tensors and plain values, and the way back."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from service.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
-from service.errors import Diverged, NoCheckpoint, SpecError, did_you_mean
+from service.errors import NoCheckpoint, SpecError, did_you_mean
 from service.optimizers import step_of
 from service.state import Best, TrainState
 
@@ -56,13 +55,6 @@ class Content:
         """The tensors of one file as its header tells them."""
         return [Entry(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in self.tensors[file].items()]
 
-    def pieces(self, file: str) -> Iterator[memoryview]:
-        """The bytes of each tensor of one file, brought to main memory one after the other."""
-        for tensor in self.tensors[file].values():
-            if tensor.numel():
-                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-                yield flat.numpy().data
-
     @property
     def size_bytes(self) -> int:
         return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
@@ -94,7 +86,8 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
         "untested": state.untested,
     }
     trained = frozenset(name for name, _ in state.model.named_parameters())
-    return Content({name: _by_width(held) for name, held in files.items()}, rest, trained)
+    ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
+    return Content(ordered, rest, trained)
 
 
 def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,96 +115,15 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, aliases
 
 
-def _by_width(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The widest types first: each then begins at a multiple of its own width."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    return dict(ordered)
+def _in_order_on_disk(tensors: Mapping[str, Tensor], trained: frozenset[str]) -> dict[str, Tensor]:
+    """The widest types first: each begins at a multiple of its own width.
 
-
-def require_finite(content: Content) -> None:
-    """Check what is about to be published.
-
-    A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
-
-    Raises:
-        Diverged: names what is not finite.
+    Of one width the buffers last, so that they lie close together.
     """
-    for file, tensors in content.tensors.items():
-        for name, tensor in tensors.items():
-            low, high = _extremes(tensor)
-            is_buffer = file != OPTIMIZER and name not in content.trained
-            if math.isnan(low) or (not is_buffer and (math.isinf(low) or math.isinf(high))):
-                raise _diverged(content, f"{name} in {file}")
-    for name, value in _floats(content.rest["optimizer"]["state"], "the optimizer's state"):
-        if not math.isfinite(value):
-            raise _diverged(content, name)
-
-
-def _diverged(content: Content, what: str) -> Diverged:
-    return Diverged(
-        f"After step {content.rest['step']}, {what} is not finite, so the state is not saved; "
-        "earlier checkpoints are as they were. Look at train/grad_norm before it, lower "
-        "optimizer.lr or set max_grad_norm."
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0] not in trained)
     )
-
-
-def _floats(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _floats(part, f"{name}.{key}")
-    elif isinstance(value, list):
-        for part in value:
-            yield from _floats(part, name)
-    elif isinstance(value, float):
-        yield name, value
-
-
-def _extremes(tensor: Tensor) -> tuple[float, float]:
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0.0, 0.0
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # nobody has written aminmax for eight bits
-    low, high = torch.aminmax(tensor)  # both are nan where any number is
-    return float(low), float(high)
-
-
-class Snapshot:
-    """A kept buffer in main memory, laid out as the files are, that a state is copied into."""
-
-    def __init__(self, device: torch.device) -> None:
-        # From pinned memory a GPU copies by itself, in the order of its other work: the copy is
-        # of the state as it is now, and nobody waits for it but who writes it.
-        self._pinned = device.type == "cuda"
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, size_bytes: int) -> None:
-        """Have memory for tensors of so many bytes, and have touched all of it."""
-        size_bytes += 1024  # each file begins at a multiple of 16
-        if self._buffer.numel() < size_bytes:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-            self._buffer.zero_()
-
-    @torch.no_grad()
-    def take(self, content: Content) -> tuple[Content, torch.cuda.Event | None]:
-        """The same content in the buffer, until the next is taken; and what to wait for first."""
-        self.reserve(content.size_bytes)
-        copies: dict[str, dict[str, Tensor]] = {}
-        at = 0
-        for file, tensors in content.tensors.items():
-            at += -at % 16
-            copies[file] = {}
-            for name, tensor in tensors.items():
-                space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                copies[file][name] = space.copy_(tensor, non_blocking=self._pinned)
-                at += tensor.nbytes
-        arrived: torch.cuda.Event | None = None
-        if self._pinned:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        return Content(copies, copy.deepcopy(content.rest), content.trained), arrived
+    return dict(ordered)
 
 
 def expected_bytes(

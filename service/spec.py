@@ -536,7 +536,7 @@ class CheckpointSpec(Part):
     """Old names of parameters and modules, and what the model calls them now."""
     asynchronous: bool = True
     """Hold training only while the state is copied, and write it beside the steps that follow.
-    It takes main memory for one more copy of weights and optimizer state on the first process."""
+    It takes main memory for one more copy of weights and optimizer state on the first node."""
     on_failure: Literal["stop", "go_on"] = "stop"
     """What follows when one cannot be written, such as on a full disk. The last one of a run
     must succeed either way."""

@@ -6,7 +6,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +30,8 @@ T = TypeVar("T")
 # sleep while they wait: at 30 million two threads take 2.5 times as long as one, at 120 million
 # 1.5 to 2 times, at 460 million 0.8 to 1.4 times.
 _SHARED_FROM = 2**27
+# Who stands still is found by others: this is only not to be what ends a save.
+_MOST_OF_A_SAVE = timedelta(days=1)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,6 +63,7 @@ class World:
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
         self._pairs: Pairs | None = None
+        self._writers: Writers | None = None
         if self.processes > 1:
             if dist.get_backend() != "gloo":
                 self._control = dist.new_group(backend="gloo")
@@ -249,6 +253,70 @@ class World:
         if self.processes > 1:
             self.trace.begin("barrier")
             dist.barrier(group=self._control)
+
+    def writers(self) -> Writers:
+        """Those who can write to the lead's disk together: the processes of its node."""
+        if self._writers is None:
+            on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+            self._writers = Writers(self.index, self.from_lead(min(on_node, self.processes)))
+        return self._writers
+
+
+class Writers:
+    """Processes that speak beside training, each from one thread: the first ones of all."""
+
+    def __init__(self, index: int, processes: int) -> None:
+        self.processes = processes
+        self.index = index
+        """Of this process; it is no writer where it is not below `processes`."""
+        self._group: dist.ProcessGroup | None = None
+
+    def meet(self) -> None:
+        """Make sure that they can speak; every one of them calls it, where all others wait too."""
+        if self.processes > 1 and self._group is None:
+            self._group = dist.new_group(
+                list(range(self.processes)),
+                timeout=_MOST_OF_A_SAVE,
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value, on each of them.
+
+        Raises:
+            PeerLost: one of them is gone.
+        """
+        if self._group is None:
+            return value
+        box = [value]
+        with _told_when_lost():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each of them, in order, on each of them.
+
+        Raises:
+            PeerLost: one of them is gone.
+        """
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        with _told_when_lost():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+@contextmanager
+def _told_when_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_peer(error)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def _few_gradients(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoints import Checkpoints
+from service.parts import PART_BYTES
 from service.rates import Schedule
 from service.spec import CheckpointSpec
 from service.state import Best, TrainState
@@ -80,13 +82,16 @@ def same(a: TrainState | dict[str, Any], b: TrainState | dict[str, Any]) -> bool
     )
 
 
-def checkpoints(directory: Path, world: World, **options: Any) -> Checkpoints:
+def checkpoints(
+    directory: Path, world: World, *, part_bytes: int = PART_BYTES, **options: Any
+) -> Checkpoints:
     return Checkpoints(
         directory,
         world=world,
         spec=CheckpointSpec(**options),
         facts={"processes": world.processes, "train_rows": 103},
         say=print,
+        part_bytes=part_bytes,
     )
 
 
@@ -134,14 +139,15 @@ def watched(notice: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
 def die_at(number: int) -> Callable[[str, tuple[Any, ...]], None]:
     """Kills this process at its operation of that number; a write is cut in half first."""
     count = 0
-    write = os.write
+    write, one_at_a_time = os.write, threading.Lock()
 
     def notice(name: str, words: tuple[Any, ...]) -> None:
         nonlocal count
-        count += 1
-        if count == number:
-            if name == "write":
-                write(words[0], words[1][: len(words[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+        with one_at_a_time:
+            count += 1
+            if count == number:
+                if name == "write":
+                    write(words[0], words[1][: len(words[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
 
     return notice

@@ -721,7 +721,7 @@ ATTACKS = {
     "a state without its sections": (replaced(STATE, b'{"step": 2}'), "lacks its sections"),
     "a state that is a list": (replaced(STATE, b"[]"), "holds no object"),
     "a huge manifest": (
-        lambda d: (d / MANIFEST).write_bytes(b" " * (1 << 21)),
+        lambda d: (d / MANIFEST).write_bytes(b" " * (1 << 25)),
         "more than it can have",
     ),
     "a manifest that is deep": (

@@ -155,19 +155,21 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     assert not hung["waits_for_others"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous):
+def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous, rank):
+    timeout = 3.0 - rank  # the second process writes less
     environ = injured(
         tmp_path,
-        ("slow disk", "disk", 0, 1),
+        ("slow disk", "disk", rank, 1),
         length={"steps": 2},
-        faults={"hang_timeout_seconds": 3.0, "stop_budget_seconds": 11},
+        faults={"hang_timeout_seconds": timeout, "stop_budget_seconds": 11},
         checkpoint={"every_steps": 9, "asynchronous": asynchronous},
     )
     code, out, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 0, err
     longest = facts_of(tmp_path)["attempts"][0]["longest_save_seconds"]
-    assert longest > 3
+    assert longest > timeout
     assert not list((tmp_path / "runs/job/failures").glob("*"))
     told = f"(two saves of {longest:.2g} s, as measured in this run, and 10 s to leave)"
     budget = "faults.stop_budget_seconds gives it 11 s"
@@ -177,12 +179,14 @@ def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous):
     assert f"{told}; WARNING: {budget} only, raise it to" in plan
 
 
-def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path):
-    environ = injured(tmp_path, ("hang", "disk", 0, 8), faults={"hang_timeout_seconds": 2.0})
+@pytest.mark.parametrize(("rank", "count"), [(0, 8), (1, 2)])
+def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path, rank, count):
+    environ = injured(tmp_path, ("hang", "disk", rank, count), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err
     told = re.search(r"has stood still for \d s at step \d+, saving a checkpoint: (.*)", err)
     assert told, err
+    assert f"error: rank {rank}: This process" in err
     assert "in _hang: time.sleep(3600)" in told[1], "where the writer stands, not who waits for it"
     found = (tmp_path / "runs/job/failures").glob("*.json")
     assert {json.loads(path.read_text())["rank"] for path in found} == {0, 1}

@@ -30,8 +30,10 @@ MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk
 SAVE_EVERY = 4
 FIRST_STEPS = 6
 """Steps before the first injury that waits for a step: there are two checkpoints then."""
-OPERATIONS = 90
+OPERATIONS = 110
 """More operations on the file system than to restore and to save once takes."""
+WRITERS, OPERATIONS_OF_OTHERS = 3, 12
+"""The state of a job is cut into three shares (job.py), each of a few operations."""
 
 AGAIN = "starts again by itself"
 KILLS = ("kill one", "kill all", "raise", "out of memory")
@@ -119,8 +121,10 @@ def _injury(kind: str, moment: str, chance: random.Random, processes: int) -> In
         moment = "forward"  # before the first step, what a task raises is its author's mistake
     elif moment in ("start-up", "rehearsal") and kind in HANGS:
         moment = "test"  # in start-up a hang is given more time, which a campaign has not
-    rank = 0 if moment in ("save", "disk") else chance.randrange(processes)
-    most = {"forward": 9, "backward": 9, "rehearsal": 2, "disk": OPERATIONS}.get(moment, 1)
+    writing = moment == "disk"
+    rank = chance.randrange(min(processes, WRITERS) if writing else processes)
+    of_writer = OPERATIONS if rank == 0 else OPERATIONS_OF_OTHERS
+    most = {"forward": 9, "backward": 9, "rehearsal": 2, "disk": of_writer}.get(moment, 1)
     late = moment == "save" and kind.startswith("kill")
     delay = chance.uniform(0.0, 0.04) if late else 0.0
     return Injury(0, kind, moment, rank, chance.randint(1, most), delay)

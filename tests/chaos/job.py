@@ -18,12 +18,15 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from service import worker
+from service.checkpoints import Checkpoints
 from service.pulse import WRITER
 from service.recipes import digits
 from service.task import Task, supervised
@@ -34,6 +37,9 @@ from saves import watched
 PLACE = os.environ.get("CHAOS")
 DAMAGE = ("cut a file", "flip a bit")
 _seen: Counter[str] = Counter()
+_counting = threading.Lock()
+# So that the save of a small state is shared by threads and processes, as that of a large one is.
+worker.Checkpoints = partial(Checkpoints, part_bytes=1 << 13)  # type: ignore[assignment,misc]
 # As they are without the injuries, which use files themselves.
 _open, _write, _close = os.open, os.write, os.close
 _for_good = ExitStack()
@@ -98,7 +104,8 @@ def _on_disk(operation: str, words: tuple[Any, ...]) -> None:
     at = os.readlink(f"/proc/self/fd/{words[0]}") if isinstance(words[0], int) else str(words[0])
     if by_the_writer or "/checkpoints" in at:
         moment("disk", (operation, words))
-        if _slow and operation == "fsync":
+        # Others than the lead have little to sync: whatever they do takes its time.
+        if _slow and (operation == "fsync" or os.environ.get("RANK", "0") != "0"):
             time.sleep(_slow[0])
     if operation == "open" and at.endswith(".run.json.partial"):
         moment("run.json", (operation, words))
@@ -106,11 +113,13 @@ def _on_disk(operation: str, words: tuple[Any, ...]) -> None:
 
 def moment(name: str, doing: tuple[str, tuple[Any, ...]] | None = None) -> None:
     """Do what is planned for this moment; each injury strikes once, in the order of the plan."""
-    _seen[name] += 1
+    with _counting:
+        _seen[name] += 1
+        count = _seen[name]
     if PLACE is None:
         return
     pending = _next_injury(Path(PLACE))
-    if pending is None or pending["moment"] != name or _seen[name] < pending["count"]:
+    if pending is None or pending["moment"] != name or count < pending["count"]:
         return
     if pending["rank"] != int(os.environ.get("RANK", "0")) or _step() < pending["step"]:
         return

@@ -1,0 +1,242 @@
+"""Who writes which part of a state's files, and the kept copy of what a process writes.
+
+Every process holds the same state, so each can write any part of a checkpoint's files.  Buffers
+are the lead's all the same: a task may change its own by the rows that a process has seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.checkpoint_files import OPTIMIZER, header
+from service.errors import Diverged
+from service.parts import Part, parts_of, shared_out
+from service.snapshots import Content
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Numbers of one tensor, as they follow each other in a file."""
+
+    name: str
+    begin: int
+    """Where in the file they begin."""
+    numbers: Tensor
+    """The tensor in its shape, or a piece of it: [numbers]."""
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.numbers.nbytes
+
+    def cut(self, begin: int, end: int) -> Stretch:
+        """What of it lies between these bytes of the file, which fall between two numbers."""
+        begin, end = max(begin, self.begin), min(end, self.end)
+        if (begin, end) == (self.begin, self.end):
+            return self
+        width = self.numbers.element_size()
+        piece = slice((begin - self.begin) // width, (end - self.begin) // width)
+        return Stretch(self.name, begin, self.numbers.reshape(-1)[piece])
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What a process writes of a content: some parts of its files."""
+
+    shares: list[set[Part]]
+    """The parts: a share for each of those who write side by side."""
+    heads: dict[str, bytes]
+    """What each file begins with, before its numbers."""
+    stretches: dict[str, list[Stretch]]
+    """By file, in order, the numbers that lie in one of the parts."""
+    rest: dict[str, Any]
+    trained: frozenset[str]
+
+    def bytes_of(self, part: Part) -> Iterator[memoryview]:
+        """The bytes of one of the parts, brought to main memory piece by piece."""
+        head = self.heads[part.file]
+        if part.begin < len(head):
+            yield memoryview(head)[part.begin : part.end]
+        for stretch in self.stretches[part.file]:
+            if stretch.begin < part.end and part.begin < stretch.end:
+                piece = stretch.cut(part.begin, part.end).numbers
+                yield piece.reshape(-1).cpu().view(torch.uint8).numpy().data
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(s.numbers.nbytes for of_file in self.stretches.values() for s in of_file)
+
+    @property
+    def layout(self) -> str:
+        """Equal where two processes mean the same tensors by the same parts."""
+        return hashlib.sha256(b"".join(self.heads.values())).hexdigest()
+
+
+class Layout:
+    """How a content lies in its files, and how the processes of a node share their parts."""
+
+    def __init__(
+        self, content: Content, *, processes: int, streams: int = 1, part_bytes: int
+    ) -> None:
+        """Shares for each process; fewer where the state is small.
+
+        Args:
+            streams: so many shares each process writes side by side.
+            part_bytes: a multiple of 8, so that none ends within a number.
+        """
+        self._content = content
+        self._processes = processes
+        self._heads = {file: header(content.entries(file)) for file in content.tensors}
+        self._stretches = {
+            file: _in_a_row(tensors, len(self._heads[file]))
+            for file, tensors in content.tensors.items()
+        }
+        bound: set[Part] = set()
+        self.parts: list[Part] = []
+        """Of all files, in order."""
+        for file, stretches in self._stretches.items():
+            size = stretches[-1].end if stretches else len(self._heads[file])
+            parts = parts_of(file, size, part_bytes)
+            self.parts += parts
+            for stretch in stretches if file != OPTIMIZER else ():
+                if stretch.name not in content.trained and stretch.numbers.numel():
+                    last = (stretch.end - 1) // part_bytes
+                    bound.update(parts[stretch.begin // part_bytes : last + 1])
+        full = content.size_bytes // part_bytes
+        shares = max(1, min(processes * streams, full))
+        self._shares = shared_out(self.parts, shares, first=bound)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than the lead write a part."""
+        return min(self._processes, len(self._shares)) > 1
+
+    def excerpt(self, index: int) -> Excerpt:
+        """What the process of that number writes; the tensors are the content's own, not copies."""
+        shares = self._shares[index :: self._processes]
+        spans = _spans([part for share in shares for part in share])
+        stretches = {
+            file: [
+                stretch.cut(begin, end)
+                for stretch in stretches
+                for begin, end in spans.get(file, ())
+                if stretch.begin < end and begin < stretch.end
+            ]
+            for file, stretches in self._stretches.items()
+        }
+        content = self._content
+        return Excerpt(shares, self._heads, stretches, content.rest, content.trained)
+
+
+def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Stretch]:
+    row = []
+    for name, tensor in tensors.items():
+        row.append(Stretch(name, at, tensor))
+        at += tensor.nbytes
+    return row
+
+
+def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
+    """By file, from where to where there are parts without a gap."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for file, begin, end in sorted(parts):
+        of_file = spans.setdefault(file, [])
+        if of_file and of_file[-1][1] == begin:
+            begin, _ = of_file.pop()
+        of_file.append((begin, end))
+    return spans
+
+
+class Snapshot:
+    """A kept buffer in main memory, laid out as the files are, that an excerpt is copied into."""
+
+    def __init__(self, device: torch.device) -> None:
+        # From pinned memory a GPU copies by itself, in the order of its other work: the copy is
+        # of the state as it is now, and nobody waits for it but who writes it.
+        self._pinned = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have memory for tensors of so many bytes, and have touched all of it."""
+        size_bytes += 1024  # the numbers of a file begin where their width wants it
+        if self._buffer.numel() < size_bytes:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffer.zero_()
+
+    @torch.no_grad()
+    def take(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
+        """The same excerpt in the buffer, until the next is taken; and what to wait for first."""
+        self.reserve(excerpt.size_bytes)
+        copies: dict[str, list[Stretch]] = {}
+        at = 0
+        for file, stretches in excerpt.stretches.items():
+            copies[file] = []
+            for stretch in stretches:
+                numbers = stretch.numbers
+                at += -at % numbers.element_size()
+                space = self._buffer[at : at + numbers.nbytes].view(numbers.dtype)
+                space = space.view(numbers.shape).copy_(numbers, non_blocking=self._pinned)
+                copies[file].append(Stretch(stretch.name, stretch.begin, space))
+                at += numbers.nbytes
+        arrived: torch.cuda.Event | None = None
+        if self._pinned:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return replace(excerpt, stretches=copies, rest=copy.deepcopy(excerpt.rest)), arrived
+
+
+def require_finite(excerpt: Excerpt) -> None:
+    """Check what is about to be published.
+
+    A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
+
+    Raises:
+        Diverged: names what is not finite.
+    """
+    for file, stretches in excerpt.stretches.items():
+        for stretch in stretches:
+            low, high = _extremes(stretch.numbers)
+            is_buffer = file != OPTIMIZER and stretch.name not in excerpt.trained
+            if math.isnan(low) or (not is_buffer and (math.isinf(low) or math.isinf(high))):
+                raise _diverged(excerpt, f"{stretch.name} in {file}")
+    for name, value in _floats(excerpt.rest["optimizer"]["state"], "the optimizer's state"):
+        if not math.isfinite(value):
+            raise _diverged(excerpt, name)
+
+
+def _diverged(excerpt: Excerpt, what: str) -> Diverged:
+    return Diverged(
+        f"After step {excerpt.rest['step']}, {what} is not finite, so the state is not saved; "
+        "earlier checkpoints are as they were. Look at train/grad_norm before it, lower "
+        "optimizer.lr or set max_grad_norm."
+    )
+
+
+def _floats(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _floats(part, f"{name}.{key}")
+    elif isinstance(value, list):
+        for part in value:
+            yield from _floats(part, name)
+    elif isinstance(value, float):
+        yield name, value
+
+
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0, 0.0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # nobody has written aminmax for eight bits
+    low, high = torch.aminmax(tensor)  # both are nan where any number is
+    return float(low), float(high)

@@ -1,0 +1,430 @@
+"""A save that the processes of a node share: the same bytes, whole or absent, whoever is struck."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import Processes, ProcessesFailed
+from saves import (
+    at_step,
+    best,
+    checkpoints,
+    content,
+    die_at,
+    new_state,
+    same,
+    saved,
+    take_step,
+    watched,
+)
+
+from service.checkpoint_files import (
+    DATA,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    checkpoints_in,
+    damage_of,
+)
+from service.errors import EvenstepError
+from service.parts import digest_of, parts_of, shared_out
+from service.world import World
+
+PART = 256  # bytes: a part of a few rows; the state has some 5 KiB
+BOTH = pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "blocking"])
+
+
+def files_of(directory, step):
+    place = Path(directory) / f"step-{step:08d}"
+    return {name: (place / name).read_bytes() for name in DATA}
+
+
+def manifest_of(directory, step):
+    return json.loads((Path(directory) / f"step-{step:08d}" / MANIFEST).read_text())
+
+
+# ---- who writes what
+
+
+def save_and_tell(world, directory, asynchronous, part_bytes):
+    """Saves of two steps; the files of tensors that this process opened to write, by step."""
+    opened = []
+
+    def note(name, words):
+        if name == "open" and words[1] & os.O_CREAT:
+            opened.append(Path(words[0]).name)
+
+    made = checkpoints(
+        Path(directory), world, part_bytes=part_bytes, asynchronous=asynchronous, keep=9
+    )
+    state = new_state()
+    with watched(note):
+        for _ in range(2):
+            take_step(state)
+            made.save(state)
+        made.finish()
+        made.close()
+    return opened
+
+
+@BOTH
+def test_the_bytes_are_the_same_whoever_writes_them(tmp_path, alone, processes, asynchronous):
+    saved(tmp_path / "whole", alone, 1, 2, keep=9)
+    for count in (1, 2, 3, 4):
+        place = tmp_path / str(count)
+        told = processes(count).run(save_and_tell, place, asynchronous, PART)
+        for step in (1, 2):
+            assert files_of(place, step) == files_of(tmp_path / "whole", step), count
+        assert all(opened for opened in told), "each process has written"
+        if count > 1:
+            assert all(MANIFEST not in opened for opened in told[1:])
+        assert (
+            len({json.dumps(manifest_of(tmp_path / str(n), 2)["files"]) for n in (1, count)}) == 1
+        )
+        assert not list(place.glob(".*"))
+        state = new_state(seed=4)
+        assert checkpoints(place, alone).restore(state)
+        assert same(state, at_step(2))
+
+
+def test_a_small_state_is_left_to_the_lead(tmp_path, processes):
+    told = processes(3).run(save_and_tell, tmp_path, True, 4000)  # not even two parts
+    assert told[1:] == [[], []]
+    assert MANIFEST in told[0]
+
+
+def test_there_may_be_fewer_parts_than_processes(tmp_path, alone, processes):
+    told = processes(4).run(save_and_tell, tmp_path, True, 2000)
+    assert [bool(opened) for opened in told] == [True, True, False, False]
+    assert damage_of(Checkpoint(tmp_path / "step-00000002", 2)) is None
+    state = new_state(seed=4)
+    assert checkpoints(tmp_path, alone).restore(state)
+    assert same(state, at_step(2))
+
+
+def test_what_another_number_of_processes_wrote_is_gone_on_from(tmp_path, processes):
+    processes(3).run(save_and_tell, tmp_path, True, PART)
+    assert processes(2).run(go_on, tmp_path) == [True, True]
+
+
+def go_on(world, directory):
+    state = new_state(seed=world.index)
+    assert checkpoints(Path(directory), world, part_bytes=PART).restore(state)
+    take_step(state)
+    return same(state, at_step(3))
+
+
+def save_what_a_task_changed(world, directory):
+    """The buffers of each process hold what it alone has seen."""
+    state = at_step(1)
+    for buffer in state.model.buffers():
+        if buffer.is_floating_point():
+            buffer += 10 * world.index
+    made = checkpoints(Path(directory), world, part_bytes=8)
+    made.save(state)
+    made.finish()
+    made.close()
+
+
+def test_buffers_are_those_of_the_first_process(tmp_path, alone, processes):
+    processes(3).run(save_what_a_task_changed, tmp_path)
+    saved(tmp_path / "alone", alone, 1)
+    assert files_of(tmp_path, 1) == files_of(tmp_path / "alone", 1)
+
+
+def save_while_going_on(world, directory):
+    state, wanted = new_state(), {}
+    made = checkpoints(Path(directory), world, part_bytes=PART, keep=50)
+    for _ in range(12):
+        take_step(state)
+        made.save(state)
+        wanted[state.step] = content(state)
+        for p in state.model.parameters():  # at once, while the writers write
+            p.data.mul_(-3)
+            p.data.div_(-3)
+            state.optimizer.state[p]["exp_avg"].neg_().neg_()
+    made.finish()
+    made.close()
+    return wanted
+
+
+def test_the_snapshot_is_of_its_moment_on_every_process(tmp_path, alone, processes):
+    for step, then in processes(2).run(save_while_going_on, tmp_path)[0].items():
+        (tmp_path / "one").mkdir()
+        (tmp_path / f"step-{step:08d}").rename(tmp_path / "one" / f"step-{step:08d}")
+        back = new_state(seed=9)
+        assert checkpoints(tmp_path / "one", alone).restore(back)
+        assert same(back, then)
+        (tmp_path / "one").rename(tmp_path / f"seen-{step}")
+
+
+@given(sizes=st.lists(st.integers(1, 40), max_size=9), shares=st.integers(1, 12), data=st.data())
+def test_every_part_is_in_one_share_and_the_shares_are_even(sizes, shares, data):
+    parts = [part for n, size in enumerate(sizes) for part in parts_of(f"{n:02d}", size, 8)]
+    assert sum(part.end - part.begin for part in parts) == sum(sizes)
+    first = set(data.draw(st.lists(st.sampled_from(parts)))) if parts else set()
+    cut = shared_out(parts, shares, first=first)
+    assert len(cut) == shares
+    assert sorted(part for share in cut for part in share) == parts
+    assert first <= cut[0]
+    even = -(-len(parts) // shares)
+    assert len(cut[0]) <= max(even, len(first))
+    assert all(len(share) <= even for share in cut[1:])
+
+
+def test_the_hash_of_a_file_in_parts_is_that_of_its_parts_hashes(tmp_path, alone):
+    saved(tmp_path, alone, 1, part_bytes=PART)
+    told = manifest_of(tmp_path, 1)
+    assert told["part_bytes"] == PART
+    for name, raw in files_of(tmp_path, 1).items():
+        cut = [raw[at : at + PART] for at in range(0, len(raw), PART)]
+        if name == STATE:  # is never cut
+            assert told["files"][name] == {
+                "bytes": len(raw),
+                "sha256": hashlib.sha256(raw).hexdigest(),
+            }
+            continue
+        digests = [hashlib.sha256(part) for part in cut]
+        whole = hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+        assert told["files"][name]["sha256"] == whole
+        assert told["files"][name]["parts"] == [d.hexdigest() for d in digests]
+
+
+def test_a_changed_bit_of_any_part_is_noticed(tmp_path, alone):
+    saved(tmp_path, alone, 1, part_bytes=PART)
+    found = Checkpoint(tmp_path / "step-00000001", 1)
+    for name, raw in files_of(tmp_path, 1).items():
+        for at in range(PART // 3, len(raw), PART):
+            changed = bytearray(raw)
+            changed[at] ^= 1 << at % 8
+            (found.path / name).write_bytes(changed)
+            assert damage_of(found) == f"the content of {name} has changed"
+        (found.path / name).write_bytes(raw)
+    assert damage_of(found) is None
+
+
+def forged(directory, edit):
+    """The manifest, changed, with its own hash set right."""
+    manifest = manifest_of(directory, 1)
+    edit(manifest, manifest["files"][OPTIMIZER])
+    manifest.pop("sha256")
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    path = Path(directory) / "step-00000001" / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    return damage_of(Checkpoint(path.parent, 1))
+
+
+FORGERIES = {
+    "no size of a part": (lambda m, _: m.pop("part_bytes"), "does not say which parts"),
+    "parts of no bytes": (lambda m, _: m.update(part_bytes=0), "does not say which parts"),
+    "parts of half a byte": (lambda m, _: m.update(part_bytes=0.5), "does not say which parts"),
+    "parts of one byte": (lambda m, _: m.update(part_bytes=1), "tells of"),
+    "a part too few": (lambda _, f: f["parts"].pop(), "tells of"),
+    "parts by name": (
+        lambda _, f: f.update(parts={"0": f["parts"][0]}),
+        "does not say which parts",
+    ),
+    "no part at all": (lambda _, f: f.update(parts=[]), "tells of 0 parts"),
+    "a part without a hash": (lambda _, f: f["parts"].__setitem__(3, None), "has two words"),
+    "a hash that is none": (lambda _, f: f["parts"].__setitem__(3, "zz"), "has two words"),
+    "parts in another order": (lambda _, f: f["parts"].reverse(), "has two words"),
+    "the hash of the whole file": (
+        lambda _, f: f.update(sha256=hashlib.sha256(b"").hexdigest()),
+        "has two words",
+    ),
+    "parts of another content": (
+        lambda _, f: f.update(parts=f["parts"][::-1], sha256=digest_of(f["parts"][::-1])),
+        f"the content of {OPTIMIZER} has changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_manifest_that_lies_about_parts_is_refused(tmp_path, alone, forgery):
+    edit, told = FORGERIES[forgery]
+    saved(tmp_path, alone, 1, part_bytes=PART)
+    assert told in forged(tmp_path, edit)
+
+
+def test_a_checkpoint_of_the_first_format_is_gone_on_from(tmp_path, alone):
+    def as_before(manifest, _):
+        manifest["format"] = 1
+        del manifest["part_bytes"]
+        for name, raw in files_of(tmp_path, 1).items():
+            sha256 = hashlib.sha256(raw).hexdigest()
+            manifest["files"][name] = {"bytes": len(raw), "sha256": sha256}
+
+    saved(tmp_path, alone, 1, part_bytes=PART)
+    assert forged(tmp_path, as_before) is None
+    state = new_state(seed=3)
+    assert checkpoints(tmp_path, alone).restore(state)
+    assert same(state, at_step(1))
+
+
+def save_on_two_nodes(world, directory):
+    """Of three processes the first two are on the lead's node."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if world.index == 2 else "2"
+    try:
+        return save_and_tell(World(Accelerator(cpu=True)), directory, True, PART)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = "3"
+
+
+def test_the_processes_of_other_nodes_write_nothing(tmp_path, alone, processes):
+    told = processes(3).run(save_on_two_nodes, tmp_path)
+    assert [bool(opened) for opened in told] == [True, True, False]
+    saved(tmp_path / "alone", alone, 1, 2)
+    assert files_of(tmp_path, 2) == files_of(tmp_path / "alone", 2)
+
+
+# ---- who can not
+
+
+def save_while_one_cannot(world, directory, who, on_failure, asynchronous, injury):
+    """Three saves, of which that process cannot write the second; what each process saw."""
+    state, seen = new_state(), []
+    made = checkpoints(
+        Path(directory),
+        world,
+        part_bytes=PART,
+        on_failure=on_failure,
+        asynchronous=asynchronous,
+        keep=9,
+    )
+
+    def refuse(name, words):
+        at = os.path.realpath(f"/proc/self/fd/{words[0]}") if name == injury else ""
+        if world.index == who and "step-00000002" in at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        with watched(refuse):
+            for _ in range(3):
+                take_step(state)
+                if injury == "nan" and world.index == who and state.step == 2:
+                    state.optimizer.state[state.model.brief]["exp_avg_sq"].fill_(torch.nan)
+                if injury == "more" and world.index == who and state.step == 2:
+                    state.model.register_buffer("more", torch.zeros(3))
+                made.save(state)
+                seen.append(state.step)
+            made.finish()
+    except EvenstepError as error:
+        return seen, type(error).__name__, str(error)
+    finally:
+        made.close()
+    left = sorted(p.name for p in Path(directory).iterdir() if p.name[:1] == ".")
+    return seen, made.timings().get("save/failures"), left
+
+
+@BOTH
+@pytest.mark.parametrize("who", [0, 1, 2])
+@pytest.mark.parametrize("injury", ["write", "fsync"])
+def test_where_one_cannot_write_all_are_told_so(tmp_path, processes, who, asynchronous, injury):
+    run = processes(3).run
+    told = run(save_while_one_cannot, tmp_path, who, "stop", asynchronous, injury)
+    assert told[0] == told[1] == told[2]
+    seen, kind, text = told[0]
+    assert seen == ([1, 2] if asynchronous else [1])
+    assert kind == "NotSaved"
+    assert "step 2 could not be written" in text
+    assert "no space is left there" in text
+    assert [c.step for c in checkpoints_in(tmp_path)] == [1]
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+@BOTH
+def test_or_all_go_on_with_the_next(tmp_path, processes, asynchronous):
+    told = processes(3).run(save_while_one_cannot, tmp_path, 1, "go_on", asynchronous, "write")
+    assert told == [([1, 2, 3], 1, [])] * 3
+    assert [c.step for c in checkpoints_in(tmp_path) if damage_of(c) is None] == [1, 3]
+
+
+@BOTH
+def test_what_is_not_finite_on_one_process_is_not_saved(tmp_path, processes, asynchronous):
+    # Of the number that is not, the last process writes the bytes.
+    for told in processes(3).run(save_while_one_cannot, tmp_path, 2, "go_on", asynchronous, "nan"):
+        seen, kind, text = told
+        assert seen == ([1, 2] if asynchronous else [1])
+        assert kind == "Diverged"
+        assert "After step 2, exp_avg_sq:brief in optimizer.safetensors is not finite" in text
+    assert [c.step for c in checkpoints_in(tmp_path)] == [1]
+
+
+def test_a_process_with_another_model_is_named(tmp_path, processes):
+    for told in processes(2).run(save_while_one_cannot, tmp_path, 1, "stop", True, "more"):
+        assert told[1] == "WillFailAgain"
+        assert "Process 1 holds other tensors than process 0" in told[2]
+    assert [c.step for c in checkpoints_in(tmp_path)] == [1]
+
+
+def save_while_memory_is_short(world, directory):
+    made = checkpoints(Path(directory), world, part_bytes=PART)
+    if world.index == 1:
+        made._snapshot.reserve = lambda size: torch.empty(1 << 50)
+    try:
+        made.save(at_step(1))
+        made.finish()
+    except EvenstepError as error:
+        return type(error).__name__, str(error)
+    finally:
+        made.close()
+    return None
+
+
+def test_where_one_has_no_memory_for_its_copy_all_are_told_so(tmp_path, processes):
+    told = processes(2).run(save_while_memory_is_short, tmp_path)
+    assert told[0] == told[1]
+    assert told[0][0] == "NotSaved"
+    assert "The state after step 1 could not be copied" in told[0][1]
+    assert not list(tmp_path.iterdir())
+
+
+# ---- killed
+
+
+def save_and_be_killed(world, directory, who, number, asynchronous):
+    made = checkpoints(
+        Path(directory), world, part_bytes=PART * 8, keep=2, asynchronous=asynchronous
+    )
+    state = best(at_step(3), 0.5)
+    with watched(die_at(number if world.index == who else 0)):
+        made.save(state)
+        made.finish()
+
+
+@BOTH
+@pytest.mark.parametrize("who", [0, 1])
+def test_killed_at_an_operation_of_any_writer_a_checkpoint_is_whole(
+    tmp_path, alone, who, asynchronous
+):
+    saved(tmp_path, alone, 2)
+    after, number, ended = [], 1, False
+    while not ended:
+        with Processes(2) as pool:
+            told = outcome(pool, save_and_be_killed, tmp_path, who, number, asynchronous)
+        ended = told is None
+        assert ended or f"rank {who}" in told
+        back = new_state(seed=8)
+        assert checkpoints(tmp_path, alone).restore(back)
+        assert same(back, at_step(back.step)), number
+        after.append(back.step)
+        number += 1
+    assert after == sorted(after), "before the rename the old one, after it the new one"
+    assert 2 in after
+
+
+def outcome(pool, *call):
+    """What the processes say that died or failed; None where none did."""
+    try:
+        pool.run(*call)
+    except ProcessesFailed as failed:
+        return str(failed)
+    return None
