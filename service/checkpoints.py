@@ -209,7 +209,7 @@ class Checkpoints:
             raise self._unsaved
 
     def close(self) -> None:
-        """Let the writer end what it has begun.  Asks no other process: they may be gone."""
+        """Let the writer end what it has begun.  Of others that are gone it hears that they are."""
         if self._pending is not None:
             self._wait_for(self._pending)
         self._writer.shutdown(wait=True)
@@ -235,7 +235,12 @@ class Checkpoints:
         begun: Future[None] = Future()
         try:
             content = content_of(state, places)
-            layout = Layout(content, processes=self._writers.processes, part_bytes=self._part_bytes)
+            layout = Layout(
+                content,
+                processes=self._writers.processes,
+                streams=self._streams(),
+                part_bytes=self._part_bytes,
+            )
             if not (self._world.is_lead or layout.is_shared):
                 return None
             if layout.is_shared:

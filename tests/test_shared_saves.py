@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,11 @@ from saves import (
     watched,
 )
 
+import service.checkpoints
 from service.checkpoint_files import (
     DATA,
     MANIFEST,
+    MODEL,
     OPTIMIZER,
     STATE,
     Checkpoint,
@@ -35,6 +38,7 @@ from service.checkpoint_files import (
     damage_of,
 )
 from service.errors import EvenstepError
+from service.limits import Limits
 from service.parts import digest_of, parts_of, shared_out
 from service.world import World
 
@@ -93,6 +97,27 @@ def test_the_bytes_are_the_same_whoever_writes_them(tmp_path, alone, processes, 
         state = new_state(seed=4)
         assert checkpoints(place, alone).restore(state)
         assert same(state, at_step(2))
+
+
+@pytest.mark.parametrize(
+    ("cores", "training", "asynchronous", "streams"),
+    [(2, 2, False, 2), (1, 1, False, 1), (2, 1, True, 1), (3, 1, True, 2), (8, 8, True, 1)],
+)
+def test_a_process_alone_writes_two_shares_at_a_time_where_training_needs_no_core_for_it(
+    tmp_path, alone, monkeypatch, cores, training, asynchronous, streams
+):
+    monkeypatch.setattr(service.checkpoints, "limits", lambda: Limits(cores, None, None))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: training)
+    threads = set()
+
+    def note(name, words):
+        if name == "open" and Path(words[0]).name in (MODEL, OPTIMIZER):
+            threads.add(threading.current_thread())
+
+    with watched(note):
+        saved(tmp_path, alone, 1, part_bytes=PART, asynchronous=asynchronous)
+    assert len(threads) == streams
+    assert damage_of(Checkpoint(tmp_path / "step-00000001", 1)) is None
 
 
 def test_a_small_state_is_left_to_the_lead(tmp_path, processes):

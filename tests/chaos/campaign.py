@@ -30,9 +30,9 @@ MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk
 SAVE_EVERY = 4
 FIRST_STEPS = 6
 """Steps before the first injury that waits for a step: there are two checkpoints then."""
-OPERATIONS = 110
+OPERATIONS = 130
 """More operations on the file system than to restore and to save once takes."""
-WRITERS, OPERATIONS_OF_OTHERS = 3, 12
+WRITERS, OPERATIONS_OF_OTHERS = 3, 6
 """The state of a job is cut into three shares (job.py), each of a few operations."""
 
 AGAIN = "starts again by itself"
