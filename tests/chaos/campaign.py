@@ -30,7 +30,7 @@ MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk
 SAVE_EVERY = 4
 FIRST_STEPS = 6
 """Steps before the first injury that waits for a step: there are two checkpoints then."""
-OPERATIONS = 130
+OPERATIONS = 93
 """More operations on the file system than to restore and to save once takes."""
 WRITERS, OPERATIONS_OF_OTHERS = 3, 6
 """The state of a job is cut into three shares (job.py), each of a few operations."""

@@ -30,7 +30,7 @@ def test_twenty_injuries_leave_no_trace(tmp_path: Path) -> None:
 
 
 def test_killed_at_operations_of_its_saves_a_run_leaves_no_trace(tmp_path: Path) -> None:
-    how = {"processes": 1, "steps": 150, "hang": 30.0}
+    how = {"processes": 1, "steps": 130, "hang": 30.0}
     run(tmp_path, "undisturbed", [], **how)
     seen = run(tmp_path, "injured", kills_on_disk(every=3), **how)  # `make chaos`: at every one
     different = differences(tmp_path / "runs" / "injured", tmp_path / "runs" / "undisturbed")
