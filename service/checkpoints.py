@@ -38,7 +38,7 @@ from service.checkpoint_files import (
     read_state,
     tensor_digests,
 )
-from service.copies import Excerpt, Layout, Snapshot, require_finite
+from service.copies import Excerpt, Layout, Snapshot, most_shares, require_finite
 from service.durable import (
     PASSING,
     in_the_way,
@@ -60,7 +60,7 @@ from service.errors import (
 from service.limits import limits
 from service.parts import PART_BYTES, Part, write_parts
 from service.pulse import WRITER, Pulse
-from service.snapshots import content_of, load
+from service.snapshots import Content, content_of, load
 from service.spec import CheckpointSpec
 from service.state import TrainState
 from service.stopping import Stopping
@@ -87,14 +87,13 @@ class Seal(Protocol):
 class _Job:
     """One save, as the writer of one process gets it."""
 
-    excerpt: Excerpt
-    """What this process writes."""
+    content: Content | Excerpt
+    """All of it, or what this process writes where all writers take part."""
+    rest: Mapping[str, Any]
     size_bytes: int
-    """Of the whole content."""
-    is_shared: bool
-    """Whether all writers take part."""
+    """Of all of it."""
     arrived: torch.cuda.Event | None
-    """When the excerpt has come from the device; None where it is here."""
+    """When the content has come from the device; None where it is here."""
     failed: EvenstepError | None
     """Why there is nothing to write."""
     records: Sequence[Record]
@@ -102,16 +101,20 @@ class _Job:
     began: float
 
     @property
+    def is_shared(self) -> bool:
+        return isinstance(self.content, Excerpt)
+
+    @property
     def step(self) -> int:
-        return int(self.excerpt.rest["step"])
+        return int(self.rest["step"])
 
     @property
     def untested(self) -> bool:
-        return self.excerpt.rest["untested"] is not None
+        return self.rest["untested"] is not None
 
     @property
     def best(self) -> int | None:
-        best = self.excerpt.rest["best"]
+        best = self.rest["best"]
         return best["step"] if best else None
 
 
@@ -167,10 +170,10 @@ class Checkpoints:
         """
         if not self._spec.asynchronous or expected_bytes is None:
             return
-        processes = min(self._writers.processes, expected_bytes // self._part_bytes)
+        processes = self._writers_of(expected_bytes)
         if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
             expected_bytes = expected_bytes // processes + 2 * self._part_bytes
-        if self._world.index < max(1, processes):
+        if self._world.index < processes:
             self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
 
     # ---- save
@@ -235,24 +238,12 @@ class Checkpoints:
         begun: Future[None] = Future()
         try:
             content = content_of(state, places)
-            layout = Layout(
-                content,
-                processes=self._writers.processes,
-                streams=self._streams(),
-                part_bytes=self._part_bytes,
-            )
-            if not (self._world.is_lead or layout.is_shared):
+            is_shared = self._writers_of(content.size_bytes) > 1
+            if not (self._world.is_lead or is_shared):
                 return None
-            if layout.is_shared:
+            if is_shared:
                 self._writers.meet()
-            excerpt, arrived, failed = layout.excerpt(self._writers.index), None, None
-            if self._spec.asynchronous:
-                try:
-                    excerpt, arrived = self._copied(excerpt)
-                except EvenstepError as error:
-                    failed = error  # the others are waiting for this process to say so
-            size, shared = content.size_bytes, layout.is_shared
-            job = _Job(excerpt, size, shared, arrived, failed, records, seal, began)
+            job = self._job(content, is_shared, records, seal, began)
             if self._spec.asynchronous:
                 return self._writer.submit(self._carry_out, job)
             self._carry_out(job)
@@ -261,21 +252,54 @@ class Checkpoints:
             begun.set_exception(error)
         return begun
 
+    def _job(
+        self,
+        content: Content,
+        is_shared: bool,
+        records: Sequence[Record],
+        seal: Seal | None,
+        began: float,
+    ) -> _Job:
+        held: Content | Excerpt = content
+        arrived, failed = None, None
+        if is_shared:
+            held = self._layout(content).excerpt(self._writers.index)
+        if self._spec.asynchronous:
+            try:
+                held, arrived = self._copied(held)
+            except EvenstepError as error:
+                failed = error  # the others are waiting for this process to say so
+        return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
+
+    def _layout(self, content: Content) -> Layout:
+        writers = self._writers.processes
+        return Layout(
+            content, processes=writers, streams=self._streams(), part_bytes=self._part_bytes
+        )
+
+    def _writers_of(self, size_bytes: int) -> int:
+        """How many processes write a content of so many bytes."""
+        return min(self._writers.processes, most_shares(size_bytes, self._part_bytes))
+
     def _streams(self) -> int:
         """Two where one process writes all of it, unless training needs the core for the second."""
         training = torch.get_num_threads() if self._world.device.type == "cpu" else 1
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
+    def _copied(
+        self, content: Content | Excerpt
+    ) -> tuple[Content | Excerpt, torch.cuda.Event | None]:
         try:
             if self._reserved is not None:
                 self._reserved.result()
-            return self._snapshot.take(excerpt)
+            if isinstance(content, Excerpt):
+                return self._snapshot.part(content)
+            return self._snapshot.whole(content)
         except RuntimeError as error:  # what torch raises where memory is short
             raise NotSaved(
-                f"The state after step {excerpt.rest['step']} could not be copied: {error}. "
-                f"It takes {in_words(excerpt.size_bytes)} of main memory besides; "
+                f"The state after step {content.rest['step']} could not be copied: {error}. "
+                f"It takes {in_words(content.size_bytes)} of main memory besides; "
                 "checkpoint.asynchronous=false takes none."
             ) from error
 
@@ -315,13 +339,16 @@ class Checkpoints:
     def _carry_out(self, job: _Job) -> None:
         if job.arrived is not None:
             job.arrived.synchronize()
+        excerpt = job.content
+        if isinstance(excerpt, Content):  # else it had to be cut before it was copied
+            excerpt = self._layout(excerpt).excerpt(self._writers.index)
         if not self._world.is_lead:
             place = self._writers.from_lead(None)
             if place is not None:
-                self._write(job, place)
+                self._write(job, excerpt, place)
             return
         try:
-            self._publish(job)
+            self._publish(job, excerpt)
         except OSError as error:
             raise _not_saved(job.step, self._directory, error) from error
         seconds = time.perf_counter() - job.began
@@ -329,17 +356,17 @@ class Checkpoints:
         self._pulse.longest_save_seconds = max(self._pulse.longest_save_seconds, seconds)
         self._stopping.learned(seconds, "as measured in this run")
 
-    def _publish(self, job: _Job) -> None:
+    def _publish(self, job: _Job, excerpt: Excerpt) -> None:
         target = Checkpoint(self._directory / name_of(job.step, untested=job.untested), job.step)
         partial: Path | None = None
         try:
-            partial = self._prepared(job, target)
+            partial = self._prepared(job, excerpt, target)
         finally:  # the others go on where there is a place, and need not where there is none
             if job.is_shared:
                 self._writers.from_lead(partial)
         if partial is not None:
             try:
-                self._make(job, partial, target)
+                self._make(job, excerpt, partial, target)
             except BaseException:
                 remove_if_possible(partial)
                 raise
@@ -348,11 +375,11 @@ class Checkpoints:
         self._prune(job.best)
         self._mark_best(job.best)
 
-    def _prepared(self, job: _Job, target: Checkpoint) -> Path | None:
+    def _prepared(self, job: _Job, excerpt: Excerpt, target: Checkpoint) -> Path | None:
         """A new directory to write into; None where the checkpoint is there already."""
         if job.failed is not None:
             raise job.failed
-        require_finite(job.excerpt)
+        require_finite(excerpt)
         make_directory(self._directory)
         self._sweep()
         if os.path.lexists(target.path) and damage_of(target) is not None:
@@ -364,12 +391,12 @@ class Checkpoints:
         partial.mkdir()
         return partial
 
-    def _make(self, job: _Job, partial: Path, target: Checkpoint) -> None:
+    def _make(self, job: _Job, excerpt: Excerpt, partial: Path, target: Checkpoint) -> None:
         """Publish what all write into `partial` as the checkpoint `target`."""
         complete(
             partial,
-            self._write(job, partial),
-            job.excerpt.rest,
+            self._write(job, excerpt, partial),
+            job.rest,
             {"time": time.time(), **self._facts},
             part_bytes=self._part_bytes,
         )
@@ -382,7 +409,7 @@ class Checkpoints:
             self._get_on()
         os.rename(partial, target.path)
 
-    def _write(self, job: _Job, partial: Path) -> dict[Part, str]:
+    def _write(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
         """Write this process's parts; SHA-256 of everybody's, when all are on disk.
 
         Raises:
@@ -391,18 +418,18 @@ class Checkpoints:
         own: dict[Part, str] = {}
         failed: EvenstepError | None = None
         try:
-            own = self._written(job, partial)
+            own = self._written(job, excerpt, partial)
         except EvenstepError as error:
             failed = error
         except OSError as error:
             failed = _not_saved(job.step, self._directory, error)
-        answer = (failed, job.excerpt.layout, own)
+        answer = (failed, excerpt.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
         digests: dict[Part, str] = {}
         for index, (failed, layout, parts) in enumerate(told):
             if failed is not None:
                 raise failed
-            if layout != job.excerpt.layout:
+            if layout != excerpt.layout:
                 raise WillFailAgain(
                     f"Process {index} holds other tensors than process {self._world.index}: their "
                     "names, types or shapes differ, so the state is not saved. Make the model and "
@@ -411,16 +438,16 @@ class Checkpoints:
             digests |= parts
         return digests
 
-    def _written(self, job: _Job, partial: Path) -> dict[Part, str]:
+    def _written(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # who has looked already, before there was a place
             if job.failed is not None:
                 raise job.failed
-            require_finite(job.excerpt)
+            require_finite(excerpt)
 
         def write(share: set[Part]) -> dict[Part, str]:
-            return write_parts(partial, share, job.excerpt.bytes_of, moved=self._get_on)
+            return write_parts(partial, share, excerpt.bytes_of, moved=self._get_on)
 
-        shares = job.excerpt.shares  # none, where there are more processes than parts
+        shares = excerpt.shares  # none, where there are more processes than parts
         digests: dict[Part, str] = {}
         with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix=WRITER) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]

@@ -6,12 +6,11 @@ are the lead's all the same: a task may change its own by the rows that a proces
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,28 +21,24 @@ from service.parts import Part, parts_of, shared_out
 from service.snapshots import Content
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Numbers of one tensor, as they follow each other in a file."""
 
     name: str
     begin: int
     """Where in the file they begin."""
+    end: int
     numbers: Tensor
     """The tensor in its shape, or a piece of it: [numbers]."""
 
-    @property
-    def end(self) -> int:
-        return self.begin + self.numbers.nbytes
-
     def cut(self, begin: int, end: int) -> Stretch:
         """What of it lies between these bytes of the file, which fall between two numbers."""
-        begin, end = max(begin, self.begin), min(end, self.end)
-        if (begin, end) == (self.begin, self.end):
+        if begin <= self.begin and self.end <= end:
             return self
+        begin, end = max(begin, self.begin), min(end, self.end)
         width = self.numbers.element_size()
         piece = slice((begin - self.begin) // width, (end - self.begin) // width)
-        return Stretch(self.name, begin, self.numbers.reshape(-1)[piece])
+        return Stretch(self.name, begin, end, self.numbers.reshape(-1)[piece])
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Excerpt:
 
     @property
     def size_bytes(self) -> int:
-        return sum(s.numbers.nbytes for of_file in self.stretches.values() for s in of_file)
+        return sum(s.end - s.begin for of_file in self.stretches.values() for s in of_file)
 
     @property
     def layout(self) -> str:
@@ -109,14 +104,8 @@ class Layout:
                 if stretch.name not in content.trained and stretch.numbers.numel():
                     last = (stretch.end - 1) // part_bytes
                     bound.update(parts[stretch.begin // part_bytes : last + 1])
-        full = content.size_bytes // part_bytes
-        shares = max(1, min(processes * streams, full))
+        shares = min(processes * streams, most_shares(content.size_bytes, part_bytes))
         self._shares = shared_out(self.parts, shares, first=bound)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether others than the lead write a part."""
-        return min(self._processes, len(self._shares)) > 1
 
     def excerpt(self, index: int) -> Excerpt:
         """What the process of that number writes; the tensors are the content's own, not copies."""
@@ -135,10 +124,15 @@ class Layout:
         return Excerpt(shares, self._heads, stretches, content.rest, content.trained)
 
 
+def most_shares(size_bytes: int, part_bytes: int) -> int:
+    """Into how many shares a content may be cut: none is smaller than a part."""
+    return max(1, size_bytes // part_bytes)
+
+
 def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Stretch]:
     row = []
     for name, tensor in tensors.items():
-        row.append(Stretch(name, at, tensor))
+        row.append(Stretch(name, at, at + tensor.nbytes, tensor))
         at += tensor.nbytes
     return row
 
@@ -171,26 +165,43 @@ class Snapshot:
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffer.zero_()
 
+    def whole(self, content: Content) -> tuple[Content, torch.cuda.Event | None]:
+        """The same content in the buffer, until the next is taken; and what to wait for first."""
+        every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
+        copies, arrived = self._copies(every)
+        held = {
+            file: {name: next(copies) for name in tensors}
+            for file, tensors in content.tensors.items()
+        }
+        return replace(content, tensors=held), arrived
+
+    def part(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
+        """Likewise for what one of several processes writes."""
+        every = [s.numbers for stretches in excerpt.stretches.values() for s in stretches]
+        copies, arrived = self._copies(every)
+        held = {
+            file: [stretch._replace(numbers=next(copies)) for stretch in stretches]
+            for file, stretches in excerpt.stretches.items()
+        }
+        return replace(excerpt, stretches=held), arrived
+
     @torch.no_grad()
-    def take(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
-        """The same excerpt in the buffer, until the next is taken; and what to wait for first."""
-        self.reserve(excerpt.size_bytes)
-        copies: dict[str, list[Stretch]] = {}
+    def _copies(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[Iterator[Tensor], torch.cuda.Event | None]:
+        self.reserve(sum(tensor.nbytes for tensor in tensors))
+        copies = []
         at = 0
-        for file, stretches in excerpt.stretches.items():
-            copies[file] = []
-            for stretch in stretches:
-                numbers = stretch.numbers
-                at += -at % numbers.element_size()
-                space = self._buffer[at : at + numbers.nbytes].view(numbers.dtype)
-                space = space.view(numbers.shape).copy_(numbers, non_blocking=self._pinned)
-                copies[file].append(Stretch(stretch.name, stretch.begin, space))
-                at += numbers.nbytes
+        for tensor in tensors:
+            at += -at % tensor.element_size()
+            space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(space.copy_(tensor, non_blocking=self._pinned))
+            at += tensor.nbytes
         arrived: torch.cuda.Event | None = None
         if self._pinned:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        return replace(excerpt, stretches=copies, rest=copy.deepcopy(excerpt.rest)), arrived
+        return iter(copies), arrived
 
 
 def require_finite(excerpt: Excerpt) -> None:

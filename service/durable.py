@@ -28,8 +28,8 @@ PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOM
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
 _READ_BYTES = 1 << 18  # as hashlib.file_digest reads
-# What is synced at the end takes its time then, and nobody sees how far it is.
-_SYNC_BYTES = 256 << 20
+SYNC_BYTES = 64 << 20
+"""What is synced at the end takes its time then, and nobody sees how far it is."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def put(
     digest, size, synced = hashlib.sha256(), 0, 0
     for piece in pieces:
         view = memoryview(piece)
-        if size - synced >= _SYNC_BYTES:
+        if size - synced >= SYNC_BYTES:
             os.fsync(descriptor)
             synced = size
         for start in range(0, len(view), _CHUNK_BYTES):

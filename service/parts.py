@@ -13,9 +13,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service.durable import opened_to_write, put
+from service.durable import SYNC_BYTES, opened_to_write, put
 
-PART_BYTES = 64 << 20
+PART_BYTES = 16 << 20
 """Where each part ends and the next begins is told by a manifest: this may change."""
 
 
@@ -55,7 +55,7 @@ def write_parts(
     *,
     moved: Callable[[], None],
 ) -> dict[Part, str]:
-    """Write these parts where they go, each synced: SHA-256 by part.
+    """Write these parts where they go, and sync them: SHA-256 by part.
 
     Others may write the others meanwhile: the directory is new, and the files are whoever's comes
     first.
@@ -66,11 +66,16 @@ def write_parts(
     digests = {}
     for file, of_file in groupby(sorted(parts), key=lambda part: part.file):
         with opened_to_write(directory / file) as descriptor:
+            unsynced = 0
             for part in of_file:
+                if unsynced >= SYNC_BYTES:
+                    os.fsync(descriptor)
+                    unsynced = 0
                 os.lseek(descriptor, part.begin, os.SEEK_SET)
                 digests[part] = put(descriptor, bytes_of(part), moved=moved).sha256
-                os.fsync(descriptor)
-                moved()
+                unsynced += part.end - part.begin
+            os.fsync(descriptor)
+            moved()
     return digests
 
 

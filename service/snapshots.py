@@ -61,7 +61,7 @@ class Content:
 
 
 def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) -> Content:
-    """What a checkpoint of `state` holds; the tensors are the state's own, not copies.
+    """What a checkpoint of `state` holds; the tensors are the state's own, all else is copied.
 
     Args:
         places: where each process is in a stream of data.
@@ -77,14 +77,14 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
         "step": state.step,
         "best": asdict(state.best) if state.best else None,
         "memory": state.memory(),
-        "optimizer": described,
-        "aliases": aliases,
         "stream": places,
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "skipped_steps": state.skipped_steps,
         "faulty_steps": state.faulty_steps,
         "untested": state.untested,
     }
+    # To copy what is made anew as well would cost as much as to copy a small model.
+    rest = copy.deepcopy(rest) | {"optimizer": described, "aliases": aliases}
     trained = frozenset(name for name, _ in state.model.named_parameters())
     ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
     return Content(ordered, rest, trained)
