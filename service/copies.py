@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -59,10 +60,13 @@ class Excerpt:
         head = self.heads[part.file]
         if part.begin < len(head):
             yield memoryview(head)[part.begin : part.end]
-        for stretch in self.stretches[part.file]:
-            if stretch.begin < part.end and part.begin < stretch.end:
-                piece = stretch.cut(part.begin, part.end).numbers
-                yield piece.reshape(-1).cpu().view(torch.uint8).numpy().data
+        row = self.stretches[part.file]
+        first = bisect_right(row, part.begin, key=lambda stretch: stretch.end)
+        for number in range(first, len(row)):
+            if row[number].begin >= part.end:
+                break
+            piece = row[number].cut(part.begin, part.end).numbers
+            yield piece.reshape(-1).cpu().view(torch.uint8).numpy().data
 
     @property
     def size_bytes(self) -> int:
@@ -94,18 +98,17 @@ class Layout:
             for file, tensors in content.tensors.items()
         }
         bound: set[Part] = set()
-        self.parts: list[Part] = []
-        """Of all files, in order."""
+        every: list[Part] = []
         for file, stretches in self._stretches.items():
             size = stretches[-1].end if stretches else len(self._heads[file])
             parts = parts_of(file, size, part_bytes)
-            self.parts += parts
+            every += parts
             for stretch in stretches if file != OPTIMIZER else ():
                 if stretch.name not in content.trained and stretch.numbers.numel():
                     last = (stretch.end - 1) // part_bytes
                     bound.update(parts[stretch.begin // part_bytes : last + 1])
         shares = min(processes * streams, most_shares(content.size_bytes, part_bytes))
-        self._shares = shared_out(self.parts, shares, first=bound)
+        self._shares = shared_out(every, shares, first=bound)
 
     def excerpt(self, index: int) -> Excerpt:
         """What the process of that number writes; the tensors are the content's own, not copies."""
