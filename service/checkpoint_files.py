@@ -345,7 +345,7 @@ def _parts_of(
         return
     if type(part_bytes) is not int or part_bytes < 1 or not isinstance(digests, list):
         raise _Damaged(f"{MANIFEST} does not say which parts {path.name} has")
-    if len(digests) != -(-size // part_bytes):
+    if len(digests) != max(1, -(-size // part_bytes)):
         raise _Damaged(f"{MANIFEST} tells of {len(digests)} parts of {path.name}")
     try:
         whole = digest_of(digests)

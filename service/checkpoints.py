@@ -54,8 +54,10 @@ from service.errors import (
     EvenstepError,
     NoCheckpoint,
     NotSaved,
+    PeerLost,
     SpecError,
     WillFailAgain,
+    with_place,
 )
 from service.limits import limits
 from service.parts import PART_BYTES, Part, write_parts
@@ -172,7 +174,8 @@ class Checkpoints:
             return
         processes = self._writers_of(expected_bytes)
         if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
-            expected_bytes = expected_bytes // processes + 2 * self._part_bytes
+            share = expected_bytes // processes + 2 * self._part_bytes
+            expected_bytes = min(expected_bytes, share)
         if self._world.index < processes:
             self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
 
@@ -423,6 +426,14 @@ class Checkpoints:
             failed = error
         except OSError as error:
             failed = _not_saved(job.step, self._directory, error)
+        except Exception as error:
+            if job.is_shared:  # the others are waiting for this process to say so
+                lost = PeerLost(
+                    f"Process {self._world.index} could not write its share of the checkpoint of "
+                    f"step {job.step}: {with_place(error)}. Earlier ones are untouched."
+                )
+                self._writers.gather((lost, excerpt.layout, own))
+            raise
         answer = (failed, excerpt.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
         digests: dict[Part, str] = {}

@@ -66,7 +66,7 @@ class Excerpt:
             if row[number].begin >= part.end:
                 break
             piece = row[number].cut(part.begin, part.end).numbers
-            yield piece.reshape(-1).cpu().view(torch.uint8).numpy().data
+            yield piece.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
     @property
     def size_bytes(self) -> int:

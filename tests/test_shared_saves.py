@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Processes, ProcessesFailed
+from safetensors.torch import load_file
 from saves import (
     at_step,
     best,
@@ -39,7 +40,7 @@ from service.checkpoint_files import (
 )
 from service.errors import EvenstepError
 from service.limits import Limits
-from service.parts import digest_of, parts_of, shared_out
+from service.parts import PART_BYTES, digest_of, parts_of, shared_out
 from service.world import World
 
 PART = 256  # bytes: a part of a few rows; the state has some 5 KiB
@@ -165,6 +166,62 @@ def test_buffers_are_those_of_the_first_process(tmp_path, alone, processes):
     assert files_of(tmp_path, 1) == files_of(tmp_path / "alone", 1)
 
 
+def odd_state():
+    """Numbers that do not lie in a row in memory, of many types, each as large as a few parts."""
+    torch.manual_seed(5)
+    state, row = new_state(), torch.randn(4000)
+    for name, tensor in {
+        "every_second": row[::2],
+        "repeated": row[:1].expand(1000),
+        "column": row.view(-1, 4)[:, :1],
+        "turned": row.view(40, 100).t(),
+        "channels_last": row.view(4, 5, 10, 20).to(memory_format=torch.channels_last),
+        "every_third_sign": (row > 0)[::3],
+        "eighths": row.to(torch.float8_e5m2)[::2],
+        "waves": torch.view_as_complex(row.view(-1, 2)),
+    }.items():
+        state.model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        state.model.get_parameter(name).data = tensor
+    return state
+
+
+def save_odd(world, directory, asynchronous):
+    made = checkpoints(Path(directory), world, part_bytes=PART, asynchronous=asynchronous)
+    made.save(odd_state())
+    made.finish()
+    made.close()
+
+
+@BOTH
+def test_numbers_that_do_not_lie_in_a_row_are_saved_as_if_they_did(
+    tmp_path, alone, processes, asynchronous
+):
+    processes(3).run(save_odd, tmp_path / "3", asynchronous)
+    save_odd(alone, tmp_path / "1", asynchronous)
+    assert files_of(tmp_path / "3", 0) == files_of(tmp_path / "1", 0)
+    found = load_file(tmp_path / "3" / "step-00000000" / MODEL)
+    wanted = odd_state().model.state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        assert torch.equal(tensor.to(wide), wanted[name].to(wide)), name
+
+
+def reserved_bytes(world, directory, size_bytes):
+    made = checkpoints(Path(directory), world)
+    made.reserve(size_bytes)
+    made.close()
+    return made._snapshot._buffer.numel()
+
+
+def test_nobody_takes_more_memory_than_the_whole_state_needs(tmp_path, alone, processes):
+    size = 2 * PART_BYTES
+    most = reserved_bytes(alone, tmp_path, size)
+    told = processes(3).run(reserved_bytes, tmp_path, size)
+    assert max(told) == most
+    assert told[2] == 0, "two parts, two writers"
+
+
 def save_while_going_on(world, directory):
     state, wanted = new_state(), {}
     made = checkpoints(Path(directory), world, part_bytes=PART, keep=50)
@@ -258,6 +315,10 @@ FORGERIES = {
         "does not say which parts",
     ),
     "no part at all": (lambda _, f: f.update(parts=[]), "tells of 0 parts"),
+    "no part of an empty file": (
+        lambda _, f: f.update(bytes=0, parts=[], sha256=hashlib.sha256(b"").hexdigest()),
+        "tells of 0 parts",
+    ),
     "a part without a hash": (lambda _, f: f["parts"].__setitem__(3, None), "has two words"),
     "a hash that is none": (lambda _, f: f["parts"].__setitem__(3, "zz"), "has two words"),
     "parts in another order": (lambda _, f: f["parts"].reverse(), "has two words"),
@@ -276,6 +337,8 @@ FORGERIES = {
 def test_a_manifest_that_lies_about_parts_is_refused(tmp_path, alone, forgery):
     edit, told = FORGERIES[forgery]
     saved(tmp_path, alone, 1, part_bytes=PART)
+    if "empty" in forgery:
+        (tmp_path / "step-00000001" / OPTIMIZER).write_bytes(b"")
     assert told in forged(tmp_path, edit)
 
 
@@ -409,6 +472,35 @@ def test_where_one_has_no_memory_for_its_copy_all_are_told_so(tmp_path, processe
     assert told[0] == told[1]
     assert told[0][0] == "NotSaved"
     assert "The state after step 1 could not be copied" in told[0][1]
+    assert not list(tmp_path.iterdir())
+
+
+def save_while_a_writer_has_a_mistake(world, directory, who):
+    made = checkpoints(Path(directory), world, part_bytes=PART)
+
+    def mistake(name, words):
+        if name == "fsync" and world.index == who:
+            raise RuntimeError("nobody has foreseen this")
+
+    failed = None
+    with watched(mistake):
+        made.save(at_step(1))
+        try:
+            made._pending.result(timeout=20)
+        except Exception as error:
+            failed = type(error).__name__, str(error)
+    made.close()
+    return failed
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_mistake_of_one_writer_leaves_no_other_waiting(tmp_path, processes, who):
+    told = processes(2).run(save_while_a_writer_has_a_mistake, tmp_path, who)
+    assert told[who] == ("RuntimeError", "nobody has foreseen this")
+    kind, text = told[1 - who]
+    assert kind == "PeerLost"
+    assert f"Process {who} could not write its share of the checkpoint of step 1: " in text
+    assert "RuntimeError: nobody has foreseen this" in text
     assert not list(tmp_path.iterdir())
 
 
