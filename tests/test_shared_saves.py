@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,44 @@ def test_buffers_are_those_of_the_first_process(tmp_path, alone, processes):
     processes(3).run(save_what_a_task_changed, tmp_path)
     saved(tmp_path / "alone", alone, 1)
     assert files_of(tmp_path, 1) == files_of(tmp_path / "alone", 1)
+
+
+def state_with_long_buffers(index):
+    """No optimizer state; between parameters, buffers of more than a part, each process its own."""
+    state = new_state()
+    state.model.more = torch.nn.Parameter(torch.ones(1000))
+    state.model.after = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1)
+    for number in range(3):
+        seen = torch.full((150,), float(number + 10 * index))
+        state.model.register_buffer(f"seen_{number}", seen)
+    return state
+
+
+def save_long_buffers(world, directory):
+    made = checkpoints(Path(directory), world, part_bytes=PART)
+    made.save(state_with_long_buffers(world.index))
+    made.finish()
+    made.close()
+
+
+def test_buffers_of_several_parts_are_those_of_the_first_process_too(tmp_path, alone, processes):
+    processes(4).run(save_long_buffers, tmp_path / "4")
+    save_long_buffers(alone, tmp_path / "1")
+    assert files_of(tmp_path / "4", 0) == files_of(tmp_path / "1", 0)
+
+
+def save_a_step_twice(world, directory):
+    made = checkpoints(Path(directory), world, part_bytes=PART)
+    for _ in range(2):
+        made.save(at_step(1))
+    made.finish()
+    made.close()
+
+
+def test_what_is_there_already_is_written_by_nobody(tmp_path, processes):
+    processes(3).run(save_a_step_twice, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def odd_state():
@@ -357,18 +396,19 @@ def test_a_checkpoint_of_the_first_format_is_gone_on_from(tmp_path, alone):
     assert same(state, at_step(1))
 
 
-def save_on_two_nodes(world, directory):
-    """Of three processes the first two are on the lead's node."""
-    os.environ["LOCAL_WORLD_SIZE"] = "1" if world.index == 2 else "2"
+def save_on_two_nodes(world, directory, first):
+    """Of three processes the first so many are on the lead's node."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(first if world.index < first else 3 - first)
     try:
         return save_and_tell(World(Accelerator(cpu=True)), directory, True, PART)
     finally:
         os.environ["LOCAL_WORLD_SIZE"] = "3"
 
 
-def test_the_processes_of_other_nodes_write_nothing(tmp_path, alone, processes):
-    told = processes(3).run(save_on_two_nodes, tmp_path)
-    assert [bool(opened) for opened in told] == [True, True, False]
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_processes_of_other_nodes_write_nothing(tmp_path, alone, processes, first):
+    told = processes(3).run(save_on_two_nodes, tmp_path, first)
+    assert [bool(opened) for opened in told] == [True, first == 2, False]
     saved(tmp_path / "alone", alone, 1, 2)
     assert files_of(tmp_path, 2) == files_of(tmp_path / "alone", 2)
 
@@ -399,6 +439,8 @@ def save_while_one_cannot(world, directory, who, on_failure, asynchronous, injur
                 take_step(state)
                 if injury == "nan" and world.index == who and state.step == 2:
                     state.optimizer.state[state.model.brief]["exp_avg_sq"].fill_(torch.nan)
+                if injury == "nan first" and world.index == who and state.step == 2:
+                    state.model.first.weight.data.fill_(torch.nan)
                 if injury == "more" and world.index == who and state.step == 2:
                     state.model.register_buffer("more", torch.zeros(3))
                 made.save(state)
@@ -436,13 +478,22 @@ def test_or_all_go_on_with_the_next(tmp_path, processes, asynchronous):
 
 
 @BOTH
-def test_what_is_not_finite_on_one_process_is_not_saved(tmp_path, processes, asynchronous):
-    # Of the number that is not, the last process writes the bytes.
-    for told in processes(3).run(save_while_one_cannot, tmp_path, 2, "go_on", asynchronous, "nan"):
+@pytest.mark.parametrize(
+    ("who", "injury", "name"),  # that process writes the bytes of these numbers
+    [
+        (0, "nan first", "first.weight in model.safetensors"),
+        (2, "nan", "exp_avg_sq:brief in optimizer.safetensors"),
+    ],
+)
+def test_what_is_not_finite_on_one_process_is_not_saved(
+    tmp_path, processes, asynchronous, who, injury, name
+):
+    run = processes(3).run
+    for told in run(save_while_one_cannot, tmp_path, who, "go_on", asynchronous, injury):
         seen, kind, text = told
         assert seen == ([1, 2] if asynchronous else [1])
         assert kind == "Diverged"
-        assert "After step 2, exp_avg_sq:brief in optimizer.safetensors is not finite" in text
+        assert f"After step 2, {name} is not finite" in text
     assert [c.step for c in checkpoints_in(tmp_path)] == [1]
 
 
@@ -453,9 +504,9 @@ def test_a_process_with_another_model_is_named(tmp_path, processes):
     assert [c.step for c in checkpoints_in(tmp_path)] == [1]
 
 
-def save_while_memory_is_short(world, directory):
+def save_while_memory_is_short(world, directory, who):
     made = checkpoints(Path(directory), world, part_bytes=PART)
-    if world.index == 1:
+    if world.index == who:
         made._snapshot.reserve = lambda size: torch.empty(1 << 50)
     try:
         made.save(at_step(1))
@@ -467,8 +518,9 @@ def save_while_memory_is_short(world, directory):
     return None
 
 
-def test_where_one_has_no_memory_for_its_copy_all_are_told_so(tmp_path, processes):
-    told = processes(2).run(save_while_memory_is_short, tmp_path)
+@pytest.mark.parametrize("who", [0, 1])
+def test_where_one_has_no_memory_for_its_copy_all_are_told_so(tmp_path, processes, who):
+    told = processes(2).run(save_while_memory_is_short, tmp_path, who)
     assert told[0] == told[1]
     assert told[0][0] == "NotSaved"
     assert "The state after step 1 could not be copied" in told[0][1]
@@ -502,6 +554,17 @@ def test_a_mistake_of_one_writer_leaves_no_other_waiting(tmp_path, processes, wh
     assert f"Process {who} could not write its share of the checkpoint of step 1: " in text
     assert "RuntimeError: nobody has foreseen this" in text
     assert not list(tmp_path.iterdir())
+
+
+def patience_of_writers(world):
+    writers = world.writers()
+    writers.meet()
+    return writers._group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_a_writer_is_waited_for_longer_than_any_save_takes(processes):
+    # How long one may stand still is for the hang watch to say, and not for gloo's 30 minutes.
+    assert processes(2).run(patience_of_writers) == [timedelta(days=1)] * 2
 
 
 # ---- killed
