@@ -140,7 +140,7 @@ class Checkpoints:
 
         `pulse` is told that a save gets on, and how long it took, as is `stopping`.  `rename`
         gives the new names of parameters and modules that are saved under old ones.  A state of
-        less than two parts is written by the lead alone.
+        few parts is written by the lead alone.
         """
         self._directory = directory
         self._world = world
@@ -174,8 +174,7 @@ class Checkpoints:
             return
         processes = self._writers_of(expected_bytes)
         if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
-            share = expected_bytes // processes + 2 * self._part_bytes
-            expected_bytes = min(expected_bytes, share)
+            expected_bytes = expected_bytes // processes + 2 * self._part_bytes
         if self._world.index < processes:
             self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
 

@@ -21,6 +21,9 @@ from service.errors import Diverged
 from service.parts import Part, parts_of, shared_out
 from service.snapshots import Content
 
+# Of a share.  Measured: two processes write 120 MiB no sooner than one does, 1,140 MiB much sooner.
+_LEAST_PARTS = 4
+
 
 class Stretch(NamedTuple):
     """Numbers of one tensor, as they follow each other in a file."""
@@ -128,8 +131,8 @@ class Layout:
 
 
 def most_shares(size_bytes: int, part_bytes: int) -> int:
-    """Into how many shares a content may be cut: none is smaller than a part."""
-    return max(1, size_bytes // part_bytes)
+    """Into how many shares a content may be cut."""
+    return max(1, size_bytes // (_LEAST_PARTS * part_bytes))
 
 
 def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Stretch]:
