@@ -339,8 +339,6 @@ class Checkpoints:
     # ---- what the writer does: beside training; only other writers are asked
 
     def _carry_out(self, job: _Job) -> None:
-        if job.arrived is not None:
-            job.arrived.synchronize()
         excerpt = job.content
         if isinstance(excerpt, Content):  # else it had to be cut before it was copied
             excerpt = self._layout(excerpt).excerpt(self._writers.index)
@@ -379,9 +377,7 @@ class Checkpoints:
 
     def _prepared(self, job: _Job, excerpt: Excerpt, target: Checkpoint) -> Path | None:
         """A new directory to write into; None where the checkpoint is there already."""
-        if job.failed is not None:
-            raise job.failed
-        require_finite(excerpt)
+        _require_fit(job, excerpt)
         make_directory(self._directory)
         self._sweep()
         if os.path.lexists(target.path) and damage_of(target) is not None:
@@ -450,9 +446,7 @@ class Checkpoints:
 
     def _written(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # who has looked already, before there was a place
-            if job.failed is not None:
-                raise job.failed
-            require_finite(excerpt)
+            _require_fit(job, excerpt)
 
         def write(share: set[Part]) -> dict[Part, str]:
             return write_parts(partial, share, excerpt.bytes_of, moved=self._get_on)
@@ -616,6 +610,19 @@ class Checkpoints:
                 "first process does. Give all of them the same storage."
             )
         load(chosen.path, state, index=self._world.index, rename=self._rename)
+
+
+def _require_fit(job: _Job, excerpt: Excerpt) -> None:
+    """Wait until what is to be written is here, and check that it may be published.
+
+    Raises:
+        EvenstepError: it could not be copied, or is not finite.
+    """
+    if job.failed is not None:
+        raise job.failed
+    if job.arrived is not None:
+        job.arrived.synchronize()
+    require_finite(excerpt)
 
 
 def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
