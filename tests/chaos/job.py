@@ -39,7 +39,7 @@ DAMAGE = ("cut a file", "flip a bit")
 _seen: Counter[str] = Counter()
 _counting = threading.Lock()
 # So that the save of a small state is shared by threads and processes, as that of a large one is.
-worker.Checkpoints = partial(Checkpoints, part_bytes=1 << 11)  # type: ignore[assignment,misc]
+worker.Checkpoints = partial(Checkpoints, part_bytes=1 << 10)  # type: ignore[assignment,misc]
 # As they are without the injuries, which use files themselves.
 _open, _write, _close = os.open, os.write, os.close
 _for_good = ExitStack()
