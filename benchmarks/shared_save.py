@@ -1,12 +1,15 @@
-"""What it brings that the processes of a node share a save.
+"""What it brings that a save is written in shares, by the processes of a node together.
 
     torchrun --nproc-per-node N -m benchmarks.shared_save [--millions 100] [--rounds 5]
+                                                          [--part-mib 16]
 
 A model of that many float32 parameters with Adam on each of N processes, 12 bytes a parameter,
-saved by the first of them and, in turn, by all.  `stall` is the time until training may go on,
-`durable` until the checkpoint is published, and `lost` what training lost by then: the stall, and
-what each piece of training work beside the writers took longer than such a piece before.  Of a
-piece the slowest process counts, as it does in a step.  Medians, with the largest behind.
+saved by the first of them in one stream and, in turn, in shares of at least four parts: one for
+each process, or two for one where training needs no core for the second.  `stall` is the time until
+training may go on, `durable` until the checkpoint is published, and `lost` what training lost by
+then: the stall, and what each piece of training work beside the writers took longer than such a
+piece before.  Of a piece the slowest process counts, as it does in a step.  Medians, with the
+largest behind.
 """
 
 from __future__ import annotations
@@ -94,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--millions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part-mib", type=int, default=PART_BYTES >> 20)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     told = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,7 +107,7 @@ def main() -> None:
         ways = {
             (name, asynchronous): Way(part_bytes, asynchronous, world, place)
             for asynchronous in (False, True)
-            for name, part_bytes in (("the first", NEVER), ("all", PART_BYTES))
+            for name, part_bytes in (("the first", NEVER), ("all, in shares", told.part_mib << 20))
         }
         for _ in range(told.rounds + 1):
             for way in ways.values():

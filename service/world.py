@@ -225,18 +225,14 @@ class World:
         if self.processes == 1:
             return value
         self.trace.begin("word of the lead")
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._control)
-        return box[0]
+        return _from_first(value, self._control)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in order, on every process."""
         if self.processes == 1:
             return [value]
         self.trace.begin("gathering")
-        values: list[Any] = [None] * self.processes
-        dist.all_gather_object(values, value, group=self._control)
-        return values
+        return _from_each(value, self.processes, self._control)
 
     def fail_together(self, error: EvenstepError | None) -> None:
         """Raise on every process when any of them has an error: the first one's, in its own words.
@@ -289,10 +285,8 @@ class Writers:
         """
         if self._group is None:
             return value
-        box = [value]
         with _told_when_lost():
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+            return _from_first(value, self._group)
 
     def gather(self, value: T) -> list[T]:
         """The value of each of them, in order, on each of them.
@@ -302,10 +296,20 @@ class Writers:
         """
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.processes
         with _told_when_lost():
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+            return _from_each(value, self.processes, self._group)
+
+
+def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def _from_each(value: T, processes: int, group: dist.ProcessGroup | None) -> list[T]:
+    values: list[Any] = [None] * processes
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from service.checkpoint_files import (
 from service.errors import EvenstepError
 from service.limits import Limits
 from service.parts import PART_BYTES, digest_of, parts_of, shared_out
+from service.snapshots import content_of
 from service.world import World
 
 PART = 256  # bytes: a part of a few rows; the state has some 5 KiB
@@ -259,6 +260,14 @@ def test_nobody_takes_more_memory_than_the_whole_state_needs(tmp_path, alone, pr
     told = processes(3).run(reserved_bytes, tmp_path, size)
     assert size / 2 < told[0] < most
     assert told == [told[0], told[0], 0], "two shares of four parts each"
+
+
+def test_what_is_no_tensor_is_of_its_moment_too():
+    state = at_step(1)
+    state.untested = {"test/loss": 1.0}
+    held = content_of(state).rest
+    state.untested["test/loss"] = 2.0
+    assert held["untested"] == {"test/loss": 1.0}
 
 
 def save_while_going_on(world, directory):
