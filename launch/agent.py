@@ -49,6 +49,8 @@ class Rank:
     process: BaseProcess
     ended: int | None = None
     """Its exit code; minus the number of the signal that ended it."""
+    ended_time: float = 0.0
+    """When that was noticed, in seconds since the epoch."""
     ended_by_us: bool = False
 
     @property
@@ -170,6 +172,7 @@ class Agent(SimpleElasticAgent):
                 if rank.ended is None:
                     alive.append(rank)
                 else:
+                    rank.ended_time = time.time()
                     self.first_ended.append(rank)
         return alive
 

@@ -31,7 +31,7 @@ from service.spec import Spec
 from service.stopping import graces
 from service.task import load_task
 from service.worker import run, test_run
-from service.world import World, lost_peer
+from service.world import World, backend_advice, lost_peer
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def outcome_of(
         if lost is not None:
             return _told(lost, here, silent)
         # What a user's code raises may hold what it was given: the log of a pod is read by many.
-        message = str(redacted(f"{type(error).__name__}: {error}"))
+        message = str(redacted(f"{type(error).__name__}: {error}{backend_advice(error)}"))
         trace = str(redacted(traceback.format_exc()))
         print(trace, end="", file=sys.stderr, flush=True)
         _report(here, message)

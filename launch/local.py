@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -62,7 +63,18 @@ class Cause:
     """The rank it began with, where it was one."""
 
 
-def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: bool = False) -> int:
+NodeLost = Callable[[], float | None]
+"""When another node was lost, in seconds since the epoch; None while all of them are there."""
+
+
+def run_locally(
+    job: Any,
+    *,
+    processes: int,
+    max_restarts: int = 0,
+    elastic: bool = False,
+    node_lost: NodeLost = lambda: None,
+) -> int:
     """Run the job in `processes` processes; the exit code of the whole.
 
     The processes are forked from a server that has torch imported, which saves each of them
@@ -75,14 +87,20 @@ def run_locally(job: Any, *, processes: int, max_restarts: int = 0, elastic: boo
     with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
         try:
             _get_ready()
-            return _attempts(job, processes, max_restarts, elastic, stop, Path(notes))
+            return _attempts(job, processes, max_restarts, elastic, stop, Path(notes), node_lost)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
 
 
 def _attempts(
-    job: Any, processes: int, max_restarts: int, elastic: bool, stop: StopRequest, notes: Path
+    job: Any,
+    processes: int,
+    max_restarts: int,
+    elastic: bool,
+    stop: StopRequest,
+    notes: Path,
+    node_lost: NodeLost,
 ) -> int:
     started = STARTED
     for restart in range(max_restarts + 1):
@@ -91,7 +109,7 @@ def _attempts(
             print(f"Stopped by {stop.signal_name} {when}.", file=sys.stderr, flush=True)
             return STOPPED
         before = job.run_id() if max_restarts else None
-        cause = _attempt(job, processes, stop, notes / str(restart), started)
+        cause = _attempt(job, processes, stop, notes / str(restart), started, node_lost)
         started = time.time()
         if cause.told:
             print(cause.told, file=sys.stderr, flush=True)
@@ -121,7 +139,14 @@ def _get_ready() -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
-def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: float) -> Cause:
+def _attempt(
+    job: Any,
+    processes: int,
+    stop: StopRequest,
+    notes: Path,
+    started: float,
+    node_lost: NodeLost,
+) -> Cause:
     """Run all processes once, from their start to the end of the last one."""
     from launch.agent import Agent
 
@@ -140,7 +165,7 @@ def _attempt(job: Any, processes: int, stop: StopRequest, notes: Path, started: 
     )
     agent.run_once()
     _bring_reports(notes / "failures", job.directory())
-    cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds)
+    cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds, node_lost())
     return _explained(cause, agent, job, notes)
 
 
@@ -228,19 +253,37 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
         leave(end.code)
 
 
-def root_cause(agent: Agent, endings: Sequence[Ending], budget_seconds: float) -> Cause:
+def root_cause(
+    agent: Agent,
+    endings: Sequence[Ending],
+    budget_seconds: float,
+    node_lost: float | None = None,
+) -> Cause:
     """Why the job ended: its exit code, and what rank 0 has not said of it yet.
 
     A process that was killed comes first, then the earliest that failed on its own account,
     then one that had to be ended because it did not answer; that a peer was lost is nobody's
     reason while there is another.
+
+    Args:
+        node_lost: when another node was lost, where one was.
     """
-    for rank in agent.first_ended:
-        if rank.killed_by is not None:
-            name = signal.Signals(rank.killed_by).name
-            told = f"error: rank {rank.number} was killed by {name}."
-            return Cause(128 + rank.killed_by, told, rank.number)
     own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
+    killed = [rank for rank in agent.first_ended if rank.killed_by is not None]
+    # NCCL's watchdog aborts a process whose peer is gone: no other signal comes of a loss.
+    killed.sort(key=lambda rank: rank.killed_by == signal.SIGABRT)
+    if killed and killed[0].killed_by == signal.SIGABRT:
+        before = min((ending.time for ending in own), default=math.inf)
+        if before < killed[0].ended_time:
+            return _own_failure(own)
+        if node_lost is not None and node_lost < killed[0].ended_time:
+            told = f"error: rank {killed[0].number} was aborted, as NCCL does when a peer is gone."
+            return Cause(PEER_LOST, told)
+    for rank in killed[:1]:
+        assert rank.killed_by is not None
+        name = signal.Signals(rank.killed_by).name
+        told = f"error: rank {rank.number} was killed by {name}."
+        return Cause(128 + rank.killed_by, told, rank.number)
     if own:
         return _own_failure(own)
     if agent.overran:

@@ -95,6 +95,8 @@ class Company:
         self.friends = friends
         self.lost: str | None = None
         """Who went away first, in words."""
+        self.lost_time: float | None = None
+        """When that was noticed, in seconds since the epoch."""
         self._first = threading.Lock()
         self._gone = threading.Event()
         self._ends: set[int] = set()
@@ -148,7 +150,7 @@ class Company:
         with self._first:
             if self.lost is not None:
                 return
-            self.lost = _loss(friend, end)
+            self.lost, self.lost_time = _loss(friend, end), time.time()
         self._gone.set()
         for other in self.friends:  # they know of each other through node 0 alone
             other.hang_up()

@@ -55,7 +55,7 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         return 0
     with _stop_raises():
         company, group, store = _meet(job, node, processes)
-        _take_interface(company.own_address)
+        take_interface(company.own_address)
         watch = _Watch(company)
         from launch.local import run_locally
 
@@ -63,7 +63,12 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         ranks = [rank for rank in range(first, first + processes) if rank]
         try:
             with echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say):
-                code = watch.outcome(run_locally(replace(job, group=group), processes=processes))
+                ended = run_locally(
+                    replace(job, group=group),
+                    processes=processes,
+                    node_lost=lambda: company.lost_time,
+                )
+                code = watch.outcome(ended)
         except EvenstepError as error:
             code = error.exit_code
             raise
@@ -178,11 +183,17 @@ def check_interfaces() -> None:
             )
 
 
-def _take_interface(address: str) -> None:
-    """Let gloo use the interface by which the nodes met: by itself it may choose loopback."""
+def take_interface(address: str) -> None:
+    """Let gloo and NCCL use the interface by which the nodes met, unless the user chose another.
+
+    By itself gloo may choose loopback, and NCCL an interface by which the nodes do not reach each
+    other. NCCL takes a name for a prefix (`eth1` would allow `eth10`) unless it begins with `=`.
+    """
     for name, addresses in psutil.net_if_addrs().items():
         if address in {each.address.partition("%")[0] for each in addresses}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+            return
 
 
 def _say(text: str) -> None:

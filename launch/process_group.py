@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
-from service.errors import SpecError
+from service.errors import SpecError, Stopped
 from service.limits import threads_each
 from service.world import World
 
@@ -54,12 +54,19 @@ def process_group(
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"
     assert world.device.type == device, "accelerate chose another device"
+    together = True
     try:
         yield world
+    except BaseException as error:
+        together = isinstance(error, Stopped)
+        raise
     finally:
         if dist.is_initialized():
             _KEPT.append(dist.group.WORLD)
-            dist.destroy_process_group()
+            # A group of GPUs is destroyed by all its processes together: NCCL waits for what its
+            # peers have not done yet. One that fails alone leaves without it, and they notice.
+            if together or dist.get_backend() == "gloo":
+                dist.destroy_process_group()
 
 
 def _device(environment: Environment) -> str:

@@ -32,6 +32,30 @@ T = TypeVar("T")
 _SHARED_FROM = 2**27
 # Who stands still is found by others: this is only not to be what ends a save.
 _MOST_OF_A_SAVE = timedelta(days=1)
+# By these words gloo, NCCL and torch's store say that another process is gone.  Source: torch 2.13,
+# torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL 2.27, src/misc/socket.cc.
+_LOST = (
+    "closed by peer",
+    "closed by remote peer",
+    "Connection reset",
+    "Broken pipe",
+    "Connection refused",
+    "ncclRemoteError",
+    "remote process exited",
+)
+# What NCCL says of a mistake, and what helps.
+_BACKEND_ADVICE = (
+    (
+        "shared memory segment",
+        "/dev/shm is too small: raise it (docker run --shm-size; on Kubernetes an emptyDir with "
+        "medium: Memory, which kubernetes.shared_memory sizes).",
+    ),
+    (
+        "Duplicate GPU",
+        "Two processes compute on one GPU, or on two slices of one: give each a GPU of its own "
+        "(CUDA_VISIBLE_DEVICES), or start fewer processes.",
+    ),
+)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -367,14 +391,23 @@ def alone() -> World:
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
-    """`error` read as the loss of another process, where that is what it says."""
-    words = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")
-    if isinstance(error, dist.DistBackendError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    ):
-        told = str(error).splitlines()[0].partition(". This is typically")[0]
-        return PeerLost(f"Another process of this job went away ({told}).")
-    return None
+    """`error` read as the loss of another process, where that is what it says.
+
+    The type says nothing: NCCL's `DistBackendError` also means a small /dev/shm, two processes on
+    one GPU, or no memory. Those stay after a restart, and are this process's own failure.
+    """
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in _LOST):
+        return None
+    told = str(error).splitlines()[0].partition(". This is typically")[0]
+    return PeerLost(f"Another process of this job went away ({told}).")
+
+
+def backend_advice(error: BaseException) -> str:
+    """What to do about an error of NCCL, as sentences to append; empty for any other error."""
+    if not isinstance(error, dist.DistBackendError):
+        return ""
+    found = [advice for words, advice in _BACKEND_ADVICE if words in str(error)]
+    return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

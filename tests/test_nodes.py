@@ -17,7 +17,7 @@ from commands import BIN, CLEAN, evenstep
 
 from launch.environment import Environment, Group, first_address, node_here, read_secrets
 from launch.meeting import Company, Introduction, host, join
-from launch.nodes import check_interfaces
+from launch.nodes import check_interfaces, take_interface
 from service.errors import EvenstepError, PeerLost, SpecError
 
 PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
@@ -91,6 +91,14 @@ def test_an_interface_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=eth77")
     with pytest.raises(SpecError, match=r"NCCL_SOCKET_IFNAME==eth77: .* no such .*, but .*lo"):
         check_interfaces()
+
+
+def test_an_interface_that_the_user_chose_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
+    take_interface("127.0.0.1")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0,ib1"
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
 
 
 # ---- the meeting
@@ -251,6 +259,7 @@ from service.recipes import digits
 
 def task(**arguments):
     print("this is", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+    print("by", os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME"))
     return digits.task(**arguments)
 """
 
@@ -279,6 +288,8 @@ def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path)
     assert "step=" not in output, "one node speaks for all"
     assert output.count("[rank 1] this is 1 of 2\n") == 1, output
     assert "this is 0 of 2\n" in done.stdout
+    for told in (output, done.stdout):
+        assert re.search(r"by (lo\w*) =\1\n", told), "the one by which they met, exactly"
     late = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="1")
     assert late.returncode == 0
     assert "Nothing to do" in late.stderr
