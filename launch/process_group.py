@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from launch.environment import Environment
 from service.errors import SpecError, Stopped
 from service.limits import threads_each
+from service.precision import multiply_in
 from service.world import World
 
 # Groups that are done with stay until the process leaves. An exception's traceback may hold the
@@ -47,7 +48,7 @@ def process_group(
         _compute_in_one_order()
     elif free:
         _share_cores(environment, device)
-    _multiply_in(precision)
+    multiply_in(precision)
     accelerator = _accelerator(environment, device, timeout_seconds)
     world = World(accelerator, precision=precision, may_set_threads=free)
     # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
@@ -91,13 +92,6 @@ def _share_cores(environment: Environment, device: str) -> None:
         threads = threads_each(environment.local_world_size)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-def _multiply_in(precision: str) -> None:
-    """Let a GPU round the factors of float32 products to 10 bits for tf32, and only for it."""
-    # Left alone, torch allows it in convolutions and forbids it in matrix products.
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _compute_in_one_order() -> None:

@@ -24,6 +24,18 @@ def seed_generators(key: int) -> None:
     torch.default_generator.manual_seed(key)
 
 
+@contextmanager
+def generators_given_back() -> Iterator[None]:
+    """Afterwards the same three go on where they were."""
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(own)
+
+
 class _Python:
     def manual_seed(self, seed: int, /) -> None:
         random.seed(seed)

@@ -6,16 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from service.documents import document_of
 from service.errors import SpecError, Stopped
 from service.faults import StopRequest, stop_on_signals
 from service.fitting import settled
+from service.generators import generators_given_back
 from service.history import History, read_history
 from service.plan import make_plan
+from service.precision import multiplied_in
 from service.recipes import find_recipe
 from service.spec import Spec
 from service.spec_file import load_spec
@@ -52,9 +56,26 @@ def run(
             "exactness: bitwise changes how this whole process computes. "
             "Run it by `evenstep run`, which has a process of its own."
         )
+    place = Path(runs).absolute()
+    with _given_back(loaded):
+        _run(loaded, place, fresh=fresh)
+    return read_history(place / loaded.name)
+
+
+@contextmanager
+def _given_back(spec: Spec) -> Iterator[None]:
+    """Compute as the spec says; afterwards the caller's process computes as it did before."""
+    threads = torch.get_num_threads()
+    with multiplied_in(spec.model.precision), generators_given_back():
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _run(loaded: Spec, place: Path, *, fresh: bool) -> None:
     world = in_place(precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
-    place = Path(runs).absolute()
     loaded = settled(
         loaded,
         task=task,
@@ -72,7 +93,6 @@ def run(
             run_to_the_end(plan, task, world, runs=place, stop=stop, fresh=fresh)
         except Stopped as stopped:
             print(stopped)
-    return read_history(place / loaded.name)
 
 
 def _source(spec: Any) -> Path | Mapping[str, Any]:

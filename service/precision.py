@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,38 @@ from service.world import World
 # Every overflow halves the scale, which begins at 2**16.  A gradient that is not finite at this
 # one does not overflow: it is not finite.
 SMALLEST_SCALE = 2.0**-14
+
+
+def multiply_in(precision: str) -> None:
+    """Let a GPU round the factors of float32 products to 10 bits for tf32, and only for it."""
+    # Left alone, torch allows it in convolutions and forbids it in matrix products.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision != "tf32":
+        for operations in _IN_CUDNN:  # else they do as `torch.backends.fp32_precision` says
+            operations.fp32_precision = "ieee"
+
+
+@contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """The same while it lasts; afterwards the process multiplies as it did before."""
+    before = [operations.fp32_precision for operations in (*_PRODUCTS, *_IN_CUDNN)]
+    products, in_cudnn = None, None
+    with suppress(RuntimeError):  # torch does not say, where somebody has set it by its newer names
+        products, in_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    multiply_in(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products or "highest")
+        torch.backends.cudnn.allow_tf32 = True if in_cudnn is None else in_cudnn
+        for operations, value in zip((*_PRODUCTS, *_IN_CUDNN), before, strict=True):
+            operations.fp32_precision = value
+
+
+_BACKENDS: Any = torch.backends  # its modules have properties that their types do not tell
+_PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul)
+_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)
 
 
 def computed(model: nn.Module, inputs: Any, world: World) -> Any:

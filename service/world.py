@@ -427,8 +427,6 @@ def in_place(*, precision: str) -> World:
 
     For a notebook or a script.  Processes that a launcher starts are joined by `launch`.
     """
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     free = "OMP_NUM_THREADS" not in os.environ
     if free:  # in a container torch sees all cores of its node
         torch.set_num_threads(min(torch.get_num_threads(), limits().cores))

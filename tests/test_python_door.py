@@ -138,3 +138,54 @@ def test_under_torchrun_the_door_says_where_to_go(tmp_path):
     assert done.returncode != 0
     assert "Use `torchrun ... -m launch run SPEC`" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+KEEPING = """
+import random
+import numpy
+import torch
+from service import run, supervised
+from torch import nn
+from torch.utils.data import TensorDataset
+
+def settings():
+    products = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return *products, torch.backends.cudnn.rnn.fp32_precision, torch.get_num_threads()
+
+class Net(nn.Linear):
+    def forward(self, rows):
+        inside.add(settings()[:3])
+        return super().forward(rows)
+
+def task():
+    rows = TensorDataset(torch.rand(40, 4), torch.arange(40) % 3)
+    return supervised(model=lambda: Net(4, 3), train=rows, test=rows)
+
+torch.set_num_threads(2)
+spec = {"task": "__main__:task", "batch": {"global_batch": 8}, "length": {"steps": 2},
+        "optimizer": {"name": "sgd", "lr": 0.1}}
+for number, set_before in enumerate((
+    lambda: None,
+    lambda: torch.set_float32_matmul_precision("high"),
+    lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+)):
+    set_before()
+    for precision in ("fp32", "tf32"):
+        inside = set()
+        random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+        expected = random.random(), numpy.random.rand(), torch.rand(1).item()
+        random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+        before = settings()
+        run({**spec, "name": f"{precision}-{number}", "model": {"precision": precision}})
+        wanted = {("ieee",) * 3} if precision == "fp32" else {("tf32",) * 3}
+        assert inside == wanted, (number, precision, inside)
+        assert settings() == before, (number, precision, settings(), before)
+        assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == expected
+print("all given back")
+"""
+
+
+def test_a_run_from_python_multiplies_as_its_spec_says_and_gives_back_what_it_changed(tmp_path):
+    environ = {"EVENSTEP_DEVICE": "cpu"}
+    done = python(KEEPING, tmp_path, **environ)
+    assert done.stdout.endswith("all given back\n"), done.stderr
