@@ -144,13 +144,15 @@ def _devices(asked: Asked) -> Iterator[Finding]:
             yield Finding("devices", "ok", "cpu only")
         return
     count = torch.accelerator.device_count()
-    told = f"{count} of {accelerator.type}"
+    told, named = f"{count} of {accelerator.type}", set[str]()
     if accelerator.type == "cuda":
         cards = [torch.cuda.get_device_properties(number) for number in range(count)]
         named = {f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards}
         told += f" ({'; '.join(sorted(named))}), CUDA {torch.version.cuda}, driver {_driver()}"
     if asked.processes > count and asked.processes > 2:
         fix = f"Use at most --processes {count}, or EVENSTEP_DEVICE=cpu."
+        if any("MIG" in card.split() for card in named):
+            fix += " A process is shown one MIG slice, and NCCL joins no two slices of one GPU."
         yield Finding("devices", "failed", f"{told} for {asked.processes} processes", fix)
     else:
         yield Finding("devices", "ok", told)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,15 @@ from service.world import World
 # with the interpreter's lock held, and wait there for gloo's threads to end, of which one may wait
 # for that lock to free a tensor. Now and then a run that was stopped hung so.
 _KEPT: list[object] = []
+_NAMED = "ACCELERATE_TORCH_DEVICE"
+# By these a process is shown some of the devices of its machine.
+_VISIBLE = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+    "ASCEND_RT_VISIBLE_DEVICES",
+)
 
 
 @contextmanager
@@ -40,9 +52,9 @@ def process_group(
     Args:
         bitwise: compute so that the same rows give the same bits, whatever else is different.
     Raises:
-        SpecError: there are more processes than devices on this machine.
+        SpecError: two processes would compute on one device.
     """
-    device = _device(environment)
+    device = _device()
     free = not bitwise and "OMP_NUM_THREADS" not in os.environ
     if bitwise:
         _compute_in_one_order()
@@ -57,6 +69,9 @@ def process_group(
     assert world.device.type == device, "accelerate chose another device"
     together = True
     try:
+        # Who names the device of every process (ACCELERATE_TORCH_DEVICE) has decided it.
+        if device != "cpu" and world.processes > 1 and _NAMED not in os.environ:
+            require_own_device(world, identity_of(world.device))
         yield world
     except BaseException as error:
         together = isinstance(error, Stopped)
@@ -70,20 +85,57 @@ def process_group(
                 dist.destroy_process_group()
 
 
-def _device(environment: Environment) -> str:
+def _device() -> str:
     if os.environ.get("EVENSTEP_DEVICE") == "cpu":
         return "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return "cpu"
-    if environment.local_world_size > torch.accelerator.device_count():
-        # accelerate would let several processes share one, silently.
-        raise SpecError(
-            f"--processes: {environment.local_world_size} processes on a machine with "
-            f"{torch.accelerator.device_count()} {accelerator.type} devices. Use at most "
-            "that many, or EVENSTEP_DEVICE=cpu."
-        )
-    return accelerator.type
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def require_own_device(world: World, own: str) -> None:
+    """Refuse that two processes compute on one device: accelerate lets them, silently.
+
+    How many a process sees says nothing: under Slurm, with `torchrun --virtual-local-rank` or on a
+    MIG slice each sees one, its own.  Every process calls it.
+
+    Args:
+        own: which device this process computes on, as `identity_of` tells.
+    Raises:
+        SpecError: it names the ranks; on every process.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, device in enumerate(world.gather(own)):
+        ranks.setdefault(device, []).append(rank)
+    for device, sharing in ranks.items():
+        if len(sharing) > 1:
+            raise SpecError(
+                f"--processes: ranks {', '.join(map(str, sharing))} compute on one device "
+                f"({device}). Use at most as many processes as there are devices, show each rank "
+                "one of its own (CUDA_VISIBLE_DEVICES), or use EVENSTEP_DEVICE=cpu. NCCL joins no "
+                "two MIG slices of one GPU."
+            )
+
+
+def identity_of(device: torch.device) -> str:
+    """Words that are equal for two processes exactly where they compute on the same device."""
+    module = torch.get_device_module(device)
+    told = getattr(module, "get_device_properties", None)
+    properties: Any = None if told is None else told(device)
+    name: str = getattr(properties, "name", device.type)
+    # A MIG slice is its GPU: what NCCL compares is the place on the PCI bus.
+    if hasattr(properties, "uuid") and "MIG" not in name.split():
+        return f"{name} {properties.uuid}"
+    if hasattr(properties, "pci_bus_id"):
+        bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}"
+        return f"{name} on PCI {bus}:{properties.pci_device_id:02x} of {_machine()}"
+    visible = [f"{each}={os.environ[each]}" for each in _VISIBLE if each in os.environ]
+    return " ".join([f"{name} {device.index or 0} of {_machine()}", *visible])
+
+
+def _machine() -> str:
+    """Its name, and what tells it from others of this name: as NCCL knows it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text()[:8] if boot.exists() else ''}".strip()
 
 
 def _share_cores(environment: Environment, device: str) -> None:

@@ -59,7 +59,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def known_peak(name: str, precision: str) -> float | None:
-    """Operations in a second that a device of this name is sold for, as in `NVIDIA L4`."""
+    """Operations in a second that a device of this name is sold for, as in `NVIDIA L4`.
+
+    A MIG slice (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`) does a part of it that its name does not tell.
+    """
+    if "MIG" in name.split():
+        return None
     found = next((peaks for known, peaks in _PEAKS.items() if _fits(known, name)), None)
     column = None if found is None else found[_COLUMN[precision]]
     return None if column is None else column * 1e12

@@ -166,6 +166,7 @@ def test_the_peak_of_a_device_is_known_by_its_name():
     assert known_peak("NVIDIA L40S", "fp16") == 362e12
     assert known_peak("Tesla V100-SXM2-32GB", "tf32") is None
     assert known_peak("NVIDIA A1000", "fp32") is None
+    assert known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None, "a part of an H100"
     assert peak_flops(torch.device("cpu"), "fp32") is None
 
 

@@ -1,0 +1,44 @@
+"""Each process computes on a device of its own, however many of them it is shown."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from processes import ProcessesOf
+
+from launch.process_group import identity_of, require_own_device
+from service.errors import SpecError
+from service.world import World
+
+
+def judged(world: World, devices: list[str]) -> str:
+    try:
+        require_own_device(world, devices[world.index])
+    except SpecError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_two_processes_on_one_device_are_refused_on_all_of_them(processes: ProcessesOf) -> None:
+    told = processes(3).run(judged, ["GPU-a", "GPU-b", "GPU-a"])
+    assert told == [told[0]] * 3
+    assert told[0].startswith("--processes: ranks 0, 2 compute on one device (GPU-a). Use at most")
+
+
+def test_processes_that_each_see_one_device_of_their_own_are_accepted(
+    processes: ProcessesOf,
+) -> None:
+    assert processes(3).run(judged, ["GPU-a", "GPU-b", "GPU-c"]) == ["accepted"] * 3
+
+
+def test_what_a_process_is_shown_tells_its_device_where_no_name_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = set()
+    for visible in ("0", "1"):  # as under Slurm: device 0 of each is another
+        monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", visible)
+        found.add(identity_of(torch.device("cpu")))
+    assert len(found) == 2
+    assert identity_of(torch.device("cpu")) in found
