@@ -59,7 +59,7 @@ def process_group(
     if bitwise:
         _compute_in_one_order()
     elif free:
-        _share_cores(environment, device)
+        _share_cores(environment)
     multiply_in(precision)
     accelerator = _accelerator(environment, device, timeout_seconds)
     world = World(accelerator, precision=precision, may_set_threads=free)
@@ -138,12 +138,14 @@ def _machine() -> str:
     return f"{socket.gethostname()} {boot.read_text()[:8] if boot.exists() else ''}".strip()
 
 
-def _share_cores(environment: Environment, device: str) -> None:
-    """Divide the cores this container gets among its processes."""
-    if device == "cpu":
-        threads = threads_each(environment.local_world_size)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+def _share_cores(environment: Environment) -> None:
+    """Divide the cores this container gets among its processes; beside GPUs too.
+
+    Left alone, each would compute on the host with a thread for every core of the machine.
+    """
+    threads = threads_each(environment.local_world_size)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def _compute_in_one_order() -> None:
@@ -152,6 +154,9 @@ def _compute_in_one_order() -> None:
     # cuBLAS reads it when it is loaded, and torch refuses its other ways of working.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # It would write NaN into all new memory first, which helps who reads what nobody wrote.
+    kept: Any = torch.utils.deterministic  # whose types do not tell its property
+    kept.fill_uninitialized_memory = False
 
 
 def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +67,36 @@ def split(collated: Any) -> tuple[Any, Any]:
 def to_device(value: Any, device: torch.device) -> Any:
     """The same nest of tensors on `device`; copies from pinned memory do not wait."""
     return each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def carrier(device: torch.device) -> Callable[[Any], Any]:
+    """What brings a nest of tensors to the device.
+
+    On a device that copies beside its work it does so on a stream of its own: on that of the work,
+    a copy would wait until all that was begun before is computed, and, from memory that is not
+    pinned, the host with it.
+    """
+    stream = _stream_of_copies(device)
+    if stream is None:
+        return partial(to_device, device=device)
+    module = torch.get_device_module(device)
+
+    def bring(value: Any) -> Any:
+        with module.stream(stream):
+            brought = to_device(value, device)
+        work = module.current_stream()
+        work.wait_stream(stream)
+        # Its memory is the copies' own: it must not be written to again while it is computed with.
+        each_tensor(brought, lambda tensor: tensor.record_stream(work))
+        return brought
+
+    return bring
+
+
+@lru_cache(maxsize=1)  # each stream has memory that no other uses
+def _stream_of_copies(device: torch.device) -> Any:
+    streams = getattr(torch.get_device_module(device), "Stream", None)
+    return None if device.type == "cpu" or streams is None else streams()
 
 
 def first_rows(value: Any, count: int) -> Any:

@@ -54,8 +54,12 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """What the device could do in a second, or None where that is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return known_peak(name, precision)
+    return known_peak(name_of(device), precision)
+
+
+def name_of(device: torch.device) -> str:
+    """As its maker calls it; empty where that is not asked."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def known_peak(name: str, precision: str) -> float | None:
@@ -68,6 +72,19 @@ def known_peak(name: str, precision: str) -> float | None:
     found = next((peaks for known, peaks in _PEAKS.items() if _fits(known, name)), None)
     column = None if found is None else found[_COLUMN[precision]]
     return None if column is None else column * 1e12
+
+
+def cost_of_fp32(name: str) -> str | None:
+    """What a device of this name gives up where products are float32's own, for a person."""
+    sold = {precision: known_peak(name, precision) for precision in ("fp32", "tf32", "bf16")}
+    if sold["fp32"] is None or sold["bf16"] is None:
+        return None
+    told = {precision: f"{value / 1e12:g}" for precision, value in sold.items() if value}
+    tf32 = f"{told['tf32']} in tf32, " if "tf32" in told else ""
+    return (
+        f"model.precision: fp32 (TF32 is off): this device is sold for {told['fp32']} TFLOP/s of "
+        f"float32 products, {tf32}{told['bf16']} in bf16."
+    )
 
 
 def _fits(known: str, name: str) -> bool:

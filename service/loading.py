@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from service import randomness
-from service.batches import Batch, Step, first_rows, split, tensors_of, to_device
+from service.batches import Batch, Step, carrier, first_rows, split, tensors_of
 from service.errors import DataBroken, EvenstepError, SpecError, with_place
 from service.faults import STOP_SIGNALS, die_with_parent
 from service.generators import seed_generators
@@ -229,12 +229,13 @@ def _as_batches(
     collated: Iterable[tuple[Order, Any]], *, task: Task, world: World
 ) -> Iterator[Batch]:
     weigh = getattr(task, "weight", None)
+    bring = carrier(world.device)
     for order, value in collated:
         try:
             inputs, targets = split(value)
         except TypeError as error:
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
-        inputs, targets = to_device((inputs, targets), world.device)
+        inputs, targets = bring((inputs, targets))
         weight = weigh(targets) if weigh is not None else None
         yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
 

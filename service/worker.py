@@ -22,7 +22,7 @@ from service.console import Voice, console
 from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
-from service.flops import peak_flops
+from service.flops import cost_of_fp32, name_of, peak_flops
 from service.generators import seed_generators
 from service.loading import (
     brought_into_memory,
@@ -499,6 +499,9 @@ def _opening(
         f" | {plan.steps:,} steps of {plan.global_batch} rows in micro-batches of "
         f"{plan.micro_batch} | {directory.path}"
     ]
+    given_up = cost_of_fp32(name_of(world.device)) if plan.spec.model.precision == "fp32" else None
+    if given_up is not None:
+        lines.append(given_up)
     if unreached:
         lines.append(f"The loss does not depend on {', '.join(unreached[:8])}: never trained.")
     if resumed_at is not None:

@@ -1,11 +1,14 @@
-"""Each process computes on a device of its own, however many of them it is shown."""
+"""What is settled where processes are joined: a device for each, and how it computes."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from commands import CLEAN, ROOT
 from processes import ProcessesOf
 
 from launch.process_group import identity_of, require_own_device
@@ -42,3 +45,26 @@ def test_what_a_process_is_shown_tells_its_device_where_no_name_does(
         found.add(identity_of(torch.device("cpu")))
     assert len(found) == 2
     assert identity_of(torch.device("cpu")) in found
+
+
+BITWISE = """
+import torch
+from launch.environment import Environment
+from launch.process_group import process_group
+
+with process_group(Environment(), bitwise=True) as world:
+    print(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads())
+    print(torch.utils.deterministic.fill_uninitialized_memory)
+"""
+
+
+def test_bitwise_is_deterministic_and_fills_no_memory_that_nobody_reads() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BITWISE],
+        cwd=ROOT,
+        env=CLEAN | {"EVENSTEP_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True", "1", "False"], done.stderr

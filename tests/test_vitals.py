@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from service.clock import Clock
-from service.flops import FlopCount, known_peak, peak_flops
+from service.flops import FlopCount, cost_of_fp32, known_peak, peak_flops
 from service.pulse import Pulse
 from service.task import supervised
 from service.tracking import read_metrics
@@ -168,6 +168,14 @@ def test_the_peak_of_a_device_is_known_by_its_name():
     assert known_peak("NVIDIA A1000", "fp32") is None
     assert known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None, "a part of an H100"
     assert peak_flops(torch.device("cpu"), "fp32") is None
+
+
+def test_what_full_float32_costs_is_told_where_it_is_known():
+    told = cost_of_fp32("NVIDIA H100 80GB HBM3")
+    assert told.endswith("67 TFLOP/s of float32 products, 494 in tf32, 989 in bf16.")
+    assert cost_of_fp32("Tesla T4").endswith("8.1 TFLOP/s of float32 products, 65 in bf16.")
+    assert cost_of_fp32("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert cost_of_fp32("") is None, "a CPU"
 
 
 @pytest.mark.parametrize(
