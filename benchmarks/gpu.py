@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,8 @@ def task(name: str, small: bool, rows: str = "memory") -> Task:
     job = job_of(name, small)
     weight = torch.ones_like if job.is_text else None  # each token counts as 1
     if rows == "memory":
-        return supervised(model=job.network, train=job.data(), test=job.data(), weight=weight)
+        held = job.data()
+        return supervised(model=job.network, train=held, test=held, weight=weight)
     data = Pixels(job)
     return supervised(model=lambda: OfBytes(job.network()), train=data, test=data)
 
@@ -736,11 +737,13 @@ def part_waits(world: World, small: bool) -> None:
         return
 
     def over(steps: Iterator[Step]) -> Iterator[Step]:
-        for number, step in enumerate(steps, start=1):
-            quiet = number > WARM and number % STEPS
+        for number in count(1):
+            quiet = WARM < number <= 3 * STEPS and number % STEPS  # the last one saves
             torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+            step = next(steps, None)
+            if step is None:
+                return
             yield step
-            torch.cuda.set_sync_debug_mode("default")
 
     try:
         for name in ("gpt2", "resnet50", "tiny"):

@@ -186,9 +186,12 @@ def outcome_of(
         if lost is not None:
             return _told(lost, here, silent)
         # What a user's code raises may hold what it was given: the log of a pod is read by many.
-        message = str(redacted(f"{type(error).__name__}: {error}{backend_advice(error)}"))
+        advice = backend_advice(error)
+        message = str(redacted(f"{type(error).__name__}: {error}{advice}"))
         trace = str(redacted(traceback.format_exc()))
-        print(trace, end="", file=sys.stderr, flush=True)
+        print(
+            trace, f"{advice[1:]}\n" if advice else "", sep="", end="", file=sys.stderr, flush=True
+        )
         _report(here, message)
         return End(1, message, trace)
     return End(0)

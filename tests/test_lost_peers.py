@@ -15,6 +15,9 @@ import pytest
 import torch.distributed as dist
 from commands import BIN, CLEAN, evenstep
 
+from launch.entry import Here, outcome_of
+from launch.leaving import leave_hung
+from service.pulse import Pulse
 from service.world import backend_advice, lost_peer
 
 # As torch 2.13 writes them (c10d/NCCLUtils.hpp, C10D_NCCL_CHECK) around what NCCL 2.27 says.
@@ -85,6 +88,22 @@ def test_a_mistake_that_nccl_finds_is_no_lost_peer_and_says_what_helps(message: 
     assert MISTAKES[message] in backend_advice(error)
     assert backend_advice(error).endswith("NCCL_DEBUG=INFO shows what NCCL did before.")
     assert backend_advice(RuntimeError(message)) == ""
+
+
+def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = next(iter(MISTAKES))
+
+    def work() -> None:
+        raise dist.DistBackendError(message)
+
+    end = outcome_of(work, here=Here(Pulse(), leave_hung))
+    assert end.code == 1
+    for told in (end.message, capsys.readouterr().err):
+        assert "No space left on device (28)" in told
+        assert "docker run --shm-size" in told
+        assert told.rstrip().endswith("NCCL_DEBUG=INFO shows what NCCL did before.")
 
 
 FAILING = """
