@@ -121,7 +121,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
             predictions=job.predictions,
         )
         if world.is_lead:
-            print(json.dumps(measures))
+            print(json.dumps(measures), flush=True)
 
 
 @contextmanager
