@@ -4,12 +4,19 @@ import os
 import sys
 
 from launch.signals import listen
+from launch.terminal import open_descriptors, outlive_readers, require_reader
 from launch.warming import warm_up
 
 
 def main() -> None:
     """Listen for a request to stop first; what the command needs takes a while to load."""
     listen()
+    open_descriptors()
+    if sys.argv[1:2] == ["run"]:
+        outlive_readers("stdout", "stderr")
+    else:  # it is asked for what it prints
+        outlive_readers("stderr")
+        require_reader()
     warm_up(sys.argv[1:], os.environ)
     from launch.cli import main as command
 

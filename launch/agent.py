@@ -183,14 +183,14 @@ class Agent(SimpleElasticAgent):
             self._forwarded = True
             self.stop_budget_seconds = self._stop_budget()
             self._deadline = self._deadline or now + self.stop_budget_seconds
+            for rank in alive:
+                os.kill(rank.process.pid or 0, signal.SIGTERM)
             print(
                 f"{self._stop.signal_name}: saving the state after the step that is under way; "
                 "Ctrl-C ends at once.",
                 file=sys.stderr,
                 flush=True,
             )
-            for rank in alive:
-                os.kill(rank.process.pid or 0, signal.SIGTERM)
         failed = any(rank.ended not in (None, 0, Stopped.exit_code) for rank in self.ranks)
         if failed and not self._failed:
             # Also while they stop: with one of them gone, the others have nothing to agree on.

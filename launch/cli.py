@@ -16,6 +16,7 @@ from launch.job import Job, TestJob
 from launch.job_commands import check, doctor, new
 from launch.leaving import leave, leave_hung
 from launch.signals import STARTED, heard, stop_listening
+from launch.terminal import ReaderGone
 from launch.warming import collect_garbage, end_server
 from launch.watch_commands import list_runs, report
 from service.errors import EvenstepError, SpecError
@@ -375,7 +376,12 @@ def _process_count(asked: str | None) -> int:
 def main() -> None:
     """Run the command; every mistake of a person ends with one message and exit code 64."""
     try:
-        evenstep.main(prog_name="evenstep", standalone_mode=False)
+        try:
+            evenstep.main(prog_name="evenstep", standalone_mode=False)
+        finally:
+            sys.stdout.flush()
+    except ReaderGone as gone:
+        sys.exit(gone.exit_code)
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except click.exceptions.Abort:

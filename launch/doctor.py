@@ -115,7 +115,7 @@ def _torch_companions(asked: Asked) -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             continue
         words = [sys.executable, "-c", f"import {name}"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
         if done.returncode == 0:
             yield Finding(name, "ok", f"{version} imports with torch {metadata.version('torch')}")
             continue
@@ -161,7 +161,7 @@ def _devices(asked: Asked) -> Iterator[Finding]:
 def _driver() -> str:
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip().partition("\n")[0] or "unknown"
@@ -291,7 +291,11 @@ def _kubectl(asked: Asked) -> Iterator[Finding]:
         yield Finding("kubectl", "skipped", "not installed; only `evenstep kubernetes` needs it")
         return
     context = subprocess.run(
-        ["kubectl", "config", "current-context"], capture_output=True, text=True, timeout=20
+        ["kubectl", "config", "current-context"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=20,
     )
     if context.returncode:
         yield Finding("kubectl", "skipped", "no context is set; `evenstep kubernetes` needs one")
@@ -301,6 +305,7 @@ def _kubectl(asked: Asked) -> Iterator[Finding]:
         ["kubectl", "get", "--raw", "/version", f"--request-timeout={REACH_SECONDS}s"],
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=30,
     )
     if reached.returncode:

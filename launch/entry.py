@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from launch.environment import Environment
 from launch.job import Job, TestJob
+from launch.leaving import end_in_time
 from launch.process_group import process_group
 from service.errors import (
     EvenstepError,
@@ -32,6 +33,10 @@ from service.stopping import graces
 from service.task import load_task
 from service.worker import run, test_run
 from service.world import World, backend_advice, lost_peer
+
+# Errors that ended the work stay until the process leaves, and so what their frames hold: a loader
+# that is let go waits for each of its workers, which may be at a row that takes for ever.
+_KEPT: list[BaseException] = []
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
             predictions=job.predictions,
         )
         if world.is_lead:
-            print(json.dumps(measures))
+            print(json.dumps(measures), flush=True)
 
 
 @contextmanager
@@ -168,6 +173,7 @@ def outcome_of(
 ) -> End:
     """Do the work and say how it ended; a failure of this process's own is reported to a file.
 
+    Where it failed, the process has little time to leave from then on.
     What is equal on all processes is said by rank 0; what happened to one, by that one.
 
     Args:
@@ -179,12 +185,14 @@ def outcome_of(
         return _told(error, here, silent)
     except StoppedEarly as told:
         return _told(Stopped(str(told)), here, silent)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _let_leave(error, 130)
         return End(130, "interrupted")
     except Exception as error:
         lost = lost_peer(error)
         if lost is not None:
             return _told(lost, here, silent)
+        _let_leave(error, 1)
         # What a user's code raises may hold what it was given: the log of a pod is read by many.
         advice = backend_advice(error)
         message = str(redacted(f"{type(error).__name__}: {error}{advice}"))
@@ -198,6 +206,7 @@ def outcome_of(
 
 
 def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
+    _let_leave(error, error.exit_code)
     message = str(redacted(str(error)))
     if here.pulse.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
@@ -205,6 +214,11 @@ def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], .
     if not isinstance(error, Stopped | PeerLost | SpecError):
         _report(here, message)
     return End(error.exit_code, message)
+
+
+def _let_leave(error: BaseException, code: int) -> None:
+    _KEPT.append(error)
+    end_in_time(code)
 
 
 def _report(here: Here, message: str) -> None:

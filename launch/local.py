@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.environment import launched
+from launch.job import TestJob
 from launch.leaving import leave
 from launch.signals import STARTED, heard
+from launch.terminal import outlive_readers, require_reader
 from launch.warming import begin_server, collect_garbage, set_since
 from service.durable import told_of
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
@@ -218,6 +220,9 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     from launch.fork_server import PROCESS
 
     die_with_parent(PROCESS)
+    outlive_readers("stdout", "stderr")
+    if isinstance(job, TestJob):
+        require_reader()
     collect_garbage()
     # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()

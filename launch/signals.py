@@ -8,20 +8,28 @@ from __future__ import annotations
 import signal
 import time
 
-from service.faults import StopRequest
+from service.faults import STOP_SIGNALS, StopRequest
 
+_EARLY = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 heard = StopRequest()
 STARTED = time.time()
 """When the command began, in seconds since 1970."""
 
 
 def listen() -> None:
-    """Remember SIGTERM until `run` can act on it; Ctrl-C still ends the command at once."""
-    signal.signal(signal.SIGTERM, heard.hear)
+    """Remember a signal to stop until `run` can act on it; Ctrl-C still ends the command at once.
+
+    One that the process was told to ignore (SIGHUP under nohup) stays ignored.
+    """
+    for number in _EARLY:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, heard.hear)
 
 
 def stop_listening() -> None:
-    """Let SIGTERM end the command as it ends any other; also one that came meanwhile."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if heard.requested:
-        signal.raise_signal(signal.SIGTERM)
+    """Let the signals end the command as they end any other; also one that came meanwhile."""
+    for number in _EARLY:
+        if signal.getsignal(number) == heard.hear:
+            signal.signal(number, signal.SIG_DFL)
+    if heard.signal_name is not None:
+        signal.raise_signal(signal.Signals[heard.signal_name])

@@ -83,10 +83,11 @@ def begin_server() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     _begun_with.update(os.environ)
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    resource_tracker.ensure_running()  # by itself it would be started within, and let signals in
     # The server holds them back from its first moment on, and so do the ranks, until they hear.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()  # the server would start it within; it lets signals in
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,  # by these two a batch system tells that the time is up, or the node wanted
+    signal.SIGUSR2,
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,7 +29,7 @@ class StoppedEarly(BaseException):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGHUP; the processes agree on the step at which they follow it."""
+    """Set by one of `STOP_SIGNALS`; the processes agree on the step at which they follow it."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -86,6 +92,21 @@ def stop_on_signals(stop: StopRequest | None = None) -> Iterator[StopRequest]:
     finally:
         for number in heard:
             signal.signal(number, before[number])
+
+
+def _hear_nothing() -> None:
+    """In a child that a user's code has forked, such as of a pool: a request is not meant for it.
+
+    With the handlers of its parent it could not be ended by who started it, who then waits for it.
+    """
+    for number in STOP_SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest):
+            # One to the whole group finds its parent too, which lets it go when the state is saved.
+            default = number == signal.SIGTERM
+            signal.signal(number, signal.SIG_DFL if default else signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_hear_nothing)
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -260,8 +264,11 @@ def _collated(
 
 def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
     """What workers bring; what they say of broken data comes without the traceback around it."""
+    before = set(multiprocessing.active_children())
     try:
-        yield from loader
+        brought = iter(loader)
+        _WORKERS.update(set(multiprocessing.active_children()) - before)
+        yield from brought
     except DataBroken as error:
         told = str(error).rpartition("service.errors.DataBroken: ")[2].strip()
         raise DataBroken(told) from error
@@ -408,6 +415,21 @@ def _remedy(error: Exception) -> str:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+# ---- workers and signals
+
+_WORKERS: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register  # so before multiprocessing, which asks them to end by SIGTERM and waits for ever
+def _end_workers() -> None:
+    """Let no worker hold up the process that it serves: it ignores every request to stop."""
+    left = _WORKERS & set(multiprocessing.active_children())
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    for worker in left:
+        worker.kill()
 
 
 def _outlive_signals(worker: int) -> None:

@@ -10,6 +10,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ from service.spec_file import changes, dump_spec, load_spec
 FORMAT = 1
 _LOCK_SECONDS = 2.0
 _LONGEST_ROW = 65536  # bytes
+_MOST_OF_A_DIFF = 200_000  # bytes
+_GIT_SECONDS = 10.0
 _NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
 
 
@@ -432,7 +435,7 @@ def _require_free(directory: RunDirectory) -> None:
     """Refuse a run that another process writes before anything of it is started."""
     path = directory.path / ".lock"
     if path.exists():
-        with path.open() as lock:
+        with path.open("r+") as lock:  # on NFS who has not opened it to write may not lock it
             _claim(lock, directory)
 
 
@@ -512,17 +515,46 @@ def _version_of(package: str) -> str | None:
 
 
 def git_facts() -> dict[str, Any]:
-    """Commit and uncommitted changes of the directory a run is started in, if it is a checkout."""
+    """Commit and uncommitted changes of the directory a run is started in, if it is a checkout.
 
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
+    The changes as far as they are kept; letters of another encoding than UTF-8 are spelt out.
+    """
+    commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}
-    diff = git("diff", "HEAD") or ""
-    return {"commit": commit.strip(), "dirty": bool(diff), "diff": diff[:200_000]}
+    filters = (_git("config", "-z", "--name-only", "--get-regexp", r"^filter\.") or b"").split(
+        b"\0"
+    )
+    without = [word for name in filters if name for word in ("-c", f"{os.fsdecode(name)}=")]
+    plain = ("--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty")
+    diff = (_git(*without, "diff", *plain, "HEAD") or b"").decode(errors="backslashreplace")
+    return {"commit": commit.decode().strip(), "dirty": bool(diff), "diff": diff[:_MOST_OF_A_DIFF]}
+
+
+# None of the programs is run that a checkout's settings can name: what is trained on may be a
+# stranger's. What they would have changed, such as a filter for large files, is in the changes.
+_PLAIN = ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", "protocol.allow=never")
+
+
+def _git(*words: str) -> bytes | None:
+    """What git prints, as far as it is kept; None where it fails or takes too long."""
+    start = ["git", *(word for setting in _PLAIN for word in ("-c", setting)), *words]
+    try:
+        git = subprocess.Popen(
+            start,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+        )
+    except OSError:
+        return None  # there is none, or no directory any more
+    late = threading.Timer(_GIT_SECONDS, git.kill)
+    late.start()
+    with git:
+        assert git.stdout is not None
+        printed: bytes = git.stdout.read(_MOST_OF_A_DIFF + 1)
+        if len(printed) > _MOST_OF_A_DIFF:
+            git.kill()
+    late.cancel()
+    return printed if git.returncode == 0 or len(printed) > _MOST_OF_A_DIFF else None

@@ -1,0 +1,159 @@
+"""A process leaves in time and with its code, whatever workers, pools and libraries do."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import CLEAN, command, evenstep, torchrun
+from injuring import started, until
+
+TASKS = '''
+import atexit
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from service.task import supervised
+
+
+class Rows(torch.utils.data.Dataset):
+    bad = None
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        if row == self.bad:
+            raise OSError("cannot read image 12")
+        return torch.tensor([row / 40.0]), int(row > 20)
+
+
+class BadRow(Rows):
+    bad = 12
+
+
+class Pooled(Rows):
+    """Each row is made by a pool, forked while this process hears signals."""
+
+    def __getitem__(self, row):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return torch.tensor([pool.apply(abs, (row / 40.0,))]), int(row > 20)
+
+
+def of(rows):
+    return supervised(model=lambda: nn.Linear(1, 2), train=rows, loss="cross_entropy")
+
+
+def broken():
+    return of(BadRow())
+
+
+def pooled():
+    return of(Pooled())
+
+
+def lingering():
+    atexit.register(linger)
+    return of(Rows())
+
+
+def linger():
+    Path("leaving").touch()
+    time.sleep(3600)
+'''
+SPEC = {
+    "name": "job",
+    "batch": {"global_batch": 8, "micro_batch": 4},
+    "length": {"steps": 5},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+}
+
+
+def job(place: Path, task: str, **more: object) -> None:
+    (place / "tasks.py").write_text(TASKS)
+    (place / "job.yaml").write_text(json.dumps(SPEC | {"task": f"./tasks.py:{task}"} | more))
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", 2, "--max-restarts", 1)])
+def test_a_row_that_a_worker_cannot_read_ends_the_run(tmp_path, words):
+    job(tmp_path, "broken", loader={"workers": 1})
+    done = evenstep("run", "job.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 42, done.stderr
+    assert done.stderr.count("cannot read image 12") == 1
+    assert "Starting again" not in done.stderr, "it will fail again"
+
+
+def test_a_row_that_a_worker_cannot_read_ends_torchruns_processes(tmp_path):
+    job(tmp_path, "broken", loader={"workers": 1})
+    done = torchrun(2, "run", "job.yaml", cwd=tmp_path)
+    assert "exitcode  : 42" in done.stderr, done.stderr
+
+
+def test_a_row_that_a_worker_cannot_read_lets_a_script_end(tmp_path):
+    job(tmp_path, "broken", loader={"workers": 1})
+    script = "import service; service.run('job.yaml')"
+    done = command(sys.executable, "-c", script, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert "service.errors.DataBroken" in done.stderr.splitlines()[-1]
+
+
+def test_a_pool_of_the_tasks_own_can_be_ended(tmp_path):
+    job(tmp_path, "pooled", length={"steps": 1})
+    done = evenstep("run", "job.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", 2)])
+def test_a_request_to_stop_ends_at_once_what_is_leaving(tmp_path, words):
+    job(tmp_path, "lingering")
+    with started(*words, cwd=tmp_path) as process:
+        until((tmp_path / "leaving").exists, "a function for the exit that takes an hour")
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "had not let go" not in err
+
+
+LINGERING = {
+    "sleeps": "time.sleep(3600)",
+    "waits for a thread": "threading.Thread(target=time.sleep, args=(3600,)).join()",
+    "is in a library": "ctypes.CDLL(None).sleep(3600)",
+    "holds the interpreter's lock": "ctypes.PyDLL(None).sleep(3600)",
+}
+WITHOUT_THREADS = "holds the interpreter's lock"  # its time ends as well; by a signal it cannot
+CASES = [
+    (what, number)
+    for what in LINGERING
+    for number in (None, signal.SIGINT, signal.SIGTERM)
+    if number is None or what != WITHOUT_THREADS
+]
+
+
+@pytest.mark.parametrize(("what", "number"), CASES)
+def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
+    lingers, code = LINGERING[what], 1 if what == WITHOUT_THREADS else 7
+    script = (
+        "import atexit, ctypes, sys, threading, time\n"
+        "from launch import leaving\n"
+        f"leaving.LEAVING_SECONDS, leaving._LOCKED_SECONDS = {3600 if number else 0.2}, 0.2\n"
+        "def linger():\n"
+        f"    print('leaving', flush=True)\n    {lingers}\n"
+        "atexit.register(linger)\n"
+        "leaving.leave(7)\n"
+    )
+    start = [sys.executable, "-c", script]
+    with subprocess.Popen(start, env=CLEAN, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "leaving\n"
+        if number is not None:
+            process.send_signal(number)
+        try:
+            assert process.wait(timeout=60) == code
+        finally:
+            process.kill()
