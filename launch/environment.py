@@ -15,6 +15,9 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from service.errors import SpecError
 from service.stopping import Grace
 
+RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
+"""Set where a launcher of ours keeps the store: the name under which this attempt's keys lie."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -142,6 +145,8 @@ class Group:
             "MASTER_PORT": str(self.port),
             # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": f"nodes-{self.port}",
+            RUN_OF_STORE: f"nodes-{self.port}",
         }
 
 

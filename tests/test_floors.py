@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"}
     | {"keeping"},
-    {"optimizer_options", "durable"},
+    {"optimizer_options", "durable", "messages"},
     {"documents", "spec", "receipt_file", "parts"},
     {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"},
     {"samplers", "streams", "failures", "faults", "account", "export"},
