@@ -176,6 +176,33 @@ def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
         raise SpecError(f"WANDB_API_KEY_FILE: {path} cannot be read: {error}.") from error
 
 
+_SHORTEST_SECRET = 16
+
+
+def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
+    """What the nodes of a job prove to each other that they know; empty where none is given.
+
+    In the file that EVENSTEP_SECRET_FILE names, or itself in EVENSTEP_SECRET.
+
+    Raises:
+        SpecError: the file cannot be read, or the secret is too short to be one.
+    """
+    variables = os.environ if variables is None else variables
+    path = variables.get("EVENSTEP_SECRET_FILE", "")
+    name = "EVENSTEP_SECRET_FILE" if path else "EVENSTEP_SECRET"
+    try:
+        secret = Path(path).read_bytes() if path else variables.get(name, "").encode()
+    except OSError as error:
+        raise SpecError(f"{name}: {path} cannot be read: {error}.") from error
+    secret = secret.strip()
+    if len(secret) < _SHORTEST_SECRET and (path or secret):
+        raise SpecError(
+            f"{name}: a secret of {len(secret)} bytes can be guessed. Make one of "
+            f"{_SHORTEST_SECRET} or more, such as by `openssl rand -hex 32`, for all nodes."
+        )
+    return secret
+
+
 def _number(text: str, name: str) -> int:
     if not text.isdecimal():
         raise SpecError(f"{name} must be a whole number, but is {text!r}.")

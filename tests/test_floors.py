@@ -118,7 +118,16 @@ def test_what_a_machine_without_torch_needs_does_not_import_it(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["signals", "warming", "leaving", "environment", "echo", "meeting", "kubernetes/*"],
+    [
+        "signals",
+        "warming",
+        "leaving",
+        "environment",
+        "echo",
+        "meeting",
+        "handshake",
+        "kubernetes/*",
+    ],
 )
 def test_what_a_launcher_without_torch_needs_does_not_import_it(name):
     found = list((ROOT / "launch").glob(f"{name}.py"))
