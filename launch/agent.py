@@ -1,8 +1,10 @@
 """torch's elastic agent over processes of our own: forked warm, bound to us, ended in time.
 
-The agent keeps what it is good at: the rendezvous, its store on a port that is surely free, the
-ranks. Its own way with functions (`LocalElasticAgent`) is replaced, because it waits 30 s for a
-frozen process whatever it is told, and for ever where a process is killed in its last moment.
+The agent keeps what it is good at: the ranks and their environment. Its own way with functions
+(`LocalElasticAgent`) is replaced, because it waits 30 s for a frozen process whatever it is told,
+and for ever where a process is killed in its last moment. So is its rendezvous: the dynamic one
+listens on all interfaces and unpickles what lies in its store, so whoever reached the port ran
+code as this user. The one here is static, and the agent itself reads nothing from the store.
 """
 
 from __future__ import annotations
@@ -24,13 +26,19 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
+    Worker,
     WorkerGroup,
     WorkerSpec,
     WorkerState,
 )
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
 
+from launch.environment import RUN_OF_STORE
+from launch.store import own_store
 from service.errors import Stopped
 from service.faults import StopRequest
 
@@ -61,6 +69,40 @@ class Rank:
         return -self.ended if self.ended and self.ended < 0 and not self.ended_by_us else None
 
 
+class _Static(RendezvousHandler):
+    """The rendezvous of one node's processes: a store on loopback, and nothing to agree on."""
+
+    def __init__(self) -> None:
+        self._run_id = f"evenstep-{uuid.uuid4().hex}"  # a restarted rank must not meet a dead one
+        self._store = own_store("127.0.0.1")
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def get_backend(self) -> str:
+        return "evenstep"
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        place = RendezvousStoreInfo(self._store.host, self._store.port)
+        return RendezvousInfo(self._store, 0, 1, place)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody else could come."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
 class Agent(SimpleElasticAgent):
     """One attempt at the job: a fresh rendezvous and `processes` ranks, from their start to end."""
 
@@ -79,16 +121,7 @@ class Agent(SimpleElasticAgent):
         `variables` are part of each rank's environment, beside those that tell it its place.
         `stop_budget_seconds` is asked when a request to stop has come: by then saves were measured.
         """
-        handler = get_rendezvous_handler(
-            RendezvousParameters(
-                backend="c10d",
-                endpoint="localhost:0",  # a free port
-                run_id=f"evenstep-{uuid.uuid4().hex}",  # a restarted rank must not meet a dead one
-                min_nodes=1,
-                max_nodes=1,
-                local_addr="localhost",
-            )
-        )
+        handler = _Static()
         super().__init__(
             WorkerSpec(
                 role="rank",
@@ -126,6 +159,17 @@ class Agent(SimpleElasticAgent):
         finally:
             self._shutdown()
             self._handler.shutdown()
+
+    # ---- what torch's agent would ask of its store, in which a stranger may have written
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        count = spec.local_world_size
+        return [Worker(n, n, n, count, count) for n in range(count)]
+
+    def _exit_barrier(self) -> None:
+        """Nobody is waited for: the other nodes part by `launch.meeting`."""
 
     # ---- what torch's agent asks of its processes
 
@@ -223,6 +267,7 @@ def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+        RUN_OF_STORE: spec.rdzv_handler.get_run_id(),
         "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }

@@ -15,6 +15,9 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from service.errors import SpecError
 from service.stopping import Grace
 
+RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
+"""Set where a launcher of ours keeps the store: the name under which this attempt's keys lie."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -142,6 +145,8 @@ class Group:
             "MASTER_PORT": str(self.port),
             # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": f"nodes-{self.port}",
+            RUN_OF_STORE: f"nodes-{self.port}",
         }
 
 
@@ -169,6 +174,33 @@ def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"WANDB_API_KEY": Path(path).read_text(encoding="utf-8").strip()}
     except (OSError, ValueError) as error:
         raise SpecError(f"WANDB_API_KEY_FILE: {path} cannot be read: {error}.") from error
+
+
+_SHORTEST_SECRET = 16
+
+
+def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
+    """What the nodes of a job prove to each other that they know; empty where none is given.
+
+    In the file that EVENSTEP_SECRET_FILE names, or itself in EVENSTEP_SECRET.
+
+    Raises:
+        SpecError: the file cannot be read, or the secret is too short to be one.
+    """
+    variables = os.environ if variables is None else variables
+    path = variables.get("EVENSTEP_SECRET_FILE", "")
+    name = "EVENSTEP_SECRET_FILE" if path else "EVENSTEP_SECRET"
+    try:
+        secret = Path(path).read_bytes() if path else variables.get(name, "").encode()
+    except OSError as error:
+        raise SpecError(f"{name}: {path} cannot be read: {error}.") from error
+    secret = secret.strip()
+    if len(secret) < _SHORTEST_SECRET and (path or secret):
+        raise SpecError(
+            f"{name}: a secret of {len(secret)} bytes can be guessed. Make one of "
+            f"{_SHORTEST_SECRET} or more, such as by `openssl rand -hex 32`, for all nodes."
+        )
+    return secret
 
 
 def _number(text: str, name: str) -> int:

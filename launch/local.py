@@ -232,7 +232,7 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     place = launched()
     group = getattr(job, "group", None)
     if group is not None:  # the agent knows this node alone
-        os.environ.update(group.variables(place), TORCHELASTIC_RUN_ID=f"nodes-{group.port}")
+        os.environ.update(group.variables(place))
         place = launched()
     assert place is not None, "the agent sets RANK and its kin"
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.echo import echoed
-from launch.environment import Group, Node
-from launch.meeting import Company, Introduction, host, join
+from launch.environment import Group, Node, meeting_secret
+from launch.handshake import Introduction
+from launch.meeting import Company, host, is_loopback, join
 from launch.signals import heard
 from service.errors import EvenstepError, PeerLost, SpecError, Stopped
 from service.run_directory import RunDirectory
@@ -83,28 +84,37 @@ def _meet(job: _Job, node: Node, processes: int) -> tuple[Company, Group, object
     own = Introduction(node.index, node.nodes, processes, digest)
     cluster = job.spec.kubernetes
     seconds = cluster.meeting_seconds if cluster else MEETING_SECONDS
+    secret = meeting_secret()
+    if not secret and not is_loopback(node.address):
+        _say(_OPEN.format(port=node.port))
     _say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
+    place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": secret}
     if node.index == 0:
-        company = host(own, port=node.port, seconds=seconds, say=_say)
-        store, store_port = _store()
-        company.begin(store_port)
-        address = "127.0.0.1"
+        company = host(own, **place, seconds=seconds, say=_say)
+        store, address, port = _store(company.own_address)
+        company.begin(address, port)
     else:
-        place = {"address": node.address, "port": node.port}
-        company, store_port = join(own, **place, seconds=seconds, say=_say)  # type: ignore[arg-type]
-        store, address = None, company.first_address
-    return company, Group(node.index, node.nodes, processes, address, store_port), store
+        store = None
+        company, (address, port) = join(own, **place, seconds=seconds, say=_say)
+    return company, Group(node.index, node.nodes, processes, address, port), store
 
 
-def _store() -> tuple[object, int]:
-    """The store through which the processes of all nodes find each other, and its port.
+_OPEN = (
+    "WARNING: no secret is given, so whoever reaches port {port} of node 0 can take a node's seat. "
+    "Give all nodes the same one: EVENSTEP_SECRET_FILE=<a file>, made by `openssl rand -hex 32`."
+)
 
-    It is new with every meeting, on a port that only those who met are told.
+
+def _store(address: str) -> tuple[object, str, int]:
+    """The store through which the processes of all nodes find each other, and where it listens.
+
+    It is new with every meeting, on a port that only those who met are told, and on the interface
+    by which they met.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported all the same
+    from launch.store import own_store
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store, store.port
+    store = own_store(address)
+    return store, address, store.port
 
 
 class _Watch:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
+from launch.joining import keep_to_loopback, on_one_node, store_of, wait_for_all
 from service.errors import SpecError, Stopped
 from service.limits import threads_each
 from service.precision import multiply_in
-from service.world import World
+from service.world import World, be_patient, connect_patience, unconnected
 
 # Groups that are done with stay until the process leaves. An exception's traceback may hold the
 # model with its exchange of gradients: were that the last to hold the group, it would be freed
@@ -53,6 +54,7 @@ def process_group(
         bitwise: compute so that the same rows give the same bits, whatever else is different.
     Raises:
         SpecError: two processes would compute on one device.
+        PeerLost: the processes did not come together.
     """
     device = _device()
     free = not bitwise and "OMP_NUM_THREADS" not in os.environ
@@ -164,6 +166,38 @@ def _accelerator(environment: Environment, device: str, timeout_seconds: float) 
         # A notice that it takes the CPU, which is what it was told.
         warnings.simplefilter("ignore", UserWarning)
         if not environment.is_alone and not dist.is_initialized():
-            backend = dist.get_default_backend_for_device(device)
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
         return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+
+
+def _join(environment: Environment, backend: str, timeout_seconds: float) -> None:
+    """Connect this process to the others.
+
+    Raises:
+        PeerLost: they did not come, or somebody else changed what they told each other.
+    """
+    if on_one_node(environment):
+        keep_to_loopback()
+    patience = timedelta(seconds=timeout_seconds)
+    store = store_of(environment)
+    if store is None:
+        dist.init_process_group(backend, timeout=patience)
+        return
+    wait_for_all(store, environment, seconds=timeout_seconds)
+    bounded = backend in ("gloo", "nccl")  # torch can give these another limit later
+    brief = connect_patience(environment.world_size)
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=brief if bounded else patience,
+        )
+    except RuntimeError as error:
+        lost = unconnected(error)
+        if lost is None:
+            raise
+        raise lost from error
+    if bounded:
+        be_patient(patience, None)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from service.errors import EvenstepError, PeerLost, WillFailAgain
 from service.generators import Seeded
 from service.limits import limits
+from service.messages import from_bytes, to_bytes
 from service.pairs import MOST_BYTES, Pairs, mean_in_bf16, mean_in_pairs
 from service.pulse import Trace
 from service.spec import ExchangeSpec
@@ -56,6 +57,10 @@ _BACKEND_ADVICE = (
         "(CUDA_VISIBLE_DEVICES), or start fewer processes.",
     ),
 )
+CONNECT_SECONDS = 60.0
+"""What processes that are all there may take to connect; where somebody deletes the addresses that
+they give each other in their store, this ends the wait."""
+_COLLECTIVES = dist.constants.default_pg_timeout
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,7 +95,7 @@ class World:
         self._writers: Writers | None = None
         if self.processes > 1:
             if dist.get_backend() != "gloo":
-                self._control = dist.new_group(backend="gloo")
+                self._control = _connected(None, self.processes, _COLLECTIVES)
             group = self._control or dist.group.WORLD
             assert group is not None, "there are several processes and no group of them"
             self._pairs = Pairs(group)
@@ -294,12 +299,8 @@ class Writers:
     def meet(self) -> None:
         """Make sure that they can speak; every one of them calls it, where all others wait too."""
         if self.processes > 1 and self._group is None:
-            self._group = dist.new_group(
-                list(range(self.processes)),
-                timeout=_MOST_OF_A_SAVE,
-                backend="gloo",
-                use_local_synchronization=True,
-            )
+            first = list(range(self.processes))
+            self._group = _connected(first, self.processes, _MOST_OF_A_SAVE)
 
     def from_lead(self, value: T) -> T:
         """The lead's value, on each of them.
@@ -324,16 +325,81 @@ class Writers:
             return _from_each(value, self.processes, self._group)
 
 
+def connect_patience(processes: int) -> timedelta:
+    """How long so many processes may take to connect, each with each."""
+    return timedelta(seconds=CONNECT_SECONDS + processes / 10)
+
+
+def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
+    """Let what this group does from now on take so long."""
+    dist.distributed_c10d._set_pg_timeout(patience, group)
+
+
+def unconnected(error: RuntimeError) -> PeerLost | None:
+    """Why the processes of a job, all of them there, are not connected.
+
+    None for what NCCL says of a mistake, such as a small /dev/shm: it is no peer's loss.
+    """
+    at_the_store = "ncclUniqueId" in str(error)  # torch 2.13, ProcessGroupNCCL.cpp
+    if isinstance(error, dist.DistBackendError) and not at_the_store and lost_peer(error) is None:
+        return None
+    return PeerLost(
+        f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
+        f"({str(error).splitlines()[0]}). One of them is gone, or somebody else has changed the "
+        "addresses in their store: docs/reliability.md says who must not reach it."
+    )
+
+
+def _connected(
+    ranks: list[int] | None, processes: int, patience: timedelta
+) -> dist.ProcessGroup | None:
+    """A group of these processes, on CPUs; every one of them calls it at about the same time."""
+    try:
+        group: dist.ProcessGroup | None = dist.new_group(
+            ranks,
+            timeout=connect_patience(processes),
+            backend="gloo",
+            use_local_synchronization=ranks is not None,
+        )
+    except RuntimeError as error:
+        lost = unconnected(error)
+        if lost is None:
+            raise
+        raise lost from error
+    be_patient(patience, group)
+    return group
+
+
 def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
+    """What the group's first process says; never by pickle: see `service.messages`."""
+    first = dist.get_rank(group) == 0
+    said = _as_bytes(to_bytes(value)) if first else None
+    size = torch.tensor([said.numel() if said is not None else 0])
+    dist.broadcast(size, group=group, group_src=0)
+    message = said if said is not None else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, group=group, group_src=0)
+    heard: T = from_bytes(message.numpy().tobytes())
+    return value if first else heard
 
 
 def _from_each(value: T, processes: int, group: dist.ProcessGroup | None) -> list[T]:
-    values: list[Any] = [None] * processes
-    dist.all_gather_object(values, value, group=group)
-    return values
+    """What each of the group says, in order; never by pickle."""
+    said = _as_bytes(to_bytes(value))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(processes)]
+    dist.all_gather(sizes, torch.tensor([said.numel()]), group=group)
+    longest = max(int(size) for size in sizes)
+    messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(processes)]
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: said.numel()] = said
+    dist.all_gather(messages, padded, group=group)
+    return [
+        from_bytes(message[: int(size)].numpy().tobytes())
+        for message, size in zip(messages, sizes, strict=True)
+    ]
+
+
+def _as_bytes(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 @contextmanager

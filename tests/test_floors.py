@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"}
     | {"keeping"},
-    {"optimizer_options", "durable"},
+    {"optimizer_options", "durable", "messages"},
     {"documents", "spec", "receipt_file", "parts"},
     {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"},
     {"samplers", "streams", "failures", "faults", "account", "export"},
@@ -118,7 +118,17 @@ def test_what_a_machine_without_torch_needs_does_not_import_it(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["signals", "warming", "leaving", "terminal", "environment", "echo", "meeting", "kubernetes/*"],
+    [
+        "signals",
+        "warming",
+        "leaving",
+        "terminal",
+        "environment",
+        "echo",
+        "meeting",
+        "handshake",
+        "kubernetes/*",
+    ],
 )
 def test_what_a_launcher_without_torch_needs_does_not_import_it(name):
     found = list((ROOT / "launch").glob(f"{name}.py"))

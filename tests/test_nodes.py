@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,17 @@ from typing import Any
 import pytest
 from commands import BIN, CLEAN, evenstep
 
-from launch.environment import Environment, Group, first_address, node_here, read_secrets
-from launch.meeting import Company, Introduction, host, join
+from launch.environment import (
+    RUN_OF_STORE,
+    Environment,
+    Group,
+    first_address,
+    meeting_secret,
+    node_here,
+    read_secrets,
+)
+from launch.handshake import Introduction, answered
+from launch.meeting import Company, host, join
 from launch.nodes import check_interfaces, take_interface
 from service.errors import EvenstepError, PeerLost, SpecError
 
@@ -73,6 +84,21 @@ def test_ranks_run_on_from_node_to_node() -> None:
     assert (found["RANK"], found["WORLD_SIZE"]) == ("9", "12")
     assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("1", "4")
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "7")
+    assert found[RUN_OF_STORE] == "nodes-7", "and none of its own node's"
+
+
+def test_the_secret_of_a_meeting_is_in_a_file_or_a_variable(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef\n")
+    file = {"EVENSTEP_SECRET_FILE": str(tmp_path / "secret")}
+    assert meeting_secret(file) == b"0123456789abcdef"
+    assert meeting_secret({"EVENSTEP_SECRET": " fedcba9876543210"}) == b"fedcba9876543210"
+    assert meeting_secret({}) == b""
+    (tmp_path / "secret").write_text("hunter2")
+    for variables in (file, {"EVENSTEP_SECRET": "hunter2"}):
+        with pytest.raises(SpecError, match="a secret of 7 bytes can be guessed"):
+            meeting_secret(variables)
+    with pytest.raises(SpecError, match=r"EVENSTEP_SECRET_FILE: /none cannot be read"):
+        meeting_secret({"EVENSTEP_SECRET_FILE": "/none"})
 
 
 def test_a_key_in_a_file_becomes_the_variable(tmp_path: Path) -> None:
@@ -109,20 +135,23 @@ class Meeting:
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.secret = b""
         self.ends: dict[int, Any] = {}
         self.said: list[str] = []
         self._threads: list[threading.Thread] = []
 
     def host(self, own: Introduction = OWN, seconds: float = 20) -> None:
+        place: dict[str, Any] = {"address": "127.0.0.1", "port": self.port, "secret": self.secret}
+
         def work() -> Company:
-            company = host(own, port=self.port, seconds=seconds, say=self.said.append)
-            company.begin(4321)
+            company = host(own, **place, seconds=seconds, say=self.said.append)
+            company.begin("127.0.0.1", 4321)
             return company
 
         self._start(0, work)
 
     def join(self, own: Introduction, seconds: float = 20) -> None:
-        place = {"address": "127.0.0.1", "port": self.port}
+        place: dict[str, Any] = {"address": "127.0.0.1", "port": self.port, "secret": self.secret}
         self._start(own.index, lambda: join(own, **place, seconds=seconds, say=self.said.append))
 
     def end(self) -> dict[int, Any]:
@@ -155,7 +184,7 @@ def test_nodes_meet_in_any_order_and_learn_where_the_store_is(meeting: Meeting) 
     meeting.join(replace(OWN, index=1))
     ends = meeting.end()
     assert [friend.index for friend in ends[0].friends] == [1, 2]
-    assert ends[1][1] == ends[2][1] == 4321
+    assert ends[1][1] == ends[2][1] == ("127.0.0.1", 4321)
     for company in (ends[0], ends[1][0], ends[2][0]):
         company.part(1)
 
@@ -173,20 +202,122 @@ def test_the_door_is_closed_once_all_are_there(meeting: Meeting) -> None:
 def test_a_node_that_dies_while_it_waits_may_come_again(meeting: Meeting) -> None:
     meeting.host()
     first = connected(meeting.port)
-    first.sendall(b'{"index": 1, "nodes": 3, "processes": 4, "spec": "digest"}\n')
+    answer, _ = answered(first.recv(4096).strip(), replace(OWN, index=1), b"")
+    first.sendall(answer)
     first.close()
-    stranger = connected(meeting.port)
-    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    liar = connected(meeting.port)
-    liar.sendall(b'{"index": "1", "nodes": 3, "processes": 2, "spec": "abc"}\n')
     meeting.join(replace(OWN, index=1))
     meeting.join(replace(OWN, index=2))
     ends = meeting.end()
     assert [friend.index for friend in ends[0].friends] == [1, 2]
-    stranger.close()
-    liar.close()
     for company in (ends[0], ends[1][0], ends[2][0]):
         company.part(1)
+
+
+SECRET = b"what all nodes of this job know"
+TOLD = b'{"index": 1, "nodes": 2, "processes": 4, "spec": "digest"}\n'
+SENT = {
+    "the line of a node": TOLD,
+    "the line of a node of another job": TOLD.replace(b'"nodes": 2', b'"nodes": 99'),
+    "brackets": b"[" * 60_000 + b"\n",
+    "brackets in a line short enough": b"[" * 4000 + b"\n",
+    "a number of many digits": b"9" * 4090 + b"\n",
+    "a proof that is none": b'{"said": "{}", "proof": "00", "nonce": "00"}\n',
+    "a proof that is no text": b'{"said": 1, "proof": [], "nonce": {}}\n',
+    "a browser": b"GET / HTTP/1.1\r\n\r\n",
+    "bytes": b"\xff\xfe\0\n",
+    "nothing": b"",
+}
+
+
+def test_what_strangers_send_is_dropped_and_the_nodes_meet(meeting: Meeting) -> None:
+    meeting.secret = SECRET
+    two = replace(OWN, nodes=2)
+    meeting.host(two)
+    strangers = [connected(meeting.port) for _ in SENT]
+    for stranger, sent in zip(strangers, SENT.values(), strict=True):
+        with suppress(ConnectionError):  # it may be dropped before all of it is sent
+            stranger.sendall(sent)
+    knows_the_spec = connected(meeting.port)
+    answer, _ = answered(knows_the_spec.recv(4096).strip(), replace(two, index=1), b"")
+    knows_the_spec.sendall(answer)
+    assert knows_the_spec.recv(4096) == b"", "no seat, and not the store's port"
+    for name, stranger in zip(SENT, strangers, strict=True):
+        assert name == "nothing" or is_closed(stranger), name
+    meeting.join(replace(two, index=1))
+    ends = meeting.end()
+    assert [friend.index for friend in ends[0].friends] == [1]
+    assert ends[1][1] == ("127.0.0.1", 4321)
+    assert "A connection from 127.0.0.1 did not show in time" in meeting.said[0]
+    assert meeting.said[1:] == [
+        f"{len(SENT) + 1} connections came that were no node's; they were dropped."
+    ]
+    ends[0].part(1), ends[1][0].part(1)
+    for each in (*strangers, knows_the_spec):
+        each.close()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end closes it without a word beyond its challenge."""
+    said = b""
+    with suppress(ConnectionError):
+        while piece := connection.recv(4096):
+            said += piece
+    return said.count(b"\n") <= 1
+
+
+def test_more_strangers_than_files_may_be_open_do_not_hold_up_a_node(meeting: Meeting) -> None:
+    """They say nothing, or a byte now and then, and the node that comes last is let in at once."""
+    meeting.secret = SECRET
+    two = replace(OWN, nodes=2)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(1000)]
+        most = max(connection.fileno() for connection in connections) + 150
+        with fewer_files(most):
+            meeting.host(two)
+            connected(meeting.port).close()
+            for number, connection in enumerate(connections):
+                connection.connect(("127.0.0.1", meeting.port))
+                if number % 2:
+                    connection.send(b"x")
+            meeting.join(replace(two, index=1), seconds=8)  # less than one may take to speak
+            ends = meeting.end()
+        assert [friend.index for friend in ends[0].friends] == [1], ends
+        ends[0].part(1), ends[1][0].part(1)
+
+
+@contextmanager
+def fewer_files(most: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_node_with_another_secret_hears_what_to_look_at(meeting: Meeting) -> None:
+    meeting.secret = SECRET
+    meeting.host(replace(OWN, nodes=2), seconds=2)
+    connected(meeting.port).close()
+    meeting.secret = b"another, also long enough"
+    meeting.join(replace(OWN, nodes=2, index=1), seconds=1)
+    ends = meeting.end()
+    assert isinstance(ends[1], PeerLost)
+    assert "has another secret: give all nodes the same EVENSTEP_SECRET_FILE" in str(ends[1])
+    assert re.search(r"node 1 of 2 did not come to port \d+ \(\d+ others came", str(ends[0]))
+
+
+def test_who_listens_in_the_place_of_node_0_is_not_taken_for_it(meeting: Meeting) -> None:
+    with socket.create_server(("127.0.0.1", meeting.port)) as door:
+        meeting.secret = SECRET
+        meeting.join(replace(OWN, nodes=2, index=1), seconds=1)
+        connection, _ = door.accept()
+        connection.sendall(b'{"challenge": "00"}\n')
+        connection.recv(4096)
+        connection.sendall(b'{"said": "{\\"store\\": 1}", "proof": "00"}\n{"store": 1}\n')
+        ends = meeting.end()
+        connection.close()
+    assert isinstance(ends[1], PeerLost)
 
 
 def connected(port: int) -> socket.socket:

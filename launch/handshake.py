@@ -1,0 +1,148 @@
+"""How two nodes prove to each other that they hold the same secret, on one connection.  No torch.
+
+Node 0 speaks first, with a challenge that it never uses again; the node that came answers with a
+nonce of its own. A key for this connection follows from both and the secret, and every message from
+then on is numbered and sealed with it (HMAC-SHA256). So an answer that was overheard opens nothing,
+and whoever has no secret can neither take a node's seat nor be taken for node 0.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LINE_BYTES = 4096
+_TOKEN_BYTES = 16
+_PURPOSE = b"evenstep meeting 1"
+
+
+class Foreign(Exception):
+    """What came over a connection is not from a node of this job."""
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of itself; everything but the index is equal on all of them."""
+
+    index: int
+    nodes: int
+    processes: int
+    spec: str
+    """A digest."""
+
+
+class Lines:
+    """Whole lines of what comes in pieces, and never more than a bounded part of one."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def fed(self, piece: bytes) -> list[bytes]:
+        """The lines that this piece completes.
+
+        Raises:
+            Foreign: a line is longer than any of ours.
+        """
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        if max(map(len, [*lines, self._rest])) > LINE_BYTES:
+            raise Foreign("a line too long")
+        return lines
+
+
+class Seal:
+    """Numbers and proves the messages of one connection, each way by itself."""
+
+    def __init__(self, key: bytes, *, own: str, other: str) -> None:
+        self._key = key
+        self._own, self._other = own, other
+        self._said = self._heard = 0
+
+    def sealed(self, message: dict[str, Any], **beside: str) -> bytes:
+        """The message as a line; `beside` is what the other end needs before it has the key."""
+        text = json.dumps(message)
+        proof = self._proof(self._own, self._said, text)
+        self._said += 1
+        return _line({"said": text, "proof": proof, **beside})
+
+    def opened(self, line: bytes) -> dict[str, Any]:
+        """The message.
+
+        Raises:
+            Foreign: it was not sealed with this key as the next one from the other end.
+        """
+        told = _told(line)
+        text, proof = _text(told, "said"), _text(told, "proof")
+        expected = self._proof(self._other, self._heard, text)
+        if not hmac.compare_digest(proof.encode(), expected.encode()):
+            raise Foreign("no proof")
+        self._heard += 1
+        return _told(text.encode())
+
+    def _proof(self, who: str, number: int, text: str) -> str:
+        return hmac.digest(self._key, f"{who} {number} {text}".encode(), "sha256").hex()
+
+
+class Doorkeeper:
+    """Node 0's part of an introduction."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._challenge = secrets.token_hex(_TOKEN_BYTES)
+
+    def challenge(self) -> bytes:
+        """What node 0 says first."""
+        return _line({"challenge": self._challenge})
+
+    def introduced(self, line: bytes) -> tuple[Introduction, Seal]:
+        """Who has answered.
+
+        Raises:
+            Foreign: nobody who knows the secret.
+        """
+        nonce = _text(_told(line), "nonce")
+        seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
+        said = seal.opened(line)
+        kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
+        if {key: type(value) for key, value in said.items()} != kinds:
+            raise Foreign("no introduction")
+        return Introduction(**said), seal
+
+
+def answered(line: bytes, own: Introduction, secret: bytes) -> tuple[bytes, Seal]:
+    """What a node says to node 0's challenge, and the seal of what follows.
+
+    Raises:
+        Foreign: this is no challenge.
+    """
+    challenge = _text(_told(line), "challenge")
+    nonce = secrets.token_hex(_TOKEN_BYTES)
+    seal = Seal(_key(secret, challenge, nonce), own="node", other="0")
+    return seal.sealed(asdict(own), nonce=nonce), seal
+
+
+def _key(secret: bytes, challenge: str, nonce: str) -> bytes:
+    return hmac.digest(secret, b"\n".join([_PURPOSE, challenge.encode(), nonce.encode()]), "sha256")
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _told(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Foreign("no JSON") from error
+    if not isinstance(message, dict):
+        raise Foreign("no message")
+    return message
+
+
+def _text(message: dict[str, Any], name: str) -> str:
+    value = message.get(name)
+    if not isinstance(value, str) or not value.isascii():
+        raise Foreign(f"no {name}")
+    return value

@@ -1,0 +1,127 @@
+"""Who can reach a run, and what comes of it: its sockets, its store, and what lies in that."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import threading
+from base64 import b64encode
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from injuring import descendants, injured, rows_of, started, until
+from processes import Processes
+from test_messages import Bomb
+from torch.distributed import TCPStore
+
+import service.world
+from launch.environment import Environment
+from launch.joining import wait_for_all
+from launch.store import own_store
+from service.errors import PeerLost
+from service.world import World
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def listening(process: int) -> dict[tuple[str, int], int]:
+    """Where a command and all that it has started listen, and which process does."""
+    found = {}
+    for each in (process, *descendants(process)):
+        with suppress(psutil.NoSuchProcess):
+            for connection in psutil.Process(each).net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[connection.laddr.ip, connection.laddr.port] = each
+    return found
+
+
+def as_stranger(port: int) -> TCPStore:
+    return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
+
+
+def test_one_node_listens_on_loopback_alone_and_runs_nothing_that_lies_in_its_store(
+    tmp_path: Path,
+) -> None:
+    environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
+    mark = tmp_path / "mark"
+    with started("--processes", 2, cwd=tmp_path, **environ) as command:
+        until(lambda: rows_of(tmp_path), "a step")
+        found = listening(command.pid)
+        stores = [port for (_, port), process in found.items() if process == command.pid]
+        keys = 0
+        for stranger in map(as_stranger, stores):
+            for key in stranger.list_keys():
+                stranger.set(key, b64encode(pickle.dumps(Bomb(mark))).decode())
+                keys += 1
+        command.send_signal(signal.SIGTERM)
+        _, err = command.communicate(timeout=90)
+    assert not mark.exists(), "what lay in the store was run"
+    assert command.returncode == 75, err
+    assert keys, "a stranger on this machine can read and write it"
+    assert len(stores) == 1, "and there is nothing else of the launcher"
+    assert {address for address, _ in found} <= LOOPBACK, found
+
+
+def test_a_store_whose_keys_are_gone_holds_up_no_run_and_no_end(tmp_path: Path) -> None:
+    environ = injured(tmp_path, length={"steps": 24})
+    with started("--processes", 2, cwd=tmp_path, **environ) as command:
+        saved = tmp_path / "runs/job/checkpoints"
+        until(lambda: saved.is_dir() and list(saved.glob("step-*")), "all groups are connected")
+        found = listening(command.pid)
+        [port] = [port for (_, port), process in found.items() if process == command.pid]
+        stranger = as_stranger(port)
+        for key in stranger.list_keys():  # torch's agent would wait here for others, for 300 s
+            before, agents, _ = key.partition("torchelastic/")
+            if agents:
+                stranger.set(f"{before}torchelastic/agent/terminal_state/num_members", "5")
+            stranger.delete_key(key)
+        out, err = command.communicate(timeout=90)
+    assert command.returncode == 0, err
+    assert "Done after step 24" in out
+
+
+def test_a_process_that_waits_for_others_notices_who_deletes_its_word() -> None:
+    store = own_store("127.0.0.1")
+    stranger = as_stranger(store.port)
+    told: list[str] = []
+
+    def wait() -> None:
+        try:
+            wait_for_all(store, Environment(0, 2, 0, 2), seconds=60)
+        except PeerLost as error:
+            told.append(str(error))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    stranger.wait(["here/0"], timedelta(seconds=30))
+    stranger.set("here/0", "another's")
+    waiting.join(30)
+    assert told
+    assert "Somebody else has changed what the processes of this job told each other" in told[0]
+
+
+def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
+    with pytest.raises(PeerLost, match=r"After 0\.1 s only 1 of 2 processes are there"):
+        wait_for_all(own_store("127.0.0.1"), Environment(0, 2, 0, 2), seconds=0.1)
+
+
+def connect_alone(world: World) -> str:
+    if world.index == 0:
+        service.world.CONNECT_SECONDS = 0.5
+        try:
+            world.writers().meet()
+        except PeerLost as error:
+            return str(error)
+        return "connected"
+    world.writers()
+    return ""
+
+
+def test_a_group_that_cannot_connect_ends_in_seconds_with_clear_words() -> None:
+    with Processes(2) as own:  # whose groups no other test has
+        told, _ = own.run(connect_alone)
+    assert told.startswith("The processes of this job did not connect to each other within 0.5 s")
+    assert "somebody else has changed the addresses in their store" in told
