@@ -39,7 +39,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from launch.environment import RUN_OF_STORE
 from launch.store import own_store
-from service.errors import Stopped
+from service.errors import EvenstepError, Stopped
 from service.faults import StopRequest
 
 PEERS_LEAVE_SECONDS = 5.0
@@ -47,6 +47,10 @@ PEERS_LEAVE_SECONDS = 5.0
 _LOOK_SECONDS = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
 _SERVER_LOST = 255  # what multiprocessing says of a process whose fork server is gone
+
+
+class NotStarted(EvenstepError):
+    """A process could not be forked."""
 
 
 @dataclass
@@ -179,7 +183,17 @@ class Agent(SimpleElasticAgent):
         for worker in worker_group.workers:
             environment = self._variables | _environment(worker, worker_group)
             process = context.Process(target=self._entry, args=(environment, *spec.args))
-            process.start()
+            try:
+                process.start()
+            except (
+                EOFError,
+                OSError,
+            ) as error:  # the fork server has ended of it
+                raise NotStarted(
+                    f"rank {self._first + worker.global_rank} could not be started: this machine "
+                    "lets no further process begin. Its memory or the number of processes "
+                    "(ulimit -u, a container's pids) is used up."
+                ) from error
             self.ranks.append(Rank(self._first + worker.global_rank, process))
         return {local: rank.process.pid for local, rank in enumerate(self.ranks)}
 

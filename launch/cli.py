@@ -118,16 +118,26 @@ def run(
 
 @evenstep.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@_OVERRIDES
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
 @_PROCESSES
-def test(run: Path, checkpoint: str, predictions: Path | None, processes: str | None) -> None:
-    """Test a checkpoint of RUN, a directory or a name in ./runs, on any number of processes."""
+def test(
+    run: Path,
+    overrides: tuple[str, ...],
+    checkpoint: str,
+    predictions: Path | None,
+    processes: str | None,
+) -> None:
+    """Test a checkpoint of RUN, a directory or a name in ./runs, on any number of processes.
+
+    KEY=VALUE changes its spec for this test: other rows, or where files have moved to."""
     place = launched()
     asked = _process_count(processes)
     found = find_run(run)
-    found.read_facts()
-    _start(TestJob(found.path.absolute(), checkpoint, predictions), place, processes=asked)
+    found.read_spec(overrides)  # a mistake is told here, once
+    job = TestJob(found.path.absolute(), checkpoint, predictions, overrides)
+    _start(job, place, processes=asked)
 
 
 def _start(

@@ -23,7 +23,6 @@ from service.durable import told_when_unread
 from service.errors import SpecError
 from service.export import export_weights
 from service.run_directory import find_run
-from service.spec_file import load_spec
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 
@@ -70,12 +69,17 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 
 @click.command()
 @_RUN
+@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
 @click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="The weights' moving average.")
-def export(run: Path, file: Path, checkpoint: str, average: bool) -> None:
+def export(
+    run: Path, overrides: tuple[str, ...], file: Path, checkpoint: str, average: bool
+) -> None:
     """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
-    of a model of transformers, as a directory DIR that its from_pretrained reads."""
+    of a model of transformers, as a directory DIR that its from_pretrained reads.
+
+    For a directory the task makes the model; KEY=VALUE says where its files have moved to."""
     found = find_run(run)
     found.read_facts()
     if file.suffix not in ("", ".safetensors"):
@@ -83,13 +87,18 @@ def export(run: Path, file: Path, checkpoint: str, average: bool) -> None:
             f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
             "for a model of transformers, named without an ending."
         )
+    if file.suffix and overrides:
+        raise SpecError(
+            f"{overrides[0]}: the weights of a checkpoint alone need no task, so there is nothing "
+            "to change. Leave it out, or name a directory."
+        )
     chosen = find_checkpoint(found.checkpoints, checkpoint)
     if file.suffix:
         written = in_words(export_weights(chosen, file.absolute(), average=average))
     else:
         from service.pretrained import export_pretrained
 
-        spec = load_spec(found.spec)
+        spec = found.read_spec(overrides)
         written = export_pretrained(chosen, file.absolute(), spec=spec, average=average)
     what = "averaged weights" if average else "weights"
     click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

@@ -30,7 +30,7 @@ from service.plan import Plan, make_plan
 from service.pulse import Pulse
 from service.spec import Spec
 from service.stopping import graces
-from service.task import load_task
+from service.task import files_may_have_moved, load_task
 from service.worker import run, test_run
 from service.world import World, backend_advice, lost_peer
 
@@ -111,7 +111,8 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
     stop.interrupt = True  # there is nothing to save
     spec = job.spec
     with _world(spec, environment) as world:
-        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        with files_may_have_moved():
+            task = load_task(spec.task, spec.task_args, seed=spec.seed)
         measures = test_run(
             spec,
             task,

@@ -78,6 +78,8 @@ class TestJob:
     run: Path
     checkpoint: str
     predictions: Path | None = None
+    overrides: tuple[str, ...] = ()
+    """Of the run's spec, `key=value`."""
 
     def directory(self) -> RunDirectory:
         """Where the run is kept."""
@@ -85,8 +87,8 @@ class TestJob:
 
     @property
     def spec(self) -> Spec:
-        """The spec of the run."""
-        return load_spec(RunDirectory(self.run).spec)
+        """The spec of the run, as it is to be tested."""
+        return RunDirectory(self.run).read_spec(self.overrides)
 
     def work(self, environment: Environment, *, stop: StopRequest, here: Here) -> None:
         """Do this process's part of the test: see `launch.entry.test`."""

@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 STOPPED, PEER_LOST = Stopped.exit_code, PeerLost.exit_code
 # Starting again cannot change these.
 FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
+# Open files of the launcher, or of a process with a connection to each of the others.
+_FILES, _FILES_A_PROCESS = 64, 4
 _LAST_WORDS = 4000  # characters of the output of a process that crashed
 
 
@@ -85,7 +88,10 @@ def run_locally(
     Args:
         max_restarts: how often all of them are started again after a failure.
         elastic: go on with one process fewer each time.
+    Raises:
+        SpecError: so many processes cannot be started here.
     """
+    _require_files(processes)
     with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
         try:
             _get_ready()
@@ -130,6 +136,18 @@ def _attempts(
     raise AssertionError("the last restart returns")
 
 
+def _require_files(processes: int) -> None:
+    """Refuse what would stand still, or end in a library's words: none of them says why."""
+    needed = _FILES + _FILES_A_PROCESS * processes
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise SpecError(
+            f"ulimit -n: a process may have {limit} files open here, and {processes} "
+            f"{'process needs' if processes == 1 else 'processes need'} {needed}. Raise it: "
+            f"ulimit -n {max(1024, needed)}."
+        )
+
+
 def _get_ready() -> None:
     """Import the agent while the fork server, begun by now, imports what the ranks need."""
     begin_server()
@@ -150,7 +168,7 @@ def _attempt(
     node_lost: NodeLost,
 ) -> Cause:
     """Run all processes once, from their start to the end of the last one."""
-    from launch.agent import Agent
+    from launch.agent import Agent, NotStarted
 
     notes.mkdir()
     group = getattr(job, "group", None)
@@ -165,7 +183,10 @@ def _attempt(
         first=group.index * group.processes if group else 0,
         variables=set_since(),
     )
-    agent.run_once()
+    try:
+        agent.run_once()
+    except NotStarted as error:
+        return Cause(error.exit_code, f"error: {error}")
     _bring_reports(notes / "failures", job.directory())
     cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds, node_lost())
     return _explained(cause, agent, job, notes)

@@ -14,7 +14,7 @@ from service.durable import in_the_way, remove_if_possible, sync_directory, sync
 from service.errors import SpecError
 from service.snapshots import load_weights
 from service.spec import Spec
-from service.task import load_task, new_model
+from service.task import files_may_have_moved, load_task, new_model
 
 
 def export_pretrained(
@@ -32,7 +32,8 @@ def export_pretrained(
     """
     if os.path.lexists(directory):
         raise SpecError(f"-o: {directory} exists. Choose another name, or remove it.")
-    model = new_model(load_task(spec.task, spec.task_args, seed=spec.seed))
+    with files_may_have_moved():
+        model = new_model(load_task(spec.task, spec.task_args, seed=spec.seed))
     pretrained = _of_transformers(model, spec)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
     partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +26,7 @@ from service.durable import in_the_way, replace_file, told_when_unwritten
 from service.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean
 from service.failures import is_secret, redacted
 from service.spec import Spec
-from service.spec_file import changes, dump_spec, load_spec
+from service.spec_file import changes, dump_spec, load_spec, with_files_where_they_are
 
 FORMAT = 1
 _LOCK_SECONDS = 2.0
@@ -100,6 +100,18 @@ class RunDirectory:
         if not _is_whole(facts):
             raise SpecError(f"{self.facts} is damaged. Put a good copy back, or use --fresh.")
         return facts
+
+    def read_spec(self, overrides: Iterable[str] = ()) -> Spec:
+        """The spec of the run, with the files it names where they are if they moved with the run.
+
+        Raises:
+            SpecError: see `load_spec`.
+        """
+        begun_at = self.read_facts().get("place")
+        spec = load_spec(self.spec, overrides=overrides)
+        if not isinstance(begun_at, str):  # of an earlier version
+            return spec
+        return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Replace run.json, in one piece.
@@ -316,7 +328,7 @@ def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
         opened.close_lost_attempt()
         return opened
     _require_empty(directory)
-    facts = _first_facts(spec)
+    facts = _first_facts(spec, directory)
     # In this order: killed between any two of these, it begins anew the next time.
     directory.write_facts(facts)
     directory.logs.mkdir(exist_ok=True)
@@ -455,7 +467,7 @@ def _locked_in_time(lock: IO[str]) -> bool:
 
 def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
     facts = directory.read_facts()
-    differences = changes(load_spec(directory.spec), spec)
+    differences = changes(directory.read_spec(), spec)
     if differences:
         raise SpecError(
             f"{directory.path} was begun with another spec:\n  "
@@ -485,11 +497,12 @@ def _put_aside(directory: RunDirectory) -> None:
     os.rename(directory.path, aside)
 
 
-def _first_facts(spec: Spec) -> dict[str, Any]:
+def _first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "id": os.environ.get("WANDB_RUN_ID") or f"{spec.name}-{secrets.token_hex(4)}",
         "created": time.time(),
+        "place": os.path.abspath(directory.path),
         "state": "new",
         "command": redacted(sys.argv[1:]),
         "versions": versions(),

@@ -797,7 +797,8 @@ class Spec(Part):
     task: Annotated[str, Field(examples=["./my_task.py:task"])]
     """`package.module:name` or `./file.py:name`: what is trained."""
     task_args: dict[str, Any] = {}
-    """Arguments of the task, when it is a function."""
+    """Arguments of the task, when it is a function. What begins with `./` or `../` is a path
+    relative to the spec's directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run follows from it."""
     exactness: Literal["rounding", "bitwise"] = "rounding"

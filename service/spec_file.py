@@ -6,7 +6,7 @@ import ast
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -41,8 +41,9 @@ def load_spec(
     """The spec in a file, or in a mapping, with `key.sub=value` overrides applied in order.
 
     A `SpecError` lists every fault at once, as `file:line:column: key: what is wrong`. A task in a
-    file, `./my_task.py:task`, is relative to the spec's directory, and one given by an override or
-    a mapping to the current one; in the result its path is absolute.
+    file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` are relative to the
+    spec's directory, and where given by an override or a mapping to the current one; in the result
+    such paths are absolute.
     """
     document = document_of(path) if isinstance(path, Mapping) else read_document(path)
     refused: list[str] = []
@@ -59,9 +60,51 @@ def load_spec(
         raise SpecError("\n".join([*map(str, found), *refused])) from None
     if refused:
         raise SpecError("\n".join(refused))
-    from_here = document.place_of_key(("task",)).override > 0
-    folder = "" if from_here else os.path.dirname(document.source)
-    return spec.model_copy(update={"task": _absolute(spec.task, folder)})
+
+    def folder(steps: Steps) -> str:
+        from_here = document.place_of_key(steps).override > 0
+        return "" if from_here else os.path.dirname(document.source)
+
+    arguments = _with_paths(spec.task_args, ("task_args",), lambda t, at: _joined(t, folder(at)))
+    task = _absolute(spec.task, folder(("task",)))
+    return spec.model_copy(update={"task": task, "task_args": arguments})
+
+
+def with_files_where_they_are(spec: Spec, *, old: str, new: str) -> Spec:
+    """The spec of a run that was begun in directory `old` and is in `new`.
+
+    A file that has gone from its place but lies as before, seen from the run's directory, has
+    moved along with it.
+    """
+
+    def found(path: str) -> str:
+        if not os.path.isabs(path) or os.path.exists(path):
+            return path
+        moved = os.path.normpath(os.path.join(new, os.path.relpath(path, old)))
+        return moved if os.path.exists(moved) else path
+
+    where, _, name = spec.task.rpartition(":")
+    task = f"{found(where)}:{name}" if where.endswith(".py") else spec.task
+    arguments = _with_paths(spec.task_args, (), lambda text, at: found(text))
+    return spec.model_copy(update={"task": task, "task_args": arguments})
+
+
+def _with_paths(value: Any, steps: Steps, path: Callable[[str, Steps], str]) -> Any:
+    """Plain values with each text replaced by what `path` makes of it, given its place."""
+    if isinstance(value, str):
+        return path(value, steps)
+    if isinstance(value, Mapping):
+        return {key: _with_paths(item, (*steps, key), path) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        inner = [_with_paths(item, (*steps, at), path) for at, item in enumerate(value)]
+        return tuple(inner) if isinstance(value, tuple) else inner
+    return value
+
+
+def _joined(text: str, folder: str) -> str:
+    if not text.startswith(("./", "../")):
+        return text  # a path of the current directory, or no path at all: a name, an address
+    return os.path.abspath(os.path.join(folder, text))
 
 
 def _absolute(task: str, folder: str) -> str:

@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -285,6 +286,22 @@ def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Tas
             f"it lacks {', '.join(lacking)}. See service.task.supervised."
         )
     return task
+
+
+@contextmanager
+def files_may_have_moved() -> Iterator[None]:
+    """While the task and the model of a run that was trained are made again.
+
+    Raises:
+        SpecError: they cannot be; says how to name other files.
+    """
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(
+            f"{error}\nThe checkpoint holds all weights. If files have moved, add where they are: "
+            "task=PATH:NAME or task_args.KEY=PATH (or task_args.KEY= for none)."
+        ) from error
 
 
 def _task_names() -> list[str]:

@@ -57,7 +57,7 @@ from service.spec_file import fingerprint
 from service.state import TrainState, require_measures
 from service.stopping import Grace, Stopping, estimated, measured_in
 from service.streams import Stream, is_stream
-from service.task import Task, new_model
+from service.task import Task, files_may_have_moved, new_model
 from service.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.updates import Updates
 from service.vitals import Stopwatch, Vitals
@@ -341,7 +341,9 @@ def test_run(
     # Testing has no micro-batches to share out, so any number of processes can take part.
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
-    model = new_model(task).to(world.device)
+    with files_may_have_moved():
+        model = new_model(task)
+    model.to(world.device)
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
