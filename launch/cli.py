@@ -255,11 +255,12 @@ _NAME = click.option("--name", help="Name of the run; the spec's own by default.
 @_NAME
 def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
     """Print the manifests of SPEC, for kubectl apply -f -."""
+    from launch.kubernetes.manifests import new_secret, task_file, to_yaml
     from launch.kubernetes.manifests import render as manifests
-    from launch.kubernetes.manifests import task_file, to_yaml
 
     loaded = _load(spec, overrides, name)
-    click.echo(to_yaml(manifests(loaded, target=target, files=task_file(loaded))), nl=False)
+    objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
+    click.echo(to_yaml(objects), nl=False)
 
 
 _RUN = click.argument("name", metavar="NAME")
@@ -280,11 +281,11 @@ def submit(
     """Start SPEC on a cluster. Submitted again after its end, it resumes."""
     from launch.kubernetes import jobs
     from launch.kubernetes.api import Api, ClusterError
+    from launch.kubernetes.manifests import new_secret, task_file
     from launch.kubernetes.manifests import render as manifests
-    from launch.kubernetes.manifests import task_file
 
     loaded = _load(spec, overrides, name)
-    objects = manifests(loaded, target=target, files=task_file(loaded))
+    objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
     namespace = loaded.kubernetes.namespace if loaded.kubernetes else None
     with Api(namespace=namespace, say=_complain) as api:
         jobs.submit(api, objects, say=click.echo)

@@ -376,7 +376,7 @@ def _own_interface(address: str) -> str:
     another: so that counts only where loopback is what was written.
     """
     if is_loopback(address):
-        return "::1" if address == "::1" else "127.0.0.1"
+        return "127.0.0.1" if address == "localhost" else address
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(address or None, 0)]
     except OSError:

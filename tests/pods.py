@@ -8,6 +8,7 @@ podReplacementPolicy. Not the NetworkPolicy: the pods' network has no way out at
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -62,6 +63,8 @@ class Cluster:
         kinds = {made["kind"]: made for made in self.objects}
         self.job = kinds["Job"]["spec"]
         self.files = kinds["ConfigMap"]["data"]
+        made = [each for each in self.objects if each["kind"] == "Secret"]
+        self.secrets = {each["metadata"]["name"]: each["data"] for each in made}
         self.service = kinds.get("Service")
         self.name = kinds["Job"]["metadata"]["name"]
         self.run_name = kinds["ConfigMap"]["metadata"]["name"]
@@ -254,8 +257,18 @@ class Cluster:
         if "persistentVolumeClaim" in volume:
             return self.runs
         if "secret" in volume:
-            assert volume["secret"]["optional"], "there is none here"
-            return None
+            asked = volume["secret"]
+            found = self.secrets.get(asked["secretName"])
+            if found is None:
+                assert asked.get("optional"), f"there is no secret {asked['secretName']}"
+                return None
+            own.mkdir()
+            self._give_to_the_group(own)
+            for name, text in found.items():
+                (own / name).write_bytes(base64.b64decode(text))
+                os.chown(own / name, 0, self.pod["securityContext"]["fsGroup"])
+                (own / name).chmod(asked["defaultMode"])
+            return own
         own.mkdir()
         if "configMap" in volume:
             for name, text in self.files.items():

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from pod_containers import Podman
 from pods import Cluster
 
-from launch.kubernetes.manifests import render
+from launch.kubernetes.manifests import new_secret, render
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
@@ -33,7 +33,7 @@ def job(
 ) -> Cluster:
     section = f"kubernetes={json.dumps(CLUSTER | cluster)}"
     spec = load_spec(find_recipe("digits"), overrides=["length={steps: 20}", section, *overrides])
-    return Cluster(render(spec, files=files), directory, Podman())
+    return Cluster(render(spec, files=files, secret=new_secret()), directory, Podman())
 
 
 def inside(image: str, *command: str) -> str:
@@ -139,7 +139,8 @@ def test_the_example_of_the_page_is_an_image_that_trains(image: str, tmp_path: P
     try:
         options = CLUSTER | {"image": own, "nodes": 2, "cpu": "1"}
         words = [f"kubernetes.{key}={json.dumps(value)}" for key, value in options.items()]
-        objects = render(load_spec(tmp_path / "my_job.yaml", overrides=words))
+        spec = load_spec(tmp_path / "my_job.yaml", overrides=words)
+        objects = render(spec, secret=new_secret())
         with Cluster(objects, tmp_path / "job", Podman()) as cluster:
             assert cluster.run(seconds=300) == "Complete", cluster.logs()
             assert "4 processes on cpu" in cluster.logs()

@@ -63,8 +63,8 @@ def test_submit_applies_every_object_with_strict_validation(place: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Job ddp-train is submitted to namespace ml-train.\n"
     patches = [r for r in server.requests if r.method == "PATCH"]
-    assert [r.body["kind"] for r in patches][-2:] == ["Service", "Job"]
-    assert len(patches) == 6
+    assert [r.body["kind"] for r in patches][-3:] == ["Secret", "Service", "Job"]
+    assert len(patches) == 7
     assert {r.content_type for r in patches} == {"application/apply-patch+yaml"}
     assert {r.query["fieldManager"][0] for r in patches} == {"evenstep"}
     assert {r.query["fieldValidation"][0] for r in patches} == {"Strict"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import itertools
 import json
@@ -18,7 +19,7 @@ from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.kubernetes.kustomize import kustomization
-from launch.kubernetes.manifests import render, task_file, to_yaml
+from launch.kubernetes.manifests import new_secret, render, task_file, to_yaml
 from launch.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
 from service.errors import SpecError
 from service.spec import Spec
@@ -509,6 +510,32 @@ def test_an_overlay_is_its_spec_rendered(overlay: str) -> None:
     assert found == {made["kind"]: made for made in render(spec)}
 
 
+def test_nodes_get_a_secret_of_their_own_as_a_file_and_one_node_none() -> None:
+    first, second = (render(job(nodes=2), secret=new_secret()) for _ in range(2))
+    made = of_kind(first, "Secret")
+    assert len(base64.b64decode(made["data"]["secret"])) == 64
+    assert made["data"] != of_kind(second, "Secret")["data"], "one for each run"
+    pod = pod_of(first)
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["meeting"]["secret"] == {
+        "secretName": made["metadata"]["name"],
+        "defaultMode": 0o440,
+    }
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "meeting"]
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert env["EVENSTEP_SECRET_FILE"] == f"{mount['mountPath']}/secret"
+    assert made["data"]["secret"] not in str(of_kind(first, "Job"))
+    assert "meeting" not in str(render(job(), secret=new_secret())[-1]["spec"]["template"])
+
+
+def test_what_lies_in_the_repository_holds_no_secret() -> None:
+    held = [yaml.safe_load_all(path.read_text()) for path in (ROOT / "k8s").rglob("*.yaml")]
+    kinds = {made.get("kind") for made in itertools.chain(*held) if isinstance(made, dict)}
+    assert "Job" in kinds
+    assert "Secret" not in kinds
+
+
 def test_every_field_has_its_reason() -> None:
     """Each key of every object, at the place where k8s/README.md speaks of it."""
     told = re.sub("(?s)```.*?```", "", (ROOT / "k8s/README.md").read_text())
@@ -516,6 +543,7 @@ def test_every_field_has_its_reason() -> None:
     named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
     objects = [made for target in TARGETS for made in render(job(**EVERY_OPTION), target=target)]  # type: ignore[arg-type]
     objects += render(job(storage_class="fast"))  # with a claim of its own
+    objects += render(job(nodes=2), secret=new_secret())
     keys = set(itertools.chain(*map(_keys, objects)))
     assert keys - named == set()
 

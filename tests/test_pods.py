@@ -18,7 +18,7 @@ from pod_processes import Namespaces
 from pods import Cluster, as_its_controllers_make_it
 from safetensors.torch import load_file
 
-from launch.kubernetes.manifests import Target, render
+from launch.kubernetes.manifests import Target, new_secret, render
 from service.recipes import find_recipe
 from service.spec_file import load_spec
 from service.tracking import read_metrics
@@ -64,7 +64,8 @@ def pods(request: pytest.FixtureRequest) -> None:
 def start(directory: Path, *overrides: str, target: Target = "job", **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
-    objects = render(load_spec(find_recipe("digits"), overrides=words), target=target)
+    spec = load_spec(find_recipe("digits"), overrides=words)
+    objects = render(spec, target=target, secret=new_secret())
     if target != "job":
         objects = as_its_controllers_make_it(objects)
     return Cluster(objects, directory, Podman() if chosen() == "containers" else Namespaces())

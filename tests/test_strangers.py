@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import socket
 import threading
 from base64 import b64encode
 from contextlib import suppress
@@ -63,6 +64,30 @@ def test_one_node_listens_on_loopback_alone_and_runs_nothing_that_lies_in_its_st
     assert keys, "a stranger on this machine can read and write it"
     assert len(stores) == 1, "and there is nothing else of the launcher"
     assert {address for address, _ in found} <= LOOPBACK, found
+
+
+def test_two_nodes_listen_where_they_meet_and_nowhere_else(tmp_path: Path) -> None:
+    environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environ |= {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environ |= {"PET_MASTER_ADDR": "127.0.0.2", "PET_MASTER_PORT": str(port)}
+    environ |= {"EVENSTEP_SECRET": "what both of them know"}
+    with (
+        started(cwd=tmp_path, PET_NODE_RANK="0", **environ) as first,
+        started(cwd=tmp_path, PET_NODE_RANK="1", **environ) as second,
+    ):
+        until(lambda: rows_of(tmp_path), "a step")
+        found = {node.pid: listening(node.pid) for node in (first, second)}
+        for node in (first, second):
+            node.send_signal(signal.SIGTERM)
+        told = [node.communicate(timeout=90)[1] for node in (first, second)]
+    assert [first.returncode, second.returncode] == [75, 75], told
+    stores = {ip for (ip, _), process in found[first.pid].items() if process == first.pid}
+    assert "127.0.0.2" in stores, "the store of both"
+    everywhere = {address for node in found.values() for address, _ in node}
+    assert everywhere <= LOOPBACK | {"127.0.0.2"}, found
+    assert port not in {at for node in found.values() for _, at in node}, "the door is closed"
 
 
 def test_a_store_whose_keys_are_gone_holds_up_no_run_and_no_end(tmp_path: Path) -> None:

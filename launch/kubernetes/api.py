@@ -18,6 +18,7 @@ _PATHS = {
     "ConfigMap": "api/v1/namespaces/{namespace}/configmaps",
     "PersistentVolumeClaim": "api/v1/namespaces/{namespace}/persistentvolumeclaims",
     "Service": "api/v1/namespaces/{namespace}/services",
+    "Secret": "api/v1/namespaces/{namespace}/secrets",
     "Pod": "api/v1/namespaces/{namespace}/pods",
     "Event": "api/v1/namespaces/{namespace}/events",
     "NetworkPolicy": "apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies",

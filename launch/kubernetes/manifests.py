@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from launch.kubernetes.pods import Manifest, claim_name, labels, own_pods
+from launch.kubernetes.pods import (
+    MEETING_SECRET,
+    Manifest,
+    claim_name,
+    labels,
+    meeting_secret_name,
+    own_pods,
+)
 from launch.kubernetes.refusals import check
 from launch.kubernetes.targets import TARGETS
 from service.errors import SpecError
@@ -19,6 +28,7 @@ from service.spec_file import dump_values
 Target = Literal["job", "jobset", "kubeflow"]
 
 _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"]
+_SECRET_BYTES = 32
 _CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")  # the key of a ConfigMap
 # What kubectl reads as a number or a truth, and PyYAML, by YAML 1.1 to the letter, does not.
@@ -26,12 +36,18 @@ _NO_TEXT_TO_KUBECTL = re.compile(r"[yYnN]|[-+]?(0[oObBxX]\w+|[\d_.]+([eE][-+]?[\
 
 
 def render(
-    spec: Spec, *, target: Target = "job", files: Mapping[str, str] | None = None
+    spec: Spec,
+    *,
+    target: Target = "job",
+    files: Mapping[str, str] | None = None,
+    secret: str | None = None,
 ) -> list[Manifest]:
     """The objects of a job, in the order in which they are to be made.
 
     Args:
         files: what stands beside the spec in its directory; see `task_file`.
+        secret: what the nodes prove to each other, see `new_secret`; None where the Secret that
+            holds it is made by hand.
     Raises:
         SpecError: the spec has no `kubernetes` section, or one that no cluster could run.
     """
@@ -53,9 +69,16 @@ def render(
         claim = _object(spec, "v1", "PersistentVolumeClaim", {"spec": _claim(cluster)})
         claim["metadata"]["name"] = claim_name(spec, cluster)
         objects.append(claim)
+    if secret is not None and cluster.nodes > 1:
+        objects.append(_meeting_secret(spec, secret))
     if needs_service:
         objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
     return [*objects, *workload]
+
+
+def new_secret() -> str:
+    """A secret for the nodes of one run."""
+    return secrets.token_hex(_SECRET_BYTES)
 
 
 def task_file(spec: Spec) -> dict[str, str]:
@@ -107,6 +130,13 @@ def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
             f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/image.md."
         )
     return _object(spec, "v1", "ConfigMap", {"data": data})
+
+
+def _meeting_secret(spec: Spec, secret: str) -> Manifest:
+    data = {MEETING_SECRET: base64.b64encode(secret.encode()).decode()}
+    made = _object(spec, "v1", "Secret", {"type": "Opaque", "data": data})
+    made["metadata"]["name"] = meeting_secret_name(spec)
+    return made
 
 
 def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:

@@ -11,6 +11,8 @@ Manifest = dict[str, Any]
 SPEC_DIRECTORY = "/etc/evenstep"
 RUNS_DIRECTORY = "/runs"
 SECRETS_DIRECTORY = "/var/run/secrets/evenstep"
+MEETING_SECRET = "secret"
+"""The key, and so the file, of what the nodes of a run prove to each other."""
 USER = 10001
 
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -33,6 +35,10 @@ def own_pods(spec: Spec) -> Manifest:
 
 def claim_name(spec: Spec, cluster: KubernetesSpec) -> str:
     return cluster.storage_claim or f"{spec.name}-runs"
+
+
+def meeting_secret_name(spec: Spec) -> str:
+    return f"{spec.name}-meeting"
 
 
 def pod_template(
@@ -122,8 +128,19 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
             "capabilities": {"drop": ["ALL"]},
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [*own_mounts(), *(_mounted(n, m) for n, m in enumerate(cluster.mounts))],
+        "volumeMounts": [
+            *own_mounts(),
+            *([_MEETING_MOUNT] if cluster.nodes > 1 else []),
+            *(_mounted(n, m) for n, m in enumerate(cluster.mounts)),
+        ],
     }
+
+
+_MEETING_MOUNT = {
+    "name": "meeting",
+    "mountPath": f"{SECRETS_DIRECTORY}/meeting",
+    "readOnly": True,
+}
 
 
 def _environment(cluster: KubernetesSpec) -> list[Manifest]:
@@ -138,6 +155,8 @@ def _environment(cluster: KubernetesSpec) -> list[Manifest]:
         "OMP_NUM_THREADS": str(threads),
         "WANDB_API_KEY_FILE": f"{SECRETS_DIRECTORY}/wandb/api-key",
     }
+    if cluster.nodes > 1:
+        variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
     if cluster.on_cpu:
         variables["EVENSTEP_DEVICE"] = "cpu"
     # What the user sets comes last and wins.
@@ -173,6 +192,9 @@ def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
         {"name": "shared-memory", "emptyDir": shared},
         {"name": "wandb", "secret": key},
     ]
+    if cluster.nodes > 1:  # not optional: a pod waits for it, and none meets the others without it
+        meeting = {"secretName": meeting_secret_name(spec), "defaultMode": 0o440}
+        own.append({"name": "meeting", "secret": meeting})
     return [*own, *({"name": f"mount-{n}", **_source(m)} for n, m in enumerate(cluster.mounts))]
 
 
