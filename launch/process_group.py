@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from launch.environment import Environment
 from service.errors import SpecError, Stopped
-from service.limits import threads_each
+from service.limits import stay_near, threads_each
 from service.precision import multiply_in
 from service.world import World
 
@@ -130,6 +130,19 @@ def identity_of(device: torch.device) -> str:
         return f"{name} on PCI {bus}:{properties.pci_device_id:02x} of {_machine()}"
     visible = [f"{each}={os.environ[each]}" for each in _VISIBLE if each in os.environ]
     return " ".join([f"{name} {device.index or 0} of {_machine()}", *visible])
+
+
+def stay_near_device(world: World, environment: Environment) -> None:
+    """Where several processes share a machine: each keeps to the cores of its GPU's NUMA node.
+
+    Called once it is known how many cores each process gets, for it changes what this one sees.
+    """
+    if world.device.type != "cuda" or environment.local_world_size == 1:
+        return
+    card: Any = torch.cuda.get_device_properties(world.device)
+    if hasattr(card, "pci_bus_id"):
+        bus = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}"
+        stay_near(f"{bus}.0")
 
 
 def _machine() -> str:
