@@ -49,7 +49,8 @@ def process_group(
         _share_cores(environment, device)
     _multiply_in(precision)
     accelerator = _accelerator(environment, device, timeout_seconds)
-    world = World(accelerator, precision=precision, may_set_threads=free)
+    own = _own(environment, device, accelerator)
+    world = World(accelerator, device=own, precision=precision, may_set_threads=free)
     # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"
@@ -76,6 +77,16 @@ def _device(environment: Environment) -> str:
             "that many, or EVENSTEP_DEVICE=cpu."
         )
     return accelerator.type
+
+
+def _own(environment: Environment, device: str, accelerator: Accelerator) -> torch.device:
+    """The device of this process among those of its machine that it sees."""
+    if environment.is_alone and accelerator.device.type == device:
+        chosen: torch.device = accelerator.device  # perhaps by ACCELERATE_TORCH_DEVICE
+        return chosen
+    if environment.is_alone or device == "cpu":
+        return torch.device(device)
+    return torch.device(device, environment.local_rank % torch.accelerator.device_count())
 
 
 def _share_cores(environment: Environment, device: str) -> None:
