@@ -13,7 +13,7 @@ from typing import NamedTuple
 from launch.environment import Environment
 from launch.job import Job, TestJob
 from launch.leaving import end_in_time
-from launch.process_group import process_group
+from launch.process_group import process_group, stay_near_device
 from service.errors import (
     EvenstepError,
     OutOfMemory,
@@ -77,6 +77,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) 
             processes_here=environment.local_world_size,
             say=print,
         )
+        stay_near_device(world, environment)
         plan = make_plan(
             spec,
             processes=world.processes,

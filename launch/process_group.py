@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from launch.environment import Environment
 from launch.joining import keep_to_loopback, on_one_node, store_of, wait_for_all
 from service.errors import SpecError, Stopped
-from service.limits import threads_each
+from service.limits import stay_near, threads_each
 from service.precision import multiply_in
 from service.world import World, be_patient, connect_patience, unconnected
 
@@ -27,7 +27,6 @@ from service.world import World, be_patient, connect_patience, unconnected
 # with the interpreter's lock held, and wait there for gloo's threads to end, of which one may wait
 # for that lock to free a tensor. Now and then a run that was stopped hung so.
 _KEPT: list[object] = []
-_NAMED = "ACCELERATE_TORCH_DEVICE"
 # By these a process is shown some of the devices of its machine.
 _VISIBLE = (
     "CUDA_VISIBLE_DEVICES",
@@ -64,15 +63,15 @@ def process_group(
         _share_cores(environment)
     multiply_in(precision)
     accelerator = _accelerator(environment, device, timeout_seconds)
-    world = World(accelerator, precision=precision, may_set_threads=free)
+    own = _own(environment, device, accelerator)
+    world = World(accelerator, device=own, precision=precision, may_set_threads=free)
     # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"
     assert world.device.type == device, "accelerate chose another device"
     together = True
     try:
-        # Who names the device of every process (ACCELERATE_TORCH_DEVICE) has decided it.
-        if device != "cpu" and world.processes > 1 and _NAMED not in os.environ:
+        if device != "cpu" and world.processes > 1:
             require_own_device(world, identity_of(world.device))
         yield world
     except BaseException as error:
@@ -92,6 +91,16 @@ def _device() -> str:
         return "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
+
+
+def _own(environment: Environment, device: str, accelerator: Accelerator) -> torch.device:
+    """The device of this process among those of its machine that it sees."""
+    if environment.is_alone and accelerator.device.type == device:
+        chosen: torch.device = accelerator.device  # perhaps by ACCELERATE_TORCH_DEVICE
+        return chosen
+    if environment.is_alone or device == "cpu":
+        return torch.device(device)
+    return torch.device(device, environment.local_rank % torch.accelerator.device_count())
 
 
 def require_own_device(world: World, own: str) -> None:
@@ -132,6 +141,19 @@ def identity_of(device: torch.device) -> str:
         return f"{name} on PCI {bus}:{properties.pci_device_id:02x} of {_machine()}"
     visible = [f"{each}={os.environ[each]}" for each in _VISIBLE if each in os.environ]
     return " ".join([f"{name} {device.index or 0} of {_machine()}", *visible])
+
+
+def stay_near_device(world: World, environment: Environment) -> None:
+    """Where several processes share a machine: each keeps to the cores of its GPU's NUMA node.
+
+    Called once it is known how many cores each process gets, for it changes what this one sees.
+    """
+    if world.device.type != "cuda" or environment.local_world_size == 1:
+        return
+    card: Any = torch.cuda.get_device_properties(world.device)
+    if hasattr(card, "pci_bus_id"):
+        bus = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}"
+        stay_near(f"{bus}.0")
 
 
 def _machine() -> str:

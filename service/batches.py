@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from service.devices import copies_late, module_of
+
 # The targets of a row that is a mapping stand under one of these keys.
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -79,7 +81,7 @@ def carrier(device: torch.device) -> Callable[[Any], Any]:
     stream = _stream_of_copies(device)
     if stream is None:
         return partial(to_device, device=device)
-    module = torch.get_device_module(device)
+    module = module_of(device)
 
     def bring(value: Any) -> Any:
         with module.stream(stream):
@@ -95,8 +97,8 @@ def carrier(device: torch.device) -> Callable[[Any], Any]:
 
 @lru_cache(maxsize=1)  # each stream has memory that no other uses
 def _stream_of_copies(device: torch.device) -> Any:
-    streams = getattr(torch.get_device_module(device), "Stream", None)
-    return None if device.type == "cpu" or streams is None else streams()
+    streams = getattr(module_of(device), "Stream", None)
+    return streams() if copies_late(device) and streams is not None else None
 
 
 def first_rows(value: Any, count: int) -> Any:

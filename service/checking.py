@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from service import randomness
 from service.batches import Batch, forward
 from service.checkpoints import Checkpoints
+from service.devices import peak_bytes
 from service.errors import Diverged, EvenstepError, SpecError, told_as_mistake
 from service.exchange import Overlapped
 from service.fitting import fitting_rows, with_micro_batch, with_workers
@@ -263,8 +264,8 @@ def _memory(state: TrainState, activations: int, world: World) -> str:
     }
     told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     text = f"about {_size(sum(parts.values()))} a process: {told}"
-    if world.device.type == "cuda":
-        text += f"; measured {_size(torch.cuda.max_memory_allocated(world.device))}"
+    if world.device.type != "cpu":
+        text += f"; measured {_size(peak_bytes(world.device))}"
     return text
 
 

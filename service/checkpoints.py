@@ -39,6 +39,7 @@ from service.checkpoint_files import (
     tensor_digests,
 )
 from service.copies import Excerpt, Layout, Snapshot, most_shares, require_finite
+from service.devices import Arrival, use
 from service.durable import (
     PASSING,
     in_the_way,
@@ -94,7 +95,7 @@ class _Job:
     rest: Mapping[str, Any]
     size_bytes: int
     """Of all of it."""
-    arrived: torch.cuda.Event | None
+    arrived: Arrival | None
     """When the content has come from the device; None where it is here."""
     failed: EvenstepError | None
     """Why there is nothing to write."""
@@ -153,7 +154,7 @@ class Checkpoints:
         self._pulse = pulse or Pulse()
         self._stopping = stopping or Stopping((), say=say)
         self._trainer = threading.get_ident()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix=WRITER)
+        self._writer = self._writers_beside(1)
         self._moves = 0
         """Counts what the writer has got done."""
         self._snapshot = Snapshot(world.device)
@@ -289,9 +290,7 @@ class Checkpoints:
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(
-        self, content: Content | Excerpt
-    ) -> tuple[Content | Excerpt, torch.cuda.Event | None]:
+    def _copied(self, content: Content | Excerpt) -> tuple[Content | Excerpt, Arrival | None]:
         try:
             if self._reserved is not None:
                 self._reserved.result()
@@ -453,7 +452,7 @@ class Checkpoints:
 
         shares = excerpt.shares  # none, where there are more processes than parts
         digests: dict[Part, str] = {}
-        with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix=WRITER) as beside:
+        with self._writers_beside(max(1, len(shares) - 1)) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]
             for share in shares[:1]:
                 digests |= write(share)
@@ -461,6 +460,11 @@ class Checkpoints:
                 self._wait_for(written)
                 digests |= written.result()
         return digests
+
+    def _writers_beside(self, count: int) -> ThreadPoolExecutor:
+        """Threads that write, and that mean this process's device where they name none."""
+        device = (self._world.device,)
+        return ThreadPoolExecutor(count, WRITER, initializer=use, initargs=device)
 
     def _get_on(self) -> None:
         self._moves += 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from service.checkpoint_files import OPTIMIZER, header
+from service.devices import Arrival, copies_late, moment
 from service.errors import Diverged
 from service.parts import Part, parts_of, shared_out
 from service.snapshots import Content
@@ -158,9 +159,10 @@ class Snapshot:
     """A kept buffer in main memory, laid out as the files are, that an excerpt is copied into."""
 
     def __init__(self, device: torch.device) -> None:
-        # From pinned memory a GPU copies by itself, in the order of its other work: the copy is
+        # Into pinned memory a GPU copies by itself, in the order of its other work: the copy is
         # of the state as it is now, and nobody waits for it but who writes it.
-        self._pinned = device.type == "cuda"
+        self._device = device
+        self._pinned = copies_late(device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size_bytes: int) -> None:
@@ -171,7 +173,7 @@ class Snapshot:
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffer.zero_()
 
-    def whole(self, content: Content) -> tuple[Content, torch.cuda.Event | None]:
+    def whole(self, content: Content) -> tuple[Content, Arrival | None]:
         """The same content in the buffer, until the next is taken; and what to wait for first."""
         every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
         copies, arrived = self._copies(every)
@@ -181,7 +183,7 @@ class Snapshot:
         }
         return replace(content, tensors=held), arrived
 
-    def part(self, excerpt: Excerpt) -> tuple[Excerpt, torch.cuda.Event | None]:
+    def part(self, excerpt: Excerpt) -> tuple[Excerpt, Arrival | None]:
         """Likewise for what one of several processes writes."""
         every = [s.numbers for stretches in excerpt.stretches.values() for s in stretches]
         copies, arrived = self._copies(every)
@@ -192,9 +194,7 @@ class Snapshot:
         return replace(excerpt, stretches=held), arrived
 
     @torch.no_grad()
-    def _copies(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[Iterator[Tensor], torch.cuda.Event | None]:
+    def _copies(self, tensors: Sequence[Tensor]) -> tuple[Iterator[Tensor], Arrival | None]:
         self.reserve(sum(tensor.nbytes for tensor in tensors))
         copies = []
         at = 0
@@ -203,10 +203,9 @@ class Snapshot:
             space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies.append(space.copy_(tensor, non_blocking=self._pinned))
             at += tensor.nbytes
-        arrived: torch.cuda.Event | None = None
+        arrived: Arrival | None = None
         if self._pinned:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+            arrived = moment(self._device)
         return iter(copies), arrived
 
 

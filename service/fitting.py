@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from service import randomness
+from service.devices import forget_peak, peak_bytes
 from service.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.limits import memory_each, workers_each
 from service.loading import sample
@@ -28,7 +29,6 @@ from service.snapshots import expected_bytes
 from service.spec import Spec
 from service.spec_file import load_spec
 from service.task import Task, new_model
-from service.vitals import peak_bytes
 from service.world import World
 
 _USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
@@ -148,9 +148,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
             break
         found = rows
     del reserved, model
-    if not on_cpu:
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
+    forget_peak(world.device)
     if not found:
         raise OutOfMemory("Out of memory with a micro-batch of one row. Take a smaller model.")
     return found

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from service.devices import name_of
+
 # Dense products, in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 # Columns: fp16 and bf16, tf32, fp32.
 _PEAKS: dict[str, tuple[float | None, float | None, float | None]] = {
@@ -55,11 +57,6 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """What the device could do in a second, or None where that is not known."""
     return known_peak(name_of(device), precision)
-
-
-def name_of(device: torch.device) -> str:
-    """As its maker calls it; empty where that is not asked."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def known_peak(name: str, precision: str) -> float | None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,36 @@ def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> Limits:
     quotas = [quota for place in _places("cpu", cgroups, own) for quota in _quota(place)]
     memory = [limit for place in _places("memory", cgroups, own) for limit in _memory(place)]
     return Limits(_affinity(), min(quotas, default=None), min(memory, default=None))
+
+
+def cores_near(pci: str, system: Path = Path("/sys")) -> set[int]:
+    """Cores of the NUMA node that a PCI device (`0000:dc:00.0`) belongs to.
+
+    Empty where the machine has one node only, or does not say.
+    """
+    nodes = system / "devices/system/node"
+    number = _text(system / "bus/pci/devices" / pci / "numa_node").strip()
+    if not number.isdecimal() or len(list(nodes.glob("node[0-9]*"))) < 2:
+        return set()
+    found: set[int] = set()
+    for part in _text(nodes / f"node{number}" / "cpulist").strip().split(","):  # "0-31,64-95"
+        first, _, last = part.partition("-")
+        if first.isdecimal():
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def stay_near(pci: str, system: Path = Path("/sys")) -> None:
+    """Let this process, with what it starts from now on, run near a PCI device alone.
+
+    Of the cores that it may use; where none of these is near, nothing changes.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    near = cores_near(pci, system) & os.sched_getaffinity(0)
+    for thread in os.listdir("/proc/self/task") if near else ():
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), near)
 
 
 def _affinity() -> int:

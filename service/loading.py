@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from service import randomness
 from service.batches import Batch, Step, carrier, first_rows, split, tensors_of
+from service.devices import copies_late
 from service.errors import DataBroken, EvenstepError, SpecError, with_place
 from service.faults import STOP_SIGNALS, die_with_parent
 from service.generators import seed_generators
@@ -256,7 +257,7 @@ def _collated(
         collate_fn=_as_it_is,
         num_workers=int(plan.spec.loader.workers),
         prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
-        pin_memory=world.device.type == "cuda",
+        pin_memory=copies_late(world.device),
         worker_init_fn=_outlive_signals,
     )
     return _in_our_words(loader)

@@ -111,6 +111,8 @@ class Profile:
         """Trace while it lasts; the caller puts the steps that it begins into the list."""
         import torch
 
+        from service.devices import synchronize
+
         on_cpu = self._device.type == "cpu"
         activities = {torch.profiler.ProfilerActivity.CPU}
         if not on_cpu:
@@ -123,8 +125,7 @@ class Profile:
         try:
             yield begun
         finally:
-            if not on_cpu:
-                torch.accelerator.synchronize()
+            synchronize(self._device)
             spent = self._pulse.spent()
             with self._clock.stopped():
                 trace.stop()
@@ -174,17 +175,20 @@ def _by_operator(trace: Any, steps: int, *, on_cpu: bool) -> list[tuple[str, ...
     """What ran longest, what it called left out: on the device, or on the CPU where that is it.
 
     A kernel of the device is an event too, and its time is that of the operator that began it.
+    Where the profiler knows nothing of the device, the CPU's times are all there are.
     """
     from torch._C._autograd import DeviceType
-
-    def self_time(event: Any) -> float:
-        return float(event.self_cpu_time_total if on_cpu else event.self_device_time_total)
 
     events = [
         event
         for event in trace.key_averages()
         if event.device_type == DeviceType.CPU and not event.key.startswith("step ")
     ]
+    on_cpu = on_cpu or not any(event.self_device_time_total for event in events)
+
+    def self_time(event: Any) -> float:
+        return float(event.self_cpu_time_total if on_cpu else event.self_device_time_total)
+
     total = sum(map(self_time, events)) or 1.0
     longest = sorted(events, key=self_time, reverse=True)[:_OPERATORS_SHOWN]
     rows = [

@@ -5,10 +5,8 @@ Every process tells it at a logged step, within a sum over the processes that is
 
 from __future__ import annotations
 
-import resource
 import socket
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from service.clock import Clock
+from service.devices import moment, peak_bytes
 from service.world import World
 
 T = TypeVar("T")
@@ -36,9 +35,10 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
+        self._on_cpu = device.type == "cpu"
         self._begun: Any = None
-        # Of each pass its seconds; on a GPU two events, as it is not over yet.
+        # Of each pass its seconds; on a device two events, as it is not over yet.
         self._latest: deque[Any] = deque(maxlen=_PASSES_HELD)
 
     def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
@@ -50,23 +50,19 @@ class Stopwatch:
     def end(self) -> None:
         """The forward pass is over: its backward pass begins."""
         now = self._now()
-        self._latest.append((self._begun, now) if self._on_gpu else now - self._begun)
+        self._latest.append(now - self._begun if self._on_cpu else (self._begun, now))
 
     def seconds_a_pass(self) -> float:
-        """The mean of the latest; on a GPU it waits for the last one."""
+        """The mean of the latest; on a device it waits for the last one."""
         if not self._latest:
             return 0.0
-        if not self._on_gpu:
+        if self._on_cpu:
             return statistics.fmean(self._latest)
         self._latest[-1][1].synchronize()
         return statistics.fmean(b.elapsed_time(e) for b, e in self._latest) / 1e3
 
     def _now(self) -> Any:
-        if not self._on_gpu:
-            return perf_counter()
-        moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        moment.record(torch.cuda.current_stream())
-        return moment
+        return perf_counter() if self._on_cpu else moment(self._device, timing=True)
 
 
 class Vitals:
@@ -132,11 +128,3 @@ class Vitals:
                 "where its time goes."
             )
         return {"system/slowest_rank": rank, "system/slowest_ratio": round(ratio, 3)}
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the device's, or the machine's where that is it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

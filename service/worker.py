@@ -19,10 +19,11 @@ from service.checkpoints import Checkpoints
 from service.clock import Clock
 from service.compiling import compile_in_place, spare_compiler
 from service.console import Voice, console
+from service.devices import name_of
 from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
-from service.flops import cost_of_fp32, name_of, peak_flops
+from service.flops import cost_of_fp32, peak_flops
 from service.generators import seed_generators
 from service.loading import (
     brought_into_memory,

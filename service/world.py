@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from service.devices import generators, ready
 from service.errors import EvenstepError, PeerLost, WillFailAgain
 from service.generators import Seeded
 from service.limits import limits
@@ -72,22 +72,34 @@ class World:
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, precision: str = "fp32", may_set_threads: bool = False
+        self,
+        accelerator: Accelerator,
+        *,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+        may_set_threads: bool = False,
     ) -> None:
-        """`may_set_threads` where nobody has said on how many threads this process computes."""
-        self._accelerator = accelerator
+        """The processes that torch has joined; alone where it has joined none.
+
+        Args:
+            device: of this process; None takes accelerate's choice.
+            may_set_threads: where nobody has said on how many threads this process computes.
+        """
         self._may_set_threads = may_set_threads
-        self.processes: int = accelerator.num_processes
-        self.index: int = accelerator.process_index
-        self.device: torch.device = accelerator.device
+        # Asked of torch: accelerate counts the processes on the devices that it knows by name.
+        joined = dist.is_initialized()
+        self.processes: int = dist.get_world_size() if joined else 1
+        self.index: int = dist.get_rank() if joined else 0
+        self.device: torch.device = ready(device or accelerator.device)
+        """With its index."""
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64
         """The widest type that the device adds up in."""
-        self.is_lead: bool = accelerator.is_main_process
+        self.is_lead: bool = self.index == 0
         self.precision = precision
         self.narrow = _AUTOCAST.get(precision)
         """What a forward pass is computed in where it may be narrower than its weights."""
         self.trace = Trace()
-        self._own_generators = _generators(self.device)
+        self._own_generators = generators(self.device)
         self._generators: list[Seeded] = list(self._own_generators)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
@@ -122,19 +134,22 @@ class World:
             find_unused: look after each forward pass for parameters the loss does not depend on.
         """
         if self.processes == 1:
-            return model  # accelerate would wrap it all the same, at 1.3x the step
-        # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
-        self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=find_unused and not spec.static_graph,
-            static_graph=spec.static_graph,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=spec.bucket_mib,
-        )
+            return model  # wrapped all the same, a step would take 1.3 times as long
         with warnings.catch_warnings():
-            # torch 2.13 renames broadcast_buffers; accelerate 1.15 knows the old name alone.
+            # torch 2.13 renames broadcast_buffers, and 2.11 knows the old name alone.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            wrapped = cast(DistributedDataParallel, self._accelerator.prepare_model(model))
+            # accelerate would name the device by the local rank: of a process that sees its own
+            # device only, that one has the number 0.
+            wrapped = DistributedDataParallel(
+                model,
+                device_ids=None if self.device.type == "cpu" else [self.device.index],
+                find_unused_parameters=find_unused and not spec.static_graph,
+                static_graph=spec.static_graph,
+                # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=spec.bucket_mib,
+            )
         if spec.precision == "bf16":
             wrapped.register_comm_hook(None, mean_in_bf16)
         elif self._pairs is not None and _few_gradients(model):
@@ -476,18 +491,6 @@ def backend_advice(error: BaseException) -> str:
     return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])
 
 
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """The default generators of the CPU and of the device."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    elif device.type == "mps":
-        generators.append(torch.mps._get_default_mps_generator())
-    elif device.type == "xpu":
-        generators.append(torch.xpu.default_generators[device.index or 0])
-    return generators
-
-
 def in_place(*, precision: str) -> World:
     """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
 
@@ -496,9 +499,11 @@ def in_place(*, precision: str) -> World:
     free = "OMP_NUM_THREADS" not in os.environ
     if free:  # in a container torch sees all cores of its node
         torch.set_num_threads(min(torch.get_num_threads(), limits().cores))
-    on_cpu = os.environ.get("EVENSTEP_DEVICE") == "cpu" or not torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or os.environ.get("EVENSTEP_DEVICE") == "cpu":
+        device = torch.device("cpu")
     with warnings.catch_warnings():
         # A notice that it takes the CPU, which is what it was told.
         warnings.simplefilter("ignore", UserWarning)
-        accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1)
-    return World(accelerator, precision=precision, may_set_threads=free)
+        accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=1)
+    return World(accelerator, device=device, precision=precision, may_set_threads=free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import containers
 import pytest
@@ -23,6 +24,31 @@ def processes() -> Iterator[ProcessesOf]:
     yield of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def simulated() -> Iterator[ProcessesOf]:
+    """`simulated(2).run(function, *args)`: the same, each process on a device of its own."""
+    pools: dict[int, Processes] = {}
+
+    def of(count: int) -> Processes:
+        return pools.setdefault(count, Processes(count, device="sim"))
+
+    yield of
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def with_sim(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables with which every process that imports torch finds the simulated device."""
+    place = tmp_path_factory.mktemp("torch-backends")
+    about = place / "simulated_device-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated-device\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[torch.backends]\nsim = simulated_device:register\n")
+    (place / "simulated_device.py").symlink_to(Path(__file__).with_name("simulated_device.py"))
+    return {"PYTHONPATH": str(place)}
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def train_in_process(
     """
     loaded = load_spec(spec)
     if loaded.model.precision != world.precision:
-        world = World(Accelerator(cpu=True), precision=loaded.model.precision)
+        world = World(Accelerator(), device=world.device, precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
     plan = make_plan(
         loaded,

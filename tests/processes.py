@@ -56,12 +56,16 @@ class _Answer:
 class Processes:
     """`count` processes joined in one gloo group, each behind `World(Accelerator(cpu=True))`.
 
+    With `device="sim"` each computes on a simulated device of its own, and they are joined by its
+    backend.
+
     They start with the first call.  After a call that failed the state of their group is
     unknown: all of them are killed, and the next call starts new ones.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, device: str = "cpu") -> None:
         self.count = count
+        self._device = device
         self._children: list[_Child] = []
 
     def run(
@@ -78,7 +82,7 @@ class Processes:
         """
         call = pickle.dumps((function, args))
         if not self._children:
-            self._children = _start(self.count)
+            self._children = _start(self.count, self._device)
         for child in self._children:
             with suppress(BrokenPipeError):  # it is dead, and `_answers` says of what
                 child.connection.send_bytes(call)
@@ -142,7 +146,7 @@ class _Child:
         self.log.unlink(missing_ok=True)
 
 
-def _start(count: int) -> list[_Child]:
+def _start(count: int, device: str) -> list[_Child]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, in the fork server
@@ -155,7 +159,7 @@ def _start(count: int) -> list[_Child]:
         handle, log = tempfile.mkstemp(prefix=f"rank-{rank}-of-{count}-", suffix=".log")
         os.close(handle)
         environment = _environment(rank, count, port)
-        process = context.Process(target=_serve, args=(theirs, log, environment))
+        process = context.Process(target=_serve, args=(theirs, log, environment, device))
         process.start()
         theirs.close()
         children.append(_Child(process, ours, Path(log)))
@@ -233,7 +237,7 @@ def _warn_again(answer: _Answer) -> None:
         warnings.warn_explicit(message, category, path, line)
 
 
-def _serve(connection: Connection, log: str, environment: dict[str, str]) -> None:
+def _serve(connection: Connection, log: str, environment: dict[str, str], device: str) -> None:
     """A child's life: one call after the other, until the connection closes."""
     _isolate(log)
     os.environ.update(environment)
@@ -246,7 +250,10 @@ def _serve(connection: Connection, log: str, environment: dict[str, str]) -> Non
     torch.set_num_threads(1)
     # A child's own children (a loader's workers) start as they do in a process of torchrun.
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)
-    world = World(Accelerator(cpu=True))
+    if device == "cpu":
+        world = World(Accelerator(cpu=True))
+    else:
+        world = _on_simulated(int(environment.get("RANK", 0)), joined=bool(environment))
     while True:
         try:
             call = connection.recv_bytes()
@@ -255,6 +262,21 @@ def _serve(connection: Connection, log: str, environment: dict[str, str]) -> Non
         connection.send_bytes(_outcome(world, call))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _on_simulated(rank: int, *, joined: bool) -> Any:
+    """A world on the simulated device of that number."""
+    import simulated_device
+    import torch
+    import torch.distributed as dist
+    from accelerate import Accelerator
+
+    from service.world import World
+
+    simulated_device.register()
+    if joined:
+        dist.init_process_group(dist.get_default_backend_for_device("sim"))
+    return World(Accelerator(), device=torch.device("sim", rank))
 
 
 def _isolate(log: str) -> None:

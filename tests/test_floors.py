@@ -7,10 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"}
-    | {"keeping"},
-    {"optimizer_options", "durable", "messages"},
-    {"documents", "spec", "receipt_file", "parts"},
+    {"charts", "spec_page", "limits", "handover", "pairs", "errors", "generators"} | {"keeping"},
+    {"optimizer_options", "durable", "messages", "devices"},
+    {"documents", "spec", "receipt_file", "parts", "flops"},
     {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"},
     {"samplers", "streams", "failures", "faults", "account", "export"},
     {"run_directory"},

@@ -1,0 +1,288 @@
+"""The simulated device catches what a GPU would punish, and a run comes out on it as on the CPU."""
+
+import json
+import socket
+import subprocess
+
+import pytest
+import simulated_device
+import torch
+import torch.distributed as dist
+from commands import BIN, CLEAN, evenstep
+from features import PLAIN
+from jobs import spec_of, train_in_process
+from safetensors.torch import load_file
+
+from service.run_directory import RunDirectory
+from service.tracking import read_metrics
+
+FEATURES = str(spec_of.__globals__["HERE"].with_name("features.py"))
+
+
+# ---- the device itself
+
+
+def late(world):
+    """(what the host reads before it has waited, and after it)"""
+    value = torch.full((3,), 7.0, device="sim")
+    here = torch.empty(3, pin_memory=True).copy_(value, non_blocking=True)
+    event = torch.sim.Event()
+    event.record()
+    before = here.tolist()
+    event.synchronize()
+    return before, here.tolist()
+
+
+def overwritten(world):
+    """What the device gets of a pinned buffer that is filled anew before anybody waited."""
+    buffer = torch.ones(2).pin_memory()
+    sent = buffer.to("sim", non_blocking=True)
+    space = torch.empty(2, device="sim").copy_(buffer, non_blocking=True)
+    buffer.fill_(2)
+    return sent.tolist(), space.tolist()
+
+
+def waits(world):
+    """Why the host waited, one by one."""
+    values = torch.ones(4, device="sim")
+    del simulated_device.WAITS[:]
+    values * 2 + 1
+    values[torch.tensor([1, 2])]
+    none = list(simulated_device.WAITS)
+    values[0].item(), values.tolist(), values.cpu(), bool(values.sum() > 1), values[values > 2]
+    torch.tensor([1.0, 2.0]).to("sim")
+    return none, list(simulated_device.WAITS)
+
+
+def refused(act, kind, words):
+    with pytest.raises(kind, match=words):
+        act()
+
+
+def mixed(world):
+    refused(lambda: torch.ones(2, device="sim") + torch.ones(2), RuntimeError, "same device")
+    refused(lambda: torch.ones(2, device="sim").numpy(), TypeError, "can't convert")
+    refused(
+        lambda: torch.empty(2**32, device="sim", dtype=torch.uint8).zero_(),
+        torch.OutOfMemoryError,
+        "out of memory",
+    )
+    return True
+
+
+def raced(world):
+    """What another stream made is read too early, written to too early, given back too early."""
+    side, module = torch.sim.Stream(), torch.sim
+
+    def on_side(act):
+        with module.stream(side):
+            return act()
+
+    held = [on_side(lambda: torch.ones(3, device="sim"))]
+    refused(lambda: held[0] + 1, simulated_device.Race, "has not waited")
+    module.current_stream().wait_stream(side)
+    held[0] + 1
+    refused(lambda: on_side(held[0].zero_), simulated_device.Race, "still reads")
+    held.clear()
+    refused(lambda: torch.ones(1, device="sim"), simulated_device.Race, "record_stream")
+    kept = on_side(lambda: torch.ones(3, device="sim"))
+    module.current_stream().wait_stream(side)
+    kept + 1
+    kept.record_stream(module.current_stream())
+    del kept
+    torch.ones(1, device="sim")
+    return True
+
+
+def test_the_device_behaves_as_a_gpu_does(simulated):
+    one = simulated(1)
+    before, after = one.run(late)[0]
+    assert all(value != value for value in before), "NaN until it is waited for"
+    assert after == [7.0, 7.0, 7.0]
+    assert one.run(overwritten) == [([2.0, 2.0], [2.0, 2.0])]
+    none, some = one.run(waits)[0]
+    assert none == []
+    assert len(some) == 6
+    assert one.run(mixed) == [True]
+    assert one.run(raced) == [True]
+
+
+def exchanged(world):
+    values = torch.full((2,), 1.0 + world.index, device=world.device)
+    dist.all_reduce(values)
+    refused(lambda: dist.all_reduce(torch.ones(2)), RuntimeError, "device type cpu")
+    return values.tolist(), world.highest([world.index]), dist.get_backend()
+
+
+def test_its_processes_have_a_group_for_the_host_beside_their_own(simulated):
+    assert simulated(2).run(exchanged) == [([3.0, 3.0], [1], "simccl")] * 2
+
+
+# ---- what a run does, held against the CPU
+
+
+def job(task="network", arguments=None, **sections):
+    base = {
+        "task": f"{FEATURES}:{task}",
+        "task_args": {"double": False} | (arguments or {}),
+        "length": {"steps": 6},
+        "test": {"every_steps": 3, "micro_batch": 32},
+        "checkpoint": {"every_steps": 2},
+    }
+    return spec_of("none", **(base | sections))
+
+
+JOBS = {
+    "dropout and BatchNorm": job(),
+    "fp16": job(arguments=PLAIN, model={"precision": "fp16"}),
+    "bf16": job(arguments=PLAIN, model={"precision": "bf16"}),
+    "clipping, a moving average, AdamW": job(
+        arguments=PLAIN,
+        max_grad_norm=0.5,
+        max_grad_value=0.1,
+        model={"moving_average": 0.9},
+        optimizer={"name": "adamw", "lr": 0.003},
+    ),
+    "skip": job(arguments=PLAIN, faults={"on_non_finite": "skip"}),
+    "bitwise": job(exactness="bitwise"),
+    "LBFGS": job(arguments=PLAIN, optimizer={"name": "lbfgs", "lr": 0.1, "max_iter": 4}),
+    "weights of rows, waiting for each save": job(
+        "weighted_rows", checkpoint={"every_steps": 2, "asynchronous": False}
+    ),
+    "rows from workers": job(arguments=PLAIN | {"augmented": True}, loader={"workers": 2}),
+    "rows held in memory": job(
+        arguments=PLAIN | {"augmented": True}, loader={"in_memory": True, "workers": 1}
+    ),
+}
+ROUNDED = {"fp16": 0.02, "bf16": 0.05}  # elsewhere float32's own rounding
+
+
+def same(one, other, tolerance):
+    """Whether two runs measured the same and ended with the same weights."""
+    rows = [list(read_metrics(RunDirectory(run).metrics)) for run in (one, other)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for name in ("train/loss", "train/grad_norm", "test/loss", "test/accuracy"):
+        values = [[row[name] for row in side if name in row] for side in rows]
+        assert values[0] == pytest.approx(values[1], rel=tolerance, abs=tolerance), name
+    newest = [max((run / "checkpoints").glob("step-*")) for run in (one, other)]
+    for path in newest[0].glob("*.safetensors"):
+        tensors = [load_file(place / path.name) for place in newest]
+        for name, value in tensors[0].items():
+            torch.testing.assert_close(
+                value, tensors[1][name], rtol=tolerance, atol=tolerance, msg=name
+            )
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_run_on_a_device_is_the_run_on_the_cpu(processes, simulated, tmp_path, name):
+    processes(1).run(train_in_process, JOBS[name], tmp_path / "cpu")
+    # Stopped and resumed, so that a checkpoint is read back onto the device as well.
+    simulated(1).run(train_in_process, JOBS[name], tmp_path / "sim", 3)
+    simulated(1).run(train_in_process, JOBS[name], tmp_path / "sim")
+    same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", ROUNDED.get(name, 2e-5))
+
+
+def contexts(world):
+    """On which devices the threads of this process have opened a context."""
+    return sorted(simulated_device.CONTEXTS)
+
+
+@pytest.mark.parametrize("name", ["dropout and BatchNorm", "bf16", "bitwise"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_devices_train_as_one_does(processes, simulated, tmp_path, name, count):
+    if name == "bitwise" and count == 3:
+        pytest.skip("bitwise takes a power of two of processes")
+    chosen = JOBS[name]
+    processes(1).run(train_in_process, chosen, tmp_path / "cpu")
+    simulated(count).run(train_in_process, chosen, tmp_path / "sim")
+    same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", ROUNDED.get(name, 2e-5))
+    assert simulated(count).run(contexts) == [[rank] for rank in range(count)]
+
+
+# ---- the commands, as they are
+
+
+COMMON = ("tracking.wandb=", "length={steps: 24}", "schedule={}", "test={}")
+
+
+def waits_of(trace):
+    """Why the host waited within the steps that were traced."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    events = [event for event in events if event.get("ph") == "X"]
+    assert "aten::convolution_backward" in {event["name"] for event in events}
+    steps = [event for event in events if event["name"].startswith("step ")]
+    assert len(steps) == 8
+    found = [event for event in events if event["name"].startswith("the host waits")]
+    return {
+        event["name"]
+        for event in found
+        if any(step["ts"] <= event["ts"] < step["ts"] + step["dur"] for step in steps)
+    }
+
+
+def test_the_commands_find_the_device_and_no_step_waits_for_it(with_sim, tmp_path):
+    def on_sim(*words):
+        done = evenstep(*words, cwd=tmp_path, **with_sim)
+        assert done.returncode in (0, 75), done.stderr
+        return done.stdout
+
+    auto = on_sim(
+        "run", "digits", *COMMON, "batch.micro_batch=auto", "--profile", "12:8", "--stop-at", 20
+    )
+    assert "batch.micro_batch: auto comes to 96 rows" in auto
+    assert "1 process on sim" in auto
+    assert waits_of(tmp_path / "runs/digits/profile/rank-0.json") == set()
+    assert "convolution" in (tmp_path / "runs/digits/profile/rank-0.txt").read_text()
+    told = on_sim("test", "runs/digits", "--predictions", "said.npy")
+    assert json.loads(told.splitlines()[-1])["test/accuracy"] > 0.3
+    assert "step        loss" in on_sim("check", "digits")
+    assert "measured" in on_sim("check", "digits")
+
+
+def test_several_processes_each_take_their_own_device(with_sim, tmp_path):
+    words = ("run", "digits", *COMMON, "--processes", 2, "--profile", "12:8")
+    done = evenstep(*words, cwd=tmp_path, **with_sim)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on sim" in done.stdout
+    for rank in (0, 1):
+        assert waits_of(tmp_path / f"runs/digits/profile/rank-{rank}.json") == set()
+
+
+SMALL = ("run", "digits", "tracking.wandb=", "length={steps: 3}", "schedule={}", "test={}")
+
+
+def test_two_processes_on_one_device_are_refused(with_sim, tmp_path):
+    with_one = with_sim | {"SIM_DEVICES": "1"}
+    done = evenstep(*SMALL, "--processes", 2, cwd=tmp_path, **with_one)
+    assert done.returncode == 64, done.stderr
+    assert "--processes: ranks 0, 1 compute on one device (Simulated device 0 of " in done.stderr
+
+
+def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(port), "SIM_DEVICES": "1"}  # as under Slurm: each sees its own
+    ranks = [
+        subprocess.Popen(
+            [BIN / "evenstep", *SMALL],
+            cwd=tmp_path,
+            env=CLEAN
+            | with_sim
+            | common
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "2 processes on sim" in said[0]
+
+
+def test_the_doctor_sees_it(with_sim, tmp_path):
+    told = evenstep("doctor", cwd=tmp_path, **with_sim).stdout
+    assert "4 of sim" in told
+    assert "2 processes on sim by simccl" in told
