@@ -316,8 +316,8 @@ def table(seen: Sequence[Seen]) -> str:
         f"Python {platform.python_version()}",
         f"{platform.system()} {platform.release()}, {os.cpu_count()} cores",
     ]
-    head = f"{', '.join(about)}\n\n| condition | passed | failed | skipped | minutes | |\n|{'---|' * 6}"
-    return "\n".join([head, *(one.row() for one in seen)])
+    head = "| condition | passed | failed | skipped | minutes | |"
+    return "\n".join([", ".join(about), "", head, f"|{'---|' * 6}", *(one.row() for one in seen)])
 
 
 def _names(text: str) -> list[str]:
