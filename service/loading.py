@@ -106,18 +106,18 @@ def _test_share(
     return [(n, key, span.start, span.stop) for (n, span), key in zip(shared, keys, strict=True)]
 
 
-def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
+def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None = None) -> Batch:
     """The first rows of the data set as one micro-batch, to try things out on.
 
-    As many as the smallest micro-batch has: what a model cannot do with few rows, such as a
-    BatchNorm with one, then shows before the first step.
+    As many as the smallest micro-batch has, where nothing else is asked for: what a model cannot
+    do with few rows, such as a BatchNorm with one, then shows before the first step.
     """
-    smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
-    rows = np.arange(min(smallest, plan.train_rows or smallest))
-    order = Order(0, 0, 0, 0, rows)
+    count = rows or plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
+    first = np.arange(min(count, plan.train_rows or count))
+    order = Order(0, 0, 0, 0, first)
     collate = collate_of(task)
     if is_stream(data):
-        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
+        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(first)))
     else:
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
         collated = reader[order][1]
@@ -234,9 +234,27 @@ def _as_batches(
             inputs, targets = split(value)
         except TypeError as error:
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
+        if isinstance(targets, torch.Tensor):
+            _require_every_row(targets, order)
         inputs, targets = to_device((inputs, targets), world.device)
         weight = weigh(targets) if weigh is not None else None
         yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
+
+
+def _require_every_row(targets: torch.Tensor, order: Order) -> None:
+    """Check that no row was lost on the way, and none has come twice."""
+    asked, come = len(order.rows), len(targets) if targets.dim() else 0
+    if come != asked:
+        raise DataBroken(
+            f"Of {asked} rows that were asked for, {come} have come (step {order.step}, "
+            f"micro-batch {order.number}, rows {_told(order.rows)}). Each row counts once, so a "
+            "task's collate, or a data set's __getitems__, must keep every one. Leave rows out of "
+            "the data set beforehand, or give them a weight of 0."
+        )
+
+
+def _told(rows: NDArray[np.int64]) -> str:
+    return f"{rows[:8].tolist()}{' ...' if len(rows) > 8 else ''}"
 
 
 def _collated(
@@ -376,10 +394,9 @@ class _Reader(Dataset[tuple[Order, Any]]):
         except EvenstepError:
             raise
         except Exception as error:
-            rows = order.rows.tolist()
             raise DataBroken(
                 f"The data set failed at step {order.step}, micro-batch {order.number} "
-                f"(rows {rows[:8]}{' ...' if len(rows) > 8 else ''}): "
+                f"(rows {_told(order.rows)}): "
                 f"{with_place(error)}{_remedy(error)}"
             ) from error
 

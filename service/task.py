@@ -73,14 +73,13 @@ def _cross_entropy_sum(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def _mean_squared(outputs: Any, targets: Tensor) -> Tensor:
-    errors = (logits(outputs) - targets).square()
+    errors = (_as_targets(logits(outputs), targets) - targets).square()
     return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
 
 
 def _binary_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-    values = F.binary_cross_entropy_with_logits(
-        logits(outputs), targets.to(logits(outputs).dtype), reduction="none"
-    )
+    given = _as_targets(logits(outputs), targets)
+    values = F.binary_cross_entropy_with_logits(given, targets.to(given.dtype), reduction="none")
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
@@ -96,12 +95,39 @@ SUMMED_LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy_sum}
 
 
 def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
-    return (logits(outputs).argmax(1) == targets).double()
+    scores = logits(outputs)
+    if scores.dim() < 2 or scores.shape[1] == 1:
+        raise SpecError(
+            "task.measures: accuracy and error look for the largest of several outputs of a row, "
+            f"but the outputs are {list(scores.shape)}. With one a row, give a function, such as "
+            "`lambda outputs, targets: (outputs.flatten() > 0) == (targets.flatten() > 0.5)`."
+        )
+    return (_as_targets(scores.argmax(1), targets) == targets).double()
 
 
 def _absolute_error(outputs: Any, targets: Tensor) -> Tensor:
-    errors = (logits(outputs) - targets).abs().double()
+    errors = (_as_targets(logits(outputs), targets) - targets).abs().double()
     return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+def _as_targets(given: Tensor, targets: Tensor) -> Tensor:
+    """What is compared with the targets, in their shape: torch would make [B, B] of [B, 1] and [B].
+
+    Raises:
+        SpecError: the values of a row cannot be told to be the same ones in the same order.
+    """
+    if given.shape == targets.shape:
+        return given
+    inner = [[n for n in tensor.shape[1:] if n != 1] for tensor in (given, targets)]
+    in_a_row = min(map(len, inner)) <= 1  # or dimensions may have changed places
+    same_rows = given.shape[:1] == targets.shape[:1] or given.numel() == 1
+    if given.numel() != targets.numel() or not same_rows or not (inner[0] == inner[1] or in_a_row):
+        raise SpecError(
+            f"task: what is compared of the outputs has the shape {list(given.shape)}, and the "
+            f"targets {list(targets.shape)}. Bring one of them to the shape of the other, in the "
+            "model or in the data; or give a loss and measures that are functions of both."
+        )
+    return given.reshape(targets.shape)
 
 
 MEASURES: dict[str, Loss] = {
@@ -235,8 +261,16 @@ class supervised:  # reads as the function a user calls; it is a Task
         """Every measure of every row: float64 [B, measures]; nothing where there are none."""
         if not self._measures:
             return torch.zeros(0, 0, dtype=torch.float64)
-        values = [m(outputs, targets).double() for m in self._measures]
-        return values[0].unsqueeze(-1) if len(values) == 1 else torch.stack(values, dim=-1)
+        values: list[Tensor] = [m(outputs, targets).double() for m in self._measures]
+        if len(values) == 1:
+            return values[0].unsqueeze(-1)
+        if len({value.shape for value in values}) > 1:
+            told = [f"{n} {list(v.shape)}" for n, v in zip(self.measures, values, strict=True)]
+            raise SpecError(
+                "task.measures: each must give one value for each value of the loss, and so all "
+                f"of them the same shape, but they give {', '.join(told)}."
+            )
+        return torch.stack(values, dim=-1)
 
 
 def _length(data: Data, what: str) -> int:
