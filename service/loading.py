@@ -54,14 +54,14 @@ def train_steps(
     """
     if isinstance(data, Stream):
         collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
-        batches = _as_batches(collated, task=task, world=world)
+        batches = _as_batches(collated, task=task, world=world, known=False)
     elif (rows := _held(data, task)) is not None:
         batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
         brought = _collated(reader, orders, plan, world)
-        batches = _as_batches(brought, task=task, world=world)
+        batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
     empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
     for step in range(start, plan.steps):
@@ -121,7 +121,8 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None
     else:
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
         collated = reader[order][1]
-    return next(_as_batches([(order, collated)], task=task, world=world))
+    known = not is_stream(data) and _held(data, task) is not None
+    return next(_as_batches([(order, collated)], task=task, world=world, known=known))
 
 
 def _from_stream(
@@ -226,9 +227,15 @@ def _without_rows(batch: Batch, *, number: int, key: int) -> Batch:
 
 
 def _as_batches(
-    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World
+    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World, known: bool = True
 ) -> Iterator[Batch]:
+    """Micro-batches of what was brought together.
+
+    Args:
+        known: whether all processes know, of a row that the loss ignores, that there is one.
+    """
     weigh = getattr(task, "weight", None)
+    ignored = getattr(task, "ignored", None) if weigh is None else None
     for order, value in collated:
         try:
             inputs, targets = split(value)
@@ -236,9 +243,33 @@ def _as_batches(
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
         if isinstance(targets, torch.Tensor):
             _require_every_row(targets, order)
+        some_ignored = ignored is not None and _holds(targets, ignored)
+        if some_ignored and not known:
+            raise SpecError(
+                f"task.loss: ignores targets of {ignored}, and rows that come one by one do not "
+                "say beforehand how many of a step count. Say what each counts, by "
+                f"weight=lambda targets: targets.ne({ignored}).float(), or use loader.in_memory."
+            )
         inputs, targets = to_device((inputs, targets), world.device)
         weight = weigh(targets) if weigh is not None else None
+        if some_ignored:
+            weight = targets.ne(ignored).float()
         yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
+
+
+def _holds(targets: Any, ignored: int) -> bool:
+    """Whether one of these classes, one for each row, is the ignored one."""
+    if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        return False
+    return bool(targets.eq(ignored).any())
+
+
+def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
+    """What says how much each row counts of those that have all these targets; None: 1 each."""
+    ignored = getattr(task, "ignored", None)
+    if hasattr(task, "weight") or ignored is None or not _holds(targets, ignored):
+        return getattr(task, "weight", None)
+    return lambda some: some.ne(ignored).float()
 
 
 def _require_every_row(targets: torch.Tensor, order: Order) -> None:
@@ -352,7 +383,7 @@ def _from_memory(
     """
     held = data.on(world.device)
     inputs, targets = picker(held.inputs), picker(held.targets)
-    weigh = getattr(task, "weight", None)
+    weigh = _weigher(task, data.targets)
     for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
         indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
         each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
@@ -368,7 +399,7 @@ def _copied_from_memory(
     """Rows that are asked for in the order in which they lie."""
     held = data.on(world.device)
     inputs, targets = run_copier(held.inputs), run_copier(held.targets)
-    weigh = getattr(task, "weight", None)
+    weigh = _weigher(task, data.targets)
     for _, number, key, first, rows in orders:
         # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
         aims = targets(first, len(rows))

@@ -56,6 +56,7 @@ class Task(Protocol):
 
     # A task may also have
     #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
+    #   ignored                     without a weight: the target whose row the loss leaves out;
     #   metrics                     a mapping from names to torchmetrics metrics;
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
     #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
@@ -92,6 +93,42 @@ LOSSES: dict[str, Loss] = {
 
 # Those that torch adds up in one go: a step of a small network is 4 % quicker for it.
 SUMMED_LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy_sum}
+
+
+IGNORED = -100
+"""The target whose row torch's losses leave out, unless they are told another."""
+_TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _counted_as_by_torch(loss: Any) -> tuple[Loss, Callable[[Any], Tensor] | None, int]:
+    """A loss of torch's, what its values count, and the target that it ignores.
+
+    With weights of classes torch's mean is divided by their sum: so a value counts what its class
+    does, and is not multiplied by it before.
+
+    Raises:
+        SpecError: the weights are smoothed over the classes, and belong to no value.
+    """
+    if loss.weight is None:
+        return loss, None, loss.ignore_index
+    if getattr(loss, "label_smoothing", 0.0):
+        raise SpecError(
+            "task.loss: of CrossEntropyLoss with weight and label_smoothing no value has a weight "
+            "of its own. Leave one of them out, or give a function as the loss, and a weight."
+        )
+    classes, ignored = loss.weight, loss.ignore_index
+
+    def weight(targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            raise SpecError(
+                "task.loss: weights of classes need targets that are classes, but these are "
+                f"{targets.dtype}. Give a function as the loss, and a weight."
+            )
+        left_out = targets == ignored
+        counts: Tensor = classes.to(targets.device)[targets.masked_fill(left_out, 0)]
+        return counts.masked_fill(left_out, 0.0)
+
+    return type(loss)(ignore_index=ignored, reduction="none"), weight, ignored
 
 
 def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
@@ -242,6 +279,10 @@ class supervised:  # reads as the function a user calls; it is a Task
         sums = {name: m for name, m in measures.items() if name not in self.metrics}
         self._measures = list(sums.values())
         self.measures = tuple(sums)
+        if weight is None and isinstance(loss, str):
+            self.ignored = IGNORED if loss == "cross_entropy" else None
+        elif weight is None and type(loss) in _TORCHS and loss.reduction == "none":  # type: ignore[union-attr]
+            self.loss, weight, self.ignored = _counted_as_by_torch(loss)
         if weight is not None:
             self.weight = weight
         if collate is not None:
