@@ -15,6 +15,7 @@ from typing import Any
 from service.documents import dotted, read_document, shown
 from service.durable import told_when_unread
 from service.errors import EvenstepError, SpecError
+from service.patience import is_better
 from service.run_directory import RunDirectory, find_run
 from service.tracking import read_metrics
 
@@ -127,13 +128,12 @@ class History:
     def best(self) -> Best | None:
         """By the measure that the spec names; the test's loss where it names none."""
         wanted = self.spec.get("checkpoint", {}).get("best") or {}
-        measure = wanted.get("measure", "test/loss")
-        sign = 1 if wanted.get("mode") == "max" else -1
-        found = [(value, step) for step, value in self.series(measure) if math.isfinite(value)]
-        if not found:
-            return None
-        value, step = max(found, key=lambda pair: (sign * pair[0], -pair[1]))
-        return Best(measure, value, int(step))
+        measure, mode = wanted.get("measure", "test/loss"), wanted.get("mode", "min")
+        best: Best | None = None
+        for step, value in self.series(measure):
+            if is_better(value, best.value if best else None, mode=mode):
+                best = Best(measure, value, int(step))
+        return best
 
 
 def read_history(path: Path | str) -> History:

@@ -59,14 +59,14 @@ def train_steps(
     """
     if isinstance(data, Stream):
         collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
-        batches = _as_batches(collated, task=task, world=world)
+        batches = _as_batches(collated, task=task, world=world, known=False)
     elif (rows := _held(data, task)) is not None:
         batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
         brought = _collated(reader, orders, plan, world)
-        batches = _as_batches(brought, task=task, world=world)
+        batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
     empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
     for step in range(start, plan.steps):
@@ -111,22 +111,23 @@ def _test_share(
     return [(n, key, span.start, span.stop) for (n, span), key in zip(shared, keys, strict=True)]
 
 
-def sample(data: Data, *, task: Task, plan: Plan, world: World) -> Batch:
+def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None = None) -> Batch:
     """The first rows of the data set as one micro-batch, to try things out on.
 
-    As many as the smallest micro-batch has: what a model cannot do with few rows, such as a
-    BatchNorm with one, then shows before the first step.
+    As many as the smallest micro-batch has, where nothing else is asked for: what a model cannot
+    do with few rows, such as a BatchNorm with one, then shows before the first step.
     """
-    smallest = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
-    rows = np.arange(min(smallest, plan.train_rows or smallest))
-    order = Order(0, 0, 0, 0, rows)
+    count = rows or plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
+    first = np.arange(min(count, plan.train_rows or count))
+    order = Order(0, 0, 0, 0, first)
     collate = collate_of(task)
     if is_stream(data):
-        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(rows)))
+        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(first)))
     else:
         reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
         collated = reader[order][1]
-    return next(_as_batches([(order, collated)], task=task, world=world))
+    known = not is_stream(data) and _held(data, task) is not None
+    return next(_as_batches([(order, collated)], task=task, world=world, known=known))
 
 
 def _from_stream(
@@ -231,18 +232,66 @@ def _without_rows(batch: Batch, *, number: int, key: int) -> Batch:
 
 
 def _as_batches(
-    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World
+    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World, known: bool = True
 ) -> Iterator[Batch]:
+    """Micro-batches of what was brought together.
+
+    Args:
+        known: whether all processes know, of a row that the loss ignores, that there is one.
+    """
     weigh = getattr(task, "weight", None)
     bring = carrier(world.device)
+    ignored = getattr(task, "ignored", None) if weigh is None else None
     for order, value in collated:
         try:
             inputs, targets = split(value)
         except TypeError as error:
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
+        if isinstance(targets, torch.Tensor):
+            _require_every_row(targets, order)
+        some_ignored = ignored is not None and _holds(targets, ignored)
+        if some_ignored and not known:
+            raise SpecError(
+                f"task.loss: ignores targets of {ignored}, and rows that come one by one do not "
+                "say beforehand how many of a step count. Say what each counts, by "
+                f"weight=lambda targets: targets.ne({ignored}).float(), or use loader.in_memory."
+            )
         inputs, targets = bring((inputs, targets))
         weight = weigh(targets) if weigh is not None else None
+        if some_ignored:
+            weight = targets.ne(ignored).float()
         yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
+
+
+def _holds(targets: Any, ignored: int) -> bool:
+    """Whether one of these classes, one for each row, is the ignored one."""
+    if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        return False
+    return bool(targets.eq(ignored).any())
+
+
+def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
+    """What says how much each row counts of those that have all these targets; None: 1 each."""
+    ignored = getattr(task, "ignored", None)
+    if hasattr(task, "weight") or ignored is None or not _holds(targets, ignored):
+        return getattr(task, "weight", None)
+    return lambda some: some.ne(ignored).float()
+
+
+def _require_every_row(targets: torch.Tensor, order: Order) -> None:
+    """Check that no row was lost on the way, and none has come twice."""
+    asked, come = len(order.rows), len(targets) if targets.dim() else 0
+    if come != asked:
+        raise DataBroken(
+            f"Of {asked} rows that were asked for, {come} have come (step {order.step}, "
+            f"micro-batch {order.number}, rows {_told(order.rows)}). Each row counts once, so a "
+            "task's collate, or a data set's __getitems__, must keep every one. Leave rows out of "
+            "the data set beforehand, or give them a weight of 0."
+        )
+
+
+def _told(rows: NDArray[np.int64]) -> str:
+    return f"{rows[:8].tolist()}{' ...' if len(rows) > 8 else ''}"
 
 
 def _collated(
@@ -343,7 +392,7 @@ def _from_memory(
     """
     held = data.on(world.device)
     inputs, targets = picker(held.inputs), picker(held.targets)
-    weigh = getattr(task, "weight", None)
+    weigh = _weigher(task, data.targets)
     for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
         indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
         each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
@@ -359,7 +408,7 @@ def _copied_from_memory(
     """Rows that are asked for in the order in which they lie."""
     held = data.on(world.device)
     inputs, targets = run_copier(held.inputs), run_copier(held.targets)
-    weigh = getattr(task, "weight", None)
+    weigh = _weigher(task, data.targets)
     for _, number, key, first, rows in orders:
         # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
         aims = targets(first, len(rows))
@@ -385,10 +434,9 @@ class _Reader(Dataset[tuple[Order, Any]]):
         except EvenstepError:
             raise
         except Exception as error:
-            rows = order.rows.tolist()
             raise DataBroken(
                 f"The data set failed at step {order.step}, micro-batch {order.number} "
-                f"(rows {rows[:8]}{' ...' if len(rows) > 8 else ''}): "
+                f"(rows {_told(order.rows)}): "
                 f"{with_place(error)}{_remedy(error)}"
             ) from error
 

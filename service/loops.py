@@ -23,6 +23,7 @@ from service.precision import computed
 from service.predictions import Predictions
 from service.pulse import Pulse
 from service.receipts import Receipt
+from service.shapes import require_loss_shape, require_measured_shape
 from service.state import TrainState
 from service.task import Data, Task
 from service.tracking import Tracker
@@ -276,7 +277,9 @@ def test(
             world.seed(batch.key)
             outputs = computed(model, batch.inputs, world)
             losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+            require_loss_shape(losses, batch)
             measured = task.measure(outputs, batch.targets)  # [B, measures]
+            require_measured_shape(measured, losses, task.measures)
             tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
             gathered.add(outputs, batch.targets)
             if predictions is not None:
@@ -289,13 +292,13 @@ def test(
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
     """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
     outputs = computed(model, batch.inputs, world)
-    if batch.weight is not None:
-        return (task.loss(outputs, batch.targets) * batch.weight).sum()
     summed = getattr(task, "summed_loss", None)
-    if summed is not None:
+    if summed is not None and batch.weight is None:
         total: Tensor = summed(outputs, batch.targets)
         return total
-    return task.loss(outputs, batch.targets).sum()  # of [B] or [B, T]
+    losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+    require_loss_shape(losses, batch)
+    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
 
 
 def total_loss(

@@ -104,11 +104,11 @@ class Tally:
 
 def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
     """Numbers, or weights that are on the device and counts of rows: float64 [N, 2] on it."""
-    weights = [line.weight for line in lines if isinstance(line.weight, Tensor)]
-    told = [(0 if weights else line.weight, line.rows) for line in lines]
+    weights = {n: line.weight for n, line in enumerate(lines) if isinstance(line.weight, Tensor)}
+    told = [(0 if n in weights else line.weight, line.rows) for n, line in enumerate(lines)]
     counts = torch.tensor(told, dtype=torch.float64, device=device)
     if weights:
-        counts[:, 0] = torch.stack(weights)
+        counts[list(weights), 0] = torch.stack(list(weights.values()))
     return counts
 
 

@@ -1,12 +1,32 @@
-"""Whether a test measure has stopped improving: what early stopping and `plateau` wait for."""
+"""Which of two test measures is the better, and whether one has stopped improving.
+
+Whatever compares measures asks here: the best checkpoint, early stopping, `plateau`, the report.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from service.spec import EarlyStoppingSpec, PlateauSpec
+
+
+def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -> bool:
+    """Whether `value` is better than `best`, by more than `by`; None is worse than any number.
+
+    What is not finite is never better than anything, and anything finite is better than it.
+
+    Args:
+        mode: `max` or `min`.
+    """
+    if not math.isfinite(value):
+        return False
+    if best is None or not math.isfinite(best):
+        return True
+    sign = 1 if mode == "max" else -1
+    return sign * value > sign * best + by
 
 
 @dataclass
@@ -25,12 +45,8 @@ class Patience:
         """Take in the `values` of a step; whether they held the measure."""
         if self.spec.measure not in values:
             return False
-        value, sign = values[self.spec.measure], 1 if self.spec.mode == "max" else -1
-        # Asked this way round, a measure that is not a number is never an improvement.
-        if self.best is None:
-            better = value == value
-        else:
-            better = sign * value > sign * self.best + self.spec.min_delta
+        value = values[self.spec.measure]
+        better = is_better(value, self.best, mode=self.spec.mode, by=self.spec.min_delta)
         self.best = value if better else self.best
         self.waited = 0 if better else self.waited + 1
         return True

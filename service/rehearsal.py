@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
-from service.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
+from service.errors import EvenstepError, is_out_of_memory, told_as_mistake
 from service.flops import FlopCount
 from service.generators import Seeded, noticing_draws
 from service.normalization import Normalization
 from service.precision import computed
+from service.shapes import require_loss_shape, require_measured_shape
 from service.task import Task
 from service.world import World
 
@@ -44,6 +46,8 @@ class Trial:
     task: Task
     world: World
     normalization: Normalization
+    two_rows: Batch | None = None
+    """For a batch of one row: of one row a shape that was broadcast is that of one that was not."""
 
     def unreached_parameters(self, model: nn.Module) -> list[str]:
         """Names of the trainable parameters that the loss does not depend on.
@@ -64,6 +68,7 @@ class Trial:
             if flops is None:  # a model that does not bear the counting is tried without it
                 model.zero_grad(set_to_none=True)
                 self._checked(model)
+            self._shaped(model)
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn)
 
@@ -105,11 +110,26 @@ class Trial:
 
     def _pass(self, model: nn.Module, *, checked: bool = False) -> None:
         outputs = computed(model, self.batch.inputs, self.world)
-        losses = self.task.loss(outputs, self.batch.targets)
         if checked:
-            measured = self.task.measure(outputs, self.batch.targets)
-            require_shapes(losses, measured, self.batch, self.task)
+            losses = self._losses(outputs, self.batch)
+        else:
+            losses = self.task.loss(outputs, self.batch.targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _losses(self, outputs: Any, batch: Batch) -> Tensor:
+        losses = self.task.loss(outputs, batch.targets)
+        require_loss_shape(losses, batch)
+        measured = self.task.measure(outputs, batch.targets)
+        require_measured_shape(measured, losses, self.task.measures)
+        return losses
+
+    @torch.no_grad()
+    def _shaped(self, model: nn.Module) -> None:
+        """Look at the shapes alone, where the rows of the batch do not show them."""
+        if self.two_rows is None:
+            return
+        with told_as_mistake("task: a forward pass over 2 rows failed"):
+            self._losses(computed(model, self.two_rows.inputs, self.world), self.two_rows)
 
     @contextmanager
     def _undone(self, model: nn.Module) -> Iterator[None]:
@@ -121,30 +141,3 @@ class Trial:
                 buffer.copy_(before[name])
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
-
-
-def require_shapes(losses: Tensor, measured: Tensor, batch: Batch, task: Task) -> None:
-    """Raise where the task does not give one value per row."""
-    rows = len(batch.rows)
-    if losses.dim() == 0 or losses.shape[0] != rows:
-        raise SpecError(
-            f"task.loss: must give one value for each row, so the shape [{rows}] or "
-            f"[{rows}, tokens], but gave {list(losses.shape)}. Use reduction='none'."
-        )
-    if batch.weight is not None and batch.weight.shape != losses.shape:
-        raise SpecError(
-            f"task.weight: must have the shape of the loss, {list(losses.shape)}, but has "
-            f"{list(batch.weight.shape)}."
-        )
-    if losses.numel() != rows and batch.weight is None:
-        raise SpecError(
-            f"task.weight: the loss has {losses[0].numel()} values for each row "
-            f"({list(losses.shape)}), and nothing says what each of them counts. Give a weight, "
-            "such as `weight=lambda targets: targets.ne(-100).float()`, or one value for each row."
-        )
-    wanted = [*losses.shape, len(task.measures)]
-    if task.measures and list(measured.shape) != wanted:
-        raise SpecError(
-            f"task.measure: must have the shape {wanted}, one value for each row and measure "
-            f"{list(task.measures)}, but has {list(measured.shape)}."
-        )

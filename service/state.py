@@ -13,7 +13,7 @@ from torch._C._autograd import _profiler_enabled
 from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
 from service.optimizers import Frozen, plain_step, step_hooks
-from service.patience import Patience
+from service.patience import Patience, is_better
 from service.precision import LossScaler
 from service.rates import Schedule
 from service.spec import BestSpec, PlateauSpec, Spec
@@ -114,10 +114,8 @@ class TrainState:
         """Whether `values` holds a better measure than any before; if so, it is the best now."""
         if wanted is None or wanted.measure not in values:
             return False
-        value = values[wanted.measure]
-        sign = 1 if wanted.mode == "max" else -1
-        # Asked this way round, a measure that is not a number is never the best.
-        if self.best is not None and not sign * value > sign * self.best.value:
+        value, before = values[wanted.measure], self.best.value if self.best else None
+        if not is_better(value, before, mode=wanted.mode):
             return False
         self.best = Best(step=self.step, measure=wanted.measure, value=value)
         return True

@@ -57,6 +57,7 @@ class Task(Protocol):
 
     # A task may also have
     #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
+    #   ignored                     without a weight: the target whose row the loss leaves out;
     #   metrics                     a mapping from names to torchmetrics metrics;
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
     #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
@@ -74,14 +75,13 @@ def _cross_entropy_sum(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def _mean_squared(outputs: Any, targets: Tensor) -> Tensor:
-    errors = (logits(outputs) - targets).square()
+    errors = (_as_targets(logits(outputs), targets) - targets).square()
     return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
 
 
 def _binary_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-    values = F.binary_cross_entropy_with_logits(
-        logits(outputs), targets.to(logits(outputs).dtype), reduction="none"
-    )
+    given = _as_targets(logits(outputs), targets)
+    values = F.binary_cross_entropy_with_logits(given, targets.to(given.dtype), reduction="none")
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
@@ -96,13 +96,76 @@ LOSSES: dict[str, Loss] = {
 SUMMED_LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy_sum}
 
 
+IGNORED = -100
+"""The target whose row torch's losses leave out, unless they are told another."""
+_TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _counted_as_by_torch(loss: Any) -> tuple[Loss, Callable[[Any], Tensor] | None, int]:
+    """A loss of torch's, what its values count, and the target that it ignores.
+
+    With weights of classes torch's mean is divided by their sum: so a value counts what its class
+    does, and is not multiplied by it before.
+
+    Raises:
+        SpecError: the weights are smoothed over the classes, and belong to no value.
+    """
+    if loss.weight is None:
+        return loss, None, loss.ignore_index
+    if getattr(loss, "label_smoothing", 0.0):
+        raise SpecError(
+            "task.loss: of CrossEntropyLoss with weight and label_smoothing no value has a weight "
+            "of its own. Leave one of them out, or give a function as the loss, and a weight."
+        )
+    classes, ignored = loss.weight, loss.ignore_index
+
+    def weight(targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            raise SpecError(
+                "task.loss: weights of classes need targets that are classes, but these are "
+                f"{targets.dtype}. Give a function as the loss, and a weight."
+            )
+        left_out = targets == ignored
+        counts: Tensor = classes.to(targets.device)[targets.masked_fill(left_out, 0)]
+        return counts.masked_fill(left_out, 0.0)
+
+    return type(loss)(ignore_index=ignored, reduction="none"), weight, ignored
+
+
 def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
-    return (logits(outputs).argmax(1) == targets).double()
+    scores = logits(outputs)
+    if scores.dim() < 2 or scores.shape[1] == 1:
+        raise SpecError(
+            "task.measures: accuracy and error look for the largest of several outputs of a row, "
+            f"but the outputs are {list(scores.shape)}. With one a row, give a function, such as "
+            "`lambda outputs, targets: (outputs.flatten() > 0) == (targets.flatten() > 0.5)`."
+        )
+    return (_as_targets(scores.argmax(1), targets) == targets).double()
 
 
 def _absolute_error(outputs: Any, targets: Tensor) -> Tensor:
-    errors = (logits(outputs) - targets).abs().double()
+    errors = (_as_targets(logits(outputs), targets) - targets).abs().double()
     return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+def _as_targets(given: Tensor, targets: Tensor) -> Tensor:
+    """What is compared with the targets, in their shape: torch would make [B, B] of [B, 1] and [B].
+
+    Raises:
+        SpecError: the values of a row cannot be told to be the same ones in the same order.
+    """
+    if given.shape == targets.shape:
+        return given
+    inner = [[n for n in tensor.shape[1:] if n != 1] for tensor in (given, targets)]
+    in_a_row = min(map(len, inner)) <= 1  # or dimensions may have changed places
+    same_rows = given.shape[:1] == targets.shape[:1] or given.numel() == 1
+    if given.numel() != targets.numel() or not same_rows or not (inner[0] == inner[1] or in_a_row):
+        raise SpecError(
+            f"task: what is compared of the outputs has the shape {list(given.shape)}, and the "
+            f"targets {list(targets.shape)}. Bring one of them to the shape of the other, in the "
+            "model or in the data; or give a loss and measures that are functions of both."
+        )
+    return given.reshape(targets.shape)
 
 
 MEASURES: dict[str, Loss] = {
@@ -217,6 +280,10 @@ class supervised:  # reads as the function a user calls; it is a Task
         sums = {name: m for name, m in measures.items() if name not in self.metrics}
         self._measures = list(sums.values())
         self.measures = tuple(sums)
+        if weight is None and isinstance(loss, str):
+            self.ignored = IGNORED if loss == "cross_entropy" else None
+        elif weight is None and type(loss) in _TORCHS and loss.reduction == "none":  # type: ignore[union-attr]
+            self.loss, weight, self.ignored = _counted_as_by_torch(loss)
         if weight is not None:
             self.weight = weight
         if collate is not None:
@@ -236,8 +303,16 @@ class supervised:  # reads as the function a user calls; it is a Task
         """Every measure of every row: float64 [B, measures]; nothing where there are none."""
         if not self._measures:
             return torch.zeros(0, 0, dtype=torch.float64)
-        values = [m(outputs, targets).double() for m in self._measures]
-        return values[0].unsqueeze(-1) if len(values) == 1 else torch.stack(values, dim=-1)
+        values: list[Tensor] = [m(outputs, targets).double() for m in self._measures]
+        if len(values) == 1:
+            return values[0].unsqueeze(-1)
+        if len({value.shape for value in values}) > 1:
+            told = [f"{n} {list(v.shape)}" for n, v in zip(self.measures, values, strict=True)]
+            raise SpecError(
+                "task.measures: each must give one value for each value of the loss, and so all "
+                f"of them the same shape, but they give {', '.join(told)}."
+            )
+        return torch.stack(values, dim=-1)
 
 
 def _length(data: Data, what: str) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from service import randomness
 from service.averages import MovingAverage
+from service.batches import Batch
 from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
 from service.clock import Clock
@@ -131,7 +132,10 @@ def run(
     schedule = make_schedule(optimizer, plan)
 
     batch = sample(train_data, task=task, plan=plan, world=world)
-    trial = Trial(batch, task=task, world=world, normalization=normalization)
+    two_rows: Batch | None = None
+    if len(batch.rows) == 1 < plan.micro_batch:
+        two_rows = sample(train_data, task=task, plan=plan, world=world, rows=2)
+    trial = Trial(batch, task=task, world=world, normalization=normalization, two_rows=two_rows)
     found = trial.first(model)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)

@@ -15,7 +15,7 @@ FLOORS = [
     {"run_directory"},
     {"plan", "pulse", "stopping"},
     {"world", "batches", "task", "tracking", "averages", "compiling", "hangs"},
-    {"precision", "history"},
+    {"precision", "history", "shapes"},
     {"report", "starting"},
     {"clock"},
     {"vitals"},
