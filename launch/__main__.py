@@ -5,7 +5,8 @@ import sys
 
 from launch.signals import listen
 from launch.terminal import open_descriptors, outlive_readers, require_reader
-from launch.warming import warm_up
+from launch.warming import out_of_place, warm_up
+from service.errors import SpecError
 
 
 def main() -> None:
@@ -17,6 +18,9 @@ def main() -> None:
     else:  # it is asked for what it prints
         outlive_readers("stderr")
         require_reader()
+    if (told := out_of_place(sys.argv[1:], os.environ)) is not None:
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(SpecError.exit_code)
     warm_up(sys.argv[1:], os.environ)
     from launch.cli import main as command
 

@@ -398,12 +398,29 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as mistake:
-        place = launched()
-        if place is None or place.rank == 0:
-            click.echo(f"error: {mistake.format_message()}", err=True)
+        if _speaks_for_all():
+            click.echo(f"error: {mistake.format_message()}{_without_dashes(mistake)}", err=True)
         sys.exit(SpecError.exit_code)
     except EvenstepError as error:
-        place = launched()
-        if place is None or place.rank == 0:
+        if _speaks_for_all():
             click.echo(f"error: {redacted(str(error))}", err=True)
         sys.exit(error.exit_code)
+
+
+def _speaks_for_all() -> bool:
+    """Whether this process tells a mistake that all of them meet."""
+    try:
+        place = launched()
+    except SpecError:
+        return True  # that is the mistake
+    return place is None or place.rank == 0
+
+
+def _without_dashes(mistake: click.ClickException) -> str:
+    """A hint where an override is written like an option."""
+    if not isinstance(mistake, click.NoSuchOption):
+        return ""
+    key = mistake.option_name.removeprefix("--")
+    if key.partition(".")[0] not in Spec.model_fields:
+        return ""
+    return f" What changes a key of the spec has no dashes: {key}=VALUE."

@@ -23,6 +23,8 @@ LAUNCHER = "EVENSTEP_LAUNCHER"
 # In this order: bound to its launcher first, then everything that a rank needs.
 _PRELOAD = ["launch.fork_server", "launch.__main__", "launch.entry", "launch.local"]
 _PRELOAD += ["torch._dynamo"]  # every optimizer brings it in
+# The path of a socket may have 107 bytes; multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx.
+_LONGEST_TMPDIR = 107 - 32
 _begun_with: dict[str, str] = {}
 
 
@@ -43,6 +45,22 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
     else:
         # No daemon: a command that ends in the midst of it waits for it, a moment.
         threading.Thread(target=_load_libraries, name="torch's libraries").start()
+
+
+def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | None:
+    """What is wrong with where the command is started, told before a library fails of it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        return f"The current directory is gone: {error.strerror}. Change into one that is there."
+    size = len(os.fsencode(variables.get("TMPDIR", "")))
+    starts = words[:1] in (["run"], ["test"]) and starts_processes(words, variables)
+    if starts and size > _LONGEST_TMPDIR:
+        return (
+            f"TMPDIR has {size} bytes, and processes meet at a socket in it, whose path leaves it "
+            f"{_LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
+        )
+    return None
 
 
 def collect_garbage() -> None:

@@ -5,6 +5,7 @@ No torch here: a spec is read, checked and printed on machines that have none.
 
 from __future__ import annotations
 
+import math
 from ipaddress import ip_network
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -15,6 +16,7 @@ from pydantic import (
     Field,
     Strict,
     Tag,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -22,6 +24,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.optimizer_options import OPTIMIZERS
+
+MOST = 10**15
+"""What any count in a spec may be at most: it stays exact, and sums of them do."""
 
 
 class Part(BaseModel):
@@ -33,6 +38,15 @@ class Part(BaseModel):
         strict=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_counted(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        counts = type(value) is int or (type(value) is float and name.endswith("epochs"))
+        if counts and name != "seed" and MOST < value < math.inf:
+            raise _wrong(f"must be at most {MOST:.0e}")
+        return value
 
 
 def _wrong(message: str) -> PydanticCustomError:

@@ -8,6 +8,11 @@ import sys
 import pytest
 from commands import BIN, CLEAN, command
 
+from launch.warming import out_of_place
+from service.errors import SpecError
+from service.recipes import find_recipe
+from service.spec_file import load_spec
+
 RUN = (BIN / "evenstep", "run", "digits", "length={steps: 2}", "--processes", "2")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 # As the kernel answers where memory or the number of processes is used up.
@@ -45,3 +50,47 @@ def test_too_few_open_files_are_told_before_anything_is_started(tmp_path):
         "error: ulimit -n: a process may have 24 files open here, and 2 processes need 72. "
         "Raise it: ulimit -n 1024.\n"
     )
+
+
+def told(*words, cwd, **environ):
+    done = command(BIN / "evenstep", *words, cwd=cwd, timeout=120, **environ)
+    assert (done.returncode, done.stdout) == (64, "")
+    return done.stderr
+
+
+def test_a_place_that_torchrun_did_not_set_is_told_in_a_line(tmp_path):
+    line = told("run", "digits", cwd=tmp_path, RANK="0", WORLD_SIZE="1")
+    assert line.startswith("error: The environment sets RANK but not LOCAL_RANK, LOCAL_WORLD_SIZE.")
+    assert line.count("\n") == 1
+
+
+def test_a_current_directory_that_is_gone_is_told(tmp_path):
+    script = f'mkdir gone; cd gone; rmdir ../gone; exec "{BIN}/evenstep" run digits'
+    done = command("sh", "-c", script, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (
+        64,
+        "error: The current directory is gone: No such file or directory. Change into one that is "
+        "there.\n",
+    )
+
+
+def test_a_temporary_directory_too_deep_for_a_socket_is_told(tmp_path):
+    fits = "/tmp/" + "x" * 70
+    assert out_of_place(["run", "digits", "--processes", "2"], {"TMPDIR": fits}) is None
+    assert out_of_place(["run", "digits"], {"TMPDIR": fits + "x"}) is None
+    line = told("run", "digits", "--processes", "2", cwd=tmp_path, TMPDIR=fits + "x")
+    assert line.startswith("error: TMPDIR has 76 bytes")
+
+
+def test_an_override_with_dashes_is_told_without(tmp_path):
+    line = told("run", "digits", "--optimizer.lr=0.02", cwd=tmp_path)
+    hint = "What changes a key of the spec has no dashes: optimizer.lr=VALUE."
+    assert line == f"error: No such option '--optimizer.lr'. {hint}\n"
+
+
+@pytest.mark.parametrize("number", [10**16, 10**30, 1e16])
+def test_a_number_that_counts_nothing_is_refused_where_it_stands(number):
+    override = f"length.steps={number}" if isinstance(number, int) else f"length.epochs={number}"
+    with pytest.raises(SpecError, match=r"must be at most 1e\+15"):
+        load_spec(find_recipe("digits"), overrides=["length={}", override])
+    assert load_spec(find_recipe("digits"), overrides=["seed=9223372036854775807"]).seed > 10**18

@@ -356,7 +356,10 @@ def specs(draw: st.DrawFn) -> Spec:
             "task": "recipes.digits:task",
             "task_args": draw(st.dictionaries(texts, plain_values, max_size=3)),
             "seed": draw(st.integers(0, 2**63 - 1)),
-            "batch": {"global_batch": draw(st.just("all") | st.integers(9)), "micro_batch": micro},
+            "batch": {
+                "global_batch": draw(st.just("all") | st.integers(9, 10**15)),
+                "micro_batch": micro,
+            },
             "length": draw(st.sampled_from([{"steps": 7}, {"epochs": 0.3}])),
             "optimizer": draw(optimizers()),
             "schedule": draw(st.sampled_from([{}, {"name": "cosine", "final": 1e-7}])),
