@@ -51,6 +51,7 @@ from launch.environment import Environment, launched
 from launch.process_group import process_group
 from service import worker
 from service.batches import Step
+from service.devices import synchronize
 from service.faults import StopRequest
 from service.plan import make_plan
 from service.spec_file import load_spec
@@ -308,8 +309,7 @@ def autocast_of(job: Job, device: torch.device) -> contextlib.AbstractContextMan
 
 def waited(device: torch.device) -> float:
     """Now, when the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -317,9 +317,9 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def ceiling(device: torch.device, kind: torch.dtype = torch.bfloat16) -> float:
+def ceiling(device: torch.device, small: bool, kind: torch.dtype = torch.bfloat16) -> float:
     """Operations a second of a product of square matrices: the median of a second of them."""
-    side = 8192 if device.type != "cpu" else 256
+    side = 256 if small else 8192
     a = torch.randn(side, side, device=device, dtype=kind)
     seconds: list[float] = []
     for _ in range(3):
@@ -514,7 +514,7 @@ def part_device(world: World, small: bool) -> None:
         ("bf16", torch.bfloat16, "highest"),
     ):
         torch.set_float32_matmul_precision(precision)
-        show(world, f"| {name} | {ceiling(device, kind) / 1e12:.4g} |")
+        show(world, f"| {name} | {ceiling(device, small, kind) / 1e12:.4g} |")
     torch.set_float32_matmul_precision("highest")
     if dist.is_initialized():
         return
@@ -545,7 +545,7 @@ def against_hand(
     turns = Turns(rivals, world, pairs=pairs)
     ours(name, world, small=small, steps=turns.steps, over=turns.over, model={"compile": compiled})
     mine, work = turns.sides["ours"], operations(job)
-    most = ceiling(world.device)
+    most = ceiling(world.device, small)
     per_row = job.shape[0] if job.is_text else 1
     what = "tokens" if job.is_text else "rows"
     many = f", {world.processes} processes" if world.processes > 1 else ""
