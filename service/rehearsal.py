@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
+from service.devices import synchronize
 from service.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.flops import FlopCount
 from service.generators import Seeded, noticing_draws
@@ -110,6 +111,13 @@ class Trial:
             measured = self.task.measure(outputs, self.batch.targets)
             require_shapes(losses, measured, self.batch, self.task)
         losses.sum().backward()  # type: ignore[no-untyped-call]
+        if checked:  # a device tells of an index out of range when it is waited for
+            try:
+                synchronize(self.world.device)
+            except RuntimeError as error:
+                if "device-side assert" not in str(error):
+                    raise
+                raise SpecError(_asserted(self.batch, error)) from error
 
     @contextmanager
     def _undone(self, model: nn.Module) -> Iterator[None]:
@@ -121,6 +129,16 @@ class Trial:
                 buffer.copy_(before[name])
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
+
+
+def _asserted(batch: Batch, error: RuntimeError) -> str:
+    rows = ", ".join(map(str, batch.rows[:8].tolist()))
+    return (
+        f"task: one forward and backward pass over {len(batch.rows)} rows ({rows} ...) failed on "
+        f"the device: {str(error).splitlines()[0]}. It is an index out of range: most often a "
+        "label that is no class, or a token that the embedding does not have. "
+        "EVENSTEP_DEVICE=cpu with the same command names the value."
+    )
 
 
 def require_shapes(losses: Tensor, measured: Tensor, batch: Batch, task: Task) -> None:
