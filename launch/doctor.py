@@ -145,10 +145,13 @@ def _devices(asked: Asked) -> Iterator[Finding]:
         return
     count = torch.accelerator.device_count()
     told, named = f"{count} of {accelerator.type}", set[str]()
-    if accelerator.type == "cuda":
-        cards = [torch.cuda.get_device_properties(number) for number in range(count)]
+    module = torch.get_device_module(accelerator)
+    if hasattr(module, "get_device_properties"):
+        cards = [module.get_device_properties(number) for number in range(count)]
         named = {f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards}
-        told += f" ({'; '.join(sorted(named))}), CUDA {torch.version.cuda}, driver {_driver()}"
+        told += f" ({'; '.join(sorted(named))})"
+    if accelerator.type == "cuda":
+        told += f", CUDA {torch.version.cuda}, driver {_driver()}"
     if asked.processes > count and asked.processes > 2:
         fix = f"Use at most --processes {count}, or EVENSTEP_DEVICE=cpu."
         if any("MIG" in card.split() for card in named):

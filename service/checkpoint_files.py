@@ -102,12 +102,26 @@ def in_words(size_bytes: int) -> str:
     return f"{size:.3g} {unit}" if unit != "bytes" else f"{size_bytes} bytes"
 
 
-def saving_in_words(size_bytes: int | None, spec: CheckpointSpec) -> str:
-    """What a checkpoint takes on disk and in memory; None is a size only the first step tells."""
+def saving_in_words(size_bytes: int | None, spec: CheckpointSpec, *, pinned: bool = False) -> str:
+    """What a checkpoint takes on disk and in memory; None is a size only the first step tells.
+
+    `pinned` memory comes in powers of two: torch's allocator for it rounds up.
+    """
     size = "as much as weights and optimizer state" if size_bytes is None else in_words(size_bytes)
+    if spec.asynchronous and pinned:
+        held = f"the next power of two, {in_words(pinned_bytes(size_bytes))}," if size_bytes else ""
+        return (
+            f"{size} each on disk, and {held or 'up to twice as much'} once in pinned main memory "
+            "of the first node."
+        )
     if spec.asynchronous:
         return f"{size} each on disk, and the same once in the main memory of the first node."
     return f"{size} each on disk; training waits until one is written."
+
+
+def pinned_bytes(size_bytes: int) -> int:
+    """What a pinned buffer of so many bytes really takes."""
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 class _Damaged(Exception):

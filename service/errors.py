@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -101,11 +102,19 @@ def _one_holds_the_other(a: str, b: str) -> bool:
     return a in b or b in a
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not get the memory that was asked for."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+# How torch's own allocators, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it.  Source:
+# the status names of their headers; NCCL 2.27, src/include/alloc.h; torch 2.13, c10/core.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|_ALLOC_FAILED|ALLOCATION_FAILED"
+    r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, what it computes with, or Python could not get the memory it asked for."""
+    if isinstance(error, MemoryError):
         return True
-    return "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def with_place(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from service import randomness
 from service.devices import forget_peak, peak_bytes
 from service.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.limits import memory_each, workers_each
-from service.loading import sample
+from service.loading import resident_bytes, sample
 from service.normalization import prepare
 from service.optimizers import make_optimizer, parameter_groups
 from service.plan import Plan, largest_micro_batch, make_plan
@@ -99,6 +99,8 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
     plan = make_plan(
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
+    if world.device.type != "cpu":
+        world.sum(torch.zeros(1, device=world.device))  # now the backend takes its own memory
     failed: EvenstepError | None = None
     found = 0
     try:
@@ -134,11 +136,14 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     most = largest_micro_batch(plan.global_batch, plan.processes)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
     model = new_model(task).to(world.device)
-    held = _held_besides(model, plan)
+    held = _held_besides(model, plan, processes=world.processes)
     on_cpu = world.device.type == "cpu"
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
-    # On a device it is taken away, so that a pass fails here where it would fail in training.
-    reserved = None if on_cpu else torch.empty(held, dtype=torch.uint8, device=world.device)
+    reserved = None
+    if not on_cpu:
+        # On a device it is taken away, so that a pass fails here where it would fail in training.
+        held += resident_bytes((task.train_data(), task.test_data()), task, world.device)
+        reserved = torch.empty(held, dtype=torch.uint8, device=world.device)
     before, found = peak_bytes(world.device), 0
     for rows in _doubled(most):
         took = peak_bytes(world.device) - before
@@ -162,15 +167,20 @@ def _doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def _held_besides(model: nn.Module, plan: Plan) -> int:
-    """Bytes that training holds and a trial pass does not: the optimizer's and the average's."""
+def _held_besides(model: nn.Module, plan: Plan, *, processes: int) -> int:
+    """Bytes that training holds and a trial pass does not.
+
+    The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
+    more: while DDP lays them out anew, the old ones are there too.
+    """
     spec = plan.spec
     optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
     averaged = spec.model.moving_average is not None
     weights = sum(p.nbytes for p in model.parameters())
+    buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad) if processes > 1 else 0
     size = expected_bytes(model, optimizer, averaged=averaged)
     # Of an optimizer that cannot tell before its first step: as much as Adam's.
-    return 2 * weights if size is None else max(0, size - weights)
+    return buckets + (2 * weights if size is None else max(0, size - weights))
 
 
 def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -31,6 +32,11 @@ _WAITING = (
     "service/pairs.py",
     "torch/autograd/graph.py",
 )
+
+# Where a process waits for its device, which may itself wait for the devices of others: a value is
+# read, or an event waited for.  Most of those calls have no frame of Python's: the line tells.
+_DEVICE_WAIT = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|query)\(|\b(float|int|bool)\(")
+_DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", "torch/_tensor")
 
 Leave = Callable[[int, str], NoReturn]
 
@@ -181,11 +187,14 @@ class _Watch:
     def _line(self) -> tuple[str, bool]:
         """(the line on which this process stands, and whether it waits there for others)."""
         frames = sys._current_frames()
-        line, waiting = _line_of(frames[self._main]) if self._main in frames else ("", False)
+        on_device = self._pulse.device_waits
+        line, waiting = "", False
+        if self._main in frames:
+            line, waiting = _line_of(frames[self._main], on_device=on_device)
         if self._pulse.place.work == "save" and not waiting:
             for thread in threading.enumerate():  # it waits for its own writer
                 if thread.name.startswith(WRITER) and thread.ident in frames:
-                    written, for_others = _line_of(frames[thread.ident])
+                    written, for_others = _line_of(frames[thread.ident], on_device=on_device)
                     if "concurrent/futures" not in written:  # else it is idle
                         line, waiting = written, for_others
         return line, waiting
@@ -256,11 +265,19 @@ def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
     return f"{who} has stood still for {standing:.0f} s {where}: {what}."
 
 
-def _line_of(frame: FrameType) -> tuple[str, bool]:
-    """(the innermost line, and whether it waits there for other processes)."""
+def _line_of(frame: FrameType, *, on_device: bool = False) -> tuple[str, bool]:
+    """(the innermost line, and whether it waits there for other processes).
+
+    Args:
+        on_device: the process computes on a device, so a line that waits for it waits for others.
+    """
     summary = traceback.extract_stack(frame)
     innermost = summary[-1]
-    waiting = any(part in innermost.filename.replace(os.sep, "/") for part in _WAITING)
+    file = innermost.filename.replace(os.sep, "/")
+    waiting = any(part in file for part in _WAITING)
+    if on_device and not waiting:
+        waiting = any(part in file for part in _DEVICE_WAITING)
+        waiting |= _DEVICE_WAIT.search(innermost.line or "") is not None
     line = f"{innermost.filename}:{innermost.lineno} in {innermost.name}: {innermost.line}"
     return line, waiting
 

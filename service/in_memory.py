@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from service.batches import each_tensor, tensors_of
+from service.devices import free_bytes
+
+# Of the device's free memory, what rows may take; the rest is for what they are needed for.
+_SHARE_OF_FREE = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one data set is another's equal only where it is the same
 class InMemory:
     """All rows of a data set as tensors, or nests of them, whose first dimension is the row."""
 
@@ -30,10 +35,38 @@ class InMemory:
         inputs, targets = (each_tensor(v, lambda t: t[row]) for v in (self.inputs, self.targets))
         return inputs, targets
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors_of((self.inputs, self.targets)))
+
+    @property
+    def device(self) -> torch.device:
+        return tensors_of(self.targets)[0].device
+
     def on(self, device: torch.device) -> InMemory:
         """The same on the device."""
         moved = [each_tensor(v, lambda t: t.to(device)) for v in (self.inputs, self.targets)]
         return InMemory(*moved)
+
+    def fits_on(self, device: torch.device) -> bool:
+        """Whether the rows may lie on the device: a quarter of what is free there holds them."""
+        free = free_bytes(device)
+        return free is None or self.size_bytes <= _SHARE_OF_FREE * free
+
+
+# By data set, its rows on the device: brought there once, and not for every test pass.
+_RESIDENT: WeakKeyDictionary[Any, InMemory] = WeakKeyDictionary()
+
+
+def near(data: Any, rows: InMemory, device: torch.device) -> InMemory:
+    """The rows of a data set on the device, as long as it lives; on the host if they do not fit."""
+    if device.type == "cpu" or rows.device.type != "cpu":
+        return rows
+    if data not in _RESIDENT:
+        if not rows.fits_on(device):
+            return rows
+        _RESIDENT[data] = rows.on(device)
+    return _RESIDENT[data]
 
 
 def in_memory(data: Any) -> InMemory | None:

@@ -16,15 +16,25 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from service import randomness
-from service.batches import Batch, Step, carrier, first_rows, split, tensors_of
+from service.batches import (
+    Batch,
+    Step,
+    carrier,
+    each_tensor,
+    first_rows,
+    split,
+    tensors_of,
+    to_device,
+)
 from service.devices import copies_late
 from service.errors import DataBroken, EvenstepError, SpecError, with_place
 from service.faults import STOP_SIGNALS, die_with_parent
 from service.generators import seed_generators
-from service.in_memory import InMemory, in_memory, joined, picker, run_copier
+from service.in_memory import InMemory, in_memory, joined, near, picker, run_copier
 from service.limits import memory_here
 from service.plan import Plan
 from service.samplers import micro_batches, rows_at
@@ -61,6 +71,7 @@ def train_steps(
         collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
         batches = _as_batches(collated, task=task, world=world, known=False)
     elif (rows := _held(data, task)) is not None:
+        rows = near(data, rows, world.device)
         batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
@@ -85,6 +96,7 @@ def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterato
     orders = _test_orders(plan, world)
     rows = _held(data, task)
     if rows is not None:
+        rows = near(data, rows, world.device)
         return _copied_from_memory(rows, orders, task=task, world=world)
     reader = _Reader(data, plan.spec.seed, rows=plan.test_rows, collate=collate_of(task))
     brought = _collated(reader, orders, plan, world)
@@ -385,35 +397,50 @@ def _require_room(reader: _Reader, rows: int) -> None:
 def _from_memory(
     data: InMemory, *, task: Task, plan: Plan, world: World, start: int
 ) -> Iterator[Batch]:
-    """Rows picked by index on the device that computes them.
+    """Rows picked by index on the device that computes them, or on the host where they lie there.
 
     Each micro-batch has memory of its own: of a part of a larger block, the bits of what is
     computed would depend on where in the block it begins, and so on where the run was resumed.
     """
-    held = data.on(world.device)
-    inputs, targets = picker(held.inputs), picker(held.targets)
+    inputs, targets = picker(data.inputs), picker(data.targets)
+    send = _sender(data, world)
     weigh = _weigher(task, data.targets)
     for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
-        indices = torch.from_numpy(block.rows.ravel()).to(world.device, non_blocking=True)
+        indices = torch.from_numpy(block.rows.ravel()).to(data.device, non_blocking=True)
         each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
         for number, key, rows, index in zip(*block.parts(), each, strict=True):
-            aims = targets(index)
+            aims = send(targets(index))
             weight = None if weigh is None else weigh(aims)
-            yield Batch(number, rows, inputs(index), aims, weight, key)
+            yield Batch(number, rows, send(inputs(index)), aims, weight, key)
 
 
 def _copied_from_memory(
     data: InMemory, orders: Iterable[Order], *, task: Task, world: World
 ) -> Iterator[Batch]:
     """Rows that are asked for in the order in which they lie."""
-    held = data.on(world.device)
-    inputs, targets = run_copier(held.inputs), run_copier(held.targets)
+    inputs, targets = run_copier(data.inputs), run_copier(data.targets)
+    send = _sender(data, world)
     weigh = _weigher(task, data.targets)
     for _, number, key, first, rows in orders:
         # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
-        aims = targets(first, len(rows))
+        aims = send(targets(first, len(rows)))
         weight = None if weigh is None else weigh(aims)
-        yield Batch(number, rows, inputs(first, len(rows)), aims, weight, key)
+        yield Batch(number, rows, send(inputs(first, len(rows))), aims, weight, key)
+
+
+def _sender(data: InMemory, world: World) -> Callable[[Any], Any]:
+    """Brings rows that were picked to the device; where they lie there already, does nothing."""
+    if data.device.type == world.device.type:
+        return _as_it_is
+    if copies_late(world.device):
+        return lambda rows: to_device(each_tensor(rows, Tensor.pin_memory), world.device)
+    return lambda rows: to_device(rows, world.device)
+
+
+def resident_bytes(data: Iterable[Data], task: Task, device: torch.device) -> int:
+    """Bytes of a device that the rows of these data sets will take for the whole run."""
+    held = [rows for part in data if (rows := _held(part, task)) is not None]
+    return sum(rows.size_bytes for rows in held if rows.fits_on(device))
 
 
 class _Reader(Dataset[tuple[Order, Any]]):

@@ -102,6 +102,8 @@ class Pulse:
         """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
         self.trace = Trace()
         """The last collective; the world's own, as soon as there is one."""
+        self.device_waits = False
+        """Whether a value is waited for where it is read: this process computes on a device."""
         self.directory: RunDirectory | None = None
         self._scratch = scratch
         self._writing = threading.Lock()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
-from service.errors import EvenstepError, is_out_of_memory, told_as_mistake
+from service.devices import synchronize
+from service.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.flops import FlopCount
 from service.generators import Seeded, noticing_draws
 from service.normalization import Normalization
@@ -115,6 +116,13 @@ class Trial:
         else:
             losses = self.task.loss(outputs, self.batch.targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
+        if checked:  # a device tells of an index out of range when it is waited for
+            try:
+                synchronize(self.world.device)
+            except RuntimeError as error:
+                if "device-side assert" not in str(error):
+                    raise
+                raise SpecError(_asserted(self.batch, error)) from error
 
     def _losses(self, outputs: Any, batch: Batch) -> Tensor:
         losses = self.task.loss(outputs, batch.targets)
@@ -141,3 +149,13 @@ class Trial:
                 buffer.copy_(before[name])
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
+
+
+def _asserted(batch: Batch, error: RuntimeError) -> str:
+    rows = ", ".join(map(str, batch.rows[:8].tolist()))
+    return (
+        f"task: one forward and backward pass over {len(batch.rows)} rows ({rows} ...) failed on "
+        f"the device: {str(error).splitlines()[0]}. It is an index out of range: most often a "
+        "label that is no class, or a token that the embedding does not have. "
+        "EVENSTEP_DEVICE=cpu with the same command names the value."
+    )

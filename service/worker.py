@@ -20,7 +20,7 @@ from service.checkpoints import Checkpoints
 from service.clock import Clock
 from service.compiling import compile_in_place, spare_compiler
 from service.console import Voice, console
-from service.devices import name_of
+from service.devices import copies_late, name_of
 from service.errors import EvenstepError, SpecError, Stopped
 from service.exchange import Exchange, Ordered, Overlapped
 from service.faults import StopRequest
@@ -98,6 +98,7 @@ def run(
     assert spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     pulse = pulse or Pulse(rank=world.index)
     pulse.trace = world.trace
+    pulse.device_waits = world.device.type != "cpu"
     require_measures(spec, task)
     require_packages(spec.tracking)
     if profile is not None and profile.first > plan.steps:
@@ -221,7 +222,8 @@ def run(
         if not resumed:
             together(world, lambda: opened.require_never_saved() if opened else None)
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
-    say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint)}")
+    pinned = copies_late(world.device)
+    say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint, pinned=pinned)}")
     if opened is not None and graces:
         attempts = opened.facts["attempts"]
         takes = measured_in(attempts) or estimated(saved_bytes, directory.path)

@@ -265,7 +265,7 @@ def _serve(connection: Connection, log: str, environment: dict[str, str], device
 
 
 def _on_simulated(rank: int, *, joined: bool) -> Any:
-    """A world on the simulated device of that number."""
+    """A world on a simulated device that is not the first, which is each thread's own choice."""
     import simulated_device
     import torch
     import torch.distributed as dist
@@ -276,7 +276,7 @@ def _on_simulated(rank: int, *, joined: bool) -> Any:
     simulated_device.register()
     if joined:
         dist.init_process_group(dist.get_default_backend_for_device("sim"))
-    return World(Accelerator(), device=torch.device("sim", rank))
+    return World(Accelerator(), device=torch.device("sim", rank + 1))
 
 
 def _isolate(log: str) -> None:

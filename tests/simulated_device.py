@@ -15,10 +15,11 @@ computes with torch's CPU kernels, and like a GPU it
 - has several devices (`SIM_DEVICES`), and notes on which of them a thread has opened a context;
 - exchanges by a backend of its own, `simccl`, that refuses tensors of the CPU, as NCCL does.
 
-What it cannot show: speed, NCCL, TF32, fused kernels, CUDA graphs, kernels that are not
-deterministic, and whatever happens inside a driver. Work is done at once: a stream is an order
-that is checked, and not a queue. A process computes on one of the devices, and its tensors call
-themselves `sim:0` whichever it is: torch's autograd engine knows one device of such a kind.
+What it cannot show: speed, NCCL, TF32, fused kernels (a GRU's, SyncBatchNorm's), CUDA graphs,
+kernels that are not deterministic, and whatever happens inside a driver. Work is done at once: a
+stream is an order that is checked, and not a queue. A process computes on one of the devices, and
+its tensors call themselves `sim:0` whichever it is: torch's autograd engine knows one device of
+such a kind.
 """
 
 from __future__ import annotations
@@ -42,14 +43,34 @@ CONTEXTS: set[int] = set()
 """Devices on which a thread of this process has opened a context: some memory of each is gone."""
 BYTES = int(os.environ.get("SIM_BYTES", 2**30))
 """Memory of each device."""
+OTHERS = 0
+"""What the driver says that other processes hold of it."""
 
 
-RACES: list[str] = []
-"""What was found where nothing can be raised; the next operator raises it."""
+PENDING: list[Exception] = []
+"""What was found where nothing can be raised; the next operator, or wait of the host, raises it."""
+ASSERTED: list[str] = []
+"""Why the device has stopped: an index was out of range. It is told to who waits for the device."""
 
 
 class Race(RuntimeError):
     """Two streams use the same memory in no order."""
+
+
+def _raise(error: Exception) -> None:
+    """At once, or a little later from a thread of the autograd engine, which may raise nothing.
+
+    There torch calls back into Python while it unwinds, and would end the process.
+    """
+    if isinstance(threading.current_thread(), threading._DummyThread):
+        PENDING.append(error)
+    else:
+        raise error
+
+
+def _raise_pending() -> None:
+    if PENDING and not isinstance(threading.current_thread(), threading._DummyThread):
+        raise PENDING.pop(0)
 
 
 # ---- streams and events
@@ -124,6 +145,9 @@ def _learn(known: dict[Stream, int], told: dict[Stream, int]) -> None:
 
 def _host_waits(why: str, told: dict[Stream, int]) -> None:
     WAITS.append(why)
+    _raise_pending()
+    if ASSERTED:
+        raise RuntimeError(f"sim error: device-side assert triggered\n{ASSERTED[0]}")
     with torch.profiler.record_function(f"the host waits for sim: {why}"):
         _learn(_HOST, told)
         while _to_come:
@@ -172,8 +196,10 @@ def current_stream(device: Any = None) -> Stream:
 def _on_stream(stream: Stream | None) -> Iterator[None]:
     before = _thread.stream
     _thread.stream = stream or before
-    yield
-    _thread.stream = before
+    try:
+        yield
+    finally:
+        _thread.stream = before
 
 
 def device_count() -> int:
@@ -201,7 +227,7 @@ def reset_peak_memory_stats(device: Any = None) -> None:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    return BYTES - memory_allocated(device), BYTES
+    return BYTES - memory_allocated(device) - OTHERS, BYTES
 
 
 def manual_seed_all(seed: int) -> None:
@@ -247,19 +273,21 @@ class _Home:
     """One allocation: an attribute of its storage, with which it goes."""
 
     def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
+        self.size_bytes = 0
         self.stream = current_stream()
         self.written = (self.stream, self.stream.now)
         self.used: dict[Stream, int] = {}
         self.recorded: set[Stream] = set()
-        self.races = RACES
+        self.pending = PENDING
         self.due: list[Callable[[], object]] = []
-        _memory["held"] += size_bytes
-        if _memory["held"] > BYTES:
-            raise torch.OutOfMemoryError(
+        if _memory["held"] + size_bytes > BYTES:
+            told = (
                 f"sim out of memory. Tried to allocate {size_bytes / 2**20:.2f} MiB. The device "
                 f"has a total capacity of {BYTES / 2**20:.2f} MiB."
             )
+            _raise(torch.OutOfMemoryError(told))
+        self.size_bytes = size_bytes
+        _memory["held"] += size_bytes
         _memory["peak"] = max(_memory["held"], _memory["peak"])
 
     def receive(self) -> None:
@@ -272,19 +300,21 @@ class _Home:
 
     def use(self, stream: Stream) -> None:
         if not stream.follows(*self.written):
-            raise Race("a stream uses what another one wrote, and has not waited for it")
+            _raise(Race("a stream uses what another one wrote, and has not waited for it"))
         self.used[stream] = stream.now
 
     def write(self, stream: Stream) -> None:
         if not all(stream.follows(*use) for use in self.used.items()):
-            raise Race("a stream writes over what another one still reads")
+            _raise(Race("a stream writes over what another one still reads"))
         self.written = (stream, stream.now)
 
     def __del__(self, memory: dict[str, int] = _memory) -> None:
         memory["held"] -= self.size_bytes
         for stream, work in self.used.items():
             if stream not in self.recorded and not self.stream.follows(stream, work):
-                self.races.append("given back while another stream used it: no record_stream")
+                self.pending.append(
+                    Race("given back while another stream used it: no record_stream")
+                )
 
 
 class Sim(torch.Tensor):
@@ -365,8 +395,7 @@ def _read(tensor: Sim, why: str) -> None:
 
 def _ready(tensors: list[Sim]) -> None:
     """The current stream goes on by one, with what these hold."""
-    if RACES:
-        raise Race(RACES.pop())
+    _raise_pending()
     stream = current_stream()
     stream.now += 1
     for tensor in tensors:
@@ -456,7 +485,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["generator"] = _generators[_memory["device"]]
     if func is aten.native_dropout.default:
         return _dropped(*args)
-    results = func(*_bare(args), **_bare(kwargs))
+    results = _result_of(func, args, kwargs)
     own = {id(tensor.raw): tensor for tensor in ours}  # in place: the same object again
     stream = current_stream()
 
@@ -471,6 +500,21 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 if isinstance(tensor, Sim):
                     tensor.home.write(stream)
     return tree_map_only(torch.Tensor, wrapped, results)
+
+
+def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """What it comes to; from an index out of range on, nothing is computed and nobody is told."""
+    try:
+        if not ASSERTED:
+            return func(*_bare(args), **_bare(kwargs))
+    except IndexError as error:
+        ASSERTED.append(str(error))
+    written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.is_write]
+    if written:
+        return _bare(written[0])
+    shapes = tree_map_only(torch.Tensor, lambda t: t.to("meta"), _bare((args, kwargs)))
+    made = func(*shapes[0], **shapes[1])
+    return tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), made)
 
 
 def _asks_host(func: Any, args: Any) -> bool:

@@ -1,19 +1,33 @@
 """The simulated device catches what a GPU would punish, and a run comes out on it as on the CPU."""
 
+import gc
 import json
 import socket
 import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import simulated_device
+import test_fitting
 import torch
 import torch.distributed as dist
 from commands import BIN, CLEAN, evenstep
 from features import PLAIN
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from service.checkpoint_files import saving_in_words
+from service.errors import SpecError, is_out_of_memory
+from service.fitting import fitting_rows
+from service.hangs import _line_of
 from service.run_directory import RunDirectory
+from service.spec import CheckpointSpec
+from service.spec_file import load_spec
+from service.task import load_task, supervised
 from service.tracking import read_metrics
 
 FEATURES = str(spec_of.__globals__["HERE"].with_name("features.py"))
@@ -84,6 +98,7 @@ def raced(world):
     held[0] + 1
     refused(lambda: on_side(held[0].zero_), simulated_device.Race, "still reads")
     held.clear()
+    gc.collect()  # what was raised above holds it too
     refused(lambda: torch.ones(1, device="sim"), simulated_device.Race, "record_stream")
     kept = on_side(lambda: torch.ones(3, device="sim"))
     module.current_stream().wait_stream(side)
@@ -193,10 +208,145 @@ def test_several_devices_train_as_one_does(processes, simulated, tmp_path, name,
     if name == "bitwise" and count == 3:
         pytest.skip("bitwise takes a power of two of processes")
     chosen = JOBS[name]
-    processes(1).run(train_in_process, chosen, tmp_path / "cpu")
+    processes(count).run(train_in_process, chosen, tmp_path / "cpu")
     simulated(count).run(train_in_process, chosen, tmp_path / "sim")
     same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", ROUNDED.get(name, 2e-5))
-    assert simulated(count).run(contexts) == [[rank] for rank in range(count)]
+    assert simulated(count).run(contexts) == [[rank + 1] for rank in range(count)]
+
+
+# ---- what it has no room for, and what it finds out late
+
+
+def held_on_host(world, spec, runs):
+    """A run on a device that others have nearly filled; how many data sets lay on it."""
+    from service import in_memory
+
+    in_memory._RESIDENT.clear()
+    simulated_device.OTHERS = simulated_device.mem_get_info()[0] - 100_000
+    try:
+        train_in_process(world, spec, runs)
+    finally:
+        simulated_device.OTHERS = 0
+    return len(in_memory._RESIDENT)
+
+
+def test_rows_that_do_not_fit_stay_on_the_host(processes, simulated, tmp_path):
+    chosen = job(arguments=PLAIN, model={"batchnorm": "local"})
+    chosen["batch"] = {"global_batch": 20, "micro_batch": 5}
+    processes(1).run(train_in_process, chosen, tmp_path / "cpu")
+    assert simulated(1).run(held_on_host, chosen, tmp_path / "sim") == [0]
+    same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", 2e-5)
+
+
+def brought_twice(world):
+    """Rows brought to the device for two test passes, and how much of it they take."""
+    from service.in_memory import in_memory, near
+
+    data = TensorDataset(torch.ones(1000, 4), torch.arange(1000))
+    free = torch.sim.mem_get_info()[0]
+    one, other = (near(data, in_memory(data), world.device) for _ in range(2))
+    assert one is other
+    taken = free - torch.sim.mem_get_info()[0]
+    del one, other, data
+    return taken, free - torch.sim.mem_get_info()[0]
+
+
+def test_rows_are_brought_once_and_go_with_their_data_set(simulated):
+    assert simulated(1).run(brought_twice) == [(1000 * (16 + 8), 0)]
+
+
+def mislabelled():
+    """Rows of which one has a label that is no class."""
+    rows = TensorDataset(torch.ones(20, 4), torch.arange(20) % 3 + (torch.arange(20) == 2))
+    return supervised(model=lambda: nn.Linear(4, 3), train=rows, test=rows)
+
+
+def told_of_label(world, runs):
+    spec = spec_of("none", task=f"{__file__}:mislabelled", batch={"global_batch": 20})
+    try:
+        with pytest.raises(SpecError) as told:
+            train_in_process(world, spec, runs)
+        return str(told.value)
+    finally:
+        simulated_device.ASSERTED.clear()
+
+
+def test_a_label_out_of_range_is_told_before_the_first_step(simulated, tmp_path):
+    [told] = simulated(1).run(told_of_label, tmp_path)
+    assert "device-side assert triggered" in told
+    assert "a label that is no class" in told
+    assert "EVENSTEP_DEVICE=cpu" in told
+    assert not (tmp_path / "job").exists()
+
+
+def rows_that_fit(world, megabytes):
+    """Rows of `micro_batch: auto` on a device of so much memory."""
+    before = simulated_device.BYTES
+    simulated_device.BYTES = simulated_device.memory_allocated() + megabytes * 10**6
+    spec = load_spec(test_fitting.wide_spec(global_batch=64))
+    try:
+        task = load_task(spec.task, spec.task_args)
+        return fitting_rows(spec, task=task, world=world, processes=world.processes, memory_bytes=0)
+    finally:
+        simulated_device.BYTES = before
+
+
+def test_the_largest_micro_batch_is_what_the_device_holds(simulated):
+    rows = simulated(1).run(rows_that_fit, 200)[0]
+    assert 2 <= rows <= 16
+    assert simulated(2).run(rows_that_fit, 200)[0] <= rows
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.97 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+        RuntimeError(
+            "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+        ),
+        dist.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+        dist.DistBackendError("ncclSystemError: Failed to CUDA calloc async 608 bytes"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_out_of_memory_is_known_in_all_its_words(error):
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_are_not_out_of_memory():
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not is_out_of_memory(ValueError("the shop is out of memory cards"))
+
+
+def test_a_host_that_reads_a_value_waits_for_the_device():
+    lock = threading.Lock()
+    lock.acquire()
+    value = SimpleNamespace(tolist=lock.acquire)  # no frame of Python's, as torch's own
+    reader = threading.Thread(target=lambda: value.tolist())
+    reader.start()
+    try:
+        frames = sys._current_frames()
+        while ".tolist()" not in _line_of(frames[reader.ident])[0]:
+            frames = sys._current_frames()
+        assert _line_of(frames[reader.ident], on_device=True)[1]
+        assert not _line_of(frames[reader.ident])[1], "on a CPU nothing is waited for there"
+    finally:
+        lock.release()
+        reader.join()
+
+
+def test_pinned_memory_is_told_as_what_it_takes():
+    told = saving_in_words(1100 * 2**20, CheckpointSpec(), pinned=True)
+    assert "1.07 GiB each on disk" in told
+    assert "the next power of two, 2 GiB, once in pinned main memory" in told
 
 
 # ---- the commands, as they are
@@ -284,5 +434,5 @@ def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_pat
 
 def test_the_doctor_sees_it(with_sim, tmp_path):
     told = evenstep("doctor", cwd=tmp_path, **with_sim).stdout
-    assert "4 of sim" in told
+    assert "4 of sim (Simulated device, 1 GiB)" in told
     assert "2 processes on sim by simccl" in told

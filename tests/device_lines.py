@@ -1,0 +1,190 @@
+"""Every line of service/ and launch/ that depends on the device, and what has run it so far.
+
+`python tests/device_lines.py` writes the table into docs/devices.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "devices.md"
+BEGIN, END = "<!-- written by: python tests/device_lines.py -->", "<!-- end of what it writes -->"
+
+# A line that asks what the device is, or does something that only a device has.
+ASKS = re.compile(
+    r"device\.type|_on_cpu\b|\bon_cpu\b|_pinned\b|\bcopies_late\(|\bmoment\(self|\bsynchronize\("
+    r"|\bforget_peak\(|\bpeak_bytes\(|\bfree_bytes\(|\bname_of\(device|\bresident_bytes\("
+    r"|\bfits_on\(|= near\(|\binitializer=use\b|\bgenerators\(self|= ready\(|device_waits\b"
+    r"|\bon_device\b|get_backend\(\) |torch\.accelerator|module_of\(|get_device_module"
+    r"|record_stream\("
+)
+# A line that names one vendor's device, library or tool.
+VENDOR = re.compile(
+    r"torch\.(cuda|xpu|mps|npu|mtia|version\.cuda)\b|\"(cuda|xpu|mps|npu)\"|nvidia-smi|cudnn"
+    r"|CUBLAS_|NCCL_|CUDA\b|torch/(cuda|xpu|npu)/"
+)
+
+CPU, SIM = "CPU", "CPU and simulated device"
+# What ran a module's lines in `make test`, where a line of its own below does not say otherwise.
+RAN = {
+    "service/checking.py": SIM,
+    "service/checkpoints.py": SIM,
+    "service/copies.py": SIM,
+    "service/devices.py": SIM,
+    "service/errors.py": CPU,
+    "service/fitting.py": SIM,
+    "service/flops.py": SIM,
+    "service/hangs.py": CPU,
+    "service/in_memory.py": SIM,
+    "service/loading.py": SIM,
+    "service/metrics.py": SIM,
+    "service/normalization.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
+    "service/optimizers.py": SIM,
+    "service/pairs.py": SIM,
+    "service/precision.py": SIM,
+    "service/profiling.py": SIM,
+    "service/pulse.py": SIM,
+    "service/rehearsal.py": SIM,
+    "service/snapshots.py": SIM,
+    "service/vitals.py": SIM,
+    "service/worker.py": SIM,
+    "service/world.py": SIM,
+    "launch/agent.py": CPU,
+    "launch/cli.py": CPU,
+    "launch/doctor.py": SIM,
+    "launch/nodes.py": CPU,
+    "launch/process_group.py": SIM,
+    "launch/reduction.py": SIM,
+}
+NVIDIA = "; its branch for NVIDIA: nothing yet"
+APPLE = "; its branch for Apple: nothing yet"
+# Lines that still name one vendor: why, and what of it nothing has run.
+NAMED: dict[tuple[str, str], tuple[str, str]] = {
+    (
+        "service/devices.py",
+        'current = getattr(module_of(device), "current_device", None)  # torch.mps has but one',
+    ): ("only the comment does", ""),
+    ("service/devices.py", 'return device.type not in ("cpu", "mps")'): (
+        "Apple's devices share the main memory: there is nothing to pin",
+        APPLE,
+    ),
+    (
+        "service/errors.py",
+        'r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"',
+    ): ("each library has its own words", "; none of these errors was seen yet"),
+    (
+        "service/hangs.py",
+        '_DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", '
+        '"torch/_tensor")',
+    ): ("files of torch, each vendor's its own", "; none of these files was seen in a hang yet"),
+    (
+        "service/metrics.py",
+        'self._on = torch.device("cpu") if device.type == "mps" else device',
+    ): ("Apple's devices have no float64", APPLE),
+    (
+        "service/optimizers.py",
+        'p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in '
+        "parameters",
+    ): ("where torch has fused kernels", "; the fused kernels of devices: nothing yet"),
+    (
+        "service/world.py",
+        'self.wide = torch.float32 if self.device.type == "mps" else torch.float64',
+    ): ("Apple's devices have no float64", APPLE),
+    (
+        "launch/agent.py",
+        '"TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", '
+        '"1"),',
+    ): ("NCCL's own setting", "; its effect: nothing yet"),
+    ("launch/doctor.py", 'if shutil.which("nvidia-smi"):'): (
+        "a driver without a torch that uses it",
+        NVIDIA,
+    ),
+    (
+        "launch/doctor.py",
+        'told = f"this machine has nvidia-smi, but torch {torch.__version__} sees no GPU"',
+    ): ("as above", NVIDIA),
+    (
+        "launch/doctor.py",
+        'fix = "Install a torch built for CUDA, and look at nvidia-smi for the driver."',
+    ): ("as above", NVIDIA),
+    ("launch/doctor.py", 'if accelerator.type == "cuda":'): (
+        "versions of CUDA and of the driver",
+        NVIDIA,
+    ),
+    (
+        "launch/doctor.py",
+        'told += f", CUDA {torch.version.cuda}, driver {_driver()}"',
+    ): ("as above", NVIDIA),
+    (
+        "launch/doctor.py",
+        'words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]',
+    ): ("as above", NVIDIA),
+    (
+        "launch/doctor.py",
+        'fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."',
+    ): ("NCCL's own setting", ""),
+    ("launch/nodes.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
+        "NCCL's own setting",
+        "; its effect: nothing yet",
+    ),
+    (
+        "launch/process_group.py",
+        'torch.backends.cudnn.allow_tf32 = precision == "tf32"',
+    ): ("only cuDNN has such a switch", "; its effect: nothing yet"),
+    (
+        "launch/process_group.py",
+        'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")',
+    ): ("only cuBLAS asks for it", "; its effect: nothing yet"),
+}
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """(module, line) of each, in order; comments, docstrings and imports left out."""
+    for folder in ("service", "launch"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            for line in code_of(path.read_text()):
+                if ASKS.search(line) or VENDOR.search(line):
+                    yield f"{folder}/{path.name}", line
+
+
+def code_of(text: str) -> Iterator[str]:
+    quoted = False
+    for raw in text.splitlines():
+        line = raw.strip()
+        marks = line.count('"""')
+        if quoted or marks or line.startswith(("#", "import ", "from ", "def ")):
+            quoted ^= marks % 2 == 1
+            continue
+        yield line
+
+
+def vendor_lines() -> set[tuple[str, str]]:
+    """Those that name one vendor."""
+    return {(module, line) for module, line in lines() if VENDOR.search(line)}
+
+
+def table() -> str:
+    """The table of docs/devices.md."""
+    rows = ["| module | line | run by | real GPU (date, card) |", "|---|---|---|---|"]
+    for module, line in dict.fromkeys(lines()):
+        rest = NAMED.get((module, line), ("", ""))[1]
+        shown = line.replace("|", "\\|")
+        rows.append(f"| {module} | `{shown}` | {RAN[module]}{rest} | nothing yet |")
+    rows += ["", "Lines that still name one vendor, and why:", "", "| module | line | why |"]
+    rows += ["|---|---|---|"]
+    rows += [f"| {module} | `{line}` | {why} |" for (module, line), (why, _) in NAMED.items()]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Write the table into the page."""
+    text = PAGE.read_text()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
