@@ -311,8 +311,13 @@ def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
     dist.distributed_c10d._set_pg_timeout(patience, group)
 
 
-def unconnected(error: RuntimeError) -> PeerLost:
-    """Why the processes of a job, all of them there, are not connected."""
+def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
+    """Why the processes of a job, all of them there, are not connected, where `error` says that."""
+    words = ["connectFullMesh", "timed out", "timeout", "Timed out", "Timeout"]
+    words += ["basic_string", "vector"]  # of an address that is none
+    of_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    if not of_store and not any(word in str(error) for word in words):
+        return None
     return PeerLost(
         f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
         f"({str(error).splitlines()[0]}). One of them is gone, or somebody else has changed the "
@@ -331,8 +336,12 @@ def _connected(
             backend="gloo",
             use_local_synchronization=ranks is not None,
         )
-    except RuntimeError as error:
-        raise unconnected(error) from error
+        dist.barrier(group)  # who stands in another's place is silent here
+    except (RuntimeError, ValueError) as error:
+        lost = unconnected(error)
+        if lost is None:
+            raise
+        raise lost from error
     be_patient(patience, group)
     return group
 
