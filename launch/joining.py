@@ -24,16 +24,20 @@ _LOOK_SECONDS = 1.0
 _COUNT, _ALL = "joined", "all joined"
 
 
-def store_of(environment: Environment) -> Store | None:
-    """What the processes of this job meet in; None where torchrun keeps it, and torch finds it."""
+def store_of(environment: Environment, *, seconds: float) -> Store | None:
+    """What the processes of this job meet in; None where torchrun keeps it, and torch finds it.
+
+    Args:
+        seconds: what the process that keeps it may take to be there.
+    """
     run = os.environ.get(RUN_OF_STORE)
     if run is not None:
-        return PrefixStore(run, _client(os.environ["MASTER_ADDR"]))
+        return PrefixStore(run, _client(os.environ["MASTER_ADDR"], seconds))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not on_one_node(environment):
         return None
     if environment.rank == 0:
         return own_store(LOOPBACK, int(os.environ["MASTER_PORT"]))
-    return _client(LOOPBACK)
+    return _client(LOOPBACK, seconds)
 
 
 def on_one_node(environment: Environment) -> bool:
@@ -90,10 +94,8 @@ def _is_there(store: Store, key: str) -> bool:
     return True
 
 
-def _client(host: str) -> TCPStore:
-    return TCPStore(
-        host,
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=CONNECT_SECONDS),
-    )
+def _client(host: str, seconds: float) -> TCPStore:
+    port = int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+    store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+    return store

@@ -435,7 +435,7 @@ def join(
             if answer and "refused" in answer:
                 friend.close()
                 raise SpecError(str(answer["refused"]))
-            if answer:
+            if answer and "store" in answer:
                 return Company([friend]), (str(answer["address"]), int(answer["store"]))
             friend.close()
         reason = (

@@ -201,7 +201,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
     if on_one_node(environment):
         keep_to_loopback()
     patience = timedelta(seconds=timeout_seconds)
-    store = store_of(environment)
+    store = store_of(environment, seconds=timeout_seconds)
     if store is None:
         dist.init_process_group(backend, timeout=patience)
         return
@@ -216,7 +216,9 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
             world_size=environment.world_size,
             timeout=brief if bounded else patience,
         )
-    except RuntimeError as error:
+        if backend == "gloo":  # who stands in another's place is silent here
+            dist.barrier()
+    except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
         if lost is None:
             raise

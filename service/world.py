@@ -34,7 +34,7 @@ _SHARED_FROM = 2**27
 # Who stands still is found by others: this is only not to be what ends a save.
 _MOST_OF_A_SAVE = timedelta(days=1)
 # By these words gloo, NCCL and torch's store say that another process is gone.  Source: torch 2.13,
-# torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL 2.27, src/misc/socket.cc.
+# torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL's lines as logs show them.
 _LOST = (
     "closed by peer",
     "closed by remote peer",
@@ -350,13 +350,12 @@ def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
     dist.distributed_c10d._set_pg_timeout(patience, group)
 
 
-def unconnected(error: RuntimeError) -> PeerLost | None:
-    """Why the processes of a job, all of them there, are not connected.
-
-    None for what NCCL says of a mistake, such as a small /dev/shm: it is no peer's loss.
-    """
-    at_the_store = "ncclUniqueId" in str(error)  # torch 2.13, ProcessGroupNCCL.cpp
-    if isinstance(error, dist.DistBackendError) and not at_the_store and lost_peer(error) is None:
+def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
+    """Why the processes of a job, all of them there, are not connected, where `error` says that."""
+    words = ["connectFullMesh", "timed out", "timeout", "Timed out", "Timeout"]
+    words += ["basic_string", "vector"]  # of an address that is none
+    of_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    if not of_store and not any(word in str(error) for word in words):
         return None
     return PeerLost(
         f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
@@ -376,7 +375,8 @@ def _connected(
             backend="gloo",
             use_local_synchronization=ranks is not None,
         )
-    except RuntimeError as error:
+        dist.barrier(group)  # who stands in another's place is silent here
+    except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
         if lost is None:
             raise
