@@ -90,7 +90,8 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     if unreached:
         yield "warning", f"the loss does not depend on {', '.join(unreached[:8])}: never trained"
     if task.test_rows:
-        means, seconds = _timed(lambda: _tested(model, task, spec, world))
+        with state.evaluated():
+            means, seconds = _timed(lambda: _tested(model, task, spec, world))
         told = ", ".join(
             f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
         )

@@ -155,7 +155,8 @@ def conclude_step(
         batches = pulse.during("test", batches)
         batches = poll.within(batches, rounds=plan.test_rounds, wanted=wanted)
         try:
-            values |= test(state.tested, batches, task=task, world=world, plan=plan)
+            with state.evaluated():
+                values |= test(state.tested, batches, task=task, world=world, plan=plan)
         except GivenUp:
             state.untested = {name: float(value) for name, value in values.items()}
     pulse.enter("agree", state.step)

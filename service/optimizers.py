@@ -365,6 +365,17 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...
     return (*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
+def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Of the optimizers in it those that keep other weights to train on than to test: by contract
+    of `train()` and `eval()`, which change the parameters from the ones to the others.
+
+    Source of the contract: Defazio et al., arXiv:2405.15682, and their `schedulefree`.
+    """
+    members = optimizer.members if isinstance(optimizer, Together) else [optimizer]
+    ways = ("train", "eval")
+    return [m for m in members if all(callable(getattr(m, way, None)) for way in ways)]
+
+
 def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
     """Whether a step of this class asks for the loss and the gradients at points it chooses."""
     closure = inspect.signature(make.step).parameters.get("closure")
@@ -397,7 +408,7 @@ class Together(torch.optim.Optimizer):
     """
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
-        self._members = list(members)
+        self.members = list(members)
         super().__init__([group for member in members for group in member.param_groups], {})
         self._share()
 
@@ -407,13 +418,13 @@ class Together(torch.optim.Optimizer):
 
     def _share(self) -> None:
         groups = iter(self.param_groups)
-        for member in self._members:
+        for member in self.members:
             member.param_groups = [next(groups) for _ in member.param_groups]
             member.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
         """Let each of them take its step."""
-        for member in self._members:
+        for member in self.members:
             member.step()
 
 

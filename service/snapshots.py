@@ -68,7 +68,10 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
     Raises:
         SpecError: the model or the optimizer keeps something that no file can hold.
     """
-    weights, aliases = weights_of(state.model)
+    with state.evaluated():
+        weights, aliases = weights_of(state.model)
+        if state.is_modal:  # they are there only as long as this lasts
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
     held, described = optimizer_state(state)
     files = {MODEL: weights, OPTIMIZER: held}
     if state.average is not None:
@@ -323,6 +326,10 @@ class Renaming:
 _NOT_OF_THE_RUN = {"params", "param_names", "fused", "foreach", "capturable", "differentiable"}
 
 
+# Before the name of a parameter: its value in training, where the weights have that of testing.
+_TRAINED_ON = "trained on"
+
+
 def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
     tensors: dict[str, Tensor] = {}
@@ -345,6 +352,9 @@ def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any
         }
         for number, group in enumerate(state.optimizer.param_groups)
     ]
+    if state.is_modal:
+        members = [p for group in state.optimizer.param_groups for p in group["params"]]
+        tensors |= {f"{_TRAINED_ON}:{names[id(p)]}": p.detach() for p in members}
     return tensors, {"state": by_name, "groups": groups}
 
 
@@ -382,7 +392,28 @@ def _load_optimizer(
         held = optimizer.state[members[number]]
         for key, value in entries.items():
             held[key] = _as_saved(held[key], value, members[number], windows)
+    windows += _trained_on(state, tensors, renamed, directory)
     _fill(windows)
+
+
+def _trained_on(
+    state: TrainState, tensors: Mapping[str, Tensor], renamed: Renaming, directory: Path
+) -> list[tuple[Tensor, Tensor]]:
+    """Parameters whose value in training is saved besides, each with that value."""
+    parameters = dict(state.model.named_parameters()) if state.is_modal else {}
+    found: list[tuple[Tensor, Tensor]] = []
+    for key, value in tensors.items():
+        kind, _, name = key.partition(":")
+        if kind != _TRAINED_ON:
+            continue
+        parameter = parameters.get(renamed(name))
+        if parameter is None or parameter.shape != value.shape:
+            raise SpecError(
+                f"The checkpoint {directory} holds {key} of the shape {list(value.shape)}, which "
+                "is no parameter of this model and optimizer."
+            )
+        found.append((parameter.detach(), value))
+    return found
 
 
 def _load_groups(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._C._autograd import _profiler_enabled
 
 from service.averages import MovingAverage
 from service.errors import SpecError, did_you_mean
-from service.optimizers import Frozen, plain_step, step_hooks
+from service.optimizers import Frozen, modal, plain_step, step_hooks
 from service.patience import Patience, is_better
 from service.precision import LossScaler
 from service.rates import Schedule
@@ -69,6 +70,35 @@ class TrainState:
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._plain_step = plain_step(self.optimizer)
         self._hooks = step_hooks(self.optimizer)
+        self._modal = modal(self.optimizer)
+        for optimizer in self._modal:
+            optimizer.train()
+
+    @property
+    def is_modal(self) -> bool:
+        """Whether the optimizer keeps other weights to train on than to test and to hand on."""
+        return bool(self._modal)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Meanwhile the weights are those that the optimizer means to be tested.
+
+        Afterwards they are what they were to the last bit: the way there and back rounds, and a
+        run that was tested or saved once more would end in other bits.
+        """
+        if not self._modal:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        for optimizer in self._modal:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            for optimizer in self._modal:
+                optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, before)
 
     @property
     def ended_early(self) -> bool:
