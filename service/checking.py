@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from service import randomness
 from service.batches import Batch, forward
+from service.buffers import BufferValues, buffers_in_words, buffers_of
 from service.checkpoints import Checkpoints
 from service.devices import peak_bytes
 from service.errors import Diverged, EvenstepError, SpecError, told_as_mistake
@@ -82,11 +83,24 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
     trial = Trial(batch, task=task, world=world, normalization=normalization)
-    unreached = trial.unreached_parameters(model)
+    found = trial.first(model)
+    unreached, rule = found.unreached, spec.model.buffers
+    bitwise = spec.exactness == "bitwise"
+    # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
+    buffers_of(
+        model,
+        found.moving,
+        rule=rule,
+        micro_batches=plan.micro_batches,
+        world=world,
+        bitwise=bitwise,
+    )
     activations = _saved_bytes(model, batch, world)
     loss, seconds = _timed(lambda: _step(state, batch, task=task, world=world))
     normalization.finish_step()
     yield "step", f"loss {loss:.4g} on {world.device.type} ({seconds:.2f} s for one micro-batch)"
+    for line in buffers_in_words(model, found.moving, rule):
+        yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
     if unreached:
         yield "warning", f"the loss does not depend on {', '.join(unreached[:8])}: never trained"
     if task.test_rows:
@@ -163,12 +177,10 @@ def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
             kept[where] = (min(first, start), max(last, end))
         return tensor
 
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = BufferValues(model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), world.autocast():
         forward(model, batch.inputs)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
+    before.give_back()
     return sum(end - start for start, end in kept.values())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from service.agreement import GivenUp, StopPoll
 from service.batches import Batch, Step
+from service.buffers import BufferValues
 from service.checkpoints import Checkpoints
 from service.clock import Clock
 from service.compiling import compiled_graphs
@@ -244,11 +245,9 @@ def closure(
 @contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Give the buffers back the values that they have on entering."""
-    before = [buffer.clone() for buffer in model.buffers()]
+    before = BufferValues(model)
     yield
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
+    before.give_back()
 
 
 @torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail

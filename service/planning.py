@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from service.buffers import buffers_besides_batchnorm
 from service.checkpoint_files import saving_in_words
 from service.loading import way_of_rows
 from service.normalization import prepare
@@ -60,6 +61,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
+            *_buffers(model, plan.spec),
         ]
     )
 
@@ -194,6 +196,16 @@ def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
 def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
     layers = prepare(model, plan.spec.model.batchnorm, alone())
     return layers.table(micro_batch=plan.micro_batch, processes=plan.processes)
+
+
+def _buffers(model: nn.Module, spec: Spec) -> list[str]:
+    """What is done with buffers besides BatchNorm's: a plan computes nothing, so all are named."""
+    names = buffers_besides_batchnorm(model)
+    if not names:
+        return []
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    how = f"{spec.model.buffers}; `evenstep check` and the start of the run tell which move"
+    return ["other buffers\n" + _aligned([("names", shown), ("where they move", how)])]
 
 
 def _counted(shares: Iterable[int]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from service.batches import Batch
+from service.buffers import BufferValues, Moving
 from service.devices import synchronize
 from service.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.flops import FlopCount
@@ -35,8 +36,10 @@ class FirstPass:
     """Names of the trainable parameters that the loss does not depend on."""
     flops_a_row: float | None
     """What training on a row takes, or None where no operation of it can be counted."""
-    drawn: Sequence[Seeded] = ()
+    drawn: Sequence[Seeded]
     """Global generators besides torch's that the model draws from."""
+    moving: Moving
+    """Buffers besides BatchNorm's that the pass has changed."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,15 @@ class Trial:
         Raises:
             SpecError: as above.
         """
-        with self._undone(model), noticing_draws() as drawn:
+        with self._undone(model) as before, noticing_draws() as drawn:
             flops = self._counted(model)
             if flops is None:  # a model that does not bear the counting is tried without it
                 model.zero_grad(set_to_none=True)
                 self._checked(model)
             self._shaped(model)
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn)
+            moving = before.moved()
+        return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn, moving)
 
     def _counted(self, model: nn.Module) -> int | None:
         """The operations of a pass, or None where it failed: by its own fault or the counting's."""
@@ -140,13 +144,11 @@ class Trial:
             self._losses(computed(model, self.two_rows.inputs, self.world), self.two_rows)
 
     @contextmanager
-    def _undone(self, model: nn.Module) -> Iterator[None]:
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    def _undone(self, model: nn.Module) -> Iterator[BufferValues]:
+        before = BufferValues(model)
         model.train()
-        yield
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
+        yield before
+        before.give_back()
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
 

@@ -375,6 +375,7 @@ def _load_optimizer(
         for group in described["groups"]
     ]
     values = {name: _unpacked(entries, tensors) for name, entries in saved.items()}
+    _require_like_parameters(values, parameters, optimizer, directory)
     if isinstance(optimizer, torch.optim.LBFGS):
         values = _in_order(values, groups[0][0], optimizer, parameters)
     _load_groups(state, groups, directory)
@@ -435,6 +436,52 @@ def _load_groups(
                 "Group them as they were, or begin again with --fresh."
             )
         group |= groups[number][1]
+
+
+# What torch.optim keeps in shapes of its own; their operations check them.
+_OF_OTHER_SHAPES = {"row_var", "col_var"}
+
+
+def _require_like_parameters(
+    values: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    directory: Path,
+) -> None:
+    """Refuse state that a fused kernel, which checks neither shape nor type, would read past.
+
+    What torch.optim keeps beside a parameter is like the parameter, or one number.  LBFGS keeps
+    vectors of its own, in no fused kernel; other packages' optimizers may keep whatever they like.
+
+    Raises:
+        SpecError: names what does not fit.
+    """
+    whose = type(optimizer).__module__.partition(".")[0]
+    if whose != "torch" or isinstance(optimizer, torch.optim.LBFGS):
+        return
+    for name, entries in values.items():
+        parameter = parameters[name]
+        for key, value in entries.items():
+            if not isinstance(value, Tensor) or key in _OF_OTHER_SHAPES:
+                continue
+            number = value.dim() == 0 and value.dtype in (torch.float32, torch.float64)
+            if number and (parameter.dim() == 0 or key in _NUMBERS):
+                continue
+            alike = value.shape == parameter.shape and value.dtype == parameter.dtype
+            if alike and key not in _NUMBERS:
+                continue
+            wanted = "one float" if key in _NUMBERS else _kind(parameter)
+            raise SpecError(
+                f"The checkpoint {directory} does not fit the optimizer: {key} of {name} is "
+                f"{_kind(value)} instead of {wanted}. Use a checkpoint of this model and optimizer."
+            )
+
+
+_NUMBERS = {"step", "eta", "mu", "mu_product"}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _in_order(

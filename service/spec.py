@@ -133,6 +133,10 @@ class ModelSpec(Part):
     batchnorm: Literal["micro", "sync", "local"] = "micro"
     """`micro`: statistics of each micro-batch, running statistics equal at every number of
     processes. `sync`: statistics over all processes. `local`: each process keeps its own."""
+    buffers: Literal["mean", "sum", "first", "local"] = "mean"
+    """What buffers that move in training, besides BatchNorm's, become after a step: the `mean` over
+    its micro-batches, the `sum` of their changes, what its `first` one leaves; each process's own
+    with `local`."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights stay in the model's own type."""
     compile: bool = False

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from service.buffers import Buffers
 from service.errors import Diverged, SpecError
 from service.normalization import Normalization
 from service.optimizers import needs_closure
@@ -62,6 +63,7 @@ class Updates:
         plan: Plan,
         world: World,
         normalization: Normalization,
+        buffers: Buffers | None = None,
         say: Callable[[str], None],
     ) -> None:
         """`say` tells a person which steps were skipped.
@@ -73,6 +75,7 @@ class Updates:
         self._plan = plan
         self._world = world
         self._normalization = normalization
+        self._buffers = buffers
         self._say = say
         self._parameters = [p for p in state.model.parameters() if p.requires_grad]
         self._skips = plan.spec.faults.on_non_finite == "skip"
@@ -114,6 +117,8 @@ class Updates:
         if self._skips and broken is None and norm is not None:
             broken = norm.isfinite().logical_not().float()
         self._normalization.finish_step(broken)
+        if self._buffers is not None:
+            self._buffers.finish_step(broken)
         if self._clips:
             self._clip(norm)
         self._step(broken, closure)
@@ -129,6 +134,8 @@ class Updates:
     def forget(self) -> None:
         """Drop what a forward pass that does not count as a step's has gathered."""
         self._normalization.forget()
+        if self._buffers is not None:
+            self._buffers.forget()
 
     def _norm(self) -> Tensor:
         return nn.utils.get_total_norm(gradient_values(self._parameters))

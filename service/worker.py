@@ -15,6 +15,7 @@ from torch import nn
 from service import randomness
 from service.averages import MovingAverage
 from service.batches import Batch
+from service.buffers import buffers_in_words, buffers_of, kept_equal
 from service.checkpoint_files import find_checkpoint, saving_in_words
 from service.checkpoints import Checkpoints
 from service.clock import Clock
@@ -141,6 +142,14 @@ def run(
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
     unreached = found.unreached
+    buffers = buffers_of(
+        model,
+        found.moving,
+        rule=spec.model.buffers,
+        micro_batches=plan.micro_batches,
+        world=world,
+        bitwise=ordered,
+    )
     peak = peak_flops(world.device, spec.model.precision)
     clock = Clock(
         pulse,
@@ -163,7 +172,7 @@ def run(
             model,
             world,
             unreached=unreached,
-            gathered=normalization.sums(),
+            gathered=[*normalization.sums(), *(buffers.sums if buffers is not None else ())],
             telling=telling,
             stopwatch=timed,
         )
@@ -179,6 +188,7 @@ def run(
         if spec.model.compile:
             trial.compile(exchange.model, model)
         trial.settle_buckets(exchange.model, model)
+    exchange = kept_equal(exchange, buffers)
     state = TrainState(
         model,
         optimizer,
@@ -190,7 +200,9 @@ def run(
     )
     say = Voice(speaks=world.is_lead)
     vitals = Vitals(world, rounds=plan.rounds, clock=clock, stopwatch=stopwatch, say=say)
-    updates = Updates(state, plan=plan, world=world, normalization=normalization, say=say)
+    updates = Updates(
+        state, plan=plan, world=world, normalization=normalization, buffers=buffers, say=say
+    )
     saved_bytes = expected_bytes(model, optimizer, averaged=average is not None)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
@@ -222,6 +234,8 @@ def run(
         if not resumed:
             together(world, lambda: opened.require_never_saved() if opened else None)
     say(_opening(plan, world, model, directory, unreached, state.step if resumed else None))
+    for line in buffers_in_words(model, found.moving, spec.model.buffers):
+        say(line)
     pinned = copies_late(world.device)
     say(f"Checkpoints: {saving_in_words(saved_bytes, spec.checkpoint, pinned=pinned)}")
     if opened is not None and graces:

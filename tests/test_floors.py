@@ -29,7 +29,7 @@ FLOORS = [
         "receipts",
         "agreement",
     },
-    {"verification", "state", "profiling"},
+    {"verification", "state", "profiling", "buffers"},
     {"in_memory"},
     {"loading", "snapshots", "console", "wandb_writer", "second_writers", "rehearsal", "reference"},
     {"copies", "planning", "pretrained"},

@@ -1,0 +1,136 @@
+"""Buffers that move in training besides BatchNorm's are the same at any number of processes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from commands import evenstep
+from jobs import train_in_process
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from service.errors import SpecError
+from service.task import Task, supervised
+
+HERE = Path(__file__)
+
+
+class Moving(nn.Module):
+    """A linear model with most kinds of buffers that a forward pass can move."""
+
+    def __init__(self, lowest: float) -> None:
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))
+        self.norm = nn.InstanceNorm1d(4, track_running_stats=True)
+        self.book: Tensor
+        self.teacher: Tensor
+        self.passes: Tensor
+        self.lowest: Tensor
+        self.begun: Tensor
+        self.constant: Tensor
+        self.register_buffer("book", torch.zeros(4))
+        self.register_buffer("teacher", torch.zeros(()))
+        self.register_buffer("passes", torch.tensor(2**60))  # no float holds its next number
+        self.register_buffer("lowest", torch.tensor(lowest))
+        self.register_buffer("begun", torch.tensor(False))
+        self.register_buffer("constant", torch.tensor([1.0, -math.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.linear(x)
+        out = self.norm(z[:, :, None].expand(-1, -1, 2)).mean(2) + z
+        if self.training:
+            with torch.no_grad():
+                self.book.mul_(0.9).add_(z.mean(0), alpha=0.1)
+                self.teacher = 0.9 * self.teacher + 0.1 * self.linear.weight.sum()
+                self.passes += 1
+                self.lowest.copy_(torch.minimum(self.lowest, x.min()))
+                self.begun.fill_(True)
+        return out + self.book
+
+
+def task(lowest: float = math.inf) -> Task:
+    torch.manual_seed(1)
+    rows, targets = torch.randn(210, 6).double(), torch.randn(210, 4).double()
+    return supervised(
+        model=lambda: Moving(lowest).double(),
+        train=TensorDataset(rows[40:], targets[40:]),
+        test=TensorDataset(rows[:40], targets[:40]),
+        loss=lambda outputs, targets: (outputs - targets).square().mean(1),
+    )
+
+
+def job(rule: str, **sections: object) -> dict[str, object]:
+    return {
+        "name": "job",
+        "task": f"{HERE}:task",
+        # From infinity there is no change that could be added up.
+        "task_args": {"lowest": 9.0} if rule == "sum" else {},
+        "batch": {"global_batch": 50, "micro_batch": 9},  # six micro-batches, the last of 5 rows
+        "length": {"steps": 12},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "model": {"buffers": rule},
+        "test": {"every_steps": 12},
+    } | sections
+
+
+def saved(runs: Path) -> dict[str, Tensor]:
+    return load_file(runs / "job" / "checkpoints" / "step-00000012" / "model.safetensors")
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum", "first"])
+def test_they_do_not_depend_on_the_number_of_processes(processes, tmp_path, rule):
+    for count in (1, 3, 4):
+        processes(count).run(train_in_process, job(rule), tmp_path / str(count))
+    alone = saved(tmp_path / "1")
+    for count in (3, 4):
+        for name, value in saved(tmp_path / str(count)).items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-9, msg=name)
+    moves = 12 * 6 if rule == "sum" else 12
+    assert alone["passes"] == 2**60 + moves
+    assert alone["begun"]
+    assert alone["lowest"].isfinite()
+    assert alone["constant"].tolist() == [1.0, -math.inf]
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum", "first"])
+def test_bitwise_keeps_their_bits(processes, tmp_path, rule):
+    for count in (1, 2, 4):
+        processes(count).run(
+            train_in_process, job(rule, exactness="bitwise"), tmp_path / str(count)
+        )
+    alone = saved(tmp_path / "1")
+    for count in (2, 4):
+        for name, value in saved(tmp_path / str(count)).items():
+            assert value.numpy().tobytes() == alone[name].numpy().tobytes(), name
+
+
+def test_bitwise_refuses_by_name_what_each_process_has_of_its_own(processes, tmp_path):
+    with pytest.raises(Exception, match=r"bitwise cannot keep book, teacher, .*Use mean") as raised:
+        processes(1).run(train_in_process, job("local", exactness="bitwise"), tmp_path)
+    assert SpecError.__name__ in str(raised.value)
+    assert not (tmp_path / "job").exists()
+
+
+def test_local_lets_them_drift(processes, tmp_path):
+    # Otherwise the tests above would prove nothing.
+    for count in (1, 3):
+        processes(count).run(train_in_process, job("local"), tmp_path / str(count))
+    one, three = saved(tmp_path / "1"), saved(tmp_path / "3")
+    assert (one["passes"], three["passes"]) == (2**60 + 72, 2**60 + 24)
+    assert not torch.allclose(one["book"], three["book"], rtol=1e-3)
+
+
+def test_plan_check_and_start_tell_of_them(tmp_path):
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        "name: job\ntask: " + f"{HERE}:task\n"
+        "batch: {global_batch: 50, micro_batch: 9}\nlength: {steps: 2}\n"
+        "optimizer: {name: sgd, lr: 0.05}\ntest: {micro_batch: 32}\n"
+    )
+    for verb in ("plan", "check", "run"):
+        done = evenstep(verb, spec, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "book, teacher, passes" in done.stdout, verb
+        assert "mean" in done.stdout, verb
