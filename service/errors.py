@@ -120,14 +120,17 @@ def with_place(error: BaseException) -> str:
 
 
 _HERE = Path(__file__).parent
-_OTHERS = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+_PYTHON = sysconfig.get_path("stdlib")
+# By name: a virtual environment may see the packages of the system or of the user too.
+_OF_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def _is_a_persons(file: str) -> bool:
     """Whether a file of code is neither Python's, nor a package's, nor one of this machinery."""
     ours = (str(_HERE), str(_HERE.with_name("launch")))
     is_ours = str(Path(file).parent) in ours  # and what ships as a task below them is not
-    return not (is_ours or file.startswith(("<frozen ", *_OTHERS)))
+    is_a_packages = not _OF_PACKAGES.isdisjoint(Path(file).parts)
+    return not (is_ours or is_a_packages or file.startswith(("<frozen ", _PYTHON)))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Tasks as people bring them: rows of many kinds, several losses, texts of unequal length."""
 
 import random
+import runpy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -373,6 +374,23 @@ def test_an_error_is_told_with_the_line_of_the_persons_own_code():
         torch.stack([])
 
     with pytest.raises(RuntimeError) as raised:
+        own()
+    line = own.__code__.co_firstlineno + 1
+    assert with_place(raised.value).endswith(f"({HERE}:{line})")
+
+
+@pytest.mark.parametrize("packages", ["site-packages", "dist-packages"])
+def test_the_packages_of_the_system_are_not_the_persons_own_code(tmp_path, packages):
+    # Seen from a virtual environment by --system-site-packages, or from ~/.local.
+    package = tmp_path / "lib/python3" / packages / "theirs.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("def fail():\n    raise ValueError('no')\n")
+    theirs = runpy.run_path(str(package))
+
+    def own() -> None:
+        theirs["fail"]()
+
+    with pytest.raises(ValueError, match="no") as raised:
         own()
     line = own.__code__.co_firstlineno + 1
     assert with_place(raised.value).endswith(f"({HERE}:{line})")
