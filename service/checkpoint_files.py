@@ -16,7 +16,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +203,7 @@ def complete(
     facts: Mapping[str, Any],
     *,
     part_bytes: int,
+    moved: Callable[[], None] = lambda: None,
 ) -> None:
     """Make a checkpoint of a directory with the files of tensors: each file synced, manifest last.
 
@@ -210,12 +211,16 @@ def complete(
         digests: SHA-256 of all parts of the files of tensors, which are synced.
         rest: everything else that the state is; `step` is in it.
         facts: what the manifest tells besides.
+        moved: called whenever something more is on disk.
     """
     state = write_file(directory / STATE, [(json.dumps(rest) + "\n").encode()])
+    moved()
     files = told_of(digests) | {STATE: {"bytes": state.size_bytes, "sha256": state.sha256}}
     own = {"format": FORMAT, "step": rest["step"], "part_bytes": part_bytes, "files": files}
     write_file(directory / MANIFEST, [_sealed({**facts, **own}).encode()])
+    moved()
     sync_directory(directory)
+    moved()
 
 
 def tensor_digests(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -68,8 +68,6 @@ from service.state import TrainState
 from service.stopping import Stopping
 from service.world import World
 
-_LOOK_SECONDS = 0.25
-
 
 class Record(Protocol):
     """What is kept beside the checkpoints, step by step."""
@@ -154,8 +152,6 @@ class Checkpoints:
         self._stopping = stopping or Stopping((), say=say)
         self._trainer = threading.get_ident()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=WRITER)
-        self._moves = 0
-        """Counts what the writer has got done."""
         self._snapshot = Snapshot(world.device)
         self._pending: Future[None] | None = None
         self._unsaved: EvenstepError | None = None
@@ -330,11 +326,11 @@ class Checkpoints:
 
     def _wait_for(self, pending: Future[Any]) -> None:
         """Return when it is done; for as long as the writer gets on, this is no standing still."""
-        seen = self._moves
-        while wait([pending], timeout=_LOOK_SECONDS).not_done:
-            if seen != self._moves:
-                seen = self._moves
-                self._tell()
+        if threading.get_ident() == self._trainer:
+            with self._pulse.waiting_for_the_writer():
+                wait([pending])
+        else:
+            wait([pending])
 
     # ---- what the writer does: beside training; only other writers are asked
 
@@ -344,6 +340,7 @@ class Checkpoints:
             excerpt = self._layout(excerpt).excerpt(self._writers.index)
         if not self._world.is_lead:
             place = self._writers.from_lead(None)
+            self._get_on()
             if place is not None:
                 self._write(job, excerpt, place)
             return
@@ -397,8 +394,8 @@ class Checkpoints:
             job.rest,
             {"time": time.time(), **self._facts},
             part_bytes=self._part_bytes,
+            moved=self._get_on,
         )
-        self._get_on()
         if job.seal is not None:
             job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
         # A checkpoint that outlived the machine without the rows before it would be a gap.
@@ -431,6 +428,7 @@ class Checkpoints:
             raise
         answer = (failed, excerpt.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
+        self._get_on()  # how long the others took is not held against what follows
         digests: dict[Part, str] = {}
         for index, (failed, layout, parts) in enumerate(told):
             if failed is not None:
@@ -463,13 +461,11 @@ class Checkpoints:
         return digests
 
     def _get_on(self) -> None:
-        self._moves += 1
-        self._tell()
-
-    def _tell(self) -> None:
-        """Tell that a save gets on; of another thread, `_wait_for` tells where training waits."""
+        """Tell that a save gets on."""
         if threading.get_ident() == self._trainer:
             self._pulse.moved()
+        else:
+            self._pulse.writer_moved()
 
     def _require_room(self, job: _Job) -> None:
         needed = job.size_bytes

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -106,6 +106,9 @@ class Pulse:
         self._scratch = scratch
         self._writing = threading.Lock()
         self._seconds: dict[Work, float] = dict.fromkeys(ORDER, 0.0)
+        self._writer_moved = 0.0
+        """On the monotonic clock; counts only while training waits for the writer."""
+        self._waits_for_the_writer = False
         since = monotonic() - (time.time() - self.started)
         self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
 
@@ -122,7 +125,10 @@ class Pulse:
     @property
     def place(self) -> Place:
         """Where this process is now."""
-        return Place(*self._place)
+        work, step, micro_batch, since = self._place
+        if self._waits_for_the_writer:
+            since = max(since, self._writer_moved)
+        return Place(work, step, micro_batch, since)
 
     @property
     def step(self) -> int:
@@ -138,6 +144,20 @@ class Pulse:
         """What this process waits for, or does at length, gets on: it does not stand still."""
         self.enter(self.place.work, micro_batch=self.place.micro_batch)
 
+    def writer_moved(self) -> None:
+        """The writer beside training gets on; called by any thread."""
+        self._writer_moved = monotonic()
+
+    @contextmanager
+    def waiting_for_the_writer(self) -> Iterator[None]:
+        """While it lasts, this process stands still only where its writer does."""
+        self._waits_for_the_writer = True
+        try:
+            yield
+        finally:
+            self.moved()  # first: the wait is over, and must not be held against what follows
+            self._waits_for_the_writer = False
+
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
         """The same batches; each of them is entered as it comes."""
         for batch in batches:
@@ -146,8 +166,8 @@ class Pulse:
 
     def spent(self) -> dict[Work, float]:
         """Seconds of each kind of work so far, the present one included."""
-        seconds, place = dict(self._seconds), self.place
-        seconds[place.work] += monotonic() - place.since
+        seconds, (work, _, _, since) = dict(self._seconds), self._place
+        seconds[work] += monotonic() - since
         return seconds
 
     def seconds(self) -> dict[str, float]:
