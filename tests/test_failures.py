@@ -105,7 +105,8 @@ def test_what_a_task_raises_shows_no_secret(tmp_path, where, processes):
     assert ended.returncode == (64 if where == "task" else 1), ended.stderr
     assert "no way in with *** to s3://***@host" in ended.stderr
     for path in tmp_path.rglob("*"):
-        assert path.name == "leaking.py" or not path.is_file() or b"hush" not in path.read_bytes()
+        is_task = path.name.startswith("leaking.")  # and what Python has compiled of it
+        assert is_task or not path.is_file() or b"hush" not in path.read_bytes()
     assert "hush" not in ended.stdout + ended.stderr
 
 
