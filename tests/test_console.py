@@ -92,7 +92,8 @@ def test_a_letter_that_the_stream_cannot_write_ends_nothing():
     assert content.getvalue() == b"L?uft\n"
 
 
-# Writes rows as fast as it can for a second, in a process of its own on a terminal of its own.
+# Writes rows as fast as it can for a second, and 300 at least, in a process of its own on a
+# terminal of its own.
 BUSY = """
 import sys, threading, time
 from service.console import console
@@ -101,7 +102,7 @@ from service.tracking import Row
 screen = console(10**6)
 begin = time.monotonic()
 step = 0
-while time.monotonic() - begin < 1.0:
+while time.monotonic() - begin < 1.0 or step < 300:
     step += 1
     values = {"train/loss": 0.31214, "train/lr": 9.4e-4, "train/rows_per_second": 1480.2}
     if step == 100:

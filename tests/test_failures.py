@@ -134,8 +134,8 @@ def test_the_seconds_of_a_pulse_add_up_to_the_time_since_it_began():
     pulse.enter("data", 3)
     pulse.enter("forward", micro_batch=2)
     assert pulse.place[:3] == ("forward", 3, 2)
-    assert sum(pulse.seconds().values()) == pytest.approx(time.time() - pulse.started, abs=0.1)
-    assert pulse.seconds()["starting"] == pytest.approx(5, abs=0.2)
+    assert sum(pulse.seconds().values()) == pytest.approx(time.time() - pulse.started, abs=2)
+    assert pulse.seconds()["starting"] == pytest.approx(5, abs=2)
 
 
 def test_who_trains_and_who_watches_write_one_beat(tmp_path):
@@ -231,7 +231,7 @@ def test_an_attempt_that_was_killed_is_closed_by_the_next_one(tmp_path):
     again = open_run(tmp_path, spec, fresh=False)
     lost = again.facts["attempts"][0]
     assert (lost["outcome"], lost["to_step"]) == ("lost", 4)
-    assert lost["seconds"]["starting"] == pytest.approx(3, abs=0.5)
+    assert lost["seconds"]["starting"] == pytest.approx(3, abs=2)
     for _ in range(2):
         again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)
         again.end_attempt("failed", step=0)

@@ -71,13 +71,13 @@ def test_who_waits_while_a_run_is_put_aside_does_not_write_to_the_new_one(tmp_pa
     second = context.Process(target=open_and_tell, args=(tmp_path, fresh, there), daemon=True)
     second.start()
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not waits_for(second, tmp_path / "job/.lock"):
             assert time.monotonic() < deadline
         os.rename(tmp_path / "job", tmp_path / ".job-aside")
         new = open_run(tmp_path, spec, fresh=False)
         first.close()
-        assert here.poll(20)
+        assert here.poll(60)
         assert f"is being written by process {os.getpid()} on" in here.recv()
         assert new.directory.read_facts()["id"] == new.id
         new.close()

@@ -79,11 +79,11 @@ def test_the_writing_of_a_trace_is_neither_training_nor_waiting():
     pulse.enter("data", 0)
     with clock.stopped():
         began = perf_counter()
-        while perf_counter() - began < 0.05:
+        while perf_counter() - began < 0.5:
             pass
     pulse.enter("forward", 1)
-    assert 0.0 <= clock.waited_a_step < 0.05
-    assert clock.seconds_a_step < 0.05
+    assert 0.0 <= clock.waited_a_step < 0.5
+    assert clock.seconds_a_step < 0.5
 
 
 def test_a_window_is_read_or_refused(tmp_path):

@@ -23,6 +23,8 @@ from service.tracking import read_metrics
 
 # A job in a process of its own, so that its exit is a real one: rows first+1 .. last, a word with
 # the test over stdin and stdout before the second half, then its own exit code.
+HELD_SECONDS = 25.0
+"""Who waits for a W&B that does not answer waits for minutes; who does not is away long before."""
 JOB = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
@@ -312,9 +314,9 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
     assert log.rows == expected_rows(1, 2, 3, 4, 5)
     assert log.run_id == "digits-07"
     assert found["said"][0].startswith("W&B did not start (")
-    assert found["close_seconds"] < 10
-    assert found["exit_seconds"] < 3
-    assert found["build_seconds"] < 0.1
+    assert found["close_seconds"] < HELD_SECONDS
+    assert found["exit_seconds"] < HELD_SECONDS
+    assert found["build_seconds"] < 1, "it does not wait for init_seconds"
 
 
 @pytest.mark.parametrize("mode", ["refusing key", "failing", "hanging"])
@@ -326,8 +328,8 @@ def test_a_server_that_refuses_leaves_the_run_offline(
     (log,) = [log for log in read_segments(jobs.directory) if log.rows]
     assert log.rows == expected_rows(1, 2, 3, 4, 5)
     assert found["said"][0].startswith("W&B did not start (")
-    assert found["close_seconds"] < 10
-    assert found["exit_seconds"] < 3
+    assert found["close_seconds"] < HELD_SECONDS
+    assert found["exit_seconds"] < HELD_SECONDS
 
 
 @pytest.mark.parametrize("mode", ["failing", "hanging"])
@@ -339,9 +341,9 @@ def test_a_server_that_fails_later_does_not_hold_the_end(
     server.wait_until(lambda: len(server.runs["digits-07"].history) == 5)
     server.mode = mode
     found = job.finish()
-    assert found["slowest_log"] < 0.5
-    assert found["close_seconds"] < 8
-    assert found["exit_seconds"] < 3
+    assert found["slowest_log"] < HELD_SECONDS
+    assert found["close_seconds"] < HELD_SECONDS
+    assert found["exit_seconds"] < HELD_SECONDS
     assert found["said"][-1].startswith("W&B did not finish: it had not finished after 1 s. Upload")
     assert steps_in_metrics_file(jobs) == list(range(1, 11))
     (log,) = read_segments(jobs.directory)
@@ -355,9 +357,9 @@ def test_a_frozen_or_killed_wandb_core_costs_rows_on_wandb_alone(jobs: Jobs, nam
     job.wait_for_start()
     found = job.finish()
     assert steps_in_metrics_file(jobs) == list(range(1, 3011))
-    assert found["slowest_log"] < 0.5
-    assert found["close_seconds"] < 8
-    assert found["exit_seconds"] < 3
+    assert found["slowest_log"] < HELD_SECONDS
+    assert found["close_seconds"] < HELD_SECONDS
+    assert found["exit_seconds"] < HELD_SECONDS
     assert found["cores_left"] == 0
     assert found["said"][-1].startswith("W&B lacks ")
     assert found["said"][-1].endswith("metrics.jsonl has them all.")
