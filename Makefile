@@ -15,8 +15,8 @@ test: $(READY) check
 	$(BIN)/pytest -q -m "not slow and not cluster"
 
 # Without the command line, injuries and trackers: see CONTRIBUTING.md.
-FAST := floors plan_due spec documents samplers schedules streams tracking parameter_groups \
-	in_memory pairs checkpoints world_size exchange averages report kubernetes_manifests
+FAST := floors plan_due spec documents samplers schedules randomness tracking parameter_groups \
+	in_memory pairs world_size averages report kubernetes_manifests
 
 test-fast: $(READY)
 	$(BIN)/pytest -q -m "not slow and not cluster" $(FAST:%=tests/test_%.py)

@@ -322,11 +322,8 @@ def counted(name: str, report: Path, minutes: float) -> Seen:
     return Seen(name, passed, len(bad), skipped, minutes, ", ".join(bad))
 
 
-def table(seen: Sequence[Seen]) -> str:
+def table(seen: Sequence[Seen], commit: str) -> str:
     """All rounds, as Markdown."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     about = [
         time.strftime("%Y-%m-%d", time.gmtime()),
         commit,
@@ -364,6 +361,8 @@ def main() -> int:
     if subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD"]).returncode:
         print("Left out: what is not committed.", file=sys.stderr)
     rounds = [[name] for name in asked.conditions] if asked.together is None else [asked.together]
+    words_of_git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words_of_git, capture_output=True, text=True, check=True).stdout.strip()
     seen = []
     for names in rounds:
         machine = Machine()
@@ -371,7 +370,7 @@ def main() -> int:
             machine = CONDITIONS[name][0](machine)
         seen.append(a_round(", ".join(names), machine, asked))
         print(seen[-1].row(), flush=True)
-    print(f"\n{table(seen)}")
+    print(f"\n{table(seen, commit)}")
     return int(any(one.is_bad for one in seen))
 
 
