@@ -1,17 +1,25 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
+# make test-fast: the tests that start little, for the minutes between two edits.
 # make test-cluster: build the image, run it and its pods as containers, and let checkov look.
 # make chaos: injure a run two hundred times and compare its bits (half an hour).
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-cluster test-slow chaos check clean
+.PHONY: run test test-fast test-cluster test-slow chaos check clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
 test: $(READY) check
 	$(BIN)/pytest -q -m "not slow and not cluster"
+
+# Without the command line, injuries and trackers: see CONTRIBUTING.md.
+FAST := floors plan_due spec documents samplers schedules randomness tracking parameter_groups \
+	in_memory pairs world_size averages report kubernetes_manifests
+
+test-fast: $(READY)
+	$(BIN)/pytest -q -m "not slow and not cluster" $(FAST:%=tests/test_%.py)
 
 # Needs root, podman, buildah and debootstrap; what cannot run here says why. A machine's first
 # time makes the base and fetches the wheels; they are kept in ~/.cache/evenstep-containers.

@@ -46,6 +46,7 @@ class Machine:
     umask: int = 0o022
     slow_fsync_seconds: float = 0.0
     busy_loops: int = 0
+    is_online: bool = True
 
     def with_environ(self, **added: str) -> Machine:
         return replace(self, environ={**self.environ, **added})
@@ -100,6 +101,15 @@ def _terminal(machine: Machine) -> Machine:
     return machine.with_environ(TERM="xterm-256color", COLUMNS="50", LINES="12", FORCE_COLOR="1")
 
 
+def _homeless(machine: Machine) -> Machine:
+    return machine.with_environ(HOME="/proc/nowhere")
+
+
+def _offline(machine: Machine) -> Machine:
+    alone = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    return replace(machine, before=(*alone, *machine.before), is_online=False)
+
+
 CONDITIONS = {
     "plain": (_plain, "nothing but a fresh clone"),
     "user": (_user, "another user (nobody), who may do nothing that root may"),
@@ -112,6 +122,8 @@ CONDITIONS = {
     "slowdisk": (_slow_disk, "each fsync takes 0.1 s longer (a preloaded library)"),
     "busy": (_busy, "two endless loops beside it (yes >/dev/null)"),
     "umask": (_umask, "umask 077"),
+    "homeless": (_homeless, "a HOME that is not there and cannot be made"),
+    "offline": (_offline, "no network but the loopback; needs --packages-of"),
     "terminal": (_terminal, "a terminal's variables: TERM, COLUMNS=50, FORCE_COLOR"),
 }
 
@@ -120,11 +132,16 @@ class NotHere(Exception):
     """This machine lacks what a condition needs."""
 
 
-def lacking(machine: Machine) -> str | None:
+def lacking(machine: Machine, asked: argparse.Namespace) -> str | None:
     """What this machine lacks for it, in words."""
+    if not machine.is_online and asked.packages_of is None:
+        return "without a network nothing can be installed; give --packages-of"
+    if not machine.is_online and os.geteuid() != 0:
+        return "only root may take the network away"
     if machine.user is not None and os.geteuid() != 0:
         return "only root may become another user"
-    needed = [machine.before[0]] if machine.before else []
+    needed = [word for word in ("taskset", "unshare") if word in machine.before]
+    needed += [] if machine.is_online else ["ip"]
     needed += ["setpriv"] if machine.user is not None else []
     needed += ["cc"] if machine.slow_fsync_seconds else []
     needed += ["git", "make", *(["yes"] if machine.busy_loops else [])]
@@ -203,7 +220,7 @@ class Seen:
 
 def a_round(name: str, machine: Machine, asked: argparse.Namespace) -> Seen:
     """`make test` under the condition."""
-    missing = lacking(machine)
+    missing = lacking(machine, asked)
     if missing is not None:
         return Seen(name, told=f"not run: {missing}")
     place = Path(tempfile.mkdtemp(prefix="evenstep-fresh-", dir=asked.place))
@@ -305,11 +322,8 @@ def counted(name: str, report: Path, minutes: float) -> Seen:
     return Seen(name, passed, len(bad), skipped, minutes, ", ".join(bad))
 
 
-def table(seen: Sequence[Seen]) -> str:
+def table(seen: Sequence[Seen], commit: str) -> str:
     """All rounds, as Markdown."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     about = [
         time.strftime("%Y-%m-%d", time.gmtime()),
         commit,
@@ -347,6 +361,8 @@ def main() -> int:
     if subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD"]).returncode:
         print("Left out: what is not committed.", file=sys.stderr)
     rounds = [[name] for name in asked.conditions] if asked.together is None else [asked.together]
+    words_of_git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words_of_git, capture_output=True, text=True, check=True).stdout.strip()
     seen = []
     for names in rounds:
         machine = Machine()
@@ -354,7 +370,7 @@ def main() -> int:
             machine = CONDITIONS[name][0](machine)
         seen.append(a_round(", ".join(names), machine, asked))
         print(seen[-1].row(), flush=True)
-    print(f"\n{table(seen)}")
+    print(f"\n{table(seen, commit)}")
     return int(any(one.is_bad for one in seen))
 
 

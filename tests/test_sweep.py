@@ -53,7 +53,8 @@ def test_an_agent_runs_every_trial_as_a_run_of_its_own(swept, tmp_path):
 
 
 def test_checkpoints_are_referred_to_on_request_and_not_copied(tmp_path):
-    done = evenstep("run", "digits", "tracking.wandb.artifacts=reference", cwd=tmp_path)
+    words = ("run", "digits", "tracking.wandb.artifacts=reference")
+    done = evenstep(*words, cwd=tmp_path, HOME=str(tmp_path))  # wandb stages artifacts below it
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/digits"
     [log] = read_segments(run)
