@@ -14,12 +14,14 @@ from launch.environment import Environment
 from launch.job import Job, TestJob
 from launch.process_group import process_group
 from service.errors import (
+    LINES,
     EvenstepError,
     OutOfMemory,
     PeerLost,
     SpecError,
     Stopped,
     is_out_of_memory,
+    printable,
 )
 from service.failures import redacted, write_failure
 from service.faults import StoppedEarly, StopRequest
@@ -195,7 +197,7 @@ def outcome_of(
 
 
 def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
-    message = str(redacted(str(error)))
+    message = printable(str(redacted(str(error))), keep=LINES)
     if here.pulse.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
         print(f"{word}{message}", file=sys.stderr, flush=True)

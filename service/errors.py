@@ -101,6 +101,26 @@ def _one_holds_the_other(a: str, b: str) -> bool:
     return a in b or b in a
 
 
+LINES = "\n\t"
+"""What a message of several lines keeps."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with every character that is not for printing written out: `\\x1b`, `\\u202e`.
+
+    A name or a word from a file may hold codes that a terminal obeys, such as to hide a line, and
+    characters that turn the order of what follows.
+
+    Args:
+        keep: characters that stay, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch or Python could not get the memory that was asked for."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's

@@ -10,8 +10,9 @@ FLOORS = [
     {"charts", "spec_page", "flops", "limits", "handover", "pairs", "errors", "generators"}
     | {"keeping"},
     {"optimizer_options", "durable"},
-    {"documents", "spec", "receipt_file", "parts"},
-    {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"},
+    {"documents", "spec", "line_file", "parts"},
+    {"spec_file", "randomness", "schedules", "patience", "checkpoint_files"}
+    | {"receipt_file", "metrics_file"},
     {"samplers", "streams", "failures", "faults", "account", "export"},
     {"run_directory"},
     {"plan", "pulse", "stopping"},
@@ -57,6 +58,8 @@ WITHOUT_TORCH = {"errors", "optimizer_options", "documents", "spec", "spec_file"
     "tracking",
     "verification",
     "receipt_file",
+    "metrics_file",
+    "line_file",
     "durable",
     "checkpoint_files",
     "parts",
