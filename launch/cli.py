@@ -19,7 +19,7 @@ from launch.signals import STARTED, heard, stop_listening
 from launch.terminal import ReaderGone
 from launch.warming import collect_garbage, end_server
 from launch.watch_commands import list_runs, report
-from service.errors import EvenstepError, SpecError
+from service.errors import LINES, EvenstepError, SpecError, printable
 from service.failures import redacted
 from service.faults import die_with_parent, stop_on_signals
 from service.profiling import window_of
@@ -188,13 +188,15 @@ def _start(
 @click.option(
     "--level", type=click.Choice(["rows", "losses", "bits"]), default="losses", show_default=True
 )
-@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Of losses.")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Of losses."
+)
 def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
     """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
     from service.verification import compare
 
     compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
-    click.echo("\n".join(compared.lines))
+    click.echo("\n".join(map(printable, compared.lines)))
     sys.exit(0 if compared.equal else 1)
 
 
@@ -399,11 +401,12 @@ def main() -> None:
         sys.exit(130)
     except click.ClickException as mistake:
         if _speaks_for_all():
-            click.echo(f"error: {mistake.format_message()}{_without_dashes(mistake)}", err=True)
+            told = printable(mistake.format_message(), keep=LINES)
+            click.echo(f"error: {told}{_without_dashes(mistake)}", err=True)
         sys.exit(SpecError.exit_code)
     except EvenstepError as error:
         if _speaks_for_all():
-            click.echo(f"error: {redacted(str(error))}", err=True)
+            click.echo(f"error: {printable(redacted(str(error)), keep=LINES)}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -20,9 +20,9 @@ from service.checkpoint_files import (
     read_manifest,
 )
 from service.durable import told_when_unread
-from service.errors import SpecError
+from service.errors import SpecError, printable
 from service.export import export_weights
-from service.run_directory import find_run
+from service.run_directory import LATEST_TIME, find_run, is_number
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 
@@ -47,9 +47,12 @@ def _listed(directory: Path) -> int:
         if not os.path.lexists(checkpoint.path):
             continue  # the run goes on, and has removed it meanwhile
         damaged += damage is not None
-        click.echo("  ".join(_columns(checkpoint, damage, best=best_of(directory))))
+        told = "  ".join(_columns(checkpoint, damage, best=best_of(directory)))
+        click.echo(printable(told))
     for aside in sorted(directory.glob(".damaged-*")):
-        click.echo(f"{'':10}  {aside.name}: was damaged when the run resumed, and is not used")
+        click.echo(
+            f"{'':10}  {printable(aside.name)}: was damaged when the run resumed, and is not used"
+        )
     return damaged
 
 
@@ -59,9 +62,10 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
         yield f"damaged: {damage}"
         return
     manifest = read_manifest(checkpoint)
-    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(manifest["time"]))
+    when, processes = manifest.get("time"), manifest.get("processes")
+    known = is_number(when, LATEST_TIME)
+    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)) if known else "at no known time"
     yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
-    processes = manifest["processes"]
     yield f"{processes} process{'es' if processes != 1 else ''}"
     told = "good, best" if checkpoint.step == best else "good"
     yield f"{told}, stopped in its test, which is due" if checkpoint.untested else told

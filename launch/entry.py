@@ -15,12 +15,14 @@ from launch.job import Job, TestJob
 from launch.leaving import end_in_time
 from launch.process_group import process_group, stay_near_device
 from service.errors import (
+    LINES,
     EvenstepError,
     OutOfMemory,
     PeerLost,
     SpecError,
     Stopped,
     is_out_of_memory,
+    printable,
 )
 from service.failures import redacted, write_failure
 from service.faults import StoppedEarly, StopRequest
@@ -209,7 +211,7 @@ def outcome_of(
 
 def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
     _let_leave(error, error.exit_code)
-    message = str(redacted(str(error)))
+    message = printable(str(redacted(str(error))), keep=LINES)
     if here.pulse.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
         print(f"{word}{message}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from launch.leaving import leave
 from launch.signals import STARTED, heard
 from launch.terminal import outlive_readers, require_reader
 from launch.warming import begin_server, collect_garbage, set_since
-from service.durable import told_of
+from service.durable import make_directory, replace_unsynced, told_of
 from service.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.failures import write_failure
 from service.faults import StopRequest, die_with_parent, stop_on_signals
@@ -198,8 +197,8 @@ def _bring_reports(notes: Path, directory: RunDirectory) -> None:
         return
     for report in notes.glob("*.json"):
         try:
-            directory.failures.mkdir(exist_ok=True)
-            shutil.copy(report, directory.failures)
+            make_directory(directory.failures)
+            replace_unsynced(directory.failures / report.name, report.read_text())
         except OSError as error:
             print(f"WARNING: {told_of(directory.failures, error)}", file=sys.stderr, flush=True)
 
@@ -212,7 +211,7 @@ def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
     directory = job.directory()
     place = directory.logs if directory.logs.exists() else notes
     beat = read_beat(place, rank.number)
-    known = beat if beat and beat["process"] == rank.process.pid else {}
+    known = beat if beat and beat.get("process") == rank.process.pid else {}
     stacks = "\n".join(
         _last_words(path)
         for path in (place / f"rank-{rank.number}.stacks", place / f"rank-{rank.number}.log")

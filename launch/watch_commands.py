@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from service.errors import printable
+
 if TYPE_CHECKING:
     from service.history import History
+
+_WIDEST = 120  # characters of a cell: one run does not draw out the table of all
 
 
 @click.command()
@@ -28,7 +32,8 @@ def report(runs: tuple[str, ...], output: Path) -> None:
 
     histories = [read_history(run) for run in runs]
     write_report(histories, output)
-    click.echo(f"{output}: {', '.join(history.name for history in histories)}")
+    names = ", ".join(printable(history.name) for history in histories)
+    click.echo(f"{printable(str(output))}: {names}")
 
 
 @click.command(name="runs")
@@ -44,17 +49,22 @@ def list_runs(directory: Path) -> None:
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
     if not found:
-        click.echo(f"There are no runs in {directory}.")
+        click.echo(f"There are no runs in {printable(str(directory))}.")
     for told in broken:
-        click.echo(f"warning: {told}", err=True)
+        click.echo(f"warning: {printable(told)}", err=True)
 
 
 def _row(history: History) -> tuple[str, str, str, str, str]:
     of = f"/{history.steps}" if history.steps else ""
     best = history.best
     told = f"{best.measure} {best.value:.4g} at step {best.step}" if best else "-"
-    name = history.directory.name
-    return name, history.state, f"{history.step}{of}", told, _ago(time.time() - history.news)
+    cells = (history.directory.name, history.state, f"{history.step}{of}", told)
+    name, state, step, best_told = (_cut(printable(cell)) for cell in cells)
+    return name, state, step, best_told, _ago(time.time() - history.news)
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 3] + "..."
 
 
 def _ago(seconds: float) -> str:

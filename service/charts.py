@@ -13,13 +13,24 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 Point = tuple[float, float]
+Points = Sequence[Point] | NDArray[np.float64]
+"""(step, value) each, as pairs or as an array [N, 2]."""
 
 SIZE = 1000
 """Width and height of a chart in its own units."""
 MOST_POINTS = 800
 """Points of a curve that are drawn; of more, the least and the greatest of each stretch."""
 COLOURS = 8
+SMOOTHED_POINTS = 8000
+"""Of more, each stretch is taken as its mean first."""
+_LARGEST = 1e300
+"""What is drawn is no larger: the differences of such values are numbers still."""
+_LEAST = 1e-290
+"""The shortest axis that is told from none."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Line:
     """One curve."""
 
     label: str
-    points: Sequence[Point]
+    points: Points
     colour: int
     """A number of the palette; they repeat after `COLOURS`."""
     style: Literal["line", "faint", "dots"] = "line"
@@ -55,13 +66,15 @@ class Axis:
 
 def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
     """An axis that holds all finite values with some air; logarithmic where they span much."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    finite = [value for value in values if _is_drawn(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if may_be_log and low > 1e-30 and high / low > 30:
         air = (high / low) ** 0.04
         return Axis(low / air, high * air, log=True)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        half = max(abs(low) * 0.1, 1e-12)
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _LEAST):
+        half = abs(low) * 0.1
+        if half < _LEAST:  # nothing but zero: an axis that shows it as such
+            return Axis(-1.0, 1.0)
         return Axis(low - half, high + half)
     air = 0.06 * (high - low)
     bottom = 0.0 if 0 <= low < 3 * air else low - air  # zero is worth showing where it is near
@@ -87,9 +100,9 @@ def chart(
     Args:
         marks: steps at which a thin line stands, such as where a run was resumed.
     """
-    values = (value for line in lines for _, value in line.points)
-    y = value_axis(values, may_be_log=may_be_log)
     drawn = [Line(n.label, thinned(n.points), n.colour, n.style) for n in lines]
+    values = (value for line in drawn for _, value in line.points)
+    y = value_axis(values, may_be_log=may_be_log)
     legend = "".join(_key(line) for line in lines if line.style != "faint")
     scale = ' <small class="scale">log</small>' if y.log else ""
     return (
@@ -118,14 +131,14 @@ def _curve(line: Line, x: Axis, y: Axis) -> str:
     drawn = f'<path class="{line.style} {colour}" d="{path(line.points, x, y, dots=dots)}"/>'
     if dots:
         drawn = f'<path class="thin {colour}" d="{path(line.points, x, y)}"/>{drawn}'
-    broken = [step for step, value in line.points if not math.isfinite(value)]
+    broken = [step for step, value in line.points if not _is_drawn(value)]
     if broken:  # a loss that became NaN is the one thing a curve must not leave out
         rules = "".join(f"M{_across(v, x)} 0V{SIZE}" for v in broken[:1])
         drawn += f'<path class="broken" d="{rules}"/>'
     return drawn
 
 
-def path(points: Sequence[Point], x: Axis, y: Axis, *, dots: bool = False) -> str:
+def path(points: Points, x: Axis, y: Axis, *, dots: bool = False) -> str:
     """The `d` of a curve; it is interrupted where a value is not finite.
 
     Args:
@@ -134,7 +147,7 @@ def path(points: Sequence[Point], x: Axis, y: Axis, *, dots: bool = False) -> st
     parts: list[str] = []
     pen_is_down = False
     for step, value in points:
-        if not math.isfinite(value):
+        if not _is_drawn(value):
             pen_is_down = False
             continue
         place = f"{_across(step, x)} {_down(value, y)}"
@@ -145,41 +158,78 @@ def path(points: Sequence[Point], x: Axis, y: Axis, *, dots: bool = False) -> st
     return "".join(parts)
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
     """At most about `most` points that look the same: the extremes of equal stretches.
 
-    Values that are not finite all stay: they are why somebody looks.
+    Of values that are not finite, the first and the last of each stretch stay as well: they are
+    why somebody looks.
     """
-    if len(points) <= most:
-        return list(points)
-    length = math.ceil(2 * len(points) / most)
-    kept: list[Point] = []
-    for begin in range(0, len(points), length):
-        stretch = points[begin : begin + length]
-        finite = [p for p in stretch if math.isfinite(p[1])]
-        chosen = {p for p in stretch if not math.isfinite(p[1])}
-        if finite:
-            chosen |= {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])}
-        kept += sorted(chosen, key=lambda p: p[0])
-    return kept
+    table = _table(points)
+    if len(table) <= most:
+        return _pairs(table)
+    length = math.ceil(2 * len(table) / most)
+    stretches = _padded(table[:, 1], length)
+    drawn = np.abs(stretches) <= _LARGEST
+    other = ~drawn
+    other.flat[len(table) :] = False
+    extremes = [
+        (drawn, np.argmin(np.where(drawn, stretches, np.inf), axis=1)),
+        (drawn, np.argmax(np.where(drawn, stretches, -np.inf), axis=1)),
+        (other, np.argmax(other, axis=1)),
+        (other, length - 1 - np.argmax(other[:, ::-1], axis=1)),
+    ]
+    begins = np.arange(0, stretches.size, length)
+    kept = [(begins + at)[which.any(axis=1)] for which, at in extremes]
+    return _pairs(table[np.unique(np.concatenate(kept))])
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
+def smoothed(points: Points) -> list[Point]:
     """The curve as an exponential moving average over about a fiftieth of its points.
 
     Source of the correction at the beginning: Kingma & Ba, arXiv:1412.6980, section 3.
     """
-    decay = 1 - 1 / max(1.0, len(points) / 50)
+    table = _table(points)
+    if len(table) > SMOOTHED_POINTS:
+        table = _means(table, math.ceil(len(table) / SMOOTHED_POINTS))
+    decay = 1 - 1 / max(1.0, len(table) / 50)
     total, weight = 0.0, 0.0
     smooth = []
-    for step, value in points:
-        if math.isfinite(value):
+    for step, value in table.tolist():
+        if _is_drawn(value):
             total = decay * total + (1 - decay) * value
             weight = decay * weight + (1 - decay)
             smooth.append((step, total / weight))
         else:
             smooth.append((step, value))
     return smooth
+
+
+def _means(table: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    """The mean of each stretch at its last step; NaN where it holds one that is not finite."""
+    values = _padded(table[:, 1], length)
+    drawn = np.abs(values) <= _LARGEST
+    counts = np.maximum(drawn.sum(axis=1), 1)
+    means = np.sum(np.where(drawn, values, 0.0) / counts[:, None], axis=1)
+    other = ~drawn
+    other.flat[len(table) :] = False
+    means[other.any(axis=1)] = np.nan
+    last = np.minimum(np.arange(length, values.size + 1, length), len(table)) - 1
+    return np.column_stack([table[last, 0], means])
+
+
+def _padded(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    """Stretches of a length [S, length]; the last one is filled up with NaN."""
+    stretches = np.full(-(-len(values) // length) * length, np.nan)
+    stretches[: len(values)] = values
+    return stretches.reshape(-1, length)
+
+
+def _table(points: Points) -> NDArray[np.float64]:
+    return np.asarray(points, dtype=np.float64).reshape(-1, 2)
+
+
+def _pairs(table: NDArray[np.float64]) -> list[Point]:
+    return [(step, value) for step, value in table.tolist()]
 
 
 def short(value: float) -> str:
@@ -213,6 +263,14 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
     return [d * 10.0**n for n in decades for d in (1, 2, 5) if low <= d * 10.0**n <= high]
 
 
+def _height(value: float, y: Axis) -> float:
+    return round(1 - y.place(value), 4)
+
+
+def _is_drawn(value: float) -> bool:
+    return abs(value) <= _LARGEST  # and so no NaN
+
+
 def _across(value: float, x: Axis) -> str:
     return f"{x.place(value) * SIZE:.1f}"
 
@@ -243,9 +301,9 @@ def _numbers(lines: Sequence[Line], x: Axis, y: Axis) -> str:
                 "label": line.label,
                 "colour": line.colour % COLOURS,
                 "points": [
-                    [step, short(value), round(1 - y.place(value), 4)]
+                    [int(step) if step == int(step) else step, short(value), _height(value, y)]
                     for step, value in line.points
-                    if math.isfinite(value)
+                    if _is_drawn(value)
                 ],
             }
             for line in lines

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from service.errors import EvenstepError, NotSaved, SpecError
 
@@ -21,6 +24,9 @@ _STANDING_IN_THE_WAY = {
     errno.EACCES: "it may not be written by this user",
     errno.EPERM: "it may not be written by this user",
     errno.EFBIG: "a file may not become that large there (ulimit -f)",
+    errno.ELOOP: "a link stands in its place, and a run is not written through links. Remove the "
+    "link",
+    errno.ENXIO: "a pipe stands in its place. Remove it",
 }
 # Of the machine or of its storage at this moment, and not of what lies there.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
@@ -40,22 +46,93 @@ class Written:
     sha256: str
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644) -> Written:
     """Write a new file and sync it; its directory is left to `sync_directory`.
 
     Raises:
         OSError: also where `path` exists, be it as a link.
     """
-    with opened_to_write(path, os.O_EXCL) as descriptor:
+    with opened_to_write(path, os.O_EXCL, mode) as descriptor:
         written = put(descriptor, pieces)
         os.fsync(descriptor)
     return written
 
 
+def without_link(path: str | Path, flags: int, mode: int = 0o644) -> int:
+    """Open a file in a run's directory to write to it: `open(path, "w", opener=without_link)`.
+
+    A link at `path` is an error: whoever may write to the directory, but not to what the link
+    names, would have this process write there. A pipe that nobody reads is an error too, where
+    `open` would wait for a reader.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+
+
+def plain(path: str | Path, flags: int) -> int:
+    """Open a file in a run's directory to read it: `open(path, "rb", opener=plain)`.
+
+    Raises:
+        OSError: it is a link, a directory, a pipe or a device. A link might lead anywhere, and
+            the others would never end or never begin.
+    """
+    try:
+        descriptor = without_link(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link and not a plain file", str(path)) from error
+        raise
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a name stands for anything, be it a link to nothing.
+
+    Raises:
+        OSError: that may not be asked here.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+        OSError: it cannot be read, is none, or has more than `at_most` bytes.
+    """
+    with open(path, "rb", opener=plain) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, *, at_most: int) -> Any:
+    """What a plain file in JSON holds.
+
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path, at_most=at_most))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 @contextmanager
-def opened_to_write(path: Path, flags: int = 0) -> Iterator[int]:
+def opened_to_write(path: Path, flags: int = 0, mode: int = 0o644) -> Iterator[int]:
     """A descriptor of the file, made where there is none; never through a link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o644)
+    descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | flags, mode)
     try:
         yield descriptor
     finally:
@@ -95,13 +172,22 @@ def _write_whole(descriptor: int, chunk: memoryview) -> None:
         chunk = chunk[os.write(descriptor, chunk) :]
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Put `text` in the place of a file: at every moment the old one or the new one is there."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    write_file(partial, [text.encode()])
+    write_file(partial, [text.encode()], mode=mode)
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def replace_unsynced(path: Path, text: str) -> None:
+    """The same for a file that need not outlive the machine."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with opened_to_write(partial, os.O_EXCL) as descriptor:
+        _write_whole(descriptor, memoryview(text.encode()))
+    os.replace(partial, path)
 
 
 class Appended:
@@ -115,7 +201,7 @@ class Appended:
         """`say` tells a person, once, that lines are kept back."""
         self._path = path
         self._say = say
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._adding = threading.Lock()
         self._kept = b""
 
@@ -215,7 +301,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Make the directory, and have its name on disk; its parent is there."""
+    """Make the directory, and have its name on disk; its parent is there.
+
+    Raises:
+        OSError: also where a link to one stands in its place.
+    """
+    if directory.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
     if not directory.is_dir():
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)

@@ -102,6 +102,26 @@ def _one_holds_the_other(a: str, b: str) -> bool:
     return a in b or b in a
 
 
+LINES = "\n\t"
+"""What a message of several lines keeps."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with every character that is not for printing written out: `\\x1b`, `\\u202e`.
+
+    A name or a word from a file may hold codes that a terminal obeys, such as to hide a line, and
+    characters that turn the order of what follows.
+
+    Args:
+        keep: characters that stay, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 # How torch's own allocators, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it.  Source:
 # the status names of their headers; NCCL 2.27, src/include/alloc.h; torch 2.13, c10/core.
 _OUT_OF_MEMORY = re.compile(

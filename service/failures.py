@@ -12,12 +12,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from service.durable import told_of
+from service.durable import make_directory, read_json, replace_unsynced, told_of
 
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_(PASS|PWD|PAT)$|AUTH(?!OR(?!I))",
+    re.IGNORECASE,  # and GIT_AUTHOR_NAME is none
+)
 # The place where a secret lies is none, and a spec may well name it.
-_NAMES_A_PLACE = re.compile(r"_(FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
+_NAMES_A_PLACE = re.compile(
+    r"_(FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$|^XAUTHORITY$", re.IGNORECASE
+)
+# Keys that tell by their form what they are: of AWS, GitHub, GitLab, Hugging Face, OpenAI and
+# others alike, Slack and Google; a signed web token; a private key.
+_KEY = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[opsur]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}"
+    r"|\bglpat-[\w-]{20,}|\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+)
+# In code: a text that is given to a telling name.
+_ASSIGNED = re.compile(
+    r"""(\w*(?:key|token|secret|passw(?:or)?d|passphrase|credential|_pass|_pwd|_pat|auth)\w*"""
+    r"""["']?\]?\s*(?::\s*\w+\s*)?[:=]\s*)(["'])([^"'\n]{8,})\2""",
+    re.IGNORECASE,
+)
+_LOOKS_LIKE_A_KEY = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.-]{20,}")
 _IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
+LARGEST_REPORT_BYTES = 4 << 20
 _SHORTEST = 8  # characters; what is shorter would blank out innocent text
 _NO_WORD = 16  # as long as this, it stands in no innocent text by chance
 
@@ -25,13 +46,13 @@ _NO_WORD = 16  # as long as this, it stands in no innocent text by chance
 def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
     """The value with every secret in its texts replaced by `***`.
 
-    Secret is what an environment variable with a telling name holds (WANDB_API_KEY), and the
-    user and password of an address.
+    Secret is what an environment variable with a telling name holds (WANDB_API_KEY), the user and
+    password of an address, and a key that its form gives away.
     """
     if isinstance(value, str):
         for secret in _secrets(environ):
             value = value.replace(secret, "***")
-        return _IN_AN_ADDRESS.sub(r"\1***@", value)
+        return _KEY.sub("***", _IN_AN_ADDRESS.sub(r"\1***@", value))
     if isinstance(value, dict):
         return {key: redacted(inner, environ) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -40,11 +61,25 @@ def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 
 def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the text is one or holds a long one, or it is an address with a password."""
+    """Whether the text is one or holds a long one, a key by its form, or an address's password."""
     for secret in _secrets(environ):
         if text == secret or (len(secret) >= _NO_WORD and secret in text):
             return True
-    return _IN_AN_ADDRESS.search(text) is not None
+    return bool(_IN_AN_ADDRESS.search(text) or _KEY.search(text))
+
+
+def redacted_code(text: str) -> str:
+    """The same of code, or of changes to it, where every text of a telling name is one too."""
+    return _ASSIGNED.sub(r"\1\2***\2", str(redacted(text)))
+
+
+def line_of_secret(code: str) -> int | None:
+    """The number, from 1, of the first line of code that holds what looks like a secret."""
+    for number, line in enumerate(code.splitlines(), start=1):
+        given = [found[3] for found in _ASSIGNED.finditer(line)]
+        if is_secret(line) or any(map(_LOOKS_LIKE_A_KEY.fullmatch, given)):
+            return number
+    return None
 
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
@@ -71,18 +106,22 @@ def write_failure(directory: Path, report: Mapping[str, Any]) -> Path | None:
 
 
 def _written(directory: Path, report: Mapping[str, Any]) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     path = directory / f"{stamp}-rank-{report['rank']}.json"
     if path.exists():
         path = path.with_stem(f"{path.stem}-{secrets.token_hex(2)}")
-    partial = directory / f".{path.name}.partial"
-    partial.write_text(json.dumps(redacted(dict(report)), indent=1) + "\n")
-    os.replace(partial, path)
+    replace_unsynced(path, json.dumps(redacted(dict(report)), indent=1) + "\n")
     return path
 
 
 def read_failures(directory: Path) -> Iterator[dict[str, Any]]:
-    """Every report in the directory, the earliest first."""
+    """Every report in the directory, the earliest first; what cannot be read is none."""
     for path in sorted(directory.glob("*.json")):
-        yield json.loads(path.read_text())
+        try:
+            report = read_json(path, at_most=LARGEST_REPORT_BYTES)
+        except (OSError, ValueError):
+            continue
+        if isinstance(report, dict):
+            yield report

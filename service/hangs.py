@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
+from service.durable import without_link
 from service.errors import PeerLost
 from service.failures import read_failures, write_failure
 from service.pulse import ORDER, WORDS, WRITER, Place, Pulse, group
@@ -179,7 +180,7 @@ class _Watch:
         if self._stacks is None or self._stacks.name != str(path):
             self.close()
             try:
-                self._stacks = path.open("w")
+                self._stacks = open(path, "w", opener=without_link)  # noqa: SIM115  # as long as it looks
             except OSError:  # no room for it: better among the output than nowhere
                 return sys.stderr
         return self._stacks

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.documents import dotted, read_document, shown
-from service.durable import told_when_unread
+from service.documents import LARGEST_FILE_BYTES, dotted, find, read_document, shown
+from service.durable import is_there, read_bytes, read_json, told_when_unread
 from service.errors import EvenstepError, SpecError
-from service.patience import is_better
-from service.run_directory import RunDirectory, find_run
-from service.tracking import read_metrics
+from service.failures import LARGEST_REPORT_BYTES
+from service.metrics_file import Curves, best_in, last_row, read_curves, read_metrics
+from service.run_directory import LATEST_TIME, RunDirectory, find_run, is_number
+
+MOST_FAILURES = 1000
+_LONGEST_HOLDER_BYTES = 1000
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Failure:
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """One run: its facts, its spec as plain values, and its metrics."""
+    """One run: its facts, its spec as plain values, and its metrics, read when they are asked for.
+
+    Raises, where metrics are asked for:
+        WillFailAgain: they hold a line that is no row.
+    """
 
     directory: RunDirectory
     facts: dict[str, Any]
     spec: dict[str, Any]
-    rows: list[dict[str, float]]
     failures: tuple[Failure, ...] = ()
 
     def __repr__(self) -> str:
@@ -55,9 +61,35 @@ class History:
         of = f" of {self.steps}" if self.steps else ""
         return f"<run {self.name}: {self.state}, step {self.step}{of}>"
 
+    @cached_property
+    def rows(self) -> list[dict[str, float]]:
+        """Every row of the metrics, as plain values; a long run has a million of them."""
+        with self._read():
+            return read_metrics(self.directory.metrics) if self._has_metrics else []
+
+    @cached_property
+    def curves(self) -> Curves:
+        """The same as arrays, one for each key."""
+        with self._read():
+            return read_curves(self.directory.metrics if self._has_metrics else None)
+
+    @cached_property
+    def last(self) -> dict[str, float]:
+        """The last row, or an empty one."""
+        with self._read():
+            return (last_row(self.directory.metrics) if self._has_metrics else None) or {}
+
+    @property
+    def _has_metrics(self) -> bool:
+        return is_there(self.directory.metrics)
+
+    def _read(self) -> AbstractContextManager[None]:
+        return told_when_unread(self.directory.metrics)
+
     @property
     def name(self) -> str:
-        return str(self.spec.get("name", self.directory.name))
+        name = self.spec.get("name")
+        return name if isinstance(name, str) else self.directory.name
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -72,28 +104,34 @@ class History:
     @property
     def step(self) -> int:
         """The last step that is known to have been taken."""
-        logged = int(self.rows[-1]["step"]) if self.rows else 0
-        return max([logged, *(int(a.get("to_step", 0)) for a in self.attempts)])
+        return max(
+            [int(self.last.get("step", 0)), *(int(a.get("to_step", 0)) for a in self.attempts)]
+        )
 
     @property
     def steps(self) -> int | None:
         """Steps of the whole run; None while too little is known to tell."""
-        length: dict[str, float] = self.spec.get("length", {})
-        if length.get("steps"):
-            return int(length["steps"])
-        last = self.rows[-1] if self.rows else {"epoch": 0.0}
-        if not length.get("epochs") or not last["epoch"]:
+        wanted = find(self.spec, ("length", "steps"))
+        if is_number(wanted) and wanted:
+            return int(wanted)
+        epochs, last = find(self.spec, ("length", "epochs")), self.last
+        if not is_number(epochs) or not epochs or not last.get("epoch", 0) > 0:
             return None
         # An epoch is written with six decimals: a whole number of steps may come out above it.
-        return math.ceil(length["epochs"] * last["step"] / last["epoch"] - 1e-3)
+        return math.ceil(min(2.0**53, epochs * last["step"] / last["epoch"]) - 1e-3)
 
     @property
     def news(self) -> float:
         """When it was last heard of, in seconds since 1970."""
         told = [float(self.facts.get("created", 0.0))]
         told += [float(a[key]) for a in self.attempts for key in ("started", "ended") if key in a]
-        told += [row["time"] for row in self.rows[-1:]]
-        return max(told)
+        return max([*told, self._heard])
+
+    @property
+    def _heard(self) -> float:
+        """When the last row was written, or 0."""
+        time = self.last.get("time", 0.0)
+        return float(time) if is_number(time, LATEST_TIME) else 0.0
 
     @property
     def seconds(self) -> float:
@@ -104,36 +142,33 @@ class History:
         """Begin, end and outcome of every attempt; one that never said its end ends with news."""
         starts = [float(a["started"]) for a in self.attempts]
         for number, attempt in enumerate(self.attempts):
-            later = starts[number + 1] if number + 1 < len(starts) else math.inf
-            heard = [row["time"] for row in self.rows if starts[number] <= row["time"] < later]
-            end = float(attempt.get("ended", max(heard, default=starts[number])))
             is_last = number + 1 == len(starts)
+            end = float(attempt.get("ended", self._heard if is_last else starts[number]))
             outcome = attempt.get("outcome") or (self.state if is_last else "lost")
             yield starts[number], max(end, starts[number]), str(outcome)
 
-    @cached_property
+    @property
     def keys(self) -> list[str]:
         """What was measured, in the order in which it first came."""
-        return [
-            key
-            for key in dict.fromkeys(key for row in self.rows for key in row)
-            if key not in ("step", "epoch", "time")
-        ]
+        return list(self.curves.of)
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever `key` was measured."""
-        return [(row["step"], row[key]) for row in self.rows if key in row]
+        steps, values = self.curves.of.get(key, ((), ()))
+        return [(int(step), float(value)) for step, value in zip(steps, values, strict=True)]
 
-    @property
+    @cached_property
     def best(self) -> Best | None:
         """By the measure that the spec names; the test's loss where it names none."""
-        wanted = self.spec.get("checkpoint", {}).get("best") or {}
-        measure, mode = wanted.get("measure", "test/loss"), wanted.get("mode", "min")
-        best: Best | None = None
-        for step, value in self.series(measure):
-            if is_better(value, best.value if best else None, mode=mode):
-                best = Best(measure, value, int(step))
-        return best
+        wanted = find(self.spec, ("checkpoint", "best"))
+        wanted = wanted if isinstance(wanted, dict) else {}
+        measure = wanted.get("measure", "test/loss")
+        if not isinstance(measure, str) or not self._has_metrics:
+            return None
+        with self._read():
+            largest = wanted.get("mode") == "max"
+            found = best_in(self.directory.metrics, measure, largest=largest)
+        return Best(measure, *found) if found else None
 
 
 def read_history(path: Path | str) -> History:
@@ -145,9 +180,9 @@ def read_history(path: Path | str) -> History:
     with told_when_unread(Path(path)):
         directory = find_run(Path(path))
         facts = directory.read_facts()
+        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a plain file, and no pipe
         spec = read_document(directory.spec).values
-        rows = read_metrics(directory.metrics) if directory.metrics.exists() else []
-        return History(directory, facts, spec, rows, tuple(_failures(directory.path / "failures")))
+        return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
 
 def histories_in(runs: Path) -> tuple[list[History], list[str]]:
@@ -162,9 +197,11 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
     for entry in sorted(runs.iterdir()):
         try:
             with told_when_unread(entry):
-                is_run = not entry.name.startswith(".") and (entry / "run.json").exists()
+                is_run = not entry.name.startswith(".") and is_there(entry / "run.json")
             if is_run:
-                found.append(read_history(entry))
+                history = read_history(entry)
+                _ = history.last, history.best  # what a list shows of it can be read
+                found.append(history)
         except EvenstepError as error:
             broken.append(str(error))
     return sorted(found, key=lambda history: history.news, reverse=True), broken
@@ -201,11 +238,11 @@ def _writer_is_gone(directory: RunDirectory) -> bool:
     The lock itself is left alone: trying it could refuse a run that starts at that moment.
     """
     try:
-        words = (directory.path / ".lock").read_text().split()
-        process, host = int(words[1]), words[3]
+        words = read_bytes(directory.path / ".lock", at_most=_LONGEST_HOLDER_BYTES).split()
+        process, host = int(words[1]), words[3].decode()
     except (OSError, IndexError, ValueError):
         return False
-    if host != socket.gethostname():
+    if host != socket.gethostname() or not 0 < process < 2**31:
         return False
     try:
         os.kill(process, 0)
@@ -217,11 +254,14 @@ def _writer_is_gone(directory: RunDirectory) -> bool:
 
 
 def _failures(directory: Path) -> Iterator[Failure]:
-    for path in sorted(directory.glob("*.json")):
+    """The latest reports, as many as a person can want to see, the earliest of them first."""
+    paths = sorted(directory.glob("*.json"))
+    for path in paths[-MOST_FAILURES:]:
         try:
-            told = json.loads(path.read_text())
+            told = read_json(path, at_most=LARGEST_REPORT_BYTES)
         except (OSError, ValueError) as error:
-            yield Failure(path.stat().st_mtime, f"{path.name} cannot be read: {error}")
+            why = error.strerror if isinstance(error, OSError) else error
+            yield Failure(os.lstat(path).st_mtime, f"{path.name} cannot be read: {why}")
             continue
         told = told if isinstance(told, dict) else {"message": told}
         words = told.get("message") or " at ".join(
@@ -229,6 +269,6 @@ def _failures(directory: Path) -> Iterator[Failure]:
         )
         rank = f"rank {told['rank']}: " if "rank" in told else ""
         when = told.get("time")
-        moment = float(when) if isinstance(when, int | float) else path.stat().st_mtime
+        moment = float(when) if is_number(when, LATEST_TIME) else os.lstat(path).st_mtime
         stacks = str(told.get("stacks", ""))
         yield Failure(moment, f"{rank}{words or path.name}", stacks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import partial
 from typing import Any
 
@@ -116,9 +117,12 @@ def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> 
     """The names that each pattern chooses, of those that no earlier one has."""
     chosen: list[list[str]] = [[] for _ in patterns]
     left_out: list[str] = []
+    # One expression for all of them, which tries them in their order.
+    any_of = re.compile("|".join(f"({translate(group.match)})" for group in patterns))
     for name in names:
-        home = next((i for i, g in enumerate(patterns) if fnmatchcase(name, g.match)), None)
-        (left_out if home is None else chosen[home]).append(name)
+        match = any_of.match(name)
+        home = match.lastindex if match else None
+        (left_out if home is None else chosen[home - 1]).append(name)
     if left_out:
         raise SpecError(
             f"{where}.groups: {_listed(left_out)} in no group. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -159,6 +159,7 @@ def _parameters(
     model: nn.Module, groups: Sequence[ParameterGroup], spec: Spec
 ) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("match", "tensors", "numbers", "lr", "options", "names")]
+    parameters = dict(model.named_parameters())
     for group in groups:
         options = dict(group.options)
         trainer: OptimizerSpec = spec.optimizer
@@ -169,17 +170,20 @@ def _parameters(
         rate = "frozen" if group.frozen else rate
         if group.frozen_until_step:
             options["trained_after_step"] = group.frozen_until_step
-        table.append(_row(model, group.match, group.names, rate, options))
-    kept = [name for name, p in model.named_parameters() if not p.requires_grad]
+        table.append(_row(parameters, group.match, group.names, rate, options))
+    kept = [name for name, p in parameters.items() if not p.requires_grad]
     if kept:
-        table.append(_row(model, "-", kept, "frozen", {"by": "the task"}))
+        table.append(_row(parameters, "-", kept, "frozen", {"by": "the task"}))
     return table
 
 
 def _row(
-    model: nn.Module, match: str, names: Sequence[str], rate: str, options: dict[str, object]
+    parameters: Mapping[str, nn.Parameter],
+    match: str,
+    names: Sequence[str],
+    rate: str,
+    options: dict[str, object],
 ) -> tuple[str, ...]:
-    parameters = dict(model.named_parameters())
     numbers = sum(parameters[name].numel() for name in names)
     shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
     told = " ".join(f"{key}={value}" for key, value in options.items()) or "-"

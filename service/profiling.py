@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from service.clock import Clock
-from service.durable import told_of
+from service.durable import make_directory, replace_unsynced, told_of
 from service.errors import SpecError
 from service.pulse import ORDER, WORDS, Pulse
 
@@ -135,8 +135,9 @@ class Profile:
                     self._say(f"WARNING: the trace is lost: {told_of(self._directory, error)}")
 
     def _write(self, trace: Any, begun: Sequence[int], seconds: dict[Any, float]) -> None:
-        self._directory.mkdir(exist_ok=True)
+        make_directory(self._directory)
         path = self._directory / f"rank-{self._pulse.rank}.json"
+        path.unlink(missing_ok=True)  # torch would follow a link
         trace.export_chrome_trace(str(path))
         if not begun:
             return
@@ -151,7 +152,7 @@ class Profile:
                 f"The trace: {path}, for https://ui.perfetto.dev or chrome://tracing",
             ]
         )
-        path.with_suffix(".txt").write_text(table + "\n")
+        replace_unsynced(path.with_suffix(".txt"), table + "\n")
         self._say(table)
 
 

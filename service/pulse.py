@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from service.durable import told_when_unwritten
+from service.durable import replace_unsynced, told_when_unwritten, without_link
 from service.run_directory import RunDirectory
 
 # In the order in which one step goes through them.
@@ -200,7 +200,7 @@ class Pulse:
             final = directory.logs / f"rank-{self.rank}.log"
             sys.stdout.flush()
             sys.stderr.flush()
-            with told_when_unwritten(final), final.open("ab") as file:
+            with told_when_unwritten(final), open(final, "ab", opener=without_link) as file:
                 file.write(log.read_bytes())
                 file.flush()
                 os.dup2(file.fileno(), 1)
@@ -243,12 +243,10 @@ class Pulse:
         """Leave the record where it outlives this process, if there is room for it."""
         if self.scratch is None:
             return
-        partial = self.scratch / f".rank-{self.rank}.beat"
         # Who trains writes it and who watches: of one file, the second would miss what the first
         # has renamed.  Where it cannot be written, no run ends of it: a report lacks a place.
         with self._writing, suppress(OSError):
-            partial.write_text(json.dumps(self.record()))
-            os.replace(partial, self.scratch / f"rank-{self.rank}.beat")
+            replace_unsynced(self.scratch / f"rank-{self.rank}.beat", json.dumps(self.record()))
 
 
 def group() -> str:

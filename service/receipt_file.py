@@ -7,12 +7,23 @@ checkpoint's tensor files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from service.durable import Appended, replace_file, sync_directory, told_when_unwritten
 from service.errors import WillFailAgain
+from service.line_file import Block, blocks_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LARGEST_STEP = 2**53
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 def read_receipt(path: Path) -> dict[int, str]:
@@ -22,6 +33,58 @@ def read_receipt(path: Path) -> dict[int, str]:
         if "rows" in line:
             digests |= zip(range(line["from"], line["to"] + 1), line["rows"], strict=True)
     return digests
+
+
+def read_digests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The steps of a receipt [S], counted from 1, rising, and the digest of each."""
+    import numpy as np
+
+    steps, digests = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for block in _blocks(path):
+        try:
+            some = _digests_of(block.values)
+        except (TypeError, KeyError, ValueError, OverflowError):
+            some = _digests_of(_checked(block, path))
+        steps.append(some[0])
+        digests.append(some[1])
+    all_steps, all_digests = np.concatenate(steps), np.concatenate(digests)
+    if np.all(np.diff(all_steps) > 0):
+        return all_steps, all_digests
+    last = dict(zip(all_steps.tolist(), range(len(all_steps)), strict=True))
+    order = np.array([last[step] for step in sorted(last)], np.int64)
+    return all_steps[order], all_digests[order]
+
+
+def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The same of some lines.
+
+    Raises:
+        TypeError, KeyError, ValueError, OverflowError: one of them is none.
+    """
+    import numpy as np
+
+    if not all(type(line) is dict for line in lines):
+        raise TypeError("a line is an object")
+    of_rows = [line for line in lines if "weights" not in line]
+    if len(of_rows) < len(lines):
+        _require(all(map(_is_line, (line for line in lines if "weights" in line))))
+    rows = [line["rows"] for line in of_rows]
+    _require(all(type(some) is list for some in rows))
+    counts = np.frombuffer(array("q", map(len, rows)), np.int64)
+    first = np.frombuffer(array("q", [line["from"] for line in of_rows]), np.int64)
+    last = np.frombuffer(array("q", [line["to"] for line in of_rows]), np.int64)
+    _require(bool(np.all((first >= 0) & (last < LARGEST_STEP) & (last - first + 1 == counts))))
+    every = list(chain.from_iterable(rows))
+    _require(set(map(len, every)) <= {16})
+    digests = np.frombuffer(bytes.fromhex("".join(every)), ">u8").astype(np.uint64)
+    _require(len(digests) == len(every))
+    before = np.cumsum(counts) - counts
+    return np.repeat(first - before, counts) + np.arange(len(digests)), digests
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError("a line is not of a receipt")
 
 
 def read_weights(path: Path) -> dict[int, dict[str, str]]:
@@ -87,30 +150,44 @@ def _cut(line: dict[str, Any], step: int) -> dict[str, Any]:
     return line | {"to": last, "rows": line["rows"][: last - line["from"] + 1]}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Every line, without a torn last one.
 
     Raises:
         WillFailAgain: one before it is none.
     """
-    if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [_line(raw, f"{path}:{n}") for n, raw in enumerate(whole.splitlines(), start=1)]
+    for block in _blocks(path):
+        yield from _checked(block, path)
 
 
-def _line(raw: bytes, place: str) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-        if "weights" in line:
-            whole = isinstance(line["step"], int) and isinstance(line["weights"], dict)
-        else:
-            whole = len(line["rows"]) == line["to"] - line["from"] + 1
-        if whole:
-            return dict(line)
-    except (ValueError, TypeError, KeyError):
-        pass  # told below, as for every other line that is none
-    raise WillFailAgain(
-        f"{place}: this line is not of a receipt: {raw[:60]!r}. Remove the line, or start the run "
-        "anew with --fresh."
-    )
+def _blocks(path: Path) -> Iterator[Block]:
+    return (block for block in blocks_of(path) if not block.is_torn) if path.exists() else iter(())
+
+
+def _checked(block: Block, path: Path) -> list[dict[str, Any]]:
+    for number, value in enumerate(block.values):
+        if not _is_line(value):
+            raise WillFailAgain(
+                f"{path}:{block.first + number}: this line is not of a receipt: "
+                f"{block.lines[number][:60]!r}. Remove the line, or start the run anew with "
+                "--fresh."
+            )
+    return block.values
+
+
+def _is_line(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if "weights" in value:
+        weights = value["weights"]
+        names = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+        return names and _is_step(value.get("step"))
+    first, last, rows = (value.get(key) for key in ("from", "to", "rows"))
+    if not (_is_step(first) and _is_step(last) and isinstance(rows, list)):
+        return False
+    are_digests = all(isinstance(row, str) and _DIGEST.fullmatch(row) for row in rows)
+    return are_digests and len(rows) == last - first + 1
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < LARGEST_STEP

@@ -6,7 +6,6 @@ It needs no network and no file beside it; light and dark follow the reader's ow
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,10 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.account import each_of
 from service.charts import COLOURS, Line, chart, short, smoothed, step_axis
 from service.errors import SpecError
 from service.history import Failure, History, differing
+from service.run_directory import LATEST_TIME, is_number
 from service.spec_file import dump_values
 
 TITLES = {
@@ -43,7 +46,8 @@ def write_report(histories: Sequence[History], file: Path) -> None:
     """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(page(histories, now=time.time()), encoding="utf-8")
+        text = page(histories, now=time.time())
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, file)
     except OSError as error:
         raise SpecError(f"-o: {file} cannot be written: {error.strerror}.") from error
@@ -130,9 +134,9 @@ def _figures(history: History) -> list[tuple[str, str]]:
     figures += [(f"last {k}", short(v)) for k, v in last.items() if k.startswith("test/")]
     if "train/loss" in last:
         figures.append(("last train/loss", short(last["train/loss"])))
-    speeds = [speed for _, speed in history.series("train/rows_per_second")]
-    if speeds:
-        figures.append(("rows per second, median", short(statistics.median(speeds))))
+    speeds = _points(history, "train/rows_per_second")[:, 1]
+    if not np.isnan(speeds).all():
+        figures.append(("rows per second, median", short(float(np.nanmedian(speeds)))))
     figures.append(("time in attempts", _duration(history.seconds)))
     goodput = history.facts.get("account", {}).get("goodput")
     if goodput is not None:
@@ -144,7 +148,7 @@ def _figures(history: History) -> list[tuple[str, str]]:
 
 
 def _last(history: History) -> dict[str, float]:
-    return {key: value for row in history.rows for key, value in row.items()}
+    return {key: float(values[-1]) for key, (_, values) in history.curves.of.items()}
 
 
 def _comparison(histories: Sequence[History]) -> str:
@@ -181,7 +185,7 @@ def _rows(rows: Iterable[tuple[str, list[str]]], head: str = "") -> str:
 
 def _origin(history: History) -> dict[str, Any]:
     git = history.facts.get("git") or {}
-    commit = {"commit": str(git["commit"])[:12], "dirty": git["dirty"]} if git else {}
+    commit = {"commit": str(git.get("commit"))[:12], "dirty": git.get("dirty")} if git else {}
     return {**history.facts.get("versions", {}), **commit}
 
 
@@ -198,7 +202,8 @@ def _charts(histories: Sequence[History]) -> list[str]:
     marks = [a["from_step"] for h in histories for a in h.attempts[1:] if len(histories) == 1]
     if not groups:
         return ['<p class="card none">Nothing was measured yet.</p>']
-    x = step_axis(row["step"] for history in histories for row in history.rows)
+    steps = [h.curves.steps for h in histories if len(h.curves.steps)]
+    x = step_axis(float(end) for each in steps for end in (each.min(), each.max()))
     return [
         chart(
             title,
@@ -233,10 +238,10 @@ def _lines(histories: Sequence[History], keys: Sequence[str]) -> list[Line]:
     lines = []
     for number, (name, history) in enumerate(zip(_labels(histories), histories, strict=True)):
         for place, key in enumerate(keys):
-            points = history.series(key)
+            points = _points(history, key)
             colour = number if len(histories) > 1 else place
             label = key if len(histories) == 1 else name if len(keys) == 1 else f"{name} {key}"
-            if not points:
+            if not len(points):
                 continue
             if key.startswith("test/"):
                 lines.append(Line(label, points, colour, "dots"))
@@ -246,6 +251,12 @@ def _lines(histories: Sequence[History], keys: Sequence[str]) -> list[Line]:
             else:
                 lines.append(Line(label, points, colour))
     return lines
+
+
+def _points(history: History, key: str) -> NDArray[np.float64]:
+    """(step, value) wherever `key` was measured [N, 2]."""
+    found = history.curves.of.get(key)
+    return np.zeros((0, 2)) if found is None else np.column_stack(found)
 
 
 # ---- time
@@ -406,6 +417,8 @@ def _stacks(failure: Failure) -> str:
 
 
 def _moment(seconds: float) -> str:
+    if not is_number(seconds, LATEST_TIME):  # the time of a file may be any
+        return "-"
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 

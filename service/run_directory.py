@@ -19,12 +19,22 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from service.account import account_of, failures_in_a_row
-from service.durable import in_the_way, replace_file, told_when_unwritten
-from service.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean
-from service.failures import is_secret, redacted
+from service.durable import (
+    in_the_way,
+    is_there,
+    make_directory,
+    plain,
+    read_json,
+    replace_file,
+    told_when_unread,
+    told_when_unwritten,
+    without_link,
+)
+from service.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean, printable
+from service.failures import is_secret, redacted, redacted_code
 from service.spec import Spec
 from service.spec_file import changes, dump_spec, load_spec, with_files_where_they_are
 
@@ -33,6 +43,10 @@ _LOCK_SECONDS = 2.0
 _LONGEST_ROW = 65536  # bytes
 _MOST_OF_A_DIFF = 200_000  # bytes
 _GIT_SECONDS = 10.0
+_LONGEST_HOLDER = 300  # characters
+_LARGEST_BYTES = 8 << 20  # of run.json, with thousands of attempts in it, or of a beat
+LATEST_TIME = 253_402_300_800.0
+"""The end of the year 9999 in seconds since 1970: what a clock can show is below it."""
 _NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
 
 
@@ -89,12 +103,13 @@ class RunDirectory:
             SpecError: it is missing or unreadable.
         """
         try:
-            facts = json.loads(self.facts.read_text())
+            facts = read_json(self.facts, at_most=_LARGEST_BYTES)
         except FileNotFoundError as error:
             what = "is not a run: it has no run.json" if self.path.exists() else "is not there"
             raise SpecError(f"{self.path} {what}. Name a run's directory.") from error
         except (OSError, ValueError) as error:
-            raise SpecError(f"{self.facts} cannot be read: {error}.") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise SpecError(f"{self.facts} cannot be read: {why}.") from error
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise SpecError(f"{self.facts} is not a run of this version of evenstep.")
         if not _is_whole(facts):
@@ -120,7 +135,8 @@ class RunDirectory:
             EvenstepError: it cannot be written, and is as it was.
         """
         with told_when_unwritten(self.facts):
-            replace_file(self.facts, json.dumps(facts, indent=1) + "\n")
+            # For its owner alone: uncommitted changes and the command may hold what no rule finds.
+            replace_file(self.facts, json.dumps(facts, indent=1) + "\n", mode=0o600)
 
 
 def find_run(path: Path) -> RunDirectory:
@@ -129,13 +145,14 @@ def find_run(path: Path) -> RunDirectory:
     Raises:
         SpecError: there is none; names the nearest.
     """
-    for place in (path, Path("runs") / path):
-        if (place / "run.json").exists():
-            return RunDirectory(place)
-    if path.exists():
-        raise SpecError(f"{path} is not a run: it has no run.json.")
-    parent = path.parent if path.parent != Path() else Path("runs")
-    known = [entry.parent.name for entry in parent.glob("*/run.json")]
+    with told_when_unread(path):
+        for place in (path, Path("runs") / path):
+            if is_there(place / "run.json"):
+                return RunDirectory(place)
+        if path.exists():
+            raise SpecError(f"{path} is not a run: it has no run.json.")
+        parent = path.parent if path.parent != Path() else Path("runs")
+        known = [entry.parent.name for entry in parent.glob("*/run.json")]
     raise SpecError(f"There is no run {path}{did_you_mean(path.name, known) or '.'}")
 
 
@@ -259,7 +276,7 @@ class OpenRun:
         """The step of the last whole row of metrics, or 0."""
         if not self.directory.metrics.exists():
             return 0
-        with self.directory.metrics.open("rb") as file:
+        with open(self.directory.metrics, "rb", opener=plain) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_ROW))
             lines = file.read().split(b"\n")[:-1]
         try:
@@ -272,23 +289,45 @@ class OpenRun:
         self._lock.close()
 
 
+def is_number(value: Any, below: float = 2**53) -> TypeGuard[float]:
+    """Whether it is one from 0 up to a bound, such as a step or a number of seconds is."""
+    return isinstance(value, int | float) and 0 <= value < below
+
+
 def _is_whole(facts: Mapping[str, Any]) -> bool:
     """Whether it tells of the run and its attempts, the last of which may not have ended."""
     told = facts.get("attempts")
     if not isinstance(told, list) or not all(isinstance(attempt, dict) for attempt in told):
         return False
-    words = [facts.get("id"), facts.get("state"), *(each.get("outcome") for each in told[:-1])]
-    numbers = [each.get(key) for each in told for key in ("started", "from_step")]
-    numbers += [each.get(key) for each in told[:-1] for key in ("ended", "to_step")]
-    return all(isinstance(word, str) for word in words) and all(
-        isinstance(number, int | float) for number in numbers
+    is_last_ended = bool(told) and "ended" in told[-1]
+    ended = told if is_last_ended else told[:-1]
+    words = [facts.get("id"), facts.get("state"), *(each.get("outcome") for each in ended)]
+    times = [facts.get("created", 0.0), *(each.get("started") for each in told)]
+    times += [each.get("ended") for each in ended]
+    steps = [each.get("from_step") for each in told] + [each.get("to_step") for each in ended]
+    account = facts.get("account", {})
+    return (
+        all(isinstance(word, str) for word in words)
+        and all(is_number(moment, LATEST_TIME) for moment in times)
+        and all(map(is_number, steps))
+        and all(_are_seconds(each.get("seconds", {})) for each in told)
+        and isinstance(facts.get("versions", {}), dict)
+        and isinstance(facts.get("command", []), list)
+        and isinstance(facts.get("git", {}), dict)
+        and isinstance(account, dict)
+        and _are_seconds(account.get("seconds", {}))
+        and all(is_number(account.get(key, 0)) for key in ("steps_again", "goodput"))
     )
+
+
+def _are_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
     """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
     try:
-        beat = json.loads((directory / f"rank-{rank}.beat").read_text())
+        beat = read_json(directory / f"rank-{rank}.beat", at_most=_LARGEST_BYTES)
     except (OSError, ValueError):
         return None  # it has written nothing
     whole = isinstance(beat, dict) and isinstance(beat.get("seconds"), dict)
@@ -323,6 +362,7 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
 
 def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
     """The run as it was left, or as it begins."""
+    _require_no_link(directory)
     if _is_begun(directory):
         opened = OpenRun(directory, _taken_up(directory, spec), lock)
         opened.close_lost_attempt()
@@ -331,7 +371,7 @@ def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
     facts = _first_facts(spec, directory)
     # In this order: killed between any two of these, it begins anew the next time.
     directory.write_facts(facts)
-    directory.logs.mkdir(exist_ok=True)
+    make_directory(directory.logs)
     replace_file(directory.spec, dump_spec(spec))
     return OpenRun(directory, facts, lock)
 
@@ -346,6 +386,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
     require_no_secret(spec)
     try:
         _require_free(directory)
+        _require_no_link(directory)
         if _is_begun(directory):
             if not fresh:
                 _taken_up(directory, spec)
@@ -395,6 +436,17 @@ def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
     )
 
 
+def _require_no_link(directory: RunDirectory) -> None:
+    """Refuse a run of which a part lies elsewhere: what is written there is not the run's alone."""
+    parts = (directory.checkpoints, directory.logs, directory.failures, directory.profile)
+    for part in (*parts, directory.wandb):
+        if part.is_symlink():
+            raise SpecError(
+                f"{part} is a link, and a run is not written through links. Put what it leads to "
+                "in its place, or the whole run elsewhere with --runs."
+            )
+
+
 def _is_begun(directory: RunDirectory) -> bool:
     return directory.facts.exists() and directory.spec.exists()
 
@@ -403,7 +455,8 @@ def _lock(directory: RunDirectory) -> IO[str]:
     path = directory.path / ".lock"
     while True:
         directory.path.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a+")  # noqa: SIM115  # held as long as the run is open
+        # Held as long as the run is open; writable, as NFS wants it of a lock.
+        lock = os.fdopen(without_link(path, os.O_RDWR | os.O_CREAT), "r+", errors="replace")
         _claim(lock, directory)
         if _is_in_its_place(lock, path):
             break
@@ -430,7 +483,7 @@ def _is_in_its_place(lock: IO[str], path: Path) -> bool:
 def _claim(lock: IO[str], directory: RunDirectory) -> None:
     if not _locked_in_time(lock):
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = printable(lock.read(_LONGEST_HOLDER).strip()) or "another process"
         lock.close()
         raise SpecError(
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
@@ -447,7 +500,7 @@ def _require_free(directory: RunDirectory) -> None:
     """Refuse a run that another process writes before anything of it is started."""
     path = directory.path / ".lock"
     if path.exists():
-        with path.open("r+") as lock:  # on NFS who has not opened it to write may not lock it
+        with os.fdopen(without_link(path, os.O_RDWR), "r+", errors="replace") as lock:
             _claim(lock, directory)
 
 
@@ -506,9 +559,13 @@ def _first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
         "state": "new",
         "command": redacted(sys.argv[1:]),
         "versions": versions(),
-        "git": redacted(git_facts()),
+        "git": _without_secrets(git_facts()),
         "attempts": [],
     }
+
+
+def _without_secrets(git: dict[str, Any]) -> dict[str, Any]:
+    return git | ({"diff": redacted_code(git["diff"])} if "diff" in git else {})
 
 
 def versions() -> dict[str, str]:

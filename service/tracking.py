@@ -6,20 +6,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from service.durable import Appended, sync_directory, told_when_unwritten
-from service.errors import WillFailAgain
+from service.durable import Appended, sync_directory, told_when_unwritten, without_link
+from service.metrics_file import read_metrics, rows_in
+
+__all__ = ["MetricsFile", "Outcome", "Row", "Tracker", "Writer", "read_metrics", "tells_of_speed"]
 
 Outcome = Literal["done", "stopped", "failed"]
 
-# JSON has no word for these, and strict readers stop at Python's bare NaN. Strings rather than
-# null: which of them a loss became is what one wants to know afterwards, and Python's float(),
-# JavaScript's Number() and pandas.to_numeric read all three of them back.
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make one for every row
 _OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
 
@@ -156,11 +154,6 @@ def tells_of_speed(key: str) -> bool:
     return key in _OF_SPEED or key.startswith(("save/", "system/"))
 
 
-def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a torn last line, of a run that still writes, is left out."""
-    return [_numbers(row) for _, row in _rows(Path(path))]
-
-
 def _line(row: Row) -> bytes:
     record = row.record()
     try:
@@ -176,34 +169,14 @@ def _strict(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {key: _NOT_FINITE[v] if isinstance(v, str) else v for key, v in row.items()}
-
-
 def _keep_up_to(path: Path, step: int | None) -> None:
     """Replace the file by its rows with at most this step, all at once; None keeps nothing."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)
+    with open(partial, "wb", opener=without_link) as file:
         if step is not None and path.exists():
-            file.writelines(line + b"\n" for line, row in _rows(path) if row["step"] <= step)
+            file.writelines(line + b"\n" for line, row in rows_in(path) if row["step"] <= step)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync_directory(path.parent)
-
-
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Every line with the row it holds, without a torn last one."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict) and "step" in row:
-                yield line.rstrip(b"\n"), row
-            elif line.endswith(b"\n"):
-                raise WillFailAgain(
-                    f"{path}:{number}: this line is not a row of metrics: {line[:60]!r}. "
-                    "Remove the line, or start the run anew with --fresh."
-                )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.durable import told_when_unread
 from service.errors import SpecError
-from service.receipt_file import read_receipt, read_weights
+from service.metrics_file import read_curves
+from service.receipt_file import read_digests, read_weights
 from service.run_directory import RunDirectory
-from service.tracking import read_metrics, tells_of_speed
+from service.tracking import tells_of_speed
 
 
 @dataclass(frozen=True)
@@ -44,47 +47,60 @@ def compare(a: RunDirectory, b: RunDirectory, *, level: str, tolerance: float) -
 
 
 def _rows(a: RunDirectory, b: RunDirectory) -> Compared:
-    first, second = read_receipt(a.receipt), read_receipt(b.receipt)
-    common = sorted(first.keys() & second.keys())
-    if not common:
+    (a_steps, first), (b_steps, second) = read_digests(a.receipt), read_digests(b.receipt)
+    common, in_a, in_b = _common(a_steps, b_steps)
+    if not len(common):
         raise SpecError(f"{a.path} and {b.path} have no step in common to compare.")
-    for step in common:
-        if first[step] != second[step]:
-            return Compared(False, [f"rows: step {step} is the first that consumed other rows"])
+    other = first[in_a] != second[in_b]
+    if other.any():
+        step = int(common[other.argmax()])
+        return Compared(False, [f"rows: step {step} is the first that consumed other rows"])
     return Compared(True, [f"rows: the same in {_told(common)}"])
 
 
 def _values(a: RunDirectory, b: RunDirectory, *, tolerance: float | None) -> Compared:
     """Every loss within `tolerance`, or every measured value exactly where it is None."""
-    first, second = ({row["step"]: row for row in read_metrics(r.metrics)} for r in (a, b))
-    common = sorted(first.keys() & second.keys())
-    worst = 0.0
-    for step in common:
-        for key, x, y in _pairs(first[step], second[step], losses_only=tolerance is not None):
-            if not _alike(x, y, tolerance or 0.0):
-                line = f"{key}: step {int(step)} is the first that differs: {x!r} and {y!r}"
-                return Compared(False, [line])
-            worst = max(worst, abs(x - y)) if math.isfinite(x - y) else worst
-    if not common:
+
+    def wanted(key: str) -> bool:
+        return not tells_of_speed(key) and (tolerance is None or key.endswith("/loss"))
+
+    first, second = (read_curves(run.metrics, wanted) for run in (a, b))
+    worst, differing = 0.0, []
+    for key in sorted(first.of.keys() & second.of.keys()):
+        (a_steps, x), (b_steps, y) = first.of[key], second.of[key]
+        common, in_a, in_b = _common(a_steps, b_steps)
+        x, y = x[in_a], y[in_b]
+        alike, gaps = _alike(x, y, tolerance or 0.0)
+        if not alike.all():
+            at = int(alike.argmin())
+            told = f"{key}: step {int(common[at])} is the first that differs"
+            differing.append((common[at], f"{told}: {float(x[at])!r} and {float(y[at])!r}"))
+        worst = max(worst, float(np.max(gaps, where=np.isfinite(gaps), initial=0.0)))
+    if differing:
+        return Compared(False, [min(differing)[1]])
+    common, _, _ = _common(first.steps, second.steps)
+    if not len(common):
         return Compared(True, ["values: no step was logged by both"])
     what = "values" if tolerance is None else "losses"
     return Compared(True, [f"{what}: the same in {_told(common)}, largest difference {worst:.3g}"])
 
 
-def _pairs(
-    x: Mapping[str, float], y: Mapping[str, float], *, losses_only: bool
-) -> Iterator[tuple[str, float, float]]:
-    for key in sorted(x.keys() & y.keys()):
-        if key in ("step", "epoch") or tells_of_speed(key):
-            continue
-        if not losses_only or key.endswith("/loss"):
-            yield key, x[key], y[key]
+def _common(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The steps in both, rising, and where they stand in each."""
+    if np.array_equal(a, b) and np.all(np.diff(a) > 0):
+        everywhere = np.arange(len(a))
+        return a, everywhere, everywhere
+    return np.intersect1d(a, b, return_indices=True)
 
 
-def _alike(x: float, y: float, tolerance: float) -> bool:
-    if math.isnan(x) or math.isnan(y):
-        return math.isnan(x) and math.isnan(y)
-    return x == y or math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance)
+def _alike(
+    x: NDArray[np.float64], y: NDArray[np.float64], tolerance: float
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Where they are alike, as `math.isclose` has it and NaN like NaN; and how far apart [N]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.abs(x - y)
+        near = gaps <= tolerance * np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
+    return (x == y) | (near & np.isfinite(gaps)) | (np.isnan(x) & np.isnan(y)), gaps
 
 
 def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
@@ -100,7 +116,7 @@ def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
     return Compared(True, [f"weights: the same bits at {_told(common)}"])
 
 
-def _told(steps: list[Any]) -> str:
+def _told(steps: Sequence[Any] | NDArray[Any]) -> str:
     if len(steps) == 1:
         return f"step {int(steps[0])}"
     return f"{len(steps):,} steps from {int(steps[0]):,} to {int(steps[-1]):,}"

@@ -14,6 +14,7 @@ from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
 from service.errors import EvenstepError, NoCheckpoint, SpecError, WillFailAgain
+from service.failures import write_failure
 from service.receipt_file import ReceiptFile, read_receipt
 from service.run_directory import RunDirectory
 from service.tracking import read_metrics
@@ -133,6 +134,74 @@ def strange_beat(run: Path) -> None:
     beat |= {"time": "noon", "step": None, "seconds": 3}
     (run / "logs").mkdir(exist_ok=True)
     (run / "logs/rank-0.beat").write_text(json.dumps(beat))
+
+
+def link_to(place: str) -> Callable[[Path], None]:
+    """A link at this place of a run, to a file of a person that lies beside the runs."""
+
+    def damage(run: Path) -> None:
+        precious = run.parent.parent / "precious"
+        precious.write_text("precious")
+        (run / place).parent.mkdir(exist_ok=True)
+        (run / place).unlink(missing_ok=True)
+        (run / place).symlink_to(precious)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".lock",
+        "receipt.jsonl",
+        "metrics.jsonl",
+        ".metrics.jsonl.partial",
+        ".receipt.jsonl.partial",
+        ".run.json.partial",
+        "run.json",
+        "logs/rank-0.beat",
+        "logs/.rank-0.beat.partial",
+        "checkpoints/.best.partial",
+        "checkpoints/.step-00000014.partial-1",
+    ],
+)
+def test_nothing_is_written_through_a_link(
+    run_of_9: Path, tmp_path: Path, processes: ProcessesOf, place: str
+) -> None:
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    link_to(place)(tmp_path / "runs/job")
+    ((_, code, words),) = processes(1).run(attempt, tmp_path / "runs")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert code in (0, 42, 64), words
+    if place == ".lock":
+        assert "a link stands in its place, and a run is not written through links" in words
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "logs", "failures", "profile", "wandb"])
+def test_a_part_that_lies_elsewhere_is_refused(
+    run_of_9: Path, tmp_path: Path, processes: ProcessesOf, part: str
+) -> None:
+    shutil.copytree(run_of_9, tmp_path / "runs")
+    place = tmp_path / "runs/job" / part
+    if place.exists():
+        shutil.rmtree(place)
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    ((name, _, words),) = processes(1).run(attempt, tmp_path / "runs")
+    assert (name, f"job/{part} is a link" in words) == ("SpecError", True), words
+    assert write_failure(place, {"rank": 0}) is None
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_file_of_a_run_blocks_nobody(
+    run_of_9: Path, tmp_path: Path, processes: ProcessesOf
+) -> None:
+    for name in ("run.json", "metrics.jsonl", "receipt.jsonl", ".lock"):
+        shutil.copytree(run_of_9, tmp_path / name)
+        (tmp_path / name / "job" / name).unlink()
+        os.mkfifo(tmp_path / name / "job" / name)
+        ((_, code, words),) = processes(1).run(attempt, tmp_path / name)
+        assert code in (42, 64, 1), (name, words)
 
 
 MENDED: dict[str, Callable[[Path], object]] = {

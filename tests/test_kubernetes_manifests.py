@@ -558,3 +558,19 @@ def _keys(value: Any, *, of: str = "") -> list[str]:
     if not isinstance(value, dict) or free:
         return []
     return [k for key, v in value.items() for k in [key, *_keys(v, of=key)] if k not in PLAIN]
+
+
+def test_a_task_file_with_a_key_in_it_is_not_copied(tmp_path):
+    (tmp_path / "task.py").write_text('import os\nHUB_TOKEN = "a1b2c3d4e5f6a7b8c9d0e1"\n')
+    spec = load_spec(
+        {
+            "name": "job",
+            "task": f"{tmp_path}/task.py:task",
+            "batch": {"global_batch": 4},
+            "length": {"steps": 9},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+        }
+    )
+    with pytest.raises(SpecError, match=r"task\.py:2 holds what looks like a secret") as told:
+        task_file(spec)
+    assert "a1b2" not in str(told.value)

@@ -22,6 +22,7 @@ from launch.kubernetes.pods import (
 from launch.kubernetes.refusals import check
 from launch.kubernetes.targets import TARGETS
 from service.errors import SpecError
+from service.failures import line_of_secret
 from service.spec import KubernetesSpec, Spec
 from service.spec_file import dump_values
 
@@ -85,7 +86,8 @@ def task_file(spec: Spec) -> dict[str, str]:
     """The file of a task that is one, by its name; empty where the task is in a module.
 
     Raises:
-        SpecError: it cannot be read, or has a name under which it cannot travel with the spec.
+        SpecError: it cannot be read, holds a secret, or has a name under which it cannot travel
+            with the spec.
     """
     where, _, _ = spec.task.rpartition(":")
     if not where.endswith(".py"):
@@ -100,6 +102,13 @@ def task_file(spec: Spec) -> dict[str, str]:
         text = Path(where).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SpecError(f"task: {where} cannot be read: {error}.") from error
+    line = line_of_secret(text)
+    if line is not None:
+        raise SpecError(
+            f"task: {where}:{line} holds what looks like a secret, and the file would be copied "
+            "into a ConfigMap, which everybody who sees the namespace can read. Keep it in a "
+            "Secret, which the pods see as a file (kubernetes.mounts), and read it from there."
+        )
     return {name: text}
 
 
