@@ -30,6 +30,7 @@ VENDOR = re.compile(
 CPU, SIM = "CPU", "CPU and simulated device"
 # What ran a module's lines in `make test`, where a line of its own below does not say otherwise.
 RAN = {
+    "service/batches.py": SIM,
     "service/checking.py": SIM,
     "service/checkpoints.py": SIM,
     "service/copies.py": SIM,
@@ -55,6 +56,7 @@ RAN = {
     "launch/agent.py": CPU,
     "launch/cli.py": CPU,
     "launch/doctor.py": SIM,
+    "launch/joining.py": CPU,
     "launch/nodes.py": CPU,
     "launch/process_group.py": SIM,
     "launch/reduction.py": SIM,
@@ -130,10 +132,44 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
+    ("launch/nodes.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
+        "NCCL's own setting",
+        "; its effect: nothing yet",
+    ),
+    ("launch/joining.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
+        "NCCL's own setting",
+        "; its effect: nothing yet",
+    ),
     (
         "launch/process_group.py",
+        'if world.device.type != "cuda" or environment.local_world_size == 1:',
+    ): ("sysfs tells the NUMA node of an NVIDIA card by its PCI place", NVIDIA),
+    (
+        "launch/process_group.py",
+        "card: Any = torch.cuda.get_device_properties(world.device)",
+    ): ("as above", NVIDIA),
+    ("service/precision.py", "_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)"): (
+        "only cuDNN has such a switch",
+        "; its effect: nothing yet",
+    ),
+    ("service/precision.py", "products, in_cudnn = None, None"): ("as above", ""),
+    (
+        "service/precision.py",
+        "products, in_cudnn = torch.get_float32_matmul_precision(), "
+        "torch.backends.cudnn.allow_tf32",
+    ): ("as above", "; its effect: nothing yet"),
+    (
+        "service/precision.py",
+        "torch.backends.cudnn.allow_tf32 = True if in_cudnn is None else in_cudnn",
+    ): ("as above", "; its effect: nothing yet"),
+    (
+        "service/precision.py",
         'torch.backends.cudnn.allow_tf32 = precision == "tf32"',
-    ): ("only cuDNN has such a switch", "; its effect: nothing yet"),
+    ): ("as above", "; its effect: nothing yet"),
+    (
+        "service/world.py",
+        'return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])',
+    ): ("NCCL's own setting", ""),
     (
         "launch/process_group.py",
         'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")',
