@@ -16,8 +16,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from processes import Processes
 
-from service.normalization import Mode, prepare
-from service.world import World
+from service.distributed.batchnorm import Mode, prepare
+from service.distributed.world import World
 
 LAYERS = 53  # as many as a ResNet-50 has, of its mean width
 CHANNELS = 512

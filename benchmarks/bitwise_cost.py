@@ -25,10 +25,10 @@ from processes import Processes
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.task import Task, supervised
-from service.tracking import read_metrics
-from service.vitals import peak_bytes
-from service.world import World
+from service.data.task import Task, supervised
+from service.distributed.stragglers import peak_bytes
+from service.distributed.world import World
+from service.runs.tracking import read_metrics
 
 STEPS, WARM, PAIRS, FRESH = 240, 40, 5, 3
 WIDTH, LAYERS = 1000, 8

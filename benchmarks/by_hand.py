@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from service.task import Task, supervised
+from service.data.task import Task, supervised
 
 ROWS, TEST_ROWS, FEATURES = 16_384, 10_007, 64
 

@@ -25,12 +25,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from service.checkpoints import Checkpoints
-from service.rates import Schedule
-from service.snapshots import content_of, expected_bytes
-from service.spec import CheckpointSpec
-from service.state import TrainState
-from service.world import World
+from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.snapshots import content_of, expected_bytes
+from service.distributed.world import World
+from service.optimization.learning_rates import Schedule
+from service.optimization.train_state import TrainState
+from service.spec.models import CheckpointSpec
 
 
 def state_of(millions: int, *, stepped: bool = True) -> TrainState:

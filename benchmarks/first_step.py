@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 BIN = Path(sys.executable).parent
 STOPPED = 75

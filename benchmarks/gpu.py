@@ -48,16 +48,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import by_hand
 from launch.environment import Environment, launched
-from launch.process_group import process_group
-from service import worker
-from service.batches import Step
-from service.devices import synchronize
-from service.faults import StopRequest
-from service.plan import make_plan
-from service.spec_file import load_spec
-from service.task import Task, load_task, supervised
-from service.tracking import read_metrics
-from service.world import World
+from launch.rank.process_group import process_group
+from service.data.batches import Step
+from service.data.task import Task, load_task, supervised
+from service.distributed.devices import synchronize
+from service.distributed.world import World
+from service.health.stop_request import StopRequest
+from service.plan.plan import make_plan
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.training import worker
 
 WARM, STEPS, HOST_STEPS = 20, 20, 5
 MIB, GIB = 1 << 20, 1 << 30

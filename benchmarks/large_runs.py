@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from service.tracking import Row, _line
+from service.runs.tracking import Row, _line
 
 COMMANDS = {
     "runs": ("runs", "runs"),
@@ -34,7 +34,7 @@ TASK = """
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from service.task import supervised
+from service.data.task import supervised
 
 
 def task(layers: int):

@@ -1,8 +1,9 @@
 """How long many nodes take to meet at node 0: `python -m benchmarks.meeting --nodes 4096`.
 
-Node 0 is `launch.meeting.host` as it is, in one thread of a process of its own. All the others are
-connections of this process, over loopback, which prove that they know the secret as real nodes do.
-The time is from the first connection until the last node has been told where the store is.
+Node 0 is `launch.nodes.rendezvous.host` as it is, in one thread of a process of its own. All the
+others are connections of this process, over loopback, which prove that they know the secret as
+real nodes do. The time is from the first connection until the last node has been told where the
+store is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from launch.handshake import LINE_BYTES, Introduction, Lines, Seal, answered
-from launch.meeting import host
+from launch.nodes.handshake import LINE_BYTES, Introduction, Lines, Seal, answered
+from launch.nodes.rendezvous import host
 
 AT_ONCE = 512
 """Connections begun before the first of them has answered."""

@@ -41,8 +41,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from benchmarks import step
 from benchmarks.by_hand import ROWS, ByHand, Fetched, as_it_is, network, rows
 from launch.environment import Environment, launched
-from launch.process_group import process_group
-from service.world import World
+from launch.rank.process_group import process_group
+from service.distributed.world import World
 
 BATCH, TEST_BATCH = 32, 256
 WARM = 1  # passes before the one in which the calls are counted; after it they are timed

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.checkpoint_stall import by_torch, state_of
-from service.checkpoint_files import checkpoints_in, damage_of
-from service.checkpoints import Checkpoints
-from service.snapshots import content_of, load
-from service.spec import CheckpointSpec
-from service.state import TrainState
-from service.world import alone
+from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.snapshots import content_of, load
+from service.distributed.world import alone
+from service.optimization.train_state import TrainState
+from service.runs.checkpoint_files import checkpoints_in, damage_of
+from service.spec.models import CheckpointSpec
 
 
 class Memory:

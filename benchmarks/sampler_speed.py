@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from service.randomness import ROW, key
-from service.samplers import rounds_for, rows_of, sides_of
+from service.basics.randomness import ROW, key
+from service.plan.samplers import rounds_for, rows_of, sides_of
 
 
 def seconds(call: Callable[[], object], *, repeats: int = 15) -> float:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.loading import _train_blocks
-from service.plan import Plan, make_plan
-from service.receipts import micro_batch_digest
-from service.spec_file import load_spec
+from service.data.loading import _train_blocks
+from service.plan.plan import Plan, make_plan
+from service.spec.files import load_spec
+from service.training.receipts import micro_batch_digest
 
 ROWS, EACH, SIZE, STEP = 10**12, 4, 8, 1_000_000
 

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from benchmarks.checkpoint_stall import figures, state_of, work
-from service.checkpoints import Checkpoints
-from service.parts import PART_BYTES
-from service.snapshots import expected_bytes
-from service.spec import CheckpointSpec
-from service.state import TrainState
-from service.world import World
+from service.basics.multipart import PART_BYTES
+from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.snapshots import expected_bytes
+from service.distributed.world import World
+from service.optimization.train_state import TrainState
+from service.spec.models import CheckpointSpec
 
 NEVER = 1 << 50
 """Bytes of a part that is larger than any state, which its lead then writes alone."""

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.randomness import SHUFFLE, key, keys
-from service.samplers import permuted, rounds_for, sides_of
+from service.basics.randomness import SHUFFLE, key, keys
+from service.plan.samplers import permuted, rounds_for, sides_of
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -35,7 +35,7 @@ class Shuffle(Protocol):
 def ours(
     rows: int, *, epochs: int, places: Integers, seed: int = 0, rounds: int | None = None
 ) -> Integers:
-    """The shuffle of `service.samplers`, or a weaker one of fewer rounds."""
+    """The shuffle of `service.plan.samplers`, or a weaker one of fewer rounds."""
     own_keys = np.repeat(keys(SHUFFLE, seed, numbers=np.arange(epochs)), len(places))
     at = permuted(np.tile(places, epochs), rows=rows, keys=own_keys, rounds=rounds)
     return at.reshape(epochs, len(places))

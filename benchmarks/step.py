@@ -30,14 +30,14 @@ import torch
 
 from benchmarks.by_hand import ROWS, ByHand
 from launch.environment import Environment, launched
-from launch.process_group import process_group
-from service import loops, worker
-from service.batches import Step
-from service.faults import StopRequest
-from service.plan import Plan, make_plan
-from service.spec_file import load_spec
-from service.task import load_task
-from service.world import World
+from launch.rank.process_group import process_group
+from service.data.batches import Step
+from service.data.task import load_task
+from service.distributed.world import World
+from service.health.stop_request import StopRequest
+from service.plan.plan import Plan, make_plan
+from service.spec.files import load_spec
+from service.training import loops, worker
 
 BATCH = 32
 COUNTED = 400  # steps

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from service.faults import StopRequest
-from service.plan import make_plan
+from service.data.task import load_task
+from service.distributed.world import World
+from service.health.stop_request import StopRequest
+from service.plan.plan import make_plan
 from service.recipes import find_recipe
-from service.spec_file import load_spec
-from service.task import load_task
-from service.worker import run
-from service.world import World
+from service.spec.files import load_spec
+from service.training.worker import run
 
 # No logging, testing, saving or polling between the two ends: the bare step.
 BARE = ["tracking.log_every_steps=1000000", "tracking.wandb=", "test={}", "checkpoint={}"]

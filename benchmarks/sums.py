@@ -1,4 +1,4 @@
-"""Sums over processes of one machine: gloo's ring, and pairs (service/pairs.py).
+"""Sums over processes of one machine: gloo's ring, and recursive doubling.
 
 torchrun --nproc-per-node N -m benchmarks.sums
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from service.pairs import Pairs
+from service.distributed.recursive_doubling import Pairs
 
 KIB, ROUNDS = 1 << 10, 5
 

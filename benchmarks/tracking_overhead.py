@@ -25,16 +25,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from service.clock import Clock
-from service.console import console
-from service.pulse import Pulse
-from service.second_writers import Beside, Place, TensorBoard, Trackio
-from service.spec import TrackioSpec, WandBSpec
-from service.tracking import MetricsFile, Tracker, Writer
-from service.vitals import Stopwatch, Vitals
-from service.wandb_writer import WandB
-from service.worker import collector_at_rest
-from service.world import alone
+from service.distributed.stragglers import Stopwatch, Vitals
+from service.distributed.world import alone
+from service.health.heartbeat import Pulse
+from service.health.throughput import Clock
+from service.observability.console import console
+from service.observability.other_writers import Beside, Place, TensorBoard, Trackio
+from service.observability.wandb_writer import WandB
+from service.runs.tracking import MetricsFile, Tracker, Writer
+from service.spec.models import TrackioSpec, WandBSpec
+from service.training.worker import collector_at_rest
 
 VALUES = {
     "train/loss": 0.31214,

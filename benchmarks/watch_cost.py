@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 
 from launch.environment import Environment, launched
-from launch.process_group import process_group
-from service.pulse import Pulse
+from launch.rank.process_group import process_group
+from service.health.heartbeat import Pulse
 
 ROUNDS = 300
 

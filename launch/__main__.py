@@ -3,10 +3,10 @@
 import os
 import sys
 
-from launch.signals import listen
-from launch.terminal import open_descriptors, outlive_readers, require_reader
-from launch.warming import out_of_place, warm_up
-from service.errors import SpecError
+from launch.processes.signals import listen
+from launch.processes.terminal import open_descriptors, outlive_readers, require_reader
+from launch.processes.warm_start import out_of_place, warm_up
+from service.basics.errors import SpecError
 
 
 def main() -> None:

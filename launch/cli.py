@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launch.commands_checkpoints import checkpoints, export
+from launch.commands.checkpoints import checkpoints, export
+from launch.commands.jobs import check, doctor, new
+from launch.commands.runs import list_runs, report
 from launch.environment import Environment, launched, node_here, read_secrets, torchrun_grace
-from launch.job import Job, TestJob
-from launch.job_commands import check, doctor, new
-from launch.leaving import leave, leave_hung
-from launch.signals import STARTED, heard, stop_listening
-from launch.terminal import ReaderGone
-from launch.warming import collect_garbage, end_server
-from launch.watch_commands import list_runs, report
-from service.errors import LINES, EvenstepError, SpecError, printable
-from service.failures import redacted
-from service.faults import die_with_parent, stop_on_signals
-from service.profiling import window_of
+from launch.processes.signals import STARTED, heard, stop_listening
+from launch.processes.terminal import ReaderGone
+from launch.processes.warm_start import collect_garbage, end_server
+from launch.rank.exit import leave, leave_hung
+from launch.rank.job import Job, TestJob
+from service.basics.errors import LINES, EvenstepError, SpecError, printable
+from service.distributed.profiler import window_of
+from service.health.stop_request import die_with_parent, stop_on_signals
 from service.recipes import find_recipe, recipes
-from service.run_directory import RunDirectory, check_run, find_run
-from service.spec import Spec
-from service.spec_file import load_spec, spec_schema
+from service.runs.directory import RunDirectory, check_run, find_run
+from service.runs.failure_reports import redacted
+from service.spec.files import load_spec, spec_schema
+from service.spec.models import Spec
 
 if TYPE_CHECKING:
-    from launch.kubernetes.manifests import Target
+    from launch.engines.kubernetes.manifests import Target
 
 _SPEC = click.argument("spec", metavar="SPEC")
 _OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
@@ -103,7 +103,7 @@ def run(
     given = torchrun_grace() if place is not None else None
     job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given)
     if node is not None and node.nodes > 1:
-        from launch.nodes import run_node
+        from launch.nodes.node import run_node
 
         leave(run_node(job, node, processes=asked))
     _start(
@@ -154,8 +154,8 @@ def _start(
     What the other ranks write into `echoed_logs` comes out of here too, as a pod's log wants it.
     """
     if place is None and (processes > 1 or max_restarts):
-        from launch.echo import echoed
-        from launch.local import run_locally
+        from launch.processes.echo import echoed
+        from launch.processes.local import run_locally
 
         ranks = range(1, processes) if echoed_logs else ()
         with echoed(echoed_logs or Path(), ranks, _complain):
@@ -171,14 +171,14 @@ def _start(
                 err=True,
             )
     end_server()  # `auto` may have found one device only
-    from launch.entry import Here, outcome_of
-    from service.pulse import Pulse
+    from launch.rank.entry import Here, outcome_of, work
+    from service.health.heartbeat import Pulse
 
     collect_garbage()
     environment = place or Environment()
     here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
     with stop_on_signals(heard) as stop:
-        end = outcome_of(lambda: job.work(environment, stop=stop, here=here), here=here)
+        end = outcome_of(lambda: work(job, environment, stop=stop, here=here), here=here)
         leave(end.code)
 
 
@@ -193,7 +193,7 @@ def _start(
 )
 def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
     """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
-    from service.verification import compare
+    from service.runs.verification import compare
 
     compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
     click.echo("\n".join(map(printable, compared.lines)))
@@ -208,7 +208,7 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Path) -> None:
     """Show the arithmetic of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = _load(spec, overrides, None)
-    from service.planning import planned
+    from service.preview.plan import planned
 
     click.echo(planned(loaded, processes=_process_count(processes), runs=runs.absolute()))
 
@@ -226,7 +226,7 @@ def list_recipes() -> None:
 @click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
 def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
-    from service.spec_page import spec_page
+    from service.spec.page import spec_page
 
     click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
 
@@ -257,8 +257,8 @@ _NAME = click.option("--name", help="Name of the run; the spec's own by default.
 @_NAME
 def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
     """Print the manifests of SPEC, for kubectl apply -f -."""
-    from launch.kubernetes.manifests import new_secret, task_file, to_yaml
-    from launch.kubernetes.manifests import render as manifests
+    from launch.engines.kubernetes.manifests import new_secret, task_file, to_yaml
+    from launch.engines.kubernetes.manifests import render as manifests
 
     loaded = _load(spec, overrides, name)
     objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
@@ -281,10 +281,10 @@ def submit(
     spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
 ) -> None:
     """Start SPEC on a cluster. Submitted again after its end, it resumes."""
-    from launch.kubernetes import jobs
-    from launch.kubernetes.api import Api, ClusterError
-    from launch.kubernetes.manifests import new_secret, task_file
-    from launch.kubernetes.manifests import render as manifests
+    from launch.engines.kubernetes import jobs
+    from launch.engines.kubernetes.api import Api, ClusterError
+    from launch.engines.kubernetes.manifests import new_secret, task_file
+    from launch.engines.kubernetes.manifests import render as manifests
 
     loaded = _load(spec, overrides, name)
     objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
@@ -304,8 +304,8 @@ def submit(
 @_NAMESPACE
 def status(name: str, target: Target, namespace: str | None) -> None:
     """Show the job's pods, its step and loss, and why it does not start."""
-    from launch.kubernetes import jobs
-    from launch.kubernetes.api import Api
+    from launch.engines.kubernetes import jobs
+    from launch.engines.kubernetes.api import Api
 
     with Api(namespace=namespace, say=_complain) as api:
         for line in jobs.status(api, jobs.KINDS[target], name):
@@ -330,8 +330,8 @@ def logs(
     follow: bool,
 ) -> None:
     """Print what a rank wrote: rank 0 speaks for all."""
-    from launch.kubernetes import jobs
-    from launch.kubernetes.api import Api
+    from launch.engines.kubernetes import jobs
+    from launch.engines.kubernetes.api import Api
 
     with Api(namespace=namespace, say=_complain) as api:
         kind = jobs.KINDS[target]
@@ -346,8 +346,8 @@ def logs(
 @_NAMESPACE
 def cancel(name: str, target: Target, namespace: str | None) -> None:
     """Stop the job with a checkpoint; its runs stay."""
-    from launch.kubernetes import jobs
-    from launch.kubernetes.api import Api
+    from launch.engines.kubernetes import jobs
+    from launch.engines.kubernetes.api import Api
 
     with Api(namespace=namespace, say=_complain) as api:
         click.echo(jobs.cancel(api, jobs.KINDS[target], name))

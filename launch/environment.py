@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
-from service.errors import SpecError
-from service.stopping import Grace
+from service.basics.errors import SpecError
+from service.health.stop_budget import Grace
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 """Set where a launcher of ours keeps the store: the name under which this attempt's keys lie."""

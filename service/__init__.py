@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from service.history import History, read_history
+    from service.data.task import Task, load_task, supervised
     from service.in_place import run
-    from service.plan import Plan, make_plan
-    from service.spec import Spec
-    from service.spec_file import load_spec
-    from service.task import Task, load_task, supervised
-    from service.tracking import read_metrics
+    from service.plan.plan import Plan, make_plan
+    from service.runs.history import History, read_history
+    from service.runs.tracking import read_metrics
+    from service.spec.files import load_spec
+    from service.spec.models import Spec
 
 __all__ = [
     "run",
@@ -38,16 +38,16 @@ __all__ = [
 
 _HOME = {
     "run": "in_place",
-    "load_spec": "spec_file",
-    "Spec": "spec",
-    "read_history": "history",
-    "History": "history",
-    "read_metrics": "tracking",
-    "make_plan": "plan",
-    "Plan": "plan",
-    "supervised": "task",
-    "load_task": "task",
-    "Task": "task",
+    "load_spec": "spec.files",
+    "Spec": "spec.models",
+    "read_history": "runs.history",
+    "History": "runs.history",
+    "read_metrics": "runs.tracking",
+    "make_plan": "plan.plan",
+    "Plan": "plan.plan",
+    "supervised": "data.task",
+    "load_task": "data.task",
+    "Task": "data.task",
 }
 
 

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from service.documents import document_of
-from service.errors import SpecError, Stopped
-from service.faults import StopRequest, stop_on_signals
-from service.fitting import settled
-from service.generators import generators_given_back
-from service.history import History, read_history
-from service.plan import make_plan
-from service.precision import multiplied_in
+from service.basics.errors import SpecError, Stopped
+from service.data.task import load_task
+from service.distributed.generators import generators_given_back
+from service.distributed.world import in_place
+from service.health.stop_request import StopRequest, stop_on_signals
+from service.optimization.precision import multiplied_in
+from service.plan.plan import make_plan
 from service.recipes import find_recipe
-from service.spec import Spec
-from service.spec_file import load_spec
-from service.task import load_task
-from service.worker import run as run_to_the_end
-from service.world import in_place
+from service.runs.history import History, read_history
+from service.spec.documents import document_of
+from service.spec.files import load_spec
+from service.spec.models import Spec
+from service.training.batch_size_finder import settled
+from service.training.worker import run as run_to_the_end
 
 
 def run(

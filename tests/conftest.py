@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 from processes import Processes, ProcessesOf
 
-from service.world import World
+from service.distributed.world import World
 
 
 @pytest.fixture(scope="session")

@@ -30,148 +30,151 @@ VENDOR = re.compile(
 CPU, SIM = "CPU", "CPU and simulated device"
 # What ran a module's lines in `make test`, where a line of its own below does not say otherwise.
 RAN = {
-    "service/batches.py": SIM,
-    "service/checking.py": SIM,
-    "service/checkpoints.py": SIM,
-    "service/copies.py": SIM,
-    "service/devices.py": SIM,
-    "service/errors.py": CPU,
-    "service/fitting.py": SIM,
-    "service/flops.py": SIM,
-    "service/hangs.py": CPU,
-    "service/in_memory.py": SIM,
-    "service/loading.py": SIM,
-    "service/metrics.py": SIM,
-    "service/normalization.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
-    "service/optimizers.py": SIM,
-    "service/pairs.py": SIM,
-    "service/precision.py": SIM,
-    "service/profiling.py": SIM,
-    "service/pulse.py": SIM,
-    "service/rehearsal.py": SIM,
-    "service/snapshots.py": SIM,
-    "service/vitals.py": SIM,
-    "service/worker.py": SIM,
-    "service/world.py": SIM,
-    "launch/agent.py": CPU,
+    "service/data/batches.py": SIM,
+    "service/preview/check.py": SIM,
+    "service/checkpoints/checkpoints.py": SIM,
+    "service/checkpoints/shards.py": SIM,
+    "service/distributed/devices.py": SIM,
+    "service/basics/errors.py": CPU,
+    "service/training/batch_size_finder.py": SIM,
+    "service/optimization/flops.py": SIM,
+    "service/health/watchdog.py": CPU,
+    "service/data/in_memory.py": SIM,
+    "service/data/loading.py": SIM,
+    "service/evaluation/metrics.py": SIM,
+    "service/distributed/batchnorm.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
+    "service/optimization/optimizers.py": SIM,
+    "service/distributed/recursive_doubling.py": SIM,
+    "service/optimization/precision.py": SIM,
+    "service/distributed/profiler.py": SIM,
+    "service/health/heartbeat.py": SIM,
+    "service/training/dry_run.py": SIM,
+    "service/checkpoints/snapshots.py": SIM,
+    "service/distributed/stragglers.py": SIM,
+    "service/training/worker.py": SIM,
+    "service/distributed/world.py": SIM,
+    "launch/processes/agent.py": CPU,
     "launch/cli.py": CPU,
-    "launch/doctor.py": SIM,
-    "launch/joining.py": CPU,
-    "launch/nodes.py": CPU,
-    "launch/process_group.py": SIM,
-    "launch/reduction.py": SIM,
+    "launch/commands/doctor.py": SIM,
+    "launch/rank/joining.py": CPU,
+    "launch/nodes/node.py": CPU,
+    "launch/rank/process_group.py": SIM,
+    "launch/commands/reduction.py": SIM,
 }
 NVIDIA = "; its branch for NVIDIA: nothing yet"
 APPLE = "; its branch for Apple: nothing yet"
 # Lines that still name one vendor: why, and what of it nothing has run.
 NAMED: dict[tuple[str, str], tuple[str, str]] = {
     (
-        "service/devices.py",
+        "service/distributed/devices.py",
         'current = getattr(module_of(device), "current_device", None)  # torch.mps has but one',
     ): ("only the comment does", ""),
-    ("service/devices.py", 'return device.type not in ("cpu", "mps")'): (
+    ("service/distributed/devices.py", 'return device.type not in ("cpu", "mps")'): (
         "Apple's devices share the main memory: there is nothing to pin",
         APPLE,
     ),
     (
-        "service/errors.py",
+        "service/basics/errors.py",
         'r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"',
     ): ("each library has its own words", "; none of these errors was seen yet"),
     (
-        "service/hangs.py",
+        "service/health/watchdog.py",
         '_DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", '
         '"torch/_tensor")',
     ): ("files of torch, each vendor's its own", "; none of these files was seen in a hang yet"),
     (
-        "service/metrics.py",
+        "service/evaluation/metrics.py",
         'self._on = torch.device("cpu") if device.type == "mps" else device',
     ): ("Apple's devices have no float64", APPLE),
     (
-        "service/optimizers.py",
+        "service/optimization/optimizers.py",
         'p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in '
         "parameters",
     ): ("where torch has fused kernels", "; the fused kernels of devices: nothing yet"),
     (
-        "service/world.py",
+        "service/distributed/world.py",
         'self.wide = torch.float32 if self.device.type == "mps" else torch.float64',
     ): ("Apple's devices have no float64", APPLE),
     (
-        "launch/agent.py",
+        "launch/processes/agent.py",
         '"TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", '
         '"1"),',
     ): ("NCCL's own setting", "; its effect: nothing yet"),
-    ("launch/doctor.py", 'if shutil.which("nvidia-smi"):'): (
+    ("launch/commands/doctor.py", 'if shutil.which("nvidia-smi"):'): (
         "a driver without a torch that uses it",
         NVIDIA,
     ),
     (
-        "launch/doctor.py",
+        "launch/commands/doctor.py",
         'told = f"this machine has nvidia-smi, but torch {torch.__version__} sees no GPU"',
     ): ("as above", NVIDIA),
     (
-        "launch/doctor.py",
+        "launch/commands/doctor.py",
         'fix = "Install a torch built for CUDA, and look at nvidia-smi for the driver."',
     ): ("as above", NVIDIA),
-    ("launch/doctor.py", 'if accelerator.type == "cuda":'): (
+    ("launch/commands/doctor.py", 'if accelerator.type == "cuda":'): (
         "versions of CUDA and of the driver",
         NVIDIA,
     ),
     (
-        "launch/doctor.py",
+        "launch/commands/doctor.py",
         'told += f", CUDA {torch.version.cuda}, driver {_driver()}"',
     ): ("as above", NVIDIA),
     (
-        "launch/doctor.py",
+        "launch/commands/doctor.py",
         'words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]',
     ): ("as above", NVIDIA),
     (
-        "launch/doctor.py",
+        "launch/commands/doctor.py",
         'fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."',
     ): ("NCCL's own setting", ""),
-    ("launch/nodes.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
+    ("launch/nodes/node.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
-    ("launch/nodes.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
+    ("launch/nodes/node.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
-    ("launch/joining.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
+    ("launch/rank/joining.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
     (
-        "launch/process_group.py",
+        "launch/rank/process_group.py",
         'if world.device.type != "cuda" or environment.local_world_size == 1:',
     ): ("sysfs tells the NUMA node of an NVIDIA card by its PCI place", NVIDIA),
     (
-        "launch/process_group.py",
+        "launch/rank/process_group.py",
         "card: Any = torch.cuda.get_device_properties(world.device)",
     ): ("as above", NVIDIA),
-    ("service/precision.py", "_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)"): (
+    (
+        "service/optimization/precision.py",
+        "_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)",
+    ): (
         "only cuDNN has such a switch",
         "; its effect: nothing yet",
     ),
-    ("service/precision.py", "products, in_cudnn = None, None"): ("as above", ""),
+    ("service/optimization/precision.py", "products, in_cudnn = None, None"): ("as above", ""),
     (
-        "service/precision.py",
+        "service/optimization/precision.py",
         "products, in_cudnn = torch.get_float32_matmul_precision(), "
         "torch.backends.cudnn.allow_tf32",
     ): ("as above", "; its effect: nothing yet"),
     (
-        "service/precision.py",
+        "service/optimization/precision.py",
         "torch.backends.cudnn.allow_tf32 = True if in_cudnn is None else in_cudnn",
     ): ("as above", "; its effect: nothing yet"),
     (
-        "service/precision.py",
+        "service/optimization/precision.py",
         'torch.backends.cudnn.allow_tf32 = precision == "tf32"',
     ): ("as above", "; its effect: nothing yet"),
     (
-        "service/world.py",
+        "service/distributed/world.py",
         'return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])',
     ): ("NCCL's own setting", ""),
     (
-        "launch/process_group.py",
+        "launch/rank/process_group.py",
         'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")',
     ): ("only cuBLAS asks for it", "; its effect: nothing yet"),
 }
@@ -180,10 +183,10 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
 def lines() -> Iterator[tuple[str, str]]:
     """(module, line) of each, in order; comments, docstrings and imports left out."""
     for folder in ("service", "launch"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             for line in code_of(path.read_text()):
                 if ASKS.search(line) or VENDOR.search(line):
-                    yield f"{folder}/{path.name}", line
+                    yield path.relative_to(ROOT).as_posix(), line
 
 
 def code_of(text: str) -> Iterator[str]:

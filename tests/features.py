@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, TensorDataset
 
+from service.data.task import Task, supervised
 from service.recipes import digits
-from service.task import Task, supervised
 
 ROWS, TEST_ROWS = 389, 131
 PLAIN: dict[str, Any] = {"dropout": 0.0, "batchnorm": False}

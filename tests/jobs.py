@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.errors import Stopped
-from service.faults import StopRequest
-from service.plan import make_plan
+from service.basics.errors import Stopped
+from service.data.task import Task, load_task, supervised
+from service.distributed.world import World
+from service.health.stop_request import StopRequest
+from service.plan.plan import make_plan
 from service.recipes import digits
-from service.spec_file import load_spec
-from service.task import Task, load_task, supervised
-from service.worker import run
-from service.world import World
+from service.spec.files import load_spec
+from service.training.worker import run
 
 HERE = Path(__file__)
 

@@ -10,10 +10,10 @@ from jobs import train_in_process
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from service.errors import EvenstepError
+from service.basics.errors import EvenstepError
+from service.data.task import Task, supervised
+from service.distributed.world import World
 from service.recipes import digits
-from service.task import Task, supervised
-from service.world import World
 
 HERE = Path(__file__)
 ROWS = 103

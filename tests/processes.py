@@ -34,7 +34,13 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 # What every child would otherwise import for itself, two seconds and more each time.
-_PRELOAD = ["pytest", "accelerate", "torch.distributed", "torch._dynamo", "service.world"]
+_PRELOAD = [
+    "pytest",
+    "accelerate",
+    "torch.distributed",
+    "torch._dynamo",
+    "service.distributed.world",
+]
 _GRACE_SECONDS = 2.0
 _LOG_CHARACTERS = 6000
 
@@ -245,7 +251,7 @@ def _serve(connection: Connection, log: str, environment: dict[str, str], device
     import torch.distributed as dist
     from accelerate import Accelerator
 
-    from service.world import World
+    from service.distributed.world import World
 
     torch.set_num_threads(1)
     # A child's own children (a loader's workers) start as they do in a process of torchrun.
@@ -271,7 +277,7 @@ def _on_simulated(rank: int, *, joined: bool) -> Any:
     import torch.distributed as dist
     from accelerate import Accelerator
 
-    from service.world import World
+    from service.distributed.world import World
 
     simulated_device.register()
     if joined:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.checkpoints import Checkpoints
-from service.parts import PART_BYTES
-from service.rates import Schedule
-from service.spec import CheckpointSpec
-from service.state import Best, TrainState
-from service.world import World
+from service.basics.multipart import PART_BYTES
+from service.checkpoints.checkpoints import Checkpoints
+from service.distributed.world import World
+from service.optimization.learning_rates import Schedule
+from service.optimization.train_state import Best, TrainState
+from service.spec.models import CheckpointSpec
 
 
 class Net(nn.Module):

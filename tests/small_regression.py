@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from service import randomness
-from service.samplers import rows_at
-from service.task import Task, supervised
+from service.basics import randomness
+from service.data.task import Task, supervised
+from service.plan.samplers import rows_at
 
 HERE = Path(__file__)
 ROWS, SEED = 61, 7

@@ -7,11 +7,11 @@ from precisions import images, job
 from torch import nn
 from torch.nn import functional as F
 
-from service.averages import MovingAverage
-from service.errors import SpecError
-from service.snapshots import load_weights
-from service.tracking import read_metrics
-from service.world import World
+from service.basics.errors import SpecError
+from service.checkpoints.snapshots import load_weights
+from service.distributed.world import World
+from service.optimization.moving_average import MovingAverage
+from service.runs.tracking import read_metrics
 
 DECAY, STEPS = 0.4, 9
 SPEC = job(

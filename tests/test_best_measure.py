@@ -12,13 +12,13 @@ from jobs import spec_of, train_in_process
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from service.checkpoint_files import best_of, checkpoints_in
-from service.history import read_history
-from service.patience import Patience, is_better
-from service.report import page
-from service.spec import EarlyStoppingSpec
-from service.task import supervised
-from service.tracking import read_metrics
+from service.data.task import supervised
+from service.observability.report import page
+from service.plan.early_stopping import Patience, is_better
+from service.runs.checkpoint_files import best_of, checkpoints_in
+from service.runs.history import read_history
+from service.runs.tracking import read_metrics
+from service.spec.models import EarlyStoppingSpec
 
 NAN, INF = math.nan, math.inf
 MEASURED = [0.0, NAN, NAN, INF, 0.3, 0.7, NAN, -INF, 0.5]

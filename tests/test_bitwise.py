@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from jobs import spec_of, train_in_process
 
-from service.errors import SpecError
-from service.plan import make_plan
-from service.spec_file import load_spec
-from service.tracking import read_metrics, tells_of_speed
+from service.basics.errors import SpecError
+from service.plan.plan import make_plan
+from service.runs.tracking import read_metrics, tells_of_speed
+from service.spec.files import load_spec
 
 JOB = spec_of(
     "cut_of_digits",

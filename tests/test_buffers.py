@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from service.errors import SpecError
-from service.task import Task, supervised
+from service.basics.errors import SpecError
+from service.data.task import Task, supervised
 
 HERE = Path(__file__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.batches import carrier
+from service.data.batches import carrier
 
 
 def test_a_nest_keeps_its_form() -> None:

@@ -7,10 +7,10 @@ import pytest
 from commands import ROOT, evenstep
 from test_mistakes import GOOD, MISTAKES, TASKS, wrong
 
-from service.checking import checked
-from service.errors import EvenstepError
-from service.spec_file import load_spec
-from service.world import World
+from service.basics.errors import EvenstepError
+from service.distributed.world import World
+from service.preview.check import checked
+from service.spec.files import load_spec
 
 GOLDEN = """\
 digits: the spec is right

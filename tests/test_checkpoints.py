@@ -34,7 +34,11 @@ from saves import (
 )
 from torch import nn
 
-from service.checkpoint_files import (
+from service.basics.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
+from service.checkpoints.snapshots import content_of, expected_bytes
+from service.optimization.learning_rates import Schedule
+from service.optimization.train_state import TrainState
+from service.runs.checkpoint_files import (
     AVERAGE,
     DATA,
     MANIFEST,
@@ -48,12 +52,8 @@ from service.checkpoint_files import (
     find_checkpoint,
     kept,
 )
-from service.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
-from service.export import export_weights
-from service.rates import Schedule
-from service.snapshots import content_of, expected_bytes
-from service.state import TrainState
-from service.tracking import read_metrics
+from service.runs.export import export_weights
+from service.runs.tracking import read_metrics
 
 FILES = (*DATA, MANIFEST)
 BOTH = pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "blocking"])

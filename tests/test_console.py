@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from commands import BIN, CLEAN
 
-from service.console import LiveConsole, PlainConsole, _Table, console
-from service.tracking import Row
+from service.observability.console import LiveConsole, PlainConsole, _Table, console
+from service.runs.tracking import Row
 
 ROOT = Path(__file__).parents[1]
 START = 1795407180.0  # 2026-11-23T04:13:00Z
@@ -96,8 +96,8 @@ def test_a_letter_that_the_stream_cannot_write_ends_nothing():
 # terminal of its own.
 BUSY = """
 import sys, threading, time
-from service.console import console
-from service.tracking import Row
+from service.observability.console import console
+from service.runs.tracking import Row
 
 screen = console(10**6)
 begin = time.monotonic()
@@ -209,7 +209,8 @@ def test_no_color_leaves_the_colours_out():
 
 def test_a_reader_who_leaves_does_not_end_the_run():
     script = (
-        "import sys; from service.console import console; from service.tracking import Row\n"
+        "import sys; from service.observability.console import console\n"
+        "from service.runs.tracking import Row\n"
         "screen = console(9)\n"
         "sys.stdin.readline()\n"
         "for step in range(9): screen.write(Row(step, 0.0, 0.0, {'train/loss': 1.0}))\n"
@@ -228,13 +229,13 @@ def test_a_reader_who_leaves_does_not_end_the_run():
 def test_a_reader_who_stops_reading_does_not_hold_the_run():
     script = (
         "import os, sys\n"
-        "from service.console import console; from service.tracking import Row\n"
+        "from service.observability.console import console; from service.runs.tracking import Row\n"
         "screen = console(5000)\n"
         "for step in range(5000): screen.write(Row(step, 0.0, 0.0, {'train/loss': 1.0}))\n"
         "screen.close('done')\n"
         "screen.say('after the end')\n"
         "print('the rest of the run prints into nothing')\n"
-        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.leaving.leave` does
+        "sys.stdout.flush(); os._exit(0)\n"  # as `launch.rank.exit.leave` does
     )
     # 5000 lines are more than a pipe holds, and nobody takes them.
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)

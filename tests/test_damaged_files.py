@@ -13,12 +13,12 @@ from commands import BIN, command, evenstep
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
-from service.errors import EvenstepError, NoCheckpoint, SpecError, WillFailAgain
-from service.failures import write_failure
-from service.receipt_file import ReceiptFile, read_receipt
-from service.run_directory import RunDirectory
-from service.tracking import read_metrics
-from service.world import World
+from service.basics.errors import EvenstepError, NoCheckpoint, SpecError, WillFailAgain
+from service.distributed.world import World
+from service.runs.directory import RunDirectory
+from service.runs.failure_reports import write_failure
+from service.runs.receipt_file import ReceiptFile, read_receipt
+from service.runs.tracking import read_metrics
 
 SPEC = spec_of("plain_rows", length={"steps": 20}, checkpoint={"every_steps": 7})
 

@@ -6,10 +6,10 @@ import socket
 import pytest
 from commands import evenstep
 
-from launch.doctor import Asked, Finding, _shared_memory, exit_code
-from service.limits import limits, memory_each, workers_each
+from launch.commands.doctor import Asked, Finding, _shared_memory, exit_code
+from service.basics.limits import limits, memory_each, workers_each
 from service.recipes import find_recipe
-from service.spec_file import load_spec
+from service.spec.files import load_spec
 
 
 def findings(*words, cwd, **environ):

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.documents import (
+from service.basics.errors import SpecError
+from service.spec.documents import (
     LARGEST_FILE_BYTES,
     document_of,
     find,
@@ -23,7 +24,6 @@ from service.documents import (
     read_document,
     scalar,
 )
-from service.errors import SpecError
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,7 @@ def test_junk_is_a_document_or_a_spec_error(text: str, name: str, change: str | 
 def test_neither_a_document_nor_a_spec_needs_torch() -> None:
     root = Path(__file__).parent.parent
     code = (
-        "import sys, service.documents, service.spec, service.spec_file; "
+        "import sys, service.spec.documents, service.spec.models, service.spec.files; "
         "print(sorted({'torch', 'numpy', 'wandb', 'accelerate'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]

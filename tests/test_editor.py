@@ -4,7 +4,7 @@ import pytest
 from commands import ROOT
 from language_server import Editor, needs_language_server
 
-from service.starting import SPEC, start
+from service.spec.new_job import SPEC, start
 
 pytestmark = needs_language_server
 LINE = "# yaml-language-server: $schema=evenstep.schema.json\n"
@@ -28,7 +28,7 @@ def editor(tmp_path_factory):
 
 
 def test_the_files_that_ship_have_no_fault(editor):
-    starter = (ROOT / "service/starter/my_job.yaml").read_text()
+    starter = (ROOT / "service/spec/starter/my_job.yaml").read_text()
     assert editor.open(SPEC, starter) == []
     recipe = (ROOT / "service/recipes/digits.yaml").read_text()
     assert editor.open("recipe.yaml", LINE + recipe) == []

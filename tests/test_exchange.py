@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from test_unused import SPEC
 from torch import nn
 
-from service.spec import ExchangeSpec
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
+from service.spec.models import ExchangeSpec
 
 JOB = spec_of(
     "cut_of_digits", task_args={"double": True}, optimizer={"name": "sgd", "lr": 0.05}

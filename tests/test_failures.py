@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from commands import evenstep
 
-from service.account import account_of, each_of, failures_in_a_row
-from service.errors import NoProgress, SpecError
-from service.failures import line_of_secret, read_failures, redacted, write_failure
-from service.hangs import _told, who_is_behind
-from service.pulse import Pulse
-from service.run_directory import check_run, open_run, read_beat
-from service.spec_file import load_spec
+from service.basics.errors import NoProgress, SpecError
+from service.health.heartbeat import Pulse
+from service.health.watchdog import _told, who_is_behind
+from service.runs.directory import check_run, open_run, read_beat
+from service.runs.failure_reports import line_of_secret, read_failures, redacted, write_failure
+from service.runs.goodput import account_of, each_of, failures_in_a_row
+from service.spec.files import load_spec
 
 SPEC = {
     "name": "job",
@@ -130,7 +130,7 @@ def task():
 def late():
     import torch
     from torch.utils.data import TensorDataset
-    from service.task import supervised
+    from service.data.task import supervised
 
     class Model(torch.nn.Linear):
         calls = 0

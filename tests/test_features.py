@@ -8,8 +8,8 @@ from jobs import train_in_process
 from safetensors.torch import load_file
 from torch import Tensor
 
-from service.receipt_file import read_receipt
-from service.tracking import read_metrics
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
 
 STEPS = 30
 

@@ -13,12 +13,12 @@ from jobs import spec_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.errors import OutOfMemory
-from service.fitting import _in_equal_parts, fitting_rows
-from service.limits import workers_each
-from service.plan import largest_micro_batch
-from service.spec_file import load_spec
-from service.task import load_task, supervised
+from service.basics.errors import OutOfMemory
+from service.basics.limits import workers_each
+from service.data.task import load_task, supervised
+from service.plan.plan import largest_micro_batch
+from service.spec.files import load_spec
+from service.training.batch_size_finder import _in_equal_parts, fitting_rows
 
 MEGABYTE = 10**6
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from service.errors import DataBroken, SpecError
-from service.keeping import from_plain, plain
-from service.receipt_file import read_receipt
-from service.streams import Stream, contents
-from service.task import supervised
+from service.basics.errors import DataBroken, SpecError
+from service.data.serialization import from_plain, plain
+from service.data.streams import Stream, contents
+from service.data.task import supervised
+from service.runs.receipt_file import read_receipt
 
 HERE = __file__
 ROWS = 53

@@ -13,12 +13,12 @@ from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 from saves import watched
 
-from service.durable import Appended
-from service.errors import EvenstepError, NotSaved
-from service.run_directory import OpenRun, open_run
-from service.spec_file import load_spec
-from service.tracking import read_metrics
-from service.world import World
+from service.basics.atomic_files import Appended
+from service.basics.errors import EvenstepError, NotSaved
+from service.distributed.world import World
+from service.runs.directory import OpenRun, open_run
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
 from launch.cli import evenstep as commands
-from service.checkpoint_files import _sealed
-from service.errors import EvenstepError, SpecError, WillFailAgain, printable
-from service.metrics_file import best_in, last_row, read_curves, read_metrics
-from service.receipt_file import read_digests, read_receipt
+from service.basics.errors import EvenstepError, SpecError, WillFailAgain, printable
+from service.runs.checkpoint_files import _sealed
+from service.runs.metrics_file import best_in, last_row, read_curves, read_metrics
+from service.runs.receipt_file import read_digests, read_receipt
 
 SPEC = spec_of(
     "plain_rows",
@@ -230,7 +230,7 @@ row = st.fixed_dictionaries(
 def test_curves_hold_what_the_rows_hold(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, float]], cut: int, largest: bool
 ) -> None:
-    from service.tracking import Row, _line
+    from service.runs.tracking import Row, _line
 
     with TemporaryDirectory() as place:
         path = Path(place, "metrics.jsonl")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from service.errors import SpecError
-from service.task import supervised
-from service.tracking import read_metrics
+from service.basics.errors import SpecError
+from service.data.task import supervised
+from service.runs.tracking import read_metrics
 
 ROWS, STEPS, RATE = 61, 4, 0.3
 CLASSES = torch.tensor([0.5, 3.0, 1.25])

@@ -15,10 +15,10 @@ from packaging.requirements import Requirement
 from pod_containers import Podman
 from pods import Cluster
 
-from launch.kubernetes.manifests import new_secret, render
+from launch.engines.kubernetes.manifests import new_secret, render
 from service.recipes import find_recipe
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("image")]
 CLUSTER = {"image": IMAGE, "processes_per_node": 2, "device": "cpu", "cpu": "2"} | {

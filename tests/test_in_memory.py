@@ -10,10 +10,10 @@ from jobs import spec_of, train_in_process
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from service.in_memory import InMemory, in_memory
-from service.run_directory import RunDirectory
-from service.task import supervised
-from service.verification import compare
+from service.data.in_memory import InMemory, in_memory
+from service.data.task import supervised
+from service.runs.directory import RunDirectory
+from service.runs.verification import compare
 
 HERE = Path(__file__)
 ROWS, TEST_ROWS = 5003, 517
@@ -100,10 +100,10 @@ def test_the_run_is_the_same_to_the_bit(processes, tmp_path, named, workers):
 
 def rows_asked(world, runs):
     """How often a training row was read in 200 steps of 50."""
-    from service.faults import StopRequest
-    from service.plan import make_plan
-    from service.spec_file import load_spec
-    from service.worker import run
+    from service.health.stop_request import StopRequest
+    from service.plan.plan import make_plan
+    from service.spec.files import load_spec
+    from service.training.worker import run
 
     task = one_by_one()
     spec = load_spec(job("held", loader={"in_memory": True}, length={"steps": 200}))

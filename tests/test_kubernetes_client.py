@@ -15,9 +15,9 @@ import yaml
 from commands import ROOT, evenstep
 from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
-from launch.kubernetes import jobs
-from launch.kubernetes.api import Api, ClusterError, Silence
-from service.errors import SpecError
+from launch.engines.kubernetes import jobs
+from launch.engines.kubernetes.api import Api, ClusterError, Silence
+from service.basics.errors import SpecError
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
 PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"

@@ -18,12 +18,12 @@ from commands import ROOT, evenstep
 from kubernetes_server import recorded
 from pod_security import violations
 
-from launch.kubernetes.kustomize import kustomization
-from launch.kubernetes.manifests import new_secret, render, task_file, to_yaml
-from launch.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
-from service.errors import SpecError
-from service.spec import Spec
-from service.spec_file import load_spec
+from launch.engines.kubernetes.kustomize import kustomization
+from launch.engines.kubernetes.manifests import new_secret, render, task_file, to_yaml
+from launch.engines.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
+from service.basics.errors import SpecError
+from service.spec.files import load_spec
+from service.spec.models import Spec
 
 TARGETS = ("job", "jobset", "kubeflow")
 JOB = {
@@ -493,7 +493,7 @@ def test_what_k8s_holds_is_what_the_renderer_makes() -> None:
         for part in ("base", "overlays")
         for path in (ROOT / "k8s" / part).rglob("*.yaml")
     }
-    assert held == made, "make it again: python -m launch.kubernetes.kustomize"
+    assert held == made, "make it again: python -m launch.engines.kubernetes.kustomize"
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")

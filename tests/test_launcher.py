@@ -28,10 +28,10 @@ from injuring import (
 )
 from processes import ProcessesOf
 
-from service.agreement import StopPoll
-from service.receipt_file import read_receipt
-from service.tracking import read_metrics
-from service.world import World
+from service.distributed.agreed_stop import StopPoll
+from service.distributed.world import World
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
 
 
 def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from service.task import supervised
+from service.data.task import supervised
 
 
 class Rows(torch.utils.data.Dataset):
@@ -100,7 +100,7 @@ def test_a_row_that_a_worker_cannot_read_lets_a_script_end(tmp_path):
     script = "import service; service.run('job.yaml')"
     done = command(sys.executable, "-c", script, cwd=tmp_path, timeout=120)
     assert done.returncode == 1
-    assert "service.errors.DataBroken" in done.stderr.splitlines()[-1]
+    assert "service.basics.errors.DataBroken" in done.stderr.splitlines()[-1]
 
 
 def test_a_pool_of_the_tasks_own_can_be_ended(tmp_path):

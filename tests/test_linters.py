@@ -14,7 +14,7 @@ import pytest
 from commands import BIN, ROOT
 from test_kubernetes_manifests import EVERY_OPTION, TARGETS, WAYS, job, of_kind, pod_of
 
-from launch.kubernetes.manifests import render, to_yaml
+from launch.engines.kubernetes.manifests import render, to_yaml
 
 HADOLINT = shutil.which("hadolint", path=BIN)
 CHECKOV = shutil.which("checkov", path=ROOT / ".venv/checkov/bin") or shutil.which("checkov")

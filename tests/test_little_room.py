@@ -8,10 +8,10 @@ import sys
 import pytest
 from commands import BIN, CLEAN, command
 
-from launch.warming import out_of_place
-from service.errors import SpecError
+from launch.processes.warm_start import out_of_place
+from service.basics.errors import SpecError
 from service.recipes import find_recipe
-from service.spec_file import load_spec
+from service.spec.files import load_spec
 
 RUN = (BIN / "evenstep", "run", "digits", "length={steps: 2}", "--processes", "2")
 COMPILER = shutil.which("cc") or shutil.which("gcc")

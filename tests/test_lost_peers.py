@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 from commands import BIN, CLEAN, evenstep
 
-from launch.entry import Here, outcome_of
-from launch.leaving import leave_hung
-from service.pulse import Pulse
-from service.world import backend_advice, lost_peer
+from launch.rank.entry import Here, outcome_of
+from launch.rank.exit import leave_hung
+from service.distributed.world import backend_advice, lost_peer
+from service.health.heartbeat import Pulse
 
 # As torch 2.13 writes them (c10d/NCCLUtils.hpp, C10D_NCCL_CHECK) around what NCCL 2.27 says.
 _NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from service.task import supervised
+from service.data.task import supervised
 
 RANK, HERE = int(os.environ["RANK"]), Path(__file__).parent
 

@@ -13,14 +13,14 @@ from torch.utils.data import TensorDataset
 from torchmetrics import PearsonCorrCoef
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, BinaryF1Score
 
-from service import randomness
-from service.errors import DataBroken
-from service.loading import test_batches as batches_of
-from service.loops import test as run_test
-from service.metrics import _HELD_AT_MOST, Tally
-from service.plan import make_plan
-from service.spec_file import load_spec
-from service.task import supervised
+from service.basics import randomness
+from service.basics.errors import DataBroken
+from service.data.loading import test_batches as batches_of
+from service.data.task import supervised
+from service.evaluation.metrics import _HELD_AT_MOST, Tally
+from service.plan.plan import make_plan
+from service.spec.files import load_spec
+from service.training.loops import test as run_test
 
 ROWS = 517
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from processes import ProcessesFailed, ProcessesOf
 
-from service.errors import NotSaved, PeerLost, WillFailAgain
-from service.messages import from_bytes, to_bytes
-from service.parts import Part
-from service.world import World
+from service.basics.errors import NotSaved, PeerLost, WillFailAgain
+from service.basics.multipart import Part
+from service.distributed.messages import from_bytes, to_bytes
+from service.distributed.world import World
 
 
 class Point(NamedTuple):
@@ -78,7 +78,7 @@ def test_a_named_tuple_and_an_error_of_ours_keep_their_class() -> None:
     "header",
     [
         b'{"$": ["named", ["os:system", ["true"]]]}',
-        b'{"$": ["named", ["service.messages:Path", ["x"]]]}',
+        b'{"$": ["named", ["service.distributed.messages:Path", ["x"]]]}',
         b'{"$": ["error", ["builtins:SystemExit", "0"]]}',
         b'{"$": ["tensor", ["load", [1]]]}',
         b'{"$": ["tensor", ["float32", [4611686018427387904]]]}',

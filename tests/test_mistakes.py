@@ -109,7 +109,7 @@ TASKS = """
 import torch
 from torch import nn
 from service.recipes import digits
-from service.task import supervised
+from service.data.task import supervised
 
 number = 3
 

@@ -6,8 +6,8 @@ import os
 import pytest
 from commands import evenstep
 
-from service.errors import SpecError
-from service.spec_file import load_spec
+from service.basics.errors import SpecError
+from service.spec.files import load_spec
 
 TASK = """
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.task import supervised
+from service.data.task import supervised
 
 
 def task(start=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import CLEAN, ROOT
 
-from service.limits import cores_near
+from service.basics.limits import cores_near
 
 CARD = "0000:dc:00.0"
 
@@ -42,7 +42,7 @@ def test_no_core_is_nearer_where_the_machine_does_not_say(
 STAYING = """
 import os, sys, threading
 from pathlib import Path
-from service.limits import stay_near
+from service.basics.limits import stay_near
 
 waits = threading.Event()
 other = threading.Thread(target=waits.wait)

@@ -26,10 +26,10 @@ from launch.environment import (
     node_here,
     read_secrets,
 )
-from launch.handshake import Introduction, answered
-from launch.meeting import Company, host, join
-from launch.nodes import check_interfaces, take_interface
-from service.errors import EvenstepError, PeerLost, SpecError
+from launch.nodes.handshake import Introduction, answered
+from launch.nodes.node import check_interfaces, take_interface
+from launch.nodes.rendezvous import Company, host, join
+from service.basics.errors import EvenstepError, PeerLost, SpecError
 
 PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
     "PET_MASTER_ADDR": "run-0.run",

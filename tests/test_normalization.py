@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from service.errors import SpecError
-from service.exchange import Overlapped
-from service.normalization import merged, prepare
-from service.samplers import share_of
-from service.spec import ExchangeSpec
-from service.world import World
+from service.basics.errors import SpecError
+from service.distributed.batchnorm import merged, prepare
+from service.distributed.gradient_sync import Overlapped
+from service.distributed.world import World
+from service.plan.samplers import share_of
+from service.spec.models import ExchangeSpec
 
 ROWS, MICRO_BATCH = 517, 60  # 9 micro-batches, the last of 37 rows
 MODES: tuple[Literal["micro", "sync", "local"], ...] = ("micro", "sync", "local")

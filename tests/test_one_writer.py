@@ -10,9 +10,9 @@ import pytest
 from commands import evenstep
 from jobs import spec_of
 
-from service.errors import SpecError
-from service.run_directory import check_run, open_run
-from service.spec_file import load_spec
+from service.basics.errors import SpecError
+from service.runs.directory import check_run, open_run
+from service.spec.files import load_spec
 
 
 def hold_and_fork(runs, ready):

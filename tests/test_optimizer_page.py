@@ -12,19 +12,19 @@ import yaml
 from commands import ROOT, command
 from jobs import train_in_process
 
-from service.optimizer_options import OPTIMIZERS
-from service.optimizers import optimizer_class
+from service.optimization.optimizer_reference import with_tables
+from service.optimization.optimizers import optimizer_class
 from service.recipes import find_recipe
 from service.recipes.optimizers import CLASSICS
-from service.reference import with_tables
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.spec.optimizer_options import OPTIMIZERS
 
 PAGE = (ROOT / "docs/optimizers.md").read_text()
 
 
 def test_the_tables_are_those_that_the_code_makes():
-    assert with_tables(PAGE) == PAGE, "run: python -m service.reference"
+    assert with_tables(PAGE) == PAGE, "run: python -m service.optimization.optimizer_reference"
     assert with_tables(PAGE.replace("| `adam` |", "| `adm` |")) == PAGE
 
 

@@ -6,12 +6,12 @@ from jobs import spec_of, train_in_process
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from service.errors import SpecError
-from service.plan import make_plan
-from service.rates import make_schedule
-from service.snapshots import load
-from service.spec_file import load_spec
-from service.state import TrainState
+from service.basics.errors import SpecError
+from service.checkpoints.snapshots import load
+from service.optimization.learning_rates import make_schedule
+from service.optimization.train_state import TrainState
+from service.plan.plan import make_plan
+from service.spec.files import load_spec
 
 
 @pytest.fixture(scope="module")

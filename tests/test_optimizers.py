@@ -13,15 +13,15 @@ import torch
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 
-from service.errors import SpecError
-from service.optimizer_options import OPTIMIZERS
-from service.optimizers import make_optimizer, parameter_groups
-from service.plan import make_plan
-from service.samplers import rows_at
-from service.snapshots import expected_bytes
-from service.spec_file import load_spec
-from service.task import load_task
-from service.tracking import read_metrics
+from service.basics.errors import SpecError
+from service.checkpoints.snapshots import expected_bytes
+from service.data.task import load_task
+from service.optimization.optimizers import make_optimizer, parameter_groups
+from service.plan.plan import make_plan
+from service.plan.samplers import rows_at
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.spec.optimizer_options import OPTIMIZERS
 
 # Options away from the defaults, so that each one's term is seen.
 BY_NUMPY: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset, random_split
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from service.batches import first_rows, split, to_device
-from service.checking import checked
-from service.errors import SpecError, with_place
-from service.spec_file import load_spec
-from service.streams import Stream
-from service.task import load_task, logits, supervised
-from service.tracking import read_metrics
+from service.basics.errors import SpecError, with_place
+from service.data.batches import first_rows, split, to_device
+from service.data.streams import Stream
+from service.data.task import load_task, logits, supervised
+from service.preview.check import checked
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 HERE = __file__
 SMALL = {"length": {"steps": 8}, "test": {}, "optimizer": {"name": "sgd", "lr": 0.05}}

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from service.pairs import MOST_BYTES
-from service.spec import ExchangeSpec
+from service.distributed.recursive_doubling import MOST_BYTES
+from service.spec.models import ExchangeSpec
 
 SIZES = [2, 3, 4, 5]
 

@@ -17,14 +17,14 @@ from jobs import train_in_process
 from safetensors.torch import load_file
 from torch import nn
 
-from service.errors import SpecError
-from service.optimizers import layer_of_parameter, make_optimizer, parameter_groups
-from service.rates import Schedule
-from service.schedules import Length, multiplier
-from service.snapshots import load
-from service.spec_file import load_spec
-from service.state import TrainState
-from service.task import Task, supervised
+from service.basics.errors import SpecError
+from service.checkpoints.snapshots import load
+from service.data.task import Task, supervised
+from service.optimization.learning_rates import Schedule
+from service.optimization.optimizers import layer_of_parameter, make_optimizer, parameter_groups
+from service.optimization.train_state import TrainState
+from service.plan.schedules import Length, multiplier
+from service.spec.files import load_spec
 
 HERE = Path(__file__)
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from service.optimizers import plain_step
-from service.rates import Schedule
-from service.state import TrainState
+from service.optimization.learning_rates import Schedule
+from service.optimization.optimizers import plain_step
+from service.optimization.train_state import TrainState
 
 
 def state_of(kind=torch.optim.AdamW, **options):

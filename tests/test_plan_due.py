@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.plan import make_plan
-from service.spec_file import load_spec
+from service.plan.plan import make_plan
+from service.spec.files import load_spec
 
 EVERY = st.one_of(
     st.just({}),

@@ -18,10 +18,10 @@ from pod_processes import Namespaces
 from pods import Cluster, as_its_controllers_make_it
 from safetensors.torch import load_file
 
-from launch.kubernetes.manifests import Target, new_secret, render
+from launch.engines.kubernetes.manifests import Target, new_secret, render
 from service.recipes import find_recipe
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("pods")]
 STEPS = 60

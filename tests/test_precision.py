@@ -12,8 +12,8 @@ from jobs import spec_of, train_in_process
 from precisions import BAD_ROW, ended, job
 from safetensors.torch import load_file
 
-from service.samplers import rows_at, share_of
-from service.tracking import read_metrics
+from service.plan.samplers import rows_at, share_of
+from service.runs.tracking import read_metrics
 
 
 def weights(runs: Path, step: int, file: str = "model"):

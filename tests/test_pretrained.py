@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from service.task import supervised
+from service.data.task import supervised
 
 
 class Next(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from commands import CLEAN, ROOT
 from processes import ProcessesOf
 
-from launch.process_group import identity_of, require_own_device
-from service.errors import SpecError
-from service.world import World
+from launch.rank.process_group import identity_of, require_own_device
+from service.basics.errors import SpecError
+from service.distributed.world import World
 
 
 def judged(world: World, devices: list[str]) -> str:
@@ -50,7 +50,7 @@ def test_what_a_process_is_shown_tells_its_device_where_no_name_does(
 BITWISE = """
 import torch
 from launch.environment import Environment
-from launch.process_group import process_group
+from launch.rank.process_group import process_group
 
 with process_group(Environment(), bitwise=True) as world:
     print(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads())

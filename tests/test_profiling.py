@@ -7,11 +7,11 @@ from time import perf_counter
 import pytest
 from commands import evenstep, torchrun
 
-from service.clock import Clock
-from service.errors import SpecError
-from service.profiling import Window, window_of
-from service.pulse import WORDS, Pulse
-from service.tracking import read_metrics
+from service.basics.errors import SpecError
+from service.distributed.profiler import Window, window_of
+from service.health.heartbeat import WORDS, Pulse
+from service.health.throughput import Clock
+from service.runs.tracking import read_metrics
 
 SHORT = ("run", "digits", "length.epochs=1", "tracking.wandb=", "tracking.log_every_steps=1")
 

@@ -6,7 +6,7 @@ import sys
 
 from commands import BIN, CLEAN, evenstep
 
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 
 def python(script, cwd, **environ):
@@ -98,7 +98,7 @@ def test_a_task_may_be_a_cell_of_the_notebook(tmp_path):
 WRONG = """
 import pathlib, numpy
 from service import run
-from service.errors import SpecError
+from service.basics.errors import SpecError
 
 def task(): pass
 

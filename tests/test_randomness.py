@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import randomness
-from service.randomness import BATCH, FORWARD, ROW, SHUFFLE, TEST, WEIGHTS, key, keys, output
+from service.basics import randomness
+from service.basics.randomness import BATCH, FORWARD, ROW, SHUFFLE, TEST, WEIGHTS, key, keys, output
 
 WORDS = st.integers(0, 2**64 - 1)
 

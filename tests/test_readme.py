@@ -6,7 +6,7 @@ import pytest
 import transcript
 from commands import BIN, ROOT, command, evenstep
 
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 README = (ROOT / "README.md").read_text()
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import spec_of, train_in_process
 
-from service.charts import Axis, path, short, smoothed, thinned, value_axis
-from service.errors import SpecError
-from service.history import differing, read_history
-from service.report import page
+from service.basics.errors import SpecError
+from service.observability.charts import Axis, path, short, smoothed, thinned, value_axis
+from service.observability.report import page
+from service.runs.history import differing, read_history
 
 BEST = {"best": {"measure": "test/accuracy", "mode": "max"}}
 

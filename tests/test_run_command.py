@@ -9,9 +9,9 @@ from commands import ROOT, evenstep, torchrun
 from safetensors.torch import load_file
 from wandb_log import read_segments
 
-from service.receipt_file import read_receipt
-from service.spec_file import fingerprint, load_spec
-from service.tracking import read_metrics
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
+from service.spec.files import fingerprint, load_spec
 
 
 @pytest.fixture(scope="module")

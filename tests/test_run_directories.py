@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import command, evenstep
 
-from service.run_directory import git_facts
+from service.runs.directory import git_facts
 
 # flock as an NFS client of Linux does it (flock(2), "NFS details"): a byte-range lock on the whole
 # file, for which it must be open to write.  Between two openings of one process it holds as well.

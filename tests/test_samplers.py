@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.randomness import SHUFFLE, key, keys, output
-from service.samplers import (
+from service.basics.randomness import SHUFFLE, key, keys, output
+from service.plan.samplers import (
     epochs_at,
     micro_batches,
     permuted,

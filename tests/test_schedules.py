@@ -14,14 +14,14 @@ import torch
 from jobs import train_in_process
 from torch.optim import lr_scheduler
 
-from service.errors import SpecError
-from service.patience import Patience
-from service.plan import Plan, make_plan
-from service.rates import make_schedule
-from service.schedules import Length, multiplier
-from service.spec import SCHEDULES, EarlyStoppingSpec
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.basics.errors import SpecError
+from service.optimization.learning_rates import make_schedule
+from service.plan.early_stopping import Patience
+from service.plan.plan import Plan, make_plan
+from service.plan.schedules import Length, multiplier
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.spec.models import SCHEDULES, EarlyStoppingSpec
 
 STEPS = 37
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from commands import CLEAN, evenstep
 
-from service.handover import LONGEST
-from service.second_writers import Beside, Place
-from service.tracking import MetricsFile, Row, Tracker, read_metrics
+from service.basics.background_queue import LONGEST
+from service.observability.other_writers import Beside, Place
+from service.runs.tracking import MetricsFile, Row, Tracker, read_metrics
 
 ASKED = (
     "run",

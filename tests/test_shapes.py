@@ -13,9 +13,9 @@ from processes import ProcessesFailed
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from service.errors import DataBroken, SpecError
-from service.task import LOSSES, MEASURES, supervised
-from service.tracking import read_metrics
+from service.basics.errors import DataBroken, SpecError
+from service.data.task import LOSSES, MEASURES, supervised
+from service.runs.tracking import read_metrics
 
 ROWS = 61
 

@@ -28,8 +28,13 @@ from saves import (
     watched,
 )
 
-import service.checkpoints
-from service.checkpoint_files import (
+import service.checkpoints.checkpoints
+from service.basics.errors import EvenstepError
+from service.basics.limits import Limits
+from service.basics.multipart import PART_BYTES, digest_of, parts_of, shared_out
+from service.checkpoints.snapshots import content_of
+from service.distributed.world import World
+from service.runs.checkpoint_files import (
     DATA,
     MANIFEST,
     MODEL,
@@ -39,11 +44,6 @@ from service.checkpoint_files import (
     checkpoints_in,
     damage_of,
 )
-from service.errors import EvenstepError
-from service.limits import Limits
-from service.parts import PART_BYTES, digest_of, parts_of, shared_out
-from service.snapshots import content_of
-from service.world import World
 
 PART = 256  # bytes: a part of a few rows; the state has some 5 KiB
 BOTH = pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "blocking"])
@@ -109,7 +109,9 @@ def test_the_bytes_are_the_same_whoever_writes_them(tmp_path, alone, processes, 
 def test_a_process_alone_writes_two_shares_at_a_time_where_training_needs_no_core_for_it(
     tmp_path, alone, monkeypatch, cores, training, asynchronous, streams
 ):
-    monkeypatch.setattr(service.checkpoints, "limits", lambda: Limits(cores, None, None))
+    monkeypatch.setattr(
+        service.checkpoints.checkpoints, "limits", lambda: Limits(cores, None, None)
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: training)
     threads = set()
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.checkpoint_files import saving_in_words
-from service.errors import SpecError, is_out_of_memory
-from service.fitting import fitting_rows
-from service.hangs import _line_of
-from service.run_directory import RunDirectory
-from service.spec import CheckpointSpec
-from service.spec_file import load_spec
-from service.task import load_task, supervised
-from service.tracking import read_metrics
+from service.basics.errors import SpecError, is_out_of_memory
+from service.data.task import load_task, supervised
+from service.health.watchdog import _line_of
+from service.runs.checkpoint_files import saving_in_words
+from service.runs.directory import RunDirectory
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.spec.models import CheckpointSpec
+from service.training.batch_size_finder import fitting_rows
 
 FEATURES = str(spec_of.__globals__["HERE"].with_name("features.py"))
 
@@ -240,7 +240,7 @@ def test_rows_that_do_not_fit_stay_on_the_host(processes, simulated, tmp_path):
 
 def brought_twice(world):
     """Rows brought to the device for two test passes, and how much of it they take."""
-    from service.in_memory import in_memory, near
+    from service.data.in_memory import in_memory, near
 
     data = TensorDataset(torch.ones(1000, 4), torch.arange(1000))
     free = torch.sim.mem_get_info()[0]

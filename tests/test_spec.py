@@ -13,16 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import SpecError
-from service.optimizer_options import OPTIMIZERS
-from service.spec import CustomOptimizerSpec, Spec
-from service.spec_file import (
+from service.basics.errors import SpecError
+from service.spec.files import (
     CANNOT_CHANGE_THE_RESULT,
     changes,
     dump_spec,
     load_spec,
     spec_schema,
 )
+from service.spec.models import CustomOptimizerSpec, Spec
+from service.spec.optimizer_options import OPTIMIZERS
 
 GOOD = """\
 name: digits

@@ -13,7 +13,7 @@ import pytest
 from commands import BIN, CLEAN, evenstep
 from injuring import DEADLINE_SECONDS, descendants, is_alive, until
 
-from launch.warming import starts_processes
+from launch.processes.warm_start import starts_processes
 
 # Each process that Python starts leaves the names of its modules; a killed one leaves none.
 _LEAVE_MODULES = """
@@ -122,12 +122,17 @@ def test_the_launcher_does_without_what_only_ranks_need(tmp_path):
     assert ended.returncode == 0, ended.stderr
     ranks = {int((tmp_path / f"rank-{n}").read_text().split()[0]) for n in range(2)}
     found = modules_of(tmp_path)
-    (launcher,) = [process for process in found if "launch.agent" in found[process]]
+    (launcher,) = [process for process in found if "launch.processes.agent" in found[process]]
     assert launcher not in ranks
-    assert not found[launcher] & {"service.worker", "service.world", "accelerate", "torch._dynamo"}
+    assert not found[launcher] & {
+        "service.training.worker",
+        "service.distributed.world",
+        "accelerate",
+        "torch._dynamo",
+    }
     for rank in ranks:
-        assert found[rank] >= {"service.worker", "accelerate", "torch._dynamo"}
-        assert not found[rank] & {"launch.cli", "launch.agent", "wandb"}
+        assert found[rank] >= {"service.training.worker", "accelerate", "torch._dynamo"}
+        assert not found[rank] & {"launch.cli", "launch.processes.agent", "wandb"}
 
 
 def test_a_process_that_compiles_nothing_does_without_the_compiler(tmp_path):
@@ -136,8 +141,8 @@ def test_a_process_that_compiles_nothing_does_without_the_compiler(tmp_path):
         ended = evenstep("run", "job.yaml", "--stop-at", step, cwd=tmp_path, **environ)
         assert ended.returncode == (75 if step == 1 else 0), ended.stderr
     started, resumed = modules_of(tmp_path).values()
-    assert started >= {"torch", "service.worker"} <= resumed
-    assert not (started | resumed) & {"torch._dynamo", "launch.agent", "rich.console"}
+    assert started >= {"torch", "service.training.worker"} <= resumed
+    assert not (started | resumed) & {"torch._dynamo", "launch.processes.agent", "rich.console"}
 
 
 @pytest.mark.parametrize(

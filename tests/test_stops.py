@@ -13,14 +13,10 @@ from commands import command
 from jobs import plain_rows, spec_of
 from processes import ProcessesOf
 
-from launch.doctor import Asked, _stop
-from service.checkpoint_files import checkpoints_in
-from service.errors import DataBroken, Stopped
-from service.faults import StopRequest
-from service.plan import make_plan
-from service.run_directory import RunDirectory, open_run
-from service.spec_file import load_spec
-from service.stopping import (
+from launch.commands.doctor import Asked, _stop
+from service.basics.errors import DataBroken, Stopped
+from service.distributed.world import World
+from service.health.stop_budget import (
     Grace,
     Stopping,
     budget_seconds,
@@ -29,9 +25,13 @@ from service.stopping import (
     longest_save,
     stop_in_words,
 )
-from service.tracking import read_metrics
-from service.worker import run
-from service.world import World
+from service.health.stop_request import StopRequest
+from service.plan.plan import make_plan
+from service.runs.checkpoint_files import checkpoints_in
+from service.runs.directory import RunDirectory, open_run
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
+from service.training.worker import run
 
 # 517 rows in 17 micro-batches of 32 on three processes: six of them, six and five.
 JOB = spec_of("plain_rows", faults={"stop_poll_steps": 1}) | {

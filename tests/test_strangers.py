@@ -18,12 +18,12 @@ from processes import Processes
 from test_messages import Bomb
 from torch.distributed import TCPStore
 
-import service.world
+import service.distributed.world
 from launch.environment import Environment
-from launch.joining import wait_for_all
-from launch.store import own_store
-from service.errors import PeerLost
-from service.world import World
+from launch.rank.joining import wait_for_all
+from launch.rank.store import own_store
+from service.basics.errors import PeerLost
+from service.distributed.world import World
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -135,7 +135,7 @@ def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
 
 def connect_alone(world: World) -> str:
     if world.index == 0:
-        service.world.CONNECT_SECONDS = 0.5
+        service.distributed.world.CONNECT_SECONDS = 0.5
         try:
             world.writers().meet()
         except PeerLost as error:

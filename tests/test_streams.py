@@ -8,13 +8,13 @@ from test_features import difference
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from service.errors import DataBroken, SpecError
-from service.plan import make_plan
-from service.receipt_file import read_receipt
-from service.spec_file import load_spec
-from service.streams import Stream
-from service.task import supervised
-from service.tracking import read_metrics
+from service.basics.errors import DataBroken, SpecError
+from service.data.streams import Stream
+from service.data.task import supervised
+from service.plan.plan import make_plan
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 
 class Lines(IterableDataset):

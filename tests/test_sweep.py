@@ -7,8 +7,8 @@ from commands import BIN, CLEAN, evenstep
 from wandb_log import read_segments
 from wandb_server import WandBServer
 
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 TRIALS = [
     ("trial1", {"optimizer.lr": 1e-05, "max_grad_norm": None, "model.channels_last": True}),

@@ -11,10 +11,10 @@ import torch
 from commands import evenstep
 from torch.nn import functional as F
 
-from service.errors import SpecError
+from service.basics.errors import SpecError
+from service.checkpoints.snapshots import load_weights
 from service.recipes import fashion, text
-from service.snapshots import load_weights
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 # ---- text
 

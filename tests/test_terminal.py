@@ -14,7 +14,7 @@ import pytest
 from commands import BIN, CLEAN, command
 from injuring import facts_of, injured, rows_of, until
 
-from service.checkpoint_files import checkpoints_in
+from service.runs.checkpoint_files import checkpoints_in
 
 ENDLESS = {"steps": 10_000_000}
 WORDS = [(), ("--processes", 2, "--max-restarts", 1)]

@@ -12,8 +12,8 @@ from commands import BIN, CLEAN, evenstep
 from injuring import descendants, is_alive, until
 from jobs import spec_of
 
-from service.receipt_file import read_receipt
-from service.run_directory import RunDirectory
+from service.runs.directory import RunDirectory
+from service.runs.receipt_file import read_receipt
 
 ELASTIC = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job")
 QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import WillFailAgain
-from service.tracking import MetricsFile, Outcome, Row, Tracker, Writer, read_metrics
+from service.basics.errors import WillFailAgain
+from service.runs.tracking import MetricsFile, Outcome, Row, Tracker, Writer, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,7 +120,7 @@ def test_a_process_killed_while_it_logs_leaves_no_gap_and_no_repeated_step(tmp_p
     path = tmp_path / "metrics.jsonl"
     endless = (
         "import sys; from pathlib import Path\n"
-        "from service.tracking import MetricsFile, Tracker\n"
+        "from service.runs.tracking import MetricsFile, Tracker\n"
         "tracker = Tracker([MetricsFile(Path(sys.argv[1]))], epoch_at=float)\n"
         "for step in range(1, 10**9):\n"
         "    tracker.log(step, {'train/loss': 1 / step})\n"
@@ -141,7 +141,7 @@ def test_a_full_disk_keeps_rows_back_until_a_checkpoint_needs_them(tmp_path):
     path = tmp_path / "metrics.jsonl"
     limited = (
         "import resource, sys; from pathlib import Path\n"
-        "from service.tracking import MetricsFile, Tracker\n"
+        "from service.runs.tracking import MetricsFile, Tracker\n"
         "tracker = Tracker([MetricsFile(Path(sys.argv[1]))], epoch_at=float)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "for step in range(1, 9):\n"

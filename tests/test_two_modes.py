@@ -12,10 +12,10 @@ from commands import evenstep
 from jobs import train_in_process
 from safetensors.torch import load_file
 
-from service.checking import checked
-from service.samplers import rows_at
-from service.spec_file import load_spec
-from service.tracking import read_metrics
+from service.plan.samplers import rows_at
+from service.preview.check import checked
+from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 
 class Averaging(torch.optim.Optimizer):

@@ -4,7 +4,7 @@ import torch
 from commands import evenstep
 from torch import nn
 
-from service.task import supervised
+from service.data.task import supervised
 
 SPEC = """
 name: {name}

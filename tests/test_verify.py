@@ -7,7 +7,7 @@ from commands import evenstep
 from features import FEATURES
 from jobs import train_in_process
 
-from service.receipt_file import read_weights
+from service.runs.receipt_file import read_weights
 
 JOB = FEATURES["dropout"] | {"length": {"steps": 20}, "tracking": {"log_every_steps": 3}}
 

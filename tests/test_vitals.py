@@ -13,19 +13,19 @@ from jobs import cut_of_digits, spec_of, train_in_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from service.clock import Clock
-from service.flops import FlopCount, cost_of_fp32, known_peak, peak_flops
-from service.pulse import Pulse
-from service.task import supervised
-from service.tracking import read_metrics
-from service.vitals import Stopwatch, Vitals
+from service.data.task import supervised
+from service.distributed.stragglers import Stopwatch, Vitals
+from service.health.heartbeat import Pulse
+from service.health.throughput import Clock
+from service.optimization.flops import FlopCount, cost_of_fp32, known_peak, peak_flops
+from service.runs.tracking import read_metrics
 
 SLOW = """
 import os
 import torch
 from torch import nn
 from service.recipes import digits
-from service.task import supervised
+from service.data.task import supervised
 
 class Slow(nn.Module):
     def __init__(self):
@@ -186,7 +186,8 @@ def test_a_small_pass_is_computed_on_one_thread_unless_somebody_said_how_many(
     tmp_path, flops, given, threads
 ):
     script = (
-        "import torch; from service.world import in_place; world = in_place(precision='fp32'); "
+        "import torch; from service.distributed.world import in_place\n"
+        "world = in_place(precision='fp32')\n"
         f"torch.set_num_threads(2); world.suit_threads({flops}); print(torch.get_num_threads())"
     )
     environ = {key: value for key, value in CLEAN.items() if key != "OMP_NUM_THREADS"}

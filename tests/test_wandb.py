@@ -19,7 +19,7 @@ import pytest
 from wandb_log import read_segments
 from wandb_server import WandBServer
 
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 # A job in a process of its own, so that its exit is a real one: rows first+1 .. last, a word with
 # the test over stdin and stdout before the second half, then its own exit code.
@@ -29,9 +29,9 @@ JOB = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 import psutil
-from service.spec import WandBSpec
-from service.tracking import MetricsFile, Tracker
-from service.wandb_writer import WandB
+from service.spec.models import WandBSpec
+from service.runs.tracking import MetricsFile, Tracker
+from service.observability.wandb_writer import WandB
 
 job = json.loads(sys.argv[1])
 directory, resume_step = Path(job["directory"]), job["first"] or None

@@ -14,7 +14,7 @@ import pytest
 from commands import BIN, CLEAN
 from wandb_server import WandBServer
 
-from service.tracking import read_metrics
+from service.runs.tracking import read_metrics
 
 ILLS = ("unreachable", "no key", "refusing key", "failing", "hanging", "SIGSTOP", "SIGKILL")
 FINISH_SECONDS = 3.0

@@ -6,8 +6,8 @@ import pytest
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 
-from service.receipt_file import read_receipt
-from service.tracking import read_metrics
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
 
 STEPS = 40
 

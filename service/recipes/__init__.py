@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from service.errors import SpecError, did_you_mean
+from service.basics.errors import SpecError, did_you_mean
 
 
 def recipes() -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.errors import SpecError
+from service.basics.errors import SpecError
 from service.task import Task, supervised
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from service.errors import SpecError
+from service.basics.errors import SpecError
 from service.recipes import digits
 from service.task import Task, supervised
 

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service.receipt_file import read_receipt
-from service.tracking import tells_of_speed
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import tells_of_speed
 
 EVENSTEP = Path(sys.executable).with_name("evenstep")
 MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk", "exit")

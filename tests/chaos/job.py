@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from service import worker
-from service.checkpoints import Checkpoints
-from service.pulse import WRITER
+from service.checkpoints.checkpoints import Checkpoints
+from service.data.task import Task, supervised
+from service.health.heartbeat import WRITER
 from service.recipes import digits
-from service.task import Task, supervised
+from service.training import worker
 
 sys.path.append(str(Path(__file__).parents[1]))
 from saves import watched

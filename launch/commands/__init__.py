@@ -1,0 +1,11 @@
+"""The `evenstep` command: one room for each command or group of commands.
+
+From top to bottom; a room imports only from rooms below it:
+
+* runs: the commands that look at runs: `runs` and `report`.  No torch.
+* reduction: one process of a trial all-reduce: `python -m launch.commands.reduction BYTES`.
+* jobs: the commands that come before a run: `new`, `check` and `doctor`.
+* doctor: what `evenstep doctor` looks at: the machine, as a job would find it.
+* checkpoints: `evenstep checkpoints` and `evenstep export`: what a run has saved, looked at and
+  taken out.
+"""

@@ -1,0 +1,108 @@
+"""`evenstep checkpoints` and `evenstep export`: what a run has saved, looked at and taken out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from service.basics.atomic_files import told_when_unread
+from service.basics.errors import SpecError, printable
+from service.runs.checkpoint_files import (
+    Checkpoint,
+    best_of,
+    checkpoints_in,
+    damage_of,
+    find_checkpoint,
+    in_words,
+    read_manifest,
+)
+from service.runs.directory import LATEST_TIME, find_run, is_number
+from service.runs.export import export_weights
+
+_RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_RUN
+def checkpoints(run: Path) -> None:
+    """List the checkpoints of RUN, a directory or a name in ./runs, and verify every byte.
+
+    Exits with 1 if one is damaged."""
+    found = find_run(run)
+    found.read_facts()
+    with told_when_unread(found.checkpoints):
+        sys.exit(1 if _listed(found.checkpoints) else 0)
+
+
+def _listed(directory: Path) -> int:
+    """Print what is there; how many of them are damaged."""
+    damaged = 0
+    for checkpoint in checkpoints_in(directory):
+        damage = damage_of(checkpoint)
+        if not os.path.lexists(checkpoint.path):
+            continue  # the run goes on, and has removed it meanwhile
+        damaged += damage is not None
+        told = "  ".join(_columns(checkpoint, damage, best=best_of(directory)))
+        click.echo(printable(told))
+    for aside in sorted(directory.glob(".damaged-*")):
+        click.echo(
+            f"{'':10}  {printable(aside.name)}: was damaged when the run resumed, and is not used"
+        )
+    return damaged
+
+
+def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) -> Iterator[str]:
+    yield f"step {checkpoint.step:>8,}"
+    if damage is not None:
+        yield f"damaged: {damage}"
+        return
+    manifest = read_manifest(checkpoint)
+    when, processes = manifest.get("time"), manifest.get("processes")
+    known = is_number(when, LATEST_TIME)
+    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)) if known else "at no known time"
+    yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
+    yield f"{processes} process{'es' if processes != 1 else ''}"
+    told = "good, best" if checkpoint.step == best else "good"
+    yield f"{told}, stopped in its test, which is due" if checkpoint.untested else told
+
+
+@click.command()
+@_RUN
+@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+@click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
+@click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
+@click.option("--average", is_flag=True, help="The weights' moving average.")
+def export(
+    run: Path, overrides: tuple[str, ...], file: Path, checkpoint: str, average: bool
+) -> None:
+    """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
+    of a model of transformers, as a directory DIR that its from_pretrained reads.
+
+    For a directory the task makes the model; KEY=VALUE says where its files have moved to."""
+    found = find_run(run)
+    found.read_facts()
+    if file.suffix not in ("", ".safetensors"):
+        raise SpecError(
+            f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
+            "for a model of transformers, named without an ending."
+        )
+    if file.suffix and overrides:
+        raise SpecError(
+            f"{overrides[0]}: the weights of a checkpoint alone need no task, so there is nothing "
+            "to change. Leave it out, or name a directory."
+        )
+    chosen = find_checkpoint(found.checkpoints, checkpoint)
+    if file.suffix:
+        written = in_words(export_weights(chosen, file.absolute(), average=average))
+    else:
+        from service.checkpoints.pretrained import export_pretrained
+
+        spec = found.read_spec(overrides)
+        written = export_pretrained(chosen, file.absolute(), spec=spec, average=average)
+    what = "averaged weights" if average else "weights"
+    click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

@@ -1,0 +1,519 @@
+"""What `evenstep doctor` looks at: the machine, as a job would find it.
+
+A finding that is not fine carries its fix.  Nothing here needs the job's model; with a spec, what
+its data needs is compared with what there is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from service.basics.limits import limits, workers_each
+from service.health.stop_budget import estimated, graces, longest_save, stop_in_words
+from service.runs.directory import RunDirectory
+from service.spec.models import Spec
+
+State = Literal["ok", "skipped", "warning", "failed"]
+
+REDUCED_BYTES = {"cpu": 4 << 20}
+REDUCED_BYTES_ON_GPU = 256 << 20
+REDUCTION_SECONDS = 90
+"""Two interpreters load torch in it, on a slow disk perhaps."""
+REACH_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of what the doctor says."""
+
+    name: str
+    state: State
+    told: str
+    fix: str = ""
+
+    def record(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the machine is meant for."""
+
+    processes: int = 2
+    runs: Path = Path("runs")
+    spec: Spec | None = None
+
+    @property
+    def workers(self) -> int:
+        asked = self.spec.loader.workers if self.spec else 0
+        return workers_each(self.processes) if asked == "auto" else int(asked)
+
+
+def examined(asked: Asked) -> Iterator[Finding]:
+    """Every finding, as soon as it is made; a check that breaks is a finding too."""
+    for check in CHECKS:
+        try:
+            yield from check(asked)
+        except Exception as error:
+            name = check.__name__.strip("_").replace("_", " ")
+            told = f"could not be checked: {type(error).__name__}: {error}"
+            yield Finding(name, "failed", told, "Report this as a fault of evenstep.")
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """0 where all is fine, 1 with warnings, 2 where something failed."""
+    states = {finding.state for finding in findings}
+    return 2 if "failed" in states else 1 if "warning" in states else 0
+
+
+# ---- software
+
+
+def _packages(asked: Asked) -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    found = [f"python {platform.python_version()}"]
+    for text in metadata.requires("evenstep") or ():
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("packages", "failed", f"{wanted} is missing", f"pip install '{wanted}'")
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            told = f"{wanted.name} {version} is not {wanted.specifier}"
+            yield Finding("packages", "failed", told, f"pip install '{wanted}'")
+        found.append(f"{wanted.name} {version}")
+    yield Finding("packages", "ok", ", ".join(found))
+
+
+def _torch_companions(asked: Asked) -> Iterator[Finding]:
+    """Their mere presence, built for another torch, breaks the import of transformers and timm."""
+    for name in ("torchvision", "torchaudio"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        words = [sys.executable, "-c", f"import {name}"]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
+        if done.returncode == 0:
+            yield Finding(name, "ok", f"{version} imports with torch {metadata.version('torch')}")
+            continue
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding(
+            name,
+            "failed",
+            f"{version} does not import with torch {metadata.version('torch')}: {last}",
+            f"Install the {name} that was built for this torch, or: pip uninstall {name}",
+        )
+
+
+# ---- devices
+
+
+def _devices(asked: Asked) -> Iterator[Finding]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        if shutil.which("nvidia-smi"):
+            told = f"this machine has nvidia-smi, but torch {torch.__version__} sees no GPU"
+            fix = "Install a torch built for CUDA, and look at nvidia-smi for the driver."
+            yield Finding("devices", "failed", told, fix)
+        else:
+            yield Finding("devices", "ok", "cpu only")
+        return
+    count = torch.accelerator.device_count()
+    told, named = f"{count} of {accelerator.type}", set[str]()
+    module = torch.get_device_module(accelerator)
+    if hasattr(module, "get_device_properties"):
+        cards = [module.get_device_properties(number) for number in range(count)]
+        named = {f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards}
+        told += f" ({'; '.join(sorted(named))})"
+    if accelerator.type == "cuda":
+        told += f", CUDA {torch.version.cuda}, driver {_driver()}"
+    if asked.processes > count and asked.processes > 2:
+        fix = f"Use at most --processes {count}, or EVENSTEP_DEVICE=cpu."
+        if any("MIG" in card.split() for card in named):
+            fix += " A process is shown one MIG slice, and NCCL joins no two slices of one GPU."
+        yield Finding("devices", "failed", f"{told} for {asked.processes} processes", fix)
+    else:
+        yield Finding("devices", "ok", told)
+
+
+def _driver() -> str:
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0] or "unknown"
+
+
+def _all_reduce(asked: Asked) -> Iterator[Finding]:
+    """A sum over real processes, through the code that a run would use."""
+    import torch
+
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    on_cpu = gpus < 2 or os.environ.get("EVENSTEP_DEVICE") == "cpu"
+    count = max(2, asked.processes if on_cpu else min(asked.processes, gpus))
+    code, said, wrong = _reduced(count, on_cpu=on_cpu)
+    if code is None:
+        told = f"{count} processes did not meet in {REDUCTION_SECONDS} s"
+        fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."
+        yield Finding("all-reduce", "failed", told, fix)
+    elif code:
+        last = (wrong.strip().splitlines() or ["no message"])[-1]
+        fix = "Run `python -m launch.commands.reduction` under torchrun to see all it says."
+        yield Finding("all-reduce", "failed", f"{count} processes: {last}", fix)
+    else:
+        device, rate = said.split()
+        backend = (
+            "gloo" if device == "cpu" else torch.distributed.get_default_backend_for_device(device)
+        )
+        told = f"{count} processes on {device} by {backend}: {float(rate) / 1e9:.2f} GB/s each"
+        yield Finding("all-reduce", "ok", told)
+
+
+def _reduced(count: int, *, on_cpu: bool) -> tuple[int | None, str, str]:
+    """(exit code or None at the time limit, output of rank 0, error output of who failed)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = REDUCED_BYTES["cpu"] if on_cpu else REDUCED_BYTES_ON_GPU
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    variables |= {"EVENSTEP_DEVICE": "cpu"} if on_cpu else {}
+    variables |= {key: str(value) for key, value in common.items()}
+    with tempfile.TemporaryDirectory(prefix="evenstep-doctor-") as place, ExitStack() as stack:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "launch.commands.reduction", str(size)],
+                env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stack.enter_context(Path(place, f"{rank}.out").open("w")),
+                stderr=stack.enter_context(Path(place, f"{rank}.err").open("w")),
+                start_new_session=True,
+            )
+            for rank in range(count)
+        ]
+        failed = _first_failure(processes)
+        said = Path(place, "0.out").read_text()
+        wrong = Path(place, f"{failed}.err").read_text() if failed is not None else ""
+        code = 0 if failed is None else processes[failed].returncode
+    return (None if code == -signal.SIGKILL else code), said, wrong
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """The number of the first that failed, or of one that had to be killed at the time limit."""
+    deadline = time.monotonic() + REDUCTION_SECONDS
+    failed: list[int] = []
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [n for n, process in enumerate(processes) if process.poll()]
+            if failed or time.monotonic() > deadline:
+                break  # its peers would wait for it
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return next(iter(failed or [n for n, process in enumerate(processes) if process.poll()]), None)
+
+
+# ---- the network
+
+
+def _host_name(asked: Asked) -> Iterator[Finding]:
+    host = socket.gethostname()
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        told = (
+            f"{host} does not resolve ({error.strerror or error}); one machine works all the same"
+        )
+        yield Finding("host name", "warning", told, f"Add a line for {host} to /etc/hosts.")
+        return
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    yield Finding("host name", "ok", f"{host} is {', '.join(sorted(found))}; port {port} is free")
+
+
+def _wandb(asked: Asked) -> Iterator[Finding]:
+    mode = asked.spec.tracking.wandb.mode if asked.spec and asked.spec.tracking.wandb else "auto"
+    if "offline" in (mode, os.environ.get("WANDB_MODE")) or mode == "disabled":
+        yield Finding("W&B", "ok", "offline, as asked for")
+        return
+    url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    place = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    if not _has_wandb_key(place[0]):
+        yield Finding("W&B", "ok", "no key is set: runs are kept offline, for `wandb sync`")
+        return
+    try:
+        socket.create_connection(place, timeout=REACH_SECONDS).close()
+    except OSError as error:
+        told = (
+            f"a key is set, but {place[0]}:{place[1]} is not reached in {REACH_SECONDS} s: {error}"
+        )
+        fix = "Training is not hurt: the run stays offline.  Set WANDB_MODE=offline, or a proxy."
+        yield Finding("W&B", "warning", told, fix)
+    else:
+        yield Finding("W&B", "ok", f"a key is set, and {place[0]} is reached")
+
+
+def _has_wandb_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    return netrc.is_file() and f"machine {host}" in netrc.read_text(errors="replace")
+
+
+def _kubectl(asked: Asked) -> Iterator[Finding]:
+    if shutil.which("kubectl") is None:
+        yield Finding("kubectl", "skipped", "not installed; only `evenstep kubernetes` needs it")
+        return
+    context = subprocess.run(
+        ["kubectl", "config", "current-context"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=20,
+    )
+    if context.returncode:
+        yield Finding("kubectl", "skipped", "no context is set; `evenstep kubernetes` needs one")
+        return
+    name = context.stdout.strip()
+    reached = subprocess.run(
+        ["kubectl", "get", "--raw", "/version", f"--request-timeout={REACH_SECONDS}s"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=30,
+    )
+    if reached.returncode:
+        last = (reached.stderr.strip().splitlines() or ["no message"])[-1]
+        fix = "Look at `kubectl cluster-info`, or choose another with `kubectl config use-context`."
+        yield Finding("kubectl", "warning", f"context {name} does not answer: {last}", fix)
+    else:
+        yield Finding("kubectl", "ok", f"context {name} answers")
+
+
+# ---- cores and memory
+
+
+def _cores(asked: Asked) -> Iterator[Finding]:
+    found = limits()
+    busy = asked.processes * (1 + asked.workers)
+    quota = "no quota" if found.quota is None else f"a quota of {found.quota:g}"
+    told = f"{found.cores} to use: {found.affinity} by affinity, {quota}"
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    share = max(1, found.cores // asked.processes)
+    if threads.isdecimal() and int(threads) > share:
+        told += f"; OMP_NUM_THREADS={threads} for each of {asked.processes} processes"
+        yield Finding("cores", "warning", told, f"Unset OMP_NUM_THREADS, or set it to {share}.")
+    elif busy > found.cores:
+        told += f"; {asked.processes} processes with {asked.workers} workers each are {busy}"
+        fix = "Use fewer processes or loader.workers, or give the container more CPU."
+        yield Finding("cores", "warning", told, fix)
+    else:
+        yield Finding("cores", "ok", told)
+
+
+def _memory(asked: Asked) -> Iterator[Finding]:
+    limit = limits().memory_bytes
+    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    available = re.search(r"MemAvailable: +(\d+) kB", text)
+    sizes = [limit] if limit else []
+    sizes += [int(available[1]) * 1024] if available else []
+    if not sizes:
+        yield Finding("memory", "skipped", "this system does not say how much there is")
+        return
+    told = f"{_gib(min(sizes))} to use" + (
+        f", limit of the container {_gib(limit)}" if limit else ""
+    )
+    each = min(sizes) / asked.processes
+    if each < 2**30:  # an interpreter with torch loaded holds a third of a GiB
+        fix = "Use fewer processes, or raise the memory limit."
+        yield Finding("memory", "warning", f"{told}: {_gib(each)} a process", fix)
+    else:
+        yield Finding("memory", "ok", told)
+
+
+def _shared_memory(asked: Asked) -> Iterator[Finding]:
+    """Batches go from workers to the training process through it; where it is full: Bus error."""
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        yield Finding("/dev/shm", "skipped", "this system has none")
+        return
+    disk = os.statvfs(place)
+    free = disk.f_bavail * disk.f_frsize
+    need = _loader_bytes(asked) if asked.spec and asked.workers else None
+    if need is None:
+        told = f"{_gib(free)} free"
+        told += "" if asked.spec else "; name a spec to compare it with what its loader needs"
+        yield Finding("/dev/shm", "ok", told)
+        return
+    told = f"{_gib(free)} free, {_gib(need)} needed by {asked.processes} x {asked.workers} workers"
+    if need > free:
+        fix = (
+            "Raise it (docker run --shm-size, on Kubernetes an emptyDir with medium: Memory at "
+            "/dev/shm), or lower loader.workers or loader.prefetch."
+        )
+        yield Finding("/dev/shm", "failed", told, fix)
+    else:
+        yield Finding("/dev/shm", "ok", told)
+
+
+def _loader_bytes(asked: Asked) -> int:
+    """Bytes of all micro-batches that workers may have read ahead at once."""
+    from service.data.task import load_task
+    from service.plan.plan import make_plan
+    from service.preview.check import row_bytes
+
+    assert asked.spec is not None
+    task = load_task(asked.spec.task, asked.spec.task_args, seed=asked.spec.seed)
+    rows = task.train_rows
+    plan = make_plan(asked.spec, processes=1, train_rows=rows, test_rows=task.test_rows)
+    rounds = -(-plan.micro_batches // asked.processes)
+    ahead = asked.processes * asked.workers * asked.spec.loader.prefetch * rounds
+    return ahead * plan.micro_batch * row_bytes(task)
+
+
+def _open_files(asked: Asked) -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
+        yield Finding("open files", "warning", f"at most {soft}; workers need more", fix)
+    else:
+        yield Finding("open files", "ok", f"at most {soft:,}")
+
+
+# ---- the disk and the clock
+
+
+def _run_directory(asked: Asked) -> Iterator[Finding]:
+    """What checkpoints rely on: space, fsync, a rename in one piece, a lock; on the real disk."""
+    place = asked.runs.absolute()
+    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < 2**30:
+        fix = "Free some, or choose another directory with --runs."
+        yield Finding("disk", "failed" if free < 2**27 else "warning", f"{_gib(free)} free", fix)
+    else:
+        yield Finding("disk", "ok", f"{_gib(free)} free in {place}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".evenstep-doctor-", dir=place) as trial:
+            yield from _tried_disk(Path(trial))
+    except OSError as error:
+        fix = "Choose a directory that you may write to, with --runs."
+        yield Finding("disk", "failed", f"{place} cannot be written: {error.strerror}", fix)
+
+
+def _stop(asked: Asked) -> Iterator[Finding]:
+    """Whether who stops the job gives it as long as its last save takes."""
+    if asked.spec is None:
+        yield Finding("stop", "skipped", "name a spec to compare how long one takes and may take")
+        return
+    from service.preview.plan import checkpoint_bytes
+
+    runs = asked.runs.absolute()
+    takes = longest_save(RunDirectory(runs / asked.spec.name))
+    takes = takes or estimated(checkpoint_bytes(asked.spec), runs)
+    short = [grace for grace in graces(asked.spec) if takes and takes.seconds > grace.seconds]
+    raised = " and ".join(f"{grace.name} to {takes.seconds:.0f}" for grace in short if takes)
+    fix = f"Raise {raised}, or choose a faster disk with --runs." if short else ""
+    told = stop_in_words(asked.spec, takes)
+    yield Finding("stop", "warning" if short else "ok", told, fix)
+
+
+def _tried_disk(place: Path) -> Iterator[Finding]:
+    begin, now = time.perf_counter(), time.time()
+    with (place / "partial").open("wb") as file:
+        file.write(os.urandom(1 << 20) * 8)
+        file.flush()
+        os.fsync(file.fileno())
+    rate = (8 << 20) / (time.perf_counter() - begin)
+    (place / "whole").write_text("old")
+    os.replace(place / "partial", place / "whole")
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    size = (place / "whole").stat().st_size
+    if size != 8 << 20 or (place / "partial").exists():
+        fix = "Choose a directory on another file system with --runs."
+        yield Finding("rename", "failed", "a file was not replaced in one piece", fix)
+    told = f"{rate / 1e6:.0f} MB/s written and fsynced; a file is replaced in one piece"
+    slow = rate < 20e6
+    fix = "Checkpoints will take long: choose a faster disk with --runs." if slow else ""
+    yield Finding("fsync", "warning" if slow else "ok", told, fix)
+    yield _lock(place / "lock")
+    yield _clock(now, (place / "whole").stat().st_mtime)
+
+
+def _lock(path: Path) -> Finding:
+    with path.open("w") as mine, path.open("w") as other:
+        try:
+            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            fix = "Mount the file system with locks, or choose another directory with --runs."
+            return Finding("lock", "failed", f"no file can be locked: {error.strerror}", fix)
+        with suppress(BlockingIOError):  # which is what a lock is for
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fix = "Never start one run twice here, or choose another directory with --runs."
+            return Finding("lock", "warning", "a lock keeps nobody out here", fix)
+    return Finding("lock", "ok", "a run can be kept to one writer")
+
+
+def _clock(ours: float, theirs: float) -> Finding:
+    year = time.gmtime(ours).tm_year
+    fix = "Set the clock by NTP; the times in logs and the order of failures rely on it."
+    if year < 2025:
+        return Finding("clock", "warning", f"it says that this is {year}", fix)
+    if abs(theirs - ours) > 5:
+        told = f"the file system is {theirs - ours:+.0f} s from this machine"
+        return Finding("clock", "warning", told, fix)
+    return Finding("clock", "ok", f"within {abs(theirs - ours):.1f} s of the file system's")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.2g} MiB"
+
+
+CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
+    _packages,
+    _torch_companions,
+    _devices,
+    _cores,
+    _memory,
+    _shared_memory,
+    _open_files,
+    _run_directory,
+    _stop,
+    _host_name,
+    _all_reduce,
+    _wandb,
+    _kubectl,
+)

@@ -1,0 +1,74 @@
+"""The commands that look at runs: `runs` and `report`.  No torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from service.basics.errors import printable
+
+if TYPE_CHECKING:
+    from service.runs.history import History
+
+_WIDEST = 120  # characters of a cell: one run does not draw out the table of all
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="report.html",
+    show_default=True,
+)
+def report(runs: tuple[str, ...], output: Path) -> None:
+    """Draw one page about RUNs: directories, or names of runs in ./runs. Needs no network."""
+    from service.observability.report import write_report
+    from service.runs.history import read_history
+
+    histories = [read_history(run) for run in runs]
+    write_report(histories, output)
+    names = ", ".join(printable(history.name) for history in histories)
+    click.echo(f"{printable(str(output))}: {names}")
+
+
+@click.command(name="runs")
+@click.argument("directory", type=click.Path(path_type=Path), default="runs")
+def list_runs(directory: Path) -> None:
+    """List the runs in DIRECTORY (default: runs), the latest news first."""
+    from service.runs.history import histories_in
+
+    found, broken = histories_in(directory)
+    rows = [("run", "state", "step", "best", "when"), *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows if found else []:
+        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+    if not found:
+        click.echo(f"There are no runs in {printable(str(directory))}.")
+    for told in broken:
+        click.echo(f"warning: {printable(told)}", err=True)
+
+
+def _row(history: History) -> tuple[str, str, str, str, str]:
+    of = f"/{history.steps}" if history.steps else ""
+    best = history.best
+    told = f"{best.measure} {best.value:.4g} at step {best.step}" if best else "-"
+    cells = (history.directory.name, history.state, f"{history.step}{of}", told)
+    name, state, step, best_told = (_cut(printable(cell)) for cell in cells)
+    return name, state, step, best_told, _ago(time.time() - history.news)
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 3] + "..."
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

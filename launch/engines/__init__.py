@@ -1,0 +1,1 @@
+"""What runs a job on machines that are not ours to start."""

@@ -1,0 +1,112 @@
+"""Finds the cluster, and who we are to it, as kubectl does; lightkube does the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from service.basics.errors import SpecError
+
+_DEFAULT = "~/.kube/config"
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_LISTS = {"clusters": "cluster", "contexts": "context", "users": "user"}
+_PATHS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
+_EXEC = "client.authentication.k8s.io"
+
+
+def access() -> Any:
+    """The `SingleConfig` of lightkube for the present context, or for the account of this pod.
+
+    Raises:
+        SpecError: there is no way to a cluster here, or one that leads nowhere.
+    """
+    try:
+        from lightkube.config.kubeconfig import KubeConfig
+        from lightkube.core.exceptions import ConfigError
+        from msgspec import MsgspecError
+    except ImportError as error:
+        raise SpecError("Install evenstep[kubernetes] to speak to a cluster.") from error
+    files = _files()
+    try:
+        if not files and _ACCOUNT.is_dir() and "KUBERNETES_SERVICE_HOST" in os.environ:
+            return KubeConfig.from_service_account().get()
+        if not files:
+            raise ConfigError(f"there is no file {os.environ.get('KUBECONFIG') or _DEFAULT}")
+        config = KubeConfig.from_dict(_merged(files)).get()
+    except KeyError as error:
+        raise no_way(f"its context names {error}, which is not in it") from error
+    except (ConfigError, MsgspecError) as error:
+        raise no_way(error) from error
+    assert config is not None, "it raises where there is none"
+    cluster, user = config.cluster, config.user
+    assert user is not None, "one that a context lacks was put in"
+    for place in (cluster.certificate_auth, user.client_cert, user.client_key, user.token_file):
+        if place is not None and not os.access(place, os.R_OK):
+            raise no_way(f"the context {config.context_name} names {place}, which cannot be read")
+    return config
+
+
+def no_way(why: object) -> SpecError:
+    return SpecError(
+        f"No way to a cluster: {why}. Set KUBECONFIG to the file that the cluster's "
+        "administrator gave you, or put it at ~/.kube/config."
+    )
+
+
+def _files() -> list[Path]:
+    """Those that KUBECONFIG names, or the default one; those that are there."""
+    named = [name for name in os.environ.get("KUBECONFIG", "").split(os.pathsep) if name]
+    files = [Path(name).expanduser() for name in named or [_DEFAULT]]
+    return [file for file in files if file.is_file()]
+
+
+def _merged(files: list[Path]) -> dict[str, Any]:
+    """One configuration of several files; what is named in two is the first one's."""
+    merged: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {key: {} for key in _LISTS}
+    for file in files:
+        config = _read(file)
+        if config.get("current-context"):
+            merged.setdefault("current-context", config["current-context"])
+        for key, inner in _LISTS.items():
+            for entry in config.get(key) or []:
+                content = _complete(dict(entry.get(inner) or {}), file)
+                found[key].setdefault(entry.get("name"), {"name": entry["name"], inner: content})
+    context = found["contexts"].get(merged.get("current-context", ""), {"context": {}})["context"]
+    if context and not context.get("user"):  # as through kubectl proxy: nobody signs in
+        context["user"] = "nobody"
+        found["users"].setdefault("nobody", {"name": "nobody", "user": {}})
+    return merged | {key: list(entries.values()) for key, entries in found.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise no_way(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    entries = [config.get(key) or [] for key in _LISTS] if isinstance(config, dict) else [None]
+    for several in entries:
+        if not isinstance(several, list) or not all(isinstance(e, dict) for e in several):
+            raise no_way(f"{file} is no kubeconfig")
+    return dict(config)
+
+
+def _complete(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """With paths that begin at the file, and a command to sign in as lightkube takes it."""
+    for key in _PATHS:
+        if isinstance(content.get(key), str):
+            content[key] = str(file.parent.absolute() / content[key])
+    command = content.get("exec")
+    if isinstance(command, dict):
+        version = command.get("apiVersion")
+        told = {"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": False}}
+        known = {"name": "KUBERNETES_EXEC_INFO", "value": json.dumps(told)}
+        # Of v1 lightkube has not heard; what it asks for, and is told, is the same.
+        version = f"{_EXEC}/v1beta1" if version == f"{_EXEC}/v1" else version
+        variables = [*(command.get("env") or []), known]
+        content["exec"] = command | {"apiVersion": version, "env": variables}
+    return content

@@ -1,0 +1,218 @@
+"""Speaks to a cluster: lightkube finds the server and who we are, and plain JSON travels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from launch.engines.kubernetes.access import access, no_way
+from service.basics.errors import EvenstepError, SpecError
+
+FIELD_MANAGER = "evenstep"
+_PATHS = {
+    "ServiceAccount": "api/v1/namespaces/{namespace}/serviceaccounts",
+    "ConfigMap": "api/v1/namespaces/{namespace}/configmaps",
+    "PersistentVolumeClaim": "api/v1/namespaces/{namespace}/persistentvolumeclaims",
+    "Service": "api/v1/namespaces/{namespace}/services",
+    "Secret": "api/v1/namespaces/{namespace}/secrets",
+    "Pod": "api/v1/namespaces/{namespace}/pods",
+    "Event": "api/v1/namespaces/{namespace}/events",
+    "NetworkPolicy": "apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies",
+    "Job": "apis/batch/v1/namespaces/{namespace}/jobs",
+    "JobSet": "apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets",
+    "TrainJob": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs",
+    "Workload": "apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/workloads",
+    "TrainingRuntime": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainingruntimes",
+}
+
+
+class ClusterError(EvenstepError):
+    """The cluster said no, or nothing; what to do or to ask for."""
+
+
+class Silence(ClusterError):
+    """The cluster did not answer, or could not just now: the same question may be asked again."""
+
+
+class Api:
+    """One namespace of one cluster."""
+
+    def __init__(self, *, namespace: str | None, say: Callable[[str], None]) -> None:
+        """Find the cluster as kubectl does: KUBECONFIG, ~/.kube/config, or the pod's own account.
+
+        Args:
+            say: is told what the server warns of.
+        Raises:
+            SpecError: there is no way to a cluster here.
+        """
+        config = access()
+        from httpx2 import InvalidURL
+        from lightkube.config.client_adapter import Client, ConnectionParams
+        from lightkube.core.exceptions import ConfigError
+
+        try:
+            self._client = Client(config, ConnectionParams())
+        except (ConfigError, InvalidURL, OSError, ValueError) as error:
+            raise no_way(f"the context {config.context_name} leads nowhere: {error}") from error
+        self.namespace = namespace or config.namespace or "default"
+        self._server = config.cluster.server
+        self._say = say
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def get(self, kind: str, name: str) -> dict[str, Any] | None:
+        """The object, or None where there is none."""
+        found = self._call("GET", f"{self._path(kind)}/{name}", missing=True)
+        return found or None
+
+    def find(self, kind: str, **selectors: str) -> list[dict[str, Any]]:
+        """The objects that the selectors choose."""
+        found: list[dict[str, Any]] = self._call("GET", self._path(kind), params=selectors)["items"]
+        return found
+
+    def apply(self, made: dict[str, Any]) -> None:
+        """Make the object, or bring the one that is there to this state (server-side apply)."""
+        self._call(
+            "PATCH",
+            f"{self._path(made['kind'])}/{made['metadata']['name']}",
+            params={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
+            headers={"Content-Type": "application/apply-patch+yaml"},
+            content=json.dumps(made),
+        )
+
+    def delete(self, kind: str, name: str) -> bool:
+        """Delete the object once what it owns is gone; False where there is none."""
+        wish = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        return bool(self._call("DELETE", f"{self._path(kind)}/{name}", missing=True, json=wish))
+
+    def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
+        """The lines of a pod's log, as they come.
+
+        Raises:
+            ClusterError: it has none yet, as its container has not started.
+        """
+        import httpx2
+
+        params = {"follow": "true"} if follow else {}
+        params |= {"tailLines": str(lines)} if lines is not None else {}
+        url, patience = f"{self._path('Pod')}/{pod}/log", httpx2.Timeout(10.0, read=None)
+        with (
+            self._answering(),
+            self._client.stream("GET", url, params=params, timeout=patience) as answer,
+        ):
+            if answer.status_code >= 400:
+                answer.read()
+                if answer.status_code == 400:
+                    message = _status(answer.text).get("message", answer.text)
+                    raise ClusterError(f"There is no log yet: {message}.")
+                raise _refusal(answer.status_code, answer.text, self.namespace)
+            yield from answer.iter_lines()
+
+    def _path(self, kind: str) -> str:
+        return "/" + _PATHS[kind].format(namespace=self.namespace)
+
+    def _call(self, method: str, path: str, *, missing: bool = False, **rest: Any) -> Any:
+        """The server's answer; an empty one for what is not there, where it may be missing."""
+        with self._answering():
+            answer = self._client.request(method, path, **rest)
+        for warning in answer.headers.get_list("Warning"):
+            self._say(f"warning: {_unquoted(warning)}")
+        if answer.status_code == 404 and missing and _details(answer.text).get("name"):
+            return {}
+        if answer.status_code >= 400:
+            raise _refusal(answer.status_code, answer.text, self.namespace)
+        return answer.json()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What is asked within it is answered, or there is a word on why not.
+
+        Raises:
+            Silence: the cluster does not answer.
+            ClusterError: nobody could sign in.
+        """
+        import httpx2
+        from lightkube.core.exceptions import ConfigError
+
+        try:
+            yield
+        except httpx2.TransportError as error:
+            raise Silence(
+                f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is "
+                "it the right context? See: kubectl config get-contexts"
+            ) from error
+        except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
+            # The command of the kubeconfig that signs in: it is not there, fails, or says nothing.
+            told = str(error) if isinstance(error, ConfigError | OSError) else repr(error)
+            raise ClusterError(
+                f"Nobody could sign in to the cluster at {self._server}: {told}. Does kubectl get "
+                "pods work? It uses the same kubeconfig."
+            ) from error
+
+
+def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
+    """What the server said, and what to do about it."""
+    message = _status(text).get("message", text)
+    if code == 401:
+        return ClusterError("The cluster does not know you (401): sign in again, as for kubectl.")
+    if code == 403:
+        return ClusterError(f"{message}.{_role(message, namespace)}")
+    if code == 404 and _details(text).get("kind") == "namespaces":
+        return SpecError(f"{message}. Set kubernetes.namespace to one that is there.")
+    if code == 404:
+        return ClusterError(
+            f"The cluster does not know what to do with this ({message or 'not found'}): "
+            "what the target needs is not installed. Use --target job."
+        )
+    if code in (400, 409, 422):
+        return SpecError(f"The cluster refuses: {message}.")
+    kind = Silence if code in (429, 500, 502, 503, 504) else ClusterError
+    return kind(f"The cluster answered {code}: {message}.")
+
+
+def _role(message: str, namespace: str) -> str:
+    """The commands by which an administrator would allow what was forbidden."""
+    found = re.search(
+        r'User "([^"]+)" cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message
+    )
+    if not found:
+        return ""
+    user, verb, resource, group = found.groups()
+    kind = f"{resource}.{group}" if group else resource
+    return (
+        f" Ask the cluster's administrator for it: kubectl create role evenstep -n {namespace} "
+        f"--verb={verb} --resource={kind}; kubectl create rolebinding evenstep -n {namespace} "
+        f"--role=evenstep --user={user}. All that these commands need is in k8s/role.yaml of "
+        "Evenstep's repository."
+    )
+
+
+def _status(text: str) -> dict[str, Any]:
+    try:
+        status = json.loads(text)
+    except ValueError:
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _details(text: str) -> dict[str, Any]:
+    return _status(text).get("details") or {}
+
+
+def _unquoted(warning: str) -> str:
+    """The words of a Warning header: 299 - "the words"."""
+    found = re.search(r'"(.*)"', warning)
+    return found[1].replace('\\"', '"') if found else warning

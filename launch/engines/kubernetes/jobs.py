@@ -1,0 +1,233 @@
+"""Submit a job to a cluster, see how it does, read its log, stop it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+from launch.engines.kubernetes.api import Api, ClusterError, Silence
+from launch.engines.kubernetes.pods import Manifest
+from launch.engines.kubernetes.states import (
+    advised,
+    ending,
+    has_not_begun,
+    index,
+    node_state,
+    queued,
+    state,
+)
+from launch.engines.kubernetes.targets import GROUP, QUEUE, QUEUE_OF
+from launch.processes.echo import spoken
+from service.basics.errors import SpecError
+
+KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
+_POLL_SECONDS = 2.0
+_GONE_SECONDS = 300.0
+_SILENCE_SECONDS = 600.0
+_ASKED_PODS = 3
+"""Of more pods that wait, the events are the same."""
+_PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
+
+
+def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> None:
+    """Make the objects; what is left of an earlier job of this name goes first, if it has ended
+    or is being stopped.
+
+    Raises:
+        SpecError: a job of this name is running, or the cluster refuses an object.
+        ClusterError: the cluster forbids it, or does not answer.
+    """
+    work = objects[-1]
+    kind, name = work["kind"], work["metadata"]["name"]
+    earlier = api.get(kind, name)
+    if earlier is not None:
+        if earlier["metadata"].get("deletionTimestamp"):
+            say(f"{kind} {name} is still stopping; waiting until it is gone.")
+        elif ending(earlier) is None:
+            raise SpecError(
+                f"{kind} {name} is there already and has not ended. Stop it with evenstep "
+                f"kubernetes cancel {name}, or give this run a --name of its own."
+            )
+        else:
+            api.delete(kind, name)
+        _wait_until_gone(api, kind, name)
+    for made in objects:
+        api.apply(made)
+    say(f"{kind} {name} is submitted to namespace {api.namespace}.")
+
+
+def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
+    """The ending of the job, once it has one; a cluster may be silent for a while meanwhile.
+
+    Raises:
+        ClusterError: the job was deleted meanwhile, or the cluster is silent for ten minutes.
+    """
+    silent_since: float | None = None
+    while True:
+        try:
+            work = api.get(kind, name)
+        except Silence as error:
+            if silent_since is None:
+                silent_since = time.monotonic()
+                say(f"{error} The job does not need it; asking again for ten minutes.")
+            elif time.monotonic() - silent_since > _SILENCE_SECONDS:
+                raise
+        else:
+            silent_since = None
+            if work is None:
+                raise ClusterError(f"{kind} {name} was deleted while it was waited for.")
+            end = ending(work)
+            if end is not None:
+                return end
+        time.sleep(_POLL_SECONDS)
+
+
+def status(api: Api, kind: str, name: str) -> Iterator[str]:
+    """How the job does, in lines for a person."""
+    work = _existing(api, kind, name)
+    found = work.get("status") or {}
+    counted = ", ".join(f"{found[k]} {k}" for k in ("active", "succeeded", "failed") if k in found)
+    yield f"{name}: {state(work)}" + (f" ({counted} pods)" if counted else "")
+    pods = _pods(api, name)
+    for _, own in groupby(pods, key=index):
+        yield f"  {node_state(list(own))}"
+    yield from _progress(api, pods)
+    if ending(work) is None:
+        yield from _troubles(api, work, pods)
+
+
+def logs(
+    api: Api,
+    kind: str,
+    name: str,
+    *,
+    node: int | None = None,
+    rank: int = 0,
+    previous: bool = False,
+    follow: bool = False,
+) -> Iterator[str]:
+    """What one rank wrote, or all that a node's pod did; of its newest pod or the one before it.
+
+    Args:
+        node: all of its log, with the ranks' names before what they wrote.
+
+    Raises:
+        ClusterError: there is no such job, or no such pod.
+    """
+    _existing(api, kind, name)
+    pods = _pods(api, name)
+    place = rank // _processes_each(pods) if node is None else node
+    own = [pod for pod in pods if index(pod) == str(place)]
+    wanted = 2 if previous else 1
+    if len(own) < wanted:
+        which = "an earlier pod" if previous else "a pod"
+        raise ClusterError(f"{kind} {name} has not had {which} of node {place}.")
+    for line in api.log(own[-wanted]["metadata"]["name"], follow=follow):
+        spoke, words = spoken(line)
+        if node is not None:
+            yield line
+        elif spoke == rank:
+            yield words
+
+
+def _processes_each(pods: list[dict[str, Any]]) -> int:
+    """How many processes a node has."""
+    for pod in pods:
+        for variable in pod["spec"]["containers"][0].get("env", []):
+            if variable["name"] == "PET_NPROC_PER_NODE":
+                return int(variable["value"])
+    return 1
+
+
+def cancel(api: Api, kind: str, name: str) -> str:
+    """Stop the job: its pods are asked to save, and the next submit goes on from there.
+
+    Raises:
+        ClusterError: there is no such job.
+    """
+    if not api.delete(kind, name):
+        raise _missing(api, kind, name)
+    return f"{name} is stopping with a checkpoint; submit it again to go on."
+
+
+def _existing(api: Api, kind: str, name: str) -> dict[str, Any]:
+    work = api.get(kind, name)
+    if work is None:
+        raise _missing(api, kind, name)
+    return work
+
+
+def _missing(api: Api, kind: str, name: str) -> ClusterError:
+    return ClusterError(f"There is no {kind} {name} in namespace {api.namespace}.")
+
+
+def _wait_until_gone(api: Api, kind: str, name: str) -> None:
+    deadline = time.monotonic() + _GONE_SECONDS
+    while api.get(kind, name) is not None:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{kind} {name} is not gone yet. Try again later.")
+        time.sleep(_POLL_SECONDS / 4)
+
+
+def _pods(api: Api, name: str) -> list[dict[str, Any]]:
+    """The run's pods, by node, the oldest first."""
+    found = api.find("Pod", labelSelector=f"app.kubernetes.io/instance={name}")
+    return sorted(found, key=lambda p: (int(index(p)), p["metadata"]["creationTimestamp"]))
+
+
+def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
+    """The newest step and loss in the log of node 0's newest pod, where it has one."""
+    own = [pod for pod in pods if index(pod) == "0" and not has_not_begun(pod)]
+    if not own:
+        return
+    try:
+        lines = list(api.log(own[-1]["metadata"]["name"], lines=50))
+    except ClusterError as error:
+        yield f"  {error}"
+        return
+    found = [match for match in map(_PROGRESS.search, lines) if match]
+    if found:
+        step, steps, loss = found[-1].groups()
+        yield f"  step {step} of {steps}, loss {loss}"
+
+
+def _troubles(api: Api, work: dict[str, Any], pods: list[dict[str, Any]]) -> Iterator[str]:
+    """What the cluster complains of: quota, Pod Security, volumes, the queue."""
+    if QUEUE in work["metadata"].get("labels", {}) and work["spec"].get("suspend"):
+        yield from _queue(api, work)
+    name = work["metadata"]["name"]
+    waiting = [pod["metadata"]["name"] for pod in pods if has_not_begun(pod)]
+    told: dict[str, None] = {}  # in order, and each once
+    for each in (name, f"{name}-{GROUP}-0", f"{name}-runs", *waiting[:_ASKED_PODS]):
+        told |= dict.fromkeys(_complaints(api, each, since=work["metadata"]["creationTimestamp"]))
+    yield from told
+
+
+def _complaints(api: Api, name: str, *, since: str) -> Iterator[str]:
+    """The newest warnings about the objects of this name, and what to do about them.
+
+    Args:
+        since: older ones are about an earlier job of this name.
+    """
+    events = api.find("Event", fieldSelector=f"involvedObject.name={name}")
+    for event in [event for event in events if _is_trouble(event, since)][-3:]:
+        yield f"  {event['reason']}: {advised(event['message'])}"
+
+
+def _is_trouble(event: dict[str, Any], since: str) -> bool:
+    when = event.get("lastTimestamp") or event.get("eventTime") or since
+    # The endpoints of a Service complain while pods come and go, and mean nothing by it.
+    other = event["involvedObject"]["kind"] in ("Endpoints", "EndpointSlice")
+    return bool(event["type"] == "Warning" and when >= since and not other)
+
+
+def _queue(api: Api, work: dict[str, Any]) -> Iterator[str]:
+    try:
+        found = api.find("Workload", labelSelector=f"{QUEUE_OF}={work['metadata']['uid']}")
+    except ClusterError as error:
+        yield f"  no word from the queue: {error}"
+        return
+    yield from (f"  {told}" for told in map(queued, found) if told is not None)

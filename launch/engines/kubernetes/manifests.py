@@ -1,0 +1,207 @@
+"""What a spec looks like on a cluster: `render` is pure, from a spec to plain objects to YAML."""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launch.engines.kubernetes.pods import (
+    MEETING_SECRET,
+    Manifest,
+    claim_name,
+    labels,
+    meeting_secret_name,
+    own_pods,
+)
+from launch.engines.kubernetes.refusals import check
+from launch.engines.kubernetes.targets import TARGETS
+from service.basics.errors import SpecError
+from service.runs.failure_reports import line_of_secret
+from service.spec.files import dump_values
+from service.spec.models import KubernetesSpec, Spec
+
+Target = Literal["job", "jobset", "kubeflow"]
+
+_PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"]
+_SECRET_BYTES = 32
+_CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")  # the key of a ConfigMap
+# What kubectl reads as a number or a truth, and PyYAML, by YAML 1.1 to the letter, does not.
+_NO_TEXT_TO_KUBECTL = re.compile(r"[yYnN]|[-+]?(0[oObBxX]\w+|[\d_.]+([eE][-+]?[\d_]+)?)")
+
+
+def render(
+    spec: Spec,
+    *,
+    target: Target = "job",
+    files: Mapping[str, str] | None = None,
+    secret: str | None = None,
+) -> list[Manifest]:
+    """The objects of a job, in the order in which they are to be made.
+
+    Args:
+        files: what stands beside the spec in its directory; see `task_file`.
+        secret: what the nodes prove to each other, see `new_secret`; None where the Secret that
+            holds it is made by hand.
+    Raises:
+        SpecError: the spec has no `kubernetes` section, or one that no cluster could run.
+    """
+    cluster = spec.kubernetes
+    if cluster is None:
+        raise SpecError(
+            "kubernetes: missing; add kubernetes: {image: registry.example.com/team/evenstep:0.1.0}"
+        )
+    check(spec, cluster)
+    workload, needs_service = TARGETS[target](spec, cluster)
+    objects = [
+        _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False}),
+        _config_map(spec, files or {}),
+        _object(
+            spec, "networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(spec, cluster)}
+        ),
+    ]
+    if cluster.storage_claim is None:
+        claim = _object(spec, "v1", "PersistentVolumeClaim", {"spec": _claim(cluster)})
+        claim["metadata"]["name"] = claim_name(spec, cluster)
+        objects.append(claim)
+    if secret is not None and cluster.nodes > 1:
+        objects.append(_meeting_secret(spec, secret))
+    if needs_service:
+        objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
+    return [*objects, *workload]
+
+
+def new_secret() -> str:
+    """A secret for the nodes of one run."""
+    return secrets.token_hex(_SECRET_BYTES)
+
+
+def task_file(spec: Spec) -> dict[str, str]:
+    """The file of a task that is one, by its name; empty where the task is in a module.
+
+    Raises:
+        SpecError: it cannot be read, holds a secret, or has a name under which it cannot travel
+            with the spec.
+    """
+    where, _, _ = spec.task.rpartition(":")
+    if not where.endswith(".py"):
+        return {}
+    name = Path(where).name
+    if not _FILE_NAME.fullmatch(name):
+        raise SpecError(
+            f"task: a ConfigMap cannot hold a file called {name!r}. Name it with letters without "
+            "accents, digits, . _ and - only."
+        )
+    try:
+        text = Path(where).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SpecError(f"task: {where} cannot be read: {error}.") from error
+    line = line_of_secret(text)
+    if line is not None:
+        raise SpecError(
+            f"task: {where}:{line} holds what looks like a secret, and the file would be copied "
+            "into a ConfigMap, which everybody who sees the namespace can read. Keep it in a "
+            "Secret, which the pods see as a file (kubernetes.mounts), and read it from there."
+        )
+    return {name: text}
+
+
+def to_yaml(documents: list[Any]) -> str:
+    """The documents as one stream."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1 << 30)
+
+
+def _object(spec: Spec, version: str, kind: str, content: Manifest) -> Manifest:
+    cluster = spec.kubernetes
+    assert cluster is not None
+    place = {"namespace": cluster.namespace} if cluster.namespace else {}
+    metadata = {"name": spec.name, **place, "labels": labels(spec)}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
+
+
+def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
+    where, _, name = spec.task.rpartition(":")
+    if where.endswith(".py"):  # beside the spec, as it is in a person's directory
+        spec = spec.model_copy(update={"task": f"./{Path(where).name}:{name}"})
+    # What was given and no default: an image of another version reads that too.
+    given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    data = {"spec.yaml": dump_values(given), **files}
+    size = sum(len(text.encode()) for text in data.values())
+    if size > _CONFIG_MAP_BYTES:
+        raise SpecError(
+            f"The spec and the file of its task have {size:,} bytes, and a ConfigMap holds "
+            f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/image.md."
+        )
+    return _object(spec, "v1", "ConfigMap", {"data": data})
+
+
+def _meeting_secret(spec: Spec, secret: str) -> Manifest:
+    data = {MEETING_SECRET: base64.b64encode(secret.encode()).decode()}
+    made = _object(spec, "v1", "Secret", {"type": "Opaque", "data": data})
+    made["metadata"]["name"] = meeting_secret_name(spec)
+    return made
+
+
+def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:
+    port = {"name": "rendezvous", "port": cluster.port, "targetPort": cluster.port}
+    return {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": own_pods(spec)["matchLabels"],
+        "ports": [{**port, "protocol": "TCP"}],
+    }
+
+
+def _claim(cluster: KubernetesSpec) -> Manifest:
+    mode = "ReadWriteMany" if cluster.nodes > 1 else "ReadWriteOnce"
+    return {
+        "accessModes": [mode],
+        **({"storageClassName": cluster.storage_class} if cluster.storage_class else {}),
+        "resources": {"requests": {"storage": cluster.storage}},
+    }
+
+
+def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
+    """The run's pods speak to each other, to DNS, and to the tracker when it is online."""
+    own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.nodes > 1 else []
+    names = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
+    ports = [{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]
+    egress: list[Manifest] = [{"to": names, "ports": ports}]
+    if own:
+        egress.insert(0, {"to": own})
+    wandb = spec.tracking.wandb
+    if wandb is not None and wandb.mode in ("auto", "online"):
+        public = {"cidr": "0.0.0.0/0", "except": _PRIVATE}
+        egress.append({"to": [{"ipBlock": public}], "ports": [{"port": 443, "protocol": "TCP"}]})
+    if cluster.egress:
+        egress.append({"to": [{"ipBlock": {"cidr": block}} for block in cluster.egress]})
+    return {
+        "podSelector": own_pods(spec),
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": own}] if own else [],
+        "egress": egress,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as a block, so that a spec in a ConfigMap can be read, and
+    quotes what a reader of another YAML would not take for text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    quote = "'" if _NO_TEXT_TO_KUBECTL.fullmatch(text) else None
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else quote
+    )
+
+
+_Dumper.add_representer(str, _text_node)

@@ -1,0 +1,212 @@
+"""The pod of one node, the same under every target; `k8s/README.md` gives each field's reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.spec.models import KubernetesSpec, MountSpec, Spec, quantity
+
+Manifest = dict[str, Any]
+
+SPEC_DIRECTORY = "/etc/evenstep"
+RUNS_DIRECTORY = "/runs"
+SECRETS_DIRECTORY = "/var/run/secrets/evenstep"
+MEETING_SECRET = "secret"
+"""The key, and so the file, of what the nodes of a run prove to each other."""
+USER = 10001
+
+_RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+def labels(spec: Spec) -> dict[str, str]:
+    """Of every object; `instance` is unique to the run, and what selects its pods."""
+    return {
+        "app.kubernetes.io/name": "evenstep",
+        "app.kubernetes.io/instance": spec.name,
+        "app.kubernetes.io/component": "trainer",
+        "app.kubernetes.io/managed-by": "evenstep",
+    }
+
+
+def own_pods(spec: Spec) -> Manifest:
+    """The selector of the run's own pods."""
+    return {"matchLabels": {"app.kubernetes.io/instance": spec.name}}
+
+
+def claim_name(spec: Spec, cluster: KubernetesSpec) -> str:
+    return cluster.storage_claim or f"{spec.name}-runs"
+
+
+def meeting_secret_name(spec: Spec) -> str:
+    return f"{spec.name}-meeting"
+
+
+def pod_template(
+    spec: Spec, cluster: KubernetesSpec, *, container: str, world: list[Manifest], subdomain: bool
+) -> Manifest:
+    """The template of every pod.
+
+    Args:
+        container: what the target calls the container that trains.
+        world: the variables that name the node's place, where the target does not set them.
+        subdomain: whether the pods' names are in our own Service.
+    """
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        **({"subdomain": spec.name} if subdomain else {}),
+        "serviceAccountName": spec.name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": cluster.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **_scheduling(spec, cluster),
+        "containers": [_container(spec, cluster, container, world)],
+        "volumes": _volumes(spec, cluster),
+    }
+    return {"metadata": {"labels": labels(spec)}, "spec": pod}
+
+
+def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Manifest]:
+    """The five variables of torchrun, which Kubeflow sets too: where a node stands among all."""
+    variables: list[Manifest] = [
+        {"name": "PET_NNODES", "value": str(cluster.nodes)},
+        {"name": "PET_NPROC_PER_NODE", "value": str(cluster.processes_per_node)},
+        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _RANK}}},
+    ]
+    if address is not None:
+        variables += [
+            {"name": "PET_MASTER_ADDR", "value": address},
+            {"name": "PET_MASTER_PORT", "value": str(cluster.port)},
+        ]
+    return variables
+
+
+def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
+    """Where the pods may stand; a key without a wish is left out."""
+    tolerations = [t.model_dump(exclude_none=True) for t in cluster.tolerations]
+    if not cluster.on_cpu:
+        device = {"key": cluster.device, "operator": "Exists", "effect": "NoSchedule"}
+        tolerations.insert(0, device)
+    wishes: Manifest = {
+        "nodeSelector": dict(cluster.node_selector),
+        "tolerations": tolerations,
+        "priorityClassName": cluster.priority_class,
+    }
+    if cluster.image_pull_secret is not None:
+        wishes["imagePullSecrets"] = [{"name": cluster.image_pull_secret}]
+    if cluster.topology != "none" and cluster.nodes > 1:
+        near = {"topologyKey": cluster.topology, "labelSelector": own_pods(spec)}
+        preferred = [{"weight": 100, "podAffinityTerm": near}]
+        wishes["affinity"] = {
+            "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}
+        }
+    return {key: wish for key, wish in wishes.items() if wish}
+
+
+def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manifest]) -> Manifest:
+    resources = _resources(cluster)
+    ports = [{"name": "rendezvous", "containerPort": cluster.port, "protocol": "TCP"}]
+    return {
+        "name": name,
+        "image": cluster.image,
+        "imagePullPolicy": "IfNotPresent" if "@sha256:" in cluster.image else "Always",
+        "command": ["evenstep", "run", f"{SPEC_DIRECTORY}/spec.yaml", "--runs", RUNS_DIRECTORY],
+        "env": [*world, *_environment(cluster)],
+        **({"ports": ports} if cluster.nodes > 1 else {}),
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            *own_mounts(),
+            *([_MEETING_MOUNT] if cluster.nodes > 1 else []),
+            *(_mounted(n, m) for n, m in enumerate(cluster.mounts)),
+        ],
+    }
+
+
+_MEETING_MOUNT = {
+    "name": "meeting",
+    "mountPath": f"{SECRETS_DIRECTORY}/meeting",
+    "readOnly": True,
+}
+
+
+def _environment(cluster: KubernetesSpec) -> list[Manifest]:
+    threads = max(1, int(quantity(cluster.cpu)) // cluster.processes_per_node)
+    variables = {
+        "HOME": "/tmp",
+        "TMPDIR": "/tmp",
+        "USER": "evenstep",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
+        "TRITON_CACHE_DIR": "/tmp/triton",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "WANDB_API_KEY_FILE": f"{SECRETS_DIRECTORY}/wandb/api-key",
+    }
+    if cluster.nodes > 1:
+        variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
+    if cluster.on_cpu:
+        variables["EVENSTEP_DEVICE"] = "cpu"
+    # What the user sets comes last and wins.
+    return [{"name": k, "value": v} for k, v in (variables | dict(cluster.env)).items()]
+
+
+def _resources(cluster: KubernetesSpec) -> Manifest:
+    resources = {"cpu": cluster.cpu, "memory": cluster.memory}
+    if not cluster.on_cpu:
+        resources[cluster.device] = str(cluster.processes_per_node)
+    return resources
+
+
+def own_mounts() -> list[Manifest]:
+    """Where a pod finds what every job has."""
+    return [
+        {"name": "runs", "mountPath": RUNS_DIRECTORY},
+        {"name": "spec", "mountPath": SPEC_DIRECTORY, "readOnly": True},
+        {"name": "scratch", "mountPath": "/tmp"},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        {"name": "wandb", "mountPath": f"{SECRETS_DIRECTORY}/wandb", "readOnly": True},
+    ]
+
+
+def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
+    shared = {"medium": "Memory", "sizeLimit": cluster.shared_memory}
+    # The file of a secret is for the group alone, which fsGroup makes the pod's.
+    key = {"secretName": cluster.wandb_secret, "optional": True, "defaultMode": 0o440}
+    own: list[Manifest] = [
+        {"name": "runs", "persistentVolumeClaim": {"claimName": claim_name(spec, cluster)}},
+        {"name": "spec", "configMap": {"name": spec.name}},
+        {"name": "scratch", "emptyDir": {"sizeLimit": cluster.scratch}},
+        {"name": "shared-memory", "emptyDir": shared},
+        {"name": "wandb", "secret": key},
+    ]
+    if cluster.nodes > 1:  # not optional: a pod waits for it, and none meets the others without it
+        meeting = {"secretName": meeting_secret_name(spec), "defaultMode": 0o440}
+        own.append({"name": "meeting", "secret": meeting})
+    return [*own, *({"name": f"mount-{n}", **_source(m)} for n, m in enumerate(cluster.mounts))]
+
+
+def _source(mount: MountSpec) -> Manifest:
+    if mount.claim is not None:
+        return {"persistentVolumeClaim": {"claimName": mount.claim}}
+    if mount.secret is not None:
+        return {"secret": {"secretName": mount.secret, "defaultMode": 0o440}}
+    return {"configMap": {"name": mount.config_map}}
+
+
+def _mounted(number: int, mount: MountSpec) -> Manifest:
+    only_read = mount.read_only or mount.claim is None
+    place = {"name": f"mount-{number}", "mountPath": mount.path}
+    return {**place, **({"readOnly": True} if only_read else {})}

@@ -1,0 +1,99 @@
+"""What a cluster would refuse, or what could not work on one, told before it is asked."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterable
+
+from launch.engines.kubernetes.pods import own_mounts, world_variables
+from service.basics.errors import SpecError
+from service.health.stop_budget import LEAST_SECONDS
+from service.plan.plan import make_plan
+from service.runs.directory import require_no_secret
+from service.spec.models import KubernetesSpec, Spec, quantity
+
+_MANY_ROWS = 1 << 60
+_QUANTITIES = ("cpu", "memory", "shared_memory", "scratch", "storage")
+_OF_THE_IMAGE = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/evenstep", "/proc", "/sys", "/usr")
+"""Without these nothing in it runs."""
+
+
+def check(spec: Spec, cluster: KubernetesSpec) -> None:
+    """Refuse what no cluster could run.
+
+    Raises:
+        SpecError: names the key, and what to write instead.
+    """
+    require_name(spec.name, cluster.nodes)
+    require_no_secret(spec)
+    _check_quantities(cluster)
+    _check_mounts(cluster)
+    _check_variables(cluster)
+    _check_grace(spec, cluster)
+    # Of more rows than there can be, what is refused is refused whatever their number.
+    processes = cluster.nodes * cluster.processes_per_node
+    make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
+
+
+def require_name(name: str, nodes: int) -> None:
+    """Refuse a name that no pod, host or Service could have.
+
+    Raises:
+        SpecError: says which names are good.
+    """
+    longest = 63 - len(f"-node-0-{nodes - 1}")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:longest].strip("-")
+        raise SpecError(
+            f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
+            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near or 'run'}."
+        )
+
+
+def _check_quantities(cluster: KubernetesSpec) -> None:
+    for name in _QUANTITIES:
+        if quantity(getattr(cluster, name)) == 0:
+            raise SpecError(f"kubernetes.{name}: must be more than 0.")
+
+
+def _check_mounts(cluster: KubernetesSpec) -> None:
+    taken = {mount["mountPath"]: "Evenstep's own" for mount in own_mounts()}
+    only_read = tuple(f"{mount['mountPath']}/" for mount in own_mounts() if "readOnly" in mount)
+    for number, mount in enumerate(cluster.mounts):
+        path = os.path.normpath("/" + mount.path.lstrip("/"))
+        # No place for a mount can be made in what can only be read.
+        if _hides_what_is_needed(path, taken) or path.startswith(only_read):
+            whose = taken.get(path, "the image's own or Evenstep's")
+            raise SpecError(
+                f"kubernetes.mounts.{number}.path: {path} is {whose}. Use another, such as "
+                f"/mnt/{mount.claim or mount.secret or mount.config_map}."
+            )
+        taken[path] = f"that of mounts.{number} already"
+
+
+def _hides_what_is_needed(path: str, taken: Iterable[str]) -> bool:
+    """Whether what the image or another mount has there would be covered by a mount at `path`."""
+    above = path.rstrip("/") + "/"
+    return any(f"{each}/".startswith(above) for each in (*taken, *_OF_THE_IMAGE))
+
+
+def _check_variables(cluster: KubernetesSpec) -> None:
+    own = {each["name"] for each in world_variables(cluster, address="")}
+    for name in cluster.env:
+        if name in own:
+            raise SpecError(
+                f"kubernetes.env.{name}: it follows from nodes, processes_per_node and port, "
+                "which are the place to change it. Leave it out here."
+            )
+
+
+def _check_grace(spec: Spec, cluster: KubernetesSpec) -> None:
+    budget = spec.faults.stop_budget_seconds
+    budget = LEAST_SECONDS if budget == "auto" else budget
+    if cluster.grace_seconds <= budget:
+        raise SpecError(
+            f"kubernetes.grace_seconds: a pod is killed {cluster.grace_seconds} s after it is "
+            f"asked to stop, but may take faults.stop_budget_seconds={budget:g} to save. Use "
+            f"{int(budget) + 60}, or a smaller budget."
+        )

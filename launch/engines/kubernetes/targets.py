@@ -1,0 +1,169 @@
+"""What runs the pods: a plain Indexed Job, a JobSet, or a Kubeflow TrainJob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from launch.engines.kubernetes.pods import Manifest, labels, pod_template, world_variables
+from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.spec.models import KubernetesSpec, Spec
+
+QUEUE = "kueue.x-k8s.io/queue-name"
+QUEUE_OF = "kueue.x-k8s.io/job-uid"
+"""The label by which Kueue's own object of a job is found."""
+GROUP = "node"
+"""The one Job in a JobSet, which is called <run>-node-0."""
+
+NEVER_AGAIN = sorted((WillFailAgain.exit_code, SpecError.exit_code))
+NOT_ITS_FAULT = sorted((Stopped.exit_code, PeerLost.exit_code))
+
+
+def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
+    """An Indexed Job, which any cluster from 1.31 on runs with nothing installed."""
+    several = cluster.nodes > 1
+    address = f"{spec.name}-0.{spec.name}" if several else None
+    world = world_variables(cluster, address=address)
+    template = pod_template(spec, cluster, container="trainer", world=world, subdomain=several)
+    content = {
+        **({"suspend": True} if cluster.queue else {}),
+        **_group(cluster),
+        "backoffLimitPerIndex": cluster.restarts,
+        "maxFailedIndexes": 0,
+        "podReplacementPolicy": "Failed",
+        "activeDeadlineSeconds": cluster.deadline_seconds,
+        "ttlSecondsAfterFinished": cluster.keep_seconds,
+        "podFailurePolicy": {"rules": _rules("trainer")},
+        "template": template,
+    }
+    return [_workload(spec, cluster, "batch/v1", "Job", content)], several
+
+
+def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
+    """A JobSet: its controller starts the whole group again, and makes the Service."""
+    address = f"{spec.name}-{GROUP}-0-0.{spec.name}" if cluster.nodes > 1 else None
+    world = world_variables(cluster, address=address)
+    template = pod_template(spec, cluster, container="trainer", world=world, subdomain=False)
+    content = {
+        **({"suspend": True} if cluster.queue else {}),
+        "ttlSecondsAfterFinished": cluster.keep_seconds,
+        **_job_set(cluster, "trainer", template, replicas=True),
+    }
+    return [_workload(spec, cluster, "jobset.x-k8s.io/v1alpha2", "JobSet", content)], False
+
+
+def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
+    """A TrainJob with a runtime of its own: the ones that ship have no shared memory, no
+    securityContext and no failure policy. The trainer sets the five variables itself."""
+    template = pod_template(spec, cluster, container="node", world=[], subdomain=False)
+    group = _job_set(cluster, "node", template, replicas=False)
+    step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    group["replicatedJobs"][0]["template"]["metadata"] = {"labels": step}
+    ml = {"numNodes": cluster.nodes, "torch": {}}
+    runtime = _workload(
+        spec,
+        cluster,
+        "trainer.kubeflow.org/v1alpha1",
+        "TrainingRuntime",
+        {"mlPolicy": ml, "template": {"spec": group}},
+    )
+    runtime["metadata"]["labels"] = {
+        **labels(spec),
+        "trainer.kubeflow.org/framework": "torch",
+    }
+    asked = {
+        **({"suspend": True} if cluster.queue else {}),
+        "runtimeRef": {
+            "apiGroup": "trainer.kubeflow.org",
+            "kind": "TrainingRuntime",
+            "name": spec.name,
+        },
+        "trainer": {"numNodes": cluster.nodes, "numProcPerNode": cluster.processes_per_node},
+    }
+    train_job = _workload(spec, cluster, "trainer.kubeflow.org/v1alpha1", "TrainJob", asked)
+    return [runtime, train_job], False
+
+
+TARGETS: dict[str, Callable[[Spec, KubernetesSpec], tuple[list[Manifest], bool]]] = {
+    "job": job,
+    "jobset": jobset,
+    "kubeflow": kubeflow,
+}
+"""Each gives the objects that run the pods, and whether they need a Service of ours."""
+
+
+def _workload(
+    spec: Spec, cluster: KubernetesSpec, version: str, kind: str, content: Manifest
+) -> Manifest:
+    place = {"namespace": cluster.namespace} if cluster.namespace else {}
+    queue = {QUEUE: cluster.queue} if cluster.queue and kind != "TrainingRuntime" else {}
+    metadata = {"name": spec.name, **place, "labels": {**labels(spec), **queue}}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": content}
+
+
+def _group(cluster: KubernetesSpec) -> Manifest:
+    return {
+        "completionMode": "Indexed",
+        "completions": cluster.nodes,
+        "parallelism": cluster.nodes,
+    }
+
+
+def _rules(container: str) -> list[Manifest]:
+    """What an exit code means to the Job controller; the first rule that fits counts."""
+    return [
+        {"action": "FailJob", "onExitCodes": _codes(container, NEVER_AGAIN)},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "Ignore", "onExitCodes": _codes(container, NOT_ITS_FAULT)},
+    ]
+
+
+def _codes(container: str, codes: list[int]) -> Manifest:
+    return {"containerName": container, "operator": "In", "values": codes}
+
+
+def _job_set(
+    cluster: KubernetesSpec, container: str, template: Manifest, *, replicas: bool
+) -> Manifest:
+    """One Job of all nodes that fails with its first pod, and what the set then does."""
+    never, not_its_fault = ("|".join(map(str, c)) for c in (NEVER_AGAIN, NOT_ITS_FAULT))
+    failed = [
+        {
+            "action": "FailJob",
+            "onExitCodes": _codes(container, sorted(NEVER_AGAIN + NOT_ITS_FAULT)),
+        },
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    group: Manifest = {
+        **_group(cluster),
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "activeDeadlineSeconds": cluster.deadline_seconds,
+        "podFailurePolicy": {"rules": failed},
+        "template": template,
+    }
+    return {
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+        "failurePolicy": {
+            "maxRestarts": cluster.restarts,
+            "rules": [
+                {
+                    "name": "neverAgain",
+                    "action": "FailJobSet",
+                    "onJobFailureReasons": ["PodFailurePolicy"],
+                    "onJobFailureMessagePatterns": [f".*exit code ({never}) .*"],
+                },
+                {
+                    "name": "notItsFault",
+                    "action": "RestartJobSetAndIgnoreMaxRestarts",
+                    "onJobFailureReasons": ["PodFailurePolicy"],
+                    "onJobFailureMessagePatterns": [
+                        f".*exit code ({not_its_fault}) .*",
+                        ".*condition DisruptionTarget .*",
+                    ],
+                },
+            ],
+        },
+        "replicatedJobs": [
+            {"name": GROUP, **({"replicas": 1} if replicas else {}), "template": {"spec": group}}
+        ],
+    }

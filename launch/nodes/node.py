@@ -1,0 +1,210 @@
+"""One node's part of a job on several: meet the others, run the local processes, part.
+
+`launch.processes.local` runs the processes of this node as it always does; what they must know
+of the other nodes travels with the job, as its `group`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Protocol
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
+from launch.environment import Group, Node, meeting_secret
+from launch.nodes.handshake import Introduction
+from launch.nodes.rendezvous import Company, host, is_loopback, join
+from launch.processes.echo import echoed
+from launch.processes.signals import heard
+from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
+from service.runs.directory import RunDirectory
+from service.spec.files import dump_spec
+
+MEETING_SECONDS = 600
+_PATIENCE_SECONDS = 10.0
+"""What the local processes have to notice by themselves that a node is gone: then each of them
+says so in its own words and ends in order."""
+
+
+class _Job(Protocol):
+    """As much of `launch.rank.job.Job` as can be known without torch."""
+
+    spec: Any
+    runs: Any
+    fresh: bool
+
+
+def run_node(job: Any, node: Node, *, processes: int) -> int:
+    """Run this node's processes among those of all nodes; the exit code of this node.
+
+    Raises:
+        SpecError: the nodes disagree, the port is taken, or an interface does not exist.
+        PeerLost: they did not all come, or one of them went away.
+        Stopped: it was asked to stop before it had begun.
+    """
+    check_interfaces()
+    if _is_done(job):
+        _say(f"Nothing to do: {job.runs / job.spec.name} is done.")
+        return 0
+    with _stop_raises():
+        company, group, store = _meet(job, node, processes)
+        take_interface(company.own_address)
+        watch = _Watch(company)
+        from launch.processes.local import run_locally
+
+        code, first = 1, node.index * processes
+        ranks = [rank for rank in range(first, first + processes) if rank]
+        try:
+            with echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say):
+                ended = run_locally(
+                    replace(job, group=group),
+                    processes=processes,
+                    node_lost=lambda: company.lost_time,
+                )
+                code = watch.outcome(ended)
+        except EvenstepError as error:
+            code = error.exit_code
+            raise
+        finally:
+            company.part(code)
+            del store  # node 0's own, and the others' way to each other until here
+        return code
+
+
+def _meet(job: _Job, node: Node, processes: int) -> tuple[Company, Group, object]:
+    digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
+    own = Introduction(node.index, node.nodes, processes, digest)
+    cluster = job.spec.kubernetes
+    seconds = cluster.meeting_seconds if cluster else MEETING_SECONDS
+    secret = meeting_secret()
+    if not secret and not is_loopback(node.address):
+        _say(_OPEN.format(port=node.port))
+    _say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
+    place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": secret}
+    if node.index == 0:
+        company = host(own, **place, seconds=seconds, say=_say)
+        store, address, port = _store(company.own_address)
+        company.begin(address, port)
+    else:
+        store = None
+        company, (address, port) = join(own, **place, seconds=seconds, say=_say)
+    return company, Group(node.index, node.nodes, processes, address, port), store
+
+
+_OPEN = (
+    "WARNING: no secret is given, so whoever reaches port {port} of node 0 can take a node's seat. "
+    "Give all nodes the same one: EVENSTEP_SECRET_FILE=<a file>, made by `openssl rand -hex 32`."
+)
+
+
+def _store(address: str) -> tuple[object, str, int]:
+    """The store through which the processes of all nodes find each other, and where it listens.
+
+    It is new with every meeting, on a port that only those who met are told, and on the interface
+    by which they met.
+    """
+    from launch.rank.store import own_store
+
+    store = own_store(address)
+    return store, address, store.port
+
+
+class _Watch:
+    """Ends the local processes when a node is gone and they do not end by themselves."""
+
+    def __init__(self, company: Company) -> None:
+        self._company = company
+        self._over = threading.Event()
+        self._killed = False
+        company.watch(self._when_lost)
+
+    def outcome(self, code: int) -> int:
+        """The exit code of this node, from that of its processes."""
+        self._over.set()
+        code = PeerLost.exit_code if self._killed else code
+        if code == PeerLost.exit_code and self._company.lost is not None:
+            _say(self._company.lost)
+        return code
+
+    def _when_lost(self) -> None:
+        if self._over.wait(_PATIENCE_SECONDS):
+            return
+        self._killed = True
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+
+
+@contextmanager
+def _stop_raises() -> Iterator[None]:
+    """As process 1 of a pod, which ignores every signal that it has not asked for.
+
+    While the local processes run, `launch.processes.local` has its own handler in this one's place.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Stopped(f"Stopped by {name} before training began; nothing has changed.")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    if heard.requested:  # while this was being loaded
+        stop(signal.SIGTERM, None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_done(job: _Job) -> bool:
+    """Whether a pod that comes late finds the run finished, and its peers gone for good."""
+    directory = RunDirectory(job.runs / job.spec.name)
+    if job.fresh or not directory.facts.exists():
+        return False
+    return bool(directory.read_facts()["state"] == "done")
+
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def check_interfaces() -> None:
+    """Refuse the name of a network interface that this machine does not have.
+
+    Raises:
+        SpecError: names the variable, and the interfaces there are.
+    """
+    own = sorted(psutil.net_if_addrs())
+    for variable in _INTERFACES:
+        asked = os.environ.get(variable, "")
+        if not asked or asked.startswith("^"):
+            continue
+        exact = asked.startswith("=") or variable == "GLOO_SOCKET_IFNAME"
+        names = asked.removeprefix("=").split(",")
+        if not any(n == name or (not exact and n.startswith(name)) for n in own for name in names):
+            raise SpecError(
+                f"{variable}={asked}: this machine has no such network interface, but "
+                f"{', '.join(own)}. Leave it out: the one by which the nodes meet is taken."
+            )
+
+
+def take_interface(address: str) -> None:
+    """Let gloo and NCCL use the interface by which the nodes met, unless the user chose another.
+
+    By itself gloo may choose loopback, and NCCL an interface by which the nodes do not reach each
+    other. NCCL takes a name for a prefix (`eth1` would allow `eth10`) unless it begins with `=`.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in {each.address.partition("%")[0] for each in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+            return
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,551 @@
+"""Where the nodes of a job meet before they train, and hold on to each other while they do.
+
+Node 0 listens, the others come and prove that they hold the job's secret
+(`launch.nodes.handshake`). When all are there, node 0 tells them where its store is, and stops
+listening: whoever comes later, a pod that replaces a lost one, finds a closed door until there is
+a new meeting, and so can never join one that is breaking up. The connections stay: one that ends
+without a farewell is a node that is gone, which a GPU library alone might notice after many
+minutes.
+
+Whoever else comes is dropped and counted, and holds up nobody: all connections are read in one
+loop, each has a few seconds and a few bytes to say who it is, and is never waited for. No torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
+from launch.nodes.handshake import (
+    LINE_BYTES,
+    Doorkeeper,
+    Foreign,
+    Introduction,
+    Lines,
+    Seal,
+    answered,
+)
+from service.basics.errors import PeerLost, SpecError
+
+_CONNECT_SECONDS = 5.0
+_INTRODUCTION_SECONDS = 10.0
+"""What a connection may take to say who it is."""
+_SEND_SECONDS = 5.0
+_POLL_SECONDS = 0.25
+_TELL_AFTER_SECONDS = 10.0
+_FAREWELL_SECONDS = 30.0
+_ACCEPTED_AT_ONCE = 256
+_MOST_UNKNOWN = 4096
+_SPARE_FILES = 64
+GOOD_ENDS = (0, 75)
+"""With these a node has not failed: it is done, or stopped as all of them are stopping."""
+
+
+@dataclass
+class Friend:
+    """The connection to another node."""
+
+    index: int
+    connection: socket.socket
+    address: str
+    seal: Seal
+    lines: Lines = field(default_factory=Lines)
+
+    def __post_init__(self) -> None:
+        self.connection.settimeout(_SEND_SECONDS)
+        _keep_alive(self.connection)
+
+    def say(self, message: dict[str, Any]) -> bool:
+        """Send it; False when the other end is gone."""
+        try:
+            self.connection.sendall(self.seal.sealed(message))
+        except OSError:
+            return False
+        return True
+
+    def hear(self) -> list[dict[str, Any]] | None:
+        """The messages that have come, once there is something to read; None: it is gone."""
+        try:
+            piece = self.connection.recv(LINE_BYTES)
+            return [self.seal.opened(line) for line in self.lines.fed(piece)] if piece else None
+        except TimeoutError:
+            return []
+        except (OSError, Foreign):
+            return None
+
+    def hang_up(self) -> None:
+        """Let the other end see that this one leaves; a message of its own can still be read."""
+        with suppress(OSError):  # it was faster
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class Company:
+    """The other nodes, as long as the job runs: on node 0 all of them, elsewhere node 0 alone."""
+
+    def __init__(self, friends: list[Friend]) -> None:
+        self.friends = friends
+        self.lost: str | None = None
+        """Who went away first, in words."""
+        self.lost_time: float | None = None
+        """When that was noticed, in seconds since the epoch."""
+        self._gone = threading.Event()
+        self._ends: set[int] = set()
+
+    @property
+    def own_address(self) -> str:
+        """This machine's, on the interface by which the others are reached."""
+        return str(self.friends[0].connection.getsockname()[0]).removeprefix("::ffff:")
+
+    def begin(self, store_address: str, store_port: int) -> None:
+        """Node 0: tell all of them where the store is.
+
+        Raises:
+            PeerLost: one of them has left meanwhile.
+        """
+        for friend in self.friends:
+            if not friend.say({"store": store_port, "address": store_address}):
+                raise PeerLost(_loss(friend, None))
+
+    def watch(self, when_lost: Callable[[], None]) -> None:
+        """From one other thread, call `when_lost` once when a node goes away or fails."""
+        threading.Thread(target=self._follow, args=(when_lost,), daemon=True).start()
+
+    def part(self, code: int) -> None:
+        """Say with which exit code this node ends, and wait until the others have ended as well.
+
+        Node 0's store must outlive the processes that look at it; and they wait for no one
+        whose end was not a good one.
+        """
+        for friend in self.friends:
+            friend.say({"end": code})
+        if code in GOOD_ENDS and self.lost is None:
+            self._gone.wait(_FAREWELL_SECONDS)
+        for friend in self.friends:
+            friend.close()
+
+    def _follow(self, when_lost: Callable[[], None]) -> None:
+        """Until each has said its farewell, or the first is lost."""
+        with selectors.DefaultSelector() as events:
+            for friend in self.friends:
+                events.register(friend.connection, selectors.EVENT_READ, friend)
+            while len(self._ends) < len(self.friends):
+                for key, _ in events.select():
+                    friend = key.data
+                    heard = friend.hear()
+                    if heard == []:
+                        continue
+                    end = heard[0].get("end") if heard else None
+                    events.unregister(friend.connection)
+                    if end not in GOOD_ENDS:
+                        self._lose(friend, end, when_lost)
+                        return
+                    self._ends.add(friend.index)
+        self._gone.set()
+
+    def _lose(self, friend: Friend, end: Any, when_lost: Callable[[], None]) -> None:
+        self.lost, self.lost_time = _loss(friend, end), time.time()
+        self._gone.set()
+        for other in self.friends:  # they know of each other through node 0 alone
+            other.hang_up()
+        when_lost()
+
+
+# ---- node 0
+
+
+def host(
+    own: Introduction,
+    *,
+    port: int,
+    seconds: float,
+    say: Callable[[str], None],
+    secret: bytes = b"",
+    address: str = "",
+) -> Company:
+    """Node 0: wait until all the others are there. They then wait for `Company.begin`.
+
+    Args:
+        secret: what every node must prove to know; empty: whoever speaks as a node is one.
+        address: by which the others find this node; it listens there alone where it can tell.
+    Raises:
+        SpecError: the port is taken, or the nodes disagree on what they are to run.
+        PeerLost: not all of them came in time.
+    """
+    waiting = _Patience(seconds, say)
+    with _listen(_own_interface(address), port) as door, selectors.DefaultSelector() as events:
+        hall = _Hall(own, secret, door, events, say)
+        while len(hall.friends) < own.nodes - 1:
+            reason = hall.missing(port)
+            if not waiting.goes_on(
+                f"{reason}. Look at its pod: is it scheduled, is its image there"
+            ):
+                hall.close()
+                raise PeerLost(f"After {seconds:g} s {reason}.")
+            hall.look()
+        hall.send_away()
+    return Company([hall.friends[index] for index in sorted(hall.friends)])
+
+
+@dataclass
+class _Unknown:
+    """A connection that has not said yet who it is."""
+
+    connection: socket.socket
+    address: str
+    doorkeeper: Doorkeeper
+    until: float
+    lines: Lines = field(default_factory=Lines)
+
+
+class _Hall:
+    """All who have come to node 0, in one loop: nodes that wait, and those who are yet unknown."""
+
+    def __init__(
+        self,
+        own: Introduction,
+        secret: bytes,
+        door: socket.socket,
+        events: selectors.BaseSelector,
+        say: Callable[[str], None],
+    ) -> None:
+        self._own, self._secret, self._say = own, secret, say
+        self._door, self._events = door, events
+        self._most_unknown = _room_for(own.nodes)
+        self._unknown: dict[socket.socket, _Unknown] = {}  # the first to come is the first in it
+        self.friends: dict[int, Friend] = {}
+        self.strangers = 0
+        """How many were dropped."""
+        door.setblocking(False)
+        events.register(door, selectors.EVENT_READ)
+
+    def missing(self, port: int) -> str:
+        """Who has not come, in words."""
+        missing = [str(n) for n in range(1, self._own.nodes) if n not in self.friends]
+        several = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        told = f"node {', '.join(missing[:8])}{several} of {self._own.nodes} did not come to port "
+        dropped = f" ({self.strangers} others came, without its secret)" if self.strangers else ""
+        return f"{told}{port}{dropped}"
+
+    def look(self) -> None:
+        """Hear whoever has something to say, for a moment."""
+        for key, _ in self._events.select(_POLL_SECONDS):
+            if key.fileobj is self._door:
+                self._let_in()
+            elif isinstance(key.data, Friend):
+                # A friend that waits can say one thing, that it leaves.
+                self._forget(key.data)
+            elif key.fileobj in self._unknown:  # else it was dropped in this very round
+                self._hear(key.data)
+        now = time.monotonic()
+        while self._unknown and next(iter(self._unknown.values())).until < now:
+            self._drop(next(iter(self._unknown.values())))
+
+    def close(self) -> None:
+        """Send everybody away."""
+        self.send_away()
+        for friend in self.friends.values():
+            friend.close()
+
+    def send_away(self) -> None:
+        """Close what is still unknown: there is no seat left."""
+        for unknown in list(self._unknown.values()):
+            self._drop(unknown)
+        if self.strangers > 1:
+            self._say(f"{self.strangers} connections came that were no node's; they were dropped.")
+
+    def _let_in(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                connection, address = self._door.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._unknown:
+                    self._drop(next(iter(self._unknown.values())))
+                    continue
+                return  # it went away again
+            if len(self._unknown) >= self._most_unknown:
+                self._drop(next(iter(self._unknown.values())))
+            connection.setblocking(False)
+            unknown = _Unknown(
+                connection,
+                str(address[0]).removeprefix("::ffff:"),
+                Doorkeeper(self._secret),
+                time.monotonic() + _INTRODUCTION_SECONDS,
+            )
+            self._unknown[connection] = unknown
+            self._events.register(connection, selectors.EVENT_READ, unknown)
+            try:
+                connection.send(unknown.doorkeeper.challenge())
+            except OSError:
+                self._drop(unknown)
+
+    def _hear(self, unknown: _Unknown) -> None:
+        try:
+            piece = unknown.connection.recv(LINE_BYTES)
+            lines = unknown.lines.fed(piece)
+            if not piece or len(lines) > 1:
+                raise Foreign("it left, or said too much")
+            if not lines:
+                return
+            other, seal = unknown.doorkeeper.introduced(lines[0])
+        except BlockingIOError:
+            return
+        except (OSError, Foreign):
+            self._drop(unknown)
+            return
+        self._welcome(unknown, other, seal)
+
+    def _welcome(self, unknown: _Unknown, other: Introduction, seal: Seal) -> None:
+        self._release(unknown)
+        friend = Friend(other.index, unknown.connection, unknown.address, seal)
+        difference = _difference(self._own, other)
+        if difference is not None:
+            for each in [friend, *self.friends.values()]:
+                each.say({"refused": difference})
+                each.close()
+            self.friends.clear()
+            self.close()
+            raise SpecError(difference)
+        if not 0 < other.index < self._own.nodes:
+            friend.close()
+            self._count(unknown)
+            return
+        if other.index in self.friends:  # who comes again has died
+            self._forget(self.friends[other.index])
+        self.friends[other.index] = friend
+        self._events.register(friend.connection, selectors.EVENT_READ, friend)
+
+    def _forget(self, friend: Friend) -> None:
+        if self.friends.get(friend.index) is friend:
+            self._events.unregister(friend.connection)
+            self.friends.pop(friend.index).close()
+
+    def _release(self, unknown: _Unknown) -> None:
+        self._events.unregister(unknown.connection)
+        del self._unknown[unknown.connection]
+
+    def _drop(self, unknown: _Unknown) -> None:
+        self._release(unknown)
+        unknown.connection.close()
+        self._count(unknown)
+
+    def _count(self, unknown: _Unknown) -> None:
+        self.strangers += 1
+        if self.strangers == 1:
+            self._say(
+                f"A connection from {unknown.address} did not show in time that it is a node of "
+                "this job, with its secret; it was dropped. More of them are only counted."
+            )
+
+
+def _room_for(nodes: int) -> int:
+    """How many connections may be unknown at a time; lets this process have more files if need be.
+
+    Raises:
+        SpecError: not even the nodes would have room.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = psutil.Process().num_fds() + nodes + _SPARE_FILES
+    wanted = needed + min(nodes + _SPARE_FILES, _MOST_UNKNOWN)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = _MOST_UNKNOWN if soft == resource.RLIM_INFINITY else soft - needed
+    if room < 1:
+        raise SpecError(
+            f"PET_NNODES={nodes}: node 0 needs a connection to each, and may open {soft} files "
+            f"(ulimit -Hn). Let it open {wanted}."
+        )
+    return min(room, _MOST_UNKNOWN)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, as it is written, means this machine alone."""
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _own_interface(address: str) -> str:
+    """Where node 0 listens: at its address among this machine's own; empty: everywhere.
+
+    What its name means on this machine may be loopback, by /etc/hosts, where others find it by
+    another: so that counts only where loopback is what was written.
+    """
+    if is_loopback(address):
+        return "127.0.0.1" if address == "localhost" else address
+    try:
+        found = [str(info[4][0]) for info in socket.getaddrinfo(address or None, 0)]
+    except OSError:
+        return ""  # its name may come later than it does
+    own = {each.address for interface in psutil.net_if_addrs().values() for each in interface}
+    return next((each for each in found if each in own and not is_loopback(each)), "")
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    both = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address, port), family=family, dualstack_ipv6=both, backlog=_MOST_UNKNOWN
+        )
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise SpecError(
+            f"PET_MASTER_PORT: another program listens on port {port} of this machine. Choose "
+            "another: kubernetes.port in the spec."
+        ) from error
+
+
+# ---- any other node
+
+
+def join(
+    own: Introduction,
+    *,
+    address: str,
+    port: int,
+    seconds: float,
+    say: Callable[[str], None],
+    secret: bytes = b"",
+) -> tuple[Company, tuple[str, int]]:
+    """Any other node: find node 0, and wait with it for the rest; and where its store is.
+
+    Raises:
+        SpecError: the nodes disagree on what they are to run.
+        PeerLost: node 0 was not found, or did not begin, in time.
+    """
+    waiting = _Patience(seconds, say)
+    reason = ""
+    while waiting.goes_on(reason):
+        try:
+            connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
+        except OSError as error:
+            reason = _unreachable(address, port, error)
+            time.sleep(_POLL_SECONDS)
+            continue
+        connection.settimeout(max(0.1, min(_INTRODUCTION_SECONDS, waiting.left)))
+        friend = _introduce(own, secret, connection, address)
+        if friend is not None:
+            answer = _heard(friend, waiting)
+            if answer and "refused" in answer:
+                friend.close()
+                raise SpecError(str(answer["refused"]))
+            if answer and "store" in answer:
+                return Company([friend]), (str(answer["address"]), int(answer["store"]))
+            friend.close()
+        reason = (
+            f"node 0 at {address}:{port} closed the connection before all nodes were there. It "
+            "left, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
+        )
+        time.sleep(_POLL_SECONDS)
+    raise PeerLost(f"After {seconds:g} s {reason}.")
+
+
+def _introduce(
+    own: Introduction, secret: bytes, connection: socket.socket, address: str
+) -> Friend | None:
+    """Answer node 0's challenge; None where what listens there is not node 0."""
+    lines = Lines()
+    first: list[bytes] = []
+    try:
+        while not first:
+            piece = connection.recv(LINE_BYTES)
+            if not piece:
+                raise Foreign("it closed")
+            first = lines.fed(piece)
+        answer, seal = answered(first[0], own, secret)
+        connection.sendall(answer)
+    except (OSError, Foreign):
+        connection.close()
+        return None
+    return Friend(0, connection, address, seal, lines)
+
+
+def _heard(friend: Friend, waiting: _Patience) -> dict[str, Any] | None:
+    """What node 0 says when all are there; None when it leaves, or time is up."""
+    with selectors.DefaultSelector() as events:
+        events.register(friend.connection, selectors.EVENT_READ)
+        while waiting.left:
+            if not events.select(waiting.left):
+                break
+            heard = friend.hear()
+            if heard is None:
+                break
+            if heard:
+                return heard[0]
+    return None
+
+
+class _Patience:
+    """A deadline, and one line for the log when it takes its time."""
+
+    def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
+        self._began = time.monotonic()
+        self._seconds = seconds
+        self._say: Callable[[str], None] | None = say
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self._began + self._seconds - time.monotonic())
+
+    def goes_on(self, reason: str) -> bool:
+        if self._say and reason and self._seconds - self.left > _TELL_AFTER_SECONDS:
+            self._say(f"Waiting: {reason}.")
+            self._say = None
+        return self.left > 0
+
+
+def _difference(own: Introduction, other: Introduction) -> str | None:
+    for name, what in (("nodes", "PET_NNODES"), ("processes", "PET_NPROC_PER_NODE")):
+        ours, theirs = getattr(own, name), getattr(other, name)
+        if ours != theirs:
+            return (
+                f"{what} is {ours} on node 0 and {theirs} on node {other.index}: make them equal."
+            )
+    if own.spec != other.spec:
+        return f"Node {other.index} has another spec than node 0: start all of them with one."
+    return None
+
+
+def _unreachable(address: str, port: int, error: OSError) -> str:
+    """Why node 0 cannot be spoken to, and what to look at."""
+    if isinstance(error, socket.gaierror):
+        return (
+            f"node 0's name {address} is not known ({error.strerror}). It is once its pod has an "
+            "address; if it stays so, look for the headless Service with "
+            "publishNotReadyAddresses and for the Job's subdomain"
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return f"node 0 does not listen at {address}:{port}; look at its pod's log"
+    return (
+        f"node 0 does not answer at {address}:{port} ({error.strerror or error}); if its pod "
+        "runs, look at the NetworkPolicy"
+    )
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice within half a minute that a machine has lost its power, too."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):  # under other names, or not at all, outside Linux
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _loss(friend: Friend, end: Any) -> str:
+    if isinstance(end, int):
+        return f"Node {friend.index} ({friend.address}) has ended with exit code {end}."
+    return f"Node {friend.index} ({friend.address}) is gone."

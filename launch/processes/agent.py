@@ -1,0 +1,345 @@
+"""torch's elastic agent over processes of our own: forked warm, bound to us, ended in time.
+
+The agent keeps what it is good at: the ranks and their environment. Its own way with functions
+(`LocalElasticAgent`) is replaced, because it waits 30 s for a frozen process whatever it is told,
+and for ever where a process is killed in its last moment. So is its rendezvous: the dynamic one
+listens on all interfaces and unpickles what lies in its store, so whoever reached the port ran
+code as this user. The one here is static, and the agent itself reads nothing from the store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+from launch.environment import RUN_OF_STORE
+from launch.rank.store import own_store
+from service.basics.errors import EvenstepError, Stopped
+from service.health.stop_request import StopRequest
+
+PEERS_LEAVE_SECONDS = 5.0
+"""After one process has failed the others notice it at once; one that cannot is killed then."""
+_LOOK_SECONDS = 0.02
+_PR_SET_CHILD_SUBREAPER = 36
+_SERVER_LOST = 255  # what multiprocessing says of a process whose fork server is gone
+
+
+class NotStarted(EvenstepError):
+    """A process could not be forked."""
+
+
+@dataclass
+class Rank:
+    """One process of the group."""
+
+    number: int
+    process: BaseProcess
+    ended: int | None = None
+    """Its exit code; minus the number of the signal that ended it."""
+    ended_time: float = 0.0
+    """When that was noticed, in seconds since the epoch."""
+    ended_by_us: bool = False
+
+    @property
+    def killed_by(self) -> int | None:
+        """The signal that ended it, unless that came from its launcher."""
+        if self.ended == _SERVER_LOST:
+            return int(signal.SIGKILL)
+        return -self.ended if self.ended and self.ended < 0 and not self.ended_by_us else None
+
+
+class _Static(RendezvousHandler):
+    """The rendezvous of one node's processes: a store on loopback, and nothing to agree on."""
+
+    def __init__(self) -> None:
+        self._run_id = f"evenstep-{uuid.uuid4().hex}"  # a restarted rank must not meet a dead one
+        self._store = own_store("127.0.0.1")
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def get_backend(self) -> str:
+        return "evenstep"
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        place = RendezvousStoreInfo(self._store.host, self._store.port)
+        return RendezvousInfo(self._store, 0, 1, place)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nobody else could come."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+class Agent(SimpleElasticAgent):
+    """One attempt at the job: a fresh rendezvous and `processes` ranks, from their start to end."""
+
+    def __init__(
+        self,
+        entry: Callable[..., None],
+        *arguments: object,
+        processes: int,
+        stop: StopRequest,
+        stop_budget_seconds: Callable[[], float],
+        first: int = 0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest.
+
+        `variables` are part of each rank's environment, beside those that tell it its place.
+        `stop_budget_seconds` is asked when a request to stop has come: by then saves were measured.
+        """
+        handler = _Static()
+        super().__init__(
+            WorkerSpec(
+                role="rank",
+                local_world_size=processes,
+                entrypoint=entry,
+                args=arguments,
+                rdzv_handler=handler,
+                max_restarts=0,
+                monitor_interval=_LOOK_SECONDS,
+                local_addr="localhost",
+            )
+        )
+        self._handler = handler
+        self._entry = entry
+        self._first = first
+        self._variables = dict(variables or {})
+        self._stop = stop
+        self._stop_budget = stop_budget_seconds
+        self.stop_budget_seconds = math.inf
+        """What the ranks were given to stop, once they were asked to."""
+        self._forwarded = False
+        self._failed = False
+        self._deadline: float | None = None
+        self.ranks: list[Rank] = []
+        """In the order in which they were started, so by number."""
+        self.first_ended: list[Rank] = []
+        """In the order in which they ended."""
+        self.overran = False
+        """Whether ranks that were asked to stop had to be killed."""
+
+    def run_once(self) -> None:
+        """Return when every rank has ended, and nothing that they started is left."""
+        try:
+            self.run()
+        finally:
+            self._shutdown()
+            self._handler.shutdown()
+
+    # ---- what torch's agent would ask of its store, in which a stranger may have written
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        count = spec.local_world_size
+        return [Worker(n, n, n, count, count) for n in range(count)]
+
+    def _exit_barrier(self) -> None:
+        """Nobody is waited for: the other nodes part by `launch.nodes.rendezvous`."""
+
+    # ---- what torch's agent asks of its processes
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        context = multiprocessing.get_context("forkserver")
+        spec = worker_group.spec
+        for worker in worker_group.workers:
+            environment = self._variables | _environment(worker, worker_group)
+            process = context.Process(target=self._entry, args=(environment, *spec.args))
+            try:
+                process.start()
+            except (
+                EOFError,
+                OSError,
+            ) as error:  # the fork server has ended of it
+                raise NotStarted(
+                    f"rank {self._first + worker.global_rank} could not be started: this machine "
+                    "lets no further process begin. Its memory or the number of processes "
+                    "(ulimit -u, a container's pids) is used up."
+                ) from error
+            self.ranks.append(Rank(self._first + worker.global_rank, process))
+        return {local: rank.process.pid for local, rank in enumerate(self.ranks)}
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        reap_strangers()
+        alive = self._look()
+        if alive:
+            self._hurry(alive)
+            return RunResult(WorkerState.HEALTHY)
+        if any(rank.ended for rank in self.ranks):
+            return RunResult(WorkerState.FAILED)
+        return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(range(len(self.ranks))))
+
+    def _stop_workers(self, worker_group: WorkerGroup, *_: Any) -> None:
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 0) -> None:
+        for rank in self._look():
+            rank.ended_by_us = True
+            rank.process.kill()
+        for rank in self.ranks:
+            rank.process.join()
+        self._look()
+        end_strangers()
+
+    # ---- how they end
+
+    def _look(self) -> list[Rank]:
+        """The ranks that are still alive; the codes of the others are noted."""
+        alive = []
+        for rank in self.ranks:
+            if rank.ended is None:
+                rank.ended = rank.process.exitcode
+                if rank.ended is None:
+                    alive.append(rank)
+                else:
+                    rank.ended_time = time.time()
+                    self.first_ended.append(rank)
+        return alive
+
+    def _hurry(self, alive: list[Rank]) -> None:
+        """Hand on a request to stop, once; kill who has not followed it or its peers in time."""
+        now = time.monotonic()
+        if self._stop.requested and not self._forwarded:
+            self._forwarded = True
+            self.stop_budget_seconds = self._stop_budget()
+            self._deadline = self._deadline or now + self.stop_budget_seconds
+            for rank in alive:
+                os.kill(rank.process.pid or 0, signal.SIGTERM)
+            print(
+                f"{self._stop.signal_name}: saving the state after the step that is under way; "
+                "Ctrl-C ends at once.",
+                file=sys.stderr,
+                flush=True,
+            )
+        failed = any(rank.ended not in (None, 0, Stopped.exit_code) for rank in self.ranks)
+        if failed and not self._failed:
+            # Also while they stop: with one of them gone, the others have nothing to agree on.
+            self._failed = True
+            self._deadline = min(now + PEERS_LEAVE_SECONDS, self._deadline or math.inf)
+        if self._deadline is not None and now > self._deadline:
+            self.overran = self._forwarded and not self._failed
+            for rank in alive:
+                rank.ended_by_us = True
+                rank.process.kill()
+            if now > self._deadline + PEERS_LEAVE_SECONDS:
+                end_server()  # it stands still: it alone can tell that they are gone
+
+
+def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
+    """What torchrun tells a process of its place."""
+    spec = group.spec
+    return {
+        "RANK": str(worker.global_rank),
+        "LOCAL_RANK": str(worker.local_rank),
+        "WORLD_SIZE": str(worker.world_size),
+        "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+        "GROUP_RANK": str(group.group_rank),
+        "GROUP_WORLD_SIZE": str(group.group_world_size),
+        "ROLE_RANK": str(worker.role_rank),
+        "ROLE_WORLD_SIZE": str(worker.role_world_size),
+        "ROLE_NAME": spec.role,
+        "MASTER_ADDR": str(group.master_addr),
+        "MASTER_PORT": str(group.master_port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+        RUN_OF_STORE: spec.rdzv_handler.get_run_id(),
+        "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+
+
+# ---- processes that ranks leave behind: data-loader workers, wandb's core
+
+
+def adopt_strangers() -> None:
+    """Become the parent of whatever a rank leaves behind, as PID 1 of a container is anyway."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_strangers() -> None:
+    """Let every adopted process that has ended go, so that none stays as a zombie."""
+    ours = _our_own()
+    for process in _children():
+        if process not in ours:
+            _reap(process, os.WNOHANG)
+
+
+def end_strangers() -> None:
+    """Kill what the ranks have left behind."""
+    ours = _our_own()
+    for process in _children():
+        if process not in ours:
+            os.kill(process, signal.SIGKILL)  # a child, reaped by nobody else: it cannot be gone
+            _reap(process, 0)
+
+
+def end_server() -> None:
+    """Kill the fork server, and so every process that it has started."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is not None:
+        os.kill(server, signal.SIGKILL)  # a child that nobody reaps here: it cannot be another's
+
+
+def _reap(process: int, options: int) -> None:
+    os.waitpid(process, options)
+
+
+def _our_own() -> set[int | None]:
+    from multiprocessing import forkserver, resource_tracker
+
+    return {
+        forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+    }
+
+
+def _children() -> Iterator[int]:
+    """The processes whose parent is this one."""
+    if sys.platform != "linux":
+        return
+    for task in Path("/proc/self/task").iterdir():
+        children = task / "children"
+        if children.exists():
+            yield from map(int, children.read_text().split())

@@ -1,0 +1,349 @@
+"""N processes on this machine through torch's elastic agent; the root cause's code comes out."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from launch.environment import launched
+from launch.processes.signals import STARTED, heard
+from launch.processes.terminal import outlive_readers, require_reader
+from launch.processes.warm_start import begin_server, collect_garbage, set_since
+from launch.rank.exit import leave
+from launch.rank.job import TestJob
+from service.basics.atomic_files import make_directory, replace_unsynced, told_of
+from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.health.heartbeat import Pulse
+from service.health.stop_budget import budget_seconds
+from service.health.stop_request import StopRequest, die_with_parent, stop_on_signals
+from service.runs.directory import RunDirectory, read_beat
+from service.runs.failure_reports import write_failure
+
+if TYPE_CHECKING:
+    from launch.processes.agent import Agent
+
+STOPPED, PEER_LOST = Stopped.exit_code, PeerLost.exit_code
+# Starting again cannot change these.
+FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
+# Open files of the launcher, or of a process with a connection to each of the others.
+_FILES, _FILES_A_PROCESS = 64, 4
+_LAST_WORDS = 4000  # characters of the output of a process that crashed
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one process ended, as it said itself."""
+
+    rank: int
+    code: int
+    message: str
+    time: float
+    trace: str = ""
+    said: bool = False
+    """Whether the process has told it on the terminal itself."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended as it did."""
+
+    code: int
+    told: str = ""
+    """For a person; empty where rank 0 has said it already."""
+    rank: int | None = None
+    """The rank it began with, where it was one."""
+
+
+NodeLost = Callable[[], float | None]
+"""When another node was lost, in seconds since the epoch; None while all of them are there."""
+
+
+def run_locally(
+    job: Any,
+    *,
+    processes: int,
+    max_restarts: int = 0,
+    elastic: bool = False,
+    node_lost: NodeLost = lambda: None,
+) -> int:
+    """Run the job in `processes` processes; the exit code of the whole.
+
+    The processes are forked from a server that has torch imported, which saves each of them
+    the import, and again at every restart. Signals reach them through this launcher alone.
+
+    Args:
+        max_restarts: how often all of them are started again after a failure.
+        elastic: go on with one process fewer each time.
+    Raises:
+        SpecError: so many processes cannot be started here.
+    """
+    _require_files(processes)
+    with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
+        try:
+            _get_ready()
+            return _attempts(job, processes, max_restarts, elastic, stop, Path(notes), node_lost)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def _attempts(
+    job: Any,
+    processes: int,
+    max_restarts: int,
+    elastic: bool,
+    stop: StopRequest,
+    notes: Path,
+    node_lost: NodeLost,
+) -> int:
+    started = STARTED
+    for restart in range(max_restarts + 1):
+        if stop.requested:
+            when = "before the first step" if restart == 0 else "before it was started again"
+            print(f"Stopped by {stop.signal_name} {when}.", file=sys.stderr, flush=True)
+            return STOPPED
+        before = job.run_id() if max_restarts else None
+        cause = _attempt(job, processes, stop, notes / str(restart), started, node_lost)
+        started = time.time()
+        if cause.told:
+            print(cause.told, file=sys.stderr, flush=True)
+        if cause.code in FINAL or restart == max_restarts:
+            return cause.code
+        if stop.requested:
+            continue
+        processes = max(1, processes - 1) if elastic else processes
+        job = job.again(before)
+        print(
+            f"Starting again on {processes} {'process' if processes == 1 else 'processes'} from "
+            f"the newest checkpoint (restart {restart + 1} of {max_restarts}).",
+            file=sys.stderr,
+            flush=True,
+        )
+    raise AssertionError("the last restart returns")
+
+
+def _require_files(processes: int) -> None:
+    """Refuse what would stand still, or end in a library's words: none of them says why."""
+    needed = _FILES + _FILES_A_PROCESS * processes
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise SpecError(
+            f"ulimit -n: a process may have {limit} files open here, and {processes} "
+            f"{'process needs' if processes == 1 else 'processes need'} {needed}. Raise it: "
+            f"ulimit -n {max(1024, needed)}."
+        )
+
+
+def _get_ready() -> None:
+    """Import the agent while the fork server, begun by now, imports what the ranks need."""
+    begin_server()
+    from launch.processes.agent import adopt_strangers
+
+    adopt_strangers()
+    collect_garbage()
+    # The agent's own log repeats, in a traceback, what we say in a sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+
+def _attempt(
+    job: Any,
+    processes: int,
+    stop: StopRequest,
+    notes: Path,
+    started: float,
+    node_lost: NodeLost,
+) -> Cause:
+    """Run all processes once, from their start to the end of the last one."""
+    from launch.processes.agent import Agent, NotStarted
+
+    notes.mkdir()
+    group = getattr(job, "group", None)
+    agent = Agent(
+        process,
+        job,
+        str(notes),
+        started,
+        processes=processes,
+        stop=stop,
+        stop_budget_seconds=lambda: budget_seconds(job.spec, job.directory()),
+        first=group.index * group.processes if group else 0,
+        variables=set_since(),
+    )
+    try:
+        agent.run_once()
+    except NotStarted as error:
+        return Cause(error.exit_code, f"error: {error}")
+    _bring_reports(notes / "failures", job.directory())
+    cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds, node_lost())
+    return _explained(cause, agent, job, notes)
+
+
+def _bring_reports(notes: Path, directory: RunDirectory) -> None:
+    """Keep with the run, if it has a directory, what was reported before it had one."""
+    if not directory.facts.exists():
+        return
+    for report in notes.glob("*.json"):
+        try:
+            make_directory(directory.failures)
+            replace_unsynced(directory.failures / report.name, report.read_text())
+        except OSError as error:
+            print(f"WARNING: {told_of(directory.failures, error)}", file=sys.stderr, flush=True)
+
+
+def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
+    """The cause with what a process that could not speak itself has left behind, also on file."""
+    rank = next((r for r in agent.ranks if r.number == cause.rank), None)
+    if rank is None or (rank.killed_by is None and not rank.ended_by_us and rank.ended != 1):
+        return cause
+    directory = job.directory()
+    place = directory.logs if directory.logs.exists() else notes
+    beat = read_beat(place, rank.number)
+    known = beat if beat and beat.get("process") == rank.process.pid else {}
+    stacks = "\n".join(
+        _last_words(path)
+        for path in (place / f"rank-{rank.number}.stacks", place / f"rank-{rank.number}.log")
+        if path.exists()
+    )
+    if place != notes and rank.number not in _noted(notes):
+        told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
+        write_failure(directory.failures, {**known, **told})
+    crashed = rank.killed_by in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
+    held = rank.ended == 1 and rank.killed_by is None and rank.number not in _noted(notes)
+    return replace(cause, told=f"{stacks}\n{cause.told}") if crashed or held else cause
+
+
+def _noted(notes: Path) -> set[int]:
+    return {ending.rank for ending in _endings(notes)}
+
+
+def _last_words(path: Path) -> str:
+    words = path.read_text(errors="replace").partition("\nExtension modules:")[0]
+    return words[-_LAST_WORDS:]
+
+
+def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
+    """What each process runs; leaves a note of how it ended."""
+    from launch.processes.fork_server import PROCESS
+    from launch.rank.entry import Here, outcome_of, work
+
+    die_with_parent(PROCESS)
+    outlive_readers("stdout", "stderr")
+    if isinstance(job, TestJob):
+        require_reader()
+    collect_garbage()
+    # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
+    os.setsid()
+    os.environ.update(environment)
+    # Its data-loader workers are its own children, as under torchrun, and not the fork server's.
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
+    place = launched()
+    group = getattr(job, "group", None)
+    if group is not None:  # the agent knows this node alone
+        os.environ.update(group.variables(place))
+        place = launched()
+    assert place is not None, "the agent sets RANK and its kin"
+
+    def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:
+        ending = Ending(place.rank, code, message, time.time(), trace, said)
+        _write_whole(Path(notes, f"{place.rank}.json"), json.dumps(asdict(ending)))
+
+    def leave_hung(code: int, message: str) -> NoReturn:
+        note(code, message)
+        os._exit(code)
+
+    pulse = Pulse(rank=place.rank, scratch=Path(notes), started=started)
+    here = Here(pulse, leave_hung)
+    with stop_on_signals() as stop:
+        if place.rank:
+            pulse.speak_into_log()
+        faulthandler.enable(all_threads=True)
+        # That a peer was lost is told by the launcher, after the reason why.
+        end = outcome_of(
+            lambda: work(job, place, stop=stop, here=here), here=here, silent=(PeerLost,)
+        )
+        note(end.code, end.message, end.trace, said=place.rank == 0)
+        leave(end.code)
+
+
+def root_cause(
+    agent: Agent,
+    endings: Sequence[Ending],
+    budget_seconds: float,
+    node_lost: float | None = None,
+) -> Cause:
+    """Why the job ended: its exit code, and what rank 0 has not said of it yet.
+
+    A process that was killed comes first, then the earliest that failed on its own account,
+    then one that had to be ended because it did not answer; that a peer was lost is nobody's
+    reason while there is another.
+
+    Args:
+        node_lost: when another node was lost, where one was.
+    """
+    own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
+    killed = [rank for rank in agent.first_ended if rank.killed_by is not None]
+    # NCCL's watchdog aborts a process whose peer is gone: no other signal comes of a loss.
+    killed.sort(key=lambda rank: rank.killed_by == signal.SIGABRT)
+    if killed and killed[0].killed_by == signal.SIGABRT:
+        before = min((ending.time for ending in own), default=math.inf)
+        if before < killed[0].ended_time:
+            return _own_failure(own)
+        if node_lost is not None and node_lost < killed[0].ended_time:
+            told = f"error: rank {killed[0].number} was aborted, as NCCL does when a peer is gone."
+            return Cause(PEER_LOST, told)
+    for rank in killed[:1]:
+        assert rank.killed_by is not None
+        name = signal.Signals(rank.killed_by).name
+        told = f"error: rank {rank.number} was killed by {name}."
+        return Cause(128 + rank.killed_by, told, rank.number)
+    if own:
+        return _own_failure(own)
+    if agent.overran:
+        late = next(rank.number for rank in agent.ranks if rank.ended_by_us)
+        return Cause(
+            128 + signal.SIGKILL,
+            f"error: rank {late} had not stopped {budget_seconds:g} s after the request, so it was "
+            "killed; the newest checkpoint is as it was. Raise faults.stop_budget_seconds.",
+            late,
+        )
+    lost = [f"error: rank {e.rank}: {e.message}" for e in endings if e.code == PEER_LOST]
+    noted = {ending.rank for ending in endings}
+    for rank in agent.first_ended:
+        if rank.ended and (rank.ended_by_us or rank.number not in noted):
+            code = 128 - rank.ended if rank.ended < 0 else rank.ended
+            told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
+            return Cause(code, told, rank.number)
+    if STOPPED in [ending.code for ending in endings]:
+        return Cause(STOPPED)
+    return Cause(PEER_LOST, lost[0]) if lost else Cause(0)
+
+
+def _own_failure(own: Sequence[Ending]) -> Cause:
+    first = min(own, key=lambda ending: ending.time)
+    said = any(ending.said and ending.message == first.message for ending in own)
+    told = f"error: rank {first.rank}: {first.message}"
+    told = f"{first.trace}\n{told}" if first.trace else told
+    return Cause(first.code, "" if said else told, first.rank)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _endings(directory: Path) -> list[Ending]:
+    return [Ending(**json.loads(path.read_text())) for path in sorted(directory.glob("*.json"))]

@@ -1,0 +1,35 @@
+"""A request to stop, heard from the first moment on: before torch, click or a spec is loaded.
+
+As PID 1 of a container a process without a handler does not even get the signal.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from service.health.stop_request import STOP_SIGNALS, StopRequest
+
+_EARLY = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
+heard = StopRequest()
+STARTED = time.time()
+"""When the command began, in seconds since 1970."""
+
+
+def listen() -> None:
+    """Remember a signal to stop until `run` can act on it; Ctrl-C still ends the command at once.
+
+    One that the process was told to ignore (SIGHUP under nohup) stays ignored.
+    """
+    for number in _EARLY:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, heard.hear)
+
+
+def stop_listening() -> None:
+    """Let the signals end the command as they end any other; also one that came meanwhile."""
+    for number in _EARLY:
+        if signal.getsignal(number) == heard.hear:
+            signal.signal(number, signal.SIG_DFL)
+    if heard.signal_name is not None:
+        signal.raise_signal(signal.Signals[heard.signal_name])

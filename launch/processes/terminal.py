@@ -1,0 +1,103 @@
+"""Standard output and error of every process: they outlive whoever reads them.
+
+A closed terminal (EIO), `| head -1` and Ctrl-C in `| tee log` (EPIPE), a full disk (ENOSPC): what
+is said of a training is lost then, and the training is not.  All that Python prints goes this way,
+also of a user's own code and of libraries.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+from typing import Any, Literal, TextIO
+
+from service.basics.errors import EvenstepError
+
+_NUMBERS = {"stdout": 1, "stderr": 2}
+
+
+class OutputLost(EvenstepError):
+    """What a command was asked for could not be written to standard output."""
+
+
+class ReaderGone(OutputLost):
+    """Whoever read it has read enough, such as `head`."""
+
+    exit_code = 141  # as by SIGPIPE
+
+
+def open_descriptors() -> None:
+    """Point 0, 1 and 2 to nowhere where they are closed.
+
+    The next file that is opened would get the number, and whatever prints would write into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number
+
+
+def outlive_readers(*names: Literal["stdout", "stderr"]) -> None:
+    """From now on what cannot be written to these streams is lost, and ends nothing."""
+    for name in names:
+        setattr(sys, name, _stream(name, _Lasting(_NUMBERS[name], "wb", closefd=False)))
+
+
+def require_reader() -> None:
+    """From now on what cannot be written to standard output ends the command in words."""
+    sys.stdout = _stream("stdout", _Required(1, "wb", closefd=False))
+
+
+def _stream(name: str, raw: io.FileIO) -> TextIO:
+    """A stream as Python makes it, above `raw`; letters that it does not know are spelt out."""
+    before = getattr(sys, name)
+    unbuffered = bool(getattr(before, "write_through", False))  # PYTHONUNBUFFERED
+    above: Any = raw if unbuffered else io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        above,
+        encoding=getattr(before, "encoding", None) or "utf-8",
+        errors="backslashreplace",
+        line_buffering=name == "stderr" or raw.isatty(),
+        write_through=unbuffered,
+    )
+
+
+class _Whole(io.FileIO):
+    """Writes all it is given, also where another program has made the terminal non-blocking."""
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                written: int | None = super().write(left)
+                if written is None:
+                    select.select([], [self], [])
+                else:
+                    left = left[written:]
+        except OSError as error:
+            self._lose(error)
+        return size
+
+    def _lose(self, error: OSError) -> None:
+        raise NotImplementedError
+
+
+class _Lasting(_Whole):
+    def _lose(self, error: OSError) -> None:
+        """Go on: what is said is no reason to end what it is said of."""
+
+
+class _Required(_Whole):
+    _told = False
+
+    def _lose(self, error: OSError) -> None:
+        if self._told:
+            return  # what is left in the buffer, at the interpreter's exit
+        self._told = True
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone("Nobody reads standard output.") from error
+        raise OutputLost(f"Standard output cannot be written: {error.strerror}.") from error

@@ -1,0 +1,155 @@
+"""What is begun before the command is read, so that the first step comes sooner.
+
+Importing torch takes longer than all the rest of a start.  Where processes will be started, the
+fork server imports it from the first moment on; where this one trains, the larger half of it, the
+loading of its libraries, is done beside the reading of the command and its spec.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from service.health.stop_request import STOP_SIGNALS
+
+LAUNCHER = "EVENSTEP_LAUNCHER"
+"""Tells the fork server whose it is."""
+# In this order: bound to its launcher first, then everything that a rank needs.
+_PRELOAD = [
+    "launch.processes.fork_server",
+    "launch.__main__",
+    "launch.rank.entry",
+    "launch.processes.local",
+]
+_PRELOAD += ["torch._dynamo"]  # every optimizer brings it in
+# The path of a socket may have 107 bytes; multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx.
+_LONGEST_TMPDIR = 107 - 32
+_begun_with: dict[str, str] = {}
+
+
+def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
+    """Begin what `words`, those of a command line, will need; in doubt nothing."""
+    if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
+        return
+    # What is loaded stays: to look for garbage in it meanwhile was a fifth of the time.
+    gc.disable()
+    # Read when torch is loaded.  A thread that waits for its share gives the core back: where
+    # it spins instead, beside one other busy process, five seconds of training took fifty.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if any(word.partition("=")[0] == "--profile" for word in words):
+        # So is this: torch's profiler tells stderr of each start.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if starts_processes(words, variables):
+        begin_server()
+    else:
+        # No daemon: a command that ends in the midst of it waits for it, a moment.
+        threading.Thread(target=_load_libraries, name="torch's libraries").start()
+
+
+def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | None:
+    """What is wrong with where the command is started, told before a library fails of it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        return f"The current directory is gone: {error.strerror}. Change into one that is there."
+    size = len(os.fsencode(variables.get("TMPDIR", "")))
+    starts = words[:1] in (["run"], ["test"]) and starts_processes(words, variables)
+    if starts and size > _LONGEST_TMPDIR:
+        return (
+            f"TMPDIR has {size} bytes, and processes meet at a socket in it, whose path leaves it "
+            f"{_LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
+        )
+    return None
+
+
+def collect_garbage() -> None:
+    """From now on, and look only at what comes now."""
+    gc.freeze()
+    gc.enable()
+
+
+def starts_processes(words: Sequence[str], variables: Mapping[str, str]) -> bool:
+    """Whether the command of these words will start processes, as far as can be told so early."""
+    if "RANK" in variables or "WORLD_SIZE" in variables:  # torchrun has
+        return False
+    processes = _value_of("--processes", words) or variables.get("PET_NPROC_PER_NODE", "1")
+    restarts = _value_of("--max-restarts", words) or "0"
+    return processes != "1" or restarts != "0" or variables.get("PET_NNODES", "1") != "1"
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """What the last of the words that give this option give it."""
+    value = None
+    for at, word in enumerate(words):
+        name, equals, given = word.partition("=")
+        if name == option:
+            value = given if equals else "".join(words[at + 1 : at + 2])
+    return value
+
+
+# ---- the fork server
+
+
+def begin_server() -> None:
+    """Start the fork server, unless it is there; it imports what ranks need, and waits."""
+    import multiprocessing
+    from multiprocessing import forkserver, resource_tracker
+
+    if _begun_with:
+        return
+    os.environ[LAUNCHER] = str(os.getpid())
+    _begun_with.update(os.environ)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    # The server holds them back from its first moment on, and so do the ranks, until they hear.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # the server would start it within; it lets signals in
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_server() -> None:
+    """Do without it after all."""
+    if not _begun_with:
+        return
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver
+    os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()  # reaps it and forgets it, so that another can be started
+    _begun_with.clear()
+
+
+def set_since() -> dict[str, str]:
+    """The variables of the environment that the server, and so its ranks, have not seen."""
+    return {k: v for k, v in os.environ.items() if _begun_with.get(k) != v}
+
+
+# ---- torch's libraries
+
+
+def _load_libraries() -> None:
+    """Have the system load them, in torch's own order and without holding the interpreter.
+
+    Where that fails nothing is lost: torch's import tries again, and says what is wrong.
+    """
+    found = find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return
+    system = ctypes.CDLL(None)
+    if not hasattr(system, "dlopen"):
+        return
+    place = os.path.join(found.submodule_search_locations[0], "lib")
+    for name, how in (
+        ("libtorch_global_deps.so", os.RTLD_NOW | os.RTLD_GLOBAL),
+        ("libtorch_python.so", os.RTLD_NOW),
+    ):
+        system.dlopen(os.fsencode(os.path.join(place, name)), how)

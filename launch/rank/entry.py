@@ -1,0 +1,244 @@
+"""What every process of a job runs: spec, world, task, plan, worker; and what its end is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launch.environment import Environment
+from launch.rank.exit import end_in_time
+from launch.rank.job import Job, TestJob
+from launch.rank.process_group import process_group, stay_near_device
+from service.basics.errors import (
+    LINES,
+    EvenstepError,
+    OutOfMemory,
+    PeerLost,
+    SpecError,
+    Stopped,
+    is_out_of_memory,
+    printable,
+)
+from service.data.task import files_may_have_moved, load_task
+from service.distributed.world import World, backend_advice, lost_peer
+from service.health.heartbeat import Pulse
+from service.health.stop_budget import graces
+from service.health.stop_request import StoppedEarly, StopRequest
+from service.health.watchdog import Leave, watched
+from service.plan.plan import Plan, make_plan
+from service.runs.failure_reports import redacted, write_failure
+from service.spec.models import Spec
+from service.training.batch_size_finder import settled
+from service.training.worker import run, test_run
+
+# Errors that ended the work stay until the process leaves, and so what their frames hold: a loader
+# that is let go waits for each of its workers, which may be at a row that takes for ever.
+_KEPT: list[BaseException] = []
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process, as those who look after it know it."""
+
+    pulse: Pulse
+    leave: Leave
+    """Ends it at once, when its main thread cannot."""
+
+    def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
+        """While it lasts, this process is reported and ended when it stands still."""
+        return watched(
+            self.pulse,
+            processes=environment.world_size,
+            timeout_seconds=spec.faults.hang_timeout_seconds,
+            startup_timeout_seconds=spec.faults.startup_timeout_seconds,
+            leave=self.leave,
+        )
+
+
+def work(job: Job | TestJob, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+    """Do this process's part of the job.
+
+    Raises:
+        EvenstepError: see `train` and `test`.
+    """
+    if isinstance(job, TestJob):
+        test(job, environment, stop=stop)
+    else:
+        train(job, environment, stop=stop, here=here)
+
+
+def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+    """Run this process's part of the job to its end, or until `stop` is asked for.
+
+    Raises:
+        EvenstepError: see `service.training.worker.run`.
+    """
+    spec = job.spec
+    watched_here = here.watched(spec, environment)
+    with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        spec = settled(
+            spec,
+            task=task,
+            world=world,
+            runs=job.runs,
+            fresh=job.fresh,
+            processes_here=environment.local_world_size,
+            say=print,
+        )
+        stay_near_device(world, environment)
+        plan = make_plan(
+            spec,
+            processes=world.processes,
+            train_rows=task.train_rows,
+            test_rows=task.test_rows,
+            stop_at=job.stop_at,
+        )
+        try:
+            run(
+                plan,
+                task,
+                world,
+                runs=job.runs,
+                stop=stop,
+                fresh=job.fresh,
+                pulse=here.pulse,
+                profile=job.profile,
+                graces=graces(spec, launcher=job.grace),
+            )
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(plan, error) from error
+            raise
+
+
+def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
+    """Do this process's part of the test; the lead prints the measures.
+
+    Raises:
+        EvenstepError: see `service.training.worker.test_run`.
+    """
+    stop.interrupt = True  # there is nothing to save
+    spec = job.spec
+    with _world(spec, environment) as world:
+        with files_may_have_moved():
+            task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        measures = test_run(
+            spec,
+            task,
+            world,
+            run=job.run,
+            checkpoint=job.checkpoint,
+            predictions=job.predictions,
+        )
+        if world.is_lead:
+            print(json.dumps(measures), flush=True)
+
+
+@contextmanager
+def _world(spec: Spec, environment: Environment) -> Iterator[World]:
+    with process_group(
+        environment,
+        precision=spec.model.precision,
+        bitwise=spec.exactness == "bitwise",
+        timeout_seconds=_collective_timeout(spec),
+    ) as world:
+        yield world
+
+
+def _collective_timeout(spec: Spec) -> float:
+    """Beyond the hang watch, which explains: torch's own limit names neither rank nor line."""
+    return 60.0 + 2 * max(spec.faults.hang_timeout_seconds, spec.faults.startup_timeout_seconds)
+
+
+def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
+    """What happened, and what would fit."""
+    smaller = max(1, plan.micro_batch // 2)
+    advice = (
+        f"batch.micro_batch={smaller} halves what the rows of one pass take (now "
+        f"{plan.micro_batch} rows); a step stays {plan.global_batch} rows."
+        if plan.micro_batch > 1
+        else "A micro-batch is one row already: take a smaller model."
+    )
+    told = str(error).splitlines()[0]
+    if plan.spec.model.precision == "fp32":
+        advice += " model.precision=bf16 halves what they take as well."
+    return OutOfMemory(f"Out of memory: {told}. {advice}")
+
+
+class End(NamedTuple):
+    """How the work of one process ended."""
+
+    code: int
+    message: str = ""
+    """For a person."""
+    trace: str = ""
+    """Where it happened, unless the message says all there is to know."""
+
+
+def outcome_of(
+    work: Callable[[], object],
+    *,
+    here: Here,
+    silent: tuple[type[EvenstepError], ...] = (),
+) -> End:
+    """Do the work and say how it ended; a failure of this process's own is reported to a file.
+
+    Where it failed, the process has little time to leave from then on.
+    What is equal on all processes is said by rank 0; what happened to one, by that one.
+
+    Args:
+        silent: what somebody else knows better how to tell.
+    """
+    try:
+        work()
+    except EvenstepError as error:
+        return _told(error, here, silent)
+    except StoppedEarly as told:
+        return _told(Stopped(str(told)), here, silent)
+    except KeyboardInterrupt as error:
+        _let_leave(error, 130)
+        return End(130, "interrupted")
+    except Exception as error:
+        lost = lost_peer(error)
+        if lost is not None:
+            return _told(lost, here, silent)
+        _let_leave(error, 1)
+        # What a user's code raises may hold what it was given: the log of a pod is read by many.
+        advice = backend_advice(error)
+        message = str(redacted(f"{type(error).__name__}: {error}{advice}"))
+        trace = str(redacted(traceback.format_exc()))
+        print(
+            trace, f"{advice[1:]}\n" if advice else "", sep="", end="", file=sys.stderr, flush=True
+        )
+        _report(here, message)
+        return End(1, message, trace)
+    return End(0)
+
+
+def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
+    _let_leave(error, error.exit_code)
+    message = printable(str(redacted(str(error))), keep=LINES)
+    if here.pulse.rank == 0 and not isinstance(error, silent):
+        word = "" if isinstance(error, Stopped) else "error: "
+        print(f"{word}{message}", file=sys.stderr, flush=True)
+    if not isinstance(error, Stopped | PeerLost | SpecError):
+        _report(here, message)
+    return End(error.exit_code, message)
+
+
+def _let_leave(error: BaseException, code: int) -> None:
+    _KEPT.append(error)
+    end_in_time(code)
+
+
+def _report(here: Here, message: str) -> None:
+    """Called where an exception is handled: leave its traceback with the run, if there is one."""
+    if here.pulse.failures is not None:
+        told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
+        write_failure(here.pulse.failures, here.pulse.record() | told)

@@ -1,0 +1,89 @@
+"""How a process of ours leaves: with its exit code and in time, whatever its libraries would do."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+from service.health.stop_request import STOP_SIGNALS
+
+LEAVING_SECONDS = 10.0
+"""From the end of the work to the end of the process, at most."""
+_LOCKED_SECONDS = 5.0  # more, where not even a thread can run
+_STOPS = {int(number) for number in STOP_SIGNALS}
+_ending = threading.Event()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, with what is registered for its exit done as far as there is time.
+
+    The interpreter's own way out takes seconds with torch loaded, in which peers wait; and with
+    gloo it now and then ends in an abort ("terminate called without an active exception").
+    """
+    end_in_time(code)
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # who reads it is gone, or its disk is full: the code still counts
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def end_in_time(code: int) -> None:
+    """From now on this process ends in `LEAVING_SECONDS`, and at once by a signal to stop.
+
+    Called in the main thread when its work has ended.  What is left then may wait for ever: a
+    library's function for the exit, a worker that does not answer, a terminal that nobody reads.
+    A thread counts the time.  Where it cannot run, because the interpreter's lock is held,
+    faulthandler's own ends the process a little later, with code 1.
+    """
+    if _ending.is_set():
+        return
+    _ending.set()
+    heard, hears = os.pipe()
+    os.set_blocking(hears, False)
+    # The system's part of a handler writes there, also while the main thread stands in a library.
+    signal.set_wakeup_fd(hears, warn_on_full_buffer=False)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _heard)
+    with suppress(ValueError, OSError):  # a standard error that is closed
+        faulthandler.dump_traceback_later(LEAVING_SECONDS + _LOCKED_SECONDS, exit=True, file=2)
+    threading.Thread(target=_count, args=(heard, code), name="leaving", daemon=True).start()
+
+
+def _count(heard: int, code: int) -> NoReturn:
+    deadline = time.monotonic() + LEAVING_SECONDS
+    signals = select.poll()  # and not select, which knows no descriptor from 1,024 on
+    signals.register(heard, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0:
+        if signals.poll(left * 1000) and set(os.read(heard, 512)) & _STOPS:
+            os._exit(code)  # other signals are written there too, such as that of a child's end
+    text = f"WARNING: this process had not let go of everything in {LEAVING_SECONDS:g} s: ended."
+    teller = threading.Thread(target=_tell, args=(text,), daemon=True)
+    teller.start()  # by itself: nobody may be reading what it writes
+    teller.join(1.0)
+    os._exit(code)
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """Nothing: that it is heard is enough."""
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+def leave_hung(code: int, message: str) -> NoReturn:
+    """End this process from another thread than the one that hangs, which may hold any lock."""
+    _tell(f"error: {message}")
+    os._exit(code)

@@ -1,0 +1,81 @@
+"""What is to be run or tested, as a launcher holds it and a process receives it.  No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launch.environment import Group
+from service.basics.errors import SpecError
+from service.distributed.profiler import Window
+from service.health.stop_budget import Grace
+from service.runs.directory import RunDirectory
+from service.spec.files import load_spec
+from service.spec.models import Spec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, as a process receives it."""
+
+    spec: Spec
+    runs: Path
+    fresh: bool = False
+    stop_at: int | None = None
+    group: Group | None = None
+    """The processes of all nodes, where there are several."""
+    profile: Window | None = None
+    """The steps to trace."""
+    grace: Grace | None = None
+    """What the launcher gives a stop, where it is not our own."""
+
+    def again(self, before: str | None) -> Job:
+        """The job as it is started after a failure: an earlier run is put aside once.
+
+        Args:
+            before: the id of the run when the job was started.
+        """
+        return replace(self, fresh=self.fresh and self.run_id() == before)
+
+    def directory(self) -> RunDirectory:
+        """Where the run is kept."""
+        return RunDirectory(self.runs / self.spec.name)
+
+    def run_id(self) -> str | None:
+        """The id of the run that is in its place now; None where none can be read."""
+        try:
+            return str(self.directory().read_facts()["id"])
+        except SpecError:
+            return None  # whether that is a mistake, opening the run decides
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The classes of a spec's optimizers are made when it is imported and have no name that
+        # a pickle could find them by.  What travels are plain values, as in a file.
+        values = self.spec.model_dump(mode="json", exclude_none=True)
+        rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace)
+        return _received, (values, self.runs, *rest)
+
+
+def _received(spec: dict[str, Any], *rest: Any) -> Job:
+    return Job(load_spec(spec), *rest)
+
+
+@dataclass(frozen=True)
+class TestJob:
+    """What is to be tested, as a process receives it."""
+
+    run: Path
+    checkpoint: str
+    predictions: Path | None = None
+    overrides: tuple[str, ...] = ()
+    """Of the run's spec, `key=value`."""
+
+    def directory(self) -> RunDirectory:
+        """Where the run is kept."""
+        return RunDirectory(self.run)
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of the run, as it is to be tested."""
+        return RunDirectory(self.run).read_spec(self.overrides)

@@ -1,0 +1,101 @@
+"""How the processes of a job join: through a store in which a stranger may have written.
+
+What is read from it is never unpickled, and a change by somebody else ends the job within seconds
+instead of a wait.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from datetime import timedelta
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
+
+from launch.environment import RUN_OF_STORE, Environment
+from launch.rank.store import LOOPBACK, own_store
+from service.basics.errors import PeerLost
+from service.distributed.world import CONNECT_SECONDS
+
+_LOOK_SECONDS = 1.0
+_COUNT, _ALL = "joined", "all joined"
+
+
+def store_of(environment: Environment, *, seconds: float) -> Store | None:
+    """What the processes of this job meet in; None where torchrun keeps it, and torch finds it.
+
+    Args:
+        seconds: what the process that keeps it may take to be there.
+    """
+    run = os.environ.get(RUN_OF_STORE)
+    if run is not None:
+        return PrefixStore(run, _client(os.environ["MASTER_ADDR"], seconds))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not on_one_node(environment):
+        return None
+    if environment.rank == 0:
+        return own_store(LOOPBACK, int(os.environ["MASTER_PORT"]))
+    return _client(LOOPBACK, seconds)
+
+
+def on_one_node(environment: Environment) -> bool:
+    return environment.local_world_size == environment.world_size
+
+
+def keep_to_loopback() -> None:
+    """Let gloo and NCCL listen on loopback alone: all processes of the job are on this machine.
+
+    What the user has set wins.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if LOOPBACK in {each.address for each in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> None:
+    """Return when every process of the job is here: from then on, connecting takes a moment.
+
+    How far apart they start nobody knows; that a key of one's own is gone, or another's, shows
+    within a second that somebody else writes into the store.
+
+    Raises:
+        PeerLost: somebody does, or not all came in time.
+    """
+    own, token = f"here/{environment.rank}", secrets.token_hex(16)
+    store.set(own, token)
+    most = store.add(_COUNT, 1)
+    if most >= environment.world_size:
+        store.set(_ALL, "1")
+    deadline = time.monotonic() + seconds
+    while not _is_there(store, _ALL):
+        here = store.add(_COUNT, 0)
+        if here < most or not store.check([own]) or store.get(own) != token.encode():
+            raise PeerLost(
+                "Somebody else has changed what the processes of this job told each other in their "
+                "store: docs/reliability.md says who must not reach it."
+            )
+        if here >= environment.world_size:
+            return
+        if time.monotonic() > deadline:
+            raise PeerLost(
+                f"After {seconds:g} s only {here} of {environment.world_size} processes are there."
+            )
+        most = here
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        store.wait([key], timedelta(seconds=_LOOK_SECONDS))
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def _client(host: str, seconds: float) -> TCPStore:
+    port = int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+    store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+    return store

@@ -1,0 +1,31 @@
+"""The store through which processes find each other, on one address of the machine.
+
+torch's store listens on all interfaces, knows no secret, and lets whoever reaches it change or
+delete what lies in it. So it is bound to one address here; `launch.rank.joining` bounds the rest.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported all the same
+
+LOOPBACK = "127.0.0.1"
+
+
+def own_store(address: str, port: int = 0) -> TCPStore:
+    """A store that listens on this address of the machine alone; on a free port by default.
+
+    Raises:
+        OSError: the machine has no such address, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, port), family=family)
+    port = listening.getsockname()[1]
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),  # left to itself it listens everywhere
+    )

@@ -1,0 +1,339 @@
+"""Files that outlive the machine: written, synced and renamed in the order a power cut respects."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.basics.errors import EvenstepError, NotSaved, SpecError
+
+_STANDING_IN_THE_WAY = {
+    errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
+    errno.EDQUOT: "the disk quota is used up. Free some of it, or lower checkpoint.keep",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it may not be written by this user",
+    errno.EPERM: "it may not be written by this user",
+    errno.EFBIG: "a file may not become that large there (ulimit -f)",
+    errno.ELOOP: "a link stands in its place, and a run is not written through links. Remove the "
+    "link",
+    errno.ENXIO: "a pipe stands in its place. Remove it",
+}
+# Of the machine or of its storage at this moment, and not of what lies there.
+PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+# Small enough that a hash finds it still in the cache, large enough that a thread which writes
+# asks for the interpreter only some hundred times a gigabyte.
+_CHUNK_BYTES = 4 << 20
+_READ_BYTES = 1 << 18  # as hashlib.file_digest reads
+SYNC_BYTES = 64 << 20
+"""What is synced at the end takes its time then, and nobody sees how far it is."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What went into a file."""
+
+    size_bytes: int
+    sha256: str
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644) -> Written:
+    """Write a new file and sync it; its directory is left to `sync_directory`.
+
+    Raises:
+        OSError: also where `path` exists, be it as a link.
+    """
+    with opened_to_write(path, os.O_EXCL, mode) as descriptor:
+        written = put(descriptor, pieces)
+        os.fsync(descriptor)
+    return written
+
+
+def without_link(path: str | Path, flags: int, mode: int = 0o644) -> int:
+    """Open a file in a run's directory to write to it: `open(path, "w", opener=without_link)`.
+
+    A link at `path` is an error: whoever may write to the directory, but not to what the link
+    names, would have this process write there. A pipe that nobody reads is an error too, where
+    `open` would wait for a reader.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+
+
+def plain(path: str | Path, flags: int) -> int:
+    """Open a file in a run's directory to read it: `open(path, "rb", opener=plain)`.
+
+    Raises:
+        OSError: it is a link, a directory, a pipe or a device. A link might lead anywhere, and
+            the others would never end or never begin.
+    """
+    try:
+        descriptor = without_link(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link and not a plain file", str(path)) from error
+        raise
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a name stands for anything, be it a link to nothing.
+
+    Raises:
+        OSError: that may not be asked here.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+        OSError: it cannot be read, is none, or has more than `at_most` bytes.
+    """
+    with open(path, "rb", opener=plain) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, *, at_most: int) -> Any:
+    """What a plain file in JSON holds.
+
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path, at_most=at_most))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+@contextmanager
+def opened_to_write(path: Path, flags: int = 0, mode: int = 0o644) -> Iterator[int]:
+    """A descriptor of the file, made where there is none; never through a link."""
+    descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | flags, mode)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def put(
+    descriptor: int,
+    pieces: Iterable[bytes | memoryview],
+    *,
+    moved: Callable[[], None] = lambda: None,
+) -> Written:
+    """Write the pieces in a row; to sync the last of them is left to the caller.
+
+    Writing, hashing and syncing leave the interpreter to other threads.
+
+    Args:
+        moved: called whenever a few megabytes more are written.
+    """
+    digest, size, synced = hashlib.sha256(), 0, 0
+    for piece in pieces:
+        view = memoryview(piece)
+        if size - synced >= SYNC_BYTES:
+            os.fsync(descriptor)
+            synced = size
+        for start in range(0, len(view), _CHUNK_BYTES):
+            chunk = view[start : start + _CHUNK_BYTES]
+            _write_whole(descriptor, chunk)
+            digest.update(chunk)
+            moved()
+        size += len(view)
+    return Written(size, digest.hexdigest())
+
+
+def _write_whole(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def replace_file(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Put `text` in the place of a file: at every moment the old one or the new one is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_file(partial, [text.encode()], mode=mode)
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
+def replace_unsynced(path: Path, text: str) -> None:
+    """The same for a file that need not outlive the machine."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with opened_to_write(partial, os.O_EXCL) as descriptor:
+        _write_whole(descriptor, memoryview(text.encode()))
+    os.replace(partial, path)
+
+
+class Appended:
+    """A file of lines that is only added to, by any thread, each line by one call of the system.
+
+    What the disk does not take is kept in memory, and written before the next line or by `sync`:
+    who adds lines need not end because a disk was full for a while.
+    """
+
+    def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
+        """`say` tells a person, once, that lines are kept back."""
+        self._path = path
+        self._say = say
+        self._descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._adding = threading.Lock()
+        self._kept = b""
+
+    def add(self, line: bytes) -> None:
+        """Write the line, or keep it: whenever the process dies, one line tears at most."""
+        with self._adding:
+            is_told = bool(self._kept)
+            self._kept += line
+            try:
+                self._write()
+            except OSError as error:
+                if not is_told:
+                    self._say(
+                        f"WARNING: {told_of(self._path, error)} What belongs there is kept in "
+                        "memory; training goes on, up to the next checkpoint at most."
+                    )
+
+    def sync(self) -> None:
+        """Return when every line is on disk.
+
+        Raises:
+            OSError: it is not; names the file.
+        """
+        try:
+            with self._adding:
+                self._write()
+            os.fsync(self._descriptor)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def close(self) -> None:
+        """Nothing is added afterwards."""
+        os.close(self._descriptor)
+
+    def _write(self) -> None:
+        while self._kept:
+            self._kept = self._kept[os.write(self._descriptor, self._kept) :]
+
+
+def in_the_way(error: OSError) -> str:
+    """What keeps a file from being written, and what a person can do about it."""
+    return _STANDING_IN_THE_WAY.get(error.errno or 0) or error.strerror or str(error)
+
+
+def told_of(path: Path, error: OSError) -> str:
+    """The same as a sentence, with the place."""
+    return f"{path} could not be written: {in_the_way(error)}."
+
+
+def kind_of(error: OSError) -> type[EvenstepError]:
+    """What a person must put right ends with 42; of all else a restart may get rid."""
+    return NotSaved if error.errno in _STANDING_IN_THE_WAY else EvenstepError
+
+
+@contextmanager
+def told_when_unwritten(path: Path) -> Iterator[None]:
+    """What is done to a file within it fails in words.
+
+    Raises:
+        EvenstepError: the file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind_of(error)(told_of(path, error)) from error
+
+
+@contextmanager
+def told_when_unread(path: Path) -> Iterator[None]:
+    """What is read at a path within it fails in words.
+
+    Raises:
+        SpecError: what is there may not be read, or is of another kind.
+        EvenstepError: it could not be read just now.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = EvenstepError if error.errno in PASSING else SpecError
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        raise kind(f"{named} cannot be read: {error.strerror or error}.") from error
+
+
+def sync_file(path: Path) -> None:
+    """Return when what was written to the file is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Return when the names in the directory, new, changed and gone, are on disk."""
+    sync_file(directory)
+
+
+def make_directory(directory: Path) -> None:
+    """Make the directory, and have its name on disk; its parent is there.
+
+    Raises:
+        OSError: also where a link to one stands in its place.
+    """
+    if directory.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
+    if not directory.is_dir():
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it points to) or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_if_possible(path: Path) -> None:
+    """The same where a failure is already being told: what is left over goes next time."""
+    with suppress(OSError):
+        remove(path)
+
+
+def sha256_of(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """The hash of a file's content, or of its bytes from `begin` to `end`."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        left = os.fstat(file.fileno()).st_size - begin if end is None else end - begin
+        while left > 0 and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()

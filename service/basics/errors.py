@@ -1,0 +1,181 @@
+"""Everything that ends a run early, as one tree with the exit code a shell, torchrun or a pod sees.
+
+    EvenstepError            1
+    ├── SpecError           64   a person's mistake: the spec, the task, the command line
+    ├── WillFailAgain       42   running the same thing again cannot help
+    │   ├── Diverged             the loss or a gradient is not finite
+    │   ├── DataBroken           the rows are not the rows the plan counted on
+    │   ├── NotSaved             a checkpoint cannot be written: no space, no right, no memory
+    │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
+    │   └── NoProgress           attempt after attempt failed without a new checkpoint
+    ├── Stopped             75   stopped on request, state saved: run again to continue
+    ├── PeerLost            76   another process went away; not this one's fault
+    └── OutOfMemory        137   as a process that the machine kills for it
+
+0 is a finished run. Every other code is the root cause's own (137 killed, 139 crashed, 1 ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class EvenstepError(Exception):
+    """Something a person can read; its message says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class SpecError(EvenstepError):
+    """A person's mistake, told before any device is touched."""
+
+    exit_code = 64
+
+
+class WillFailAgain(EvenstepError):
+    """Running the same thing again would end the same way."""
+
+    exit_code = 42
+
+
+class Diverged(WillFailAgain):
+    """The loss or a gradient is not a finite number."""
+
+
+class DataBroken(WillFailAgain):
+    """The rows seen are not the rows that were counted."""
+
+
+class NotSaved(WillFailAgain):
+    """A checkpoint could not be written, for a reason that a person must put right."""
+
+
+class NoCheckpoint(WillFailAgain):
+    """Checkpoints exist and none of them can be read."""
+
+
+class NoProgress(WillFailAgain):
+    """Several attempts in a row failed and none of them got any further."""
+
+
+class Stopped(EvenstepError):
+    """The run was asked to stop and has saved its state."""
+
+    exit_code = 75
+
+
+class PeerLost(EvenstepError):
+    """Another process of the job went away."""
+
+    exit_code = 76
+
+
+class OutOfMemory(EvenstepError):
+    """A micro-batch does not fit into the memory of the device or of the machine."""
+
+    exit_code = 137
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'lr'?`, or the names that exist, or nothing where there are none.
+
+    Initials count as a likeness too: `learning_rate` is close to `lr`.
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if name == "".join(w[:1] for w in word.split("_"))]
+    near = near or [
+        name for name in names if min(len(name), len(word)) > 2 and _one_holds_the_other(name, word)
+    ]
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def _one_holds_the_other(a: str, b: str) -> bool:
+    return a in b or b in a
+
+
+LINES = "\n\t"
+"""What a message of several lines keeps."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with every character that is not for printing written out: `\\x1b`, `\\u202e`.
+
+    A name or a word from a file may hold codes that a terminal obeys, such as to hide a line, and
+    characters that turn the order of what follows.
+
+    Args:
+        keep: characters that stay, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+# How torch's own allocators, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it.  Source:
+# the status names of their headers; NCCL 2.27, src/include/alloc.h; torch 2.13, c10/core.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|_ALLOC_FAILED|ALLOCATION_FAILED"
+    r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, what it computes with, or Python could not get the memory it asked for."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def with_place(error: BaseException) -> str:
+    """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from.
+
+    That is the last line of the person's own code that it came through, where there is one.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_a_persons(frame.filename)]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+_SERVICE = Path(__file__).parents[1]
+_OURS = (_SERVICE, _SERVICE.with_name("launch"))
+_RECIPES = _SERVICE / "recipes"
+_PYTHON = sysconfig.get_path("stdlib")
+# By name: a virtual environment may see the packages of the system or of the user too.
+_OF_PACKAGES = {"site-packages", "dist-packages"}
+
+
+def _is_a_persons(file: str) -> bool:
+    """Whether a file of code is neither Python's, nor a package's, nor one of this machinery."""
+    place = Path(file)
+    is_ours = any(place.is_relative_to(package) for package in _OURS)
+    is_ours = is_ours and not place.is_relative_to(_RECIPES)  # what ships as a task is a task
+    is_a_packages = not _OF_PACKAGES.isdisjoint(place.parts)
+    return not (is_ours or is_a_packages or file.startswith(("<frozen ", _PYTHON)))
+
+
+@contextmanager
+def told_as_mistake(what: str) -> Iterator[None]:
+    """Turn whatever a person's own code raises into a `SpecError`: `what`, and what it said.
+
+    An error of ours, and memory that ran out, stay what they are.
+    """
+    try:
+        yield
+    except EvenstepError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SpecError(f"{what}: {with_place(error)}") from error

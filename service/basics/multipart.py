@@ -1,0 +1,102 @@
+"""Large files in parts, which several threads and processes write side by side.  No torch.
+
+A file of one part has its own SHA-256.  A larger one has the SHA-256 of its parts' SHA-256s in a
+row: what S3 calls a composite checksum, and nobody need read the file from end to end for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from service.basics.atomic_files import SYNC_BYTES, opened_to_write, put
+
+PART_BYTES = 16 << 20
+"""Where each part ends and the next begins is told by a manifest: this may change."""
+
+
+class Part(NamedTuple):
+    """The bytes of a file from `begin` to `end`."""
+
+    file: str
+    begin: int
+    end: int
+
+
+def parts_of(file: str, size_bytes: int, part_bytes: int) -> list[Part]:
+    """All of a file, in order; the last part is what is left."""
+    ends = [*range(part_bytes, size_bytes, part_bytes), size_bytes]
+    return [Part(file, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def shared_out(parts: Sequence[Part], shares: int, *, first: Iterable[Part]) -> list[set[Part]]:
+    """The parts in so many shares of as equal number as can be, each as much in a row as can be.
+
+    Args:
+        first: these are in the first share.
+    """
+    bound = set(first)
+    free = [part for part in parts if part not in bound]
+    taken = max(0, -(-len(parts) // shares) - len(bound))
+    rest, others = free[taken:], max(1, shares - 1)
+    cuts = [len(rest) * number // others for number in range(others + 1)]
+    cut = [set(rest[begin:end]) for begin, end in pairwise(cuts)]
+    return [bound | set(free[:taken]), *cut][:shares]
+
+
+def write_parts(
+    directory: Path,
+    parts: Iterable[Part],
+    bytes_of: Callable[[Part], Iterable[memoryview]],
+    *,
+    moved: Callable[[], None],
+) -> dict[Part, str]:
+    """Write these parts where they go, and sync them: SHA-256 by part.
+
+    Others may write the others meanwhile: the directory is new, and the files are whoever's comes
+    first.
+
+    Args:
+        moved: called whenever a few megabytes more are written or synced.
+    """
+    digests = {}
+    for file, of_file in groupby(sorted(parts), key=lambda part: part.file):
+        with opened_to_write(directory / file) as descriptor:
+            unsynced = 0
+            for part in of_file:
+                if unsynced >= SYNC_BYTES:
+                    os.fsync(descriptor)
+                    unsynced = 0
+                os.lseek(descriptor, part.begin, os.SEEK_SET)
+                digests[part] = put(descriptor, bytes_of(part), moved=moved).sha256
+                unsynced += part.end - part.begin
+            os.fsync(descriptor)
+            moved()
+    return digests
+
+
+def told_of(digests: Mapping[Part, str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of files of which every part is given."""
+    told = {}
+    for file, parts in groupby(sorted(digests), key=lambda part: part.file):
+        of_file = list(parts)
+        each = [digests[part] for part in of_file]
+        told[file] = {"bytes": of_file[-1].end, "sha256": digest_of(each)}
+        if len(each) > 1:
+            told[file]["parts"] = each
+    return told
+
+
+def digest_of(digests: Sequence[str]) -> str:
+    """SHA-256 of a file whose parts have these.
+
+    Raises:
+        ValueError: they are no digests.
+    """
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()

@@ -1,0 +1,636 @@
+"""Checkpoints of a run: taken by all processes together, published by one, whole or not.
+
+The training thread copies the state into a kept buffer and goes on; a thread beside it writes,
+syncs and publishes.  It is a thread and not a process, for it dies with the process whose state it
+writes; writing, hashing and syncing leave the interpreter alone.  A large state is shared: each
+process of the lead's node copies and writes its parts of the files, and the lead, told of all
+parts that they are on disk, makes a checkpoint of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+
+from service.basics.atomic_files import (
+    PASSING,
+    in_the_way,
+    kind_of,
+    make_directory,
+    remove,
+    remove_if_possible,
+    replace_file,
+    sync_directory,
+)
+from service.basics.errors import (
+    Diverged,
+    EvenstepError,
+    NoCheckpoint,
+    NotSaved,
+    PeerLost,
+    SpecError,
+    WillFailAgain,
+    with_place,
+)
+from service.basics.limits import limits
+from service.basics.multipart import PART_BYTES, Part, write_parts
+from service.checkpoints.shards import Excerpt, Layout, Snapshot, most_shares, require_finite
+from service.checkpoints.snapshots import Content, content_of, load
+from service.distributed.devices import Arrival, use
+from service.distributed.world import World
+from service.health.heartbeat import WRITER, Pulse
+from service.health.stop_budget import Stopping
+from service.optimization.train_state import TrainState
+from service.runs.checkpoint_files import (
+    BEST,
+    Checkpoint,
+    best_of,
+    checkpoints_in,
+    complete,
+    damage_of,
+    in_words,
+    kept,
+    name_of,
+    read_manifest,
+    read_state,
+    tensor_digests,
+)
+from service.spec.models import CheckpointSpec
+
+
+class Record(Protocol):
+    """What is kept beside the checkpoints, step by step."""
+
+    def sync(self) -> None:
+        """Return when it is on disk, up to the step that was written last."""
+
+
+class Seal(Protocol):
+    """Takes note of what is saved."""
+
+    def __call__(self, step: int, files: Mapping[str, str]) -> None:
+        """The SHA-256 of each tensor file of the checkpoint that is about to be published."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One save, as the writer of one process gets it."""
+
+    content: Content | Excerpt
+    """All of it, or what this process writes where all writers take part."""
+    rest: Mapping[str, Any]
+    size_bytes: int
+    """Of all of it."""
+    arrived: Arrival | None
+    """When the content has come from the device; None where it is here."""
+    failed: EvenstepError | None
+    """Why there is nothing to write."""
+    records: Sequence[Record]
+    seal: Seal | None
+    began: float
+
+    @property
+    def is_shared(self) -> bool:
+        return isinstance(self.content, Excerpt)
+
+    @property
+    def step(self) -> int:
+        return int(self.rest["step"])
+
+    @property
+    def untested(self) -> bool:
+        return self.rest["untested"] is not None
+
+    @property
+    def best(self) -> int | None:
+        best = self.rest["best"]
+        return best["step"] if best else None
+
+
+class Checkpoints:
+    """The checkpoints of one run.  Every process calls the methods; the lead publishes."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        world: World,
+        spec: CheckpointSpec,
+        facts: Mapping[str, Any],
+        say: Callable[[str], None],
+        rename: Mapping[str, str] | None = None,
+        pulse: Pulse | None = None,
+        stopping: Stopping | None = None,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        """`facts` go into every manifest: what the run is and on how many processes.
+
+        `pulse` is told that a save gets on, and how long it took, as is `stopping`.  `rename`
+        gives the new names of parameters and modules that are saved under old ones.  A state of
+        few parts is written by the lead alone.
+        """
+        self._directory = directory
+        self._world = world
+        self._writers = world.writers()
+        self._part_bytes = part_bytes
+        self._spec = spec
+        self._facts = dict(facts)
+        self._say = say
+        self._rename = rename or {}
+        self._pulse = pulse or Pulse()
+        self._stopping = stopping or Stopping((), say=say)
+        self._trainer = threading.get_ident()
+        self._writer = self._writers_beside(1)
+        self._snapshot = Snapshot(world.device)
+        self._pending: Future[None] | None = None
+        self._unsaved: EvenstepError | None = None
+        """Why the last save failed, where the run went on all the same."""
+        self._failures = 0
+        self._timings: dict[str, float] = {}
+        self._durable: SimpleQueue[float] = SimpleQueue()
+        self._reserved: Future[None] | None = None
+
+    def reserve(self, expected_bytes: int | None) -> None:
+        """Get the memory for copies, beside the first steps: to touch it costs more than to copy.
+
+        Where the size of a state is not known beforehand, the first save does it.
+        """
+        if not self._spec.asynchronous or expected_bytes is None:
+            return
+        processes = self._writers_of(expected_bytes)
+        if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
+            expected_bytes = expected_bytes // processes + 2 * self._part_bytes
+        if self._world.index < processes:
+            self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
+
+    # ---- save
+
+    def save(
+        self, state: TrainState, *, records: Sequence[Record] = (), seal: Seal | None = None
+    ) -> None:
+        """Save the state as it is now; on disk when the next `save` or `finish` returns.
+
+        With `checkpoint.asynchronous: false`, on disk when this returns.  The records are on disk
+        before the checkpoint is there.
+
+        Raises:
+            EvenstepError: the save before this one, or this one where it is not asynchronous,
+                failed; on every process, and the checkpoints before it are as they were.
+        """
+        began = time.perf_counter()
+        self._trainer = threading.get_ident()
+        self._settle()  # a later save waits for the earlier
+        self._unsaved = None
+        places = self._world.gather(state.stream.place()) if state.stream else None
+        if self._world.index < self._writers.processes:
+            self._pending = self._begin(state, places, records, seal, began)
+        if not self._spec.asynchronous:
+            self._settle()
+        self._timings["save/stall_seconds"] = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Return when the last save is on disk; it is what the run comes to, so it may not fail.
+
+        Raises:
+            EvenstepError: it failed, on every process.
+        """
+        self._settle()
+        if self._unsaved is not None:
+            raise self._unsaved
+
+    def close(self) -> None:
+        """Let the writer end what it has begun.  Of others that are gone it hears that they are."""
+        if self._pending is not None:
+            self._wait_for(self._pending)
+        self._writer.shutdown(wait=True)
+
+    def timings(self) -> dict[str, float]:
+        """What the last save took, each figure once: for the next row of the metrics."""
+        while not self._durable.empty():
+            self._timings["save/durable_seconds"] = self._durable.get()
+        if self._failures:
+            self._timings["save/failures"] = self._failures
+        values, self._timings = self._timings, {}
+        return values
+
+    def _begin(
+        self,
+        state: TrainState,
+        places: list[dict[str, Any]] | None,
+        records: Sequence[Record],
+        seal: Seal | None,
+        began: float,
+    ) -> Future[None] | None:
+        """The save under way, or done, or failed: `_settle` finds out."""
+        begun: Future[None] = Future()
+        try:
+            content = content_of(state, places)
+            is_shared = self._writers_of(content.size_bytes) > 1
+            if not (self._world.is_lead or is_shared):
+                return None
+            if is_shared:
+                self._writers.meet()
+            job = self._job(content, is_shared, records, seal, began)
+            if self._spec.asynchronous:
+                return self._writer.submit(self._carry_out, job)
+            self._carry_out(job)
+            begun.set_result(None)
+        except EvenstepError as error:
+            begun.set_exception(error)
+        return begun
+
+    def _job(
+        self,
+        content: Content,
+        is_shared: bool,
+        records: Sequence[Record],
+        seal: Seal | None,
+        began: float,
+    ) -> _Job:
+        held: Content | Excerpt = content
+        arrived, failed = None, None
+        if is_shared:
+            held = self._layout(content).excerpt(self._writers.index)
+        if self._spec.asynchronous:
+            try:
+                held, arrived = self._copied(held)
+            except EvenstepError as error:
+                failed = error  # the others are waiting for this process to say so
+        return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
+
+    def _layout(self, content: Content) -> Layout:
+        writers = self._writers.processes
+        return Layout(
+            content, processes=writers, streams=self._streams(), part_bytes=self._part_bytes
+        )
+
+    def _writers_of(self, size_bytes: int) -> int:
+        """How many processes write a content of so many bytes."""
+        return min(self._writers.processes, most_shares(size_bytes, self._part_bytes))
+
+    def _streams(self) -> int:
+        """Two where one process writes all of it, unless training needs the core for the second."""
+        training = torch.get_num_threads() if self._world.device.type == "cpu" else 1
+        busy = training if self._spec.asynchronous else 0
+        return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
+
+    def _copied(self, content: Content | Excerpt) -> tuple[Content | Excerpt, Arrival | None]:
+        try:
+            if self._reserved is not None:
+                self._reserved.result()
+            if isinstance(content, Excerpt):
+                return self._snapshot.part(content)
+            return self._snapshot.whole(content)
+        except RuntimeError as error:  # what torch raises where memory is short
+            raise NotSaved(
+                f"The state after step {content.rest['step']} could not be copied: {error}. "
+                f"It takes {in_words(content.size_bytes)} of main memory besides; "
+                "checkpoint.asynchronous=false takes none."
+            ) from error
+
+    def _settle(self) -> None:
+        """Wait for the save under way; where it failed, fail together or go on, as the spec says.
+
+        Raises:
+            EvenstepError: it failed and the run is to stop, or the state is not worth saving.
+        """
+        pending, self._pending = self._pending, None
+        failed: EvenstepError | None = None
+        if pending is not None:
+            self._wait_for(pending)
+            try:
+                pending.result()
+            except EvenstepError as error:
+                failed = error
+        failed = self._world.from_lead(failed)
+        if failed is None:
+            return
+        self._failures += 1
+        if self._spec.on_failure == "stop" or isinstance(failed, Diverged):
+            raise failed
+        self._unsaved = failed
+        self._say(f"WARNING: {failed} Training goes on (checkpoint.on_failure: go_on).")
+
+    def _wait_for(self, pending: Future[Any]) -> None:
+        """Return when it is done; for as long as the writer gets on, this is no standing still."""
+        if threading.get_ident() == self._trainer:
+            with self._pulse.waiting_for_the_writer():
+                wait([pending])
+        else:
+            wait([pending])
+
+    # ---- what the writer does: beside training; only other writers are asked
+
+    def _carry_out(self, job: _Job) -> None:
+        excerpt = job.content
+        if isinstance(excerpt, Content):  # else it had to be cut before it was copied
+            excerpt = self._layout(excerpt).excerpt(self._writers.index)
+        if not self._world.is_lead:
+            place = self._writers.from_lead(None)
+            self._get_on()
+            if place is not None:
+                self._write(job, excerpt, place)
+            return
+        try:
+            self._publish(job, excerpt)
+        except OSError as error:
+            raise _not_saved(job.step, self._directory, error) from error
+        seconds = time.perf_counter() - job.began
+        self._durable.put(seconds)
+        self._pulse.longest_save_seconds = max(self._pulse.longest_save_seconds, seconds)
+        self._stopping.learned(seconds, "as measured in this run")
+
+    def _publish(self, job: _Job, excerpt: Excerpt) -> None:
+        target = Checkpoint(self._directory / name_of(job.step, untested=job.untested), job.step)
+        partial: Path | None = None
+        try:
+            partial = self._prepared(job, excerpt, target)
+        finally:  # the others go on where there is a place, and need not where there is none
+            if job.is_shared:
+                self._writers.from_lead(partial)
+        if partial is not None:
+            try:
+                self._make(job, excerpt, partial, target)
+            except BaseException:
+                remove_if_possible(partial)
+                raise
+            sync_directory(self._directory)
+            self._get_on()
+        self._prune(job.best)
+        self._mark_best(job.best)
+
+    def _prepared(self, job: _Job, excerpt: Excerpt, target: Checkpoint) -> Path | None:
+        """A new directory to write into; None where the checkpoint is there already."""
+        _require_fit(job, excerpt)
+        make_directory(self._directory)
+        self._sweep()
+        if os.path.lexists(target.path) and damage_of(target) is not None:
+            self._set_aside(target)
+        if os.path.lexists(target.path):
+            return None
+        self._require_room(job)
+        partial = self._directory / f".{target.path.name}.partial-{secrets.token_hex(4)}"
+        partial.mkdir()
+        return partial
+
+    def _make(self, job: _Job, excerpt: Excerpt, partial: Path, target: Checkpoint) -> None:
+        """Publish what all write into `partial` as the checkpoint `target`."""
+        complete(
+            partial,
+            self._write(job, excerpt, partial),
+            job.rest,
+            {"time": time.time(), **self._facts},
+            part_bytes=self._part_bytes,
+            moved=self._get_on,
+        )
+        if job.seal is not None:
+            job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
+        # A checkpoint that outlived the machine without the rows before it would be a gap.
+        for record in job.records:
+            record.sync()
+            self._get_on()
+        os.rename(partial, target.path)
+
+    def _write(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
+        """Write this process's parts; SHA-256 of everybody's, when all are on disk.
+
+        Raises:
+            EvenstepError: some process could not write its own; the first one's words.
+        """
+        own: dict[Part, str] = {}
+        failed: EvenstepError | None = None
+        try:
+            own = self._written(job, excerpt, partial)
+        except EvenstepError as error:
+            failed = error
+        except OSError as error:
+            failed = _not_saved(job.step, self._directory, error)
+        except Exception as error:
+            if job.is_shared:  # the others are waiting for this process to say so
+                lost = PeerLost(
+                    f"Process {self._world.index} could not write its share of the checkpoint of "
+                    f"step {job.step}: {with_place(error)}. Earlier ones are untouched."
+                )
+                self._writers.gather((lost, excerpt.layout, own))
+            raise
+        answer = (failed, excerpt.layout, own)
+        told = self._writers.gather(answer) if job.is_shared else [answer]
+        self._get_on()  # how long the others took is not held against what follows
+        digests: dict[Part, str] = {}
+        for index, (failed, layout, parts) in enumerate(told):
+            if failed is not None:
+                raise failed
+            if layout != excerpt.layout:
+                raise WillFailAgain(
+                    f"Process {index} holds other tensors than process {self._world.index}: their "
+                    "names, types or shapes differ, so the state is not saved. Make the model and "
+                    "its optimizer the same on every process."
+                )
+            digests |= parts
+        return digests
+
+    def _written(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
+        if not self._world.is_lead:  # who has looked already, before there was a place
+            _require_fit(job, excerpt)
+
+        def write(share: set[Part]) -> dict[Part, str]:
+            return write_parts(partial, share, excerpt.bytes_of, moved=self._get_on)
+
+        shares = excerpt.shares  # none, where there are more processes than parts
+        digests: dict[Part, str] = {}
+        with self._writers_beside(max(1, len(shares) - 1)) as beside:
+            writing = [beside.submit(write, share) for share in shares[1:]]
+            for share in shares[:1]:
+                digests |= write(share)
+            for written in writing:
+                self._wait_for(written)
+                digests |= written.result()
+        return digests
+
+    def _writers_beside(self, count: int) -> ThreadPoolExecutor:
+        """Threads that write, and that mean this process's device where they name none."""
+        device = (self._world.device,)
+        return ThreadPoolExecutor(count, WRITER, initializer=use, initargs=device)
+
+    def _get_on(self) -> None:
+        """Tell that a save gets on."""
+        if threading.get_ident() == self._trainer:
+            self._pulse.moved()
+        else:
+            self._pulse.writer_moved()
+
+    def _require_room(self, job: _Job) -> None:
+        needed = job.size_bytes
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise NotSaved(
+                f"The checkpoint of step {job.step} could not be written to {self._directory}: it "
+                f"needs {in_words(needed)} and {in_words(free)} are free. Earlier ones are "
+                "untouched. Free some, or lower checkpoint.keep."
+            )
+
+    def _prune(self, best: int | None) -> None:
+        found = checkpoints_in(self._directory)
+        stay = kept(
+            [checkpoint.step for checkpoint in found],
+            newest=self._spec.keep,
+            every=self._spec.keep_every_steps,
+            best=best,
+        )
+        tested = {checkpoint.step for checkpoint in found if not checkpoint.untested}
+        for old in found:
+            if old.step not in stay or (old.untested and old.step in tested):
+                self._remove(old.path)
+
+    def _mark_best(self, best: int | None) -> None:
+        if best is None or best == best_of(self._directory):
+            return
+        if (self._directory / name_of(best)).is_dir():
+            replace_file(self._directory / BEST, name_of(best) + "\n")
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed left half-written or half-removed."""
+        for partial in list(self._directory.glob(".step-*.partial-*")):
+            self._remove(partial)
+        for leftover in self._directory.glob(".step-*.removed-*"):
+            remove(leftover)
+            self._get_on()
+
+    def _remove(self, path: Path) -> None:
+        """First out of sight, in one piece: half a checkpoint would look like a damaged one.
+
+        And a writer of a job that was killed, which has yet to find that out, no longer finds it.
+        """
+        gone = path.with_name(f".{path.name.lstrip('.')}.removed-{secrets.token_hex(4)}")
+        os.rename(path, gone)
+        remove(gone)
+        self._get_on()
+
+    def _set_aside(self, damaged: Checkpoint) -> None:
+        aside = f".damaged-{damaged.path.name}-{secrets.token_hex(2)}"
+        os.rename(damaged.path, damaged.path.with_name(aside))
+
+    # ---- restore
+
+    def restore(self, state: TrainState) -> bool:
+        """Put the newest good checkpoint into `state`; False where there is none yet.
+
+        Raises:
+            NoCheckpoint: there are some, and none is good.
+            SpecError: it does not fit the model, the optimizer or the data.
+        """
+        chosen: tuple[str, int, str] | None = None
+        failed: EvenstepError | None = None
+        if self._world.is_lead:
+            try:
+                chosen = self._choose()
+            except EvenstepError as error:
+                failed = error
+        self._world.fail_together(failed)
+        # One process chooses: two that fell back differently would train two models.
+        chosen = self._world.from_lead(chosen)
+        if chosen is None:
+            return False
+        try:
+            self._load(*chosen, state)
+        except EvenstepError as error:
+            failed = error
+        self._world.fail_together(failed)
+        return True
+
+    def _choose(self) -> tuple[str, int, str] | None:
+        """Name, step and hash of the newest good checkpoint; clears up around it."""
+        try:
+            if os.path.lexists(self._directory) and not self._directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            self._sweep()
+            newest = self._newest_good()
+            if newest is None:
+                return None
+            manifest = read_manifest(newest)
+            self._require_same_rows(newest, manifest)
+            best = read_state(newest.path)["best"]
+            self._mark_best(best["step"] if best else None)
+            return newest.path.name, newest.step, str(manifest["sha256"])
+        except OSError as error:
+            kind = EvenstepError if error.errno in PASSING else SpecError
+            named = f" ({error.filename})" if error.filename else ""
+            raise kind(
+                f"The checkpoints in {self._directory} cannot be used: "
+                f"{error.strerror or error}{named}."
+            ) from error
+
+    def _newest_good(self) -> Checkpoint | None:
+        found = checkpoints_in(self._directory)
+        damaged: list[Checkpoint] = []
+        for checkpoint in reversed(found):
+            damage = damage_of(checkpoint)
+            if damage is None:
+                for broken in damaged:
+                    self._set_aside(broken)
+                return checkpoint
+            self._say(
+                f"WARNING: checkpoint {checkpoint.path} is damaged: {damage}. It is not used; "
+                "trying the one before."
+            )
+            damaged.append(checkpoint)
+        if found:
+            # They stay where they are: the next attempt must not take this for a new run.
+            raise NoCheckpoint(
+                f"None of the {len(found)} checkpoints in {self._directory} can be read. "
+                "Put a good copy back, or begin again with --fresh."
+            )
+        return None
+
+    def _require_same_rows(self, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
+        before, now = manifest.get("train_rows"), self._facts.get("train_rows")
+        if before is not None and now is not None and before != now:
+            raise SpecError(
+                f"{checkpoint.path} was trained on {before} rows, and the data set now has {now}. "
+                "Give it the data it began with, or begin again with --fresh."
+            )
+
+    def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
+        chosen = Checkpoint(self._directory / name, step)
+        if read_manifest(chosen)["sha256"] != sha256:
+            raise NoCheckpoint(
+                f"Process {self._world.index} finds another checkpoint in {chosen.path} than the "
+                "first process does. Give all of them the same storage."
+            )
+        load(chosen.path, state, index=self._world.index, rename=self._rename)
+
+
+def _require_fit(job: _Job, excerpt: Excerpt) -> None:
+    """Wait until what is to be written is here, and check that it may be published.
+
+    Raises:
+        EvenstepError: it could not be copied, or is not finite.
+    """
+    if job.failed is not None:
+        raise job.failed
+    if job.arrived is not None:
+        job.arrived.synchronize()
+    require_finite(excerpt)
+
+
+def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
+    """An error of the operating system in words."""
+    where = ""
+    if error.filename is not None and directory not in Path(error.filename).parents:
+        where = f"{error.filename}, which belongs to it: "  # a record of the steps before it
+    return kind_of(error)(
+        f"The checkpoint of step {step} could not be written to {directory}: "
+        f"{where}{in_the_way(error)}. Earlier ones are untouched."
+    )

@@ -1,0 +1,258 @@
+"""Who writes which part of a state's files, and the kept copy of what a process writes.
+
+Every process holds the same state, so each can write any part of a checkpoint's files.  Buffers
+are the lead's all the same: a task may change its own by the rows that a process has seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from service.basics.errors import Diverged
+from service.basics.multipart import Part, parts_of, shared_out
+from service.checkpoints.snapshots import Content
+from service.distributed.devices import Arrival, copies_late, moment
+from service.runs.checkpoint_files import OPTIMIZER, header
+
+# Of a share.  Measured: two processes write 120 MiB no sooner than one does, 1,140 MiB much sooner.
+_LEAST_PARTS = 4
+
+
+class Stretch(NamedTuple):
+    """Numbers of one tensor, as they follow each other in a file."""
+
+    name: str
+    begin: int
+    """Where in the file they begin."""
+    end: int
+    numbers: Tensor
+    """The tensor in its shape, or a piece of it: [numbers]."""
+
+    def cut(self, begin: int, end: int) -> Stretch:
+        """What of it lies between these bytes of the file, which fall between two numbers."""
+        if begin <= self.begin and self.end <= end:
+            return self
+        begin, end = max(begin, self.begin), min(end, self.end)
+        width = self.numbers.element_size()
+        piece = slice((begin - self.begin) // width, (end - self.begin) // width)
+        return Stretch(self.name, begin, end, self.numbers.reshape(-1)[piece])
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What a process writes of a content: some parts of its files."""
+
+    shares: list[set[Part]]
+    """The parts: a share for each of those who write side by side."""
+    heads: dict[str, bytes]
+    """What each file begins with, before its numbers."""
+    stretches: dict[str, list[Stretch]]
+    """By file, in order, the numbers that lie in one of the parts."""
+    rest: dict[str, Any]
+    trained: frozenset[str]
+
+    def bytes_of(self, part: Part) -> Iterator[memoryview]:
+        """The bytes of one of the parts, brought to main memory piece by piece."""
+        head = self.heads[part.file]
+        if part.begin < len(head):
+            yield memoryview(head)[part.begin : part.end]
+        row = self.stretches[part.file]
+        first = bisect_right(row, part.begin, key=lambda stretch: stretch.end)
+        for number in range(first, len(row)):
+            if row[number].begin >= part.end:
+                break
+            piece = row[number].cut(part.begin, part.end).numbers
+            yield piece.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(s.end - s.begin for of_file in self.stretches.values() for s in of_file)
+
+    @property
+    def layout(self) -> str:
+        """Equal where two processes mean the same tensors by the same parts."""
+        return hashlib.sha256(b"".join(self.heads.values())).hexdigest()
+
+
+class Layout:
+    """How a content lies in its files, and how the processes of a node share their parts."""
+
+    def __init__(
+        self, content: Content, *, processes: int, streams: int = 1, part_bytes: int
+    ) -> None:
+        """Shares for each process; fewer where the state is small.
+
+        Args:
+            streams: so many shares each process writes side by side.
+            part_bytes: a multiple of 8, so that none ends within a number.
+        """
+        self._content = content
+        self._processes = processes
+        self._heads = {file: header(content.entries(file)) for file in content.tensors}
+        self._stretches = {
+            file: _in_a_row(tensors, len(self._heads[file]))
+            for file, tensors in content.tensors.items()
+        }
+        bound: set[Part] = set()
+        every: list[Part] = []
+        for file, stretches in self._stretches.items():
+            size = stretches[-1].end if stretches else len(self._heads[file])
+            parts = parts_of(file, size, part_bytes)
+            every += parts
+            for stretch in stretches if file != OPTIMIZER else ():
+                if stretch.name not in content.trained and stretch.numbers.numel():
+                    last = (stretch.end - 1) // part_bytes
+                    bound.update(parts[stretch.begin // part_bytes : last + 1])
+        shares = min(processes * streams, most_shares(content.size_bytes, part_bytes))
+        self._shares = shared_out(every, shares, first=bound)
+
+    def excerpt(self, index: int) -> Excerpt:
+        """What the process of that number writes; the tensors are the content's own, not copies."""
+        shares = self._shares[index :: self._processes]
+        spans = _spans([part for share in shares for part in share])
+        stretches = {
+            file: [
+                stretch.cut(begin, end)
+                for stretch in stretches
+                for begin, end in spans.get(file, ())
+                if stretch.begin < end and begin < stretch.end
+            ]
+            for file, stretches in self._stretches.items()
+        }
+        content = self._content
+        return Excerpt(shares, self._heads, stretches, content.rest, content.trained)
+
+
+def most_shares(size_bytes: int, part_bytes: int) -> int:
+    """Into how many shares a content may be cut."""
+    return max(1, size_bytes // (_LEAST_PARTS * part_bytes))
+
+
+def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Stretch]:
+    row = []
+    for name, tensor in tensors.items():
+        row.append(Stretch(name, at, at + tensor.nbytes, tensor))
+        at += tensor.nbytes
+    return row
+
+
+def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
+    """By file, from where to where there are parts without a gap."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for file, begin, end in sorted(parts):
+        of_file = spans.setdefault(file, [])
+        if of_file and of_file[-1][1] == begin:
+            begin, _ = of_file.pop()
+        of_file.append((begin, end))
+    return spans
+
+
+class Snapshot:
+    """A kept buffer in main memory, laid out as the files are, that an excerpt is copied into."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Into pinned memory a GPU copies by itself, in the order of its other work: the copy is
+        # of the state as it is now, and nobody waits for it but who writes it.
+        self._device = device
+        self._pinned = copies_late(device)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have memory for tensors of so many bytes, and have touched all of it."""
+        size_bytes += 1024  # the numbers of a file begin where their width wants it
+        if self._buffer.numel() < size_bytes:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffer.zero_()
+
+    def whole(self, content: Content) -> tuple[Content, Arrival | None]:
+        """The same content in the buffer, until the next is taken; and what to wait for first."""
+        every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
+        copies, arrived = self._copies(every)
+        held = {
+            file: {name: next(copies) for name in tensors}
+            for file, tensors in content.tensors.items()
+        }
+        return replace(content, tensors=held), arrived
+
+    def part(self, excerpt: Excerpt) -> tuple[Excerpt, Arrival | None]:
+        """Likewise for what one of several processes writes."""
+        every = [s.numbers for stretches in excerpt.stretches.values() for s in stretches]
+        copies, arrived = self._copies(every)
+        held = {
+            file: [stretch._replace(numbers=next(copies)) for stretch in stretches]
+            for file, stretches in excerpt.stretches.items()
+        }
+        return replace(excerpt, stretches=held), arrived
+
+    @torch.no_grad()
+    def _copies(self, tensors: Sequence[Tensor]) -> tuple[Iterator[Tensor], Arrival | None]:
+        self.reserve(sum(tensor.nbytes for tensor in tensors))
+        copies = []
+        at = 0
+        for tensor in tensors:
+            at += -at % tensor.element_size()
+            space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(space.copy_(tensor, non_blocking=self._pinned))
+            at += tensor.nbytes
+        arrived: Arrival | None = None
+        if self._pinned:
+            arrived = moment(self._device)
+        return iter(copies), arrived
+
+
+def require_finite(excerpt: Excerpt) -> None:
+    """Check what is about to be published.
+
+    A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
+
+    Raises:
+        Diverged: names what is not finite.
+    """
+    for file, stretches in excerpt.stretches.items():
+        for stretch in stretches:
+            low, high = _extremes(stretch.numbers)
+            is_buffer = file != OPTIMIZER and stretch.name not in excerpt.trained
+            if math.isnan(low) or (not is_buffer and (math.isinf(low) or math.isinf(high))):
+                raise _diverged(excerpt, f"{stretch.name} in {file}")
+    for name, value in _floats(excerpt.rest["optimizer"]["state"], "the optimizer's state"):
+        if not math.isfinite(value):
+            raise _diverged(excerpt, name)
+
+
+def _diverged(excerpt: Excerpt, what: str) -> Diverged:
+    return Diverged(
+        f"After step {excerpt.rest['step']}, {what} is not finite, so the state is not saved; "
+        "earlier checkpoints are as they were. Look at train/grad_norm before it, lower "
+        "optimizer.lr or set max_grad_norm."
+    )
+
+
+def _floats(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _floats(part, f"{name}.{key}")
+    elif isinstance(value, list):
+        for part in value:
+            yield from _floats(part, name)
+    elif isinstance(value, float):
+        yield name, value
+
+
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0, 0.0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # nobody has written aminmax for eight bits
+    low, high = torch.aminmax(tensor)  # both are nan where any number is
+    return float(low), float(high)

@@ -1,0 +1,601 @@
+"""A training state as named tensors and plain values, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
+from service.optimization.optimizers import step_of
+from service.optimization.train_state import Best, TrainState
+from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds: tensors by file and name, and everything else as JSON values."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    rest: dict[str, Any]
+    trained: frozenset[str]
+    """The names among the weights that are parameters; the others are buffers."""
+
+    def entries(self, file: str) -> list[Entry]:
+        """The tensors of one file as its header tells them."""
+        return [Entry(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in self.tensors[file].items()]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
+
+
+def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) -> Content:
+    """What a checkpoint of `state` holds; the tensors are the state's own, all else is copied.
+
+    Args:
+        places: where each process is in a stream of data.
+    Raises:
+        SpecError: the model or the optimizer keeps something that no file can hold.
+    """
+    with state.evaluated():
+        weights, aliases = weights_of(state.model)
+        if state.is_modal:  # they are there only as long as this lasts
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+    held, described = optimizer_state(state)
+    files = {MODEL: weights, OPTIMIZER: held}
+    if state.average is not None:
+        files[AVERAGE] = weights_of(state.average.model)[0]
+    rest = {
+        "step": state.step,
+        "best": asdict(state.best) if state.best else None,
+        "memory": state.memory(),
+        "stream": places,
+        "scaler": state.scaler.state_dict() if state.scaler else None,
+        "skipped_steps": state.skipped_steps,
+        "faulty_steps": state.faulty_steps,
+        "untested": state.untested,
+    }
+    # To copy what is made anew as well would cost as much as to copy a small model.
+    rest = copy.deepcopy(rest) | {"optimizer": described, "aliases": aliases}
+    trained = frozenset(name for name, _ in state.model.named_parameters())
+    ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
+    return Content(ordered, rest, trained)
+
+
+def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tensor once, and for tied ones the name it is stored under.
+
+    Raises:
+        SpecError: the state dict holds what is no tensor, or is of a type no file can hold.
+    """
+    weights: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise SpecError(
+                f"task: the model's state holds {name!r}, a {kind}; a checkpoint cannot hold "
+                "that. Register it as a buffer of another type, or with persistent=False."
+            )
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            weights[name] = tensor.detach()
+    return weights, aliases
+
+
+def _in_order_on_disk(tensors: Mapping[str, Tensor], trained: frozenset[str]) -> dict[str, Tensor]:
+    """The widest types first: each begins at a multiple of its own width.
+
+    Of one width the buffers last, so that they lie close together.
+    """
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0] not in trained)
+    )
+    return dict(ordered)
+
+
+def expected_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, averaged: bool = False
+) -> int | None:
+    """Bytes of a checkpoint's tensors, before the first step; None where only a step can tell.
+
+    The optimizer takes a step on parameters of a few numbers, which is seen through: what it keeps
+    beside each is as large as the parameter, or one number, or it cannot be told.
+
+    Args:
+        averaged: the weights' moving average is saved too.
+    Raises:
+        SpecError: the model keeps something that no checkpoint can hold.
+    """
+    weights = sum(tensor.nbytes for tensor in weights_of(model)[0].values())
+    if type(optimizer).__module__.partition(".")[0] != "torch":
+        return None  # another's copy might share what it counts in with the one that trains
+    groups = [[(_small(p), p) for p in group["params"]] for group in optimizer.param_groups]
+    twin = copy.copy(optimizer)
+    twin.state = defaultdict(dict)
+    twin.param_groups = [
+        {**group, "params": [small for small, _ in pairs], "foreach": False}
+        | ({"fused": None} if "fused" in group else {})
+        for group, pairs in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    try:
+        step_of(twin)()
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError):
+        # It asks for a closure, sparse gradients or a GPU: lbfgs, capturable.
+        return None
+    held = [
+        _bytes_held(value, small, parameter)
+        for pairs in groups
+        for small, parameter in pairs
+        for value in twin.state[small].values()
+        if isinstance(value, Tensor)
+    ]
+    if None in held:
+        return None
+    return sum(filter(None, held)) + weights * (2 if averaged else 1)
+
+
+def _small(parameter: Tensor) -> Tensor:
+    """A parameter of the same kind with two numbers along each dimension, and a gradient."""
+    shape = (2,) * parameter.dim()
+    small = torch.zeros(shape, dtype=parameter.dtype, device="cpu", requires_grad=True)
+    small.grad = torch.zeros_like(small)
+    return small
+
+
+def _bytes_held(value: Tensor, small: Tensor, parameter: Tensor) -> int | None:
+    """Bytes beside the real parameter of what is `value` beside the small; None: it depends."""
+    if value.shape == small.shape:
+        return parameter.numel() * value.element_size()
+    return value.nbytes if value.dim() == 0 else None
+
+
+# ---- back from disk
+
+
+def load(
+    directory: Path,
+    state: TrainState,
+    *,
+    index: int = 0,
+    rename: Mapping[str, str] | None = None,
+) -> None:
+    """Put a checkpoint's content into `state`, on process `index`.
+
+    Args:
+        rename: new names of parameters and modules that are saved under old ones.
+
+    Raises:
+        SpecError: it does not fit the model or the optimizer.
+        NoCheckpoint: its files cannot be read.
+    """
+    rest, renamed = read_state(directory), Renaming(rename or {})
+    weights = _read_weights(directory, rest)
+    average = _read_weights(directory, rest, average=True) if state.average else {}
+    held = _tensors(directory / OPTIMIZER)
+    _load_weights(state.model, {renamed(name): value for name, value in weights.items()}, directory)
+    if state.average is not None:
+        averaged = {renamed(name): value for name, value in average.items()}
+        _load_weights(state.average.model, averaged, directory)
+    try:
+        if state.scaler is not None:
+            state.scaler.load_state_dict(rest["scaler"])
+        state.skipped_steps, state.faulty_steps = rest["skipped_steps"], rest["faulty_steps"]
+        _load_optimizer(state, held, rest["optimizer"], renamed, directory)
+        if state.stream is not None and rest["stream"] is not None:
+            state.stream.move_to(rest["stream"], index)
+        state.step = rest["step"]
+        state.untested = rest.get("untested")  # none in those of before
+        state.best = Best(**rest["best"]) if rest["best"] else None
+        state.remember(rest["memory"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise NoCheckpoint(
+            f"The checkpoint {directory} does not hold what this version writes "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def load_weights(
+    directory: Path,
+    model: nn.Module,
+    *,
+    rename: Mapping[str, str] | None = None,
+    average: bool = False,
+) -> None:
+    """Put a checkpoint's weights into `model`, renamed as for `load`, and leave the rest.
+
+    Args:
+        average: their moving average instead of the latest.
+    Raises:
+        SpecError: they do not fit the model, or there is no average.
+        NoCheckpoint: its files cannot be read.
+    """
+    weights = _read_weights(directory, read_state(directory), average=average)
+    renamed = Renaming(rename or {})
+    _load_weights(model, {renamed(name): value for name, value in weights.items()}, directory)
+
+
+def _read_weights(
+    directory: Path, rest: Mapping[str, Any], *, average: bool = False
+) -> dict[str, Tensor]:
+    """Weights by every name they have.
+
+    Args:
+        average: the moving average of the weights instead of the latest.
+    """
+    if average and not (directory / AVERAGE).exists():
+        raise SpecError(
+            f"The checkpoint {directory} has no moving average of the weights; "
+            "it was trained without model.moving_average."
+        )
+    weights = _tensors(directory / (AVERAGE if average else MODEL))
+    return weights | {alias: weights[name] for alias, name in rest["aliases"].items()}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NoCheckpoint(f"{path} cannot be read: {error}.") from error
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
+    own = model.state_dict()
+    missing, strange = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or strange:
+        near = did_you_mean(missing[0], strange) if missing and strange else "."
+        differs = [f"lacks {missing[:5]}"] if missing else []
+        differs += [f"has {strange[:5]} besides"] if strange else []
+        raise SpecError(
+            f"The checkpoint {directory} is of another model: it {' and '.join(differs)}"
+            f"{near}{_how_to_rename(missing, strange)}"
+        )
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if weights[name].shape != tensor.shape
+    ]
+    if shapes:
+        raise SpecError(f"The checkpoint {directory} is of another model: {'; '.join(shapes[:5])}")
+    model.load_state_dict(weights)
+
+
+def _how_to_rename(missing: list[str], strange: list[str]) -> str:
+    if not (missing and strange):
+        return ""
+    return (
+        " If it was renamed, say so: "
+        f"checkpoint.rename={{{json.dumps(strange[0])}: {json.dumps(missing[0])}}}; the name of a "
+        "module renames all that is in it."
+    )
+
+
+class Renaming:
+    """New names of what is saved under old ones; a module's name stands for all that is in it."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+
+    def __call__(self, name: str) -> str:
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):  # the longest path that was given wins
+            new = self._names.get(".".join(parts[:length]))
+            if new is not None:
+                return ".".join([new, *parts[length:]])
+        return name
+
+
+# ---- the optimizer
+
+# How the arithmetic is laid out on this machine, and the parameters, which have names instead.
+_NOT_OF_THE_RUN = {"params", "param_names", "fused", "foreach", "capturable", "differentiable"}
+
+
+# Before the name of a parameter: its value in training, where the weights have that of testing.
+_TRAINED_ON = "trained on"
+
+
+def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
+    tensors: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    by_name = {
+        names[id(parameter)]: {
+            key: _pack(value, f"{key}:{names[id(parameter)]}", tensors)
+            for key, value in values.items()
+        }
+        for parameter, values in state.optimizer.state.items()
+    }
+    groups = [
+        {
+            "names": [names[id(parameter)] for parameter in group["params"]],
+            "values": {
+                key: _pack(value, f"{key}:group {number}", tensors)
+                for key, value in group.items()
+                if key not in _NOT_OF_THE_RUN
+            },
+        }
+        for number, group in enumerate(state.optimizer.param_groups)
+    ]
+    if state.is_modal:
+        members = [p for group in state.optimizer.param_groups for p in group["params"]]
+        tensors |= {f"{_TRAINED_ON}:{names[id(p)]}": p.detach() for p in members}
+    return tensors, {"state": by_name, "groups": groups}
+
+
+def _load_optimizer(
+    state: TrainState,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    renamed: Renaming,
+    directory: Path,
+) -> None:
+    optimizer, parameters = state.optimizer, dict(state.model.named_parameters())
+    saved = {renamed(name): entries for name, entries in described["state"].items()}
+    strange = sorted(saved.keys() - parameters.keys())
+    if strange:
+        raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")
+    groups = [
+        (list(map(renamed, group["names"])), _kept(_unpacked(group["values"], tensors)))
+        for group in described["groups"]
+    ]
+    values = {name: _unpacked(entries, tensors) for name, entries in saved.items()}
+    _require_like_parameters(values, parameters, optimizer, directory)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        values = _in_order(values, groups[0][0], optimizer, parameters)
+    _load_groups(state, groups, directory)
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {id(parameter): number for number, parameter in enumerate(members)}
+    by_number = {
+        numbers[id(parameters[name])]: entries
+        for name, entries in values.items()
+        if id(parameters[name]) in numbers
+    }
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": by_number, "param_groups": own})
+    windows: list[tuple[Tensor, Tensor]] = []
+    for number, entries in by_number.items():
+        held = optimizer.state[members[number]]
+        for key, value in entries.items():
+            held[key] = _as_saved(held[key], value, members[number], windows)
+    windows += _trained_on(state, tensors, renamed, directory)
+    _fill(windows)
+
+
+def _trained_on(
+    state: TrainState, tensors: Mapping[str, Tensor], renamed: Renaming, directory: Path
+) -> list[tuple[Tensor, Tensor]]:
+    """Parameters whose value in training is saved besides, each with that value."""
+    parameters = dict(state.model.named_parameters()) if state.is_modal else {}
+    found: list[tuple[Tensor, Tensor]] = []
+    for key, value in tensors.items():
+        kind, _, name = key.partition(":")
+        if kind != _TRAINED_ON:
+            continue
+        parameter = parameters.get(renamed(name))
+        if parameter is None or parameter.shape != value.shape:
+            raise SpecError(
+                f"The checkpoint {directory} holds {key} of the shape {list(value.shape)}, which "
+                "is no parameter of this model and optimizer."
+            )
+        found.append((parameter.detach(), value))
+    return found
+
+
+def _load_groups(
+    state: TrainState, groups: list[tuple[list[str], dict[str, Any]]], directory: Path
+) -> None:
+    """Give each of the optimizer's groups the values of the saved group with its parameters.
+
+    Their order may have changed; who shares a group with whom may not.
+    """
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    home = {name: number for number, (members, _) in enumerate(groups) for name in members}
+    for group in state.optimizer.param_groups:
+        members = [names[id(parameter)] for parameter in group["params"]]
+        number = home.get(members[0], -1)
+        if number < 0 or set(groups[number][0]) != set(members):
+            raise SpecError(
+                f"The checkpoint {directory} was made with other parameter groups: "
+                f"{members[0]!r} shared its settings with other parameters than now. "
+                "Group them as they were, or begin again with --fresh."
+            )
+        group |= groups[number][1]
+
+
+# What torch.optim keeps in shapes of its own; their operations check them.
+_OF_OTHER_SHAPES = {"row_var", "col_var"}
+
+
+def _require_like_parameters(
+    values: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    directory: Path,
+) -> None:
+    """Refuse state that a fused kernel, which checks neither shape nor type, would read past.
+
+    What torch.optim keeps beside a parameter is like the parameter, or one number.  LBFGS keeps
+    vectors of its own, in no fused kernel; other packages' optimizers may keep whatever they like.
+
+    Raises:
+        SpecError: names what does not fit.
+    """
+    whose = type(optimizer).__module__.partition(".")[0]
+    if whose != "torch" or isinstance(optimizer, torch.optim.LBFGS):
+        return
+    for name, entries in values.items():
+        parameter = parameters[name]
+        for key, value in entries.items():
+            if not isinstance(value, Tensor) or key in _OF_OTHER_SHAPES:
+                continue
+            number = value.dim() == 0 and value.dtype in (torch.float32, torch.float64)
+            if number and (parameter.dim() == 0 or key in _NUMBERS):
+                continue
+            alike = value.shape == parameter.shape and value.dtype == parameter.dtype
+            if alike and key not in _NUMBERS:
+                continue
+            wanted = "one float" if key in _NUMBERS else _kind(parameter)
+            raise SpecError(
+                f"The checkpoint {directory} does not fit the optimizer: {key} of {name} is "
+                f"{_kind(value)} instead of {wanted}. Use a checkpoint of this model and optimizer."
+            )
+
+
+_NUMBERS = {"step", "eta", "mu", "mu_product"}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _in_order(
+    values: dict[str, dict[str, Any]],
+    saved_order: list[str],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, dict[str, Any]]:
+    """The state of LBFGS, whose vectors hold all parameters in a row, in the order of now."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]]
+    sizes = [parameters[name].numel() for name in saved_order]
+
+    def ordered(value: Any) -> Any:
+        if isinstance(value, list):
+            return [ordered(item) for item in value]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        pieces = dict(zip(saved_order, torch.split(value, sizes), strict=True))
+        return torch.cat([pieces[name] for name in order])
+
+    if not values:
+        return {}
+    (entries,) = values.values()  # it keeps all of it with its first parameter
+    return {order[0]: {key: ordered(value) for key, value in entries.items()}}
+
+
+def _as_saved(
+    loaded: Any, saved: Any, parameter: Tensor, windows: list[tuple[Tensor, Tensor]]
+) -> Any:
+    """A copy of `saved` where torch put it, with its own type, lying as its parameter does.
+
+    Torch gives some of an optimizer's numbers the parameter's type; and an average that lay as
+    its parameter does, channels last, no longer does: a fused step then mixes its elements up.
+
+    Args:
+        windows: takes the large ones that are still to be copied, with what they are copied from.
+    """
+    if isinstance(saved, Tensor) and saved.shape == parameter.shape:
+        fresh = torch.empty_like(
+            parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False
+        )
+        windows.append((fresh, saved))
+        return fresh
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device, copy=True)
+    if isinstance(saved, list | tuple):
+        pairs = zip(loaded, saved, strict=True)
+        return type(saved)([_as_saved(*pair, parameter, windows) for pair in pairs])
+    return saved
+
+
+def _fill(windows: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first, several at once.
+
+    To get new memory from the system takes longer than to copy into it, and each core can do so.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="load") as threads:
+        copies = [threads.submit(_copy, *pair) for pair in windows]
+    for copied in copies:
+        copied.result()
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    alike = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+    if not (alike and target.device.type == "cpu" and target.dim()):
+        target.copy_(source)
+        return
+    # By numpy, which takes no further threads for it: these are as many as there are cores.
+    into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
+    np.copyto(into, of)
+
+
+def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`; its tensors go into `tensors` under `key`."""
+    if isinstance(value, Tensor):
+        if value.dtype not in DTYPES:
+            raise SpecError(f"optimizer.name: its state {key!r} is {value.dtype}; cannot save it.")
+        tensors[key] = value.detach()
+        return {"tensor": key}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_pack(v, f"{n}.{key}", tensors) for n, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise SpecError(
+        f"optimizer.name: its state {key!r} is a {type(value).__name__}; cannot save it."
+    )
+
+
+def _kept(value: Any) -> Any:
+    """`value`, with copies of its tensors.
+
+    What was read is a window on the file: to go on with it would be to page the state in from a
+    disk on which the checkpoint has perhaps been removed.
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _kept(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_kept(part) for part in value])
+    return value
+
+
+def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in packed:
+        return tensors[packed["tensor"]]
+    if "list" in packed:
+        return [_unpack(part, tensors) for part in packed["list"]]
+    if "tuple" in packed:
+        return tuple(_unpack(part, tensors) for part in packed["tuple"])
+    return packed["value"]
+
+
+def _unpacked(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: _unpack(value, tensors) for key, value in values.items()}

@@ -1,0 +1,134 @@
+"""A micro-batch: rows brought together, with what they weigh, on the device that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from service.distributed.devices import copies_late, module_of
+
+# The targets of a row that is a mapping stand under one of these keys.
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+
+class Batch(NamedTuple):
+    """One forward pass worth of rows."""
+
+    number: int
+    """Which micro-batch of the step it is, counted over all processes."""
+    rows: NDArray[np.int64]
+    """The ids of its rows in the data set, or of a stream digests of what they hold: [B]."""
+    inputs: Any
+    """What the model takes: a tensor [B, ...], or a tuple or mapping of them."""
+    targets: Any
+    """What the loss compares with."""
+    weight: Tensor | None
+    """What each loss value counts, of the shape the task's loss has; None counts each as 1."""
+    key: int
+    """Names the random numbers that the model draws for it."""
+
+
+class Step(NamedTuple):
+    """One process's micro-batches of one optimizer step."""
+
+    micro_batches: Sequence[Batch]
+    weight: float | Tensor
+    """Weight of the whole step, over all processes."""
+
+
+def split(collated: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a collated batch: a pair, or a mapping with a usual key for the targets.
+
+    Raises:
+        TypeError: the rows of the data set are neither.
+    """
+    if isinstance(collated, Mapping):
+        key = next((k for k in TARGET_KEYS if k in collated), None)
+        if key is not None:
+            return {k: v for k, v in collated.items() if k != key}, collated[key]
+        raise TypeError(
+            f"a row with the keys {sorted(collated)} names no targets; "
+            f"use one of {', '.join(TARGET_KEYS)}."
+        )
+    if isinstance(collated, tuple | list) and len(collated) == 2:
+        return collated[0], collated[1]
+    raise TypeError(
+        f"a row must be (inputs, targets) or a mapping, but is {type(collated).__name__}"
+        + (f" of {len(collated)}" if isinstance(collated, tuple | list) else "")
+        + ". What the model takes is one thing: ((a, b), targets) gives it a and b as a list, "
+        "and a mapping gives it each by its name."
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same nest of tensors on `device`; copies from pinned memory do not wait."""
+    return each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def carrier(device: torch.device) -> Callable[[Any], Any]:
+    """What brings a nest of tensors to the device.
+
+    On a device that copies beside its work it does so on a stream of its own: on that of the work,
+    a copy would wait until all that was begun before is computed, and, from memory that is not
+    pinned, the host with it.
+    """
+    stream = _stream_of_copies(device)
+    if stream is None:
+        return partial(to_device, device=device)
+    module = module_of(device)
+
+    def bring(value: Any) -> Any:
+        with module.stream(stream):
+            brought = to_device(value, device)
+        work = module.current_stream()
+        work.wait_stream(stream)
+        # Its memory is the copies' own: it must not be written to again while it is computed with.
+        each_tensor(brought, lambda tensor: tensor.record_stream(work))
+        return brought
+
+    return bring
+
+
+@lru_cache(maxsize=1)  # each stream has memory that no other uses
+def _stream_of_copies(device: torch.device) -> Any:
+    streams = getattr(module_of(device), "Stream", None)
+    return streams() if copies_late(device) and streams is not None else None
+
+
+def first_rows(value: Any, count: int) -> Any:
+    """The first `count` rows of a nest of tensors; 0 makes an empty batch of the same kind."""
+    return each_tensor(value, lambda tensor: tensor[:count])
+
+
+def each_tensor(value: Any, act: Callable[[Tensor], Any]) -> Any:
+    """The same nest with what `act` makes of each tensor in it, in order."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if isinstance(value, Mapping):
+        return {k: each_tensor(v, act) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return _of_its_kind(value, [each_tensor(v, act) for v in value])
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a nest, in order."""
+    found: list[Tensor] = []
+    each_tensor(value, found.append)
+    return found
+
+
+def _of_its_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """The items as a list, a tuple, or the named tuple that `value` is."""
+    return value._make(items) if hasattr(value, "_make") else type(value)(items)
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs; a mapping of inputs is passed by name."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)

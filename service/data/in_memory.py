@@ -1,0 +1,112 @@
+"""Rows that are tensors in memory: they are picked by index, a micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from service.data.batches import each_tensor, tensors_of
+from service.distributed.devices import free_bytes
+
+# Of the device's free memory, what rows may take; the rest is for what they are needed for.
+_SHARE_OF_FREE = 0.25
+
+
+@dataclass(frozen=True, eq=False)  # one data set is another's equal only where it is the same
+class InMemory:
+    """All rows of a data set as tensors, or nests of them, whose first dimension is the row."""
+
+    inputs: Any
+    """What the model takes: [N, ...]."""
+    targets: Any
+    """What the loss compares with: [N, ...]."""
+
+    def __len__(self) -> int:
+        return len(tensors_of(self.targets)[0])
+
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
+        inputs, targets = (each_tensor(v, lambda t: t[row]) for v in (self.inputs, self.targets))
+        return inputs, targets
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors_of((self.inputs, self.targets)))
+
+    @property
+    def device(self) -> torch.device:
+        return tensors_of(self.targets)[0].device
+
+    def on(self, device: torch.device) -> InMemory:
+        """The same on the device."""
+        moved = [each_tensor(v, lambda t: t.to(device)) for v in (self.inputs, self.targets)]
+        return InMemory(*moved)
+
+    def fits_on(self, device: torch.device) -> bool:
+        """Whether the rows may lie on the device: a quarter of what is free there holds them."""
+        free = free_bytes(device)
+        return free is None or self.size_bytes <= _SHARE_OF_FREE * free
+
+
+# By data set, its rows on the device: brought there once, and not for every test pass.
+_RESIDENT: WeakKeyDictionary[Any, InMemory] = WeakKeyDictionary()
+
+
+def near(data: Any, rows: InMemory, device: torch.device) -> InMemory:
+    """The rows of a data set on the device, as long as it lives; on the host if they do not fit."""
+    if device.type == "cpu" or rows.device.type != "cpu":
+        return rows
+    if data not in _RESIDENT:
+        if not rows.fits_on(device):
+            return rows
+        _RESIDENT[data] = rows.on(device)
+    return _RESIDENT[data]
+
+
+def in_memory(data: Any) -> InMemory | None:
+    """The data set as tensors, where it is two of them already, or a part of such a one."""
+    if isinstance(data, InMemory):
+        return data
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        return InMemory(*data.tensors)
+    if isinstance(data, Subset):
+        whole = in_memory(data.dataset)
+        if whole is not None:
+            rows = torch.as_tensor(data.indices)
+            return InMemory(picker(whole.inputs)(rows), picker(whole.targets)(rows))
+    return None
+
+
+def joined(pieces: Sequence[tuple[Any, Any]]) -> InMemory:
+    """The rows of (inputs, targets), one piece after the other.
+
+    Raises:
+        RuntimeError: rows of one piece have another shape than those of another.
+    """
+    return InMemory(*(_joined([piece[side] for piece in pieces]) for side in (0, 1)))
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    leaves = list(zip(*(tensors_of(value) for value in values), strict=True))
+    whole = iter([torch.cat(parts) for parts in leaves])
+    return each_tensor(values[0], lambda _: next(whole))
+
+
+def picker(value: Any) -> Callable[[Tensor], Any]:
+    """Picks rows by their index [B], in memory of their own."""
+    if isinstance(value, Tensor):
+        return partial(value.index_select, 0)
+    return lambda index: each_tensor(value, lambda tensor: tensor.index_select(0, index))
+
+
+def run_copier(value: Any) -> Callable[[int, int], Any]:
+    """Copies so many rows from a first one on."""
+    if isinstance(value, Tensor):
+        return partial(value.narrow_copy, 0)
+    return lambda first, count: each_tensor(value, lambda t: t.narrow_copy(0, first, count))

@@ -1,0 +1,517 @@
+"""From a data set to micro-batches on the device: one list of them for each optimizer step."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from service.basics import randomness
+from service.basics.errors import DataBroken, EvenstepError, SpecError, with_place
+from service.basics.limits import memory_here
+from service.data.batches import (
+    Batch,
+    Step,
+    carrier,
+    each_tensor,
+    first_rows,
+    split,
+    tensors_of,
+    to_device,
+)
+from service.data.in_memory import InMemory, in_memory, joined, near, picker, run_copier
+from service.data.streams import Stream, contents, is_stream
+from service.data.task import Data, Task, collate_of
+from service.distributed.devices import copies_late
+from service.distributed.generators import seed_generators
+from service.distributed.world import World
+from service.health.stop_request import STOP_SIGNALS, die_with_parent
+from service.plan.plan import Plan
+from service.plan.samplers import micro_batches, rows_at
+from service.spec.models import LoaderSpec
+
+# Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
+_ROWS_AHEAD = 4096
+
+
+class Order(NamedTuple):
+    """Which rows to bring, for which micro-batch of which step."""
+
+    step: int
+    number: int
+    key: int  # of the random numbers that the model draws
+    position: int  # of its first row in the endless sequence of passes over the data
+    rows: NDArray[np.int64]  # [B]
+
+
+def train_steps(
+    data: Data | Stream, *, task: Task, plan: Plan, world: World, start: int
+) -> Iterator[Step]:
+    """This process's micro-batches of every step from `start` on, to the end of the run.
+
+    A stream is read no further than the steps that were asked for.
+
+    Raises:
+        DataBroken: the data set failed on a row, or gave what no model takes.
+    """
+    if isinstance(data, Stream):
+        collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
+        batches = _as_batches(collated, task=task, world=world, known=False)
+    elif (rows := _held(data, task)) is not None:
+        rows = near(data, rows, world.device)
+        batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
+    else:
+        orders = _train_orders(plan, world.index, start)
+        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
+        brought = _collated(reader, orders, plan, world)
+        batches = _as_batches(brought, task=task, world=world, known=False)
+    per_step = len(plan.share(world.index))
+    empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
+    for step in range(start, plan.steps):
+        taken = list(islice(batches, per_step))
+        # With statistics over all processes every forward pass is a collective: a process
+        # with fewer micro-batches takes part in the last round with no rows.
+        if empty_rounds:
+            key = randomness.key(randomness.FORWARD, plan.spec.seed, step, plan.micro_batches)
+            empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
+            taken += [empty] * empty_rounds
+        yield Step(taken, _step_weight(taken, plan, world))
+
+
+def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
+    """This process's micro-batches of the test set, each row once over all processes."""
+    orders = _test_orders(plan, world)
+    rows = _held(data, task)
+    if rows is not None:
+        rows = near(data, rows, world.device)
+        return _copied_from_memory(rows, orders, task=task, world=world)
+    reader = _Reader(data, plan.spec.seed, rows=plan.test_rows, collate=collate_of(task))
+    brought = _collated(reader, orders, plan, world)
+    return _as_batches(brought, task=task, world=world)
+
+
+def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
+    size, seed = plan.spec.test.micro_batch, plan.spec.seed
+    share = _test_share(plan.test_rows, size, world.index, world.processes, seed)
+    first, stop = (share[0][2], share[-1][3]) if share else (0, 0)
+    rows = np.arange(first, stop)  # a share is one run of them
+    for number, key, start, end in share:
+        yield Order(0, number, key, start, rows[start - first : end - first])
+
+
+@lru_cache(maxsize=1)  # it is the same in every test of a run
+def _test_share(
+    rows: int, size: int, process: int, processes: int, seed: int
+) -> list[tuple[int, int, int, int]]:
+    """(number, key, first row, row after the last) of each micro-batch that a process tests."""
+    shared = micro_batches(rows, micro_batch=size, index=process, of=processes)
+    numbers = np.array([number for number, _ in shared], np.int64)
+    keys = randomness.keys(randomness.TEST, seed, numbers=numbers).tolist()
+    return [(n, key, span.start, span.stop) for (n, span), key in zip(shared, keys, strict=True)]
+
+
+def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None = None) -> Batch:
+    """The first rows of the data set as one micro-batch, to try things out on.
+
+    As many as the smallest micro-batch has, where nothing else is asked for: what a model cannot
+    do with few rows, such as a BatchNorm with one, then shows before the first step.
+    """
+    count = rows or plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
+    first = np.arange(min(count, plan.train_rows or count))
+    order = Order(0, 0, 0, 0, first)
+    collate = collate_of(task)
+    if is_stream(data):
+        collated = collate(Stream(data, mode="whole", index=0, of=1).take(len(first)))
+    else:
+        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
+        collated = reader[order][1]
+    known = not is_stream(data) and _held(data, task) is not None
+    return next(_as_batches([(order, collated)], task=task, world=world, known=known))
+
+
+def _from_stream(
+    stream: Stream,
+    plan: Plan,
+    process: int,
+    start: int,
+    *,
+    collate: Callable[[list[Any]], Any],
+) -> Iterator[tuple[Order, Any]]:
+    share = plan.share(process)
+    spans = [_span(number, plan) for number in share]
+    own = range(spans[0].start, spans[-1].stop)
+    read = range(plan.global_batch) if stream.mode == "whole" else own
+    for step in range(start, plan.steps):
+        rows = stream.take(len(read))
+        for number, span in zip(share, spans, strict=True):
+            first = step * plan.global_batch + span.start
+            piece = rows[span.start - read.start : span.stop - read.start]
+            key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
+            yield Order(step, number, key, first, contents(piece)), collate(piece)
+
+
+def _span(number: int, plan: Plan) -> range:
+    """Places in the global batch that micro-batch `number` takes."""
+    first = number * plan.micro_batch
+    return range(first, min(first + plan.micro_batch, plan.global_batch))
+
+
+class _Block(NamedTuple):
+    """What one process takes in some steps that follow each other."""
+
+    steps: range  # S of them
+    numbers: range  # of its micro-batches in each step, M of them
+    sizes: list[int]  # rows of each: [M]
+    first: int  # place in the global batch of the first row it takes
+    keys: NDArray[np.int64]  # [S, M]
+    rows: NDArray[np.int64]  # [S, rows of a step]
+
+    def parts(self) -> tuple[list[int], list[int], list[NDArray[np.int64]]]:
+        """(number, key, rows) of each micro-batch, in order: three lists."""
+        ends = np.cumsum(self.sizes).tolist()
+        spans = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        rows = [of_step[span] for of_step in self.rows for span in spans]
+        return [*self.numbers] * len(self.steps), self.keys.ravel().tolist(), rows
+
+    def orders(self, global_batch: int) -> Iterator[Order]:
+        """One for each micro-batch, in order."""
+        firsts = self.first + np.cumsum([0, *self.sizes[:-1]])
+        positions = np.add.outer(np.array(self.steps) * global_batch, firsts).ravel().tolist()
+        steps = np.repeat(self.steps, len(self.sizes)).tolist()
+        numbers, keys, rows = self.parts()
+        return map(Order, steps, numbers, keys, positions, rows)
+
+
+def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
+    """All that a process takes from step `start` on; about `ahead` rows at a time."""
+    assert plan.train_rows is not None, "a stream is not asked for rows"
+    share, seed = plan.share(process), plan.spec.seed
+    spans = [_span(number, plan) for number in share]
+    places = np.arange(spans[0].start, spans[-1].stop)
+    block = max(1, ahead // len(places))
+    for begin in range(start, plan.steps, block):
+        steps = np.arange(begin, min(begin + block, plan.steps))
+        positions = steps[:, None] * plan.global_batch + places  # [S, rows of a step]
+        rows = rows_at(positions.ravel(), rows=plan.train_rows, seed=seed)
+        yield _Block(
+            range(begin, begin + len(steps)),
+            share,
+            [len(span) for span in spans],
+            spans[0].start,
+            randomness.grid(randomness.FORWARD, seed, rows=steps, columns=np.array(share)),
+            rows.reshape(positions.shape),
+        )
+
+
+def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
+    for block in _train_blocks(plan, process, start, ahead=_ROWS_AHEAD):
+        yield from block.orders(plan.global_batch)
+
+
+def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
+    if batches[0].weight is None:
+        return plan.global_batch  # each row counts 1: known beforehand, nothing to ask
+    # One place for each micro-batch, 0 for what others have: added up in one order everywhere.
+    each = torch.zeros(plan.micro_batches + 1, dtype=world.wide, device=world.device)
+    for batch in batches:
+        assert batch.weight is not None, "a task weighs every micro-batch or none"
+        each[batch.number] = batch.weight.sum()
+    return world.sum(each).sum()
+
+
+def _without_rows(batch: Batch, *, number: int, key: int) -> Batch:
+    return Batch(
+        number=number,
+        rows=batch.rows[:0],
+        inputs=first_rows(batch.inputs, 0),
+        targets=first_rows(batch.targets, 0),
+        weight=first_rows(batch.weight, 0),
+        key=key,
+    )
+
+
+def _as_batches(
+    collated: Iterable[tuple[Order, Any]], *, task: Task, world: World, known: bool = True
+) -> Iterator[Batch]:
+    """Micro-batches of what was brought together.
+
+    Args:
+        known: whether all processes know, of a row that the loss ignores, that there is one.
+    """
+    weigh = getattr(task, "weight", None)
+    bring = carrier(world.device)
+    ignored = getattr(task, "ignored", None) if weigh is None else None
+    for order, value in collated:
+        try:
+            inputs, targets = split(value)
+        except TypeError as error:
+            raise DataBroken(f"The data set's rows cannot be used: {error}") from error
+        if isinstance(targets, torch.Tensor):
+            _require_every_row(targets, order)
+        some_ignored = ignored is not None and _holds(targets, ignored)
+        if some_ignored and not known:
+            raise SpecError(
+                f"task.loss: ignores targets of {ignored}, and rows that come one by one do not "
+                "say beforehand how many of a step count. Say what each counts, by "
+                f"weight=lambda targets: targets.ne({ignored}).float(), or use loader.in_memory."
+            )
+        inputs, targets = bring((inputs, targets))
+        weight = weigh(targets) if weigh is not None else None
+        if some_ignored:
+            weight = targets.ne(ignored).float()
+        yield Batch(order.number, order.rows, inputs, targets, weight, order.key)
+
+
+def _holds(targets: Any, ignored: int) -> bool:
+    """Whether one of these classes, one for each row, is the ignored one."""
+    if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        return False
+    return bool(targets.eq(ignored).any())
+
+
+def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
+    """What says how much each row counts of those that have all these targets; None: 1 each."""
+    ignored = getattr(task, "ignored", None)
+    if hasattr(task, "weight") or ignored is None or not _holds(targets, ignored):
+        return getattr(task, "weight", None)
+    return lambda some: some.ne(ignored).float()
+
+
+def _require_every_row(targets: torch.Tensor, order: Order) -> None:
+    """Check that no row was lost on the way, and none has come twice."""
+    asked, come = len(order.rows), len(targets) if targets.dim() else 0
+    if come != asked:
+        raise DataBroken(
+            f"Of {asked} rows that were asked for, {come} have come (step {order.step}, "
+            f"micro-batch {order.number}, rows {_told(order.rows)}). Each row counts once, so a "
+            "task's collate, or a data set's __getitems__, must keep every one. Leave rows out of "
+            "the data set beforehand, or give them a weight of 0."
+        )
+
+
+def _told(rows: NDArray[np.int64]) -> str:
+    return f"{rows[:8].tolist()}{' ...' if len(rows) > 8 else ''}"
+
+
+def _collated(
+    reader: _Reader, orders: Iterable[Order], plan: Plan, world: World
+) -> Iterator[tuple[Order, Any]]:
+    if plan.spec.loader.workers == 0:
+        return ((order, reader[order][1]) for order in orders)
+    loader = DataLoader(
+        reader,
+        sampler=orders,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=int(plan.spec.loader.workers),
+        prefetch_factor=plan.spec.loader.prefetch * math.ceil(plan.rounds),
+        pin_memory=copies_late(world.device),
+        worker_init_fn=_outlive_signals,
+    )
+    return _in_our_words(loader)
+
+
+def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
+    """What workers bring; what they say of broken data comes without the traceback around it."""
+    before = set(multiprocessing.active_children())
+    try:
+        brought = iter(loader)
+        _WORKERS.update(set(multiprocessing.active_children()) - before)
+        yield from brought
+    except DataBroken as error:
+        told = str(error).rpartition("service.basics.errors.DataBroken: ")[2].strip()
+        raise DataBroken(told) from error
+
+
+def _held(data: Data | Stream, task: Task) -> InMemory | None:
+    """The rows where they are tensors in memory, and no task brings them together otherwise."""
+    if hasattr(task, "collate") and not isinstance(data, InMemory):
+        return None
+    return in_memory(data)
+
+
+def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
+    """How the rows come, in a person's words."""
+    if is_stream(data):
+        return "one after the other, as the stream gives them"
+    if spec.in_memory or _held(data, task) is not None:
+        return "by index, from memory"
+    each = "a micro-batch at a time" if hasattr(data, "__getitems__") else "row by row"
+    if spec.workers == "auto":
+        return f"{each}, by as many workers as there are cores for"
+    return f"{each}, by {spec.workers} workers ahead of time" if spec.workers else each
+
+
+def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> Data:
+    """The data set with its rows as tensors, where `loader.in_memory` asks for it.
+
+    Raises:
+        SpecError: it cannot be, or does not fit.
+        DataBroken: the data set failed on a row, or its rows have several shapes.
+    """
+    if not plan.spec.loader.in_memory:
+        return data
+    if is_stream(data):
+        raise SpecError("loader.in_memory: the training data is a stream. Leave in_memory out.")
+    if len(data) == 0:
+        return data
+    held = _held(data, task)
+    if held is not None:
+        return held
+    reader = _Reader(data, plan.spec.seed, rows=len(data), collate=collate_of(task))
+    _require_room(reader, len(data))
+    starts = range(0, len(data), _ROWS_AHEAD)
+    spans = [np.arange(at, min(at + _ROWS_AHEAD, len(data))) for at in starts]
+    orders = [Order(0, n, 0, int(rows[0]), rows) for n, rows in enumerate(spans)]
+    try:
+        return joined([split(value) for _, value in _collated(reader, orders, plan, world)])
+    except (RuntimeError, TypeError) as error:
+        raise DataBroken(f"loader.in_memory: the rows make no tensors: {error}") from error
+
+
+def _require_room(reader: _Reader, rows: int) -> None:
+    """Judged by the first row; while they are joined, all of them are there twice."""
+    _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
+    needed = 2 * rows * sum(t.numel() * t.element_size() for t in tensors_of(first))
+    free = memory_here()
+    if needed > free:
+        raise SpecError(
+            f"loader.in_memory: {rows:,} rows take {needed / 2**30:.1f} GiB while they are read, "
+            f"and {free / 2**30:.1f} GiB are free here. Leave in_memory out, or use loader.workers."
+        )
+
+
+def _from_memory(
+    data: InMemory, *, task: Task, plan: Plan, world: World, start: int
+) -> Iterator[Batch]:
+    """Rows picked by index on the device that computes them, or on the host where they lie there.
+
+    Each micro-batch has memory of its own: of a part of a larger block, the bits of what is
+    computed would depend on where in the block it begins, and so on where the run was resumed.
+    """
+    inputs, targets = picker(data.inputs), picker(data.targets)
+    send = _sender(data, world)
+    weigh = _weigher(task, data.targets)
+    for block in _train_blocks(plan, world.index, start, ahead=_ROWS_AHEAD):
+        indices = torch.from_numpy(block.rows.ravel()).to(data.device, non_blocking=True)
+        each = torch.split_with_sizes(indices, block.sizes * len(block.steps))
+        for number, key, rows, index in zip(*block.parts(), each, strict=True):
+            aims = send(targets(index))
+            weight = None if weigh is None else weigh(aims)
+            yield Batch(number, rows, send(inputs(index)), aims, weight, key)
+
+
+def _copied_from_memory(
+    data: InMemory, orders: Iterable[Order], *, task: Task, world: World
+) -> Iterator[Batch]:
+    """Rows that are asked for in the order in which they lie."""
+    inputs, targets = run_copier(data.inputs), run_copier(data.targets)
+    send = _sender(data, world)
+    weigh = _weigher(task, data.targets)
+    for _, number, key, first, rows in orders:
+        # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
+        aims = send(targets(first, len(rows)))
+        weight = None if weigh is None else weigh(aims)
+        yield Batch(number, rows, send(inputs(first, len(rows))), aims, weight, key)
+
+
+def _sender(data: InMemory, world: World) -> Callable[[Any], Any]:
+    """Brings rows that were picked to the device; where they lie there already, does nothing."""
+    if data.device.type == world.device.type:
+        return _as_it_is
+    if copies_late(world.device):
+        return lambda rows: to_device(each_tensor(rows, Tensor.pin_memory), world.device)
+    return lambda rows: to_device(rows, world.device)
+
+
+def resident_bytes(data: Iterable[Data], task: Task, device: torch.device) -> int:
+    """Bytes of a device that the rows of these data sets will take for the whole run."""
+    held = [rows for part in data if (rows := _held(part, task)) is not None]
+    return sum(rows.size_bytes for rows in held if rows.fits_on(device))
+
+
+class _Reader(Dataset[tuple[Order, Any]]):
+    """A data set asked for whole micro-batches, with every row's random numbers keyed."""
+
+    def __init__(
+        self, data: Data, seed: int, *, rows: int | None, collate: Callable[[list[Any]], Any]
+    ) -> None:
+        """`rows` are those of one pass over the data."""
+        self._data = data
+        self._seed = seed
+        self._collate = collate
+        self._passed_over = rows or 1
+
+    def __getitem__(self, order: Order) -> tuple[Order, Any]:
+        try:
+            return order, self._collate(self._rows(order))
+        except EvenstepError:
+            raise
+        except Exception as error:
+            raise DataBroken(
+                f"The data set failed at step {order.step}, micro-batch {order.number} "
+                f"(rows {_told(order.rows)}): "
+                f"{with_place(error)}{_remedy(error)}"
+            ) from error
+
+    def _rows(self, order: Order) -> list[Any]:
+        rows = order.rows.tolist()
+        if hasattr(self._data, "__getitems__"):
+            # Rows that come together draw together: keyed by what is the same at any world size.
+            seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
+            return list(self._data.__getitems__(rows))
+        brought = []
+        for place, row in enumerate(rows, start=order.position):
+            epoch = place // self._passed_over
+            seed_generators(randomness.key(randomness.ROW, self._seed, epoch, row))
+            brought.append(self._data[row])
+        return brought
+
+
+def _remedy(error: Exception) -> str:
+    """What helps where torch cannot stack the rows, by the words in which it says so."""
+    said = ("default_collate", "stack expects each tensor", "in list of batch should be of equal")
+    if any(words in str(error) for words in said):
+        return ". Give the task a collate that makes a batch of such rows."
+    return ""
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# ---- workers and signals
+
+_WORKERS: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register  # so before multiprocessing, which asks them to end by SIGTERM and waits for ever
+def _end_workers() -> None:
+    """Let no worker hold up the process that it serves: it ignores every request to stop."""
+    left = _WORKERS & set(multiprocessing.active_children())
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    for worker in left:
+        worker.kill()
+
+
+def _outlive_signals(worker: int) -> None:
+    # A request to stop goes to the whole process group.  The workers serve until the loop
+    # has taken its last step; they leave when the training process lets them go or is gone.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # At once, and not when it next looks: it holds the run's lock open as long as it lives.
+    die_with_parent()

@@ -1,0 +1,215 @@
+"""Data that can only be read one after the other, and taken up again where it was left.
+
+`whole`  Every process reads all of the stream and keeps the micro-batches that are its own.  So
+         the promises hold as for other data: the same rows at any number of processes, and a
+         resume at any other.  Reading costs every process what it costs one.
+`split`  Each process reads its own part, as the stream divides itself.  Reading is shared, but
+         which rows meet in a step depends on the number of processes, and so does the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.basics import randomness
+from service.basics.errors import DataBroken, EvenstepError, SpecError, with_place
+from service.data.serialization import from_plain, plain
+from service.distributed.generators import seed_generators
+
+Mode = Literal["whole", "split"]
+
+
+def is_stream(data: Any) -> bool:
+    """Whether the rows can only be iterated, and not asked for."""
+    # torch's and datasets' own classes of that name; torch's inherits a __getitem__ that raises.
+    by_name = any(kind.__name__ == "IterableDataset" for kind in type(data).__mro__)
+    return by_name or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__"))
+
+
+class Stream:
+    """An iterable data set as one endless sequence of rows, pass after pass."""
+
+    def __init__(self, data: Any, *, mode: Mode, index: int, of: int, seed: int = 0) -> None:
+        """Process `index` of `of` reads it.
+
+        Args:
+            seed: with the place of a row, names the random numbers that it is read with.
+        Raises:
+            SpecError: it can be read once only, gives batches, or `split` is asked of a stream
+                that cannot divide itself.
+        """
+        if hasattr(data, "__next__"):
+            raise SpecError(
+                f"task: the training data is a {type(data).__name__}, which can be read once only. "
+                "Give an object whose __iter__ begins anew, so that a run can go on and resume."
+            )
+        if getattr(data, "batch_size", None) is not None and hasattr(data, "dataset"):
+            raise SpecError(
+                f"task: the training data is a {type(data).__name__} that gives batches. Give its "
+                "data set, of which micro-batches are made here, or make it with batch_size=None."
+            )
+        self.mode = mode
+        self._of = of
+        self._seed = seed, index if mode == "split" else 0
+        self._data = _divided(data, index, of) if mode == "split" and of > 1 else data
+        self._passes = 0
+        self._rows = 0  # since this pass began
+        self._taken = 0  # since the first pass began
+        self._rest: Iterator[Any] | None = None
+
+    def take(self, count: int) -> list[Any]:
+        """The next `count` rows; at its end the stream begins again.
+
+        Python's, numpy's and torch's generators start anew for each of them, so the same rows come
+        with the same random numbers, also when they are read again.
+
+        Raises:
+            DataBroken: it has no rows at all, or fails.
+        """
+        rows = []
+        for _ in range(count):
+            seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
+            try:
+                rows.append(self._next())
+            except EvenstepError:
+                raise
+            except Exception as error:
+                raise DataBroken(
+                    f"The stream {type(self._data).__name__} failed after {self._taken} rows: "
+                    f"{with_place(error)}"
+                ) from error
+            self._taken += 1
+        return rows
+
+    def place(self) -> dict[str, Any]:
+        """Where it is: plain values that JSON keeps.
+
+        Raises:
+            SpecError: the stream's own state holds what cannot be kept without a pickle.
+        """
+        try:
+            state = plain(self._data.state_dict()) if _remembers_all(self._data) else None
+        except TypeError as error:
+            raise SpecError(
+                f"task: the state of the {type(self._data).__name__} cannot be saved: {error}. "
+                "Its state_dict must hold numbers, text, bytes, tensors, lists and mappings."
+            ) from error
+        place = {"passes": self._passes, "rows": self._rows, "taken": self._taken}
+        return place | {"state": state}
+
+    def move_to(self, places: list[dict[str, Any]], index: int) -> None:
+        """Go on from where the processes of an earlier attempt were.
+
+        Raises:
+            SpecError: the stream was split, and among another number of processes.
+        """
+        if self.mode == "split" and len(places) != self._of:
+            raise SpecError(
+                f"loader.stream: split among {len(places)} processes so far, and that cannot "
+                f"be taken up by {self._of}. Use {len(places)} processes, or loader.stream=whole "
+                "from the beginning."
+            )
+        place = places[index] if self.mode == "split" else places[0]
+        if place["state"] is not None and hasattr(self._data, "load_state_dict"):
+            self._begin(place["passes"])
+            self._data.load_state_dict(from_plain(place["state"]))
+            self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
+            return
+        # No state of its own: read up to there again; all passes where one may depend on another.
+        if hasattr(self._data, "set_epoch"):
+            self._begin(place["passes"])
+            self._taken = place["taken"] - place["rows"]
+        self.take(place["taken"] - self._taken)
+
+    def _next(self) -> Any:
+        if self._rest is None:
+            self._begin(self._passes)
+        for _ in range(2):
+            assert self._rest is not None
+            row = next(self._rest, _END)
+            if row is not _END:
+                self._rows += 1
+                return row
+            if self._rows == 0:
+                break
+            self._begin(self._passes + 1)
+        raise DataBroken(f"The stream {type(self._data).__name__} gave no row in a whole pass.")
+
+    def _begin(self, number: int) -> None:
+        if hasattr(self._data, "set_epoch"):
+            self._data.set_epoch(number)
+        self._passes, self._rows, self._rest = number, 0, iter(self._data)
+
+
+_END = object()
+
+
+def _remembers_all(data: Any) -> bool:
+    """Whether a stream has a state, and what it reads from there on follows from it.
+
+    The buffer in which Hugging Face's streams shuffle is not in theirs: resumed, it is filled anew
+    with later rows, and those that were in it are lost.
+    """
+    inner = getattr(data, "_ex_iterable", None)
+    while inner is not None:
+        if "Shuffled" in type(inner).__name__ and hasattr(inner, "buffer_size"):
+            return False
+        inner = getattr(inner, "ex_iterable", None)
+    return hasattr(data, "state_dict")
+
+
+def contents(rows: list[Any]) -> NDArray[np.int64]:
+    """What names rows that have no ids: a digest of what each holds: [B]."""
+    return np.array([_content(row) for row in rows], np.int64)
+
+
+def _content(row: Any) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for piece in _pieces(row):
+        digest.update(piece)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _checksum(data: bytes | memoryview) -> bytes:
+    # CRC-32, at five times the pace of a hash: who reads an image should not wait for its digest.
+    return zlib.crc32(data).to_bytes(4, "little")
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        flat = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        yield _checksum(flat.numpy().data)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield _checksum(np.ascontiguousarray(value).data)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from _pieces(item)
+    elif isinstance(value, tuple | list):
+        yield f"{len(value)}".encode()
+        for item in value:
+            yield from _pieces(item)
+    elif isinstance(value, bytes):
+        yield _checksum(value)
+    elif isinstance(value, str | int | float | bool | np.generic | None):
+        yield repr(value).encode()
+    else:  # an object that nothing is known of, such as an image: its kind
+        yield type(value).__qualname__.encode()
+
+
+def _divided(data: Any, index: int, of: int) -> Any:
+    if not hasattr(data, "shard"):
+        raise SpecError(
+            f"loader.stream: split needs a stream that divides itself; {type(data).__name__} has "
+            "no shard(num_shards=, index=). Use loader.stream=whole."
+        )
+    return data.shard(num_shards=of, index=index)

@@ -1,0 +1,430 @@
+"""What the user brings: a model, its data, its loss and its measures."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from service.basics import randomness
+from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, with_place
+from service.data.streams import is_stream
+from service.distributed.generators import seed_generators
+
+# A map-style data set: __len__, __getitem__ and, when present, __getitems__.  For training it may
+# be a stream: __iter__ and, when present, state_dict, load_state_dict, set_epoch and shard.
+Data = Any
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A job's content.  `supervised` builds one from parts."""
+
+    train_rows: int | None
+    """None where the training data can only be iterated."""
+    test_rows: int
+    measures: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        """A new model; its random numbers are drawn from torch's generator, seeded by the spec."""
+        ...
+
+    def train_data(self) -> Data:
+        """The training rows."""
+        ...
+
+    def test_data(self) -> Data:
+        """The test rows."""
+        ...
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """One value for each row [B], or for each token [B, T]; never a mean."""
+        ...
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """One value for each row or token and measure: [B, measures] or [B, T, measures]."""
+        ...
+
+    # A task may also have
+    #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
+    #   ignored                     without a weight: the target whose row the loss leaves out;
+    #   metrics                     a mapping from names to torchmetrics metrics;
+    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
+    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
+
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def _cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits(outputs), targets, reduction="none")
+
+
+def _cross_entropy_sum(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits(outputs), targets, reduction="sum")
+
+
+def _mean_squared(outputs: Any, targets: Tensor) -> Tensor:
+    errors = (_as_targets(logits(outputs), targets) - targets).square()
+    return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+def _binary_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    given = _as_targets(logits(outputs), targets)
+    values = F.binary_cross_entropy_with_logits(given, targets.to(given.dtype), reduction="none")
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": _cross_entropy,
+    "mean_squared": _mean_squared,
+    "binary_cross_entropy": _binary_cross_entropy,
+}
+
+
+# Those that torch adds up in one go: a step of a small network is 4 % quicker for it.
+SUMMED_LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy_sum}
+
+
+IGNORED = -100
+"""The target whose row torch's losses leave out, unless they are told another."""
+_TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _counted_as_by_torch(loss: Any) -> tuple[Loss, Callable[[Any], Tensor] | None, int]:
+    """A loss of torch's, what its values count, and the target that it ignores.
+
+    With weights of classes torch's mean is divided by their sum: so a value counts what its class
+    does, and is not multiplied by it before.
+
+    Raises:
+        SpecError: the weights are smoothed over the classes, and belong to no value.
+    """
+    if loss.weight is None:
+        return loss, None, loss.ignore_index
+    if getattr(loss, "label_smoothing", 0.0):
+        raise SpecError(
+            "task.loss: of CrossEntropyLoss with weight and label_smoothing no value has a weight "
+            "of its own. Leave one of them out, or give a function as the loss, and a weight."
+        )
+    classes, ignored = loss.weight, loss.ignore_index
+
+    def weight(targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            raise SpecError(
+                "task.loss: weights of classes need targets that are classes, but these are "
+                f"{targets.dtype}. Give a function as the loss, and a weight."
+            )
+        left_out = targets == ignored
+        counts: Tensor = classes.to(targets.device)[targets.masked_fill(left_out, 0)]
+        return counts.masked_fill(left_out, 0.0)
+
+    return type(loss)(ignore_index=ignored, reduction="none"), weight, ignored
+
+
+def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
+    scores = logits(outputs)
+    if scores.dim() < 2 or scores.shape[1] == 1:
+        raise SpecError(
+            "task.measures: accuracy and error look for the largest of several outputs of a row, "
+            f"but the outputs are {list(scores.shape)}. With one a row, give a function, such as "
+            "`lambda outputs, targets: (outputs.flatten() > 0) == (targets.flatten() > 0.5)`."
+        )
+    return (_as_targets(scores.argmax(1), targets) == targets).double()
+
+
+def _absolute_error(outputs: Any, targets: Tensor) -> Tensor:
+    errors = (_as_targets(logits(outputs), targets) - targets).abs().double()
+    return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
+
+
+def _as_targets(given: Tensor, targets: Tensor) -> Tensor:
+    """What is compared with the targets, in their shape: torch would make [B, B] of [B, 1] and [B].
+
+    Raises:
+        SpecError: the values of a row cannot be told to be the same ones in the same order.
+    """
+    if given.shape == targets.shape:
+        return given
+    inner = [[n for n in tensor.shape[1:] if n != 1] for tensor in (given, targets)]
+    in_a_row = min(map(len, inner)) <= 1  # or dimensions may have changed places
+    same_rows = given.shape[:1] == targets.shape[:1] or given.numel() == 1
+    if given.numel() != targets.numel() or not same_rows or not (inner[0] == inner[1] or in_a_row):
+        raise SpecError(
+            f"task: what is compared of the outputs has the shape {list(given.shape)}, and the "
+            f"targets {list(targets.shape)}. Bring one of them to the shape of the other, in the "
+            "model or in the data; or give a loss and measures that are functions of both."
+        )
+    return given.reshape(targets.shape)
+
+
+MEASURES: dict[str, Loss] = {
+    "accuracy": _accuracy,
+    "error": lambda outputs, targets: 1.0 - _accuracy(outputs, targets),
+    "absolute_error": _absolute_error,
+    "squared_error": lambda outputs, targets: _mean_squared(outputs, targets).double(),
+}
+
+
+def measured_by(task: Task) -> tuple[str, ...]:
+    """Names of everything that the test loop measures."""
+    return ("loss", *task.measures, *getattr(task, "metrics", {}))
+
+
+def logits(outputs: Any) -> Tensor:
+    """The tensor in a model's outputs: itself, or what a transformers model calls its logits.
+
+    Raises:
+        SpecError: the outputs have none.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    found = getattr(outputs, "logits", found)
+    if not isinstance(found, Tensor):
+        raise SpecError(
+            f"task: the model gives a {type(outputs).__name__}, which is no tensor and has no "
+            "logits. Give a loss, measures and predict that are functions of it."
+        )
+    return found
+
+
+def new_model(task: Task) -> nn.Module:
+    """A new model of the task.
+
+    Raises:
+        SpecError: the task raised, or gave something else.
+    """
+    try:
+        model: object = task.model()
+    except SpecError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(task.model, nn.Module):  # which is called when it should be made
+            raise SpecError(
+                f"task.model: must make a new model, but is one: a {type(task.model).__name__}. "
+                "Write model=lambda: ..., so that each process and each test makes its own."
+            ) from error
+        raise SpecError(f"task.model: raised {with_place(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise SpecError(
+            f"task.model: must give an nn.Module, but gave a {type(model).__name__}. A class of "
+            "models makes one when it is called."
+        )
+    return model
+
+
+def collate_of(task: Task) -> Callable[[list[Any]], Any]:
+    """What makes a batch of a list of rows: the task's own `collate`, or torch's stacking."""
+    return getattr(task, "collate", default_collate)
+
+
+class supervised:  # reads as the function a user calls; it is a Task
+    """A task from parts.
+
+    Args:
+        model: makes a new model.
+        train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
+            under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
+        test: such a data set, which can be no stream; None for a task without a test.
+        loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
+        measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
+            torchmetrics metric, which is given the model's outputs and the targets.
+        weight: what each value of the loss counts, as a function of the targets: 0 for the
+            padding of a text, say.  Without it each row counts as 1; a loss with several values
+            a row needs it.
+        collate: makes a batch of a list of rows that torch cannot stack, such as texts of unequal
+            length; it runs in the loader's workers where there are any.
+        predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
+            [B, ...].  Without it, their logits.
+    Raises:
+        SpecError: a loss or measure nobody knows, or data that is no data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Callable[[], nn.Module],
+        train: Data,
+        test: Data = None,
+        loss: str | Loss = "cross_entropy",
+        measures: Sequence[str] | Mapping[str, Any] = (),
+        weight: Callable[[Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self._train = train() if callable(train) else train
+        test = test() if callable(test) else test
+        self._test: Data = () if test is None else test
+        self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
+        self.test_rows = _length(self._test, "test")
+        self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
+        if isinstance(loss, str) and loss in SUMMED_LOSSES:
+            self.summed_loss = SUMMED_LOSSES[loss]
+        if not isinstance(measures, Mapping):
+            measures = {name: _known(name, MEASURES, "measure") for name in measures}
+        self.metrics = {n: m for n, m in measures.items() if hasattr(m, "merge_state")}
+        sums = {name: m for name, m in measures.items() if name not in self.metrics}
+        self._measures = list(sums.values())
+        self.measures = tuple(sums)
+        if weight is None and isinstance(loss, str):
+            self.ignored = IGNORED if loss == "cross_entropy" else None
+        elif weight is None and type(loss) in _TORCHS and loss.reduction == "none":  # type: ignore[union-attr]
+            self.loss, weight, self.ignored = _counted_as_by_torch(loss)
+        if weight is not None:
+            self.weight = weight
+        if collate is not None:
+            self.collate = collate
+        if predict is not None:
+            self.predict = predict
+
+    def train_data(self) -> Data:
+        """The training rows."""
+        return self._train
+
+    def test_data(self) -> Data:
+        """The test rows."""
+        return self._test
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """Every measure of every row: float64 [B, measures]; nothing where there are none."""
+        if not self._measures:
+            return torch.zeros(0, 0, dtype=torch.float64)
+        values: list[Tensor] = [m(outputs, targets).double() for m in self._measures]
+        if len(values) == 1:
+            return values[0].unsqueeze(-1)
+        if len({value.shape for value in values}) > 1:
+            told = [f"{n} {list(v.shape)}" for n, v in zip(self.measures, values, strict=True)]
+            raise SpecError(
+                "task.measures: each must give one value for each value of the loss, and so all "
+                f"of them the same shape, but they give {', '.join(told)}."
+            )
+        return torch.stack(values, dim=-1)
+
+
+def _length(data: Data, what: str) -> int:
+    kind = f"the {what} data is a {type(data).__name__}"
+    if not is_stream(data) and hasattr(type(data), "__len__"):
+        return len(data)
+    if is_stream(data):
+        raise SpecError(
+            f"task: {kind}, which can only be iterated. Each row is tested once, so its rows must "
+            "be known: give a list of them, or a data set with __len__ and __getitem__."
+        )
+    raise SpecError(f"task: {kind}, which is no data set: it has no __len__.")
+
+
+def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
+    if name not in table:
+        raise SpecError(f"task: unknown {what} {name!r}{did_you_mean(name, table)}")
+    return table[name]
+
+
+def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Task:
+    """The task that `package.module:name` or `path/to/file.py:name` names.
+
+    A function or class is called with `arguments`; anything else is the task itself.  Python's,
+    numpy's and torch's generators are started at `seed` before: data that is drawn or split at
+    random is then the same on every process, and again when the run is resumed.
+
+    Raises:
+        SpecError: it cannot be imported, called, or is no task; says which and where.
+    """
+    source, _, name = where.rpartition(":")
+    seed_generators(randomness.key(randomness.TASK, seed))
+    module = _import(source)
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise SpecError(f"task: {source} has no {name!r}{did_you_mean(name, public)}")
+    task = getattr(module, name)
+    if isinstance(task, type) or (callable(task) and not isinstance(task, Task)):
+        task = _call(task, arguments, where)
+    elif arguments:
+        raise SpecError(f"task_args: {where} is not a function, so it takes no arguments.")
+    if not isinstance(task, Task):
+        lacking = [n for n in _task_names() if not hasattr(task, n)]
+        raise SpecError(
+            f"task: {where} gives a {type(task).__name__}, which is no task: "
+            f"it lacks {', '.join(lacking)}. See service.task.supervised."
+        )
+    return task
+
+
+@contextmanager
+def files_may_have_moved() -> Iterator[None]:
+    """While the task and the model of a run that was trained are made again.
+
+    Raises:
+        SpecError: they cannot be; says how to name other files.
+    """
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(
+            f"{error}\nThe checkpoint holds all weights. If files have moved, add where they are: "
+            "task=PATH:NAME or task_args.KEY=PATH (or task_args.KEY= for none)."
+        ) from error
+
+
+def _task_names() -> list[str]:
+    return [*Task.__annotations__, *(n for n in vars(Task) if not n.startswith("_"))]
+
+
+def _import(source: str) -> Any:
+    try:
+        if source.endswith(".py"):
+            return _import_file(Path(source))
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module beside the spec, as `python -m` would find it
+        return importlib.import_module(source)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(f"task: cannot import {source}: {with_place(error)}") from error
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
+        raise SpecError(f"task: there is no file {path}{near}")
+    # Data-loader workers and pickles find the module under this name.
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        raise SpecError(f"task: {path} hides the module {name!r}; give the file another name.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, f"{path} ends in .py"
+    assert spec.loader is not None, f"{path} ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise SpecError(
+            f"task_args: {where} takes {signature}, but was given {sorted(arguments)}: {error}."
+        ) from error
+    try:
+        return factory(**arguments)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(f"task: {where} raised {with_place(error)}") from error

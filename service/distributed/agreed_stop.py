@@ -1,0 +1,65 @@
+"""All processes agree on the step, or the place in a test, at which they follow a stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from service.distributed.world import World
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.5
+"""About as long as a request waits to be heard by all, and never less than one step."""
+
+
+class GivenUp(Exception):
+    """All processes have agreed to leave a test pass where they are in it."""
+
+
+class StopPoll:
+    """Asks all processes, every few steps, whether one of them was told to stop.
+
+    How many steps lie between two questions follows from how long they take, and that is part
+    of what they agree on: so all of them ask at the same steps.
+    """
+
+    def __init__(self, world: World, *, most_steps: int) -> None:
+        self._world = world
+        self._most_steps = most_steps
+        self._asked_at = time.monotonic()
+        self._asked_step = 0
+        self.next_step = 0
+        """The next step at which they ask."""
+
+    def agreed(self, step: int, wanted: bool) -> bool:
+        """Whether all stop now, after `step` finished steps; every process asks at every step."""
+        if step < self.next_step:
+            return False
+        now = time.monotonic()
+        steps = step - self._asked_step
+        fitting = int(POLL_SECONDS * steps / max(now - self._asked_at, 1e-9))
+        fitting = min(fitting, 2 * steps)  # what a few quick ones promise, the next may not keep
+        # The most hurried of them decides: told as a number that grows with the hurry.
+        hurry = self._most_steps - min(max(fitting, 1), self._most_steps)
+        stop, hurry = self._world.highest([int(wanted), hurry])
+        self._asked_at, self._asked_step = now, step
+        self.next_step = step + self._most_steps - hurry
+        return bool(stop)
+
+    def within(
+        self, batches: Iterable[T], *, rounds: int, wanted: Callable[[], bool]
+    ) -> Iterator[T]:
+        """The same batches of a test pass; before them, every so often, all are asked.
+
+        Args:
+            rounds: batches that every process has; of those that only some have, none can ask.
+        Raises:
+            GivenUp: one of them was told to stop.
+        """
+        poll = StopPoll(self._world, most_steps=self._most_steps)
+        for number, batch in enumerate(batches):
+            if number < rounds and poll.agreed(number, wanted()):
+                raise GivenUp
+            yield batch

@@ -1,0 +1,132 @@
+"""What a device offers besides tensors, asked of torch's module for its kind and not by a vendor.
+
+`torch.get_device_module(device)` is torch.cuda, torch.xpu, torch.mps, torch.cpu, or what a vendor
+has registered (Ascend's torch.npu); most of their names are the same.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any, Protocol
+
+import torch
+
+from service.distributed.generators import Seeded
+
+
+def module_of(device: torch.device) -> Any:
+    """torch's module for devices of this kind."""
+    return torch.get_device_module(device)
+
+
+def ready(device: torch.device) -> torch.device:
+    """The same device, with its index, in use by this thread and initialised.
+
+    Before that a device has neither generators nor memory to ask about.
+    """
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        current = getattr(module_of(device), "current_device", None)  # torch.mps has but one
+        device = torch.device(device.type, current() if current is not None else 0)
+    use(device)
+    torch.empty(0, device=device)
+    return device
+
+
+def use(device: torch.device) -> None:
+    """Make it the one that this thread means where it names none.
+
+    A thread begins with the first device: what it waits for there, or pins for it, would open a
+    context on that device, some hundred MiB of another process's.
+    """
+    choose = getattr(module_of(device), "set_device", None)
+    if device.type != "cpu" and choose is not None:
+        choose(device)
+
+
+def generators(device: torch.device) -> list[Seeded]:
+    """The default generators of the CPU and of a device that is ready."""
+    if device.type == "cpu":
+        return [torch.default_generator]
+    own = getattr(module_of(device), "default_generators", None)
+    return [torch.default_generator, own[device.index] if own else _ByModule(device)]
+
+
+class _ByModule:
+    """The one generator of a kind of devices that does not show it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seed = module_of(device).manual_seed
+
+    def manual_seed(self, seed: int) -> None:
+        self._seed(seed)
+
+
+def copies_late(device: torch.device) -> bool:
+    """Whether a copy between pinned memory and the device is made while the host goes on."""
+    # Apple's devices share the main memory, and have nothing to pin.
+    return device.type not in ("cpu", "mps")
+
+
+class Arrival(Protocol):
+    """A point in the order of a device's work."""
+
+    def synchronize(self) -> None:
+        """Return when the device has come to it."""
+
+
+def moment(device: torch.device, *, timing: bool = False) -> Any:
+    """An event: an `Arrival` at the work that the device has been asked for until now.
+
+    With `timing`, `elapsed_time(later)` gives the milliseconds between two.
+    """
+    event = module_of(device).Event(enable_timing=timing)
+    event.record()
+    return event
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work of the device; what failed there is raised here."""
+    if device.type != "cpu":
+        module_of(device).synchronize()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: the device's, or the machine's where that is it."""
+    told = getattr(module_of(device), "max_memory_allocated", None)
+    if device.type != "cpu" and told is not None:
+        return int(told(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that nobody holds; None where it does not say, or has none of its own.
+
+    What torch keeps for itself without using it counts as free.
+    """
+    module = module_of(device)
+    if device.type == "cpu" or not hasattr(module, "mem_get_info"):
+        return None
+    free, _ = module.mem_get_info(device)
+    unused = 0
+    if hasattr(module, "memory_reserved"):
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(free + unused)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Give back what torch keeps without using it, and count the peak from now on."""
+    module = module_of(device)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        act = getattr(module, name, None)
+        if device.type != "cpu" and act is not None:
+            act()
+
+
+def name_of(device: torch.device) -> str:
+    """What its maker calls it, or nothing where it does not say."""
+    name = getattr(module_of(device), "get_device_name", None)
+    return str(name(device)) if device.type != "cpu" and name is not None else ""

@@ -1,0 +1,187 @@
+"""How the gradients of a step's micro-batches come together, over all processes.
+
+`Overlapped`  DistributedDataParallel exchanges them while the last backward pass still runs.
+`Ordered`     Each micro-batch's gradient is computed alone, and they are added in one fixed
+              order, so that every number of processes gets the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from service.distributed.stragglers import Stopwatch
+from service.distributed.world import World, graph_changed
+from service.spec.models import ExchangeSpec
+
+T = TypeVar("T")
+
+
+class Exchange(Protocol):
+    """What the train loop asks of either."""
+
+    model: nn.Module
+    """The model as it is called in training."""
+
+    def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
+        """The micro-batches in order; after the last one every process has the step's gradient.
+
+        The backward pass of each has to be done before the next one is asked for.
+        """
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        """The backward pass of one micro-batch, whose losses add up to `loss_sum`.
+
+        Args:
+            step_weight: weight of the whole step over all processes; the gradient is divided by it.
+        """
+
+
+class Overlapped(Exchange):
+    """Exchanged by DistributedDataParallel in the backward pass of the last micro-batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        find_unused: bool,
+        spec: ExchangeSpec,
+        telling: bool = False,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        """Exchange the gradients of `model`.
+
+        Args:
+            find_unused: look after each forward pass for parameters the loss does not depend on.
+            spec: what they travel in, and when they leave.
+            telling: let a loss that is not finite make the gradients so, of all processes.
+            stopwatch: times the forward passes.
+        """
+        self.model = world.wrap(model, find_unused=find_unused, spec=spec)
+        self._exchanges = self.model is not model
+        self._world = world
+        self._seed = _Seed(telling)
+        self._stopwatch = stopwatch
+
+    def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
+        passes = self._world.exchange_on_last(self.model, micro_batches)
+        return passes if self._stopwatch is None else self._stopwatch.over(passes)
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.end()
+        # DDP averages gradients over processes: their number turns the mean back into the sum.
+        try:
+            self._seed.backward(loss_sum, self._world.processes / step_weight)
+        except RuntimeError as error:
+            changed = graph_changed(error)
+            if changed is None:
+                raise
+            raise changed from error
+        if self._exchanges:
+            self._world.require_exchanged(self.model)
+
+
+class Ordered(Exchange):
+    """Added up as a binary tree that halves the step's micro-batches.
+
+    Each process adds up the branch of its own share, and the branches meet in pairs.  Whoever
+    holds which leaves, the same two numbers meet in every addition.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        unreached: Sequence[str] = (),
+        gathered: Sequence[Tensor] = (),
+        telling: bool = False,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        """Exchange the gradients of `model`.
+
+        Args:
+            telling, stopwatch: as above.
+            unreached: names of the parameters that no loss depends on; they get no gradient.
+            gathered: tensors that forward passes add to, such as BatchNorm's statistics; after
+                a step they hold the sums over all processes.
+        """
+        self.model = model
+        self._world = world
+        self._seed = _Seed(telling)
+        self._parameters = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in unreached
+        ]
+        self._gathered = list(gathered)
+        self._stopwatch = stopwatch
+
+    def over(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        passes = self._passes(micro_batches)
+        return passes if self._stopwatch is None else self._stopwatch.over(passes)
+
+    def _passes(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        total = yield from self._branch(micro_batches)
+        total = self._world.sum_in_pairs(total)
+        for parameter, grad in zip(self._parameters, total, strict=False):
+            parameter.grad = grad
+        if self._gathered:
+            torch._foreach_copy_(self._gathered, total[len(self._parameters) :])
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.end()
+        self._seed.backward(loss_sum, 1.0 / step_weight)
+
+    def _branch(self, micro_batches: Sequence[T]) -> Generator[T, None, list[Tensor]]:
+        """The sums of one branch; it holds one set of gradients for each level of the tree."""
+        if len(micro_batches) == 1:
+            yield micro_batches[0]
+            return self._take()
+        middle = (len(micro_batches) + 1) // 2
+        left = yield from self._branch(micro_batches[:middle])
+        right = yield from self._branch(micro_batches[middle:])
+        torch._foreach_add_(left, right)
+        return left
+
+    def _take(self) -> list[Tensor]:
+        """What the pass just done has left behind, taken away from where it was."""
+        grads = []
+        for parameter in self._parameters:
+            grads.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        gathered = [tensor.clone() for tensor in self._gathered]
+        if gathered:
+            torch._foreach_zero_(self._gathered)
+        return grads + gathered
+
+
+class _Seed:
+    """The gradient that a backward pass begins with: as such a scale costs no multiplication."""
+
+    def __init__(self, telling: bool) -> None:
+        self._telling = telling
+        self._scale = math.nan
+        self._tensor = torch.empty(0)
+
+    def backward(self, loss_sum: Tensor, scale: float | Tensor) -> None:
+        """The backward pass of `loss_sum` times `scale`."""
+        seed = self._on(loss_sum, scale)
+        if self._telling:  # 0 times the loss is NaN where the loss is not finite
+            seed = torch.add(seed, loss_sum.detach(), alpha=0)
+        loss_sum.backward(seed)  # type: ignore[no-untyped-call]
+
+    def _on(self, loss_sum: Tensor, scale: float | Tensor) -> Tensor:
+        """The scale as a tensor like the loss; one that does not change is made once."""
+        if isinstance(scale, Tensor):
+            return scale.to(loss_sum)
+        if scale != self._scale:
+            self._scale, self._tensor = scale, loss_sum.new_full((), scale)
+        return self._tensor

@@ -1,0 +1,130 @@
+"""How the processes of a run are: their memory, and whether one of them keeps the others waiting.
+
+Every process tells it at a logged step, within a sum over the processes that is taken anyway.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+
+from service.distributed.devices import moment, peak_bytes
+from service.distributed.world import World
+from service.health.throughput import Clock
+
+T = TypeVar("T")
+
+_NOTABLE_RATIO = 1.3
+_NOTABLE_PART = 0.05  # of a step, that the others wait for it
+_SAID_AFTER = 3  # logged steps in a row: a single one is chance
+_PASSES_HELD = 64
+
+
+class Stopwatch:
+    """Times this process's forward passes: the part of a step in which it waits for nobody.
+
+    Every backward pass ends when the slowest process has exchanged its gradients; by how much a
+    process is slower shows in its forward passes just so. With `batchnorm: sync` these wait for
+    the others as well, and only what each waits for its data is its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_cpu = device.type == "cpu"
+        self._begun: Any = None
+        # Of each pass its seconds; on a device two events, as it is not over yet.
+        self._latest: deque[Any] = deque(maxlen=_PASSES_HELD)
+
+    def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """The same; the forward pass of each begins as it comes."""
+        for micro_batch in micro_batches:
+            self._begun = self._now()
+            yield micro_batch
+
+    def end(self) -> None:
+        """The forward pass is over: its backward pass begins."""
+        now = self._now()
+        self._latest.append(now - self._begun if self._on_cpu else (self._begun, now))
+
+    def seconds_a_pass(self) -> float:
+        """The mean of the latest; on a device it waits for the last one."""
+        if not self._latest:
+            return 0.0
+        if self._on_cpu:
+            return statistics.fmean(self._latest)
+        self._latest[-1][1].synchronize()
+        return statistics.fmean(b.elapsed_time(e) for b, e in self._latest) / 1e3
+
+    def _now(self) -> Any:
+        return perf_counter() if self._on_cpu else moment(self._device, timing=True)
+
+
+class Vitals:
+    """What every process tells of itself, and what follows from what all of them told."""
+
+    width = 2
+    """How many numbers one process tells."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        rounds: int,
+        clock: Clock,
+        stopwatch: Stopwatch,
+        say: Callable[[str], None],
+    ) -> None:
+        """Every process makes one at the same point: they tell each other where they run.
+
+        `rounds` is how many forward passes a step takes, one after the other.
+        """
+        self._device = world.device
+        self._rounds = rounds
+        self._clock = clock
+        self._stopwatch = stopwatch
+        self._say = say
+        self._hosts = world.gather(socket.gethostname())
+        self._slow_rank, self._slow_for = -1, 0
+        self._said = False
+
+    def own(self) -> list[float]:
+        """Of this process: seconds that a pass and its data take it, and peak memory in bytes."""
+        waited = self._clock.waited_a_step / self._rounds
+        return [waited + self._stopwatch.seconds_a_pass(), float(peak_bytes(self._device))]
+
+    def reading(self, told: Sequence[Sequence[float]]) -> dict[str, float]:
+        """What the record keeps of what each process told, by rank."""
+        values = {"system/peak_memory_gib": max(memory for _, memory in told) / 2**30}
+        if len(told) > 1:
+            values |= self._slowest([seconds for seconds, _ in told])
+        return values
+
+    def _slowest(self, seconds: Sequence[float]) -> dict[str, float]:
+        """The slowest rank and by what factor it is, where the others notably wait for it."""
+        most, others = max(seconds), min(seconds)
+        rank = seconds.index(most)
+        if most >= _NOTABLE_RATIO * others:  # nearly always it is not, and needs no median
+            others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
+        lost = (most - others) * self._rounds
+        notable = lost > _NOTABLE_PART * self._clock.seconds_a_step
+        if not notable or most < _NOTABLE_RATIO * others:
+            self._slow_rank, self._slow_for = -1, 0
+            return {}
+        ratio = most / max(others, 1e-9)
+        self._slow_for = self._slow_for + 1 if rank == self._slow_rank else 1
+        self._slow_rank = rank
+        if self._slow_for == _SAID_AFTER and not self._said:
+            self._said = True
+            self._say(
+                f"Rank {rank} on {self._hosts[rank]} keeps the others waiting: its forward passes "
+                f"and their data take {ratio:.1f} times as long, {lost * 1e3:.3g} ms of every "
+                "step. system/slowest_rank in the record follows it; --profile START:STEPS shows "
+                "where its time goes."
+            )
+        return {"system/slowest_rank": rank, "system/slowest_ratio": round(ratio, 3)}

@@ -1,0 +1,509 @@
+"""All processes of a job as one: the only room that knows ranks, torch.distributed, accelerate."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from service.basics.errors import EvenstepError, PeerLost, WillFailAgain
+from service.basics.limits import limits
+from service.distributed.devices import generators, ready
+from service.distributed.generators import Seeded
+from service.distributed.messages import from_bytes, to_bytes
+from service.distributed.recursive_doubling import MOST_BYTES, Pairs, mean_in_bf16, mean_in_pairs
+from service.health.heartbeat import Trace
+from service.spec.models import ExchangeSpec
+
+T = TypeVar("T")
+
+# Operations of a forward and a backward pass: 5 ms of one core.  Measured on two, with threads that
+# sleep while they wait: at 30 million two threads take 2.5 times as long as one, at 120 million
+# 1.5 to 2 times, at 460 million 0.8 to 1.4 times.
+_SHARED_FROM = 2**27
+# Who stands still is found by others: this is only not to be what ends a save.
+_MOST_OF_A_SAVE = timedelta(days=1)
+# By these words gloo, NCCL and torch's store say that another process is gone.  Source: torch 2.13,
+# torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL's lines as logs show them.
+_LOST = (
+    "closed by peer",
+    "closed by remote peer",
+    "Connection reset",
+    "Broken pipe",
+    "Connection refused",
+    "ncclRemoteError",
+    "remote process exited",
+)
+# What NCCL says of a mistake, and what helps.
+_BACKEND_ADVICE = (
+    (
+        "shared memory segment",
+        "/dev/shm is too small: raise it (docker run --shm-size; on Kubernetes an emptyDir with "
+        "medium: Memory, which kubernetes.shared_memory sizes).",
+    ),
+    (
+        "Duplicate GPU",
+        "Two processes compute on one GPU, or on two slices of one: give each a GPU of its own "
+        "(CUDA_VISIBLE_DEVICES), or start fewer processes.",
+    ),
+)
+CONNECT_SECONDS = 60.0
+"""What processes that are all there may take to connect; where somebody deletes the addresses that
+they give each other in their store, this ends the wait."""
+_COLLECTIVES = dist.constants.default_pg_timeout
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class World:
+    """The processes that train together.  With one process every sum is the identity.
+
+    Around every method that talks to other processes, branch only on what is equal
+    everywhere: the plan, the step, an agreed flag.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+        may_set_threads: bool = False,
+    ) -> None:
+        """The processes that torch has joined; alone where it has joined none.
+
+        Args:
+            device: of this process; None takes accelerate's choice.
+            may_set_threads: where nobody has said on how many threads this process computes.
+        """
+        self._may_set_threads = may_set_threads
+        # Asked of torch: accelerate counts the processes on the devices that it knows by name.
+        joined = dist.is_initialized()
+        self.processes: int = dist.get_world_size() if joined else 1
+        self.index: int = dist.get_rank() if joined else 0
+        self.device: torch.device = ready(device or accelerator.device)
+        """With its index."""
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
+        """The widest type that the device adds up in."""
+        self.is_lead: bool = self.index == 0
+        self.precision = precision
+        self.narrow = _AUTOCAST.get(precision)
+        """What a forward pass is computed in where it may be narrower than its weights."""
+        self.trace = Trace()
+        self._own_generators = generators(self.device)
+        self._generators: list[Seeded] = list(self._own_generators)
+        # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
+        self._control: dist.ProcessGroup | None = None
+        self._pairs: Pairs | None = None
+        self._writers: Writers | None = None
+        if self.processes > 1:
+            if dist.get_backend() != "gloo":
+                self._control = _connected(None, self.processes, _COLLECTIVES)
+            group = self._control or dist.group.WORLD
+            assert group is not None, "there are several processes and no group of them"
+            self._pairs = Pairs(group)
+
+    def suit_threads(self, flops: float | None) -> None:
+        """Compute on one thread where a pass takes so few operations that sharing them costs more.
+
+        What a pass takes follows from the spec, so a run that resumes computes as it did.
+        """
+        few = flops is not None and flops < _SHARED_FROM
+        if few and self._may_set_threads and self.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def wrap(
+        self,
+        model: nn.Module,
+        *,
+        find_unused: bool,
+        spec: ExchangeSpec,
+    ) -> nn.Module:
+        """The model, in DistributedDataParallel where there are several processes.
+
+        Args:
+            find_unused: look after each forward pass for parameters the loss does not depend on.
+        """
+        if self.processes == 1:
+            return model  # wrapped all the same, a step would take 1.3 times as long
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers, and 2.11 knows the old name alone.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            # accelerate would name the device by the local rank: of a process that sees its own
+            # device only, that one has the number 0.
+            wrapped = DistributedDataParallel(
+                model,
+                device_ids=None if self.device.type == "cpu" else [self.device.index],
+                find_unused_parameters=find_unused and not spec.static_graph,
+                static_graph=spec.static_graph,
+                # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=spec.bucket_mib,
+            )
+        if spec.precision == "bf16":
+            wrapped.register_comm_hook(None, mean_in_bf16)
+        elif self._pairs is not None and _few_gradients(model):
+            wrapped.register_comm_hook(self._pairs, mean_in_pairs)
+        return wrapped
+
+    def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterable[T]:
+        """The micro-batches in order; gradients are exchanged in the backward of the last one."""
+        if len(micro_batches) > 1 and isinstance(model, DistributedDataParallel):
+            return _exchanged_last(model, micro_batches)
+        return micro_batches
+
+    def require_exchanged(self, model: nn.Module) -> None:
+        """Check, after a backward pass, that no gradient of it still waits to be exchanged.
+
+        Left alone, DDP would not say so before the next forward pass, and whatever the processes
+        ask each other until then would be answered with a gradient.
+
+        Raises:
+            WillFailAgain: the loss did not depend on some parameters; names them.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            return
+        try:
+            model._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise _left_out(model, error) from error
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass's arithmetic, as the spec's precision says."""
+        if self.narrow is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.narrow)
+
+    def seed_also(self, generators: Sequence[Seeded]) -> None:
+        """Besides torch's, start these: for nothing, it would cost a small step a twentieth."""
+        self._generators = [*self._own_generators, *generators]
+
+    def seed(self, key: int) -> None:
+        """Start every generator a forward pass may draw from at `key`."""
+        for generator in self._generators:
+            generator.manual_seed(key)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the processes, as a new tensor."""
+        if self._pairs is None:
+            return values
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        self.trace.begin("sum")
+        if self._pairs.fit(total):
+            self._pairs.combine(total)
+        else:
+            dist.all_reduce(total)
+        return total
+
+    def sum_in_pairs(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Elementwise sums over a power of two of processes, added up as a fixed binary tree.
+
+        Neighbours first: (0 + 1) + (2 + 3).  a + b and b + a have the same bits, so both
+        partners of a pair end with the same.
+        """
+        distance = 1
+        self.trace.begin("sum in pairs")
+        while distance < self.processes:
+            partner = self.index ^ distance
+            for kind in {tensor.dtype: None for tensor in tensors}:
+                own = [tensor for tensor in tensors if tensor.dtype == kind]
+                sent = torch.cat([tensor.reshape(-1) for tensor in own])
+                received = torch.empty_like(sent)
+                swap = [
+                    dist.P2POp(dist.isend, sent, partner),
+                    dist.P2POp(dist.irecv, received, partner),
+                ]
+                for work in dist.batch_isend_irecv(swap):
+                    work.wait()
+                parts = received.split_with_sizes([tensor.numel() for tensor in own])
+                others = [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)]
+                torch._foreach_add_(own, others)
+            distance *= 2
+        return tensors
+
+    def stack(self, values: Tensor) -> Tensor:
+        """Every process's values, in order: [processes, ...]."""
+        if self._pairs is None:
+            return values[None]
+        self.trace.begin("stack")
+        rows = values.new_zeros(self.processes, *values.shape)
+        if self._pairs.fit(rows):  # each adds its own to the zeros of the others
+            rows[self.index] = values.detach()
+            self._pairs.combine(rows)
+            return rows
+        parts = [torch.empty_like(values) for _ in range(self.processes)]
+        dist.all_gather(parts, values.detach())
+        return torch.stack(parts)
+
+    def sum_of_integers(self, values: Tensor) -> Tensor:
+        """Elementwise sum of int64 on the CPU, modulo 2^64."""
+        if self._pairs is None:
+            return values
+        self.trace.begin("sum of integers")
+        total = values.clone(memory_format=torch.contiguous_format)
+        self._pairs.combine(total)
+        return total
+
+    def highest(self, values: Sequence[int]) -> list[int]:
+        """The highest of each value over the processes; it never waits for the device."""
+        if self._pairs is None:
+            return list(values)
+        self.trace.begin("highest")
+        votes = torch.tensor(values)
+        self._pairs.combine(votes, torch.maximum)
+        highest: list[int] = votes.tolist()
+        return highest
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value, on every process."""
+        if self.processes == 1:
+            return value
+        self.trace.begin("word of the lead")
+        return _from_first(value, self._control)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order, on every process."""
+        if self.processes == 1:
+            return [value]
+        self.trace.begin("gathering")
+        return _from_each(value, self.processes, self._control)
+
+    def fail_together(self, error: EvenstepError | None) -> None:
+        """Raise on every process when any of them has an error: the first one's, in its own words.
+
+        Everything that can go wrong on one process alone and is followed by a collective
+        ends here; otherwise the others would wait for a process that has left.
+        """
+        for first in self.gather(error):
+            if first is not None:
+                raise first
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.processes > 1:
+            self.trace.begin("barrier")
+            dist.barrier(group=self._control)
+
+    def writers(self) -> Writers:
+        """Those who can write to the lead's disk together: the processes of its node."""
+        if self._writers is None:
+            on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+            self._writers = Writers(self.index, self.from_lead(min(on_node, self.processes)))
+        return self._writers
+
+
+class Writers:
+    """Processes that speak beside training, each from one thread: the first ones of all."""
+
+    def __init__(self, index: int, processes: int) -> None:
+        self.processes = processes
+        self.index = index
+        """Of this process; it is no writer where it is not below `processes`."""
+        self._group: dist.ProcessGroup | None = None
+
+    def meet(self) -> None:
+        """Make sure that they can speak; every one of them calls it, where all others wait too."""
+        if self.processes > 1 and self._group is None:
+            first = list(range(self.processes))
+            self._group = _connected(first, self.processes, _MOST_OF_A_SAVE)
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value, on each of them.
+
+        Raises:
+            PeerLost: one of them is gone.
+        """
+        if self._group is None:
+            return value
+        with _told_when_lost():
+            return _from_first(value, self._group)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each of them, in order, on each of them.
+
+        Raises:
+            PeerLost: one of them is gone.
+        """
+        if self._group is None:
+            return [value]
+        with _told_when_lost():
+            return _from_each(value, self.processes, self._group)
+
+
+def connect_patience(processes: int) -> timedelta:
+    """How long so many processes may take to connect, each with each."""
+    return timedelta(seconds=CONNECT_SECONDS + processes / 10)
+
+
+def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
+    """Let what this group does from now on take so long."""
+    dist.distributed_c10d._set_pg_timeout(patience, group)
+
+
+def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
+    """Why the processes of a job, all of them there, are not connected, where `error` says that."""
+    words = ["connectFullMesh", "timed out", "timeout", "Timed out", "Timeout"]
+    words += ["basic_string", "vector"]  # of an address that is none
+    of_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    if not of_store and not any(word in str(error) for word in words):
+        return None
+    return PeerLost(
+        f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
+        f"({str(error).splitlines()[0]}). One of them is gone, or somebody else has changed the "
+        "addresses in their store: docs/reliability.md says who must not reach it."
+    )
+
+
+def _connected(
+    ranks: list[int] | None, processes: int, patience: timedelta
+) -> dist.ProcessGroup | None:
+    """A group of these processes, on CPUs; every one of them calls it at about the same time."""
+    try:
+        group: dist.ProcessGroup | None = dist.new_group(
+            ranks,
+            timeout=connect_patience(processes),
+            backend="gloo",
+            use_local_synchronization=ranks is not None,
+        )
+        dist.barrier(group)  # who stands in another's place is silent here
+    except (RuntimeError, ValueError) as error:
+        lost = unconnected(error)
+        if lost is None:
+            raise
+        raise lost from error
+    be_patient(patience, group)
+    return group
+
+
+def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
+    """What the group's first process says; never by pickle: see `service.distributed.messages`."""
+    first = dist.get_rank(group) == 0
+    said = _as_bytes(to_bytes(value)) if first else None
+    size = torch.tensor([said.numel() if said is not None else 0])
+    dist.broadcast(size, group=group, group_src=0)
+    message = said if said is not None else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, group=group, group_src=0)
+    heard: T = from_bytes(message.numpy().tobytes())
+    return value if first else heard
+
+
+def _from_each(value: T, processes: int, group: dist.ProcessGroup | None) -> list[T]:
+    """What each of the group says, in order; never by pickle."""
+    said = _as_bytes(to_bytes(value))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(processes)]
+    dist.all_gather(sizes, torch.tensor([said.numel()]), group=group)
+    longest = max(int(size) for size in sizes)
+    messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(processes)]
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: said.numel()] = said
+    dist.all_gather(messages, padded, group=group)
+    return [
+        from_bytes(message[: int(size)].numpy().tobytes())
+        for message, size in zip(messages, sizes, strict=True)
+    ]
+
+
+def _as_bytes(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+@contextmanager
+def _told_when_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_peer(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _few_gradients(model: nn.Module) -> bool:
+    """Whether all gradients of the model are few enough to come together in pairs."""
+    if any(getattr(module, "sparse", False) for module in model.modules()):  # as DDP asks it too
+        return False  # they come as sparse tensors, which have no buffer to add to
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bytes_each = max((p.element_size() for p in trained), default=0)
+    count = sum(p.numel() for p in trained)
+    return all(p.device.type == "cpu" for p in trained) and count * bytes_each <= MOST_BYTES
+
+
+def _exchanged_last(model: DistributedDataParallel, micro_batches: Sequence[T]) -> Iterator[T]:
+    with model.no_sync():
+        yield from micro_batches[:-1]
+    yield micro_batches[-1]
+
+
+def _left_out(model: DistributedDataParallel, error: RuntimeError) -> WillFailAgain:
+    """The parameters that torch names by their numbers, by their names."""
+    found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
+    names = [trained[int(number)] for number in found[1].split()] if found else ["some parameters"]
+    return WillFailAgain(
+        f"The loss of a micro-batch does not depend on {', '.join(names[:8])}, as that of the "
+        "first rows did. On several processes a parameter is trained in every step or in none: add "
+        "`0.0 * parameter.sum()` to the outputs where it is left out, or freeze it."
+    )
+
+
+def graph_changed(error: RuntimeError) -> WillFailAgain | None:
+    """`error` read as a promise of `exchange.static_graph` that was not kept, where it is one."""
+    if "compatible with static_graph" not in str(error):
+        return None
+    return WillFailAgain(
+        "exchange.static_graph: the loss of a micro-batch depends on parameters that those of the "
+        "first rows did not depend on. Leave static_graph out."
+    )
+
+
+def alone() -> World:
+    """A world of this process only, on the CPU: for what is looked at and not trained."""
+    return World(Accelerator(cpu=True))
+
+
+def lost_peer(error: BaseException) -> PeerLost | None:
+    """`error` read as the loss of another process, where that is what it says.
+
+    The type says nothing: NCCL's `DistBackendError` also means a small /dev/shm, two processes on
+    one GPU, or no memory. Those stay after a restart, and are this process's own failure.
+    """
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in _LOST):
+        return None
+    told = str(error).splitlines()[0].partition(". This is typically")[0]
+    return PeerLost(f"Another process of this job went away ({told}).")
+
+
+def backend_advice(error: BaseException) -> str:
+    """What to do about an error of NCCL, as sentences to append; empty for any other error."""
+    if not isinstance(error, dist.DistBackendError):
+        return ""
+    found = [advice for words, advice in _BACKEND_ADVICE if words in str(error)]
+    return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])
+
+
+def in_place(*, precision: str) -> World:
+    """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
+
+    For a notebook or a script.  Processes that a launcher starts are joined by `launch`.
+    """
+    free = "OMP_NUM_THREADS" not in os.environ
+    if free:  # in a container torch sees all cores of its node
+        torch.set_num_threads(min(torch.get_num_threads(), limits().cores))
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or os.environ.get("EVENSTEP_DEVICE") == "cpu":
+        device = torch.device("cpu")
+    with warnings.catch_warnings():
+        # A notice that it takes the CPU, which is what it was told.
+        warnings.simplefilter("ignore", UserWarning)
+        accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=1)
+    return World(accelerator, device=device, precision=precision, may_set_threads=free)

@@ -1,0 +1,8 @@
+"""The test loop, and the measures it takes: each row of the test set counted once.
+
+From top to bottom; a room imports only from rooms below it:
+
+* predictions: what a model says of each row of the test set, kept by all processes and written
+  once.
+* metrics: measures of the test loop that merge exactly, whoever counted which part of the rows.
+"""

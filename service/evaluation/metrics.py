@@ -1,0 +1,182 @@
+"""Measures of the test loop that merge exactly, whoever counted which part of the rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from service.basics.errors import DataBroken, SpecError
+from service.data.batches import to_device
+from service.distributed.world import World
+
+_HELD_AT_MOST = 1000  # micro-batches whose sums are not in the table yet
+
+
+class _Line(NamedTuple):
+    """What one micro-batch comes to."""
+
+    number: int
+    sums: list[Tensor]
+    """Weighted, of the loss [1] and the measures [measures], float64, on the device."""
+    weight: float | Tensor
+    rows: int
+
+
+class Tally:
+    """Weighted sums of a loss and of measures, one line for each micro-batch of the test set.
+
+    Every process fills the lines of its own micro-batches; the merged table is summed in the
+    order of the data set.  So the result has the same bits at any number of processes.
+    """
+
+    def __init__(
+        self, measures: Sequence[str], *, micro_batches: int, device: torch.device
+    ) -> None:
+        self._names = ("loss", *measures)
+        # float64 [micro-batches, loss and measures, then weight and rows]
+        columns = len(self._names) + 2
+        # Apple's GPUs have no float64; their sums are merged on the CPU like everybody's.
+        self._on = torch.device("cpu") if device.type == "mps" else device
+        self._lines = torch.zeros(micro_batches, columns, dtype=torch.float64, device=self._on)
+        self._held: list[_Line] = []
+
+    def add(
+        self, number: int, losses: Tensor, measured: Tensor, weight: Tensor | None, *, rows: int
+    ) -> None:
+        """Enter micro-batch `number`.
+
+        Args:
+            losses: [B] or [B, T].
+            measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
+            weight: of the shape of `losses`, or None where each counts 1.
+        """
+        # A task may measure on the CPU what a GPU has computed.
+        losses, measured, wide = losses.to(self._on), measured.to(self._on), torch.float64
+        if weight is not None:
+            weight = weight.to(self._on, wide)
+            losses = losses * weight
+        sums = [losses.flatten().sum(0, keepdim=True, dtype=wide)]
+        if len(self._names) > 1:  # there are measures
+            each = measured if weight is None else measured * weight.unsqueeze(-1)
+            sums.append(each.flatten(0, -2).sum(0, dtype=wide))
+        total = losses.numel() if weight is None else weight.sum()
+        self._held.append(_Line(number, sums, total, rows))
+        if len(self._held) == _HELD_AT_MOST:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring what is held into the table, at once: each line by itself would take as long."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        sums = torch.cat([part for line in held for part in line.sums])
+        parts = [sums.view(len(held), -1), _weights_and_rows(held, self._on)]
+        numbers = [line.number for line in held]
+        run = range(numbers[0], numbers[-1] + 1)
+        # They nearly always come as a run, for which no index has to be made.
+        place = slice(run.start, run.stop) if numbers == [*run] else numbers
+        self._lines[place] = torch.cat(parts, dim=1)
+
+    def means(self, world: World, *, rows: int) -> dict[str, float]:
+        """Weighted mean of the loss and each measure over the whole test set.
+
+        Raises:
+            DataBroken: the rows counted are not `rows`, or nothing in them has weight.
+        """
+        self._write()
+        totals = world.sum(self._lines).sum(0).tolist()
+        *sums, weight, counted = totals
+        if counted != rows:
+            raise DataBroken(
+                f"The test loop counted {counted:.0f} rows, but the test set has {rows}. "
+                "A data set must give one row for each of its indices."
+            )
+        if weight == 0:
+            raise DataBroken("No row of the test set has any weight; the mean does not exist.")
+        return {
+            f"test/{name}": value / weight for name, value in zip(self._names, sums, strict=True)
+        }
+
+
+def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
+    """Numbers, or weights that are on the device and counts of rows: float64 [N, 2] on it."""
+    weights = {n: line.weight for n, line in enumerate(lines) if isinstance(line.weight, Tensor)}
+    told = [(0 if n in weights else line.weight, line.rows) for n, line in enumerate(lines)]
+    counts = torch.tensor(told, dtype=torch.float64, device=device)
+    if weights:
+        counts[list(weights), 0] = torch.stack(list(weights.values()))
+    return counts
+
+
+class Gathered:
+    """Measures that are no sums, such as an area under a curve: torchmetrics' objects.
+
+    Each process feeds its own copies, and the copies are merged in the order of the data set.
+    A metric that says it cannot be merged is fed, on every process, all outputs in that order.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any], world: World) -> None:
+        """`metrics` have torchmetrics' `update`, `compute`, `reset` and `merge_state`."""
+        self._metrics = {name: copy.deepcopy(m).to(world.device) for name, m in metrics.items()}
+        self._world = world
+        self._kept: list[tuple[Any, Any]] = []
+        for metric in self._metrics.values():
+            metric.reset()
+            # It would ask the other processes by itself, and count everything twice.
+            metric.sync_on_compute = False
+        self._empty = copy.deepcopy(self._metrics)
+        self._unmerged = {n: m for n, m in self._metrics.items() if not _merges_exactly(m)}
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Take one micro-batch; they come in the order of the data set."""
+        for name, metric in self._metrics.items():
+            if name not in self._unmerged:
+                metric.update(outputs, targets)
+        if self._unmerged:
+            self._kept.append((to_device(outputs, _CPU), to_device(targets, _CPU)))
+
+    def values(self) -> dict[str, float]:
+        """`test/<name>` of each, over the whole test set."""
+        if not self._metrics:
+            return {}
+        own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
+        states = self._world.gather({name: metric.metric_state for name, metric in own.items()})
+        for name in own:
+            total = self._metrics[name] = copy.deepcopy(self._empty[name])
+            for state in states:
+                total.merge_state(state[name])
+            total._update_count = 1  # it would warn that it was never updated
+        if self._unmerged:
+            for kept in self._world.gather(self._kept):
+                for outputs, targets in kept:
+                    for metric in self._unmerged.values():
+                        metric.cpu().update(outputs, targets)
+        return {f"test/{n}": _one_number(n, self._metrics[n].cpu()) for n in self._metrics}
+
+
+def _one_number(name: str, metric: Any) -> float:
+    value = metric.compute()
+    if isinstance(value, Tensor) and value.numel() != 1:
+        kind = f"a tensor of shape {list(value.shape)}"
+    elif not isinstance(value, Tensor | int | float):
+        kind = f"a {type(value).__name__}"
+    else:
+        return float(value)
+    raise SpecError(
+        f"task.measures: {name} must come to one number, but {type(metric).__name__} gives {kind}. "
+        "Average it, such as by average='macro', or measure its parts by themselves."
+    )
+
+
+def _merges_exactly(metric: Any) -> bool:
+    """Whether its states are sums, extremes or lists, and it looks at each micro-batch alone."""
+    exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
+    ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
+    return metric.full_state_update is False and ways <= exact
+
+
+_CPU = torch.device("cpu")

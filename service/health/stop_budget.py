@@ -1,0 +1,147 @@
+"""How long a stop takes, by what saves have taken, and whether it is given as long.  No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.basics.atomic_files import remove_if_possible, write_file
+from service.runs.directory import RunDirectory, read_beat
+from service.spec.models import Spec
+
+LEAVING_SECONDS = 10.0
+"""For the step that is under way, W&B's goodbye and the end of the processes."""
+LEAST_SECONDS = 120.0
+"""What the launcher gives a stop at least, unless the spec says otherwise."""
+_TRIAL_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Grace:
+    """How long a stop may take before somebody kills."""
+
+    seconds: float
+    name: str
+    """What to raise."""
+
+
+@dataclass(frozen=True)
+class StopTime:
+    """What a stop takes: the save that is under way, the last one, and leaving."""
+
+    save_seconds: float
+    how: str
+    """How that is known: `measured`, or from what it is estimated."""
+
+    @property
+    def seconds(self) -> float:
+        return 2 * self.save_seconds + LEAVING_SECONDS
+
+    def words(self) -> str:
+        return (
+            f"{_rounded(self.seconds)} s (two saves of {self.save_seconds:.2g} s, {self.how}, and "
+            f"{LEAVING_SECONDS:g} s to leave)"
+        )
+
+    def too_long_for(self, grace: Grace) -> str | None:
+        """One line where it takes longer than it is given."""
+        if self.seconds <= grace.seconds:
+            return None
+        return (
+            f"a stop may take {self.words()}, but {grace.name} gives it {grace.seconds:g} s. Raise "
+            f"it to {_rounded(self.seconds)}, or a stop can lose the steps since the last save."
+        )
+
+
+class Stopping:
+    """Says, once for each, what gives a stop less time than it takes."""
+
+    def __init__(self, graces: Sequence[Grace], *, say: Callable[[str], None]) -> None:
+        self.graces = graces
+        self._say = say
+        self._said: set[Grace] = set()
+
+    def learned(self, save_seconds: float, how: str) -> None:
+        """Take in how long a save takes."""
+        for grace in self.graces:
+            told = StopTime(save_seconds, how).too_long_for(grace)
+            if told is not None and grace not in self._said:
+                self._said.add(grace)
+                self._say(f"WARNING: {told}")
+
+
+def graces(spec: Spec, *, launcher: Grace | None = None) -> tuple[Grace, ...]:
+    """What a stop is given: by the launcher, ours unless another is named, and by a pod."""
+    budget, cluster = spec.faults.stop_budget_seconds, spec.kubernetes
+    if launcher is None and budget != "auto":
+        launcher = Grace(budget, "faults.stop_budget_seconds")
+    found = [launcher] if launcher else []
+    if cluster is not None:
+        found.append(Grace(cluster.grace_seconds, "kubernetes.grace_seconds"))
+    return tuple(found)
+
+
+def budget_seconds(spec: Spec, directory: RunDirectory) -> float:
+    """What the launcher gives a stop: by the spec, or enough for what saves have taken so far."""
+    if spec.faults.stop_budget_seconds != "auto":
+        return spec.faults.stop_budget_seconds
+    measured = longest_save(directory)
+    return LEAST_SECONDS if measured is None else max(LEAST_SECONDS, 2 * measured.seconds)
+
+
+def longest_save(directory: RunDirectory) -> StopTime | None:
+    """By the longest save of all attempts of a run, the present one too; None before the first."""
+    attempts: list[Mapping[str, Any]] = []
+    if directory.facts.exists():
+        attempts += directory.read_facts()["attempts"]
+    return measured_in([*attempts, read_beat(directory.logs, 0) or {}])
+
+
+def measured_in(attempts: Iterable[Mapping[str, Any]]) -> StopTime | None:
+    """The same by what is known of the attempts."""
+    longest = max((float(a.get("longest_save_seconds", 0.0)) for a in attempts), default=0.0)
+    return StopTime(longest, "as measured in this run") if longest else None
+
+
+def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
+    """By the size of a checkpoint and a trial of the disk; None where either is not known."""
+    place = next((p for p in (directory, *directory.parents) if p.is_dir()), None)
+    if size_bytes is None or place is None:
+        return None
+    piece = os.urandom(1 << 20)  # zeros would cost some file systems nothing
+    trial = place / f".evenstep-trial-{secrets.token_hex(4)}"
+    pieces = math.ceil(min(max(size_bytes, 1), _TRIAL_BYTES) / len(piece))
+    begin = time.perf_counter()
+    try:
+        written = write_file(trial, [piece] * pieces)
+    except OSError:
+        return None  # what cannot be written is told by who needs it
+    finally:
+        remove_if_possible(trial)
+    rate = written.size_bytes / (time.perf_counter() - begin)
+    how = f"estimated from {size_bytes / 1e6:.3g} MB at the {rate / 1e6:.3g} MB/s of this disk"
+    return StopTime(size_bytes / rate, how)
+
+
+def stop_in_words(spec: Spec, takes: StopTime | None) -> str:
+    """What `evenstep plan` says of a stop."""
+    told = takes.words() if takes else "an unknown time, until a save of this run was measured"
+    for grace in graces(spec):
+        if takes is None or takes.seconds <= grace.seconds:
+            told += f"; {grace.name} gives it {grace.seconds:g} s"
+        else:
+            told += (
+                f"; WARNING: {grace.name} gives it {grace.seconds:g} s only, raise it to "
+                f"{_rounded(takes.seconds)}"
+            )
+    return told
+
+
+def _rounded(seconds: float) -> int:
+    return math.ceil(seconds)

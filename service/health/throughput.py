@@ -1,0 +1,82 @@
+"""Time between two logged steps: how fast the rows went by, and how long they were waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from service.health.heartbeat import Pulse
+
+
+class Clock:
+    """Times the train loop of one process, from one reading to the next."""
+
+    def __init__(
+        self,
+        pulse: Pulse,
+        *,
+        flops_a_row: float | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            pulse: knows the step, and how long data was waited for.
+            flops_a_row: what training on a row takes, where that is known.
+            peak_flops: what all devices together could do in a second, where that is known.
+        """
+        self._pulse = pulse
+        self._flops_a_row = flops_a_row
+        self._peak_flops = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time so far: what comes between two steps is not training."""
+        self._since = perf_counter()
+        self._waited = self._pulse.seconds_waited
+        self._step = self._pulse.step
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Since the last reading; 0 before a step was taken."""
+        steps = self._steps()
+        return (perf_counter() - self._since) / steps if steps else 0.0
+
+    @property
+    def waited_a_step(self) -> float:
+        """Of these, the seconds for which its data was waited for."""
+        steps = self._steps()
+        return (self._pulse.seconds_waited - self._waited) / steps if steps else 0.0
+
+    def reading(self, *, rows_per_step: int) -> dict[str, float]:
+        """Rows per second and the fraction of time waited, since the last reading.
+
+        And, where they are known, the operations in a second and the part they are of the peak.
+        """
+        seconds = max(perf_counter() - self._since, 1e-9)
+        waited = self._pulse.seconds_waited - self._waited
+        rate = self._steps() * rows_per_step / seconds
+        values = {
+            "train/rows_per_second": rate,
+            "train/data_wait": min(max(waited, 0.0) / seconds, 1.0),
+        }
+        if self._flops_a_row is not None:
+            flops = rate * self._flops_a_row
+            values["system/tflops"] = flops / 1e12
+            if self._peak_flops is not None:
+                values["system/flop_utilization"] = flops / self._peak_flops
+        self.restart()
+        return values
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that is neither training nor waiting; for who brings the steps, between two."""
+        begin = perf_counter()
+        self._pulse.enter("log")  # and so it is not waited for data
+        yield
+        self._since += perf_counter() - begin
+        self._pulse.enter("data")
+
+    def _steps(self) -> int:
+        return self._pulse.step - self._step

@@ -1,0 +1,294 @@
+"""Finds a process that stands still, says where it stands, and ends it; its peers do the same."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+from service.basics.atomic_files import without_link
+from service.basics.errors import PeerLost
+from service.health.heartbeat import ORDER, WORDS, WRITER, Place, Pulse, group
+from service.runs.directory import read_beat
+from service.runs.failure_reports import read_failures, write_failure
+
+HUNG = 1
+"""Exit code of the process that others waited for."""
+_REPORTS_SECONDS = 2.0  # for the reports of the others, who stand still for as long
+_MOST_SECONDS_A_LOOK = 1.0
+# Whose innermost frame is in one of these waits for another process.
+_WAITING = (
+    "torch/distributed/",
+    "service/distributed/world.py",
+    "service/distributed/recursive_doubling.py",
+    "torch/autograd/graph.py",
+)
+
+# Where a process waits for its device, which may itself wait for the devices of others: a value is
+# read, or an event waited for.  Most of those calls have no frame of Python's: the line tells.
+_DEVICE_WAIT = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|query)\(|\b(float|int|bool)\(")
+_DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", "torch/_tensor")
+
+Leave = Callable[[int, str], NoReturn]
+
+
+@contextmanager
+def watched(
+    pulse: Pulse,
+    *,
+    processes: int,
+    timeout_seconds: float,
+    startup_timeout_seconds: float,
+    leave: Leave,
+) -> Iterator[None]:
+    """While it lasts, report and end this process when it has stood still for too long.
+
+    A thread looks after it; and where no thread can run, because the interpreter's lock is
+    held, faulthandler's own does, which writes the stacks and leaves with code 1.
+
+    Args:
+        leave: ends the process at once, with a code and a message.
+    """
+    ended = threading.Event()
+    watch = _Watch(pulse, processes, timeout_seconds, startup_timeout_seconds, leave, ended)
+    thread = threading.Thread(target=watch.run, name="hang watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        watch.close()
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A rank that is no further than this one, and got on last: this one may wait for it."""
+
+    place: Place
+    """Of this process."""
+    rank: int | None
+    """None where all others are further."""
+    beat_time: float
+    until: float
+    """On the monotonic clock: when it is looked at again."""
+
+
+class _Watch:
+    def __init__(
+        self,
+        pulse: Pulse,
+        processes: int,
+        timeout_seconds: float,
+        startup_timeout_seconds: float,
+        leave: Leave,
+        ended: threading.Event,
+    ) -> None:
+        self._pulse = pulse
+        self._processes = processes
+        self._timeout = timeout_seconds
+        self._startup_timeout = startup_timeout_seconds
+        self._leave = leave
+        self._ended = ended
+        self._main = threading.main_thread().ident
+        self._look_seconds = min(_MOST_SECONDS_A_LOOK, timeout_seconds / 8)
+        self._stacks: IO[str] | None = None
+        self._awaited: _Awaited | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._ended.wait(self._look_seconds):
+                self._look()
+        finally:  # also where a look fails: without looks it would end a process that is well
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
+        place = self._pulse.place
+        timeout = self._startup_timeout if place.work == "starting" else self._timeout
+        # Armed anew at each look: it goes off only where the looks have stopped.
+        faulthandler.dump_traceback_later(
+            timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
+        )
+        self._pulse.write()
+        standing = time.monotonic() - place.since
+        if standing > timeout / 2 and (not self._awaited or self._awaited.place != place):
+            self._awaited = self._last_moved(place, until=place.since + timeout)
+        if standing > timeout and place == self._pulse.place and not self._may_wait(timeout):
+            self._report(standing)
+
+    def _last_moved(self, place: Place, *, until: float) -> _Awaited:
+        """Whom this process may be waiting for, by what all of them last wrote."""
+        ours = (place.step, ORDER.index(place.work))
+        behind = [
+            beat
+            for beat in map(self._beat, range(self._processes))
+            if beat and beat["rank"] != self._pulse.rank
+            if (beat["step"], ORDER.index(beat["work"])) <= ours
+        ]
+        last = min(behind, key=lambda beat: beat["standing_seconds"], default=None)
+        rank, written = (last["rank"], last["time"]) if last else (None, 0.0)
+        return _Awaited(place, rank, written, until)
+
+    def _may_wait(self, timeout: float) -> bool:
+        """Whether this process waits for one that lives and gets on.
+
+        The lead may write a checkpoint for longer than a hang is given, and tell how it gets on;
+        the others, who wait for it, cannot.
+        """
+        awaited = self._awaited
+        if awaited is None or awaited.rank is None or not self._line()[1]:
+            return False
+        if self._pulse.failures and any(
+            report.get("group") == group() for report in read_failures(self._pulse.failures)
+        ):
+            return False  # it is told already, and whoever told it waits for what the others say
+        now = time.monotonic()
+        if now < awaited.until:
+            return True
+        beat = self._beat(awaited.rank)
+        if not beat or beat["time"] == awaited.beat_time or beat["standing_seconds"] > timeout:
+            return False
+        left = timeout - beat["standing_seconds"]
+        self._awaited = self._last_moved(awaited.place, until=now + max(left, self._look_seconds))
+        return True
+
+    def _beat(self, rank: int) -> dict[str, Any] | None:
+        """What that rank wrote last in this attempt."""
+        beat = read_beat(self._pulse.scratch, rank) if self._pulse.scratch else None
+        return beat if beat and beat.get("group") == group() else None
+
+    def close(self) -> None:
+        if self._stacks is not None:
+            self._stacks.close()
+
+    def _stacks_file(self) -> IO[str]:
+        """Where faulthandler writes: a file of the run's, as soon as the run has a directory."""
+        scratch = self._pulse.scratch
+        if scratch is None:
+            return sys.stderr
+        path = scratch / f"rank-{self._pulse.rank}.stacks"
+        if self._stacks is None or self._stacks.name != str(path):
+            self.close()
+            try:
+                self._stacks = open(path, "w", opener=without_link)  # noqa: SIM115  # as long as it looks
+            except OSError:  # no room for it: better among the output than nowhere
+                return sys.stderr
+        return self._stacks
+
+    def _line(self) -> tuple[str, bool]:
+        """(the line on which this process stands, and whether it waits there for others)."""
+        frames = sys._current_frames()
+        on_device = self._pulse.device_waits
+        line, waiting = "", False
+        if self._main in frames:
+            line, waiting = _line_of(frames[self._main], on_device=on_device)
+        if self._pulse.place.work == "save" and not waiting:
+            for thread in threading.enumerate():  # it waits for its own writer
+                if thread.name.startswith(WRITER) and thread.ident in frames:
+                    written, for_others = _line_of(frames[thread.ident], on_device=on_device)
+                    if "concurrent/futures" not in written:  # else it is idle
+                        line, waiting = written, for_others
+        return line, waiting
+
+    def _report(self, standing: float) -> None:
+        line, waiting = self._line()
+        report = self._pulse.record() | {
+            "kind": "hang",
+            "line": line,
+            "waits_for_others": waiting,
+            "stacks": _stacks(),
+        }
+        failures = self._pulse.failures
+        if failures is None:  # under a foreign torchrun, with no run opened yet
+            told = _told(report, self._pulse.rank, standing)
+            self._leave(HUNG, f"{report['stacks']}\n{told}")
+        if write_failure(failures, report) is None:
+            print(report["stacks"], file=sys.stderr, flush=True)
+        behind = who_is_behind(self._reports(failures))
+        mine = behind["rank"] == self._pulse.rank
+        self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))
+
+    def _reports(self, failures: Path) -> list[dict[str, Any]]:
+        """What every rank says of this hang; of one that says nothing, what it last wrote."""
+        deadline = time.monotonic() + _REPORTS_SECONDS
+        found: dict[int, dict[str, Any]] = {}
+        while len(found) < self._processes and time.monotonic() < deadline:
+            reports = list(read_failures(failures))
+            found = {r["rank"]: r for r in reports if r.get("group") == group()}
+            time.sleep(0.05)
+        for rank in range(self._processes):
+            if rank not in found:
+                found[rank] = {"rank": rank, "silent": True} | (self._beat(rank) or {})
+        return list(found.values())
+
+
+def who_is_behind(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the rank for which the others wait.
+
+    A rank that cannot even report; else the one that has come least far; and among several at
+    the same point the one that does not itself wait for another.
+    """
+
+    def place(report: dict[str, Any]) -> tuple[bool, int, int, bool, int]:
+        work = ORDER.index(report["work"]) if "work" in report else -1
+        silent = not report.get("silent", False)
+        waiting = bool(report.get("waits_for_others", False))
+        return (silent, report.get("step", -1), work, waiting, report["rank"])
+
+    return min(reports, key=place)
+
+
+def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
+    who = "This process" if behind["rank"] == rank else f"Rank {behind['rank']}"
+    where = "nowhere yet"
+    if "work" in behind:
+        micro_batch = behind["micro_batch"]
+        where = f"at step {behind['step']}"
+        where += f", micro-batch {micro_batch}" if micro_batch >= 0 else ""
+        where += f", {WORDS[behind['work']]}"
+    if behind.get("silent"):
+        return (
+            f"{who} has not answered for {standing:.0f} s while the others waited: it is stopped, "
+            f"or holds Python's lock, or its machine is gone. It was last seen {where}."
+        )
+    # One that failed has no line: it has said why itself, and what it said is its reason.
+    what = behind.get("line") or behind.get("message", "it has failed")
+    return f"{who} has stood still for {standing:.0f} s {where}: {what}."
+
+
+def _line_of(frame: FrameType, *, on_device: bool = False) -> tuple[str, bool]:
+    """(the innermost line, and whether it waits there for other processes).
+
+    Args:
+        on_device: the process computes on a device, so a line that waits for it waits for others.
+    """
+    summary = traceback.extract_stack(frame)
+    innermost = summary[-1]
+    file = innermost.filename.replace(os.sep, "/")
+    waiting = any(part in file for part in _WAITING)
+    if on_device and not waiting:
+        waiting = any(part in file for part in _DEVICE_WAITING)
+        waiting |= _DEVICE_WAIT.search(innermost.line or "") is not None
+    line = f"{innermost.filename}:{innermost.lineno} in {innermost.name}: {innermost.line}"
+    return line, waiting
+
+
+def _stacks() -> str:
+    """The stack of every thread, in Python's words."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    return "\n".join(parts)

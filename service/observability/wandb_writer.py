@@ -1,0 +1,350 @@
+"""Weights & Biases as a writer that cannot hurt the training: one thread owns all of wandb.
+
+`wandb.init` may block for 90 s and then raise, `run.log` blocks while wandb's child process
+(wandb-core) is frozen, `finish` waits for the server without limit, and so does the interpreter's
+exit. All of that happens to the thread. The training thread only leaves rows in a bounded queue,
+and `close` waits a given time and then ends wandb-core.
+
+What W&B did not take is in metrics.jsonl, and a resumed attempt sends what is missing.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
+from service.basics.background_queue import Handover
+from service.runs.checkpoint_files import best_of, checkpoints_in
+from service.runs.tracking import Outcome, Row, Writer, read_metrics
+from service.spec.models import WandBSpec
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+_ON_DISK_SECONDS = 1.0  # a killed process loses what is younger; wandb's own default is 15 s
+_CORE_SECONDS = 20.0  # for wandb-core to start and answer
+_LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
+
+
+class WandB(Writer):
+    """Sends rows to one W&B run, online or offline, over all attempts of the run."""
+
+    def __init__(
+        self,
+        spec: WandBSpec,
+        *,
+        run_id: str,
+        name: str,
+        directory: Path,
+        config: Mapping[str, Any],
+        say: Callable[[str], None],
+        resume_step: int | None = None,
+        init_seconds: float = 20.0,
+    ) -> None:
+        """Returns at once; the thread imports wandb and starts it.
+
+        Args:
+            run_id: the same in every attempt.
+            directory: the run's own; it holds metrics.jsonl, already cut to `resume_step`, and
+                gets wandb/. `WANDB_DIR` puts wandb's files elsewhere, where they must last too.
+            config: what W&B shows as the run's configuration: plain values.
+            say: tells a person one line; called by the thread and by `close`.
+            resume_step: the step of the checkpoint this attempt starts from, or None.
+            init_seconds: how long the server may take to answer before the run is kept offline.
+        """
+        self._spec = spec
+        self._run_id = run_id
+        self._name = name
+        self._metrics = directory / "metrics.jsonl"
+        self._directory = Path(os.environ.get("WANDB_DIR") or directory).absolute()
+        self._config = dict(config)
+        self._tell = say
+        self._is_silent = False
+        self._resume_step = resume_step
+        self._init_seconds = init_seconds
+        self._close_seconds = spec.finish_seconds
+        self._mode: str = os.environ.get("WANDB_MODE") or spec.mode
+        # A wandb-core that somebody else has started is theirs to end.
+        self._owns_core = "WANDB_SERVICE" not in os.environ
+        # Its exporter of errors would be waited for at the interpreter's exit.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._rows: Handover[Row] = Handover()
+        self._outcome: Outcome = "failed"
+        self._taken_rows = 0
+        self._sent_rows = 0
+        self._trouble: str | None = None
+        self._stop = threading.Event()
+        self._closing = False
+        self._given_up = False
+        self._files: str | None = None
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        if self._mode != "disabled":
+            self._thread.start()
+
+    def write(self, row: Row) -> None:
+        self._taken_rows += 1
+        self._rows.put(row)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody pressed Stop on the run's page."""
+        return self._stop.is_set()
+
+    def close(self, outcome: Outcome) -> None:
+        """Finish the run on W&B, within `finish_seconds`; 5 s more where wandb-core is stuck."""
+        if not self._thread.ident:
+            return
+        self._closing = True
+        self._outcome = outcome
+        self._rows.end()
+        self._thread.join(self._close_seconds)
+        if self._thread.is_alive():
+            self._give_up()
+        if self._mode != "disabled":
+            self._report()
+        self._is_silent = True
+
+    def _report(self) -> None:
+        """Say, once, what W&B lacks; rows that a frozen wandb-core had taken are not counted."""
+        missing = self._taken_rows - self._sent_rows
+        trouble = self._trouble or "the queue was full"
+        if missing:
+            self._say(
+                f"W&B lacks {missing} or more of this attempt's {self._taken_rows} rows: "
+                f"{trouble}. {self._metrics} has them all."
+            )
+        elif self._trouble:
+            hint = f" Upload the rest with: wandb sync {self._files}" if self._files else ""
+            self._say(f"W&B did not finish: {trouble}.{hint}")
+
+    def _give_up(self) -> None:
+        """Kill wandb-core, again if need be, so that the thread is free to end.
+
+        Otherwise wandb's exit handler would wait for a frozen wandb-core for ever.
+        """
+        self._given_up = True
+        self._trouble = f"it had not finished after {self._close_seconds:g} s"
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            for child in psutil.Process().children(recursive=True) if self._owns_core else ():
+                with suppress(psutil.Error):
+                    if child.name().startswith("wandb-"):
+                        child.kill()
+            self._thread.join(0.1)
+
+    def _say(self, text: str) -> None:
+        if not self._is_silent:
+            self._tell(text)
+
+    # Everything below runs in the thread.
+
+    def _work(self) -> None:
+        try:
+            run = self._open()
+            if run is not None:
+                self._send_until_closed(run)
+                self._finish(run, self._outcome)
+        except (Exception, SystemExit) as error:
+            if not self._given_up:
+                self._trouble = _one_line(error)
+            if not self._closing:
+                self._say(f"W&B stopped: {self._trouble}. The training goes on without it.")
+        finally:
+            self._leave()
+
+    def _open(self) -> Run | None:
+        try:
+            self._mode = self._settled_mode()
+            if self._mode == "disabled":
+                return None
+            run = self._init(self._mode)
+        except Exception as error:
+            if self._given_up:
+                raise
+            self._say(f"W&B did not start ({_one_line(error)}); the run is kept offline.")
+            self._leave()  # a failed init keeps the run's id in use
+            run = self._init("offline")
+        self._files = run.sync_dir
+        if run.offline:
+            self._say(f"W&B is offline; upload the run with: wandb sync {self._files}")
+        else:
+            self._say(f"W&B: {run.url}")
+        return run
+
+    def _settled_mode(self) -> str:
+        """`auto` made definite, and what needs a key made offline where there is none."""
+        import wandb
+
+        settings = wandb.setup(wandb.Settings(silent=True, x_service_wait=_CORE_SECONDS)).settings
+        mode = settings.mode if self._mode == "auto" else self._mode
+        if mode in ("online", "run") and not wandb.login(prompt=False, verify=False):
+            self._say("W&B has no API key here (WANDB_API_KEY, ~/.netrc).")
+            return "offline"
+        return mode
+
+    def _init(self, mode: str) -> Run:
+        import wandb
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may hold anything; wandb checks it
+            id=self._run_id,
+            resume="allow",
+            name=self._name,
+            project=self._spec.project,
+            entity=self._spec.entity,
+            group=self._spec.group,
+            tags=self._spec.tags,
+            dir=str(self._directory),
+            config=self._config,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                save_code=False,
+                init_timeout=_CORE_SECONDS if mode == "offline" else self._init_seconds,
+                finish_timeout=self._close_seconds,
+                finish_timeout_raises=True,
+                x_service_wait=_CORE_SECONDS,
+                x_transaction_log_flush_interval=_ON_DISK_SECONDS,
+                # wandb copies its settings deeply: a function stands that, our lock does not.
+                stop_fn=lambda: self._stop.set(),
+            ),
+        )
+        # A column of our own: to wandb's `step=` a row that comes late is a row to drop.
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _send_until_closed(self, run: Run) -> None:
+        """Send what earlier attempts could not, then the queue; no step twice in the W&B run."""
+        held = self._held_step(run)
+        if self._resume_step is not None and held < self._resume_step:
+            for record in read_metrics(self._metrics):
+                if held < record["step"] <= self._resume_step:
+                    _send(run, record)
+        for row in self._rows:
+            if row.step > held:
+                _send(run, row.record())
+            self._sent_rows += 1
+
+    def _held_step(self, run: Run) -> int:
+        """The last step that earlier attempts have put into this W&B run, or -1.
+
+        Online, the server's word counts, and that of files which are still to be uploaded.
+        Offline, the files': a note of our own would be ahead of what a killed wandb-core wrote.
+        """
+        kinds = ("offline-run",) if not run.offline else ("offline-run", "run")
+        steps = [int(dict(run.summary).get("step", -1))]
+        name = glob.escape(run.id)
+        for kind in kinds:
+            files = (self._directory / "wandb").glob(f"{kind}-*-{name}/run-{name}.wandb")
+            steps += [last_step(file) for file in files]
+        return max(steps)
+
+    def _finish(self, run: Run, outcome: Outcome) -> None:
+        """End the run as finished (done), failed, or preempted (stopped, with the exit code 75).
+
+        A sweep queues a preempted run again, as 75 asks for; not one that W&B's own Stop button
+        has stopped, so that one ends as finished, with `outcome: stopped` in its summary.
+        """
+        if self._spec.artifacts == "reference":
+            try:
+                self._refer_to_checkpoints(run)
+            except Exception as error:
+                self._say(f"W&B did not take the checkpoints: {_one_line(error)}.")
+        run.summary["outcome"] = outcome
+        exit_code = {"done": 0, "stopped": 75, "failed": 1}[outcome]
+        if outcome == "stopped" and self.stop_requested:
+            exit_code = 0
+        elif outcome == "stopped":
+            run.mark_preempting()
+        run.finish(exit_code=exit_code)
+
+    def _refer_to_checkpoints(self, run: Run) -> None:
+        """One artifact for the best checkpoint and one for the newest, each a path and no copy."""
+        import wandb
+
+        place = self._metrics.parent / "checkpoints"
+        held = {checkpoint.step: checkpoint.path for checkpoint in checkpoints_in(place)}
+        best, newest = best_of(place), max(held, default=None)
+        for step in sorted({step for step in (best, newest) if step in held}):
+            artifact = wandb.Artifact(
+                f"{self._run_id}-checkpoint", type="checkpoint", metadata={"step": step}
+            )
+            artifact.add_reference(held[step].absolute().as_uri(), checksum=False)
+            # W&B calls the last one `latest` by itself.
+            run.log_artifact(artifact, aliases=["best"] if step == best else [])
+
+    def _leave(self) -> None:
+        """End wandb-core and take back wandb's exit handler, which would wait for it."""
+        if self._owns_core and "wandb" in sys.modules:
+            # It raises where wandb-core was killed, and ends in sys.exit where that one failed.
+            with suppress(Exception, SystemExit):
+                sys.modules["wandb"].teardown()
+
+
+def last_step(path: Path) -> int:
+    """The last `step` in a .wandb file, or -1; a record that a killed wandb-core tore has none."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
+
+    last = None
+    for content in _records(path):
+        try:
+            record = Record.FromString(content)
+        except DecodeError:
+            break
+        if record.WhichOneof("record_type") == "history":
+            last = record.history
+    items = last.item if last is not None else ()
+    steps = (json.loads(item.value_json) for item in items if list(item.nested_key) == ["step"])
+    return next(steps, -1)
+
+
+_BLOCK_BYTES = 32 * 1024
+_FILE_HEADER_BYTES = 7
+_PIECE_HEADER = struct.Struct("<IHB")  # checksum, length, kind
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file, put together from their pieces, as far as they are whole.
+
+    Source: https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    content = b""
+    with path.open("rb") as file:
+        position = _FILE_HEADER_BYTES
+        while block := file.read(_BLOCK_BYTES):
+            while position + _PIECE_HEADER.size <= len(block):
+                _, length, kind = _PIECE_HEADER.unpack_from(block, position)
+                position += _PIECE_HEADER.size
+                piece = block[position : position + length]
+                if kind == 0 or len(piece) < length:
+                    break
+                position += length
+                content = piece if kind in (_WHOLE, _FIRST) else content + piece
+                if kind in (_WHOLE, _LAST):
+                    yield content
+            position = 0
+
+
+def _send(run: Run, record: Mapping[str, float]) -> None:
+    row = dict(record)
+    run.log({"_timestamp": row.pop("time"), **row})
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

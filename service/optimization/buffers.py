@@ -1,0 +1,300 @@
+"""Buffers that move in the forward pass, besides BatchNorm's: codebooks, counters and such.
+
+Every micro-batch of a step starts from the value that the buffer has at the beginning of the step,
+and at the end of the step the values that all micro-batches of all processes left become one:
+
+`mean`   their mean.  Of integers and flags it is rounded to the nearest, half to even.
+`sum`    the value at the beginning of the step, plus the change of every micro-batch.
+`first`  the value that the first micro-batch of the step left.
+`local`  torch's own way: each micro-batch starts where the one before it on this process ended.
+         The processes drift apart, and a checkpoint holds the lead's.
+
+So with the first three the number of processes is not part of the experiment, only how a step is
+cut into micro-batches is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from service.basics.errors import SpecError, WillFailAgain
+from service.data.batches import Batch
+from service.distributed.gradient_sync import Exchange
+from service.distributed.world import World
+
+Rule = Literal["mean", "sum", "first", "local"]
+Value = tuple[nn.Module, str, Tensor, Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Names of the buffers that a forward and backward pass in training has changed."""
+
+    kept: Sequence[str] = ()
+    """These have the shape that they had, so a rule can be kept."""
+    reshaped: Sequence[str] = ()
+    """These have another shape, as a cache that grows with its input."""
+
+
+class BufferValues:
+    """The buffers of a model as they are now, to compare and to give back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._values: dict[str, Value] = {
+            name: (module, key, buffer, buffer.detach().clone())
+            for name, module, key, buffer in _places(model)
+        }
+
+    def moved(self) -> Moving:
+        """Those that are no longer what they were; BatchNorm's are not looked at."""
+        kept, reshaped = [], []
+        for name, (module, key, _, before) in self._values.items():
+            now = module._buffers[key]
+            if isinstance(module, _BatchNorm):
+                continue
+            if now is None or now.shape != before.shape or now.dtype != before.dtype:
+                reshaped.append(name)
+            elif not _same(now, before):
+                kept.append(name)
+        return Moving(kept, reshaped)
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Put every buffer back, the same tensor with the same value, even if replaced."""
+        for module, key, buffer, before in self._values.values():
+            buffer.copy_(before)
+            module._buffers[key] = buffer
+
+
+def buffers_besides_batchnorm(model: nn.Module) -> list[str]:
+    """Names of all buffers that might move by themselves."""
+    return [n for n, module, _, _ in _places(model) if not isinstance(module, _BatchNorm)]
+
+
+def kept_equal(exchange: Exchange, buffers: Buffers | None) -> Exchange:
+    """`exchange`, with each micro-batch's changes of the buffers gathered; itself without any."""
+    return exchange if buffers is None else _Gathering(exchange, buffers)
+
+
+def buffers_of(
+    model: nn.Module, moving: Moving, *, rule: Rule, micro_batches: int, world: World, bitwise: bool
+) -> Buffers | None:
+    """What keeps the moving buffers of `model` equal; None where there is nothing to do.
+
+    Raises:
+        SpecError: `exactness: bitwise` is asked for and cannot be kept; names the buffers.
+    """
+    # A buffer that only some processes saw moving is kept on all: the sums are collectives.
+    found = [name for names in world.gather(list(moving.kept)) for name in names]
+    names = [name for name, *_ in _places(model) if name in found]
+    if bitwise and moving.reshaped:
+        raise SpecError(
+            f"exactness: bitwise cannot keep {_listed(moving.reshaped)}: the shape changes in a "
+            "forward pass. Give the buffer its final shape before training."
+        )
+    if bitwise and names and rule == "local":
+        raise SpecError(
+            f"exactness: bitwise cannot keep {_listed(names)} with model.buffers: local, by which "
+            "each process has values of its own. Use mean, sum or first."
+        )
+    if not names or rule == "local":
+        return None
+    return Buffers(
+        model, names, rule=rule, micro_batches=micro_batches, world=world, summed=bitwise
+    )
+
+
+def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
+    """What a person has to know of them, a line each."""
+    lines = []
+    if moving.kept:
+        what = {
+            "mean": "become the mean over the micro-batches of each step",
+            "sum": "get the sum of the changes of all micro-batches of each step",
+            "first": "get the value that the first micro-batch of each step leaves",
+            "local": "are each process's own: they drift apart on several processes",
+        }[rule]
+        lines.append(
+            f"Buffers that move in training: {_listed(moving.kept)}. They {what} "
+            f"(model.buffers: {rule})."
+        )
+    unsaved = [n for n in moving.kept if n not in model.state_dict(keep_vars=True)]
+    if unsaved:
+        lines.append(
+            f"WARNING: {_listed(unsaved)} moves in training and is not saved (persistent=False): "
+            "a run that resumes begins with its first value again."
+        )
+    if moving.reshaped:
+        lines.append(
+            f"WARNING: {_listed(moving.reshaped)} changes its shape in training: each process "
+            "keeps its own."
+        )
+    return lines
+
+
+class Buffers:
+    """The moving buffers of one model, and what the micro-batches of a step have made of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        rule: Rule,
+        micro_batches: int,
+        world: World,
+        summed: bool,
+    ) -> None:
+        """`summed`: somebody else sums `sums` over the processes before the step is finished."""
+        chosen = set(names)
+        self._places = [(m, key) for name, m, key, _ in _places(model) if name in chosen]
+        self._names = list(names)
+        self._rule, self._count = rule, micro_batches
+        self._world, self._summed = world, summed
+        self._own = [buffer for name, _, _, buffer in _places(model) if name in chosen]
+        self._start = [value.detach().clone() for value in self._own]
+        self.sums = [torch.zeros_like(_wide(value, world)) for value in self._start]
+        """Over the micro-batches so far, in the widest type."""
+
+    def _now(self) -> list[Tensor]:
+        """What the model has for its buffers: a forward pass may have put others in their place."""
+        now = [module._buffers[key] for module, key in self._places]
+        for name, start, value in zip(self._names, self._start, now, strict=True):
+            if value is None or value.shape != start.shape:
+                shape = None if value is None else list(value.shape)
+                raise WillFailAgain(
+                    f"The buffer {name} had the shape {list(start.shape)} and now has {shape}. It "
+                    "cannot be kept equal on all processes; give it one shape, or set "
+                    "model.buffers: local."
+                )
+        return [value for value in now if value is not None]
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Give the model its own tensors back, with these values.
+
+        Not the ones that may have taken their place: those may be a part of a parameter.
+        """
+        for (module, key), own, value in zip(self._places, self._own, values, strict=True):
+            own.copy_(value)
+            module._buffers[key] = own
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember where the step begins."""
+        for start, now in zip(self._start, self._now(), strict=True):
+            start.copy_(now)
+
+    @torch.no_grad()
+    def take(self, number: int) -> None:
+        """Add what micro-batch `number` left, and let the next one start where it started.
+
+        Micro-batches that exist only for the sake of a collective count for nothing.
+        """
+        counts = number < self._count and (self._rule != "first" or number == 0)
+        for start, now, total in zip(self._start, self._now(), self.sums, strict=True):
+            if counts:
+                total += self._contribution(start, now)
+        self._put(self._start)
+
+    def _contribution(self, start: Tensor, now: Tensor) -> Tensor:
+        if _by_value(start) and self._rule != "sum":
+            return _wide(now, self._world)  # a change from infinity would not be a number
+        if not _by_value(start) and start.dtype != torch.bool:
+            return _wide(now - start, self._world)  # exact, however large they are
+        before, after = _wide(start, self._world), _wide(now, self._world)
+        return torch.where(after == before, 0.0, after - before)
+
+    @torch.no_grad()
+    def finish_step(self, skipped: Tensor | None = None) -> None:
+        """Move the buffers by one optimizer step; every process calls it.
+
+        Args:
+            skipped: a scalar that is 1 where the step is not taken and nothing shall move.
+        """
+        totals = self.sums
+        if not self._summed:
+            flat = self._world.sum(torch.cat([total.reshape(-1) for total in totals]))
+            parts = flat.split_with_sizes([total.numel() for total in totals])
+            totals = [part.view_as(total) for part, total in zip(parts, self.sums, strict=True)]
+        values = [self._value(*pair) for pair in zip(self._start, totals, strict=True)]
+        if skipped is not None:
+            pairs = zip(self._start, values, strict=True)
+            values = [torch.where(skipped > 0, start, value) for start, value in pairs]
+        self._put(values)
+        self.forget()
+
+    def _value(self, start: Tensor, total: Tensor) -> Tensor:
+        if self._rule == "mean":
+            total = total / self._count
+        if not _by_value(start):
+            if start.dtype == torch.bool:
+                return (start.to(total.dtype) + total).round() > 0
+            return start + total.round().to(start.dtype)
+        if self._rule == "sum":
+            total = _wide(start, self._world) + total
+        return (torch.view_as_complex(total) if start.is_complex() else total).to(start.dtype)
+
+    def forget(self) -> None:
+        """Drop what was gathered since the last step."""
+        for total in self.sums:
+            total.zero_()
+
+
+class _Gathering(Exchange):
+    """An exchange of gradients between whose passes the changes of the buffers are gathered."""
+
+    def __init__(self, inner: Exchange, buffers: Buffers) -> None:
+        self.model = inner.model
+        self._inner, self._buffers = inner, buffers
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        self._inner.backward(loss_sum, step_weight)
+
+    def over(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        self._buffers.begin()
+        passes: Iterable[T] = self._inner.over(micro_batches)
+        for batch in passes:
+            yield batch
+            assert isinstance(batch, Batch)
+            # Before the next is asked for: `Ordered` takes the sums of a pass away with it.
+            self._buffers.take(batch.number)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(its name, its module, its key there, itself) of each buffer, a shared one once."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{key}" if prefix else key, module, key, buffer
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two of one shape and type hold the same, NaN being the same as NaN."""
+    one, other = (torch.view_as_real(t) if t.is_complex() else t for t in (one, other))
+    alike = one == other
+    if one.is_floating_point():
+        alike |= one.isnan() & other.isnan()
+    return bool(alike.all())
+
+
+def _by_value(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
+def _wide(value: Tensor, world: World) -> Tensor:
+    value = torch.view_as_real(value) if value.is_complex() else value
+    return value.detach().to(world.wide)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

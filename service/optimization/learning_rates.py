@@ -1,0 +1,223 @@
+"""What sets the optimizer's learning rates, once per step, and what it remembers of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from service.basics.errors import SpecError, did_you_mean, with_place
+from service.plan.early_stopping import Patience
+from service.plan.plan import Plan
+from service.plan.schedules import Multiplier
+from service.spec.models import CustomScheduleSpec, PlateauSpec
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
+    """The schedule of the plan's spec over the optimizer's groups.
+
+    Raises:
+        SpecError: a scheduler by import string cannot be made.
+    """
+    spec = plan.spec.schedule
+    if isinstance(spec, PlateauSpec):
+        return PlateauSchedule(optimizer, plan.rate, spec)
+    if isinstance(spec, CustomScheduleSpec):
+        return TorchSchedule(optimizer, spec, warmup=plan.warmup, steps=plan.steps)
+    return Schedule(optimizer, plan.rate)
+
+
+class Schedule:
+    """Holds every parameter group's learning rate at its base rate times the multiplier."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Multiplier) -> None:
+        self._optimizer = optimizer
+        self._base = [group["lr"] for group in optimizer.param_groups]
+        self._rate = rate
+        self._factor = 1.0
+        self._used = self._factor
+        self.set(0)
+
+    def set(self, step: int) -> None:
+        """Set the rates of the update that follows `step` finished ones."""
+        self._used, self._factor = self._factor, self.factor(step)
+        if self._factor != self._used:
+            self._apply()
+
+    def restart(self, step: int) -> None:
+        """As `set`, for groups that a loaded state has put in the place of the old ones."""
+        self.set(step)
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
+            group["lr"] = base * self._factor
+
+    def factor(self, step: int) -> float:
+        """What the base rates are multiplied by in the update that follows `step` finished ones."""
+        return self._rate(step)
+
+    def used(self) -> dict[str, float]:
+        """`train/lr` of the update before the last `set`; one key per group if several."""
+        rates = self._rates_used()
+        if len(rates) == 1:
+            return {"train/lr": rates[0]}
+        return {f"train/lr/{n}": rate for n, rate in enumerate(rates)}
+
+    def _rates_used(self) -> list[float]:
+        return [base * self._used for base in self._base]
+
+    def learn(self, values: Mapping[str, float], step: int) -> None:
+        """Take in what was measured after `step` steps, before the next update."""
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept; `set` follows."""
+
+
+class PlateauSchedule(Schedule):
+    """Times `gamma` whenever a test measure has stopped improving.
+
+    As torch's ReduceLROnPlateau with an absolute threshold, whose patience counts one test less.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rate: Multiplier, spec: PlateauSpec
+    ) -> None:
+        self._spec = spec
+        self._patience = Patience(spec)
+        self._resting = 0
+        self._lowered = 1.0
+        super().__init__(optimizer, rate)
+
+    def factor(self, step: int) -> float:
+        return self._rate(step) * self._lowered
+
+    def learn(self, values: Mapping[str, float], step: int) -> None:
+        if not self._patience.tested(values):
+            return
+        if self._resting:
+            self._resting -= 1
+            self._patience.waited = 0
+        if self._patience.ran_out:
+            self._lowered = max(self._lowered * self._spec.gamma, self._spec.final)
+            self._resting, self._patience.waited = self._spec.cooldown, 0
+            used = self._used
+            self.set(step)
+            self._used = used  # by the update that was just measured
+
+    def memory(self) -> dict[str, Any]:
+        return {
+            "lowered": self._lowered,
+            "resting": self._resting,
+            "patience": self._patience.memory(),
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        self._lowered, self._resting = memory["lowered"], memory["resting"]
+        self._patience.remember(memory["patience"])
+
+
+class TorchSchedule(Schedule):
+    """A scheduler of torch.optim.lr_scheduler, or like one, stepped once per optimizer step.
+
+    The warmup comes before its first step.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, spec: CustomScheduleSpec, *, warmup: int, steps: int
+    ) -> None:
+        """`steps` are those of the run.
+
+        Raises:
+            SpecError: the scheduler cannot be made, or knows an end before that of the run.
+        """
+        self._torch = _made(spec, optimizer)
+        self._name = spec.name
+        end = getattr(self._torch, "total_steps", None)  # OneCycleLR's, which raises beyond it
+        if isinstance(end, int) and end < steps - warmup:
+            raise SpecError(
+                f"schedule: {spec.name} ends after {end} steps, and the run takes {steps - warmup} "
+                f"after the warmup. Use total_steps: {steps - warmup}."
+            )
+        self._built = copy.deepcopy(self._torch.state_dict())
+        self._warmup = warmup
+        self._taken = 0
+        self._before: list[float] = []
+        super().__init__(optimizer, lambda step: min((step + 1) / max(warmup, 1), 1.0))
+
+    def set(self, step: int) -> None:
+        self._before = [group["lr"] for group in self._optimizer.param_groups]
+        if step <= self._warmup:
+            super().set(step)
+            return
+        while self._taken < step - self._warmup:
+            try:
+                self._torch.step()
+            except Exception as error:  # as when it is made: whatever it raises is for the user
+                raise SpecError(
+                    f"schedule: {self._name} says at step {step}: {with_place(error)}"
+                ) from error
+            self._taken += 1
+
+    def restart(self, step: int) -> None:
+        if step <= self._warmup:
+            super().restart(step)
+        # Later the rates are the scheduler's own, and came with the state.
+
+    def _rates_used(self) -> list[float]:
+        return self._before
+
+    def memory(self) -> dict[str, Any]:
+        held = self._torch.state_dict()
+        plain = {key: value for key, value in held.items() if _survives_json(value)}
+        for key in held.keys() - plain.keys():
+            if repr(held[key]) != repr(self._built.get(key)):
+                kind = type(held[key]).__name__
+                raise SpecError(
+                    f"schedule.name: {self._name} remembers {key!r}, a {kind}, which cannot be "
+                    "saved. Use a scheduler whose state is numbers, text and lists."
+                )
+        return {"taken": self._taken, "scheduler": plain}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        self._taken = memory["taken"]
+        self._torch.load_state_dict({**self._built, **memory["scheduler"]})
+
+
+def _survives_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _made(spec: CustomScheduleSpec, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    module, _, attribute = spec.name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"schedule.name: cannot import {spec.name}: {error}.") from error
+    if make is ReduceLROnPlateau:
+        raise SpecError("schedule.name: ReduceLROnPlateau needs a measure; use name: plateau.")
+    known = inspect.signature(make).parameters
+    for option in spec.options():
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            near = did_you_mean(option, set(known) - {"optimizer", "last_epoch"})
+            raise SpecError(f"schedule.{option}: {attribute} has no such option{near}")
+    try:
+        made = make(optimizer, **spec.options())
+    except Exception as error:  # whatever the user's own scheduler raises is for the user to read
+        raise SpecError(f"schedule: {spec.name} says: {type(error).__name__}: {error}") from error
+    if not isinstance(made, LRScheduler):
+        raise SpecError(f"schedule.name: {spec.name} gives no LRScheduler of torch's.")
+    return made

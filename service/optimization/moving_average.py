@@ -1,0 +1,63 @@
+"""An exponential moving average of a model's weights, as a second model of the same make."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from service.basics.errors import SpecError
+
+
+class MovingAverage:
+    """Follows a model's parameters and buffers, one move for every optimizer step.
+
+    Buffers of real numbers are averaged as the weights are: BatchNorm's statistics then belong
+    to the weights they stand beside.  Others (counters) are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Begin at the model's weights as they are now.
+
+        Raises:
+            SpecError: the model cannot be copied, or its weights are too coarse to be averaged.
+        """
+        coarse = [n for n, p in model.named_parameters() if p.dtype.itemsize < 4]
+        if coarse:
+            raise SpecError(
+                f"model.moving_average: {', '.join(coarse[:3])} have 16 bits or fewer, too few to "
+                "move by a thousandth. Return the model in float32 and use model.precision."
+            )
+        try:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+        except Exception as error:
+            raise SpecError(f"model.moving_average: the model cannot be copied: {error}") from error
+        self._decay = decay
+        self._parameters = list(model.parameters())
+        self._owners = [(m, name) for m in model.modules() for name in m._buffers]
+        self._copies = [(m, name) for m in self.model.modules() for name in m._buffers]
+
+    @torch.no_grad()
+    def move(self, steps: int) -> None:
+        """Move towards the model after `steps` finished optimizer steps, counted from 1.
+
+        The decay rises to its value as (1 + steps) / (10 + steps): a short run does not keep its
+        first, random weights.
+        Source: num_updates of TensorFlow's tf.train.ExponentialMovingAverage.
+        """
+        decay = min(self._decay, (1 + steps) / (10 + steps))
+        live = [*self._parameters, *_present(self._owners)]
+        kept = [*self.model.parameters(), *_present(self._copies)]
+        pairs = list(zip(kept, live, strict=True))
+        real = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+        rest = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]
+        torch._foreach_lerp_([a for a, _ in real], [b for _, b in real], 1 - decay)
+        if rest:
+            torch._foreach_copy_([a for a, _ in rest], [b for _, b in rest])
+
+
+def _present(owners: list[tuple[nn.Module, str]]) -> list[Tensor]:
+    # Asked anew each time: a model may put another tensor in a buffer's place.
+    buffers = [module._buffers[name] for module, name in owners]
+    return [buffer for buffer in buffers if buffer is not None]

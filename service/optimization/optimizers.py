@@ -1,0 +1,478 @@
+"""Optimizers by name, and parameter groups by pattern: every parameter in exactly one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatchcase, translate
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from service.basics.errors import SpecError, did_you_mean
+from service.spec.models import GroupSpec, OptimizerSpec, Spec
+from service.spec.optimizer_options import OPTIMIZERS
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+# Options that choose an implementation, of which torch takes one at a time.
+_LAYOUT = {"fused", "foreach", "differentiable"}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are treated alike."""
+
+    match: str
+    """The pattern that chose them; `*` for those that no pattern chose."""
+    names: tuple[str, ...]
+    options: dict[str, Any]
+    """What differs from the optimizer's own settings."""
+    frozen: bool = False
+    """Never trained."""
+    frozen_until_step: int = 0
+    """Trained from this step on."""
+    companion: bool = False
+    """Trained by the optimizer's companion."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Parameters that are left as they are until `until_step` steps are finished."""
+
+    until_step: int
+    parameters: tuple[nn.Parameter, ...]
+
+
+# ---- groups
+
+
+def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGroup]:
+    """Every trainable parameter of the model in exactly one group; the first match wins.
+
+    A spec without groups has one group, `*`.  With groups, every parameter must match one.
+
+    Raises:
+        SpecError: a pattern chooses nothing, a parameter is in no group, or it is in one that
+            the optimizer cannot train; lists the names.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not names:
+        raise SpecError("task: the model has no trainable parameter.")
+    companion = getattr(spec, "companion", None)
+    if companion is None:
+        groups = _groups_of(model, spec, names, "optimizer")
+        _require_trainable(model, spec, groups)
+    else:
+        others = _for_companion(model, spec, names)
+        own = [name for name in names if name not in others]
+        groups = _groups_of(model, spec, own, "optimizer") if own else []
+        for group in _groups_of(model, companion, others, "optimizer.companion") if others else []:
+            groups.append(ParameterGroup(**{**vars(group), "companion": True}))
+    counted = Counter(name for group in groups for name in group.names)
+    assert counted == Counter(names), "every trainable parameter is in exactly one group"
+    return groups
+
+
+def _groups_of(
+    model: nn.Module, spec: OptimizerSpec, names: Sequence[str], where: str
+) -> list[ParameterGroup]:
+    patterns: Sequence[GroupSpec] = spec.groups or (GroupSpec(match="*"),)
+    chosen = _chosen(patterns, names, where)
+    spared, layers = _without_decay(model, spec), layer_of_parameter(model)
+    last = max(layers.values())
+    parts: dict[tuple[int, bool, int], list[str]] = {}
+    for number, found in enumerate(chosen):
+        for name in found:
+            layer = layers[name] if spec.layer_decay is not None else 0
+            parts.setdefault((number, name in spared, layer), []).append(name)
+    groups = []
+    for (number, spare, layer), found in sorted(parts.items()):
+        pattern = patterns[number]
+        options = pattern.options()
+        if spec.layer_decay is not None:
+            options["lr"] = options.get("lr", spec.lr) * spec.layer_decay ** (last - layer)
+        if spare:
+            options["weight_decay"] = 0.0
+        until = pattern.unfreeze_at_step or 0
+        frozen = pattern.freeze and not until
+        groups.append(ParameterGroup(pattern.match, tuple(found), options, frozen, until))
+    return groups
+
+
+def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> list[list[str]]:
+    """The names that each pattern chooses, of those that no earlier one has."""
+    chosen: list[list[str]] = [[] for _ in patterns]
+    left_out: list[str] = []
+    # One expression for all of them, which tries them in their order.
+    any_of = re.compile("|".join(f"({translate(group.match)})" for group in patterns))
+    for name in names:
+        match = any_of.match(name)
+        home = match.lastindex if match else None
+        (left_out if home is None else chosen[home - 1]).append(name)
+    if left_out:
+        raise SpecError(
+            f"{where}.groups: {_listed(left_out)} in no group. "
+            "Add a group, or end with {match: '*'}."
+        )
+    for number, (pattern, found) in enumerate(zip(patterns, chosen, strict=True)):
+        if not found:
+            raise SpecError(
+                f"{where}.groups.{number}.match: {pattern.match!r} chooses no parameter "
+                f"that an earlier group has not. There {_listed(names, verb=('is', 'are'))}."
+            )
+    return chosen
+
+
+def layer_of_parameter(model: nn.Module) -> dict[str, int]:
+    """The number of the layer each parameter is in, from 0 in the order of the model's definition.
+
+    A layer is the path up to its first number, `encoder.blocks.3`, or else the module that owns
+    the parameter; so the block of a transformer is one layer, and so is each module of an
+    nn.Sequential.
+    """
+    numbers: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        path = name.split(".")[:-1]
+        first = next((n + 1 for n, part in enumerate(path) if part.isdecimal()), len(path))
+        layers[name] = numbers.setdefault(".".join(path[:first]), len(numbers))
+    return layers
+
+
+def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
+    """Names of the parameters that `no_decay` spares."""
+    if spec.no_decay and "weight_decay" not in _signature(optimizer_class(spec.name)):
+        raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay to spare them.")
+    spared = set()
+    if "bias" in spec.no_decay:
+        spared |= {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"}
+    if "norm" in spec.no_decay:
+        for prefix, module in model.named_modules():
+            if isinstance(module, NORMS) or type(module).__name__.endswith("Norm"):
+                dot = f"{prefix}." if prefix else ""
+                spared |= {dot + n for n, _ in module.named_parameters(recurse=False)}
+    return spared
+
+
+def _listed(names: Sequence[str], most: int = 8, verb: tuple[str, str] = ("is", "are")) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more + " " + verb[len(names) != 1]
+
+
+# ---- what some optimizers cannot train
+
+
+def _for_companion(model: nn.Module, spec: OptimizerSpec, names: Sequence[str]) -> list[str]:
+    """The names that go to the companion: what the optimizer cannot train, and what is given it."""
+    can = _trainable_by(model, spec.name)
+    given: tuple[str, ...] = getattr(spec, "companion_takes", ())
+    for pattern in given:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SpecError(f"optimizer.companion_takes: {pattern!r} chooses no parameter.")
+    return [n for n in names if not can(n) or any(fnmatchcase(n, pattern) for pattern in given)]
+
+
+def _require_trainable(
+    model: nn.Module, spec: OptimizerSpec, groups: Sequence[ParameterGroup]
+) -> None:
+    can, parameters = _trainable_by(model, spec.name), dict(model.named_parameters())
+    wrong = [n for g in groups if not g.frozen for n in g.names if not can(n)]
+    if wrong:
+        what = {"muon": "matrices", "sparseadam": "embeddings with sparse=True"}[spec.name]
+        told = [f"{name} {list(parameters[name].shape)}" for name in wrong]
+        raise SpecError(
+            f"optimizer.name: {spec.name} trains {what} and nothing else, but {_listed(told)} "
+            "there too. Add companion: {name: adamw, lr: 0.001}, which trains the others."
+        )
+
+
+def _trainable_by(model: nn.Module, name: str) -> Callable[[str], bool]:
+    """Whether the optimizer called `name` can train the parameter of a name."""
+    if name == "muon":
+        matrices = {n for n, p in model.named_parameters() if p.dim() == 2}
+        return matrices.__contains__
+    if name == "sparseadam":
+        return set(sparse_parameters(model)).__contains__
+    return lambda parameter: True
+
+
+def sparse_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients are sparse."""
+    found = [n for n, m in model.named_modules() if getattr(m, "sparse", False) is True]
+    tables = {id(model.get_submodule(n).weight) for n in found}
+    return [n for n, p in model.named_parameters() if id(p) in tables]
+
+
+def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many: bool) -> None:
+    """Check that sparse gradients, where there are any, can be added up over the processes.
+
+    Raises:
+        SpecError: whatever exchanges them here takes dense ones alone.
+    """
+    sparse = sparse_parameters(model)
+    if not sparse or (spec.exactness != "bitwise" and (device == "cpu" or not many)):
+        return
+    by = "exactness: bitwise" if spec.exactness == "bitwise" else f"several processes on {device}"
+    raise SpecError(
+        f"task: the gradients of {_listed(sparse)} sparse, and {by} can add up dense ones alone. "
+        "Make the embeddings with sparse=False, or train in one process or on CPUs."
+    )
+
+
+# ---- the optimizer
+
+
+def make_optimizer(
+    model: nn.Module, spec: OptimizerSpec, groups: Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """The optimizer over `groups`; frozen groups are taken out of training.
+
+    Raises:
+        SpecError: an option its class does not have or does not accept.
+    """
+    parameters = dict(model.named_parameters())
+    for name in [name for group in groups if group.frozen for name in group.names]:
+        parameters[name].requires_grad_(False)
+    trained = [group for group in groups if not group.frozen]
+    if not trained:
+        raise SpecError("optimizer.groups: every group is frozen, so there is nothing to train.")
+    own = [group for group in trained if not group.companion]
+    others = [group for group in trained if group.companion]
+    sparse = set(sparse_parameters(model))
+    made = [_made(parameters, spec, own, "optimizer", sparse=sparse)] if own else []
+    if others:
+        companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
+        if needs_closure(optimizer_class(companion.name)):
+            raise SpecError(
+                f"optimizer.companion.name: {companion.name} evaluates a step several times, and "
+                "so it trains alone. Use another, such as adamw."
+            )
+        made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
+    return made[0] if len(made) == 1 else Together(made)
+
+
+def _made(
+    parameters: dict[str, nn.Parameter],
+    spec: OptimizerSpec,
+    groups: Sequence[ParameterGroup],
+    where: str,
+    *,
+    sparse: Set[str],
+) -> torch.optim.Optimizer:
+    make = optimizer_class(spec.name)
+    if needs_closure(make) and len(groups) > 1:
+        raise SpecError(
+            f"{where}.groups: {make.__name__} moves all parameters along one line, so it takes "
+            "one group only. Freeze the others, or leave out groups, no_decay and layer_decay."
+        )
+    trained: list[dict[str, Any]] = []
+    for group in groups:
+        _check_options(make, group.options, f"{where}.groups")
+        trained.append({"params": [parameters[name] for name in group.names], **group.options})
+    options = spec.options()
+    _check_options(make, options, where)
+    members = [parameter for group in trained for parameter in group["params"]]
+    given = {option for group in groups for option in group.options} | set(options)
+    kinds = {name in sparse for group in groups for name in group.names}
+    if _fused_pays(make, members) and kinds == {False} and not _LAYOUT & given:
+        options["fused"] = True  # which takes no sparse gradients
+    try:
+        if ":" not in spec.name:
+            for settings in _distinct([{**options, **group.options} for group in groups]):
+                for is_sparse in kinds:
+                    _try_out(make, settings, like=members[0], sparse=is_sparse)
+        return make(trained, **options)
+    except Exception as error:  # whatever a class says of its options is for the user to read
+        told = str(error).rstrip(".")
+        raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {told}.") from error
+
+
+def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for number, one in enumerate(settings) if one not in settings[:number]]
+
+
+def _try_out(
+    make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter, sparse: bool
+) -> None:
+    """Take one step over four numbers of its own, of the kind and on the device of `like`.
+
+    torch looks at some options in the first step only (`differentiable`, `line_search_fn`), at
+    those of a group never, and says then whether it takes sparse gradients.
+    """
+    probe = nn.Parameter(torch.zeros(2, 2, dtype=like.dtype, device=like.device))
+    probe.grad = torch.ones_like(probe)
+    if sparse:
+        probe.grad = probe.grad.to_sparse(1)
+    optimizer = make([probe], **options)
+    if needs_closure(make):
+        optimizer.step(lambda: 0.0)
+    else:
+        step_of(optimizer)()
+
+
+def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:
+    """What is trained from a later step on."""
+    parameters = dict(model.named_parameters())
+    return [
+        Frozen(group.frozen_until_step, tuple(parameters[name] for name in group.names))
+        for group in groups
+        if group.frozen_until_step
+    ]
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """`step` as its class defines it, from within what torch wraps it in; None if it is not so.
+
+    The wrapper labels the step for torch's profiler and calls hooks: a tenth of the time of a
+    fused AdamW on a small model.  A scheduler of torch's may have put its own in the place of both.
+    A second one within says where a compiled step may be cut, and imports the compiler to say it.
+    """
+    step = type(optimizer).step
+    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
+        return None
+    within: Callable[[torch.optim.Optimizer], Any] | None = getattr(step, "__wrapped__", None)
+    bare = getattr(within, "__wrapped__", None)
+    is_cut = getattr(within, "__globals__", {}).get("__name__") == "torch.optim.optimizer"
+    if bare is None or not is_cut or optimizer.defaults.get("differentiable"):
+        return within
+    return partial(_without_gradients, bare)
+
+
+def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Its step, the plain one where there is one."""
+    plain = plain_step(optimizer)
+    return optimizer.step if plain is None else partial(plain, optimizer)
+
+
+def _without_gradients(step: Callable[[Any], Any], optimizer: torch.optim.Optimizer) -> Any:
+    with torch.no_grad():
+        return step(optimizer)
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:
+    """Where hooks of its step stand once somebody adds one: of this optimizer, and of all."""
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return (*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+
+
+def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Of the optimizers in it those that keep other weights to train on than to test: by contract
+    of `train()` and `eval()`, which change the parameters from the ones to the others.
+
+    Source of the contract: Defazio et al., arXiv:2405.15682, and their `schedulefree`.
+    """
+    members = optimizer.members if isinstance(optimizer, Together) else [optimizer]
+    ways = ("train", "eval")
+    return [m for m in members if all(callable(getattr(m, way, None)) for way in ways)]
+
+
+def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
+    """Whether a step of this class asks for the loss and the gradients at points it chooses."""
+    closure = inspect.signature(make.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
+    """Check that an optimizer that compares losses gets gradients that belong to them.
+
+    Raises:
+        SpecError: the spec changes the gradients between the loss and the optimizer.
+    """
+    if not needs_closure(type(optimizer)):
+        return
+    name = type(optimizer).__name__
+    if spec.max_grad_norm is not None:
+        raise SpecError(
+            f"max_grad_norm: {name} compares losses along the gradient; a clipped one is not "
+            "theirs. Leave it out."
+        )
+    if spec.model.precision == "fp16":
+        raise SpecError(f"model.precision: {name} cannot work with scaled losses; use bf16.")
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, each over its own parameters.
+
+    Their groups stand in one list and their state in one mapping, so that whoever sets a rate,
+    unscales a gradient or writes a checkpoint sees a single optimizer.
+    """
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        self.members = list(members)
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for member in self.members:
+            member.param_groups = [next(groups) for _ in member.param_groups]
+            member.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
+        """Let each of them take its step."""
+        for member in self.members:
+            member.step()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that `sgd` or `package.module:Class` names.
+
+    Raises:
+        SpecError: it cannot be imported or is no optimizer.
+    """
+    if ":" not in name:
+        known = OPTIMIZERS[name].torch_name
+        if not hasattr(torch.optim, known):
+            raise SpecError(
+                f"optimizer.name: torch {torch.__version__} has no {known}; use a newer torch."
+            )
+        found = getattr(torch.optim, known)
+    else:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SpecError(f"optimizer.name: cannot import {name}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise SpecError(f"optimizer.name: {name} is not a torch.optim.Optimizer.")
+    return found
+
+
+def _signature(make: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(make.__init__).parameters)
+
+
+def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], where: str) -> None:
+    signature = _signature(make)
+    if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+        return
+    known = [n for n in signature if n not in ("self", "params")]
+    for option in options:
+        if option not in known:
+            near = did_you_mean(option, known)
+            raise SpecError(f"{where}.{option}: {make.__name__} has no such option{near}")
+
+
+def _fused_pays(make: type[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether torch's one-kernel implementation exists for these parameters; measured faster."""
+    return "fused" in inspect.signature(make.__init__).parameters and all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters
+    )

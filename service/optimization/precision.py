@@ -1,0 +1,115 @@
+"""The arithmetic of a forward pass, and the scale that keeps fp16's gradients within range."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from service.basics.errors import SpecError
+from service.data.batches import forward
+from service.distributed.world import World
+
+# Every overflow halves the scale, which begins at 2**16.  A gradient that is not finite at this
+# one does not overflow: it is not finite.
+SMALLEST_SCALE = 2.0**-14
+
+
+def multiply_in(precision: str) -> None:
+    """Let a GPU round the factors of float32 products to 10 bits for tf32, and only for it."""
+    # Left alone, torch allows it in convolutions and forbids it in matrix products.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision != "tf32":
+        for operations in _IN_CUDNN:  # else they do as `torch.backends.fp32_precision` says
+            operations.fp32_precision = "ieee"
+
+
+@contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """The same while it lasts; afterwards the process multiplies as it did before."""
+    before = [operations.fp32_precision for operations in (*_PRODUCTS, *_IN_CUDNN)]
+    products, in_cudnn = None, None
+    with suppress(RuntimeError):  # torch does not say, where somebody has set it by its newer names
+        products, in_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    multiply_in(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products or "highest")
+        torch.backends.cudnn.allow_tf32 = True if in_cudnn is None else in_cudnn
+        for operations, value in zip((*_PRODUCTS, *_IN_CUDNN), before, strict=True):
+            operations.fp32_precision = value
+
+
+_BACKENDS: Any = torch.backends  # its modules have properties that their types do not tell
+_PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul)
+_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)
+
+
+def computed(model: nn.Module, inputs: Any, world: World) -> Any:
+    """The model's outputs, computed in the world's precision and given in float32 at least.
+
+    So a loss or a measure never adds up in 8 or 11 bits.
+    """
+    if world.narrow is None:
+        return forward(model, inputs)
+    with world.autocast():
+        outputs = forward(model, inputs)
+    return widened(outputs)
+
+
+def widened(value: Any) -> Any:
+    """The same nest of tensors with those of 16 bits in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, Mapping):  # a transformers model's outputs are one, with attributes
+        wide = cast(Any, copy.copy(value))
+        for key, part in value.items():
+            wide[key] = widened(part)
+        return wide
+    if type(value) in (tuple, list):
+        return type(value)(widened(part) for part in value)
+    return value
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's gradient scaler, which here scales what a gradient is divided by, not the loss.
+
+    Every process scales alike: after the exchange all of them have the same gradients, and so
+    find the same ones not finite.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Scale the gradients of `model`.
+
+        Raises:
+            SpecError: its weights themselves are fp16.
+        """
+        narrow = [n for n, p in model.named_parameters() if p.dtype == torch.float16]
+        if narrow:
+            raise SpecError(
+                f"model.precision: fp16 computes in float16 with weights in float32, but "
+                f"{', '.join(narrow[:3])} are float16. Return the model in float32."
+            )
+        super().__init__(device.type)
+        self._one = torch.ones((), device=device)
+        self.scale(self._one)  # makes the scale, which torch puts off
+
+    def divisor(self, weight: float | Tensor) -> Tensor:
+        """What a gradient is divided by in the backward pass, in place of the step's weight."""
+        return weight / self.scale(self._one)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Undo the scale in the gradients.
+
+        Returns:
+            A scalar on the device: 1 where one of them is not finite, otherwise 0.
+        """
+        self.unscale_(optimizer)
+        found = list(self._found_inf_per_device(optimizer).values())
+        return cast(Tensor, sum(found[1:], start=found[0]))

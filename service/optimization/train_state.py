@@ -1,0 +1,180 @@
+"""What training changes: the model, the optimizer, and how many steps they have taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._autograd import _profiler_enabled
+
+from service.basics.errors import SpecError, did_you_mean
+from service.data.streams import Stream
+from service.data.task import Task, measured_by
+from service.optimization.learning_rates import Schedule
+from service.optimization.moving_average import MovingAverage
+from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
+from service.optimization.precision import LossScaler
+from service.plan.early_stopping import Patience, is_better
+from service.spec.models import BestSpec, PlateauSpec, Spec
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint holds, and nothing else changes from step to step."""
+
+    model: nn.Module
+    """Without what is wrapped around it to exchange gradients."""
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    step: int = 0
+    """Optimizer steps finished."""
+    stream: Stream | None = None
+    """Where the training data is read from, if it can only be read one after the other."""
+    best: Best | None = None
+    """The best test measure so far, where the spec names one."""
+    early_stopping: Patience | None = None
+    frozen: Sequence[Frozen] = ()
+    """Parameters that are trained from a later step on."""
+    average: MovingAverage | None = None
+    """The moving average of the weights, where the spec asks for one."""
+    scaler: LossScaler | None = None
+    """What keeps fp16's gradients within its range."""
+    skipped_steps: int = 0
+    """Steps that were counted and not taken."""
+    untested: dict[str, float] | None = None
+    """What training measured at this step, where its test pass was given up: it is still due."""
+    faulty_steps: int = 0
+    """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients, as the optimizer's own method does, without its ceremonies."""
+        if type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
+            self.optimizer.zero_grad()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def take_step(self) -> None:
+        """The optimizer's step, likewise: not labelled for a profiler that does not run."""
+        if self._plain_step is None or any(self._hooks) or _profiler_enabled():
+            self.optimizer.step()
+        else:
+            self._plain_step(self.optimizer)
+
+    def __post_init__(self) -> None:
+        groups = self.optimizer.param_groups
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._plain_step = plain_step(self.optimizer)
+        self._hooks = step_hooks(self.optimizer)
+        self._modal = modal(self.optimizer)
+        for optimizer in self._modal:
+            optimizer.train()
+
+    @property
+    def is_modal(self) -> bool:
+        """Whether the optimizer keeps other weights to train on than to test and to hand on."""
+        return bool(self._modal)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Meanwhile the weights are those that the optimizer means to be tested.
+
+        Afterwards they are what they were to the last bit: the way there and back rounds, and a
+        run that was tested or saved once more would end in other bits.
+        """
+        if not self._modal:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        for optimizer in self._modal:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            for optimizer in self._modal:
+                optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, before)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the measure of `early_stopping` has not improved for long enough."""
+        return self.early_stopping is not None and self.early_stopping.ran_out
+
+    @property
+    def recorded_step(self) -> int:
+        """The last step of whose row nothing is due."""
+        return self.step if self.untested is None else self.step - 1
+
+    def drop_frozen_gradients(self) -> None:
+        """Let the next update pass by the parameters that are not trained yet."""
+        for frozen in self.frozen:
+            if self.step < frozen.until_step:
+                for parameter in frozen.parameters:
+                    parameter.grad = None
+
+    def learn(self, values: Mapping[str, float]) -> None:
+        """Take in what was measured after this step: the schedule and early stopping may wait."""
+        self.schedule.learn(values, self.step)
+        if self.early_stopping is not None:
+            self.early_stopping.tested(values)
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the schedule and of early stopping, as JSON."""
+        waiting = self.early_stopping.memory() if self.early_stopping else None
+        return {"schedule": self.schedule.memory(), "early_stopping": waiting}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.schedule.remember(memory["schedule"])
+        if self.early_stopping is not None:
+            self.early_stopping.remember(memory["early_stopping"])
+        self.schedule.restart(self.step)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
+        """Whether `values` holds a better measure than any before; if so, it is the best now."""
+        if wanted is None or wanted.measure not in values:
+            return False
+        value, before = values[wanted.measure], self.best.value if self.best else None
+        if not is_better(value, before, mode=wanted.mode):
+            return False
+        self.best = Best(step=self.step, measure=wanted.measure, value=value)
+        return True
+
+
+@dataclass(frozen=True)
+class Best:
+    """A test measure and the step at which it was reached."""
+
+    step: int
+    measure: str
+    value: float
+
+
+def require_measures(spec: Spec, task: Task) -> None:
+    """Check that the task gives the measures by which the spec wants to decide something.
+
+    Raises:
+        SpecError: it does not, or has no test rows.
+    """
+    known = [f"test/{name}" for name in measured_by(task)]
+    asked = {
+        "checkpoint.best": spec.checkpoint.best,
+        "early_stopping": spec.early_stopping,
+        "schedule": spec.schedule if isinstance(spec.schedule, PlateauSpec) else None,
+    }
+    for where, part in asked.items():
+        if part is not None and part.measure not in known:
+            near = did_you_mean(part.measure, known)
+            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+        if part is not None and task.test_rows == 0:
+            raise SpecError(f"{where}: the task has no test rows to measure {part.measure} on.")

@@ -1,0 +1,330 @@
+"""From gradients to weights: unscale, clip, decide, step; and what is done about a NaN.
+
+Where a step may be skipped, a loss that is not finite makes the gradients of its process so
+(`exchange`), and their exchange tells all the others: whatever is decided from the gradients after
+it is decided by every process alike, with nothing asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from service.basics.errors import Diverged, SpecError
+from service.distributed.batchnorm import Normalization
+from service.distributed.stragglers import Vitals
+from service.distributed.world import World
+from service.optimization.buffers import Buffers
+from service.optimization.optimizers import needs_closure
+from service.optimization.precision import SMALLEST_SCALE
+from service.optimization.train_state import TrainState
+from service.plan.plan import Plan
+from service.plan.samplers import rows_at
+
+_HELD_AT_MOST = 1000  # steps whose losses wait on the device to be looked at
+_TOLD_AT_MOST = 8
+
+
+class _Taken(NamedTuple):
+    """What one step leaves to be looked at later; its tensors are on the device."""
+
+    step: int
+    losses: Mapping[int, Tensor]
+    """This process's summed losses, by micro-batch."""
+    weight: float | Tensor
+    """Weight of the whole step, over all processes."""
+    norm: Tensor | None
+    """The gradient's length before clipping, where it was worked out."""
+    broken: Tensor | None
+    """1 where the step was not taken, where that can be."""
+
+
+class _Fault(NamedTuple):
+    """A loss that is not finite."""
+
+    step: int
+    micro_batch: int
+    rank: int
+    value: float
+
+
+class Updates:
+    """Turns the gradients of each step into new weights or, on all processes alike, into none."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        plan: Plan,
+        world: World,
+        normalization: Normalization,
+        buffers: Buffers | None = None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`say` tells a person which steps were skipped.
+
+        Raises:
+            SpecError: the spec asks for a skip that this optimizer or BatchNorm cannot do.
+        """
+        self._state = state
+        self._plan = plan
+        self._world = world
+        self._normalization = normalization
+        self._buffers = buffers
+        self._say = say
+        self._parameters = [p for p in state.model.parameters() if p.requires_grad]
+        self._skips = plan.spec.faults.on_non_finite == "skip"
+        self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
+        self.asks_again = needs_closure(type(state.optimizer))
+        """Whether one step of the optimizer asks for the gradients at several points."""
+        self._by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        self._has_stepped = bool(state.optimizer.state)
+        self._held: list[_Taken] = []
+        if self._skips or state.scaler is not None:
+            _require_skippable(state.optimizer, normalization, asked=self._skips)
+
+    def divisor(self, weight: float | Tensor) -> float | Tensor:
+        """What the backward passes of a step of this weight divide their gradients by."""
+        scaler = self._state.scaler
+        return weight if scaler is None else scaler.divisor(weight)
+
+    def apply(
+        self,
+        losses: Mapping[int, Tensor],
+        weight: float | Tensor,
+        *,
+        logging: bool,
+        closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take the optimizer step for the gradients that are there, and count it.
+
+        A step that is not taken leaves no trace but in the count: not in weights, optimizer or
+        running statistics.  So the schedule and the rows stay functions of the step alone.
+
+        Args:
+            losses: this process's summed losses, by micro-batch.
+            weight: weight of the whole step, over all processes.
+            logging: whether the gradient's length is asked for.
+        """
+        state = self._state
+        broken = None if state.scaler is None else state.scaler.unscale(state.optimizer)
+        norm = self._norm() if logging or self._skips or self._clips else None
+        if self._skips and broken is None and norm is not None:
+            broken = norm.isfinite().logical_not().float()
+        self._normalization.finish_step(broken)
+        if self._buffers is not None:
+            self._buffers.finish_step(broken)
+        if self._clips:
+            self._clip(norm)
+        self._step(broken, closure)
+        if state.scaler is not None:
+            state.scaler.update()
+        state.step += 1
+        if state.average is not None:
+            state.average.move(state.step)
+        if len(self._held) == _HELD_AT_MOST:
+            self.look()
+        self._held.append(_Taken(state.step, losses, weight, norm, broken))
+
+    def forget(self) -> None:
+        """Drop what a forward pass that does not count as a step's has gathered."""
+        self._normalization.forget()
+        if self._buffers is not None:
+            self._buffers.forget()
+
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm(gradient_values(self._parameters))
+
+    def _clip(self, norm: Tensor | None) -> None:
+        """Each number first, then the length, which was `norm` before either."""
+        spec = self._plan.spec
+        if spec.max_grad_value is not None:
+            nn.utils.clip_grad_value_(self._parameters, spec.max_grad_value)
+            norm = None
+        if spec.max_grad_norm is not None:
+            norm = self._norm() if norm is None else norm
+            nn.utils.clip_grads_with_norm_(self._parameters, spec.max_grad_norm, norm)
+
+    def _step(self, broken: Tensor | None, closure: Callable[[], Any] | None) -> None:
+        """Take the step, unless `broken` is 1."""
+        optimizer: Any = self._state.optimizer
+        if closure is not None:
+            optimizer.step(closure)
+        elif broken is None:
+            self._state.take_step()
+        elif self._by_kernel and self._has_stepped:
+            # The kernel reads the flag where it lies, and nobody waits for the device.
+            optimizer.grad_scale, optimizer.found_inf = None, broken
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not broken:
+            # The first step too is decided here: where its kernel skips it, torch's SGD takes
+            # whatever is in its new buffers for momentum.
+            optimizer.step()
+            self._has_stepped = True
+
+    # ---- looking back, where the plan waits for the device anyway
+
+    def look(self, vitals: Vitals | None = None) -> dict[str, float]:
+        """What the steps since the last look have come to; every process calls it.
+
+        Args:
+            vitals: what the processes tell of themselves along with it.
+
+        Returns:
+            The latest step's `train/loss` and `train/grad_norm`, and in the modes that skip, how
+            many steps were; empty where there was no step since.
+        Raises:
+            Diverged: something was not finite that may not be; on every process, in the same words.
+        """
+        held, self._held = self._held, []
+        if not held:
+            return {}
+        losses = _by_place(held)
+        faults = [
+            _Fault(step, number, self._world.index, value)
+            for (step, number), value in losses.items()
+            if not math.isfinite(value)
+        ]
+        last = held[-1]
+        mine = {number: losses[last.step, number] for number in last.losses}
+        own = vitals.own() if vitals is not None else []
+        loss_sum, faulty, told = self._sum_over_processes(mine, len(faults), own)
+        skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
+        norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
+        endless = _where(norms, lambda value: not math.isfinite(value))
+        self._state.skipped_steps += len(skipped)
+        if faulty:
+            faults = [fault for found in self._world.gather(faults) for fault in found]
+        if faulty or endless:
+            self._answer(faults, endless)
+        values = {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        return values if vitals is None else values | vitals.reading(told)
+
+    def _sum_over_processes(
+        self, losses: Mapping[int, float], faults: int, own: Sequence[float]
+    ) -> tuple[float, float, list[list[float]]]:
+        """(the summed loss, rounded once; all processes' faults; each process's `own`)."""
+        world, count, width = self._world, self._plan.micro_batches, len(own)
+        each = [losses.get(number, 0.0) for number in range(count)]  # 0 for what others computed
+        told = [0.0] * (width * world.processes)
+        told[width * world.index : width * (world.index + 1)] = own
+        values = torch.tensor([*each, faults, *told], dtype=world.wide).to(world.device)
+        total = world.sum(values).tolist()
+        found, faulty, all_told = total[:count], total[count], total[count + 1 :]
+        loss = math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
+        by_rank = [all_told[at : at + width] for at in range(0, len(all_told), width or 1)]
+        return loss, faulty, by_rank
+
+    def _reading(self, last: _Taken) -> dict[str, float]:
+        state, reading = self._state, dict[str, float]()
+        if last.norm is not None:
+            reading["train/grad_norm"] = float(last.norm)
+        if self._skips or state.scaler is not None:
+            reading["train/skipped_steps"] = state.skipped_steps
+        if state.scaler is not None:
+            scale = reading["train/loss_scale"] = state.scaler.get_scale()
+            if scale < SMALLEST_SCALE:
+                raise Diverged(
+                    f"The gradients are not finite at any scale (it fell to {scale:.3g} by step "
+                    f"{state.step}): this is not fp16's range. Try model.precision=bf16, or look "
+                    "for what has no gradient at 0 (a square root, a logarithm, a norm)."
+                )
+        return reading
+
+    def _answer(self, faults: Sequence[_Fault], endless: Sequence[int]) -> None:
+        """Tell what was not finite, and raise where that is the end."""
+        state, allowed = self._state, self._plan.spec.faults.skips_allowed
+        steps = sorted({fault.step for fault in faults} | set(endless))
+        if not self._skips:
+            raise Diverged(
+                f"{self._told(steps[0], faults)} Look at train/grad_norm before it, lower "
+                "optimizer.lr or set max_grad_norm."
+            )
+        for step in steps[:_TOLD_AT_MOST]:
+            self._say(f"WARNING: {self._told(step, faults)} The step was skipped.")
+        if len(steps) > _TOLD_AT_MOST:
+            self._say(f"WARNING: {len(steps) - _TOLD_AT_MOST} more steps were skipped.")
+        state.faulty_steps += len(steps)
+        if state.faulty_steps > allowed:
+            raise Diverged(
+                f"{state.faulty_steps} steps were skipped, and faults.skips_allowed is {allowed}. "
+                f"The last: {self._told(steps[-1], faults)}"
+            )
+
+    def _told(self, step: int, faults: Sequence[_Fault]) -> str:
+        here = sorted(
+            (fault for fault in faults if fault.step == step), key=lambda fault: fault.micro_batch
+        )
+        if not here:
+            return f"The gradients of step {step} are not finite, though every loss is."
+        told = "; ".join(
+            f"micro-batch {fault.micro_batch} on rank {fault.rank}: {fault.value}, "
+            f"rows {self._rows(fault)}"
+            for fault in here[:_TOLD_AT_MOST]
+        )
+        text = f"The loss is not finite at step {step} ({told})."
+        if len(here) == self._plan.micro_batches > 1:
+            text += " It is so in every micro-batch: the weights were spoilt in the step before."
+        return text
+
+    def _rows(self, fault: _Fault) -> str:
+        """The rows of a micro-batch: a function of the seed, the step and its number."""
+        plan = self._plan
+        if plan.train_rows is None:
+            return "of a stream"
+        first = (fault.step - 1) * plan.global_batch
+        span = range(
+            fault.micro_batch * plan.micro_batch,
+            min((fault.micro_batch + 1) * plan.micro_batch, plan.global_batch),
+        )
+        positions = np.arange(first + span.start, first + span.stop)
+        rows = rows_at(positions, rows=plan.train_rows, seed=plan.spec.seed).tolist()
+        return ", ".join(map(str, rows[:_TOLD_AT_MOST])) + (
+            f" and {len(rows) - _TOLD_AT_MOST} more" if len(rows) > _TOLD_AT_MOST else ""
+        )
+
+
+def gradient_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Every number in the gradients: of a sparse one those it holds, each place once."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [grad.values() if grad.is_sparse else grad for grad in found]
+
+
+def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
+    """Every summed loss by step and micro-batch; one wait for the device."""
+    places = [(taken.step, number) for taken in held for number in taken.losses]
+    losses = [loss for taken in held for loss in taken.losses.values()]
+    return dict(zip(places, torch.stack(losses).tolist(), strict=True))
+
+
+def _where(
+    values: Sequence[tuple[int, Tensor | None]], asked: Callable[[float], bool]
+) -> list[int]:
+    """The steps at which it is so, of those that have a value; one wait for the device."""
+    present = [(step, value) for step, value in values if value is not None]
+    if not present:
+        return []
+    found = torch.stack([value for _, value in present]).tolist()
+    return [step for (step, _), value in zip(present, found, strict=True) if asked(value)]
+
+
+def _require_skippable(
+    optimizer: torch.optim.Optimizer, normalization: Normalization, *, asked: bool
+) -> None:
+    what = "faults.on_non_finite: skip" if asked else "model.precision: fp16"
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise SpecError(f"{what} may skip a step, and LBFGS takes several at once. Use another.")
+    if asked and normalization.layers and normalization.mode != "micro":
+        raise SpecError(
+            f"{what} needs model.batchnorm: micro. In {normalization.mode} the running statistics "
+            "move in the forward pass, before anybody knows whether the step will be skipped."
+        )

@@ -1,0 +1,64 @@
+"""Which of two test measures is the better, and whether one has stopped improving.
+
+Whatever compares measures asks here: the best checkpoint, early stopping, `plateau`, the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.spec.models import EarlyStoppingSpec, PlateauSpec
+
+
+def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -> bool:
+    """Whether `value` is better than `best`, by more than `by`; None is worse than any number.
+
+    What is not finite is never better than anything, and anything finite is better than it.
+
+    Args:
+        mode: `max` or `min`.
+    """
+    if not math.isfinite(value):
+        return False
+    if best is None or not math.isfinite(best):
+        return True
+    sign = 1 if mode == "max" else -1
+    return sign * value > sign * best + by
+
+
+@dataclass
+class Patience:
+    """Counts tests in a row without improvement.
+
+    It sees only what is equal on every process, so all of them run out together.
+    """
+
+    spec: EarlyStoppingSpec | PlateauSpec
+    best: float | None = None
+    waited: int = 0
+    """Tests since the measure was better than ever before."""
+
+    def tested(self, values: Mapping[str, float]) -> bool:
+        """Take in the `values` of a step; whether they held the measure."""
+        if self.spec.measure not in values:
+            return False
+        value = values[self.spec.measure]
+        better = is_better(value, self.best, mode=self.spec.mode, by=self.spec.min_delta)
+        self.best = value if better else self.best
+        self.waited = 0 if better else self.waited + 1
+        return True
+
+    @property
+    def ran_out(self) -> bool:
+        return self.waited >= self.spec.patience
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"best": self.best, "waited": self.waited}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.best, self.waited = memory["best"], memory["waited"]

@@ -1,0 +1,207 @@
+"""What follows from the spec, the row counts and the process count: sizes, and when what happens.
+
+Pure and without torch: `evenstep plan` shows it on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from service.basics.errors import SpecError
+from service.plan.samplers import halved_share, share_of
+from service.plan.schedules import Length, Multiplier, multiplier
+from service.spec.models import CheckpointSpec, Spec, TestSpec
+
+DEFAULT_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one run at one number of processes; equal on every process of it."""
+
+    spec: Spec
+    processes: int
+    train_rows: int | None
+    """None for a stream, which does not know."""
+    test_rows: int
+    global_batch: int
+    """Rows of one optimizer step."""
+    micro_batch: int
+    """Rows of one forward pass; the last micro-batch of a step may hold fewer."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    warmup: int
+    test_every: Fraction | None
+    """Steps from one test pass to the next; an epoch need not be a whole number of steps."""
+    save_every: Fraction | None
+    stop_at: int | None = None
+    """Stop after this step with a checkpoint, as if asked to."""
+    rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
+    """Learning-rate multiplier of the update that follows `step` finished ones."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step, over all processes."""
+        return math.ceil(self.global_batch / self.micro_batch)
+
+    @property
+    def test_micro_batches(self) -> int:
+        """Micro-batches of the test set, over all processes."""
+        return math.ceil(self.test_rows / self.spec.test.micro_batch)
+
+    @property
+    def test_rounds(self) -> int:
+        """Micro-batches of the test set that every process has; some have one more."""
+        return self.test_micro_batches // self.processes
+
+    def share(self, process: int) -> range:
+        """The numbers of the micro-batches that `process` computes: a contiguous run."""
+        if self.spec.exactness == "bitwise":
+            return halved_share(self.micro_batches, index=process, of=self.processes)
+        return share_of(self.micro_batches, index=process, of=self.processes)
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of the busiest process: the forward passes one step takes in time."""
+        return max(len(self.share(process)) for process in (0, self.processes - 1))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training rows after `step` steps; 0 for a stream, which knows none."""
+        if self.train_rows is None:
+            return 0.0
+        return step * self.global_batch / self.train_rows
+
+    def logs_at(self, step: int) -> bool:
+        return step % self.spec.tracking.log_every_steps == 0 or step == self.steps
+
+    def tests_at(self, step: int) -> bool:
+        if self.test_rows == 0:
+            return False
+        return step == self.steps or _passes_multiple(self.test_every, step)
+
+    def saves_at(self, step: int) -> bool:
+        return step == self.steps or _passes_multiple(self.save_every, step)
+
+    def stops_at(self, step: int) -> bool:
+        return step == self.stop_at and step < self.steps
+
+    def next_due(self, step: int) -> int:
+        """The first step after `step` at which anything of the above is due."""
+        every = self.spec.tracking.log_every_steps
+        due = [self.steps, (step // every + 1) * every]
+        if self.test_rows:
+            due += _next_multiple(self.test_every, step)
+        due += _next_multiple(self.save_every, step)
+        if self.stop_at is not None and self.stop_at > step:
+            due.append(self.stop_at)
+        return min(due)
+
+
+def _next_multiple(interval: Fraction | None, step: int) -> list[int]:
+    """The first step after `step` that passes a multiple of `interval`, if there is one."""
+    if interval is None:
+        return []
+    return [math.ceil((step // interval + 1) * interval)]
+
+
+def _passes_multiple(interval: Fraction | None, step: int) -> bool:
+    """Whether a multiple of `interval` lies in (step - 1, step]."""
+    if interval is None:
+        return False
+    each, per = interval.denominator, interval.numerator
+    return step * each // per > (step - 1) * each // per
+
+
+def make_plan(
+    spec: Spec,
+    *,
+    processes: int,
+    train_rows: int | None,
+    test_rows: int,
+    stop_at: int | None = None,
+) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        SpecError: the rows, the batch and the processes do not go together; names the fix.
+    """
+    if train_rows is not None and train_rows < 1:
+        raise SpecError("task: the training data is empty; give it at least one row.")
+    asked = spec.batch.global_batch
+    global_batch = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
+    micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
+    if micro_batch == "auto":  # a run has settled it; here it is the most that it may come to
+        micro_batch = largest_micro_batch(global_batch, processes)
+    if micro_batch > global_batch:
+        raise SpecError(
+            f"batch.micro_batch: {micro_batch} rows do not fit in a global batch of "
+            f"{global_batch}. Use at most {global_batch}."
+        )
+    pieces = math.ceil(global_batch / micro_batch)
+    if spec.exactness == "bitwise" and processes & (processes - 1):
+        raise SpecError(
+            f"exactness: bitwise sums in a fixed order for 1, 2, 4, 8, ... processes, "
+            f"and not for {processes}. Use {1 << (processes.bit_length() - 1)}."
+        )
+    if processes > pieces:
+        raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
+    steps = spec.length.steps or math.ceil(
+        _as_steps(spec.length.epochs or 0, _known(train_rows, "length.epochs"), global_batch)
+    )
+    per_epoch = None if train_rows is None else Fraction(train_rows, global_batch)
+    length = Length(steps, per_epoch)
+    return Plan(
+        spec=spec,
+        processes=processes,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        steps=steps,
+        warmup=length.whole(spec.schedule, "warmup", default=0),
+        test_every=_interval(spec.test, train_rows, global_batch),
+        save_every=_interval(spec.checkpoint, train_rows, global_batch),
+        stop_at=stop_at,
+        rate=multiplier(spec.schedule, length),
+    )
+
+
+def largest_micro_batch(global_batch: int, processes: int) -> int:
+    """Rows of the largest micro-batch that leaves one for each process; 1 for too many of them."""
+    largest = max(1, math.ceil(global_batch / processes))
+    while largest > 1 and math.ceil(global_batch / largest) < processes:
+        largest -= 1
+    return largest
+
+
+def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_batch: int) -> str:
+    fix = f"Use at most {pieces} processes"
+    if processes <= global_batch:
+        fix += f", or batch.micro_batch={largest_micro_batch(global_batch, processes)}"
+    return (
+        f"batch.micro_batch: a global batch of {global_batch} rows in micro-batches of "
+        f"{micro_batch} is {pieces} pieces of work, too few for {processes} processes. {fix}."
+    )
+
+
+def _known(rows: int | None, wish: str) -> int:
+    if rows is None:
+        raise SpecError(
+            f"{wish}: the training data is a stream, which has no number of rows. Count in steps."
+        )
+    return rows
+
+
+def _interval(
+    part: TestSpec | CheckpointSpec, rows: int | None, global_batch: int
+) -> Fraction | None:
+    if part.every_epochs is not None:
+        return _as_steps(part.every_epochs, _known(rows, "every_epochs"), global_batch)
+    return Fraction(part.every_steps) if part.every_steps is not None else None
+
+
+def _as_steps(epochs: float, rows: int, global_batch: int) -> Fraction:
+    # The decimal as written: 0.1 epochs of 30 rows is 3 rows, and not 3.0000000000000004.
+    return Fraction(str(epochs)) * rows / global_batch

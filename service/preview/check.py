@@ -1,0 +1,303 @@
+"""What `evenstep check` does: everything a run does, once and small, before it waits in a queue."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from service.basics import randomness
+from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mistake
+from service.basics.limits import memory_each, workers_each
+from service.checkpoints.checkpoints import Checkpoints
+from service.data.batches import Batch, forward
+from service.data.loading import test_batches, train_steps
+from service.data.streams import Stream, is_stream
+from service.data.task import Task, collate_of, load_task, new_model
+from service.distributed.batchnorm import prepare
+from service.distributed.devices import peak_bytes
+from service.distributed.gradient_sync import Overlapped
+from service.distributed.world import World
+from service.observability.other_writers import require_packages
+from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
+from service.optimization.learning_rates import make_schedule
+from service.optimization.optimizers import make_optimizer, needs_closure, parameter_groups
+from service.optimization.train_state import TrainState, require_measures
+from service.plan.plan import Plan, make_plan
+from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
+from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
+from service.training.dry_run import Trial
+from service.training.loops import summed_loss, test
+
+T = TypeVar("T")
+
+Finding = tuple[str, str]
+"""What was tried, and how it came out."""
+
+
+def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding]:
+    """Try every part of a run in this one process, each as soon as the one before went well.
+
+    Args:
+        processes: how many the run is meant for; only the arithmetic is done for them.
+    Raises:
+        SpecError: what would have ended the run before its first step.
+        EvenstepError: what would have ended it at its first step, test or checkpoint.
+    """
+    spec = with_workers(spec, workers_each(processes))
+    task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
+    yield "task", f"{_rows(task)} ({seconds:.2f} s)"
+    plan = _plan(spec, task, processes)
+    require_measures(spec, task)
+    require_packages(spec.tracking)
+    if spec.batch.micro_batch == "auto":
+        memory = memory_each(processes)
+        rows, seconds = _timed(
+            lambda: fitting_rows(
+                spec, task=task, world=world, processes=processes, memory_bytes=memory
+            )
+        )
+        yield "fitting", f"micro-batches of {rows} rows ({seconds:.2f} s)"
+        spec = with_micro_batch(spec, rows)
+        plan = _plan(spec, task, processes)
+    yield (
+        "plan",
+        f"{plan.steps:,} steps of {plan.global_batch:,} rows, {plan.micro_batches} micro-batches "
+        f"of {plan.micro_batch}: up to {plan.micro_batches} processes",
+    )
+    # As if there were a process for each micro-batch, so that a step brings one of them.
+    small = _plan(spec, task, plan.micro_batches)
+    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
+    model, seconds = _timed(lambda: new_model(task).to(world.device))
+    normalization = prepare(model, spec.model.batchnorm, world)
+    state = _state(spec, model, small)
+    yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
+
+    batch, seconds = _timed(lambda: _first_batch(task, small, world))
+    read = _size(_bytes((batch.inputs, batch.targets)))
+    yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
+    trial = Trial(batch, task=task, world=world, normalization=normalization)
+    found = trial.first(model)
+    unreached, rule = found.unreached, spec.model.buffers
+    bitwise = spec.exactness == "bitwise"
+    # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
+    buffers_of(
+        model,
+        found.moving,
+        rule=rule,
+        micro_batches=plan.micro_batches,
+        world=world,
+        bitwise=bitwise,
+    )
+    activations = _saved_bytes(model, batch, world)
+    loss, seconds = _timed(lambda: _step(state, batch, task=task, world=world))
+    normalization.finish_step()
+    yield "step", f"loss {loss:.4g} on {world.device.type} ({seconds:.2f} s for one micro-batch)"
+    for line in buffers_in_words(model, found.moving, rule):
+        yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
+    if unreached:
+        yield "warning", f"the loss does not depend on {', '.join(unreached[:8])}: never trained"
+    if task.test_rows:
+        with state.evaluated():
+            means, seconds = _timed(lambda: _tested(model, task, spec, world))
+        told = ", ".join(
+            f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
+        )
+        yield "test", f"{told} ({seconds:.2f} s for one micro-batch)"
+    size, seconds = _timed(lambda: _round_trip(state, task, small, world))
+    yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
+    yield "memory", _memory(state, activations, world)
+
+
+def row_bytes(task: Task) -> int:
+    """Size of the first training row once it is collated."""
+    data = task.train_data()
+    if is_stream(data):
+        rows = [next(iter(data))]
+    else:
+        rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
+    return _bytes(collate_of(task)(list(rows)))
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    begin = time.perf_counter()
+    return work(), time.perf_counter() - begin
+
+
+def _rows(task: Task) -> str:
+    measures = ", ".join(task.measures) or "none"
+    train = "a stream of" if task.train_rows is None else f"{task.train_rows:,}"
+    return f"{train} training and {task.test_rows:,} test rows, measures: {measures}"
+
+
+def _plan(spec: Spec, task: Task, processes: int) -> Plan:
+    rows = task.train_rows
+    return make_plan(spec, processes=processes, train_rows=rows, test_rows=task.test_rows)
+
+
+def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:
+    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    return TrainState(model, optimizer, make_schedule(optimizer, plan))
+
+
+def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    tensors = list(model.parameters())
+    groups = len(optimizer.param_groups)
+    return (
+        f"{sum(p.numel() for p in tensors):,} parameters in {len(tensors)} tensors, "
+        f"{groups} {'group' if groups == 1 else 'groups'} of {type(optimizer).__name__}"
+    )
+
+
+def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
+    """The first micro-batch of the run, through the spec's own loader and its workers."""
+    data = task.train_data()
+    if is_stream(data):
+        data = Stream(data, mode=plan.spec.loader.stream, index=0, of=1)
+    steps = train_steps(data, task=task, plan=plan, world=world, start=0)
+    return next(iter(steps)).micro_batches[0]
+
+
+def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
+    """Bytes that one forward pass keeps for its backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, int]] = {}  # by storage: from which byte of it to which
+
+    def keep(tensor: Tensor) -> Tensor:
+        where = tensor.untyped_storage().data_ptr()
+        if where not in own:
+            start, end = _extent(tensor)
+            first, last = kept.get(where, (start, end))
+            kept[where] = (min(first, start), max(last, end))
+        return tensor
+
+    before = BufferValues(model)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), world.autocast():
+        forward(model, batch.inputs)
+    before.give_back()
+    return sum(end - start for start, end in kept.values())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor spans: a micro-batch is a part of what was picked."""
+    start = tensor.storage_offset()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = start + last + 1 if tensor.numel() else start
+    return int(start * tensor.element_size()), int(end * tensor.element_size())
+
+
+def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
+    """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
+    exchange = Overlapped(state.model, world, find_unused=False, spec=ExchangeSpec())
+    weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
+
+    def evaluate() -> Tensor:
+        state.optimizer.zero_grad()
+        loss_sum = summed_loss(state.model, batch, task=task, world=world)
+        exchange.backward(loss_sum, weight)
+        return loss_sum.detach()
+
+    loss_sum = evaluate()
+    if needs_closure(type(state.optimizer)):
+        state.optimizer.step(lambda: float(evaluate() / weight))
+    else:
+        state.optimizer.step()
+    state.step += 1
+    mean = float(loss_sum / weight)
+    if not math.isfinite(mean):
+        raise Diverged(
+            f"The training loss is {mean} at step 1. Look at the data, at the loss, or lower "
+            "optimizer.lr."
+        )
+    return mean
+
+
+def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str, float]:
+    """The test loop over its first micro-batch: that it works, not how good the model is."""
+    rows = min(task.test_rows, spec.test.micro_batch)
+    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
+    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
+    with told_as_mistake(f"task: the test loop failed over its first {rows} rows"):
+        return test(model, batches, task=task, world=world, plan=plan)
+
+
+def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
+    """Bytes of a checkpoint that was written, read into a new model, and found equal."""
+    with tempfile.TemporaryDirectory(prefix="evenstep-check-") as place:
+        waiting = CheckpointSpec(asynchronous=False)
+        checkpoints = Checkpoints(
+            Path(place), world=world, spec=waiting, facts={}, say=_say_nothing
+        )
+        checkpoints.save(state)
+        model = new_model(task).to(world.device)
+        prepare(model, plan.spec.model.batchnorm, world)
+        fresh = _state(plan.spec, model, plan)
+        checkpoints.restore(fresh)
+        size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+    _require_equal(state, fresh)
+    return size
+
+
+def _require_equal(state: TrainState, read: TrainState) -> None:
+    before, after = state.model.state_dict(), read.model.state_dict()
+    changed = [
+        name
+        for name, value in before.items()
+        if isinstance(value, Tensor)
+        and not torch.equal(value.nan_to_num(), after[name].nan_to_num())
+    ]
+    if changed:
+        raise SpecError(
+            f"task.model: {', '.join(changed[:8])} did not come back from a checkpoint as it was. "
+            "What a model trains must be parameters or buffers of its state_dict()."
+        )
+    if _bytes(_optimizer_tensors(state)) != _bytes(_optimizer_tensors(read)):
+        raise EvenstepError("The optimizer's state did not come back from a checkpoint as it was.")
+
+
+def _optimizer_tensors(state: TrainState) -> list[Any]:
+    return [list(values.values()) for values in state.optimizer.state.values()]
+
+
+def _memory(state: TrainState, activations: int, world: World) -> str:
+    """What one process needs at least, by its parts."""
+    weights = _bytes([*state.model.parameters(), *state.model.buffers()])
+    gradients = _bytes([p for p in state.model.parameters() if p.requires_grad])
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": _bytes(_optimizer_tensors(state)),
+        "activations": activations,
+    }
+    told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    text = f"about {_size(sum(parts.values()))} a process: {told}"
+    if world.device.type != "cpu":
+        text += f"; measured {_size(peak_bytes(world.device))}"
+    return text
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all tensors in a nest."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"
+
+
+def _say_nothing(text: str) -> None:
+    """A check tells its findings, and not how they came about."""

@@ -1,0 +1,237 @@
+"""What `evenstep plan` shows: the plan of a job in words, with the table of its parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from service.checkpoints.snapshots import expected_bytes
+from service.data.loading import way_of_rows
+from service.data.task import Task, load_task, new_model
+from service.distributed.batchnorm import prepare
+from service.distributed.world import alone
+from service.health.stop_budget import estimated, longest_save, stop_in_words
+from service.optimization.buffers import buffers_besides_batchnorm
+from service.optimization.learning_rates import make_schedule
+from service.optimization.optimizers import (
+    ParameterGroup,
+    make_optimizer,
+    parameter_groups,
+    require_its_loss,
+)
+from service.optimization.train_state import require_measures
+from service.plan.plan import Plan, make_plan
+from service.runs.checkpoint_files import saving_in_words
+from service.runs.directory import RunDirectory
+from service.spec.models import OptimizerSpec, PlateauSpec, Spec
+
+
+def planned(spec: Spec, *, processes: int, runs: Path) -> str:
+    """The plan of `spec` on `processes` processes, as text.
+
+    Args:
+        runs: where the run is, or would be; how long saves take is looked up or tried there.
+
+    Raises:
+        SpecError: the task cannot be loaded, or does not go together with the spec.
+    """
+    task = load_task(spec.task, spec.task_args, seed=spec.seed)
+    plan = make_plan(
+        spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
+    )
+    require_measures(spec, task)
+    model = new_model(task)
+    groups = parameter_groups(model, spec.optimizer)
+    parameters = _parameters(model, groups, spec)
+    optimizer = make_optimizer(model, spec.optimizer, groups)
+    require_its_loss(optimizer, spec)
+    size = expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
+    takes = longest_save(RunDirectory(runs / spec.name)) or estimated(size, runs)
+    saving = [
+        ("a checkpoint", saving_in_words(size, spec.checkpoint)),
+        ("a stop takes", stop_in_words(spec, takes)),
+    ]
+    return "\n\n".join(
+        [
+            _aligned([*_arithmetic(plan), *_data(plan, task), *saving]),
+            "learning rate\n" + _aligned(_rates(plan, optimizer)),
+            "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
+            "batch normalisation\n" + _aligned(_normalization(model, plan)),
+            *_buffers(model, plan.spec),
+        ]
+    )
+
+
+def checkpoint_bytes(spec: Spec) -> int | None:
+    """What a checkpoint of the job takes; None where only a step can tell."""
+    task = load_task(spec.task, spec.task_args, seed=spec.seed)
+    model = new_model(task)
+    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
+
+
+def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
+    shares = [len(plan.share(process)) for process in range(plan.processes)]
+    return [
+        ("run", plan.spec.name),
+        ("rows", f"{_rows(plan)}, {plan.test_rows:,} to test on"),
+        (
+            "steps",
+            f"{plan.steps:,} of {plan.global_batch:,} rows: {plan.epoch(plan.steps):.2f} epochs",
+        ),
+        ("micro-batches", f"{plan.micro_batches} a step, of {_micro_batch(plan)}"),
+        ("processes", f"{plan.processes}, computing {_counted(shares)} micro-batches each"),
+        ("most processes", f"{plan.micro_batches}"),
+        ("tests", _every(plan.tests_at, plan)),
+        ("checkpoints", _every(plan.saves_at, plan)),
+        *_waiting(plan.spec),
+        *_narrowed(plan),
+    ]
+
+
+def _data(plan: Plan, task: Task) -> list[tuple[str, str]]:
+    way = way_of_rows(task.train_data(), task=task, spec=plan.spec.loader)
+    return [("rows come", way)]
+
+
+def _rows(plan: Plan) -> str:
+    if plan.train_rows is not None:
+        return f"{plan.train_rows:,} to train on"
+    if plan.spec.loader.stream == "whole":
+        return (
+            "a stream to train on, read whole by every process: the same rows at any number of "
+            "processes, resumed exactly at any other"
+        )
+    return (
+        "a stream to train on, split among the processes: which rows meet in a step depends on "
+        "their number, and so does the result; resumed exactly at the same number only"
+    )
+
+
+def _micro_batch(plan: Plan) -> str:
+    if plan.spec.batch.micro_batch != "auto":
+        return f"{plan.micro_batch} rows"
+    return f"{plan.micro_batch} rows if so many fit in memory: the run finds out when it is begun"
+
+
+def _waiting(spec: Spec) -> list[tuple[str, str]]:
+    """What depends on the measures to come."""
+    told = []
+    plateau, stopping = spec.schedule, spec.early_stopping
+    if isinstance(plateau, PlateauSpec):
+        patience = f"has not improved in {plateau.patience} tests"
+        told.append(("rate", f"times {plateau.gamma:g} when {plateau.measure} {patience}"))
+    if stopping is not None:
+        patience = f"has not improved in {stopping.patience} tests"
+        told.append(("ends early", f"when {stopping.measure} {patience}"))
+    return told
+
+
+def _narrowed(plan: Plan) -> list[tuple[str, str]]:
+    if plan.spec.exchange.precision == "full" or plan.processes == 1:
+        return []
+    told = (
+        f"in {plan.spec.exchange.precision}: half the bytes, and the result depends on the number"
+    )
+    return [("gradients", f"exchanged {told} of processes")]
+
+
+def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
+    """The rate of every group at the first and last step, at the quarters and after the warmup."""
+    last = plan.steps - 1
+    marks = {0, plan.warmup, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
+    schedule = make_schedule(optimizer, plan)
+    table: list[tuple[str, ...]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that no optimizer steps beside its scheduler
+        for step in sorted(marks):
+            schedule.set(step)
+            rates = [f"{group['lr']:.6g}" for group in optimizer.param_groups]
+            table.append((f"step {step + 1:,}", ", ".join(dict.fromkeys(rates))))
+    return table
+
+
+def _parameters(
+    model: nn.Module, groups: Sequence[ParameterGroup], spec: Spec
+) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [("match", "tensors", "numbers", "lr", "options", "names")]
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        options = dict(group.options)
+        trainer: OptimizerSpec = spec.optimizer
+        if group.companion:
+            trainer = spec.optimizer.companion
+            options = {"optimizer": trainer.name, **options}
+        rate = f"{options.pop('lr', trainer.lr):g}"
+        rate = "frozen" if group.frozen else rate
+        if group.frozen_until_step:
+            options["trained_after_step"] = group.frozen_until_step
+        table.append(_row(parameters, group.match, group.names, rate, options))
+    kept = [name for name, p in parameters.items() if not p.requires_grad]
+    if kept:
+        table.append(_row(parameters, "-", kept, "frozen", {"by": "the task"}))
+    return table
+
+
+def _row(
+    parameters: Mapping[str, nn.Parameter],
+    match: str,
+    names: Sequence[str],
+    rate: str,
+    options: dict[str, object],
+) -> tuple[str, ...]:
+    numbers = sum(parameters[name].numel() for name in names)
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    told = " ".join(f"{key}={value}" for key, value in options.items()) or "-"
+    return match, str(len(names)), f"{numbers:,}", rate, told, shown
+
+
+def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
+    # `parameter_groups` has counted them.
+    tensors = sum(len(group.names) for group in groups)
+    places = "1 group" if len(groups) == 1 else f"{len(groups)} groups, each in exactly one"
+    return f"{tensors} tensors in {places}"
+
+
+def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
+    layers = prepare(model, plan.spec.model.batchnorm, alone())
+    return layers.table(micro_batch=plan.micro_batch, processes=plan.processes)
+
+
+def _buffers(model: nn.Module, spec: Spec) -> list[str]:
+    """What is done with buffers besides BatchNorm's: a plan computes nothing, so all are named."""
+    names = buffers_besides_batchnorm(model)
+    if not names:
+        return []
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    how = f"{spec.model.buffers}; `evenstep check` and the start of the run tell which move"
+    return ["other buffers\n" + _aligned([("names", shown), ("where they move", how)])]
+
+
+def _counted(shares: Iterable[int]) -> str:
+    sizes = sorted(set(shares), reverse=True)
+    return " or ".join(str(size) for size in sizes)
+
+
+def _every(happens_at: object, plan: Plan) -> str:
+    assert callable(happens_at)
+    steps = [step for step in range(1, min(plan.steps, 100_000) + 1) if happens_at(step)]
+    if not steps:
+        return "never"
+    shown = ", ".join(f"{step:,}" for step in steps[:3])
+    return f"{len(steps):,}, after steps {shown}{' ...' if len(steps) > 3 else ''}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, header: bool = False) -> str:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if header:
+        lines.insert(1, "  " + "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

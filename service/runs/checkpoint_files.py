@@ -1,0 +1,483 @@
+"""Checkpoints on disk: their names, their files, and whether to believe them.  No torch.
+
+A checkpoint is a directory `step-00000120` with its tensors in safetensors files, `state.json`
+with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others,
+of large ones part by part, and of itself.  `step-00000120.untested` is one whose step's test pass
+was given up; it goes when the one with the test is there.  A reader believes nothing: see
+`damage_of`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.basics.atomic_files import (
+    PASSING,
+    sha256_of,
+    sync_directory,
+    told_when_unread,
+    write_file,
+)
+from service.basics.errors import NoCheckpoint, SpecError
+from service.basics.limits import limits
+from service.basics.multipart import Part, digest_of, parts_of, told_of
+from service.spec.models import CheckpointSpec
+
+FORMAT = 2
+FORMATS = (1, 2)  # the first knows no parts
+MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
+    "model.safetensors",
+    "average.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+DATA = (MODEL, OPTIMIZER, STATE)  # and AVERAGE, where the spec asks for one
+BEST = "best"
+
+_UNTESTED = ".untested"
+_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_UNTESTED)})?", re.ASCII)
+_MANIFEST_BYTES = 16 << 20
+_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
+_STATE_BYTES = 1 << 30
+_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    @property
+    def untested(self) -> bool:
+        """Whether the test pass of its step was given up, and is still due."""
+        return self.path.name.endswith(_UNTESTED)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a header tells it."""
+
+    name: str
+    dtype: str
+    """As safetensors calls it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def in_words(size_bytes: int) -> str:
+    """A number of bytes for a person: `1.1 GiB`."""
+    size, unit = float(size_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}" if unit != "bytes" else f"{size_bytes} bytes"
+
+
+def saving_in_words(size_bytes: int | None, spec: CheckpointSpec, *, pinned: bool = False) -> str:
+    """What a checkpoint takes on disk and in memory; None is a size only the first step tells.
+
+    `pinned` memory comes in powers of two: torch's allocator for it rounds up.
+    """
+    size = "as much as weights and optimizer state" if size_bytes is None else in_words(size_bytes)
+    if spec.asynchronous and pinned:
+        held = f"the next power of two, {in_words(pinned_bytes(size_bytes))}," if size_bytes else ""
+        return (
+            f"{size} each on disk, and {held or 'up to twice as much'} once in pinned main memory "
+            "of the first node."
+        )
+    if spec.asynchronous:
+        return f"{size} each on disk, and the same once in the main memory of the first node."
+    return f"{size} each on disk; training waits until one is written."
+
+
+def pinned_bytes(size_bytes: int) -> int:
+    """What a pinned buffer of so many bytes really takes."""
+    return 1 << max(0, size_bytes - 1).bit_length()
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint, in words."""
+
+
+# ---- names
+
+
+def name_of(step: int, *, untested: bool = False) -> str:
+    return f"step-{step:08d}{_UNTESTED if untested else ''}"
+
+
+def checkpoints_in(directory: Path) -> list[Checkpoint]:
+    """What is named like a checkpoint, by step; whether it is one is asked of `damage_of`.
+
+    Of two of one step, the untested one comes first.
+    """
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in directory.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and path.name == name_of(int(match[1]), untested=bool(match[2])):
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, not checkpoint.untested))
+
+
+def best_of(directory: Path) -> int | None:
+    """The step that the file `best` names, where there is such a file and it names one."""
+    path = directory / BEST
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 100:
+        return None
+    match = _NAME.fullmatch(path.read_text(errors="replace").strip())
+    return int(match[1]) if match else None
+
+
+def find_checkpoint(directory: Path, which: str) -> Checkpoint:
+    """The checkpoint that `best`, `latest` or a step names; `latest` is the newest good one.
+
+    Raises:
+        SpecError: there is none of that name, or it may not be read.
+        NoCheckpoint: it is damaged.
+    """
+    with told_when_unread(directory):
+        return _found(directory, which)
+
+
+def _found(directory: Path, which: str) -> Checkpoint:
+    found = checkpoints_in(directory)
+    if not found:
+        raise SpecError(f"There is no checkpoint in {directory}.")
+    if which == "latest":
+        for checkpoint in reversed(found):
+            if damage_of(checkpoint) is None:
+                return checkpoint
+        raise NoCheckpoint(f"None of the {len(found)} checkpoints in {directory} can be read.")
+    step = best_of(directory) if which == "best" else int(which) if which.isdecimal() else None
+    for checkpoint in reversed(found):
+        if checkpoint.step == step:
+            damage = damage_of(checkpoint)
+            if damage is not None:
+                raise NoCheckpoint(f"The checkpoint {checkpoint.path} is damaged: {damage}.")
+            return checkpoint
+    steps = ", ".join(dict.fromkeys(str(checkpoint.step) for checkpoint in found))
+    if which == "best":
+        raise SpecError(f"No checkpoint in {directory} is marked as the best. There are {steps}.")
+    raise SpecError(f"--checkpoint: there is no {which!r}; there are best, latest, {steps}.")
+
+
+def kept(steps: Sequence[int], *, newest: int, every: int | None, best: int | None) -> set[int]:
+    """Which of the steps stay: the newest, the best, and the first at or after each `every` steps.
+
+    Asked again after others have gone, the answer for those that stayed is the same.
+    """
+    ordered = sorted(set(steps))
+    stay = {*ordered[-newest:], *(step for step in ordered if step == best)}
+    if every is not None:
+        first_of: dict[int, int] = {}
+        for step in ordered:
+            first_of.setdefault(step // every, step)
+        stay |= {step for number, step in first_of.items() if number > 0}
+    return stay
+
+
+# ---- write
+
+
+def complete(
+    directory: Path,
+    digests: Mapping[Part, str],
+    rest: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    part_bytes: int,
+    moved: Callable[[], None] = lambda: None,
+) -> None:
+    """Make a checkpoint of a directory with the files of tensors: each file synced, manifest last.
+
+    Args:
+        digests: SHA-256 of all parts of the files of tensors, which are synced.
+        rest: everything else that the state is; `step` is in it.
+        facts: what the manifest tells besides.
+        moved: called whenever something more is on disk.
+    """
+    state = write_file(directory / STATE, [(json.dumps(rest) + "\n").encode()])
+    moved()
+    files = told_of(digests) | {STATE: {"bytes": state.size_bytes, "sha256": state.sha256}}
+    own = {"format": FORMAT, "step": rest["step"], "part_bytes": part_bytes, "files": files}
+    write_file(directory / MANIFEST, [_sealed({**facts, **own}).encode()])
+    moved()
+    sync_directory(directory)
+    moved()
+
+
+def tensor_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each file of tensors that a manifest lists."""
+    files = manifest["files"].items()
+    return {name: told["sha256"] for name, told in files if name.endswith(".safetensors")}
+
+
+def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The beginning of a safetensors file that holds the entries in this order."""
+    told: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    at = 0
+    for entry in entries:
+        span = [at, at + entry.size_bytes]
+        told[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
+        at = span[1]
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The manifest's text with its own hash in it."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    sha256 = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": sha256}, indent=1) + "\n"
+
+
+# ---- read, and believe nothing
+
+
+def damage_of(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint, or None where every byte of it is as it was written.
+
+    Raises:
+        OSError: it may not be read, or cannot be just now: no word on what it is.
+    """
+    directory = checkpoint.path
+    try:
+        if directory.is_symlink() or not directory.is_dir():
+            return "it is no directory of its own, but a link or a file"
+        manifest = _manifest_of(directory, checkpoint.step)
+        files = manifest["files"]
+        strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
+        if strangers:  # hidden ones come by themselves, from NFS or a file browser
+            return f"it holds what no checkpoint holds: {', '.join(sorted(strangers)[:3])!r}"
+        parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
+        # A hash leaves the interpreter alone: two cores take half as long as one.
+        with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
+            checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
+        for check in checks:
+            check.result()
+        _require_state(directory, checkpoint.step)
+    except _Damaged as damage:
+        return str(damage)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM) or error.errno in PASSING:
+            raise
+        return f"{error.filename or directory}: {error.strerror or error}"
+    return None
+
+
+def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+        NoCheckpoint: it is damaged.
+    """
+    try:
+        return _manifest_of(checkpoint.path, checkpoint.step)
+    except (_Damaged, OSError) as error:
+        raise NoCheckpoint(f"The checkpoint {checkpoint.path} is damaged: {error}.") from error
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Everything but the tensors.
+
+    Raises:
+        NoCheckpoint: it cannot be read.
+    """
+    try:
+        return _object(_bytes(directory / STATE, _STATE_BYTES), STATE)
+    except (_Damaged, OSError) as error:
+        raise NoCheckpoint(f"The checkpoint {directory} cannot be read: {error}.") from error
+
+
+def read_header(path: Path) -> tuple[list[Entry], int]:
+    """The tensors of a safetensors file in the order of their bytes, and where those begin.
+
+    Raises:
+        NoCheckpoint: it is no such file.
+    """
+    try:
+        return _header_of(path)
+    except (_Damaged, OSError) as error:
+        raise NoCheckpoint(f"{path} cannot be read: {error}.") from error
+
+
+def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
+    raw = _bytes(directory / MANIFEST, _MANIFEST_BYTES)
+    manifest = _object(raw, MANIFEST)
+    if manifest.get("format") not in FORMATS:
+        raise _Damaged(f"its format is {manifest.get('format')!r} and not {FORMAT}")
+    # Compared as bytes: a change that means the same is a change all the same.
+    if _sealed(manifest).encode() != raw:
+        raise _Damaged(f"the content of {MANIFEST} has changed")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) - {AVERAGE} != set(DATA):
+        named = sorted(files) if isinstance(files, dict) else files
+        raise _Damaged(f"{MANIFEST} names the files {str(named)[:200]}")
+    if manifest.get("step") != step:
+        raise _Damaged(f"it is of step {manifest.get('step')!r}, and not of the step in its name")
+    return manifest
+
+
+def _parts_of(
+    path: Path, told: Any, manifest: Mapping[str, Any]
+) -> Iterator[tuple[Part, str | None]]:
+    """The parts of a file, of which the size is as told, and what the manifest says of each."""
+    size = _size(path)
+    if not isinstance(told, dict) or told.get("bytes") != size:
+        instead = told.get("bytes") if isinstance(told, dict) else told
+        raise _Damaged(f"{path.name} has {size} bytes instead of {instead!r}")
+    digests, part_bytes = told.get("parts"), manifest.get("part_bytes")
+    if digests is None:
+        yield Part(path.name, 0, size), told.get("sha256")
+        return
+    if type(part_bytes) is not int or part_bytes < 1 or not isinstance(digests, list):
+        raise _Damaged(f"{MANIFEST} does not say which parts {path.name} has")
+    if len(digests) != max(1, -(-size // part_bytes)):
+        raise _Damaged(f"{MANIFEST} tells of {len(digests)} parts of {path.name}")
+    try:
+        whole = digest_of(digests)
+    except (TypeError, ValueError):
+        whole = None
+    if whole != told.get("sha256"):
+        raise _Damaged(f"{MANIFEST} has two words for the content of {path.name}")
+    yield from zip(parts_of(path.name, size, part_bytes), digests, strict=True)
+
+
+def _require_as_written(directory: Path, part: Part, sha256: str | None) -> None:
+    if sha256_of(directory / part.file, part.begin, part.end) != sha256:
+        raise _Damaged(f"the content of {part.file} has changed")
+
+
+def _require_state(directory: Path, step: int) -> None:
+    """Check what a hash cannot tell: that the files are what they should be, whoever wrote them."""
+    weights = {entry.name for entry in _header_of(directory / MODEL)[0]}
+    held = {entry.name for entry in _header_of(directory / OPTIMIZER)[0]}
+    rest = _object(_bytes(directory / STATE, _STATE_BYTES), STATE)
+    if (directory / AVERAGE).exists() and not weights.issuperset(
+        averaged := {entry.name for entry in _header_of(directory / AVERAGE)[0]}
+    ):
+        raise _Damaged(f"{AVERAGE} holds {sorted(averaged - weights)[:3]} and {MODEL} does not")
+    aliases, described = rest.get("aliases"), rest.get("optimizer")
+    if rest.get("step") != step:
+        raise _Damaged(f"{STATE} is of step {rest.get('step')!r}")
+    if not isinstance(aliases, dict) or not isinstance(described, dict):
+        raise _Damaged(f"{STATE} lacks its sections")
+    if not weights.issuperset(map(str, aliases.values())):
+        raise _Damaged(f"{STATE} names weights that {MODEL} does not hold")
+    if not held.issuperset(_tensor_names(described)):
+        raise _Damaged(f"{STATE} names tensors that {OPTIMIZER} does not hold")
+
+
+def _tensor_names(value: Any) -> Iterable[str]:
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("tensor"), str):
+                yield value["tensor"]
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _header_of(path: Path) -> tuple[list[Entry], int]:
+    size = _size(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _HEADER_BYTES):
+            raise _Damaged(f"{path.name} is not in safetensors: its header would be {length} bytes")
+        told = _object(file.read(length), path.name)
+    told.pop("__metadata__", None)
+    begin, at, entries = 8 + length, 0, []
+    for entry, span in sorted(
+        (_entry(name, value, path) for name, value in told.items()), key=lambda pair: pair[1]
+    ):
+        if span != (at, at + entry.size_bytes):
+            raise _Damaged(f"{path.name}: the bytes of {entry.name!r:.100} are not where they go")
+        entries.append(entry)
+        at = span[1]
+    if begin + at != size:
+        raise _Damaged(f"{path.name} has {size} bytes, and its header tells of {begin + at}")
+    return entries, begin
+
+
+def _entry(name: str, told: Any, path: Path) -> tuple[Entry, tuple[int, int]]:
+    try:
+        entry = Entry(name, told["dtype"], tuple(told["shape"]))
+        begin, end = told["data_offsets"]
+        numbers = [begin, end, *entry.shape]
+        if entry.dtype in _SIZES and all(type(n) is int and n >= 0 for n in numbers):
+            return entry, (begin, end)
+    except (TypeError, ValueError, KeyError):
+        pass  # told below, as for every other header that is none
+    raise _Damaged(f"{path.name}: {name!r:.100} is no tensor")
+
+
+def _size(path: Path) -> int:
+    """Of a plain file: a link might lead anywhere, and a pipe would never end."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise _Damaged(f"{path.name} is not a plain file")
+    return found.st_size
+
+
+def _bytes(path: Path, at_most: int) -> bytes:
+    size = _size(path)
+    if size > at_most:
+        raise _Damaged(f"{path.name} has {size} bytes, more than it can have")
+    return path.read_bytes()
+
+
+def _object(raw: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"{name} is not in JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise _Damaged(f"{name} holds no object")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return values

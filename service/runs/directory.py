@@ -1,0 +1,630 @@
+"""A run's directory: what stands where in it, who may write to it, and what it remembers."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, TypeGuard
+
+from service.basics.atomic_files import (
+    in_the_way,
+    is_there,
+    make_directory,
+    plain,
+    read_json,
+    replace_file,
+    told_when_unread,
+    told_when_unwritten,
+    without_link,
+)
+from service.basics.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean, printable
+from service.runs.failure_reports import is_secret, redacted, redacted_code
+from service.runs.goodput import account_of, failures_in_a_row
+from service.spec.files import changes, dump_spec, load_spec, with_files_where_they_are
+from service.spec.models import Spec
+
+FORMAT = 1
+_LOCK_SECONDS = 2.0
+_LONGEST_ROW = 65536  # bytes
+_MOST_OF_A_DIFF = 200_000  # bytes
+_GIT_SECONDS = 10.0
+_LONGEST_HOLDER = 300  # characters
+_LARGEST_BYTES = 8 << 20  # of run.json, with thousands of attempts in it, or of a beat
+LATEST_TIME = 253_402_300_800.0
+"""The end of the year 9999 in seconds since 1970: what a clock can show is below it."""
+_NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The places of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def facts(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def receipt(self) -> Path:
+        return self.path / "receipt.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    def read_facts(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            SpecError: it is missing or unreadable.
+        """
+        try:
+            facts = read_json(self.facts, at_most=_LARGEST_BYTES)
+        except FileNotFoundError as error:
+            what = "is not a run: it has no run.json" if self.path.exists() else "is not there"
+            raise SpecError(f"{self.path} {what}. Name a run's directory.") from error
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise SpecError(f"{self.facts} cannot be read: {why}.") from error
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            raise SpecError(f"{self.facts} is not a run of this version of evenstep.")
+        if not _is_whole(facts):
+            raise SpecError(f"{self.facts} is damaged. Put a good copy back, or use --fresh.")
+        return facts
+
+    def read_spec(self, overrides: Iterable[str] = ()) -> Spec:
+        """The spec of the run, with the files it names where they are if they moved with the run.
+
+        Raises:
+            SpecError: see `load_spec`.
+        """
+        begun_at = self.read_facts().get("place")
+        spec = load_spec(self.spec, overrides=overrides)
+        if not isinstance(begun_at, str):  # of an earlier version
+            return spec
+        return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Replace run.json, in one piece.
+
+        Raises:
+            EvenstepError: it cannot be written, and is as it was.
+        """
+        with told_when_unwritten(self.facts):
+            # For its owner alone: uncommitted changes and the command may hold what no rule finds.
+            replace_file(self.facts, json.dumps(facts, indent=1) + "\n", mode=0o600)
+
+
+def find_run(path: Path) -> RunDirectory:
+    """The run in a directory, or the one of that name in `runs/`.
+
+    Raises:
+        SpecError: there is none; names the nearest.
+    """
+    with told_when_unread(path):
+        for place in (path, Path("runs") / path):
+            if is_there(place / "run.json"):
+                return RunDirectory(place)
+        if path.exists():
+            raise SpecError(f"{path} is not a run: it has no run.json.")
+        parent = path.parent if path.parent != Path() else Path("runs")
+        known = [entry.parent.name for entry in parent.glob("*/run.json")]
+    raise SpecError(f"There is no run {path}{did_you_mean(path.name, known) or '.'}")
+
+
+@dataclass
+class OpenRun:
+    """A run that this process alone writes to, until it is closed."""
+
+    directory: RunDirectory
+    facts: dict[str, Any]
+    _lock: IO[str] = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """Names the run where names are shared, such as on W&B."""
+        return str(self.facts["id"])
+
+    def start_attempt(
+        self,
+        *,
+        processes: int,
+        device: str,
+        step: int,
+        started: float | None = None,
+        data: str | None = None,
+        most_failures: int | None = None,
+    ) -> None:
+        """Enter that the run goes on from `step`.
+
+        Args:
+            started: when the attempt began, in seconds since 1970; now by default.
+            data: how the rows come, for a person.
+            most_failures: give up after so many in a row that did not get beyond `step`.
+        Raises:
+            NoProgress: this would be one more.
+        """
+        attempts = self.facts["attempts"]
+        failures = failures_in_a_row(attempts, step)
+        self.facts["state"] = "running"
+        attempts.append(
+            {
+                "started": time.time() if started is None else started,
+                "processes": processes,
+                "device": device,
+                "host": socket.gethostname(),
+                "from_step": step,
+                **({"data": data} if data is not None else {}),
+            }
+        )
+        if most_failures is not None and failures >= most_failures:
+            self.end_attempt("gave up", step=step)
+            raise NoProgress(
+                f"{failures} attempts in a row failed without a new checkpoint after step {step}. "
+                f"Their reports are in {self.directory.failures}. When the cause is gone, run "
+                "the same command again; faults.attempts_without_progress is the limit."
+            )
+        self.directory.write_facts(self.facts)
+
+    def end_attempt(
+        self,
+        state: str,
+        *,
+        step: int,
+        seconds: Mapping[str, float] | None = None,
+        longest_save_seconds: float = 0.0,
+    ) -> None:
+        """Enter how the attempt ended: done, stopped, failed or gave up; and its account."""
+        self.facts["state"] = state
+        self.facts["attempts"][-1] |= {
+            "ended": time.time(),
+            "to_step": step,
+            "outcome": state,
+            "seconds": dict(seconds or {}),
+            "longest_save_seconds": round(longest_save_seconds, 3),
+        }
+        self.facts["account"] = account_of(self.facts["attempts"])
+        self.directory.write_facts(self.facts)
+
+    def require_never_saved(self) -> None:
+        """Refuse to begin anew, where no checkpoint is found, what once had one.
+
+        Raises:
+            NoCheckpoint: there was one, by what earlier attempts have entered.
+        """
+        for attempt in self.facts["attempts"]:
+            had_saved = attempt["outcome"] in ("done", "stopped") and attempt["to_step"]
+            if had_saved or attempt["from_step"]:
+                raise NoCheckpoint(
+                    f"There is no checkpoint in {self.directory.checkpoints}, but the run had one "
+                    f"at step {attempt['to_step'] if had_saved else attempt['from_step']}. Put it "
+                    "back, or begin again with --fresh."
+                )
+
+    def enter_done(self) -> None:
+        """Enter that the run is done where its last attempt could not, though all is saved.
+
+        Raises:
+            EvenstepError: it cannot be entered now either.
+        """
+        if self.facts["state"] == "running":
+            self.facts["state"] = self.facts["attempts"][-1]["outcome"] = "done"
+            self.facts["account"] = account_of(self.facts["attempts"])
+            self.directory.write_facts(self.facts)
+
+    def close_lost_attempt(self) -> None:
+        """Enter what is known of an attempt that could not say how it ended: it was killed."""
+        attempts = self.facts["attempts"]
+        if not attempts or "ended" in attempts[-1]:
+            return
+        last = attempts[-1]
+        beat = read_beat(self.directory.logs, 0) or {}
+        known = beat if beat.get("started") == last["started"] else {}
+        last |= {
+            "ended": max(last["started"], known.get("time", 0.0)),
+            "to_step": max(last["from_step"], known.get("step", 0), self._last_row()),
+            "outcome": "lost",
+            "seconds": known.get("seconds", {}),
+            "longest_save_seconds": known.get("longest_save_seconds", 0.0),
+        }
+
+    def _last_row(self) -> int:
+        """The step of the last whole row of metrics, or 0."""
+        if not self.directory.metrics.exists():
+            return 0
+        with open(self.directory.metrics, "rb", opener=plain) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_ROW))
+            lines = file.read().split(b"\n")[:-1]
+        try:
+            return int(json.loads(lines[-1])["step"]) if lines else 0
+        except (ValueError, KeyError):
+            return 0  # it holds no row yet, or none that ends in what was read
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._lock.close()
+
+
+def is_number(value: Any, below: float = 2**53) -> TypeGuard[float]:
+    """Whether it is one from 0 up to a bound, such as a step or a number of seconds is."""
+    return isinstance(value, int | float) and 0 <= value < below
+
+
+def _is_whole(facts: Mapping[str, Any]) -> bool:
+    """Whether it tells of the run and its attempts, the last of which may not have ended."""
+    told = facts.get("attempts")
+    if not isinstance(told, list) or not all(isinstance(attempt, dict) for attempt in told):
+        return False
+    is_last_ended = bool(told) and "ended" in told[-1]
+    ended = told if is_last_ended else told[:-1]
+    words = [facts.get("id"), facts.get("state"), *(each.get("outcome") for each in ended)]
+    times = [facts.get("created", 0.0), *(each.get("started") for each in told)]
+    times += [each.get("ended") for each in ended]
+    steps = [each.get("from_step") for each in told] + [each.get("to_step") for each in ended]
+    account = facts.get("account", {})
+    return (
+        all(isinstance(word, str) for word in words)
+        and all(is_number(moment, LATEST_TIME) for moment in times)
+        and all(map(is_number, steps))
+        and all(_are_seconds(each.get("seconds", {})) for each in told)
+        and isinstance(facts.get("versions", {}), dict)
+        and isinstance(facts.get("command", []), list)
+        and isinstance(facts.get("git", {}), dict)
+        and isinstance(account, dict)
+        and _are_seconds(account.get("seconds", {}))
+        and all(is_number(account.get(key, 0)) for key in ("steps_again", "goodput"))
+    )
+
+
+def _are_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
+    """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
+    try:
+        beat = read_json(directory / f"rank-{rank}.beat", at_most=_LARGEST_BYTES)
+    except (OSError, ValueError):
+        return None  # it has written nothing
+    whole = isinstance(beat, dict) and isinstance(beat.get("seconds"), dict)
+    whole = whole and all(isinstance(beat.get(key), int | float) for key in _NUMBERS_OF_A_BEAT)
+    return beat if whole else None
+
+
+def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
+    """Open the run that `spec` names, or begin it.
+
+    Args:
+        fresh: put an earlier run of this name aside and begin anew.
+    Raises:
+        SpecError: the directory is not a run's, another process has it open, or the spec
+            differs from the one it was begun with in a way that changes the result.
+    """
+    directory = RunDirectory(runs / spec.name)
+    require_no_secret(spec)
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(_lock(directory))
+            if fresh and directory.facts.exists():
+                _put_aside(directory)
+                before, lock = lock, stack.enter_context(_lock(directory))
+                before.close()
+            opened = _opened(directory, spec, lock)
+        except OSError as error:
+            raise _unusable(directory, error) from error
+        stack.pop_all()  # it stays open with the run
+    return opened
+
+
+def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
+    """The run as it was left, or as it begins."""
+    _require_no_link(directory)
+    if _is_begun(directory):
+        opened = OpenRun(directory, _taken_up(directory, spec), lock)
+        opened.close_lost_attempt()
+        return opened
+    _require_empty(directory)
+    facts = _first_facts(spec, directory)
+    # In this order: killed between any two of these, it begins anew the next time.
+    directory.write_facts(facts)
+    make_directory(directory.logs)
+    replace_file(directory.spec, dump_spec(spec))
+    return OpenRun(directory, facts, lock)
+
+
+def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
+    """Raise what `open_run` would raise, without touching anything.
+
+    Raises:
+        SpecError: see `open_run`.
+    """
+    directory = RunDirectory(runs / spec.name)
+    require_no_secret(spec)
+    try:
+        _require_free(directory)
+        _require_no_link(directory)
+        if _is_begun(directory):
+            if not fresh:
+                _taken_up(directory, spec)
+        elif directory.path.exists():
+            _require_empty(directory)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def require_no_secret(spec: Spec) -> None:
+    """Refuse what spec.yaml, and every tracker that is shown the spec, would give away.
+
+    Raises:
+        SpecError: names the place.
+    """
+    pods = dict(spec.kubernetes.env) if spec.kubernetes else {}
+    for place, value in _texts(spec.model_dump(mode="json")):
+        if is_secret(value, os.environ | pods):
+            better = "Let the task take it from the environment."
+            if place.startswith("kubernetes."):
+                better = (
+                    "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
+                    "kubernetes.wandb_secret for the key of W&B."
+                )
+            raise SpecError(
+                f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "
+                f"run. {better}"
+            )
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain values, with its key."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{place}[{number}]")
+
+
+def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
+    return SpecError(
+        f"The run directory {directory.path} cannot be used: {in_the_way(error)}. "
+        "Choose another with --runs or --name."
+    )
+
+
+def _require_no_link(directory: RunDirectory) -> None:
+    """Refuse a run of which a part lies elsewhere: what is written there is not the run's alone."""
+    parts = (directory.checkpoints, directory.logs, directory.failures, directory.profile)
+    for part in (*parts, directory.wandb):
+        if part.is_symlink():
+            raise SpecError(
+                f"{part} is a link, and a run is not written through links. Put what it leads to "
+                "in its place, or the whole run elsewhere with --runs."
+            )
+
+
+def _is_begun(directory: RunDirectory) -> bool:
+    return directory.facts.exists() and directory.spec.exists()
+
+
+def _lock(directory: RunDirectory) -> IO[str]:
+    path = directory.path / ".lock"
+    while True:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        # Held as long as the run is open; writable, as NFS wants it of a lock.
+        lock = os.fdopen(without_link(path, os.O_RDWR | os.O_CREAT), "r+", errors="replace")
+        _claim(lock, directory)
+        if _is_in_its_place(lock, path):
+            break
+        lock.close()
+    # A child that is forked later, such as a data-loader worker, would hold the lock for as long
+    # as it lives: where this process is killed, longer than the run may wait for its next attempt.
+    held = weakref.ref(lock)
+    os.register_at_fork(after_in_child=lambda: _let_go(held()))
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _is_in_its_place(lock: IO[str], path: Path) -> bool:
+    """Whether it is the run's lock still: who waits for one may get it after --fresh has put the
+    run aside, and the lock with it, while another process begins a new run at its path."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _claim(lock: IO[str], directory: RunDirectory) -> None:
+    if not _locked_in_time(lock):
+        lock.seek(0)
+        holder = printable(lock.read(_LONGEST_HOLDER).strip()) or "another process"
+        lock.close()
+        raise SpecError(
+            f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
+            "to begin a second run of this spec, give it a --name of its own."
+        )
+
+
+def _let_go(lock: IO[str] | None) -> None:
+    if lock is not None:
+        lock.close()  # of the copy in this process; the lock itself stays with the first
+
+
+def _require_free(directory: RunDirectory) -> None:
+    """Refuse a run that another process writes before anything of it is started."""
+    path = directory.path / ".lock"
+    if path.exists():
+        with os.fdopen(without_link(path, os.O_RDWR), "r+", errors="replace") as lock:
+            _claim(lock, directory)
+
+
+def _locked_in_time(lock: IO[str]) -> bool:
+    # What a killed process had forked holds its lock until the kernel has ended it as well.
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
+def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
+    facts = directory.read_facts()
+    differences = changes(directory.read_spec(), spec)
+    if differences:
+        raise SpecError(
+            f"{directory.path} was begun with another spec:\n  "
+            + "\n  ".join(differences)
+            + "\nGo on with the old values, give this run a --name of its own, or begin again "
+            "with --fresh."
+        )
+    return facts
+
+
+def _require_empty(directory: RunDirectory) -> None:
+    begun = {".lock", ".run.json.partial"}
+    if directory.facts.exists():  # and no spec: killed in its very beginning
+        directory.read_facts()  # written in one piece, so a torn one is not ours to begin anew
+        begun |= {"run.json", "logs", ".spec.yaml.partial"}
+    strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
+    if strangers:
+        raise SpecError(
+            f"{directory.path} is not a run: it has no run.json, but holds "
+            f"{', '.join(sorted(strangers)[:5])}. Choose another --runs or --name."
+        )
+
+
+def _put_aside(directory: RunDirectory) -> None:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = directory.path.with_name(f".{directory.name}-{stamp}-{secrets.token_hex(2)}")
+    os.rename(directory.path, aside)
+
+
+def _first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "id": os.environ.get("WANDB_RUN_ID") or f"{spec.name}-{secrets.token_hex(4)}",
+        "created": time.time(),
+        "place": os.path.abspath(directory.path),
+        "state": "new",
+        "command": redacted(sys.argv[1:]),
+        "versions": versions(),
+        "git": _without_secrets(git_facts()),
+        "attempts": [],
+    }
+
+
+def _without_secrets(git: dict[str, Any]) -> dict[str, Any]:
+    return git | ({"diff": redacted_code(git["diff"])} if "diff" in git else {})
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a result."""
+    packages = ("evenstep", "torch", "numpy", "accelerate", "safetensors", "wandb")
+    found = {package: _version_of(package) for package in packages}
+    present = {package: version for package, version in found.items() if version is not None}
+    return {"python": platform.python_version(), **present}
+
+
+@cache
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # an optional one, or evenstep from a source tree
+
+
+def git_facts() -> dict[str, Any]:
+    """Commit and uncommitted changes of the directory a run is started in, if it is a checkout.
+
+    The changes as far as they are kept; letters of another encoding than UTF-8 are spelt out.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    filters = (_git("config", "-z", "--name-only", "--get-regexp", r"^filter\.") or b"").split(
+        b"\0"
+    )
+    without = [word for name in filters if name for word in ("-c", f"{os.fsdecode(name)}=")]
+    plain = ("--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty")
+    diff = (_git(*without, "diff", *plain, "HEAD") or b"").decode(errors="backslashreplace")
+    return {"commit": commit.decode().strip(), "dirty": bool(diff), "diff": diff[:_MOST_OF_A_DIFF]}
+
+
+# None of the programs is run that a checkout's settings can name: what is trained on may be a
+# stranger's. What they would have changed, such as a filter for large files, is in the changes.
+_PLAIN = ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", "protocol.allow=never")
+
+
+def _git(*words: str) -> bytes | None:
+    """What git prints, as far as it is kept; None where it fails or takes too long."""
+    start = ["git", *(word for setting in _PLAIN for word in ("-c", setting)), *words]
+    try:
+        git = subprocess.Popen(
+            start,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+        )
+    except OSError:
+        return None  # there is none, or no directory any more
+    late = threading.Timer(_GIT_SECONDS, git.kill)
+    late.start()
+    with git:
+        assert git.stdout is not None
+        printed: bytes = git.stdout.read(_MOST_OF_A_DIFF + 1)
+        if len(printed) > _MOST_OF_A_DIFF:
+            git.kill()
+    late.cancel()
+    return printed if git.returncode == 0 or len(printed) > _MOST_OF_A_DIFF else None

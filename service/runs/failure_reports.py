@@ -1,0 +1,127 @@
+"""Failure reports: one JSON file for each process that failed, with nothing secret in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from service.basics.atomic_files import make_directory, read_json, replace_unsynced, told_of
+
+_SECRET_NAME = re.compile(
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_(PASS|PWD|PAT)$|AUTH(?!OR(?!I))",
+    re.IGNORECASE,  # and GIT_AUTHOR_NAME is none
+)
+# The place where a secret lies is none, and a spec may well name it.
+_NAMES_A_PLACE = re.compile(
+    r"_(FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$|^XAUTHORITY$", re.IGNORECASE
+)
+# Keys that tell by their form what they are: of AWS, GitHub, GitLab, Hugging Face, OpenAI and
+# others alike, Slack and Google; a signed web token; a private key.
+_KEY = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[opsur]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}"
+    r"|\bglpat-[\w-]{20,}|\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+)
+# In code: a text that is given to a telling name.
+_ASSIGNED = re.compile(
+    r"""(\w*(?:key|token|secret|passw(?:or)?d|passphrase|credential|_pass|_pwd|_pat|auth)\w*"""
+    r"""["']?\]?\s*(?::\s*\w+\s*)?[:=]\s*)(["'])([^"'\n]{8,})\2""",
+    re.IGNORECASE,
+)
+_LOOKS_LIKE_A_KEY = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.-]{20,}")
+_IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
+LARGEST_REPORT_BYTES = 4 << 20
+_SHORTEST = 8  # characters; what is shorter would blank out innocent text
+_NO_WORD = 16  # as long as this, it stands in no innocent text by chance
+
+
+def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """The value with every secret in its texts replaced by `***`.
+
+    Secret is what an environment variable with a telling name holds (WANDB_API_KEY), the user and
+    password of an address, and a key that its form gives away.
+    """
+    if isinstance(value, str):
+        for secret in _secrets(environ):
+            value = value.replace(secret, "***")
+        return _KEY.sub("***", _IN_AN_ADDRESS.sub(r"\1***@", value))
+    if isinstance(value, dict):
+        return {key: redacted(inner, environ) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner, environ) for inner in value]
+    return value
+
+
+def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the text is one or holds a long one, a key by its form, or an address's password."""
+    for secret in _secrets(environ):
+        if text == secret or (len(secret) >= _NO_WORD and secret in text):
+            return True
+    return bool(_IN_AN_ADDRESS.search(text) or _KEY.search(text))
+
+
+def redacted_code(text: str) -> str:
+    """The same of code, or of changes to it, where every text of a telling name is one too."""
+    return _ASSIGNED.sub(r"\1\2***\2", str(redacted(text)))
+
+
+def line_of_secret(code: str) -> int | None:
+    """The number, from 1, of the first line of code that holds what looks like a secret."""
+    for number, line in enumerate(code.splitlines(), start=1):
+        given = [found[3] for found in _ASSIGNED.finditer(line)]
+        if is_secret(line) or any(map(_LOOKS_LIKE_A_KEY.fullmatch, given)):
+            return number
+    return None
+
+
+def _secrets(environ: Mapping[str, str]) -> list[str]:
+    named = {k: v for k, v in environ.items() if _SECRET_NAME.search(k)}
+    found = [v for k, v in named.items() if len(v) >= _SHORTEST and not _NAMES_A_PLACE.search(k)]
+    return sorted(found, key=len, reverse=True)  # one may hold another
+
+
+def write_failure(directory: Path, report: Mapping[str, Any]) -> Path | None:
+    """Write `<time>-rank-N.json`, whole or not at all; returns where it lies.
+
+    Where there is no room for it that is said, and no more: it is the failure itself that ends
+    the process.
+    """
+    try:
+        return _written(directory, report)
+    except OSError as error:
+        print(
+            f"WARNING: the report of a failure is lost: {told_of(directory, error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
+def _written(directory: Path, report: Mapping[str, Any]) -> Path:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    path = directory / f"{stamp}-rank-{report['rank']}.json"
+    if path.exists():
+        path = path.with_stem(f"{path.stem}-{secrets.token_hex(2)}")
+    replace_unsynced(path, json.dumps(redacted(dict(report)), indent=1) + "\n")
+    return path
+
+
+def read_failures(directory: Path) -> Iterator[dict[str, Any]]:
+    """Every report in the directory, the earliest first; what cannot be read is none."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            report = read_json(path, at_most=LARGEST_REPORT_BYTES)
+        except (OSError, ValueError):
+            continue
+        if isinstance(report, dict):
+            yield report

@@ -1,0 +1,193 @@
+"""receipt.jsonl on disk: digests of each step's rows, and of the weights at checkpoints.
+
+No torch.  A line holds the rows of an interval, a digest for each of its steps, or the SHA-256 of a
+checkpoint's tensor files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from service.basics.atomic_files import Appended, replace_file, sync_directory, told_when_unwritten
+from service.basics.errors import WillFailAgain
+from service.runs.line_file import Block, blocks_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LARGEST_STEP = 2**53
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+
+
+def read_receipt(path: Path) -> dict[int, str]:
+    """The digest of every step (counted from 1) in a receipt; a torn last line is left out."""
+    digests: dict[int, str] = {}
+    for line in _lines(path):
+        if "rows" in line:
+            digests |= zip(range(line["from"], line["to"] + 1), line["rows"], strict=True)
+    return digests
+
+
+def read_digests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The steps of a receipt [S], counted from 1, rising, and the digest of each."""
+    import numpy as np
+
+    steps, digests = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for block in _blocks(path):
+        try:
+            some = _digests_of(block.values)
+        except (TypeError, KeyError, ValueError, OverflowError):
+            some = _digests_of(_checked(block, path))
+        steps.append(some[0])
+        digests.append(some[1])
+    all_steps, all_digests = np.concatenate(steps), np.concatenate(digests)
+    if np.all(np.diff(all_steps) > 0):
+        return all_steps, all_digests
+    last = dict(zip(all_steps.tolist(), range(len(all_steps)), strict=True))
+    order = np.array([last[step] for step in sorted(last)], np.int64)
+    return all_steps[order], all_digests[order]
+
+
+def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The same of some lines.
+
+    Raises:
+        TypeError, KeyError, ValueError, OverflowError: one of them is none.
+    """
+    import numpy as np
+
+    if not all(type(line) is dict for line in lines):
+        raise TypeError("a line is an object")
+    of_rows = [line for line in lines if "weights" not in line]
+    if len(of_rows) < len(lines):
+        _require(all(map(_is_line, (line for line in lines if "weights" in line))))
+    rows = [line["rows"] for line in of_rows]
+    _require(all(type(some) is list for some in rows))
+    counts = np.frombuffer(array("q", map(len, rows)), np.int64)
+    first = np.frombuffer(array("q", [line["from"] for line in of_rows]), np.int64)
+    last = np.frombuffer(array("q", [line["to"] for line in of_rows]), np.int64)
+    _require(bool(np.all((first >= 0) & (last < LARGEST_STEP) & (last - first + 1 == counts))))
+    every = list(chain.from_iterable(rows))
+    _require(set(map(len, every)) <= {16})
+    digests = np.frombuffer(bytes.fromhex("".join(every)), ">u8").astype(np.uint64)
+    _require(len(digests) == len(every))
+    before = np.cumsum(counts) - counts
+    return np.repeat(first - before, counts) + np.arange(len(digests)), digests
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError("a line is not of a receipt")
+
+
+def read_weights(path: Path) -> dict[int, dict[str, str]]:
+    """SHA-256 of the tensor files of each checkpoint that was ever saved, by step."""
+    return {line["step"]: line["weights"] for line in _lines(path) if "weights" in line}
+
+
+class ReceiptFile:
+    """A receipt that is added to, line by line, each of them written at once."""
+
+    def __init__(self, path: Path, *, step: int, say: Callable[[str], None] = print) -> None:
+        """Forget what was written for steps after `step`: they are about to be taken again.
+
+        `say` tells a person where lines wait for a disk that is full.
+
+        Raises:
+            EvenstepError: it cannot be written.
+        """
+        with told_when_unwritten(path):
+            _keep_up_to(path, step)
+            self._file = Appended(path, say=say)
+        self._path = path
+
+    def add_rows(self, steps: range, digests: Sequence[int]) -> None:
+        """Add the digests of `steps`, counted from 0."""
+        rows = [f"{digest & 0xFFFFFFFFFFFFFFFF:016x}" for digest in digests]
+        self._add({"from": steps.start + 1, "to": steps.stop, "rows": rows})
+
+    def add_weights(self, step: int, files: Mapping[str, str]) -> None:
+        """Add the SHA-256 of a checkpoint's tensor files; from any thread."""
+        self._add({"step": step, "weights": dict(files)})
+
+    def sync(self) -> None:
+        """Put what was added on disk."""
+        self._file.sync()
+        sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        """Nothing is added afterwards."""
+        self._file.close()
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        self._file.add((json.dumps(line) + "\n").encode())
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
+    # On disk before it takes the old one's place: what a checkpoint rests on must not be lost.
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _begins(line: Mapping[str, Any]) -> int:
+    return int(line["from"] if "rows" in line else line["step"])
+
+
+def _cut(line: dict[str, Any], step: int) -> dict[str, Any]:
+    """The part of an interval up to `step`, which may lie within it."""
+    if "rows" not in line:
+        return line
+    last = min(line["to"], step)
+    return line | {"to": last, "rows": line["rows"][: last - line["from"] + 1]}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every line, without a torn last one.
+
+    Raises:
+        WillFailAgain: one before it is none.
+    """
+    for block in _blocks(path):
+        yield from _checked(block, path)
+
+
+def _blocks(path: Path) -> Iterator[Block]:
+    return (block for block in blocks_of(path) if not block.is_torn) if path.exists() else iter(())
+
+
+def _checked(block: Block, path: Path) -> list[dict[str, Any]]:
+    for number, value in enumerate(block.values):
+        if not _is_line(value):
+            raise WillFailAgain(
+                f"{path}:{block.first + number}: this line is not of a receipt: "
+                f"{block.lines[number][:60]!r}. Remove the line, or start the run anew with "
+                "--fresh."
+            )
+    return block.values
+
+
+def _is_line(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if "weights" in value:
+        weights = value["weights"]
+        names = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+        return names and _is_step(value.get("step"))
+    first, last, rows = (value.get(key) for key in ("from", "to", "rows"))
+    if not (_is_step(first) and _is_step(last) and isinstance(rows, list)):
+        return False
+    are_digests = all(isinstance(row, str) and _DIGEST.fullmatch(row) for row in rows)
+    return are_digests and len(rows) == last - first + 1
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < LARGEST_STEP

@@ -1,0 +1,122 @@
+"""Whether two runs took the same steps: by their rows, their losses, or to the bit.  No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.basics.atomic_files import told_when_unread
+from service.basics.errors import SpecError
+from service.runs.directory import RunDirectory
+from service.runs.metrics_file import read_curves
+from service.runs.receipt_file import read_digests, read_weights
+from service.runs.tracking import tells_of_speed
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The outcome, and what there is to say about it."""
+
+    equal: bool
+    lines: list[str]
+
+
+def compare(a: RunDirectory, b: RunDirectory, *, level: str, tolerance: float) -> Compared:
+    """Compare two runs, as far as both have come.
+
+    Args:
+        level: `rows`, the rows that every step consumed; `losses`, these and every loss within
+            `tolerance`, relative or absolute; `bits`, every measured value exactly, and the
+            weights too.
+    Raises:
+        SpecError: one of them is no run, or they have no step in common.
+    """
+    for run in (a, b):
+        run.read_facts()
+    with told_when_unread(a.path):
+        checks = [_rows(a, b)]
+        if level != "rows":
+            checks.append(_values(a, b, tolerance=tolerance if level == "losses" else None))
+        if level == "bits":
+            checks.append(_weights(a, b))
+    return Compared(all(check.equal for check in checks), [c for x in checks for c in x.lines])
+
+
+def _rows(a: RunDirectory, b: RunDirectory) -> Compared:
+    (a_steps, first), (b_steps, second) = read_digests(a.receipt), read_digests(b.receipt)
+    common, in_a, in_b = _common(a_steps, b_steps)
+    if not len(common):
+        raise SpecError(f"{a.path} and {b.path} have no step in common to compare.")
+    other = first[in_a] != second[in_b]
+    if other.any():
+        step = int(common[other.argmax()])
+        return Compared(False, [f"rows: step {step} is the first that consumed other rows"])
+    return Compared(True, [f"rows: the same in {_told(common)}"])
+
+
+def _values(a: RunDirectory, b: RunDirectory, *, tolerance: float | None) -> Compared:
+    """Every loss within `tolerance`, or every measured value exactly where it is None."""
+
+    def wanted(key: str) -> bool:
+        return not tells_of_speed(key) and (tolerance is None or key.endswith("/loss"))
+
+    first, second = (read_curves(run.metrics, wanted) for run in (a, b))
+    worst, differing = 0.0, []
+    for key in sorted(first.of.keys() & second.of.keys()):
+        (a_steps, x), (b_steps, y) = first.of[key], second.of[key]
+        common, in_a, in_b = _common(a_steps, b_steps)
+        x, y = x[in_a], y[in_b]
+        alike, gaps = _alike(x, y, tolerance or 0.0)
+        if not alike.all():
+            at = int(alike.argmin())
+            told = f"{key}: step {int(common[at])} is the first that differs"
+            differing.append((common[at], f"{told}: {float(x[at])!r} and {float(y[at])!r}"))
+        worst = max(worst, float(np.max(gaps, where=np.isfinite(gaps), initial=0.0)))
+    if differing:
+        return Compared(False, [min(differing)[1]])
+    common, _, _ = _common(first.steps, second.steps)
+    if not len(common):
+        return Compared(True, ["values: no step was logged by both"])
+    what = "values" if tolerance is None else "losses"
+    return Compared(True, [f"{what}: the same in {_told(common)}, largest difference {worst:.3g}"])
+
+
+def _common(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The steps in both, rising, and where they stand in each."""
+    if np.array_equal(a, b) and np.all(np.diff(a) > 0):
+        everywhere = np.arange(len(a))
+        return a, everywhere, everywhere
+    return np.intersect1d(a, b, return_indices=True)
+
+
+def _alike(
+    x: NDArray[np.float64], y: NDArray[np.float64], tolerance: float
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Where they are alike, as `math.isclose` has it and NaN like NaN; and how far apart [N]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.abs(x - y)
+        near = gaps <= tolerance * np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
+    return (x == y) | (near & np.isfinite(gaps)) | (np.isnan(x) & np.isnan(y)), gaps
+
+
+def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
+    """What the receipts say of every checkpoint there was, kept or removed since."""
+    first, second = read_weights(a.receipt), read_weights(b.receipt)
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        return Compared(False, ["weights: no checkpoint of the same step to compare"])
+    for step in common:
+        for file in first[step]:
+            if first[step][file] != second[step].get(file):
+                return Compared(False, [f"weights: {file} differs at step {step}"])
+    return Compared(True, [f"weights: the same bits at {_told(common)}"])
+
+
+def _told(steps: Sequence[Any] | NDArray[Any]) -> str:
+    if len(steps) == 1:
+        return f"step {int(steps[0])}"
+    return f"{len(steps):,} steps from {int(steps[0]):,} to {int(steps[-1]):,}"

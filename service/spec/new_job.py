@@ -1,0 +1,33 @@
+"""A directory to begin a job of one's own in: a task, a spec, and the schema for an editor."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from service.basics.errors import SpecError
+from service.spec.files import spec_schema
+
+TASK, SPEC, SCHEMA = "my_task.py", "my_job.yaml", "evenstep.schema.json"
+
+
+def start(directory: Path) -> list[Path]:
+    """Write the files into `directory`, which is made; nothing that is there is replaced.
+
+    Raises:
+        SpecError: one of the files is there already, or the directory cannot be written.
+    """
+    shipped = resources.files("service.spec.starter")
+    texts = {name: shipped.joinpath(name).read_text(encoding="utf-8") for name in (TASK, SPEC)}
+    texts[SCHEMA] = json.dumps(spec_schema(), indent=1) + "\n"
+    there = [name for name in texts if (directory / name).exists()]
+    if there:
+        raise SpecError(f"{directory} holds {', '.join(there)} already. Choose another directory.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{directory} cannot be written: {error.strerror}.") from error
+    return [directory / name for name in texts]

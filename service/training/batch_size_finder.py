@@ -1,0 +1,198 @@
+"""What a spec leaves to the machine: `batch.micro_batch: auto` and `loader.workers: auto`.
+
+The micro-batch is part of the experiment: dropout is keyed by its number, and BatchNorm may take
+its statistics from it. So it is found before the first step, agreed by all processes, kept in the
+run's own spec, and taken from there ever after, at whatever number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from service.basics import randomness
+from service.basics.errors import EvenstepError, OutOfMemory, is_out_of_memory
+from service.basics.limits import memory_each, workers_each
+from service.checkpoints.snapshots import expected_bytes
+from service.data.loading import resident_bytes, sample
+from service.data.task import Task, new_model
+from service.distributed.batchnorm import prepare
+from service.distributed.devices import forget_peak, peak_bytes
+from service.distributed.world import World
+from service.optimization.optimizers import make_optimizer, parameter_groups
+from service.plan.plan import Plan, largest_micro_batch, make_plan
+from service.runs.directory import RunDirectory
+from service.spec.files import load_spec
+from service.spec.models import Spec
+from service.training.dry_run import Trial
+
+_USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
+
+
+def settled(
+    spec: Spec,
+    *,
+    task: Task,
+    world: World,
+    runs: Path,
+    fresh: bool,
+    processes_here: int,
+    say: Callable[[str], None],
+) -> Spec:
+    """The spec with a number wherever it says `auto`; every process calls it.
+
+    Args:
+        processes_here: processes of the job on this machine, which share its cores and memory.
+        say: tells a person what was found.
+    Raises:
+        OutOfMemory: not even a micro-batch of one row fits.
+        SpecError: the task does not do what it promises, or the run cannot be read.
+    """
+    if spec.loader.workers == "auto":
+        spec = with_workers(spec, world.from_lead(workers_each(processes_here)))
+    if spec.batch.micro_batch != "auto":
+        return spec
+    begun: Spec | None = None
+    failed: EvenstepError | None = None
+    if world.is_lead and not fresh:
+        try:
+            begun = _begun(RunDirectory(runs / spec.name))
+        except EvenstepError as error:
+            failed = error
+    world.fail_together(failed)
+    taken_up = world.from_lead([begun.batch.micro_batch] if begun is not None else [])
+    if taken_up:
+        return with_micro_batch(spec, taken_up[0])
+    memory = memory_each(processes_here)
+    rows = fitting_rows(
+        spec, task=task, world=world, processes=world.processes, memory_bytes=memory
+    )
+    if world.is_lead:
+        say(f"batch.micro_batch: auto comes to {rows} rows, for all of this run.")
+    return with_micro_batch(spec, rows)
+
+
+def with_micro_batch(spec: Spec, rows: int | str | None) -> Spec:
+    """The same spec with micro-batches of so many rows."""
+    return spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_batch": rows})})
+
+
+def with_workers(spec: Spec, workers: int) -> Spec:
+    """The same spec with so many loader workers where it leaves their number open."""
+    if spec.loader.workers != "auto":
+        return spec
+    return spec.model_copy(update={"loader": spec.loader.model_copy(update={"workers": workers})})
+
+
+def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory_bytes: int) -> int:
+    """Rows of the largest micro-batch that fits in every process, in equal parts of the batch.
+
+    Args:
+        processes: how many the run is meant for; each gets one micro-batch a step at least.
+        memory_bytes: main memory that this process may take.
+    """
+    plan = make_plan(
+        spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
+    )
+    if world.device.type != "cpu":
+        world.sum(torch.zeros(1, device=world.device))  # now the backend takes its own memory
+    failed: EvenstepError | None = None
+    found = 0
+    try:
+        found = _largest(plan, task=task, world=world, memory_bytes=memory_bytes)
+    except EvenstepError as error:
+        failed = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = OutOfMemory(f"Out of memory with the model alone: {str(error).splitlines()[0]}")
+    world.fail_together(failed)
+    [fewest] = world.highest([-found])
+    return _in_equal_parts(plan.global_batch, -fewest, processes)
+
+
+def _begun(directory: RunDirectory) -> Spec | None:
+    """The spec that the run was begun with, where it was begun."""
+    there = directory.facts.exists() and directory.spec.exists()
+    return load_spec(directory.spec) if there else None
+
+
+def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:
+    """Rows of a micro-batch of at most `most`, so that no process has more of them or larger ones.
+
+    96 rows of which 40 fit, on 2 processes: 4 micro-batches of 24, and not 40, 40 and 16.
+    """
+    rounds = math.ceil(math.ceil(global_batch / most) / processes)
+    return math.ceil(global_batch / min(rounds * processes, global_batch))
+
+
+def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
+    """The largest number of rows, doubled from 1 on, of which a pass fits in this process."""
+    most = largest_micro_batch(plan.global_batch, plan.processes)
+    torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
+    model = new_model(task).to(world.device)
+    held = _held_besides(model, plan, processes=world.processes)
+    on_cpu = world.device.type == "cpu"
+    room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
+    reserved = None
+    if not on_cpu:
+        # On a device it is taken away, so that a pass fails here where it would fail in training.
+        held += resident_bytes((task.train_data(), task.test_data()), task, world.device)
+        reserved = torch.empty(held, dtype=torch.uint8, device=world.device)
+    before, found = peak_bytes(world.device), 0
+    for rows in _doubled(most):
+        took = peak_bytes(world.device) - before
+        if on_cpu and found and took * rows / found > room:
+            break  # the kernel would end a process that takes more
+        if not _fits(rows, model, plan, task=task, world=world):
+            break
+        found = rows
+    del reserved, model
+    forget_peak(world.device)
+    if not found:
+        raise OutOfMemory("Out of memory with a micro-batch of one row. Take a smaller model.")
+    return found
+
+
+def _doubled(most: int) -> Iterator[int]:
+    rows = 1
+    while rows < most:
+        yield rows
+        rows *= 2
+    yield most
+
+
+def _held_besides(model: nn.Module, plan: Plan, *, processes: int) -> int:
+    """Bytes that training holds and a trial pass does not.
+
+    The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
+    more: while DDP lays them out anew, the old ones are there too.
+    """
+    spec = plan.spec
+    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    averaged = spec.model.moving_average is not None
+    weights = sum(p.nbytes for p in model.parameters())
+    buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad) if processes > 1 else 0
+    size = expected_bytes(model, optimizer, averaged=averaged)
+    # Of an optimizer that cannot tell before its first step: as much as Adam's.
+    return buckets + (2 * weights if size is None else max(0, size - weights))
+
+
+def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) -> bool:
+    alone = replace(plan, global_batch=rows, micro_batch=rows)
+    try:
+        batch = sample(task.train_data(), task=task, plan=alone, world=world)
+        normalization = prepare(model, "micro", world)
+        trial = Trial(batch, task=task, world=world, normalization=normalization)
+        trial.unreached_parameters(model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        model.zero_grad(set_to_none=True)
+        return False
+    return True

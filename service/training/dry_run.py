@@ -1,0 +1,163 @@
+"""One throw-away forward and backward pass before the first step, for what it brings to light.
+
+It finds a task that does not do what it promises, and the parameters no loss reaches.  Afterwards
+it lets DistributedDataParallel lay out its buckets: that happens after its first backward, so
+without it a resumed run would add up its first step in another order than the undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.basics.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
+from service.data.batches import Batch
+from service.data.shapes import require_loss_shape, require_measured_shape
+from service.data.task import Task
+from service.distributed.batchnorm import Normalization
+from service.distributed.devices import synchronize
+from service.distributed.generators import Seeded, noticing_draws
+from service.distributed.world import World
+from service.optimization.buffers import BufferValues, Moving
+from service.optimization.flops import FlopCount
+from service.optimization.precision import computed
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What a forward and a backward pass brought to light."""
+
+    unreached: list[str]
+    """Names of the trainable parameters that the loss does not depend on."""
+    flops_a_row: float | None
+    """What training on a row takes, or None where no operation of it can be counted."""
+    drawn: Sequence[Seeded]
+    """Global generators besides torch's that the model draws from."""
+    moving: Moving
+    """Buffers besides BatchNorm's that the pass has changed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a throw-away pass is made with."""
+
+    batch: Batch
+    task: Task
+    world: World
+    normalization: Normalization
+    two_rows: Batch | None = None
+    """For a batch of one row: of one row a shape that was broadcast is that of one that was not."""
+
+    def unreached_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the trainable parameters that the loss does not depend on.
+
+        Raises:
+            SpecError: the model, the loss or a measure fails or gives another shape than it should.
+        """
+        return self.first(model).unreached
+
+    def first(self, model: nn.Module) -> FirstPass:
+        """What the first pass brings to light.
+
+        Raises:
+            SpecError: as above.
+        """
+        with self._undone(model) as before, noticing_draws() as drawn:
+            flops = self._counted(model)
+            if flops is None:  # a model that does not bear the counting is tried without it
+                model.zero_grad(set_to_none=True)
+                self._checked(model)
+            self._shaped(model)
+            missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            moving = before.moved()
+        return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn, moving)
+
+    def _counted(self, model: nn.Module) -> int | None:
+        """The operations of a pass, or None where it failed: by its own fault or the counting's."""
+        try:
+            with FlopCount() as count:  # type: ignore[no-untyped-call]
+                self._pass(model, checked=True)
+        except EvenstepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        return int(count.total)
+
+    def _checked(self, model: nn.Module) -> None:
+        rows = len(self.batch.rows)
+        with told_as_mistake(f"task: one forward and backward pass over {rows} rows failed"):
+            self._pass(model, checked=True)
+
+    def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
+        """Have the model compiled, as it is called in training.
+
+        Raises:
+            SpecError: it cannot be.
+        """
+        said = told_as_mistake("model.compile: torch cannot compile this model here")
+        with self._undone(bare), said:
+            self._pass(wrapped)
+
+    def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
+        """Bring gradient exchange into the order that it keeps for the rest of the run."""
+        if self.world.processes == 1:
+            return
+        with self._undone(bare):
+            self._pass(wrapped)  # its backward shows DDP the order in which gradients come
+            self._pass(wrapped)  # and this one begins by laying the buckets out in that order
+
+    def _pass(self, model: nn.Module, *, checked: bool = False) -> None:
+        outputs = computed(model, self.batch.inputs, self.world)
+        if checked:
+            losses = self._losses(outputs, self.batch)
+        else:
+            losses = self.task.loss(outputs, self.batch.targets)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        if checked:  # a device tells of an index out of range when it is waited for
+            try:
+                synchronize(self.world.device)
+            except RuntimeError as error:
+                if "device-side assert" not in str(error):
+                    raise
+                raise SpecError(_asserted(self.batch, error)) from error
+
+    def _losses(self, outputs: Any, batch: Batch) -> Tensor:
+        losses = self.task.loss(outputs, batch.targets)
+        require_loss_shape(losses, batch)
+        measured = self.task.measure(outputs, batch.targets)
+        require_measured_shape(measured, losses, self.task.measures)
+        return losses
+
+    @torch.no_grad()
+    def _shaped(self, model: nn.Module) -> None:
+        """Look at the shapes alone, where the rows of the batch do not show them."""
+        if self.two_rows is None:
+            return
+        with told_as_mistake("task: a forward pass over 2 rows failed"):
+            self._losses(computed(model, self.two_rows.inputs, self.world), self.two_rows)
+
+    @contextmanager
+    def _undone(self, model: nn.Module) -> Iterator[BufferValues]:
+        before = BufferValues(model)
+        model.train()
+        yield before
+        before.give_back()
+        model.zero_grad(set_to_none=True)
+        self.normalization.forget()
+
+
+def _asserted(batch: Batch, error: RuntimeError) -> str:
+    rows = ", ".join(map(str, batch.rows[:8].tolist()))
+    return (
+        f"task: one forward and backward pass over {len(batch.rows)} rows ({rows} ...) failed on "
+        f"the device: {str(error).splitlines()[0]}. It is an index out of range: most often a "
+        "label that is no class, or a token that the embedding does not have. "
+        "EVENSTEP_DEVICE=cpu with the same command names the value."
+    )
