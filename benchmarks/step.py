@@ -34,10 +34,11 @@ from launch.rank.process_group import process_group
 from service.data.batches import Step
 from service.data.task import load_task
 from service.distributed.world import World
+from service.evaluation import test_loop
 from service.health.stop_request import StopRequest
 from service.plan.plan import Plan, make_plan
 from service.spec.files import load_spec
-from service.training import loops, worker
+from service.training import after_step, worker
 
 BATCH = 32
 COUNTED = 400  # steps
@@ -156,8 +157,8 @@ def tested(world: World, *, pairs: int) -> list[float]:
     data = task.test_data()
 
     def ours() -> dict[str, float]:
-        batches = loops.test_batches(data, task=task, plan=plan, world=world)
-        return loops.test(hand.model, batches, task=task, world=world, plan=plan)
+        batches = after_step.test_batches(data, task=task, plan=plan, world=world)
+        return test_loop.test(hand.model, batches, task=task, world=world, plan=plan)
 
     assert abs(ours()["test/accuracy"] - hand.tested(256)[1]) < 1e-12
     return [seconds(ours) / seconds(lambda: hand.tested(256)) for _ in range(pairs)]

@@ -20,8 +20,8 @@ from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
 from launch.rank.job import Job, TestJob
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
-from service.distributed.profiler import window_of
 from service.health.stop_request import die_with_parent, stop_on_signals
+from service.plan.plan import window_of
 from service.recipes import find_recipe, recipes
 from service.runs.directory import RunDirectory, check_run, find_run
 from service.runs.failure_reports import redacted

@@ -18,9 +18,9 @@ from service.basics.errors import DataBroken
 from service.data.loading import test_batches as batches_of
 from service.data.task import supervised
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
+from service.evaluation.test_loop import test as run_test
 from service.plan.plan import make_plan
 from service.spec.files import load_spec
-from service.training.loops import test as run_test
 
 ROWS = 517
 

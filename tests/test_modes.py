@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from service.data.loading import test_batches as batches_of
 from service.distributed.batchnorm import prepare
 from service.distributed.world import World
+from service.evaluation.test_loop import test as run_test
 from service.optimization.precision import computed
 from service.plan.plan import make_plan
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
-from service.training.loops import test as run_test
 
 CASES = [
     (precision, compiled)

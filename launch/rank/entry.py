@@ -98,6 +98,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) 
             train_rows=task.train_rows,
             test_rows=task.test_rows,
             stop_at=job.stop_at,
+            profile=job.profile,
         )
         try:
             run(
@@ -108,7 +109,6 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) 
                 stop=stop,
                 fresh=job.fresh,
                 pulse=here.pulse,
-                profile=job.profile,
                 graces=graces(spec, launcher=job.grace),
             )
         except (RuntimeError, MemoryError) as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from launch.environment import Group
 from service.basics.errors import SpecError
-from service.distributed.profiler import Window
 from service.health.stop_budget import Grace
+from service.plan.plan import Window
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec

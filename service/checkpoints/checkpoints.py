@@ -130,16 +130,14 @@ class Checkpoints:
         spec: CheckpointSpec,
         facts: Mapping[str, Any],
         say: Callable[[str], None],
-        rename: Mapping[str, str] | None = None,
         pulse: Pulse | None = None,
         stopping: Stopping | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
-        `pulse` is told that a save gets on, and how long it took, as is `stopping`.  `rename`
-        gives the new names of parameters and modules that are saved under old ones.  A state of
-        few parts is written by the lead alone.
+        `pulse` is told that a save gets on, and how long it took, as is `stopping`.  A state
+        of few parts is written by the lead alone.
         """
         self._directory = directory
         self._world = world
@@ -148,7 +146,7 @@ class Checkpoints:
         self._spec = spec
         self._facts = dict(facts)
         self._say = say
-        self._rename = rename or {}
+        self._rename = spec.rename
         self._pulse = pulse or Pulse()
         self._stopping = stopping or Stopping((), say=say)
         self._trainer = threading.get_ident()

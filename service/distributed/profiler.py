@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.basics.atomic_files import make_directory, replace_unsynced, told_of
-from service.basics.errors import SpecError
 from service.health.heartbeat import ORDER, WORDS, Pulse
 from service.health.throughput import Clock
+from service.plan.plan import Window
 
 if TYPE_CHECKING:
     import torch
@@ -22,31 +21,6 @@ T = TypeVar("T")
 _OPERATORS_SHOWN = 15
 _LONGEST_NAME = 44
 _BACKWARD = "autograd::engine::evaluate_function: "
-
-
-class Window(NamedTuple):
-    """The steps to be traced, counted from 1 as the record counts them."""
-
-    first: int
-    steps: int
-
-    @property
-    def last(self) -> int:
-        return self.first + self.steps - 1
-
-
-def window_of(text: str) -> Window:
-    """`20:5` as the steps 20 to 24.
-
-    Raises:
-        SpecError: it is something else.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if found is None or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
-        raise SpecError(
-            f"--profile: must be START:STEPS, such as 20:5 for the steps 20 to 24, but is {text!r}."
-        )
-    return Window(int(found[1]), int(found[2]))
 
 
 class Profile:

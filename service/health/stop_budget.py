@@ -67,6 +67,11 @@ class Stopping:
         self._say = say
         self._said: set[Grace] = set()
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether somebody gives a stop only so long."""
+        return bool(self.graces)
+
     def learned(self, save_seconds: float, how: str) -> None:
         """Take in how long a save takes."""
         for grace in self.graces:

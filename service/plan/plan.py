@@ -6,8 +6,10 @@ Pure and without torch: `evenstep plan` shows it on any machine.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 from service.basics.errors import SpecError
 from service.plan.samplers import halved_share, share_of
@@ -15,6 +17,31 @@ from service.plan.schedules import Length, Multiplier, multiplier
 from service.spec.models import CheckpointSpec, Spec, TestSpec
 
 DEFAULT_MICRO_BATCH = 32
+
+
+class Window(NamedTuple):
+    """The steps to be traced, counted from 1 as the record counts them."""
+
+    first: int
+    steps: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.steps - 1
+
+
+def window_of(text: str) -> Window:
+    """`20:5` as the steps 20 to 24.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
+        raise SpecError(
+            f"--profile: must be START:STEPS, such as 20:5 for the steps 20 to 24, but is {text!r}."
+        )
+    return Window(int(found[1]), int(found[2]))
 
 
 @dataclass(frozen=True)
@@ -38,6 +65,8 @@ class Plan:
     save_every: Fraction | None
     stop_at: int | None = None
     """Stop after this step with a checkpoint, as if asked to."""
+    profile: Window | None = None
+    """The steps to trace."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
     """Learning-rate multiplier of the update that follows `step` finished ones."""
 
@@ -121,6 +150,7 @@ def make_plan(
     train_rows: int | None,
     test_rows: int,
     stop_at: int | None = None,
+    profile: Window | None = None,
 ) -> Plan:
     """The plan of a run.
 
@@ -150,6 +180,8 @@ def make_plan(
     steps = spec.length.steps or math.ceil(
         _as_steps(spec.length.epochs or 0, _known(train_rows, "length.epochs"), global_batch)
     )
+    if profile is not None and profile.first > steps:
+        raise SpecError(f"--profile: the run ends after step {steps}, before step {profile.first}.")
     per_epoch = None if train_rows is None else Fraction(train_rows, global_batch)
     length = Length(steps, per_epoch)
     return Plan(
@@ -164,6 +196,7 @@ def make_plan(
         test_every=_interval(spec.test, train_rows, global_batch),
         save_every=_interval(spec.checkpoint, train_rows, global_batch),
         stop_at=stop_at,
+        profile=profile,
         rate=multiplier(spec.schedule, length),
     )
 

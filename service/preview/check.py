@@ -24,6 +24,7 @@ from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import Overlapped
 from service.distributed.world import World
+from service.evaluation.test_loop import test
 from service.observability.other_writers import require_packages
 from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
 from service.optimization.learning_rates import make_schedule
@@ -33,7 +34,7 @@ from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
 from service.training.dry_run import Trial
-from service.training.loops import summed_loss, test
+from service.training.train_step import summed_loss
 
 T = TypeVar("T")
 

@@ -1,0 +1,112 @@
+"""What happens after a step, as the plan has it: test, log, save, and whether to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.checkpoints.checkpoints import Checkpoints
+from service.data.loading import test_batches
+from service.data.task import Data, Task
+from service.distributed.agreed_stop import GivenUp, StopPoll
+from service.distributed.stragglers import Vitals
+from service.distributed.world import World
+from service.evaluation.test_loop import test
+from service.health.heartbeat import Pulse
+from service.health.stop_request import StopRequest
+from service.health.throughput import Clock
+from service.optimization.compilation import compiled_graphs
+from service.optimization.train_state import TrainState
+from service.optimization.updates import Updates
+from service.plan.plan import Plan
+from service.runs.tracking import Tracker
+from service.training.receipts import Receipt
+
+
+@dataclass(frozen=True)
+class AfterStep:
+    """What the plan is carried out with between two steps."""
+
+    task: Task
+    world: World
+    plan: Plan
+    test_data: Data
+    updates: Updates
+    tracker: Tracker
+    receipt: Receipt
+    checkpoints: Checkpoints
+    stop: StopRequest
+    poll: StopPoll
+    pulse: Pulse
+    clock: Clock
+    vitals: Vitals
+
+    def next_due(self, step: int) -> int:
+        """The first step after `step` that is followed by anything but the next one."""
+        return min(self.plan.next_due(step), self.poll.next_step)
+
+    def measured(self, state: TrainState) -> dict[str, float]:
+        """What is logged of training after this step; nothing where the plan logs nothing."""
+        if not self.plan.logs_at(state.step):
+            return {}
+        self.pulse.enter("log", state.step)
+        values = self.updates.look(self.vitals)
+        values |= state.schedule.used()
+        values |= self.clock.reading(rows_per_step=self.plan.global_batch)
+        values |= self.checkpoints.timings()
+        if self.plan.spec.model.compile:
+            values["train/compiled_graphs"] = compiled_graphs()
+        return values
+
+    def conclude(self, state: TrainState, values: dict[str, float]) -> bool:
+        """Test, log and save where these are due after this step; whether to stop here.
+
+        Args:
+            values: what training measured; what the test measures is added.
+        """
+        state.untested = None
+        if self.plan.tests_at(state.step):
+            self._test(state, values)
+        self.pulse.enter("agree", state.step)
+        stopping = state.untested is not None or self.poll.agreed(state.step, self._wanted())
+        stopping |= self.plan.stops_at(state.step)
+        best = state.improves(values, self.plan.spec.checkpoint.best)
+        state.learn(values)
+        stopping |= state.ended_early
+        saving = self.plan.saves_at(state.step) or best or stopping
+        self._record(state, values, saving=saving)
+        if saving:
+            self._save(state)
+        if self.plan.tests_at(state.step) or saving:
+            self.clock.restart()
+        return stopping
+
+    def _wanted(self) -> bool:
+        return self.stop.requested or self.tracker.stop_requested
+
+    def _test(self, state: TrainState, values: dict[str, float]) -> None:
+        """Add what the test measures to `values`, unless all agree to leave it before its end."""
+        self.updates.look()  # what has gone astray is neither tested nor, below, saved
+        task, world, plan = self.task, self.world, self.plan
+        batches = test_batches(self.test_data, task=task, plan=plan, world=world)
+        batches = self.pulse.during("test", batches)
+        batches = self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
+        try:
+            with state.evaluated():
+                values |= test(state.tested, batches, task=task, world=world, plan=plan)
+        except GivenUp:
+            state.untested = {name: float(value) for name, value in values.items()}
+
+    def _record(self, state: TrainState, values: dict[str, float], *, saving: bool) -> None:
+        self.pulse.enter("log")
+        if saving:
+            self.updates.look()
+        if values or saving:
+            self.receipt.write(state.step)
+        if values and state.untested is None:  # a step has one row, and half of this one is due
+            self.tracker.log(state.step, values)
+
+    def _save(self, state: TrainState) -> None:
+        self.pulse.enter("save")
+        records = (self.tracker, self.receipt)
+        self.checkpoints.save(state, records=records, seal=self.receipt.seal)
+        self.pulse.write()

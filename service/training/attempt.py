@@ -1,0 +1,258 @@
+"""One attempt at a run: its directory opened by one, its records begun, and its end entered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from service.basics.errors import EvenstepError
+from service.checkpoints.checkpoints import Checkpoints
+from service.distributed.devices import name_of
+from service.distributed.world import World
+from service.health.heartbeat import Pulse
+from service.health.stop_budget import Stopping, estimated, measured_in
+from service.observability.console import Voice, console
+from service.observability.other_writers import second_writers
+from service.observability.wandb_writer import WandB
+from service.optimization.flops import cost_of_fp32
+from service.optimization.train_state import TrainState
+from service.plan.plan import Plan
+from service.runs.directory import OpenRun, RunDirectory, open_run, versions
+from service.runs.tracking import MetricsFile, Outcome, Tracker, Writer
+from service.spec.files import fingerprint
+from service.training.receipts import Receipt
+from service.training.setup import Prepared, together
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run's directory as this process has it open."""
+
+    plan: Plan
+    world: World
+    directory: RunDirectory
+    opened: OpenRun | None
+    """The run itself, on the lead."""
+    pulse: Pulse
+    say: Voice
+
+    def begin(self, *, step: int, way: str) -> None:
+        """Enter the attempt, unless too many got no further; `way` says how rows come.
+
+        Raises:
+            NoProgress: too many did not; on every process.
+        """
+        opened = self.opened
+        most = self.plan.spec.faults.attempts_without_progress
+        if opened is not None:
+            opened.start_attempt(
+                processes=self.plan.processes,
+                device=str(self.world.device),
+                step=step,
+                started=self.pulse.started,
+                data=way,
+                most_failures=most,
+            )
+
+    def enter_done(self) -> None:
+        """Have the run known as done, which it was before this attempt."""
+        if self.opened is not None:
+            self.opened.enter_done()
+
+    def require_never_saved(self) -> None:
+        """Check, where no checkpoint was found, that none can have been lost."""
+        if self.opened is not None:
+            self.opened.require_never_saved()
+
+    def end(self, outcome: Outcome, *, step: int) -> EvenstepError | None:
+        """Enter how it ended; what kept it from being entered.
+
+        The state is saved by then, or something worse is being told: it takes nobody's place.
+        """
+        if self.opened is None:
+            return None
+        try:
+            self.opened.end_attempt(
+                outcome,
+                step=step,
+                seconds=self.pulse.seconds(),
+                longest_save_seconds=self.pulse.longest_save_seconds,
+            )
+        except EvenstepError as error:
+            what = "The run is done and saved" if outcome == "done" else f"This attempt {outcome}"
+            unentered = type(error)(
+                f"{error} {what}; the same command, run again, enters it there."
+            )
+            if outcome != "done":
+                print(f"WARNING: {unentered}", file=sys.stderr, flush=True)
+            return unentered
+        return None
+
+
+@contextmanager
+def opened_attempt(
+    runs: Path, plan: Plan, world: World, *, fresh: bool, pulse: Pulse, say: Voice
+) -> Iterator[Attempt]:
+    """The run's directory, locked for as long as this lasts; on the lead.
+
+    Raises:
+        SpecError: it holds another run, or somebody trains in it; on every process.
+    """
+    spec = plan.spec
+    opened = together(world, lambda: open_run(runs, spec, fresh=fresh) if world.is_lead else None)
+    try:
+        directory = RunDirectory(runs / spec.name)
+        together(world, lambda: pulse.settle(directory))
+        yield Attempt(plan, world, directory, opened, pulse, say)
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def make_checkpoints(attempt: Attempt, stopping: Stopping) -> Checkpoints:
+    """The checkpoints of the run; `stopping` learns how long a save takes."""
+    plan, spec = attempt.plan, attempt.plan.spec
+    return Checkpoints(
+        attempt.directory.checkpoints,
+        world=attempt.world,
+        spec=spec.checkpoint,
+        pulse=attempt.pulse,
+        facts={
+            "processes": plan.processes,
+            "train_rows": plan.train_rows,
+            "spec_sha256": fingerprint(spec),
+            "versions": versions(),
+        },
+        say=attempt.say,
+        stopping=stopping,
+    )
+
+
+def learn_save_time(attempt: Attempt, stopping: Stopping, saved_bytes: int | None) -> None:
+    """Let `stopping` know how long a save will take: as earlier ones did, or by the disk."""
+    if attempt.opened is None or not stopping.is_bounded:
+        return
+    attempts = attempt.opened.facts["attempts"]
+    takes = measured_in(attempts) or estimated(saved_bytes, attempt.directory.path)
+    if takes is not None:
+        stopping.learned(takes.save_seconds, takes.how)
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is written of a run step by step."""
+
+    receipt: Receipt
+    tracker: Tracker
+
+    def close(self, outcome: Outcome) -> None:
+        """Nothing is written afterwards."""
+        self.receipt.close()
+        self.tracker.close(outcome)
+
+
+def begin_records(attempt: Attempt, prepared: Prepared) -> Records:
+    """Enter the attempt and begin, or go on with, the receipt and the metrics.
+
+    Raises:
+        EvenstepError: one of them cannot be written; on every process.
+    """
+    world, state, directory = attempt.world, prepared.state, attempt.directory
+    together(world, lambda: attempt.begin(step=state.step, way=prepared.rows.way))
+    receipt = together(
+        world,
+        lambda: Receipt(directory.receipt, world=world, step=state.step, say=attempt.say),
+    )
+    tracker = together(world, lambda: _tracker(attempt, step=state.recorded_step))
+    return Records(receipt, tracker)
+
+
+def _tracker(attempt: Attempt, *, step: int) -> Tracker:
+    """Writers on the lead, the file of metrics first; none on the others."""
+    plan, opened, say = attempt.plan, attempt.opened, attempt.say
+    resume_step = step if step else None
+    if opened is None:
+        return Tracker(epoch_at=plan.epoch, resume_step=resume_step)
+    directory, wandb = opened.directory, plan.spec.tracking.wandb
+    config = _config(plan, opened)
+    screen = console(plan.steps, resume_step=resume_step)
+    say.speak_through(screen)
+    metrics = MetricsFile(directory.metrics, resume_step=resume_step, say=say)
+    writers: list[Writer] = [metrics, screen]
+    if wandb is not None:
+        writers.append(
+            WandB(
+                wandb,
+                run_id=opened.id,
+                name=plan.spec.name,
+                directory=directory.path,
+                config=config,
+                say=screen.say,
+                resume_step=resume_step,
+            )
+        )
+    writers += second_writers(
+        plan.spec.tracking,
+        directory=directory.path,
+        name=plan.spec.name,
+        config=config,
+        resume_step=resume_step,
+        say=screen.say,
+    )
+    return Tracker(writers, epoch_at=plan.epoch, resume_step=resume_step)
+
+
+def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
+    """What trackers show as the configuration: the spec as resolved, and what it ran on."""
+    return {
+        **plan.spec.model_dump(mode="json"),
+        "spec_sha256": fingerprint(plan.spec),
+        "processes": plan.processes,
+        "versions": opened.facts["versions"],
+        "git": opened.facts["git"],
+    }
+
+
+def opening(
+    attempt: Attempt, model: nn.Module, unreached: Sequence[str], resumed_at: int | None
+) -> str:
+    """What a person wants to know before the first step."""
+    plan, world = attempt.plan, attempt.world
+    parameters = sum(p.numel() for p in model.parameters())
+    many = "process" if world.processes == 1 else "processes"
+    lines = [
+        f"{plan.spec.name}: {world.processes} {many} on {world.device.type} | "
+        f"{parameters:,} parameters | {_rows(plan)} training and {plan.test_rows:,} test rows"
+        f" | {plan.steps:,} steps of {plan.global_batch} rows in micro-batches of "
+        f"{plan.micro_batch} | {attempt.directory.path}"
+    ]
+    given_up = cost_of_fp32(name_of(world.device)) if plan.spec.model.precision == "fp32" else None
+    if given_up is not None:
+        lines.append(given_up)
+    if unreached:
+        lines.append(f"The loss does not depend on {', '.join(unreached[:8])}: never trained.")
+    if resumed_at is not None:
+        lines.append(f"Resuming after step {resumed_at} (epoch {plan.epoch(resumed_at):.2f}).")
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> str:
+    return "a stream of" if plan.train_rows is None else f"{plan.train_rows:,}"
+
+
+def closing(state: TrainState, last: dict[str, float], directory: RunDirectory) -> str:
+    """What came out, and where it lies."""
+    tested = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.startswith("test/"))
+    line = f"Done after step {state.step:,}: {tested or 'no test'}."
+    if state.best is not None:
+        line += f" Best {state.best.measure} {state.best.value:.4g} at step {state.best.step:,}."
+    if state.early_stopping is not None and state.ended_early:
+        waited = state.early_stopping
+        line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
+    return f"{line} All of it is in {directory.path}"

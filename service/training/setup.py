@@ -1,0 +1,310 @@
+"""What a run trains, built part by part in the order that its random numbers have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from service.basics import randomness
+from service.basics.errors import EvenstepError
+from service.checkpoints.snapshots import expected_bytes
+from service.data.batches import Batch
+from service.data.loading import brought_into_memory, sample, way_of_rows
+from service.data.streams import Stream, is_stream
+from service.data.task import Data, Task, new_model
+from service.distributed.batchnorm import Normalization, prepare
+from service.distributed.generators import seed_generators
+from service.distributed.gradient_sync import Exchange, Ordered, Overlapped
+from service.distributed.stragglers import Stopwatch, Vitals
+from service.distributed.world import World
+from service.health.heartbeat import Pulse
+from service.health.throughput import Clock
+from service.optimization.buffers import Buffers, buffers_of, kept_equal
+from service.optimization.compilation import compile_in_place, spare_compiler
+from service.optimization.flops import peak_flops
+from service.optimization.learning_rates import Schedule, make_schedule
+from service.optimization.moving_average import MovingAverage
+from service.optimization.optimizers import (
+    Frozen,
+    frozen_for_now,
+    make_optimizer,
+    parameter_groups,
+    require_its_loss,
+    require_sparse_can_travel,
+)
+from service.optimization.precision import LossScaler
+from service.optimization.train_state import TrainState
+from service.optimization.updates import Updates
+from service.plan.early_stopping import Patience
+from service.plan.plan import Plan
+from service.spec.models import Spec
+from service.training.dry_run import FirstPass, Trial
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The data of a run."""
+
+    train: Data
+    test: Data
+    way: str
+    """How the training rows come to the device, in words."""
+
+
+def bring_rows(plan: Plan, task: Task, world: World) -> Rows:
+    """The training and the test data, in memory where the spec has them there.
+
+    Raises:
+        SpecError: the task does not give them; on every process.
+    """
+    spec = plan.spec
+    both = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
+    way = way_of_rows(both[0], task=task, spec=spec.loader)
+    train, test = together(
+        world,
+        lambda: [brought_into_memory(data, task=task, plan=plan, world=world) for data in both],
+    )
+    return Rows(train, test, way)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model on its device, its weights drawn from the seed."""
+
+    module: nn.Module
+    normalization: Normalization
+    """Keeps its BatchNorm layers equal on all processes."""
+
+
+def build_model(plan: Plan, task: Task, world: World) -> Model:
+    """The task's model, with the same weights on every process.
+
+    Raises:
+        SpecError: the task does not give one, or it cannot be trained as the spec has it.
+    """
+    spec = plan.spec
+    key = randomness.key(randomness.WEIGHTS, spec.seed)
+    seed_generators(key)
+    torch.manual_seed(key)  # those of the devices too
+    module = new_model(task).to(world.device)
+    bitwise = spec.exactness == "bitwise"
+    normalization = prepare(module, spec.model.batchnorm, world, exchanged=bitwise)
+    if spec.model.channels_last:
+        nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
+        module.to(**nhwc)
+    require_sparse_can_travel(module, spec, device=world.device.type, many=world.processes > 1)
+    return Model(module, normalization)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What moves the weights."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    frozen: Sequence[Frozen]
+    """Parameters that are trained from a later step on."""
+
+
+def build_optimizer(model: Model, plan: Plan) -> Optimization:
+    """The optimizer over the spec's parameter groups, and what sets its learning rates.
+
+    Raises:
+        SpecError: the spec asks for what this model, or this optimizer, does not have.
+    """
+    spec = plan.spec
+    groups = parameter_groups(model.module, spec.optimizer)
+    if not spec.model.compile:
+        spare_compiler()
+    optimizer = make_optimizer(model.module, spec.optimizer, groups)
+    require_its_loss(optimizer, spec)
+    schedule = make_schedule(optimizer, plan)
+    return Optimization(optimizer, schedule, frozen_for_now(model.module, groups))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A throw-away pass before the first step, and what it brought to light."""
+
+    trial: Trial
+    found: FirstPass
+    buffers: Buffers | None
+    """Those that move in training, besides BatchNorm's; None where there are none."""
+
+
+def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) -> Rehearsal:
+    """Run the first micro-batch once; from then on `world` suits its threads to the model.
+
+    Raises:
+        SpecError: the model, the loss or a measure does not do what it promises.
+    """
+    batch = sample(rows.train, task=task, plan=plan, world=world)
+    two_rows: Batch | None = None
+    if len(batch.rows) == 1 < plan.micro_batch:
+        two_rows = sample(rows.train, task=task, plan=plan, world=world, rows=2)
+    trial = Trial(
+        batch, task=task, world=world, normalization=model.normalization, two_rows=two_rows
+    )
+    found = trial.first(model.module)
+    world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
+    world.seed_also(found.drawn)
+    buffers = buffers_of(
+        model.module,
+        found.moving,
+        rule=plan.spec.model.buffers,
+        micro_batches=plan.micro_batches,
+        world=world,
+        bitwise=plan.spec.exactness == "bitwise",
+    )
+    return Rehearsal(trial, found, buffers)
+
+
+def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:
+    """Everything a checkpoint holds, as it is before the first step."""
+    spec, module = plan.spec, model.module
+    average = None
+    if spec.model.moving_average:
+        average = MovingAverage(module, spec.model.moving_average)
+    return TrainState(
+        module,
+        optimization.optimizer,
+        optimization.schedule,
+        early_stopping=Patience(spec.early_stopping) if spec.early_stopping else None,
+        frozen=optimization.frozen,
+        average=average,
+        scaler=LossScaler(module, world.device) if spec.model.precision == "fp16" else None,
+    )
+
+
+def build_exchange(
+    state: TrainState, model: Model, rehearsal: Rehearsal, *, plan: Plan, world: World
+) -> tuple[Exchange, Stopwatch]:
+    """The model as it is called in training, compiled and wrapped; and what times its passes.
+
+    Raises:
+        SpecError: torch cannot compile it.
+    """
+    spec, unreached, buffers = plan.spec, rehearsal.found.unreached, rehearsal.buffers
+    if spec.model.compile:  # within what wraps it, which then exchanges while it computes
+        compile_in_place(state.model, telling=world.is_lead)
+        if state.average is not None:
+            compile_in_place(state.average.model, telling=False)
+    stopwatch = Stopwatch(world.device)
+    timed = stopwatch if world.processes > 1 else None
+    # Where a step may be skipped, all processes have to learn from the gradients that it shall be.
+    telling = spec.faults.on_non_finite == "skip" or state.scaler is not None
+    if spec.exactness == "bitwise":
+        ordered = Ordered(
+            state.model,
+            world,
+            unreached=unreached,
+            gathered=[*model.normalization.sums(), *(buffers.sums if buffers is not None else ())],
+            telling=telling,
+            stopwatch=timed,
+        )
+        return kept_equal(ordered, buffers), stopwatch
+    overlapped = Overlapped(
+        state.model,
+        world,
+        find_unused=bool(unreached),
+        spec=spec.exchange,
+        telling=telling,
+        stopwatch=timed,
+    )
+    if spec.model.compile:
+        rehearsal.trial.compile(overlapped.model, state.model)
+    rehearsal.trial.settle_buckets(overlapped.model, state.model)
+    return kept_equal(overlapped, buffers), stopwatch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run trains with, made before anything of it is written."""
+
+    rows: Rows
+    state: TrainState
+    exchange: Exchange
+    updates: Updates
+    clock: Clock
+    vitals: Vitals
+    found: FirstPass
+    """What the rehearsal brought to light."""
+    saved_bytes: int | None
+    """Size of a checkpoint, where it is known beforehand."""
+
+
+def prepare_training(
+    plan: Plan, task: Task, world: World, *, pulse: Pulse, say: Callable[[str], None]
+) -> Prepared:
+    """Build all parts in their order; whatever a person can have got wrong is found here.
+
+    Raises:
+        SpecError: something of the spec and the task do not go together.
+    """
+    rows = bring_rows(plan, task, world)
+    model = build_model(plan, task, world)
+    optimization = build_optimizer(model, plan)
+    rehearsal = rehearse(model, rows, plan=plan, task=task, world=world)
+    clock = _clock(plan, rehearsal.found, world=world, pulse=pulse)
+    state = build_state(model, optimization, plan, world)
+    exchange, stopwatch = build_exchange(state, model, rehearsal, plan=plan, world=world)
+    vitals = Vitals(world, rounds=plan.rounds, clock=clock, stopwatch=stopwatch, say=say)
+    updates = Updates(
+        state,
+        plan=plan,
+        world=world,
+        normalization=model.normalization,
+        buffers=rehearsal.buffers,
+        say=say,
+    )
+    averaged = state.average is not None
+    saved_bytes = expected_bytes(model.module, optimization.optimizer, averaged=averaged)
+    if is_stream(rows.train):
+        state.stream = _stream(rows.train, plan, world)
+    found = rehearsal.found
+    return Prepared(rows, state, exchange, updates, clock, vitals, found, saved_bytes)
+
+
+def _clock(plan: Plan, found: FirstPass, *, world: World, pulse: Pulse) -> Clock:
+    peak = peak_flops(world.device, plan.spec.model.precision)
+    return Clock(
+        pulse,
+        flops_a_row=found.flops_a_row,
+        peak_flops=None if peak is None else peak * world.processes,
+    )
+
+
+def _stream(data: Any, plan: Plan, world: World) -> Stream:
+    mode, seed = plan.spec.loader.stream, plan.spec.seed
+    return Stream(data, mode=mode, index=world.index, of=world.processes, seed=seed)
+
+
+def drawn_alike(spec: Spec, bring: Callable[[], T]) -> T:
+    """What `bring` returns, drawn from the same random numbers on every process, every time.
+
+    Two that split one set of rows at random, each for its own part, split it in the same way.
+    """
+    seed_generators(randomness.key(randomness.TASK, spec.seed))
+    return bring()
+
+
+def together(world: World, act: Callable[[], T]) -> T:
+    """What `act` returns on this process.
+
+    Raises:
+        EvenstepError: it failed on some process, and so do all.
+    """
+    done: list[T] = []
+    failed: EvenstepError | None = None
+    try:
+        done.append(act())
+    except EvenstepError as error:
+        failed = error
+    world.fail_together(failed)
+    return done[0]

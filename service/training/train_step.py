@@ -1,0 +1,120 @@
+"""One optimizer step: its forward and backward passes, and what becomes of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from service.data.batches import Batch, Step
+from service.data.shapes import require_loss_shape
+from service.data.task import Task
+from service.distributed.gradient_sync import Exchange
+from service.distributed.world import World
+from service.health.heartbeat import Pulse
+from service.optimization.buffers import BufferValues
+from service.optimization.precision import computed
+from service.optimization.train_state import TrainState
+from service.optimization.updates import Updates
+from service.plan.plan import Plan
+from service.training.receipts import Receipt
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What every optimizer step of a run is made with."""
+
+    task: Task
+    world: World
+    plan: Plan
+    exchange: Exchange
+    """The model as it is called in training, and how its gradients come together."""
+    updates: Updates
+    receipt: Receipt
+    """Where the rows of each step are recorded."""
+    pulse: Pulse
+
+    def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
+        """Leave the step's gradients in the parameters, divided by the weight of the step.
+
+        Returns:
+            The summed loss of each micro-batch that this process computed.
+        """
+        divisor = self.updates.divisor(step.weight)
+        exchange, world, enter = self.exchange, self.world, self.pulse.enter
+        losses: dict[int, Tensor] = {}
+        last = step.micro_batches[-1]
+        state.zero_grad()
+        for batch in exchange.over(step.micro_batches):
+            enter("exchange" if batch is last else "forward", state.step, batch.number)
+            world.seed(batch.key)
+            loss_sum = summed_loss(exchange.model, batch, task=self.task, world=world)
+            exchange.backward(loss_sum, divisor)
+            losses[batch.number] = loss_sum.detach()
+        if state.frozen:
+            state.drop_frozen_gradients()
+        return losses
+
+    def update(
+        self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
+    ) -> None:
+        """Take the optimizer's step and count it; then set the learning rates of the next one."""
+        self.receipt.note(state.step, step.micro_batches)
+        again = self._closure(state, step, losses) if self.updates.asks_again else None
+        self.pulse.enter("update")
+        self.updates.apply(losses, step.weight, logging=logging, closure=again)
+        state.schedule.set(state.step)
+
+    def _closure(
+        self, state: TrainState, step: Step, losses: Mapping[int, Tensor]
+    ) -> Callable[[], float]:
+        """What LBFGS calls for the loss of the step, and its gradients, at each point it tries.
+
+        The first point is where the parameters stand, and what was found there is known.  At every
+        other one the same micro-batches are computed with the same random numbers, and what a
+        forward pass moves besides gradients (BatchNorm's statistics) stays as the first one left
+        it.  Loss and gradients are those of all processes, so each draws the same conclusions.
+        """
+        known = [losses]
+
+        def loss() -> float:
+            if known:
+                return self._mean_loss(known.pop(), step)
+            with unmoved_buffers(state.model):
+                here = self.backpropagate(state, step)
+            self.updates.forget()
+            return self._mean_loss(here, step)
+
+        return loss
+
+    def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> float:
+        """The step's mean loss, added up in the order of its micro-batches."""
+        world, count = self.world, self.plan.micro_batches
+        each = torch.zeros(count, dtype=world.wide)  # 0 for what others computed
+        for number, loss in losses.items():
+            if number < count:
+                each[number] = loss
+        return float(world.sum(each.to(world.device)).sum() / step.weight)
+
+
+def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
+    """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
+    outputs = computed(model, batch.inputs, world)
+    summed = getattr(task, "summed_loss", None)
+    if summed is not None and batch.weight is None:
+        total: Tensor = summed(outputs, batch.targets)
+        return total
+    losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+    require_loss_shape(losses, batch)
+    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+
+
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the buffers back the values that they have on entering."""
+    before = BufferValues(model)
+    yield
+    before.give_back()
