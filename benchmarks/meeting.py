@@ -18,7 +18,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from launch.nodes.handshake import LINE_BYTES, Introduction, Lines, Seal, answered
+from launch.nodes.handshake import LINE_BYTES, JoinRequest, Lines, Seal, answered
 from launch.nodes.rendezvous import host
 
 AT_ONCE = 512
@@ -27,7 +27,7 @@ AT_ONCE = 512
 
 def node_0(nodes: int, port: int, secret: bytes, told: Connection) -> None:
     """Meet them, and tell them of a store; send what it took of the processor, and the threads."""
-    own = Introduction(0, nodes, 8, "digest")
+    own = JoinRequest(0, nodes, 8, "digest")
     place = {"port": port, "secret": secret, "address": "127.0.0.1"}
     company = host(own, **place, seconds=600, say=print)  # type: ignore[arg-type]
     company.begin("127.0.0.1", 1)
@@ -56,7 +56,7 @@ def others(nodes: int, port: int, secret: bytes) -> None:
                 assert piece, f"node 0 has closed the door to node {index}"
                 for line in lines.fed(piece):
                     if seal is None:
-                        said, seal = answered(line, Introduction(index, nodes, 8, "digest"), secret)
+                        said, seal = answered(line, JoinRequest(index, nodes, 8, "digest"), secret)
                         connection.sendall(said)
                         heard[index] = (lines, seal)
                         unanswered -= 1

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from service.distributed.recursive_doubling import Pairs
+from service.distributed.recursive_doubling import RecursiveDoubling
 
 KIB, ROUNDS = 1 << 10, 5
 
@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None, "started by torchrun"
-    pairs = Pairs(dist.group.WORLD)
+    pairs = RecursiveDoubling(dist.group.WORLD)
     lead = dist.get_rank() == 0
     if lead:
         print("| processes | KiB | ring, ms | pairs, ms | ring, CPU ms | pairs, CPU ms |")

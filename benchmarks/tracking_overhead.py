@@ -25,12 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from service.distributed.stragglers import Stopwatch, Vitals
+from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import alone
-from service.health.heartbeat import Pulse
-from service.health.throughput import Clock
+from service.health.heartbeat import Heartbeat
+from service.health.throughput import Throughput
 from service.observability.console import console
-from service.observability.other_writers import Beside, Place, TensorBoard, Trackio
+from service.observability.other_writers import BackgroundWriter, Place, TensorBoard, Trackio
 from service.observability.wandb_writer import WandB
 from service.runs.tracking import MetricsFile, Tracker, Writer
 from service.spec.models import TrackioSpec, WandBSpec
@@ -89,7 +89,7 @@ def main() -> None:
             for name, build in cases.items():
                 with tempfile.TemporaryDirectory() as run:
                     measure(build(Path(run)), rows, taken[name])
-            vitals(rows, taken["what the row is made of"])
+            stragglers(rows, taken["what the row is made of"])
     print(f"{'microseconds a row':28} {'CPU':>8} {'median':>8} {'wall':>8} {'99 %':>8}  work, ms")
     for name, times in taken.items():
         print(f"{name:28} {figures(times)}")
@@ -122,19 +122,21 @@ def measure(writers: list[Writer], rows: int, taken: Taken) -> None:
     tracker.close("done")
 
 
-def vitals(rows: int, taken: Taken) -> None:
+def stragglers(rows: int, taken: Taken) -> None:
     """What it costs to tell how this process is, to rate it among 8, and to read the clock."""
-    pulse, world = Pulse(), alone()
-    clock = Clock(pulse, flops_a_row=1e6, peak_flops=1e12)
-    of_all = Vitals(world, rounds=1, clock=clock, stopwatch=Stopwatch(world.device), say=print)
+    heartbeat, world = Heartbeat(), alone()
+    throughput = Throughput(heartbeat, flops_a_row=1e6, peak_flops=1e12)
+    of_all = StragglerDetector(
+        world, rounds=1, throughput=throughput, stopwatch=Stopwatch(world.device), say=print
+    )
 
     def read() -> None:
         _, memory = of_all.own()
         of_all.reading([[0.01, memory]] * 8)
-        clock.reading(rows_per_step=96)
+        throughput.reading(rows_per_step=96)
 
     for step in range(rows):
-        pulse.enter("log", step)
+        heartbeat.enter("log", step)
         taken.add(read)
 
 
@@ -173,7 +175,7 @@ def second(name: str, opened: Callable[[], Place], run: Path) -> Writer:
         return place
 
     metrics = run / "metrics.jsonl"
-    writer = Beside(name, open_place, metrics=metrics, resume_step=None, say=print)
+    writer = BackgroundWriter(name, open_place, metrics=metrics, resume_step=None, say=print)
     started.wait()
     return writer
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from launch.environment import Environment, launched
 from launch.rank.process_group import process_group
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 
 ROUNDS = 300
 
@@ -27,10 +27,10 @@ def median_microseconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    pulse = Pulse()
+    heartbeat = Heartbeat()
     with process_group(launched() or Environment()) as world:
         agree = median_microseconds(lambda: world.highest([0, 3]))
-        say = median_microseconds(lambda: pulse.enter("forward", 3, 2))
+        say = median_microseconds(lambda: heartbeat.enter("forward", 3, 2))
         if world.is_lead:
             print("| what | microseconds |\n|---|---|")
             print(f"| one question to all of {world.processes} processes | {agree:.0f} |")

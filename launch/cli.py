@@ -171,12 +171,12 @@ def _start(
                 err=True,
             )
     end_server()  # `auto` may have found one device only
-    from launch.rank.entry import Here, outcome_of, work
-    from service.health.heartbeat import Pulse
+    from launch.rank.entry import RankContext, outcome_of, work
+    from service.health.heartbeat import Heartbeat
 
     collect_garbage()
     environment = place or Environment()
-    here = Here(Pulse(rank=environment.rank, started=STARTED), leave_hung)
+    here = RankContext(Heartbeat(rank=environment.rank, started=STARTED), leave_hung)
     with stop_on_signals(heard) as stop:
         end = outcome_of(lambda: work(job, environment, stop=stop, here=here), here=here)
         leave(end.code)

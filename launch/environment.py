@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.basics.errors import SpecError
-from service.health.stop_budget import Grace
+from service.health.stop_budget import GracePeriod
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 """Set where a launcher of ours keeps the store: the name under which this attempt's keys lie."""
@@ -150,14 +150,14 @@ class Group:
         }
 
 
-def torchrun_grace() -> Grace:
+def torchrun_grace() -> GracePeriod:
     """What the torchrun that started this process gives a request to stop."""
     words = [word.partition("=") for word in psutil.Process(os.getppid()).cmdline()]
     said = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
     for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
         if name.replace("_", "-") == "--shutdown-timeout":
             said = value or following
-    return Grace(float(said), "torchrun's --shutdown-timeout")
+    return GracePeriod(float(said), "torchrun's --shutdown-timeout")
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from service.data.task import supervised
 from service.observability.report import page
-from service.plan.early_stopping import Patience, is_better
+from service.plan.early_stopping import EarlyStopping, is_better
 from service.runs.checkpoint_files import best_of, checkpoints_in
 from service.runs.history import read_history
 from service.runs.tracking import read_metrics
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_never_better_and_never_stays(mode):
 
 
 def test_early_stopping_goes_on_from_an_infinity_that_an_older_version_took_for_the_best():
-    patience = Patience(EarlyStoppingSpec(measure="test/a", mode="max", patience=2))
+    patience = EarlyStopping(EarlyStoppingSpec(measure="test/a", mode="max", patience=2))
     patience.remember({"best": INF, "waited": 1})
     assert patience.tested({"test/a": 0.1})
     assert (patience.best, patience.waited) == (0.1, 0)

@@ -13,7 +13,7 @@ import pytest
 from commands import evenstep
 
 from service.basics.errors import NoProgress, SpecError
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 from service.health.watchdog import _told, who_is_behind
 from service.runs.directory import check_run, open_run, read_beat
 from service.runs.failure_reports import line_of_secret, read_failures, redacted, write_failure
@@ -182,21 +182,23 @@ def test_the_rank_behind_is(case):
 
 
 def test_the_seconds_of_a_pulse_add_up_to_the_time_since_it_began():
-    pulse = Pulse(started=time.time() - 5)
-    pulse.enter("data", 3)
-    pulse.enter("forward", micro_batch=2)
-    assert pulse.place[:3] == ("forward", 3, 2)
-    assert sum(pulse.seconds().values()) == pytest.approx(time.time() - pulse.started, abs=2)
-    assert pulse.seconds()["starting"] == pytest.approx(5, abs=2)
+    heartbeat = Heartbeat(started=time.time() - 5)
+    heartbeat.enter("data", 3)
+    heartbeat.enter("forward", micro_batch=2)
+    assert heartbeat.place[:3] == ("forward", 3, 2)
+    assert sum(heartbeat.seconds().values()) == pytest.approx(
+        time.time() - heartbeat.started, abs=2
+    )
+    assert heartbeat.seconds()["starting"] == pytest.approx(5, abs=2)
 
 
 def test_who_trains_and_who_watches_write_one_beat(tmp_path):
-    pulse, failed = Pulse(scratch=tmp_path), []
+    heartbeat, failed = Heartbeat(scratch=tmp_path), []
 
     def write():
         try:
             for _ in range(300):
-                pulse.write()
+                heartbeat.write()
         except OSError as error:
             failed.append(error)
 
@@ -212,7 +214,7 @@ def test_who_trains_and_who_watches_write_one_beat(tmp_path):
 
 def test_a_beat_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "rank-0.beat").mkdir()
-    Pulse(scratch=tmp_path).write()
+    Heartbeat(scratch=tmp_path).write()
     assert read_beat(tmp_path, 0) is None
 
 
@@ -272,11 +274,11 @@ def test_only_failures_at_the_same_step_are_in_a_row():
 def test_an_attempt_that_was_killed_is_closed_by_the_next_one(tmp_path):
     spec = load_spec(SPEC)
     opened = open_run(tmp_path, spec, fresh=False)
-    pulse = Pulse(started=time.time() - 3)
-    pulse.settle(opened.directory)
-    opened.start_attempt(processes=1, device="cpu", step=0, started=pulse.started)
-    pulse.enter("forward", 2)
-    pulse.write()
+    heartbeat = Heartbeat(started=time.time() - 3)
+    heartbeat.settle(opened.directory)
+    opened.start_attempt(processes=1, device="cpu", step=0, started=heartbeat.started)
+    heartbeat.enter("forward", 2)
+    heartbeat.write()
     opened.directory.metrics.write_text('{"step": 1}\n{"step": 4}\n{"ste')
     opened.close()  # and nothing is said of its end, as after SIGKILL
     again = open_run(tmp_path, spec, fresh=False)
@@ -306,13 +308,13 @@ def test_a_run_killed_in_its_first_moment_begins_anew(tmp_path: Path, killed_bef
 
 
 def test_two_threads_write_where_the_process_is_at_once(tmp_path):
-    pulse = Pulse(rank=3, scratch=tmp_path)
+    heartbeat = Heartbeat(rank=3, scratch=tmp_path)
     failed = []
 
     def write():
         try:
             for _ in range(300):
-                pulse.write()
+                heartbeat.write()
         except OSError as error:
             failed.append(error)
 

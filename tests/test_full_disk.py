@@ -13,7 +13,7 @@ from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 from saves import watched
 
-from service.basics.atomic_files import Appended
+from service.basics.atomic_files import AppendOnlyFile
 from service.basics.errors import EvenstepError, NotSaved
 from service.distributed.world import World
 from service.runs.directory import OpenRun, open_run
@@ -116,7 +116,7 @@ def test_what_cannot_be_begun_or_ended_fails_on_all_processes_in_the_same_words(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_lines_that_find_no_room_are_kept_and_said_once() -> None:
     said: list[str] = []
-    file = Appended(Path("/dev/full"), say=said.append)
+    file = AppendOnlyFile(Path("/dev/full"), say=said.append)
     file.add(b"one\n")
     file.add(b"two\n")
     assert len(said) == 1
@@ -128,7 +128,7 @@ def test_lines_that_find_no_room_are_kept_and_said_once() -> None:
 
 def test_half_a_line_is_gone_on_with_where_it_was_cut(tmp_path: Path) -> None:
     said: list[str] = []
-    file = Appended(tmp_path / "rows", say=said.append)
+    file = AppendOnlyFile(tmp_path / "rows", say=said.append)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))  # as a quota does, in mid-line
     try:

@@ -16,7 +16,7 @@ from commands import ROOT, evenstep
 from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
 from launch.engines.kubernetes import jobs
-from launch.engines.kubernetes.api import Api, ClusterError, Silence
+from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
 from service.basics.errors import SpecError
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
@@ -135,7 +135,7 @@ def test_one_that_stays_silent_is_not_waited_for_for_ever(
     with (
         serving({("GET", JOB): [HANGS_UP]}, place / "config"),
         Api(namespace=None, say=print) as api,
-        pytest.raises(Silence, match="does not answer"),
+        pytest.raises(ClusterUnreachable, match="does not answer"),
     ):
         jobs.wait(api, "Job", "ddp-train", say=said.append)
     assert len(said) == 1

@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 from commands import BIN, CLEAN, evenstep
 
-from launch.rank.entry import Here, outcome_of
+from launch.rank.entry import RankContext, outcome_of
 from launch.rank.exit import leave_hung
 from service.distributed.world import backend_advice, lost_peer
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 
 # As torch 2.13 writes them (c10d/NCCLUtils.hpp, C10D_NCCL_CHECK) around what NCCL 2.27 says.
 _NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
@@ -98,7 +98,7 @@ def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps(
     def work() -> None:
         raise dist.DistBackendError(message)
 
-    end = outcome_of(work, here=Here(Pulse(), leave_hung))
+    end = outcome_of(work, here=RankContext(Heartbeat(), leave_hung))
     assert end.code == 1
     for told in (end.message, capsys.readouterr().err):
         assert "No space left on device (28)" in told

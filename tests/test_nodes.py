@@ -26,16 +26,16 @@ from launch.environment import (
     node_here,
     read_secrets,
 )
-from launch.nodes.handshake import Introduction, answered
+from launch.nodes.handshake import JoinRequest, answered
 from launch.nodes.node import check_interfaces, take_interface
-from launch.nodes.rendezvous import Company, host, join
+from launch.nodes.rendezvous import Membership, host, join
 from service.basics.errors import EvenstepError, PeerLost, SpecError
 
 PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
     "PET_MASTER_ADDR": "run-0.run",
     "PET_MASTER_PORT": "23456",
 }
-OWN = Introduction(0, 3, 4, "digest")
+OWN = JoinRequest(0, 3, 4, "digest")
 
 
 def test_the_five_variables_name_the_node() -> None:
@@ -140,17 +140,17 @@ class Meeting:
         self.said: list[str] = []
         self._threads: list[threading.Thread] = []
 
-    def host(self, own: Introduction = OWN, seconds: float = 20) -> None:
+    def host(self, own: JoinRequest = OWN, seconds: float = 20) -> None:
         place: dict[str, Any] = {"address": "127.0.0.1", "port": self.port, "secret": self.secret}
 
-        def work() -> Company:
+        def work() -> Membership:
             company = host(own, **place, seconds=seconds, say=self.said.append)
             company.begin("127.0.0.1", 4321)
             return company
 
         self._start(0, work)
 
-    def join(self, own: Introduction, seconds: float = 20) -> None:
+    def join(self, own: JoinRequest, seconds: float = 20) -> None:
         place: dict[str, Any] = {"address": "127.0.0.1", "port": self.port, "secret": self.secret}
         self._start(own.index, lambda: join(own, **place, seconds=seconds, say=self.said.append))
 

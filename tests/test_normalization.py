@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from service.basics.errors import SpecError
 from service.distributed.batchnorm import merged, prepare
-from service.distributed.gradient_sync import Overlapped
+from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.plan.samplers import share_of
 from service.spec.models import ExchangeSpec
@@ -303,7 +303,7 @@ def _train_with_ddp(world: World, rows: int) -> dict[str, Tensor]:
     """Weights and statistics after three steps, the rows being shared out unevenly."""
     model = _conv_net().double()
     prepare(model, "sync", world)
-    exchange = Overlapped(model, world, find_unused=False, spec=ExchangeSpec())
+    exchange = OverlappedSync(model, world, find_unused=False, spec=ExchangeSpec())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     shares = {1: (rows,), 2: (rows - 3, 3), 3: (rows - 8, 0, 8)}[world.processes]
     for step in range(3):

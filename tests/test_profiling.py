@@ -9,8 +9,8 @@ from commands import evenstep, torchrun
 
 from service.basics.errors import SpecError
 from service.distributed.profiler import Window, window_of
-from service.health.heartbeat import WORDS, Pulse
-from service.health.throughput import Clock
+from service.health.heartbeat import WORDS, Heartbeat
+from service.health.throughput import Throughput
 from service.runs.tracking import read_metrics
 
 SHORT = ("run", "digits", "length.epochs=1", "tracking.wandb=", "tracking.log_every_steps=1")
@@ -74,16 +74,16 @@ def test_a_run_that_ends_within_the_window_leaves_what_there_is(tmp_path):
 
 
 def test_the_writing_of_a_trace_is_neither_training_nor_waiting():
-    pulse = Pulse(rank=0)
-    clock = Clock(pulse)
-    pulse.enter("data", 0)
-    with clock.stopped():
+    heartbeat = Heartbeat(rank=0)
+    throughput = Throughput(heartbeat)
+    heartbeat.enter("data", 0)
+    with throughput.stopped():
         began = perf_counter()
         while perf_counter() - began < 0.5:
             pass
-    pulse.enter("forward", 1)
-    assert 0.0 <= clock.waited_a_step < 0.5
-    assert clock.seconds_a_step < 0.5
+    heartbeat.enter("forward", 1)
+    assert 0.0 <= throughput.waited_a_step < 0.5
+    assert throughput.seconds_a_step < 0.5
 
 
 def test_a_window_is_read_or_refused(tmp_path):

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 
 from service.basics.errors import SpecError
 from service.optimization.learning_rates import make_schedule
-from service.plan.early_stopping import Patience
+from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan, make_plan
 from service.plan.schedules import Length, multiplier
 from service.runs.tracking import read_metrics
@@ -339,7 +339,7 @@ def test_early_stopping_ends_the_run_as_done_on_every_process_and_after_a_resume
 
 def test_a_small_improvement_does_not_count():
     spec = EarlyStoppingSpec(measure="test/a", mode="max", patience=2, min_delta=0.1)
-    patience = Patience(spec)
+    patience = EarlyStopping(spec)
     seen = []
     for value in (math.nan, 0.5, 0.55, 0.65, 0.7, 0.74, 0.99):
         assert patience.tested({"test/a": value})

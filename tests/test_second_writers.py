@@ -10,7 +10,7 @@ import pytest
 from commands import CLEAN, evenstep
 
 from service.basics.background_queue import LONGEST
-from service.observability.other_writers import Beside, Place
+from service.observability.other_writers import BackgroundWriter, Place
 from service.runs.tracking import MetricsFile, Row, Tracker, read_metrics
 
 ASKED = (
@@ -132,7 +132,7 @@ def tracked(tmp_path, place, *, resume_step=None, close_seconds=20.0):
     said = []
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, resume_step=resume_step)
-    beside = Beside(
+    beside = BackgroundWriter(
         "there",
         place,
         metrics=path,

@@ -17,11 +17,11 @@ from launch.commands.doctor import Asked, _stop
 from service.basics.errors import DataBroken, Stopped
 from service.distributed.world import World
 from service.health.stop_budget import (
-    Grace,
-    Stopping,
+    GracePeriod,
+    StopBudget,
     budget_seconds,
     estimated,
-    graces,
+    grace_periods,
     longest_save,
     stop_in_words,
 )
@@ -164,7 +164,9 @@ def test_before_that_it_is_estimated_or_said_to_be_unknown(tmp_path: Path) -> No
     assert estimated(None, tmp_path) is None
     assert os.listdir(tmp_path) == [], "the trial leaves nothing"
     said: list[str] = []
-    stopping = Stopping(graces(in_pod, launcher=Grace(30, "torchrun's own")), say=said.append)
+    stopping = StopBudget(
+        grace_periods(in_pod, launcher=GracePeriod(30, "torchrun's own")), say=said.append
+    )
     for seconds in (1.0, 12.0, 16.0, 99.0):
         stopping.learned(seconds, "as measured in this run")
     assert [line.partition(", but ")[2].partition(" gives")[0] for line in said] == [

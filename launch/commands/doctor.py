@@ -27,7 +27,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from service.basics.limits import limits, workers_each
-from service.health.stop_budget import estimated, graces, longest_save, stop_in_words
+from service.health.stop_budget import estimated, grace_periods, longest_save, stop_in_words
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
 
@@ -440,7 +440,9 @@ def _stop(asked: Asked) -> Iterator[Finding]:
     runs = asked.runs.absolute()
     takes = longest_save(RunDirectory(runs / asked.spec.name))
     takes = takes or estimated(checkpoint_bytes(asked.spec), runs)
-    short = [grace for grace in graces(asked.spec) if takes and takes.seconds > grace.seconds]
+    short = [
+        grace for grace in grace_periods(asked.spec) if takes and takes.seconds > grace.seconds
+    ]
     raised = " and ".join(f"{grace.name} to {takes.seconds:.0f}" for grace in short if takes)
     fix = f"Raise {raised}, or choose a faster disk with --runs." if short else ""
     told = stop_in_words(asked.spec, takes)
@@ -470,7 +472,7 @@ def _tried_disk(place: Path) -> Iterator[Finding]:
     fix = "Checkpoints will take long: choose a faster disk with --runs." if slow else ""
     yield Finding("fsync", "warning" if slow else "ok", told, fix)
     yield _lock(place / "lock")
-    yield _clock(now, (place / "whole").stat().st_mtime)
+    yield _throughput(now, (place / "whole").stat().st_mtime)
 
 
 def _lock(path: Path) -> Finding:
@@ -487,7 +489,7 @@ def _lock(path: Path) -> Finding:
     return Finding("lock", "ok", "a run can be kept to one writer")
 
 
-def _clock(ours: float, theirs: float) -> Finding:
+def _throughput(ours: float, theirs: float) -> Finding:
     year = time.gmtime(ours).tm_year
     fix = "Set the clock by NTP; the times in logs and the order of failures rely on it."
     if year < 2025:

@@ -39,10 +39,10 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.echo(f"{loaded.name}: the spec is right")
     from launch.environment import Environment
-    from launch.rank.entry import Here, outcome_of
+    from launch.rank.entry import RankContext, outcome_of
     from launch.rank.exit import leave, leave_hung
     from launch.rank.process_group import process_group
-    from service.health.heartbeat import Pulse
+    from service.health.heartbeat import Heartbeat
     from service.preview.check import checked
 
     def work() -> None:
@@ -51,7 +51,7 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
                 click.echo(f"  {what:<10}  {told}")
         click.echo(f"{loaded.name}: ready to run, found in {time.perf_counter() - begin:.1f} s")
 
-    leave(outcome_of(work, here=Here(Pulse(), leave_hung)).code)
+    leave(outcome_of(work, here=RankContext(Heartbeat(), leave_hung)).code)
 
 
 @click.command()

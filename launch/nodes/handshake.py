@@ -24,7 +24,7 @@ class Foreign(Exception):
 
 
 @dataclass(frozen=True)
-class Introduction:
+class JoinRequest:
     """What a node says of itself; everything but the index is equal on all of them."""
 
     index: int
@@ -96,7 +96,7 @@ class Doorkeeper:
         """What node 0 says first."""
         return _line({"challenge": self._challenge})
 
-    def introduced(self, line: bytes) -> tuple[Introduction, Seal]:
+    def introduced(self, line: bytes) -> tuple[JoinRequest, Seal]:
         """Who has answered.
 
         Raises:
@@ -108,10 +108,10 @@ class Doorkeeper:
         kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
         if {key: type(value) for key, value in said.items()} != kinds:
             raise Foreign("no introduction")
-        return Introduction(**said), seal
+        return JoinRequest(**said), seal
 
 
-def answered(line: bytes, own: Introduction, secret: bytes) -> tuple[bytes, Seal]:
+def answered(line: bytes, own: JoinRequest, secret: bytes) -> tuple[bytes, Seal]:
     """What a node says to node 0's challenge, and the seal of what follows.
 
     Raises:

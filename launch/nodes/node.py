@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.environment import Group, Node, meeting_secret
-from launch.nodes.handshake import Introduction
-from launch.nodes.rendezvous import Company, host, is_loopback, join
+from launch.nodes.handshake import JoinRequest
+from launch.nodes.rendezvous import Membership, host, is_loopback, join
 from launch.processes.echo import echoed
 from launch.processes.signals import heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
@@ -79,9 +79,9 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         return code
 
 
-def _meet(job: _Job, node: Node, processes: int) -> tuple[Company, Group, object]:
+def _meet(job: _Job, node: Node, processes: int) -> tuple[Membership, Group, object]:
     digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
-    own = Introduction(node.index, node.nodes, processes, digest)
+    own = JoinRequest(node.index, node.nodes, processes, digest)
     cluster = job.spec.kubernetes
     seconds = cluster.meeting_seconds if cluster else MEETING_SECONDS
     secret = meeting_secret()
@@ -120,7 +120,7 @@ def _store(address: str) -> tuple[object, str, int]:
 class _Watch:
     """Ends the local processes when a node is gone and they do not end by themselves."""
 
-    def __init__(self, company: Company) -> None:
+    def __init__(self, company: Membership) -> None:
         self._company = company
         self._over = threading.Event()
         self._killed = False

@@ -30,7 +30,7 @@ from launch.nodes.handshake import (
     LINE_BYTES,
     Doorkeeper,
     Foreign,
-    Introduction,
+    JoinRequest,
     Lines,
     Seal,
     answered,
@@ -52,7 +52,7 @@ GOOD_ENDS = (0, 75)
 
 
 @dataclass
-class Friend:
+class Peer:
     """The connection to another node."""
 
     index: int
@@ -92,10 +92,10 @@ class Friend:
         self.connection.close()
 
 
-class Company:
+class Membership:
     """The other nodes, as long as the job runs: on node 0 all of them, elsewhere node 0 alone."""
 
-    def __init__(self, friends: list[Friend]) -> None:
+    def __init__(self, friends: list[Peer]) -> None:
         self.friends = friends
         self.lost: str | None = None
         """Who went away first, in words."""
@@ -155,7 +155,7 @@ class Company:
                     self._ends.add(friend.index)
         self._gone.set()
 
-    def _lose(self, friend: Friend, end: Any, when_lost: Callable[[], None]) -> None:
+    def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:
         self.lost, self.lost_time = _loss(friend, end), time.time()
         self._gone.set()
         for other in self.friends:  # they know of each other through node 0 alone
@@ -167,15 +167,15 @@ class Company:
 
 
 def host(
-    own: Introduction,
+    own: JoinRequest,
     *,
     port: int,
     seconds: float,
     say: Callable[[str], None],
     secret: bytes = b"",
     address: str = "",
-) -> Company:
-    """Node 0: wait until all the others are there. They then wait for `Company.begin`.
+) -> Membership:
+    """Node 0: wait until all the others are there. They then wait for `Membership.begin`.
 
     Args:
         secret: what every node must prove to know; empty: whoever speaks as a node is one.
@@ -196,7 +196,7 @@ def host(
                 raise PeerLost(f"After {seconds:g} s {reason}.")
             hall.look()
         hall.send_away()
-    return Company([hall.friends[index] for index in sorted(hall.friends)])
+    return Membership([hall.friends[index] for index in sorted(hall.friends)])
 
 
 @dataclass
@@ -215,7 +215,7 @@ class _Hall:
 
     def __init__(
         self,
-        own: Introduction,
+        own: JoinRequest,
         secret: bytes,
         door: socket.socket,
         events: selectors.BaseSelector,
@@ -225,7 +225,7 @@ class _Hall:
         self._door, self._events = door, events
         self._most_unknown = _room_for(own.nodes)
         self._unknown: dict[socket.socket, _Unknown] = {}  # the first to come is the first in it
-        self.friends: dict[int, Friend] = {}
+        self.friends: dict[int, Peer] = {}
         self.strangers = 0
         """How many were dropped."""
         door.setblocking(False)
@@ -244,7 +244,7 @@ class _Hall:
         for key, _ in self._events.select(_POLL_SECONDS):
             if key.fileobj is self._door:
                 self._let_in()
-            elif isinstance(key.data, Friend):
+            elif isinstance(key.data, Peer):
                 # A friend that waits can say one thing, that it leaves.
                 self._forget(key.data)
             elif key.fileobj in self._unknown:  # else it was dropped in this very round
@@ -309,9 +309,9 @@ class _Hall:
             return
         self._welcome(unknown, other, seal)
 
-    def _welcome(self, unknown: _Unknown, other: Introduction, seal: Seal) -> None:
+    def _welcome(self, unknown: _Unknown, other: JoinRequest, seal: Seal) -> None:
         self._release(unknown)
-        friend = Friend(other.index, unknown.connection, unknown.address, seal)
+        friend = Peer(other.index, unknown.connection, unknown.address, seal)
         difference = _difference(self._own, other)
         if difference is not None:
             for each in [friend, *self.friends.values()]:
@@ -329,7 +329,7 @@ class _Hall:
         self.friends[other.index] = friend
         self._events.register(friend.connection, selectors.EVENT_READ, friend)
 
-    def _forget(self, friend: Friend) -> None:
+    def _forget(self, friend: Peer) -> None:
         if self.friends.get(friend.index) is friend:
             self._events.unregister(friend.connection)
             self.friends.pop(friend.index).close()
@@ -414,14 +414,14 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def join(
-    own: Introduction,
+    own: JoinRequest,
     *,
     address: str,
     port: int,
     seconds: float,
     say: Callable[[str], None],
     secret: bytes = b"",
-) -> tuple[Company, tuple[str, int]]:
+) -> tuple[Membership, tuple[str, int]]:
     """Any other node: find node 0, and wait with it for the rest; and where its store is.
 
     Raises:
@@ -445,7 +445,7 @@ def join(
                 friend.close()
                 raise SpecError(str(answer["refused"]))
             if answer and "store" in answer:
-                return Company([friend]), (str(answer["address"]), int(answer["store"]))
+                return Membership([friend]), (str(answer["address"]), int(answer["store"]))
             friend.close()
         reason = (
             f"node 0 at {address}:{port} closed the connection before all nodes were there. It "
@@ -456,8 +456,8 @@ def join(
 
 
 def _introduce(
-    own: Introduction, secret: bytes, connection: socket.socket, address: str
-) -> Friend | None:
+    own: JoinRequest, secret: bytes, connection: socket.socket, address: str
+) -> Peer | None:
     """Answer node 0's challenge; None where what listens there is not node 0."""
     lines = Lines()
     first: list[bytes] = []
@@ -472,10 +472,10 @@ def _introduce(
     except (OSError, Foreign):
         connection.close()
         return None
-    return Friend(0, connection, address, seal, lines)
+    return Peer(0, connection, address, seal, lines)
 
 
-def _heard(friend: Friend, waiting: _Patience) -> dict[str, Any] | None:
+def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
     """What node 0 says when all are there; None when it leaves, or time is up."""
     with selectors.DefaultSelector() as events:
         events.register(friend.connection, selectors.EVENT_READ)
@@ -509,7 +509,7 @@ class _Patience:
         return self.left > 0
 
 
-def _difference(own: Introduction, other: Introduction) -> str | None:
+def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
     for name, what in (("nodes", "PET_NNODES"), ("processes", "PET_NPROC_PER_NODE")):
         ours, theirs = getattr(own, name), getattr(other, name)
         if ours != theirs:
@@ -545,7 +545,7 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _loss(friend: Friend, end: Any) -> str:
+def _loss(friend: Peer, end: Any) -> str:
     if isinstance(end, int):
         return f"Node {friend.index} ({friend.address}) has ended with exit code {end}."
     return f"Node {friend.index} ({friend.address}) is gone."

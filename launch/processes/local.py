@@ -26,7 +26,7 @@ from launch.rank.exit import leave
 from launch.rank.job import TestJob
 from service.basics.atomic_files import make_directory, replace_unsynced, told_of
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import budget_seconds
 from service.health.stop_request import StopRequest, die_with_parent, stop_on_signals
 from service.runs.directory import RunDirectory, read_beat
@@ -237,7 +237,7 @@ def _last_words(path: Path) -> str:
 def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
     """What each process runs; leaves a note of how it ended."""
     from launch.processes.fork_server import PROCESS
-    from launch.rank.entry import Here, outcome_of, work
+    from launch.rank.entry import RankContext, outcome_of, work
 
     die_with_parent(PROCESS)
     outlive_readers("stdout", "stderr")
@@ -264,11 +264,11 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
         note(code, message)
         os._exit(code)
 
-    pulse = Pulse(rank=place.rank, scratch=Path(notes), started=started)
-    here = Here(pulse, leave_hung)
+    heartbeat = Heartbeat(rank=place.rank, scratch=Path(notes), started=started)
+    here = RankContext(heartbeat, leave_hung)
     with stop_on_signals() as stop:
         if place.rank:
-            pulse.speak_into_log()
+            heartbeat.speak_into_log()
         faulthandler.enable(all_threads=True)
         # That a peer was lost is told by the launcher, after the reason why.
         end = outcome_of(

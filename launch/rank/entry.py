@@ -26,8 +26,8 @@ from service.basics.errors import (
 )
 from service.data.task import files_may_have_moved, load_task
 from service.distributed.world import World, backend_advice, lost_peer
-from service.health.heartbeat import Pulse
-from service.health.stop_budget import graces
+from service.health.heartbeat import Heartbeat
+from service.health.stop_budget import grace_periods
 from service.health.stop_request import StoppedEarly, StopRequest
 from service.health.watchdog import Leave, watched
 from service.plan.plan import Plan, make_plan
@@ -42,17 +42,17 @@ _KEPT: list[BaseException] = []
 
 
 @dataclass(frozen=True)
-class Here:
+class RankContext:
     """This process, as those who look after it know it."""
 
-    pulse: Pulse
+    heartbeat: Heartbeat
     leave: Leave
     """Ends it at once, when its main thread cannot."""
 
     def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
         """While it lasts, this process is reported and ended when it stands still."""
         return watched(
-            self.pulse,
+            self.heartbeat,
             processes=environment.world_size,
             timeout_seconds=spec.faults.hang_timeout_seconds,
             startup_timeout_seconds=spec.faults.startup_timeout_seconds,
@@ -60,7 +60,9 @@ class Here:
         )
 
 
-def work(job: Job | TestJob, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+def work(
+    job: Job | TestJob, environment: Environment, *, stop: StopRequest, here: RankContext
+) -> None:
     """Do this process's part of the job.
 
     Raises:
@@ -72,7 +74,7 @@ def work(job: Job | TestJob, environment: Environment, *, stop: StopRequest, her
         train(job, environment, stop=stop, here=here)
 
 
-def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) -> None:
+def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankContext) -> None:
     """Run this process's part of the job to its end, or until `stop` is asked for.
 
     Raises:
@@ -108,8 +110,8 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: Here) 
                 runs=job.runs,
                 stop=stop,
                 fresh=job.fresh,
-                pulse=here.pulse,
-                graces=graces(spec, launcher=job.grace),
+                heartbeat=here.heartbeat,
+                grace_periods=grace_periods(spec, launcher=job.grace),
             )
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -184,7 +186,7 @@ class End(NamedTuple):
 def outcome_of(
     work: Callable[[], object],
     *,
-    here: Here,
+    here: RankContext,
     silent: tuple[type[EvenstepError], ...] = (),
 ) -> End:
     """Do the work and say how it ended; a failure of this process's own is reported to a file.
@@ -221,10 +223,10 @@ def outcome_of(
     return End(0)
 
 
-def _told(error: EvenstepError, here: Here, silent: tuple[type[EvenstepError], ...]) -> End:
+def _told(error: EvenstepError, here: RankContext, silent: tuple[type[EvenstepError], ...]) -> End:
     _let_leave(error, error.exit_code)
     message = printable(str(redacted(str(error))), keep=LINES)
-    if here.pulse.rank == 0 and not isinstance(error, silent):
+    if here.heartbeat.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
         print(f"{word}{message}", file=sys.stderr, flush=True)
     if not isinstance(error, Stopped | PeerLost | SpecError):
@@ -237,8 +239,8 @@ def _let_leave(error: BaseException, code: int) -> None:
     end_in_time(code)
 
 
-def _report(here: Here, message: str) -> None:
+def _report(here: RankContext, message: str) -> None:
     """Called where an exception is handled: leave its traceback with the run, if there is one."""
-    if here.pulse.failures is not None:
+    if here.heartbeat.failures is not None:
         told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
-        write_failure(here.pulse.failures, here.pulse.record() | told)
+        write_failure(here.heartbeat.failures, here.heartbeat.record() | told)

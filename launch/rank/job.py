@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.environment import Group
 from service.basics.errors import SpecError
-from service.health.stop_budget import Grace
+from service.health.stop_budget import GracePeriod
 from service.plan.plan import Window
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
@@ -27,7 +27,7 @@ class Job:
     """The processes of all nodes, where there are several."""
     profile: Window | None = None
     """The steps to trace."""
-    grace: Grace | None = None
+    grace: GracePeriod | None = None
     """What the launcher gives a stop, where it is not our own."""
 
     def again(self, before: str | None) -> Job:

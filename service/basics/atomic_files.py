@@ -39,14 +39,16 @@ SYNC_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """What went into a file."""
 
     size_bytes: int
     sha256: str
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644) -> Written:
+def write_file(
+    path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644
+) -> WrittenFile:
     """Write a new file and sync it; its directory is left to `sync_directory`.
 
     Raises:
@@ -144,7 +146,7 @@ def put(
     pieces: Iterable[bytes | memoryview],
     *,
     moved: Callable[[], None] = lambda: None,
-) -> Written:
+) -> WrittenFile:
     """Write the pieces in a row; to sync the last of them is left to the caller.
 
     Writing, hashing and syncing leave the interpreter to other threads.
@@ -164,7 +166,7 @@ def put(
             digest.update(chunk)
             moved()
         size += len(view)
-    return Written(size, digest.hexdigest())
+    return WrittenFile(size, digest.hexdigest())
 
 
 def _write_whole(descriptor: int, chunk: memoryview) -> None:
@@ -190,7 +192,7 @@ def replace_unsynced(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-class Appended:
+class AppendOnlyFile:
     """A file of lines that is only added to, by any thread, each line by one call of the system.
 
     What the disk does not take is kept in memory, and written before the next line or by `sync`:

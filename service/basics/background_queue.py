@@ -13,7 +13,7 @@ LONGEST = 10_000
 _LOOK_SECONDS = 0.1
 
 
-class Handover(Generic[T]):
+class BackgroundQueue(Generic[T]):
     """Things left by some threads and taken, in order, by one.
 
     The one that takes looks for them ten times a second by itself. To wake it for each would cost

@@ -46,12 +46,12 @@ from service.basics.errors import (
 )
 from service.basics.limits import limits
 from service.basics.multipart import PART_BYTES, Part, write_parts
-from service.checkpoints.shards import Excerpt, Layout, Snapshot, most_shares, require_finite
+from service.checkpoints.shards import Shard, ShardLayout, Snapshot, most_shares, require_finite
 from service.checkpoints.snapshots import Content, content_of, load
 from service.distributed.devices import Arrival, use
 from service.distributed.world import World
-from service.health.heartbeat import WRITER, Pulse
-from service.health.stop_budget import Stopping
+from service.health.heartbeat import WRITER, Heartbeat
+from service.health.stop_budget import StopBudget
 from service.optimization.train_state import TrainState
 from service.runs.checkpoint_files import (
     BEST,
@@ -88,7 +88,7 @@ class Seal(Protocol):
 class _Job:
     """One save, as the writer of one process gets it."""
 
-    content: Content | Excerpt
+    content: Content | Shard
     """All of it, or what this process writes where all writers take part."""
     rest: Mapping[str, Any]
     size_bytes: int
@@ -103,7 +103,7 @@ class _Job:
 
     @property
     def is_shared(self) -> bool:
-        return isinstance(self.content, Excerpt)
+        return isinstance(self.content, Shard)
 
     @property
     def step(self) -> int:
@@ -130,13 +130,13 @@ class Checkpoints:
         spec: CheckpointSpec,
         facts: Mapping[str, Any],
         say: Callable[[str], None],
-        pulse: Pulse | None = None,
-        stopping: Stopping | None = None,
+        heartbeat: Heartbeat | None = None,
+        stopping: StopBudget | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
         """`facts` go into every manifest: what the run is and on how many processes.
 
-        `pulse` is told that a save gets on, and how long it took, as is `stopping`.  A state
+        `heartbeat` is told that a save gets on, and how long it took, as is `stopping`.  A state
         of few parts is written by the lead alone.
         """
         self._directory = directory
@@ -147,8 +147,8 @@ class Checkpoints:
         self._facts = dict(facts)
         self._say = say
         self._rename = spec.rename
-        self._pulse = pulse or Pulse()
-        self._stopping = stopping or Stopping((), say=say)
+        self._heartbeat = heartbeat or Heartbeat()
+        self._stopping = stopping or StopBudget((), say=say)
         self._trainer = threading.get_ident()
         self._writer = self._writers_beside(1)
         self._snapshot = Snapshot(world.device)
@@ -257,10 +257,10 @@ class Checkpoints:
         seal: Seal | None,
         began: float,
     ) -> _Job:
-        held: Content | Excerpt = content
+        held: Content | Shard = content
         arrived, failed = None, None
         if is_shared:
-            held = self._layout(content).excerpt(self._writers.index)
+            held = self._layout(content).shard(self._writers.index)
         if self._spec.asynchronous:
             try:
                 held, arrived = self._copied(held)
@@ -268,9 +268,9 @@ class Checkpoints:
                 failed = error  # the others are waiting for this process to say so
         return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
 
-    def _layout(self, content: Content) -> Layout:
+    def _layout(self, content: Content) -> ShardLayout:
         writers = self._writers.processes
-        return Layout(
+        return ShardLayout(
             content, processes=writers, streams=self._streams(), part_bytes=self._part_bytes
         )
 
@@ -284,11 +284,11 @@ class Checkpoints:
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(self, content: Content | Excerpt) -> tuple[Content | Excerpt, Arrival | None]:
+    def _copied(self, content: Content | Shard) -> tuple[Content | Shard, Arrival | None]:
         try:
             if self._reserved is not None:
                 self._reserved.result()
-            if isinstance(content, Excerpt):
+            if isinstance(content, Shard):
                 return self._snapshot.part(content)
             return self._snapshot.whole(content)
         except RuntimeError as error:  # what torch raises where memory is short
@@ -324,7 +324,7 @@ class Checkpoints:
     def _wait_for(self, pending: Future[Any]) -> None:
         """Return when it is done; for as long as the writer gets on, this is no standing still."""
         if threading.get_ident() == self._trainer:
-            with self._pulse.waiting_for_the_writer():
+            with self._heartbeat.waiting_for_the_writer():
                 wait([pending])
         else:
             wait([pending])
@@ -332,35 +332,35 @@ class Checkpoints:
     # ---- what the writer does: beside training; only other writers are asked
 
     def _carry_out(self, job: _Job) -> None:
-        excerpt = job.content
-        if isinstance(excerpt, Content):  # else it had to be cut before it was copied
-            excerpt = self._layout(excerpt).excerpt(self._writers.index)
+        shard = job.content
+        if isinstance(shard, Content):  # else it had to be cut before it was copied
+            shard = self._layout(shard).shard(self._writers.index)
         if not self._world.is_lead:
             place = self._writers.from_lead(None)
             self._get_on()
             if place is not None:
-                self._write(job, excerpt, place)
+                self._write(job, shard, place)
             return
         try:
-            self._publish(job, excerpt)
+            self._publish(job, shard)
         except OSError as error:
             raise _not_saved(job.step, self._directory, error) from error
         seconds = time.perf_counter() - job.began
         self._durable.put(seconds)
-        self._pulse.longest_save_seconds = max(self._pulse.longest_save_seconds, seconds)
+        self._heartbeat.longest_save_seconds = max(self._heartbeat.longest_save_seconds, seconds)
         self._stopping.learned(seconds, "as measured in this run")
 
-    def _publish(self, job: _Job, excerpt: Excerpt) -> None:
+    def _publish(self, job: _Job, shard: Shard) -> None:
         target = Checkpoint(self._directory / name_of(job.step, untested=job.untested), job.step)
         partial: Path | None = None
         try:
-            partial = self._prepared(job, excerpt, target)
+            partial = self._prepared(job, shard, target)
         finally:  # the others go on where there is a place, and need not where there is none
             if job.is_shared:
                 self._writers.from_lead(partial)
         if partial is not None:
             try:
-                self._make(job, excerpt, partial, target)
+                self._make(job, shard, partial, target)
             except BaseException:
                 remove_if_possible(partial)
                 raise
@@ -369,9 +369,9 @@ class Checkpoints:
         self._prune(job.best)
         self._mark_best(job.best)
 
-    def _prepared(self, job: _Job, excerpt: Excerpt, target: Checkpoint) -> Path | None:
+    def _prepared(self, job: _Job, shard: Shard, target: Checkpoint) -> Path | None:
         """A new directory to write into; None where the checkpoint is there already."""
-        _require_fit(job, excerpt)
+        _require_fit(job, shard)
         make_directory(self._directory)
         self._sweep()
         if os.path.lexists(target.path) and damage_of(target) is not None:
@@ -383,11 +383,11 @@ class Checkpoints:
         partial.mkdir()
         return partial
 
-    def _make(self, job: _Job, excerpt: Excerpt, partial: Path, target: Checkpoint) -> None:
+    def _make(self, job: _Job, shard: Shard, partial: Path, target: Checkpoint) -> None:
         """Publish what all write into `partial` as the checkpoint `target`."""
         complete(
             partial,
-            self._write(job, excerpt, partial),
+            self._write(job, shard, partial),
             job.rest,
             {"time": time.time(), **self._facts},
             part_bytes=self._part_bytes,
@@ -401,7 +401,7 @@ class Checkpoints:
             self._get_on()
         os.rename(partial, target.path)
 
-    def _write(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
+    def _write(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         """Write this process's parts; SHA-256 of everybody's, when all are on disk.
 
         Raises:
@@ -410,7 +410,7 @@ class Checkpoints:
         own: dict[Part, str] = {}
         failed: EvenstepError | None = None
         try:
-            own = self._written(job, excerpt, partial)
+            own = self._written(job, shard, partial)
         except EvenstepError as error:
             failed = error
         except OSError as error:
@@ -421,16 +421,16 @@ class Checkpoints:
                     f"Process {self._world.index} could not write its share of the checkpoint of "
                     f"step {job.step}: {with_place(error)}. Earlier ones are untouched."
                 )
-                self._writers.gather((lost, excerpt.layout, own))
+                self._writers.gather((lost, shard.layout, own))
             raise
-        answer = (failed, excerpt.layout, own)
+        answer = (failed, shard.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
         self._get_on()  # how long the others took is not held against what follows
         digests: dict[Part, str] = {}
         for index, (failed, layout, parts) in enumerate(told):
             if failed is not None:
                 raise failed
-            if layout != excerpt.layout:
+            if layout != shard.layout:
                 raise WillFailAgain(
                     f"Process {index} holds other tensors than process {self._world.index}: their "
                     "names, types or shapes differ, so the state is not saved. Make the model and "
@@ -439,14 +439,14 @@ class Checkpoints:
             digests |= parts
         return digests
 
-    def _written(self, job: _Job, excerpt: Excerpt, partial: Path) -> dict[Part, str]:
+    def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # who has looked already, before there was a place
-            _require_fit(job, excerpt)
+            _require_fit(job, shard)
 
         def write(share: set[Part]) -> dict[Part, str]:
-            return write_parts(partial, share, excerpt.bytes_of, moved=self._get_on)
+            return write_parts(partial, share, shard.bytes_of, moved=self._get_on)
 
-        shares = excerpt.shares  # none, where there are more processes than parts
+        shares = shard.shares  # none, where there are more processes than parts
         digests: dict[Part, str] = {}
         with self._writers_beside(max(1, len(shares) - 1)) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]
@@ -465,9 +465,9 @@ class Checkpoints:
     def _get_on(self) -> None:
         """Tell that a save gets on."""
         if threading.get_ident() == self._trainer:
-            self._pulse.moved()
+            self._heartbeat.moved()
         else:
-            self._pulse.writer_moved()
+            self._heartbeat.writer_moved()
 
     def _require_room(self, job: _Job) -> None:
         needed = job.size_bytes
@@ -610,7 +610,7 @@ class Checkpoints:
         load(chosen.path, state, index=self._world.index, rename=self._rename)
 
 
-def _require_fit(job: _Job, excerpt: Excerpt) -> None:
+def _require_fit(job: _Job, shard: Shard) -> None:
     """Wait until what is to be written is here, and check that it may be published.
 
     Raises:
@@ -620,7 +620,7 @@ def _require_fit(job: _Job, excerpt: Excerpt) -> None:
         raise job.failed
     if job.arrived is not None:
         job.arrived.synchronize()
-    require_finite(excerpt)
+    require_finite(shard)
 
 
 def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:

@@ -26,7 +26,7 @@ from service.runs.checkpoint_files import OPTIMIZER, header
 _LEAST_PARTS = 4
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Numbers of one tensor, as they follow each other in a file."""
 
     name: str
@@ -36,25 +36,25 @@ class Stretch(NamedTuple):
     numbers: Tensor
     """The tensor in its shape, or a piece of it: [numbers]."""
 
-    def cut(self, begin: int, end: int) -> Stretch:
+    def cut(self, begin: int, end: int) -> Segment:
         """What of it lies between these bytes of the file, which fall between two numbers."""
         if begin <= self.begin and self.end <= end:
             return self
         begin, end = max(begin, self.begin), min(end, self.end)
         width = self.numbers.element_size()
         piece = slice((begin - self.begin) // width, (end - self.begin) // width)
-        return Stretch(self.name, begin, end, self.numbers.reshape(-1)[piece])
+        return Segment(self.name, begin, end, self.numbers.reshape(-1)[piece])
 
 
 @dataclass(frozen=True)
-class Excerpt:
+class Shard:
     """What a process writes of a content: some parts of its files."""
 
     shares: list[set[Part]]
     """The parts: a share for each of those who write side by side."""
     heads: dict[str, bytes]
     """What each file begins with, before its numbers."""
-    stretches: dict[str, list[Stretch]]
+    stretches: dict[str, list[Segment]]
     """By file, in order, the numbers that lie in one of the parts."""
     rest: dict[str, Any]
     trained: frozenset[str]
@@ -82,7 +82,7 @@ class Excerpt:
         return hashlib.sha256(b"".join(self.heads.values())).hexdigest()
 
 
-class Layout:
+class ShardLayout:
     """How a content lies in its files, and how the processes of a node share their parts."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Layout:
         shares = min(processes * streams, most_shares(content.size_bytes, part_bytes))
         self._shares = shared_out(every, shares, first=bound)
 
-    def excerpt(self, index: int) -> Excerpt:
+    def shard(self, index: int) -> Shard:
         """What the process of that number writes; the tensors are the content's own, not copies."""
         shares = self._shares[index :: self._processes]
         spans = _spans([part for share in shares for part in share])
@@ -128,7 +128,7 @@ class Layout:
             for file, stretches in self._stretches.items()
         }
         content = self._content
-        return Excerpt(shares, self._heads, stretches, content.rest, content.trained)
+        return Shard(shares, self._heads, stretches, content.rest, content.trained)
 
 
 def most_shares(size_bytes: int, part_bytes: int) -> int:
@@ -136,10 +136,10 @@ def most_shares(size_bytes: int, part_bytes: int) -> int:
     return max(1, size_bytes // (_LEAST_PARTS * part_bytes))
 
 
-def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Stretch]:
+def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Segment]:
     row = []
     for name, tensor in tensors.items():
-        row.append(Stretch(name, at, at + tensor.nbytes, tensor))
+        row.append(Segment(name, at, at + tensor.nbytes, tensor))
         at += tensor.nbytes
     return row
 
@@ -183,15 +183,15 @@ class Snapshot:
         }
         return replace(content, tensors=held), arrived
 
-    def part(self, excerpt: Excerpt) -> tuple[Excerpt, Arrival | None]:
+    def part(self, shard: Shard) -> tuple[Shard, Arrival | None]:
         """Likewise for what one of several processes writes."""
-        every = [s.numbers for stretches in excerpt.stretches.values() for s in stretches]
+        every = [s.numbers for stretches in shard.stretches.values() for s in stretches]
         copies, arrived = self._copies(every)
         held = {
             file: [stretch._replace(numbers=next(copies)) for stretch in stretches]
-            for file, stretches in excerpt.stretches.items()
+            for file, stretches in shard.stretches.items()
         }
-        return replace(excerpt, stretches=held), arrived
+        return replace(shard, stretches=held), arrived
 
     @torch.no_grad()
     def _copies(self, tensors: Sequence[Tensor]) -> tuple[Iterator[Tensor], Arrival | None]:
@@ -209,7 +209,7 @@ class Snapshot:
         return iter(copies), arrived
 
 
-def require_finite(excerpt: Excerpt) -> None:
+def require_finite(shard: Shard) -> None:
     """Check what is about to be published.
 
     A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
@@ -217,20 +217,20 @@ def require_finite(excerpt: Excerpt) -> None:
     Raises:
         Diverged: names what is not finite.
     """
-    for file, stretches in excerpt.stretches.items():
+    for file, stretches in shard.stretches.items():
         for stretch in stretches:
             low, high = _extremes(stretch.numbers)
-            is_buffer = file != OPTIMIZER and stretch.name not in excerpt.trained
+            is_buffer = file != OPTIMIZER and stretch.name not in shard.trained
             if math.isnan(low) or (not is_buffer and (math.isinf(low) or math.isinf(high))):
-                raise _diverged(excerpt, f"{stretch.name} in {file}")
-    for name, value in _floats(excerpt.rest["optimizer"]["state"], "the optimizer's state"):
+                raise _diverged(shard, f"{stretch.name} in {file}")
+    for name, value in _floats(shard.rest["optimizer"]["state"], "the optimizer's state"):
         if not math.isfinite(value):
-            raise _diverged(excerpt, name)
+            raise _diverged(shard, name)
 
 
-def _diverged(excerpt: Excerpt, what: str) -> Diverged:
+def _diverged(shard: Shard, what: str) -> Diverged:
     return Diverged(
-        f"After step {excerpt.rest['step']}, {what} is not finite, so the state is not saved; "
+        f"After step {shard.rest['step']}, {what} is not finite, so the state is not saved; "
         "earlier checkpoints are as they were. Look at train/grad_norm before it, lower "
         "optimizer.lr or set max_grad_norm."
     )

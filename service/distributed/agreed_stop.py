@@ -14,7 +14,7 @@ POLL_SECONDS = 0.5
 """About as long as a request waits to be heard by all, and never less than one step."""
 
 
-class GivenUp(Exception):
+class TestInterrupted(Exception):
     """All processes have agreed to leave a test pass where they are in it."""
 
 
@@ -61,5 +61,5 @@ class StopPoll:
         poll = StopPoll(self._world, most_steps=self._most_steps)
         for number, batch in enumerate(batches):
             if number < rounds and poll.agreed(number, wanted()):
-                raise GivenUp
+                raise TestInterrupted
             yield batch

@@ -1,7 +1,7 @@
 """How the gradients of a step's micro-batches come together, over all processes.
 
-`Overlapped`  DistributedDataParallel exchanges them while the last backward pass still runs.
-`Ordered`     Each micro-batch's gradient is computed alone, and they are added in one fixed
+`OverlappedSync`  DistributedDataParallel exchanges them while the last backward pass still runs.
+`OrderedSync`     Each micro-batch's gradient is computed alone, and they are added in one fixed
               order, so that every number of processes gets the same bits.
 """
 
@@ -21,7 +21,7 @@ from service.spec.models import ExchangeSpec
 T = TypeVar("T")
 
 
-class Exchange(Protocol):
+class GradientSync(Protocol):
     """What the train loop asks of either."""
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Exchange(Protocol):
         """
 
 
-class Overlapped(Exchange):
+class OverlappedSync(GradientSync):
     """Exchanged by DistributedDataParallel in the backward pass of the last micro-batch."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Overlapped(Exchange):
             self._world.require_exchanged(self.model)
 
 
-class Ordered(Exchange):
+class OrderedSync(GradientSync):
     """Added up as a binary tree that halves the step's micro-batches.
 
     Each process adds up the branch of its own share, and the branches meet in pairs.  Whoever

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.basics.atomic_files import make_directory, replace_unsynced, told_of
-from service.health.heartbeat import ORDER, WORDS, Pulse
-from service.health.throughput import Clock
+from service.health.heartbeat import ORDER, WORDS, Heartbeat
+from service.health.throughput import Throughput
 from service.plan.plan import Window
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ class Profile:
         window: Window,
         *,
         directory: Path,
-        pulse: Pulse,
-        clock: Clock,
+        heartbeat: Heartbeat,
+        throughput: Throughput,
         device: torch.device,
         say: Callable[[str], None],
     ) -> None:
         """`directory` gets `rank-N.json`, a Chrome trace, and `rank-N.txt`, the table."""
         self._window = window
         self._directory = directory
-        self._pulse = pulse
-        self._clock = clock
+        self._heartbeat = heartbeat
+        self._throughput = throughput
         self._device = device
         self._say = say
         self._steps: Generator[Any, None, None] | None = None
@@ -92,16 +92,16 @@ class Profile:
         if not on_cpu:
             activities = torch.profiler.supported_activities()  # type: ignore[no-untyped-call]
         begun: list[int] = []
-        with self._clock.stopped():
+        with self._throughput.stopped():
             trace = torch.profiler.profile(activities=activities)
             trace.start()
-        before = self._pulse.spent()
+        before = self._heartbeat.spent()
         try:
             yield begun
         finally:
             synchronize(self._device)
-            spent = self._pulse.spent()
-            with self._clock.stopped():
+            spent = self._heartbeat.spent()
+            with self._throughput.stopped():
                 trace.stop()
                 try:
                     self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
@@ -110,14 +110,14 @@ class Profile:
 
     def _write(self, trace: Any, begun: Sequence[int], seconds: dict[Any, float]) -> None:
         make_directory(self._directory)
-        path = self._directory / f"rank-{self._pulse.rank}.json"
+        path = self._directory / f"rank-{self._heartbeat.rank}.json"
         path.unlink(missing_ok=True)  # torch would follow a link
         trace.export_chrome_trace(str(path))
         if not begun:
             return
         table = "\n".join(
             [
-                f"Where the time of {_counted(begun)} went, on rank {self._pulse.rank}:",
+                f"Where the time of {_counted(begun)} went, on rank {self._heartbeat.rank}:",
                 "",
                 *_aligned(_by_work(seconds, len(begun))),
                 "",

@@ -24,7 +24,7 @@ Combine = Callable[..., Tensor]
 """`torch.add`, `torch.maximum`, ...: of two tensors, into `out`; the same either way round."""
 
 
-class Pairs:
+class RecursiveDoubling:
     """Processes of one gloo group, met in pairs: neighbours first, (0 + 1) + (2 + 3).
 
     Those beyond the greatest power of two hand theirs to one of the others first. a + b and b + a
@@ -73,7 +73,7 @@ class Pairs:
 
 
 def mean_in_pairs(
-    pairs: Pairs,
+    pairs: RecursiveDoubling,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     """The mean over the processes of what is in the bucket, met in pairs."""

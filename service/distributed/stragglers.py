@@ -16,7 +16,7 @@ import torch
 
 from service.distributed.devices import moment, peak_bytes
 from service.distributed.world import World
-from service.health.throughput import Clock
+from service.health.throughput import Throughput
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class Stopwatch:
         return perf_counter() if self._on_cpu else moment(self._device, timing=True)
 
 
-class Vitals:
+class StragglerDetector:
     """What every process tells of itself, and what follows from what all of them told."""
 
     width = 2
@@ -76,7 +76,7 @@ class Vitals:
         world: World,
         *,
         rounds: int,
-        clock: Clock,
+        throughput: Throughput,
         stopwatch: Stopwatch,
         say: Callable[[str], None],
     ) -> None:
@@ -86,7 +86,7 @@ class Vitals:
         """
         self._device = world.device
         self._rounds = rounds
-        self._clock = clock
+        self._throughput = throughput
         self._stopwatch = stopwatch
         self._say = say
         self._hosts = world.gather(socket.gethostname())
@@ -95,7 +95,7 @@ class Vitals:
 
     def own(self) -> list[float]:
         """Of this process: seconds that a pass and its data take it, and peak memory in bytes."""
-        waited = self._clock.waited_a_step / self._rounds
+        waited = self._throughput.waited_a_step / self._rounds
         return [waited + self._stopwatch.seconds_a_pass(), float(peak_bytes(self._device))]
 
     def reading(self, told: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -112,7 +112,7 @@ class Vitals:
         if most >= _NOTABLE_RATIO * others:  # nearly always it is not, and needs no median
             others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
         lost = (most - others) * self._rounds
-        notable = lost > _NOTABLE_PART * self._clock.seconds_a_step
+        notable = lost > _NOTABLE_PART * self._throughput.seconds_a_step
         if not notable or most < _NOTABLE_RATIO * others:
             self._slow_rank, self._slow_for = -1, 0
             return {}

@@ -21,7 +21,12 @@ from service.basics.limits import limits
 from service.distributed.devices import generators, ready
 from service.distributed.generators import Seeded
 from service.distributed.messages import from_bytes, to_bytes
-from service.distributed.recursive_doubling import MOST_BYTES, Pairs, mean_in_bf16, mean_in_pairs
+from service.distributed.recursive_doubling import (
+    MOST_BYTES,
+    RecursiveDoubling,
+    mean_in_bf16,
+    mean_in_pairs,
+)
 from service.health.heartbeat import Trace
 from service.spec.models import ExchangeSpec
 
@@ -103,14 +108,14 @@ class World:
         self._generators: list[Seeded] = list(self._own_generators)
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
-        self._pairs: Pairs | None = None
+        self._pairs: RecursiveDoubling | None = None
         self._writers: Writers | None = None
         if self.processes > 1:
             if dist.get_backend() != "gloo":
                 self._control = _connected(None, self.processes, _COLLECTIVES)
             group = self._control or dist.group.WORLD
             assert group is not None, "there are several processes and no group of them"
-            self._pairs = Pairs(group)
+            self._pairs = RecursiveDoubling(group)
 
     def suit_threads(self, flops: float | None) -> None:
         """Compute on one thread where a pass takes so few operations that sharing them costs more.

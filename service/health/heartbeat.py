@@ -56,7 +56,7 @@ class Numbered(Protocol):
 B = TypeVar("B", bound=Numbered)
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a process is in its run."""
 
     work: Work
@@ -85,7 +85,7 @@ class Trace:
         self.name, self.count = name, self.count + 1
 
 
-class Pulse:
+class Heartbeat:
     """The place of one process, and the seconds it has spent at each kind of work.
 
     To say where one is costs less than a microsecond, so the loops say it for every micro-batch.
@@ -125,12 +125,12 @@ class Pulse:
             self.trace.begin("exchange of gradients")
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Position:
         """Where this process is now."""
         work, step, micro_batch, since = self._place
         if self._waits_for_the_writer:
             since = max(since, self._writer_moved)
-        return Place(work, step, micro_batch, since)
+        return Position(work, step, micro_batch, since)
 
     @property
     def step(self) -> int:

@@ -23,7 +23,7 @@ _TRIAL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Grace:
+class GracePeriod:
     """How long a stop may take before somebody kills."""
 
     seconds: float
@@ -49,7 +49,7 @@ class StopTime:
             f"{LEAVING_SECONDS:g} s to leave)"
         )
 
-    def too_long_for(self, grace: Grace) -> str | None:
+    def too_long_for(self, grace: GracePeriod) -> str | None:
         """One line where it takes longer than it is given."""
         if self.seconds <= grace.seconds:
             return None
@@ -59,36 +59,36 @@ class StopTime:
         )
 
 
-class Stopping:
+class StopBudget:
     """Says, once for each, what gives a stop less time than it takes."""
 
-    def __init__(self, graces: Sequence[Grace], *, say: Callable[[str], None]) -> None:
-        self.graces = graces
+    def __init__(self, grace_periods: Sequence[GracePeriod], *, say: Callable[[str], None]) -> None:
+        self.grace_periods = grace_periods
         self._say = say
-        self._said: set[Grace] = set()
+        self._said: set[GracePeriod] = set()
 
     @property
     def is_bounded(self) -> bool:
         """Whether somebody gives a stop only so long."""
-        return bool(self.graces)
+        return bool(self.grace_periods)
 
     def learned(self, save_seconds: float, how: str) -> None:
         """Take in how long a save takes."""
-        for grace in self.graces:
+        for grace in self.grace_periods:
             told = StopTime(save_seconds, how).too_long_for(grace)
             if told is not None and grace not in self._said:
                 self._said.add(grace)
                 self._say(f"WARNING: {told}")
 
 
-def graces(spec: Spec, *, launcher: Grace | None = None) -> tuple[Grace, ...]:
+def grace_periods(spec: Spec, *, launcher: GracePeriod | None = None) -> tuple[GracePeriod, ...]:
     """What a stop is given: by the launcher, ours unless another is named, and by a pod."""
     budget, cluster = spec.faults.stop_budget_seconds, spec.kubernetes
     if launcher is None and budget != "auto":
-        launcher = Grace(budget, "faults.stop_budget_seconds")
+        launcher = GracePeriod(budget, "faults.stop_budget_seconds")
     found = [launcher] if launcher else []
     if cluster is not None:
-        found.append(Grace(cluster.grace_seconds, "kubernetes.grace_seconds"))
+        found.append(GracePeriod(cluster.grace_seconds, "kubernetes.grace_seconds"))
     return tuple(found)
 
 
@@ -137,7 +137,7 @@ def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
 def stop_in_words(spec: Spec, takes: StopTime | None) -> str:
     """What `evenstep plan` says of a stop."""
     told = takes.words() if takes else "an unknown time, until a save of this run was measured"
-    for grace in graces(spec):
+    for grace in grace_periods(spec):
         if takes is None or takes.seconds <= grace.seconds:
             told += f"; {grace.name} gives it {grace.seconds:g} s"
         else:

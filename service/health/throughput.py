@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 
 
-class Clock:
+class Throughput:
     """Times the train loop of one process, from one reading to the next."""
 
     def __init__(
         self,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
         *,
         flops_a_row: float | None = None,
         peak_flops: float | None = None,
@@ -26,7 +26,7 @@ class Clock:
             flops_a_row: what training on a row takes, where that is known.
             peak_flops: what all devices together could do in a second, where that is known.
         """
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._flops_a_row = flops_a_row
         self._peak_flops = peak_flops
         self.restart()
@@ -34,8 +34,8 @@ class Clock:
     def restart(self) -> None:
         """Forget the time so far: what comes between two steps is not training."""
         self._since = perf_counter()
-        self._waited = self._pulse.seconds_waited
-        self._step = self._pulse.step
+        self._waited = self._heartbeat.seconds_waited
+        self._step = self._heartbeat.step
 
     @property
     def seconds_a_step(self) -> float:
@@ -47,7 +47,7 @@ class Clock:
     def waited_a_step(self) -> float:
         """Of these, the seconds for which its data was waited for."""
         steps = self._steps()
-        return (self._pulse.seconds_waited - self._waited) / steps if steps else 0.0
+        return (self._heartbeat.seconds_waited - self._waited) / steps if steps else 0.0
 
     def reading(self, *, rows_per_step: int) -> dict[str, float]:
         """Rows per second and the fraction of time waited, since the last reading.
@@ -55,7 +55,7 @@ class Clock:
         And, where they are known, the operations in a second and the part they are of the peak.
         """
         seconds = max(perf_counter() - self._since, 1e-9)
-        waited = self._pulse.seconds_waited - self._waited
+        waited = self._heartbeat.seconds_waited - self._waited
         rate = self._steps() * rows_per_step / seconds
         values = {
             "train/rows_per_second": rate,
@@ -73,10 +73,10 @@ class Clock:
     def stopped(self) -> Iterator[None]:
         """Time that is neither training nor waiting; for who brings the steps, between two."""
         begin = perf_counter()
-        self._pulse.enter("log")  # and so it is not waited for data
+        self._heartbeat.enter("log")  # and so it is not waited for data
         yield
         self._since += perf_counter() - begin
-        self._pulse.enter("data")
+        self._heartbeat.enter("data")
 
     def _steps(self) -> int:
-        return self._pulse.step - self._step
+        return self._heartbeat.step - self._step

@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn
 
 from service.basics.atomic_files import without_link
 from service.basics.errors import PeerLost
-from service.health.heartbeat import ORDER, WORDS, WRITER, Place, Pulse, group
+from service.health.heartbeat import ORDER, WORDS, WRITER, Heartbeat, Position, group
 from service.runs.directory import read_beat
 from service.runs.failure_reports import read_failures, write_failure
 
@@ -44,7 +44,7 @@ Leave = Callable[[int, str], NoReturn]
 
 @contextmanager
 def watched(
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     *,
     processes: int,
     timeout_seconds: float,
@@ -60,7 +60,7 @@ def watched(
         leave: ends the process at once, with a code and a message.
     """
     ended = threading.Event()
-    watch = _Watch(pulse, processes, timeout_seconds, startup_timeout_seconds, leave, ended)
+    watch = _Watch(heartbeat, processes, timeout_seconds, startup_timeout_seconds, leave, ended)
     thread = threading.Thread(target=watch.run, name="hang watch", daemon=True)
     thread.start()
     try:
@@ -75,7 +75,7 @@ def watched(
 class _Awaited:
     """A rank that is no further than this one, and got on last: this one may wait for it."""
 
-    place: Place
+    place: Position
     """Of this process."""
     rank: int | None
     """None where all others are further."""
@@ -87,14 +87,14 @@ class _Awaited:
 class _Watch:
     def __init__(
         self,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
         processes: int,
         timeout_seconds: float,
         startup_timeout_seconds: float,
         leave: Leave,
         ended: threading.Event,
     ) -> None:
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._processes = processes
         self._timeout = timeout_seconds
         self._startup_timeout = startup_timeout_seconds
@@ -113,26 +113,26 @@ class _Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
-        place = self._pulse.place
+        place = self._heartbeat.place
         timeout = self._startup_timeout if place.work == "starting" else self._timeout
         # Armed anew at each look: it goes off only where the looks have stopped.
         faulthandler.dump_traceback_later(
             timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
         )
-        self._pulse.write()
+        self._heartbeat.write()
         standing = time.monotonic() - place.since
         if standing > timeout / 2 and (not self._awaited or self._awaited.place != place):
             self._awaited = self._last_moved(place, until=place.since + timeout)
-        if standing > timeout and place == self._pulse.place and not self._may_wait(timeout):
+        if standing > timeout and place == self._heartbeat.place and not self._may_wait(timeout):
             self._report(standing)
 
-    def _last_moved(self, place: Place, *, until: float) -> _Awaited:
+    def _last_moved(self, place: Position, *, until: float) -> _Awaited:
         """Whom this process may be waiting for, by what all of them last wrote."""
         ours = (place.step, ORDER.index(place.work))
         behind = [
             beat
             for beat in map(self._beat, range(self._processes))
-            if beat and beat["rank"] != self._pulse.rank
+            if beat and beat["rank"] != self._heartbeat.rank
             if (beat["step"], ORDER.index(beat["work"])) <= ours
         ]
         last = min(behind, key=lambda beat: beat["standing_seconds"], default=None)
@@ -148,8 +148,8 @@ class _Watch:
         awaited = self._awaited
         if awaited is None or awaited.rank is None or not self._line()[1]:
             return False
-        if self._pulse.failures and any(
-            report.get("group") == group() for report in read_failures(self._pulse.failures)
+        if self._heartbeat.failures and any(
+            report.get("group") == group() for report in read_failures(self._heartbeat.failures)
         ):
             return False  # it is told already, and whoever told it waits for what the others say
         now = time.monotonic()
@@ -164,7 +164,7 @@ class _Watch:
 
     def _beat(self, rank: int) -> dict[str, Any] | None:
         """What that rank wrote last in this attempt."""
-        beat = read_beat(self._pulse.scratch, rank) if self._pulse.scratch else None
+        beat = read_beat(self._heartbeat.scratch, rank) if self._heartbeat.scratch else None
         return beat if beat and beat.get("group") == group() else None
 
     def close(self) -> None:
@@ -173,10 +173,10 @@ class _Watch:
 
     def _stacks_file(self) -> IO[str]:
         """Where faulthandler writes: a file of the run's, as soon as the run has a directory."""
-        scratch = self._pulse.scratch
+        scratch = self._heartbeat.scratch
         if scratch is None:
             return sys.stderr
-        path = scratch / f"rank-{self._pulse.rank}.stacks"
+        path = scratch / f"rank-{self._heartbeat.rank}.stacks"
         if self._stacks is None or self._stacks.name != str(path):
             self.close()
             try:
@@ -188,11 +188,11 @@ class _Watch:
     def _line(self) -> tuple[str, bool]:
         """(the line on which this process stands, and whether it waits there for others)."""
         frames = sys._current_frames()
-        on_device = self._pulse.device_waits
+        on_device = self._heartbeat.device_waits
         line, waiting = "", False
         if self._main in frames:
             line, waiting = _line_of(frames[self._main], on_device=on_device)
-        if self._pulse.place.work == "save" and not waiting:
+        if self._heartbeat.place.work == "save" and not waiting:
             for thread in threading.enumerate():  # it waits for its own writer
                 if thread.name.startswith(WRITER) and thread.ident in frames:
                     written, for_others = _line_of(frames[thread.ident], on_device=on_device)
@@ -202,21 +202,23 @@ class _Watch:
 
     def _report(self, standing: float) -> None:
         line, waiting = self._line()
-        report = self._pulse.record() | {
+        report = self._heartbeat.record() | {
             "kind": "hang",
             "line": line,
             "waits_for_others": waiting,
             "stacks": _stacks(),
         }
-        failures = self._pulse.failures
+        failures = self._heartbeat.failures
         if failures is None:  # under a foreign torchrun, with no run opened yet
-            told = _told(report, self._pulse.rank, standing)
+            told = _told(report, self._heartbeat.rank, standing)
             self._leave(HUNG, f"{report['stacks']}\n{told}")
         if write_failure(failures, report) is None:
             print(report["stacks"], file=sys.stderr, flush=True)
         behind = who_is_behind(self._reports(failures))
-        mine = behind["rank"] == self._pulse.rank
-        self._leave(HUNG if mine else PeerLost.exit_code, _told(behind, self._pulse.rank, standing))
+        mine = behind["rank"] == self._heartbeat.rank
+        self._leave(
+            HUNG if mine else PeerLost.exit_code, _told(behind, self._heartbeat.rank, standing)
+        )
 
     def _reports(self, failures: Path) -> list[dict[str, Any]]:
         """What every rank says of this hang; of one that says nothing, what it last wrote."""

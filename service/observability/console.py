@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from service.basics.background_queue import Handover
+from service.basics.background_queue import BackgroundQueue
 from service.runs.tracking import Outcome, Row, Writer
 
 if TYPE_CHECKING:  # at run time only where there is a terminal to draw on
@@ -50,7 +50,7 @@ class Console(Writer, Protocol):
         """Print a line that stays."""
 
 
-class Voice:
+class LeadOutput:
     """Says lines to a person: above the screen's bar where it has one, and else as they come."""
 
     def __init__(self, *, speaks: bool) -> None:
@@ -113,20 +113,20 @@ class _Screen(Console, Protocol):
     """
 
     _stream: TextIO
-    _handover: Handover[Row | str]
+    _queue: BackgroundQueue[Row | str]
     _thread: threading.Thread
 
     def write(self, row: Row) -> None:
-        self._handover.put(row)
+        self._queue.put(row)
 
     def say(self, text: str) -> None:
-        if self._handover.ended:
+        if self._queue.ended:
             self._print(text)
         else:
-            self._handover.put(text)
+            self._queue.put(text)
 
     def close(self, outcome: Outcome) -> None:
-        self._handover.end()
+        self._queue.end()
         self._thread.join(_LAST_WORDS_SECONDS)
         if self._thread.is_alive() and self._stream is sys.stdout:
             # Nobody reads: what else is said would wait as well, up to the interpreter's own exit.
@@ -147,12 +147,12 @@ class PlainConsole(_Screen):
         self._total_steps = total_steps
         self._time_left = time_left
         self._stream = stream
-        self._handover = Handover()
+        self._queue = BackgroundQueue()
         self._thread = threading.Thread(target=self._show, name="console", daemon=True)
         self._thread.start()
 
     def _show(self) -> None:
-        for found in self._handover.looks(_LOOK_SECONDS):
+        for found in self._queue.looks(_LOOK_SECONDS):
             lines = [thing if isinstance(thing, str) else self._line(thing) for thing in found]
             if lines:
                 self._print("\n".join(lines))
@@ -161,7 +161,7 @@ class PlainConsole(_Screen):
         pairs = {"step": f"{row.step}/{self._total_steps}", "epoch": f"{row.epoch:.4g}"}
         pairs |= _shown(row.values)
         if (seconds := self._time_left.after(row)) is not None:
-            pairs["eta"] = _clock(seconds)
+            pairs["eta"] = _throughput(seconds)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.time))
         return " ".join([when, *(f"{name}={value}" for name, value in pairs.items())])
 
@@ -200,7 +200,7 @@ class LiveConsole(_Screen):
         self._rows: dict[bool, Row] = {}
         """The latest, by whether the training is measured in it."""
         self._table = _Table()
-        self._handover = Handover()
+        self._queue = BackgroundQueue()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
         self._live.start()
         # Rich hides the cursor meanwhile; a run that is killed could not bring it back.
@@ -210,11 +210,11 @@ class LiveConsole(_Screen):
     def write(self, row: Row) -> None:
         self._rows["train/loss" in row.values] = row
         if any(key.startswith("test/") for key in row.values):
-            self._handover.put(row)
+            self._queue.put(row)
 
     def _redraw(self) -> None:
         drawn = -1
-        for found in self._handover.looks(_REDRAW_SECONDS):
+        for found in self._queue.looks(_REDRAW_SECONDS):
             rows = sorted(self._rows.copy().values(), key=lambda row: row.step)
             new = [row for row in rows if row.step > drawn]
             for row in new:
@@ -287,7 +287,7 @@ class _Bar:
         facts = self._facts | _shown({k: v for k, v in row.values.items() if k[:5] != "test/"})
         facts["epoch"] = f"{row.epoch:.4g}"
         if seconds_left is not None:
-            facts["left"] = _clock(seconds_left)
+            facts["left"] = _throughput(seconds_left)
         self._step, self._facts = row.step, facts
 
     def __rich_console__(self, rich: RichConsole, options: ConsoleOptions) -> RenderResult:
@@ -354,7 +354,7 @@ def _shown(values: Mapping[str, float]) -> dict[str, str]:
     return shown
 
 
-def _clock(seconds: float) -> str:
+def _throughput(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour:02d}:{minute:02d}:{second:02d}"

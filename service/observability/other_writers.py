@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from service.basics.background_queue import Handover
+from service.basics.background_queue import BackgroundQueue
 from service.basics.errors import SpecError
 from service.runs.tracking import Outcome, Row, Writer, read_metrics
 from service.spec.models import TrackingSpec, TrackioSpec
 
 
-class Place(Protocol):
+class TrackerBackend(Protocol):
     """Where rows go in the end; all of it is called by one thread, which may wait."""
 
     held_step: int
@@ -31,13 +31,13 @@ class Place(Protocol):
         """Keep what is not kept yet, and let go."""
 
 
-class Beside(Writer):
+class BackgroundWriter(Writer):
     """Hands the rows to a place in a thread of its own."""
 
     def __init__(
         self,
         name: str,
-        open_place: Callable[[], Place],
+        open_place: Callable[[], TrackerBackend],
         *,
         metrics: Path,
         resume_step: int | None,
@@ -58,7 +58,7 @@ class Beside(Writer):
         self._resume_step = resume_step
         self._say = say
         self._close_seconds = close_seconds
-        self._rows: Handover[Row] = Handover()
+        self._rows: BackgroundQueue[Row] = BackgroundQueue()
         self._taken_rows = 0
         self._kept_rows = 0
         self._trouble: str | None = None
@@ -96,7 +96,7 @@ class Beside(Writer):
             self._trouble = f"{type(error).__name__}: {told}"
             self._say(f"{self._name} stopped: {self._trouble}. The training goes on without it.")
 
-    def _catch_up(self, place: Place) -> None:
+    def _catch_up(self, place: TrackerBackend) -> None:
         """Hand over what earlier attempts could not."""
         if self._resume_step is None or place.held_step >= self._resume_step:
             return
@@ -106,7 +106,7 @@ class Beside(Writer):
                 place.put(int(record["step"]), record["time"], values)
 
 
-class TensorBoard(Place):
+class TensorBoard(TrackerBackend):
     """An event file in the run's directory; a resumed attempt writes it anew from the record."""
 
     def __init__(self, directory: Path) -> None:
@@ -130,7 +130,7 @@ class TensorBoard(Place):
         self._writer.close()
 
 
-class Trackio(Place):
+class Trackio(TrackerBackend):
     """A run of Hugging Face's trackio: on this machine, or in a Space."""
 
     def __init__(self, spec: TrackioSpec, *, name: str, config: Mapping[str, Any]) -> None:
@@ -180,7 +180,7 @@ def second_writers(
     say: Callable[[str], None],
 ) -> list[Writer]:
     """Those that the spec asks for; `config` is what trackio shows as the run's configuration."""
-    places: dict[str, Callable[[], Place]] = {}
+    places: dict[str, Callable[[], TrackerBackend]] = {}
     if spec.tensorboard:
         places["TensorBoard"] = lambda: TensorBoard(directory / "tensorboard")
     if spec.trackio is not None:
@@ -188,6 +188,6 @@ def second_writers(
         places["trackio"] = lambda: Trackio(asked, name=name, config=config)
     metrics = directory / "metrics.jsonl"
     return [
-        Beside(place, opened, metrics=metrics, resume_step=resume_step, say=say)
+        BackgroundWriter(place, opened, metrics=metrics, resume_step=resume_step, say=say)
         for place, opened in places.items()
     ]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
-from service.basics.background_queue import Handover
+from service.basics.background_queue import BackgroundQueue
 from service.runs.checkpoint_files import best_of, checkpoints_in
 from service.runs.tracking import Outcome, Row, Writer, read_metrics
 from service.spec.models import WandBSpec
@@ -79,7 +79,7 @@ class WandB(Writer):
         self._owns_core = "WANDB_SERVICE" not in os.environ
         # Its exporter of errors would be waited for at the interpreter's exit.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self._rows: Handover[Row] = Handover()
+        self._rows: BackgroundQueue[Row] = BackgroundQueue()
         self._outcome: Outcome = "failed"
         self._taken_rows = 0
         self._sent_rows = 0

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from service.basics.errors import SpecError, WillFailAgain
 from service.data.batches import Batch
-from service.distributed.gradient_sync import Exchange
+from service.distributed.gradient_sync import GradientSync
 from service.distributed.world import World
 
 Rule = Literal["mean", "sum", "first", "local"]
@@ -78,7 +78,7 @@ def buffers_besides_batchnorm(model: nn.Module) -> list[str]:
     return [n for n, module, _, _ in _places(model) if not isinstance(module, _BatchNorm)]
 
 
-def kept_equal(exchange: Exchange, buffers: Buffers | None) -> Exchange:
+def kept_equal(exchange: GradientSync, buffers: Buffers | None) -> GradientSync:
     """`exchange`, with each micro-batch's changes of the buffers gathered; itself without any."""
     return exchange if buffers is None else _Gathering(exchange, buffers)
 
@@ -247,10 +247,10 @@ class Buffers:
             total.zero_()
 
 
-class _Gathering(Exchange):
+class _Gathering(GradientSync):
     """An exchange of gradients between whose passes the changes of the buffers are gathered."""
 
-    def __init__(self, inner: Exchange, buffers: Buffers) -> None:
+    def __init__(self, inner: GradientSync, buffers: Buffers) -> None:
         self.model = inner.model
         self._inner, self._buffers = inner, buffers
 
@@ -263,7 +263,7 @@ class _Gathering(Exchange):
         for batch in passes:
             yield batch
             assert isinstance(batch, Batch)
-            # Before the next is asked for: `Ordered` takes the sums of a pass away with it.
+            # Before the next is asked for: `OrderedSync` takes the sums of a pass away with it.
             self._buffers.take(batch.number)
 
 

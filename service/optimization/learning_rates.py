@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from service.basics.errors import SpecError, did_you_mean, with_place
-from service.plan.early_stopping import Patience
+from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.plan.schedules import Multiplier
 from service.spec.models import CustomScheduleSpec, PlateauSpec
@@ -94,7 +94,7 @@ class PlateauSchedule(Schedule):
         self, optimizer: torch.optim.Optimizer, rate: Multiplier, spec: PlateauSpec
     ) -> None:
         self._spec = spec
-        self._patience = Patience(spec)
+        self._early_stopping = EarlyStopping(spec)
         self._resting = 0
         self._lowered = 1.0
         super().__init__(optimizer, rate)
@@ -103,14 +103,14 @@ class PlateauSchedule(Schedule):
         return self._rate(step) * self._lowered
 
     def learn(self, values: Mapping[str, float], step: int) -> None:
-        if not self._patience.tested(values):
+        if not self._early_stopping.tested(values):
             return
         if self._resting:
             self._resting -= 1
-            self._patience.waited = 0
-        if self._patience.ran_out:
+            self._early_stopping.waited = 0
+        if self._early_stopping.ran_out:
             self._lowered = max(self._lowered * self._spec.gamma, self._spec.final)
-            self._resting, self._patience.waited = self._spec.cooldown, 0
+            self._resting, self._early_stopping.waited = self._spec.cooldown, 0
             used = self._used
             self.set(step)
             self._used = used  # by the update that was just measured
@@ -119,12 +119,12 @@ class PlateauSchedule(Schedule):
         return {
             "lowered": self._lowered,
             "resting": self._resting,
-            "patience": self._patience.memory(),
+            "patience": self._early_stopping.memory(),
         }
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         self._lowered, self._resting = memory["lowered"], memory["resting"]
-        self._patience.remember(memory["patience"])
+        self._early_stopping.remember(memory["patience"])
 
 
 class TorchSchedule(Schedule):

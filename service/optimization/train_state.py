@@ -18,7 +18,7 @@ from service.optimization.learning_rates import Schedule
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
 from service.optimization.precision import LossScaler
-from service.plan.early_stopping import Patience, is_better
+from service.plan.early_stopping import EarlyStopping, is_better
 from service.spec.models import BestSpec, PlateauSpec, Spec
 
 
@@ -36,7 +36,7 @@ class TrainState:
     """Where the training data is read from, if it can only be read one after the other."""
     best: Best | None = None
     """The best test measure so far, where the spec names one."""
-    early_stopping: Patience | None = None
+    early_stopping: EarlyStopping | None = None
     frozen: Sequence[Frozen] = ()
     """Parameters that are trained from a later step on."""
     average: MovingAverage | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from service.basics.errors import Diverged, SpecError
 from service.distributed.batchnorm import Normalization
-from service.distributed.stragglers import Vitals
+from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
 from service.optimization.buffers import Buffers
 from service.optimization.optimizers import needs_closure
@@ -170,7 +170,7 @@ class Updates:
 
     # ---- looking back, where the plan waits for the device anyway
 
-    def look(self, vitals: Vitals | None = None) -> dict[str, float]:
+    def look(self, stragglers: StragglerDetector | None = None) -> dict[str, float]:
         """What the steps since the last look have come to; every process calls it.
 
         Args:
@@ -193,7 +193,7 @@ class Updates:
         ]
         last = held[-1]
         mine = {number: losses[last.step, number] for number in last.losses}
-        own = vitals.own() if vitals is not None else []
+        own = stragglers.own() if stragglers is not None else []
         loss_sum, faulty, told = self._sum_over_processes(mine, len(faults), own)
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
@@ -204,7 +204,7 @@ class Updates:
         if faulty or endless:
             self._answer(faults, endless)
         values = {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
-        return values if vitals is None else values | vitals.reading(told)
+        return values if stragglers is None else values | stragglers.reading(told)
 
     def _sum_over_processes(
         self, losses: Mapping[int, float], faults: int, own: Sequence[float]

@@ -30,7 +30,7 @@ def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -
 
 
 @dataclass
-class Patience:
+class EarlyStopping:
     """Counts tests in a row without improvement.
 
     It sees only what is equal on every process, so all of them run out together.

@@ -22,7 +22,7 @@ from service.data.streams import Stream, is_stream
 from service.data.task import Task, collate_of, load_task, new_model
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
-from service.distributed.gradient_sync import Overlapped
+from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test
 from service.observability.other_writers import require_packages
@@ -33,7 +33,7 @@ from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
-from service.training.dry_run import Trial
+from service.training.dry_run import DryRun
 from service.training.train_step import summed_loss
 
 T = TypeVar("T")
@@ -83,8 +83,8 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
-    trial = Trial(batch, task=task, world=world, normalization=normalization)
-    found = trial.first(model)
+    dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
+    found = dry_run.first(model)
     unreached, rule = found.unreached, spec.model.buffers
     bitwise = spec.exactness == "bitwise"
     # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
@@ -195,7 +195,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
     """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
-    exchange = Overlapped(state.model, world, find_unused=False, spec=ExchangeSpec())
+    exchange = OverlappedSync(state.model, world, find_unused=False, spec=ExchangeSpec())
     weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
 
     def evaluate() -> Tensor:

@@ -14,7 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from service.basics.atomic_files import Appended, replace_file, sync_directory, told_when_unwritten
+from service.basics.atomic_files import (
+    AppendOnlyFile,
+    replace_file,
+    sync_directory,
+    told_when_unwritten,
+)
 from service.basics.errors import WillFailAgain
 from service.runs.line_file import Block, blocks_of
 
@@ -105,7 +110,7 @@ class ReceiptFile:
         """
         with told_when_unwritten(path):
             _keep_up_to(path, step)
-            self._file = Appended(path, say=say)
+            self._file = AppendOnlyFile(path, say=say)
         self._path = path
 
     def add_rows(self, steps: range, digests: Sequence[int]) -> None:

@@ -11,7 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from service.basics.atomic_files import Appended, sync_directory, told_when_unwritten, without_link
+from service.basics.atomic_files import (
+    AppendOnlyFile,
+    sync_directory,
+    told_when_unwritten,
+    without_link,
+)
 from service.runs.metrics_file import read_metrics, rows_in
 
 __all__ = ["MetricsFile", "Outcome", "Row", "Tracker", "Writer", "read_metrics", "tells_of_speed"]
@@ -136,7 +141,7 @@ class MetricsFile(Writer):
         """
         with told_when_unwritten(path):
             _keep_up_to(path, resume_step)
-            self._file = Appended(path, say=say)
+            self._file = AppendOnlyFile(path, say=say)
 
     def write(self, row: Row) -> None:
         """Append the row by one system call: whenever the process dies, one line tears at most."""

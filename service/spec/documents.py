@@ -31,7 +31,7 @@ Steps = tuple[str | int, ...]
 """The way to a value from the top: `("optimizer", "groups", 0, "lr")`."""
 
 
-class Place(NamedTuple):
+class SourcePosition(NamedTuple):
     """Where something is written. Places sort as a reader meets them: the file, then overrides."""
 
     override: int
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     """What is printed: `spec.yaml:5:3`, the override itself, or nothing for a mapping."""
 
 
-NOWHERE = Place(0, 0, 0, "")
+NOWHERE = SourcePosition(0, 0, 0, "")
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class Document:
     """Plain values (None, bool, int, float, str, list, dict) and where they come from."""
 
     values: dict[str, Any]
-    keys: dict[Steps, Place] = field(default_factory=dict)
+    keys: dict[Steps, SourcePosition] = field(default_factory=dict)
     """Where each key, or item of a list, begins."""
-    contents: dict[Steps, Place] = field(default_factory=dict)
+    contents: dict[Steps, SourcePosition] = field(default_factory=dict)
     """Where the value of each begins."""
     source: str = ""
     """The file, as it was named; empty for a mapping."""
     overrides: int = 0
 
-    def place_of_key(self, steps: Steps) -> Place:
+    def place_of_key(self, steps: Steps) -> SourcePosition:
         """Where the key is written, or the nearest one around it that is."""
         while steps and steps not in self.keys:
             steps = steps[:-1]
         return self.keys.get(steps, NOWHERE)
 
-    def place_of_value(self, steps: Steps) -> Place:
+    def place_of_value(self, steps: Steps) -> SourcePosition:
         """Where the value is written, or the nearest key around it that is."""
         return self.contents.get(steps) or self.place_of_key(steps)
 
@@ -106,7 +106,7 @@ def override(document: Document, text: str) -> Document:
     names = key.strip().removeprefix("--").split(".")
     if not all(names) or len(names) > DEEPEST_NESTING:
         raise SpecError(f"{text}: {key.strip()!r} is not a key; write it as section.key=value")
-    place = Place(document.overrides + 1, 0, 0, text)
+    place = SourcePosition(document.overrides + 1, 0, 0, text)
     value = _override_value(content.strip(), place=place)
     values = _with(document.values, names, value, before=(), text=text)
     return _with_place(document, values, _steps(values, names), place)
@@ -175,9 +175,9 @@ def _line_and_column(text: str, index: int) -> tuple[int, int]:
     return text.count("\n", 0, index), index - (text.rfind("\n", 0, index) + 1)
 
 
-def _in_file(source: str, line: int, column: int) -> Place:
+def _in_file(source: str, line: int, column: int) -> SourcePosition:
     """`line` and `column` counted from 0; a person counts them from 1."""
-    return Place(0, line + 1, column + 1, f"{source}:{line + 1}:{column + 1}")
+    return SourcePosition(0, line + 1, column + 1, f"{source}:{line + 1}:{column + 1}")
 
 
 # ---- YAML
@@ -208,10 +208,10 @@ class _YamlReader:
     """Builds values from PyYAML's events, so that nothing is expanded or nested unseen."""
 
     def __init__(
-        self, text: str, *, place: Callable[[int, int], Place], none: tuple[str, ...] = ()
+        self, text: str, *, place: Callable[[int, int], SourcePosition], none: tuple[str, ...] = ()
     ) -> None:
-        self.keys: dict[Steps, Place] = {}
-        self.contents: dict[Steps, Place] = {}
+        self.keys: dict[Steps, SourcePosition] = {}
+        self.contents: dict[Steps, SourcePosition] = {}
         self._text = text
         self._place = place
         self._none = none
@@ -300,7 +300,7 @@ class _YamlReader:
             self._fault(self._last, "an escape in a string after this is not a character")
         return self._last
 
-    def _at(self, mark: Any) -> Place:
+    def _at(self, mark: Any) -> SourcePosition:
         return self._place(mark.line, mark.column)
 
     def _fault(self, event: Any, sentence: str) -> NoReturn:
@@ -394,8 +394,8 @@ def _only_its_lines(found: re.Match[str]) -> str:
 def _with_toml_places(values: dict[str, Any], text: str, *, source: str) -> Document:
     """Places of the tables and of the keys that begin a line; what is inside takes theirs."""
     top = _in_file(source, 0, 0)
-    keys: dict[Steps, Place] = {(): top}
-    contents: dict[Steps, Place] = {(): top}
+    keys: dict[Steps, SourcePosition] = {(): top}
+    contents: dict[Steps, SourcePosition] = {(): top}
     table: Steps = ()
     begun: Counter[Steps] = Counter()
     for number, line in enumerate(_TOML_LONG_STRING.sub(_only_its_lines, text).split("\n")):
@@ -468,7 +468,7 @@ def _plain_entries(mapping: Mapping[Any, Any], *, steps: Steps) -> dict[str, Any
 # ---- overrides
 
 
-def _override_value(text: str, *, place: Place) -> Any:
+def _override_value(text: str, *, place: SourcePosition) -> Any:
     if text.startswith(("[", "{", "'", '"')):
         # On one line there is no column worth naming: the override itself is the place.
         return _YamlReader(text, place=lambda *_: place, none=("None",)).read()
@@ -513,8 +513,10 @@ def _steps(values: Any, names: list[str]) -> Steps:
     return steps
 
 
-def _with_place(document: Document, values: dict[str, Any], steps: Steps, place: Place) -> Document:
-    def outside(places: dict[Steps, Place]) -> dict[Steps, Place]:
+def _with_place(
+    document: Document, values: dict[str, Any], steps: Steps, place: SourcePosition
+) -> Document:
+    def outside(places: dict[Steps, SourcePosition]) -> dict[Steps, SourcePosition]:
         return {other: at for other, at in places.items() if other[: len(steps)] != steps}
 
     made = [steps[:n] for n in range(1, len(steps)) if find(document.values, steps[:n]) is None]

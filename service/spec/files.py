@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from service.basics.errors import SpecError, did_you_mean
 from service.spec.documents import (
     Document,
-    Place,
+    SourcePosition,
     Steps,
     document_of,
     dotted,
@@ -118,7 +118,7 @@ def _absolute(task: str, folder: str) -> str:
 
 
 class _Fault(NamedTuple):
-    place: Place
+    place: SourcePosition
     key: str
     sentence: str
 

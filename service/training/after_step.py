@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from service.checkpoints.checkpoints import Checkpoints
 from service.data.loading import test_batches
 from service.data.task import Data, Task
-from service.distributed.agreed_stop import GivenUp, StopPoll
-from service.distributed.stragglers import Vitals
+from service.distributed.agreed_stop import StopPoll, TestInterrupted
+from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
 from service.evaluation.test_loop import test
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
-from service.health.throughput import Clock
+from service.health.throughput import Throughput
 from service.optimization.compilation import compiled_graphs
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
@@ -36,9 +36,9 @@ class AfterStep:
     checkpoints: Checkpoints
     stop: StopRequest
     poll: StopPoll
-    pulse: Pulse
-    clock: Clock
-    vitals: Vitals
+    heartbeat: Heartbeat
+    throughput: Throughput
+    stragglers: StragglerDetector
 
     def next_due(self, step: int) -> int:
         """The first step after `step` that is followed by anything but the next one."""
@@ -48,10 +48,10 @@ class AfterStep:
         """What is logged of training after this step; nothing where the plan logs nothing."""
         if not self.plan.logs_at(state.step):
             return {}
-        self.pulse.enter("log", state.step)
-        values = self.updates.look(self.vitals)
+        self.heartbeat.enter("log", state.step)
+        values = self.updates.look(self.stragglers)
         values |= state.schedule.used()
-        values |= self.clock.reading(rows_per_step=self.plan.global_batch)
+        values |= self.throughput.reading(rows_per_step=self.plan.global_batch)
         values |= self.checkpoints.timings()
         if self.plan.spec.model.compile:
             values["train/compiled_graphs"] = compiled_graphs()
@@ -66,7 +66,7 @@ class AfterStep:
         state.untested = None
         if self.plan.tests_at(state.step):
             self._test(state, values)
-        self.pulse.enter("agree", state.step)
+        self.heartbeat.enter("agree", state.step)
         stopping = state.untested is not None or self.poll.agreed(state.step, self._wanted())
         stopping |= self.plan.stops_at(state.step)
         best = state.improves(values, self.plan.spec.checkpoint.best)
@@ -77,7 +77,7 @@ class AfterStep:
         if saving:
             self._save(state)
         if self.plan.tests_at(state.step) or saving:
-            self.clock.restart()
+            self.throughput.restart()
         return stopping
 
     def _wanted(self) -> bool:
@@ -88,16 +88,16 @@ class AfterStep:
         self.updates.look()  # what has gone astray is neither tested nor, below, saved
         task, world, plan = self.task, self.world, self.plan
         batches = test_batches(self.test_data, task=task, plan=plan, world=world)
-        batches = self.pulse.during("test", batches)
+        batches = self.heartbeat.during("test", batches)
         batches = self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
         try:
             with state.evaluated():
                 values |= test(state.tested, batches, task=task, world=world, plan=plan)
-        except GivenUp:
+        except TestInterrupted:
             state.untested = {name: float(value) for name, value in values.items()}
 
     def _record(self, state: TrainState, values: dict[str, float], *, saving: bool) -> None:
-        self.pulse.enter("log")
+        self.heartbeat.enter("log")
         if saving:
             self.updates.look()
         if values or saving:
@@ -106,7 +106,7 @@ class AfterStep:
             self.tracker.log(state.step, values)
 
     def _save(self, state: TrainState) -> None:
-        self.pulse.enter("save")
+        self.heartbeat.enter("save")
         records = (self.tracker, self.receipt)
         self.checkpoints.save(state, records=records, seal=self.receipt.seal)
-        self.pulse.write()
+        self.heartbeat.write()

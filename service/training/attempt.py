@@ -15,9 +15,9 @@ from service.basics.errors import EvenstepError
 from service.checkpoints.checkpoints import Checkpoints
 from service.distributed.devices import name_of
 from service.distributed.world import World
-from service.health.heartbeat import Pulse
-from service.health.stop_budget import Stopping, estimated, measured_in
-from service.observability.console import Voice, console
+from service.health.heartbeat import Heartbeat
+from service.health.stop_budget import StopBudget, estimated, measured_in
+from service.observability.console import LeadOutput, console
 from service.observability.other_writers import second_writers
 from service.observability.wandb_writer import WandB
 from service.optimization.flops import cost_of_fp32
@@ -39,8 +39,8 @@ class Attempt:
     directory: RunDirectory
     opened: OpenRun | None
     """The run itself, on the lead."""
-    pulse: Pulse
-    say: Voice
+    heartbeat: Heartbeat
+    say: LeadOutput
 
     def begin(self, *, step: int, way: str) -> None:
         """Enter the attempt, unless too many got no further; `way` says how rows come.
@@ -55,7 +55,7 @@ class Attempt:
                 processes=self.plan.processes,
                 device=str(self.world.device),
                 step=step,
-                started=self.pulse.started,
+                started=self.heartbeat.started,
                 data=way,
                 most_failures=most,
             )
@@ -81,8 +81,8 @@ class Attempt:
             self.opened.end_attempt(
                 outcome,
                 step=step,
-                seconds=self.pulse.seconds(),
-                longest_save_seconds=self.pulse.longest_save_seconds,
+                seconds=self.heartbeat.seconds(),
+                longest_save_seconds=self.heartbeat.longest_save_seconds,
             )
         except EvenstepError as error:
             what = "The run is done and saved" if outcome == "done" else f"This attempt {outcome}"
@@ -97,7 +97,7 @@ class Attempt:
 
 @contextmanager
 def opened_attempt(
-    runs: Path, plan: Plan, world: World, *, fresh: bool, pulse: Pulse, say: Voice
+    runs: Path, plan: Plan, world: World, *, fresh: bool, heartbeat: Heartbeat, say: LeadOutput
 ) -> Iterator[Attempt]:
     """The run's directory, locked for as long as this lasts; on the lead.
 
@@ -108,21 +108,21 @@ def opened_attempt(
     opened = together(world, lambda: open_run(runs, spec, fresh=fresh) if world.is_lead else None)
     try:
         directory = RunDirectory(runs / spec.name)
-        together(world, lambda: pulse.settle(directory))
-        yield Attempt(plan, world, directory, opened, pulse, say)
+        together(world, lambda: heartbeat.settle(directory))
+        yield Attempt(plan, world, directory, opened, heartbeat, say)
     finally:
         if opened is not None:
             opened.close()
 
 
-def make_checkpoints(attempt: Attempt, stopping: Stopping) -> Checkpoints:
+def make_checkpoints(attempt: Attempt, stopping: StopBudget) -> Checkpoints:
     """The checkpoints of the run; `stopping` learns how long a save takes."""
     plan, spec = attempt.plan, attempt.plan.spec
     return Checkpoints(
         attempt.directory.checkpoints,
         world=attempt.world,
         spec=spec.checkpoint,
-        pulse=attempt.pulse,
+        heartbeat=attempt.heartbeat,
         facts={
             "processes": plan.processes,
             "train_rows": plan.train_rows,
@@ -134,7 +134,7 @@ def make_checkpoints(attempt: Attempt, stopping: Stopping) -> Checkpoints:
     )
 
 
-def learn_save_time(attempt: Attempt, stopping: Stopping, saved_bytes: int | None) -> None:
+def learn_save_time(attempt: Attempt, stopping: StopBudget, saved_bytes: int | None) -> None:
     """Let `stopping` know how long a save will take: as earlier ones did, or by the disk."""
     if attempt.opened is None or not stopping.is_bounded:
         return

@@ -29,7 +29,7 @@ from service.plan.plan import Plan, largest_micro_batch, make_plan
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec
-from service.training.dry_run import Trial
+from service.training.dry_run import DryRun
 
 _USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
 
@@ -188,8 +188,8 @@ def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) 
     try:
         batch = sample(task.train_data(), task=task, plan=alone, world=world)
         normalization = prepare(model, "micro", world)
-        trial = Trial(batch, task=task, world=world, normalization=normalization)
-        trial.unreached_parameters(model)
+        dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
+        dry_run.unreached_parameters(model)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -43,7 +43,7 @@ class FirstPass:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """What a throw-away pass is made with."""
 
     batch: Batch

@@ -18,11 +18,11 @@ from service.data.streams import Stream, is_stream
 from service.data.task import Data, Task, new_model
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import seed_generators
-from service.distributed.gradient_sync import Exchange, Ordered, Overlapped
-from service.distributed.stragglers import Stopwatch, Vitals
+from service.distributed.gradient_sync import GradientSync, OrderedSync, OverlappedSync
+from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import World
-from service.health.heartbeat import Pulse
-from service.health.throughput import Clock
+from service.health.heartbeat import Heartbeat
+from service.health.throughput import Throughput
 from service.optimization.buffers import Buffers, buffers_of, kept_equal
 from service.optimization.compilation import compile_in_place, spare_compiler
 from service.optimization.flops import peak_flops
@@ -39,10 +39,10 @@ from service.optimization.optimizers import (
 from service.optimization.precision import LossScaler
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
-from service.plan.early_stopping import Patience
+from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.spec.models import Spec
-from service.training.dry_run import FirstPass, Trial
+from service.training.dry_run import DryRun, FirstPass
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ def build_optimizer(model: Model, plan: Plan) -> Optimization:
 class Rehearsal:
     """A throw-away pass before the first step, and what it brought to light."""
 
-    trial: Trial
+    dry_run: DryRun
     found: FirstPass
     buffers: Buffers | None
     """Those that move in training, besides BatchNorm's; None where there are none."""
@@ -148,10 +148,10 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
     two_rows: Batch | None = None
     if len(batch.rows) == 1 < plan.micro_batch:
         two_rows = sample(rows.train, task=task, plan=plan, world=world, rows=2)
-    trial = Trial(
+    dry_run = DryRun(
         batch, task=task, world=world, normalization=model.normalization, two_rows=two_rows
     )
-    found = trial.first(model.module)
+    found = dry_run.first(model.module)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
     buffers = buffers_of(
@@ -162,7 +162,7 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         world=world,
         bitwise=plan.spec.exactness == "bitwise",
     )
-    return Rehearsal(trial, found, buffers)
+    return Rehearsal(dry_run, found, buffers)
 
 
 def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:
@@ -175,7 +175,7 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
         module,
         optimization.optimizer,
         optimization.schedule,
-        early_stopping=Patience(spec.early_stopping) if spec.early_stopping else None,
+        early_stopping=EarlyStopping(spec.early_stopping) if spec.early_stopping else None,
         frozen=optimization.frozen,
         average=average,
         scaler=LossScaler(module, world.device) if spec.model.precision == "fp16" else None,
@@ -184,7 +184,7 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
 
 def build_exchange(
     state: TrainState, model: Model, rehearsal: Rehearsal, *, plan: Plan, world: World
-) -> tuple[Exchange, Stopwatch]:
+) -> tuple[GradientSync, Stopwatch]:
     """The model as it is called in training, compiled and wrapped; and what times its passes.
 
     Raises:
@@ -200,7 +200,7 @@ def build_exchange(
     # Where a step may be skipped, all processes have to learn from the gradients that it shall be.
     telling = spec.faults.on_non_finite == "skip" or state.scaler is not None
     if spec.exactness == "bitwise":
-        ordered = Ordered(
+        ordered = OrderedSync(
             state.model,
             world,
             unreached=unreached,
@@ -209,7 +209,7 @@ def build_exchange(
             stopwatch=timed,
         )
         return kept_equal(ordered, buffers), stopwatch
-    overlapped = Overlapped(
+    overlapped = OverlappedSync(
         state.model,
         world,
         find_unused=bool(unreached),
@@ -218,8 +218,8 @@ def build_exchange(
         stopwatch=timed,
     )
     if spec.model.compile:
-        rehearsal.trial.compile(overlapped.model, state.model)
-    rehearsal.trial.settle_buckets(overlapped.model, state.model)
+        rehearsal.dry_run.compile(overlapped.model, state.model)
+    rehearsal.dry_run.settle_buckets(overlapped.model, state.model)
     return kept_equal(overlapped, buffers), stopwatch
 
 
@@ -229,10 +229,10 @@ class Prepared:
 
     rows: Rows
     state: TrainState
-    exchange: Exchange
+    exchange: GradientSync
     updates: Updates
-    clock: Clock
-    vitals: Vitals
+    throughput: Throughput
+    stragglers: StragglerDetector
     found: FirstPass
     """What the rehearsal brought to light."""
     saved_bytes: int | None
@@ -240,7 +240,7 @@ class Prepared:
 
 
 def prepare_training(
-    plan: Plan, task: Task, world: World, *, pulse: Pulse, say: Callable[[str], None]
+    plan: Plan, task: Task, world: World, *, heartbeat: Heartbeat, say: Callable[[str], None]
 ) -> Prepared:
     """Build all parts in their order; whatever a person can have got wrong is found here.
 
@@ -251,10 +251,12 @@ def prepare_training(
     model = build_model(plan, task, world)
     optimization = build_optimizer(model, plan)
     rehearsal = rehearse(model, rows, plan=plan, task=task, world=world)
-    clock = _clock(plan, rehearsal.found, world=world, pulse=pulse)
+    throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
     state = build_state(model, optimization, plan, world)
     exchange, stopwatch = build_exchange(state, model, rehearsal, plan=plan, world=world)
-    vitals = Vitals(world, rounds=plan.rounds, clock=clock, stopwatch=stopwatch, say=say)
+    stragglers = StragglerDetector(
+        world, rounds=plan.rounds, throughput=throughput, stopwatch=stopwatch, say=say
+    )
     updates = Updates(
         state,
         plan=plan,
@@ -268,13 +270,13 @@ def prepare_training(
     if is_stream(rows.train):
         state.stream = _stream(rows.train, plan, world)
     found = rehearsal.found
-    return Prepared(rows, state, exchange, updates, clock, vitals, found, saved_bytes)
+    return Prepared(rows, state, exchange, updates, throughput, stragglers, found, saved_bytes)
 
 
-def _clock(plan: Plan, found: FirstPass, *, world: World, pulse: Pulse) -> Clock:
+def _throughput(plan: Plan, found: FirstPass, *, world: World, heartbeat: Heartbeat) -> Throughput:
     peak = peak_flops(world.device, plan.spec.model.precision)
-    return Clock(
-        pulse,
+    return Throughput(
+        heartbeat,
         flops_a_row=found.flops_a_row,
         peak_flops=None if peak is None else peak * world.processes,
     )

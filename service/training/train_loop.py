@@ -20,7 +20,7 @@ def train(
     Raises:
         Diverged: a loss or a gradient is not finite, and may not be.
     """
-    plan, pulse = training.plan, training.pulse
+    plan, heartbeat = training.plan, training.heartbeat
     training.exchange.model.train()
     if after.poll.agreed(state.step, after.stop.requested):
         return {}
@@ -30,14 +30,14 @@ def train(
         if after.conclude(state, values):
             return values
     due = after.next_due(state.step)
-    pulse.enter("data", state.step)
-    after.clock.restart()
+    heartbeat.enter("data", state.step)
+    after.throughput.restart()
     for step in steps:
         losses = training.backpropagate(state, step)  # zero_grad, forward, loss, backward
         logging = state.step + 1 == due and plan.logs_at(due)
         training.update(state, step, losses, logging=logging)  # clip, optimizer.step, schedule
         if state.step < due:
-            pulse.enter("data", state.step)
+            heartbeat.enter("data", state.step)
             continue
 
         # The plan and the step are equal on every process, so all of them take the branches
@@ -46,5 +46,5 @@ def train(
         if after.conclude(state, values):
             break
         due = after.next_due(state.step)
-        pulse.enter("data")
+        heartbeat.enter("data")
     return values

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from service.data.batches import Batch, Step
 from service.data.shapes import require_loss_shape
 from service.data.task import Task
-from service.distributed.gradient_sync import Exchange
+from service.distributed.gradient_sync import GradientSync
 from service.distributed.world import World
-from service.health.heartbeat import Pulse
+from service.health.heartbeat import Heartbeat
 from service.optimization.buffers import BufferValues
 from service.optimization.precision import computed
 from service.optimization.train_state import TrainState
@@ -30,12 +30,12 @@ class TrainStep:
     task: Task
     world: World
     plan: Plan
-    exchange: Exchange
+    exchange: GradientSync
     """The model as it is called in training, and how its gradients come together."""
     updates: Updates
     receipt: Receipt
     """Where the rows of each step are recorded."""
-    pulse: Pulse
+    heartbeat: Heartbeat
 
     def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
         """Leave the step's gradients in the parameters, divided by the weight of the step.
@@ -44,7 +44,7 @@ class TrainStep:
             The summed loss of each micro-batch that this process computed.
         """
         divisor = self.updates.divisor(step.weight)
-        exchange, world, enter = self.exchange, self.world, self.pulse.enter
+        exchange, world, enter = self.exchange, self.world, self.heartbeat.enter
         losses: dict[int, Tensor] = {}
         last = step.micro_batches[-1]
         state.zero_grad()
@@ -64,7 +64,7 @@ class TrainStep:
         """Take the optimizer's step and count it; then set the learning rates of the next one."""
         self.receipt.note(state.step, step.micro_batches)
         again = self._closure(state, step, losses) if self.updates.asks_again else None
-        self.pulse.enter("update")
+        self.heartbeat.enter("update")
         self.updates.apply(losses, step.weight, logging=logging, closure=again)
         state.schedule.set(state.step)
 

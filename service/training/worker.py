@@ -20,10 +20,10 @@ from service.distributed.profiler import Profile
 from service.distributed.world import World
 from service.evaluation.predictions import Predictions
 from service.evaluation.test_loop import test
-from service.health.heartbeat import Pulse
-from service.health.stop_budget import Grace, Stopping
+from service.health.heartbeat import Heartbeat
+from service.health.stop_budget import GracePeriod, StopBudget
 from service.health.stop_request import StopRequest
-from service.observability.console import Voice
+from service.observability.console import LeadOutput
 from service.observability.other_writers import require_packages
 from service.optimization.buffers import buffers_in_words
 from service.optimization.train_state import TrainState, require_measures
@@ -56,8 +56,8 @@ def run(
     runs: Path,
     stop: StopRequest,
     fresh: bool = False,
-    pulse: Pulse | None = None,
-    graces: Sequence[Grace] = (),
+    heartbeat: Heartbeat | None = None,
+    grace_periods: Sequence[GracePeriod] = (),
 ) -> dict[str, float]:
     """Train and test the run that the plan describes, from its newest checkpoint on.
 
@@ -72,15 +72,15 @@ def run(
         EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
     """
     assert plan.spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
-    pulse, say = pulse or Pulse(rank=world.index), Voice(speaks=world.is_lead)
-    pulse.trace, pulse.device_waits = world.trace, world.device.type != "cpu"
+    heartbeat, say = heartbeat or Heartbeat(rank=world.index), LeadOutput(speaks=world.is_lead)
+    heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
     require_measures(plan.spec, task)
     require_packages(plan.spec.tracking)
-    prepared = prepare_training(plan, task, world, pulse=pulse, say=say)
+    prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
 
     # Whatever a person can have got wrong is found by now, and nothing is written yet.
-    with opened_attempt(runs, plan, world, fresh=fresh, pulse=pulse, say=say) as attempt:
-        stopping = Stopping(graces, say=say)
+    with opened_attempt(runs, plan, world, fresh=fresh, heartbeat=heartbeat, say=say) as attempt:
+        stopping = StopBudget(grace_periods, say=say)
         checkpoints = make_checkpoints(attempt, stopping)
         restore(checkpoints, prepared, attempt)
         learn_save_time(attempt, stopping, prepared.saved_bytes)
@@ -134,9 +134,9 @@ def carry_out(
         Stopped: it was the attempt's.
         EvenstepError: it failed; on every process.
     """
-    plan, world, state, pulse = attempt.plan, attempt.world, prepared.state, attempt.pulse
+    plan, world, state, heartbeat = attempt.plan, attempt.world, prepared.state, attempt.heartbeat
     updates, receipt = prepared.updates, records.receipt
-    training = TrainStep(task, world, plan, prepared.exchange, updates, receipt, pulse)
+    training = TrainStep(task, world, plan, prepared.exchange, updates, receipt, heartbeat)
     after = AfterStep(
         task,
         world,
@@ -148,18 +148,18 @@ def carry_out(
         checkpoints,
         stop,
         StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps),
-        pulse,
-        prepared.clock,
-        prepared.vitals,
+        heartbeat,
+        prepared.throughput,
+        prepared.stragglers,
     )
     outcome: Outcome = "failed"
     unentered: EvenstepError | None = None
     try:
         with collector_at_rest(), steps_of(prepared, task, attempt) as steps:
             last = train(state, steps, training=training, after=after)
-        pulse.enter("save")
+        heartbeat.enter("save")
         checkpoints.finish()
-        pulse.enter("log")
+        heartbeat.enter("log")
         outcome = "done" if is_done(state, plan) else "stopped"
     finally:
         checkpoints.close()
@@ -189,8 +189,8 @@ def steps_of(prepared: Prepared, task: Task, attempt: Attempt) -> Iterator[Itera
         plan.profile,
         directory=attempt.directory.profile,
         device=world.device,
-        pulse=attempt.pulse,
-        clock=prepared.clock,
+        heartbeat=attempt.heartbeat,
+        throughput=prepared.throughput,
         say=attempt.say,
     )
     try:

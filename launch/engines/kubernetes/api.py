@@ -34,7 +34,7 @@ class ClusterError(EvenstepError):
     """The cluster said no, or nothing; what to do or to ask for."""
 
 
-class Silence(ClusterError):
+class ClusterUnreachable(ClusterError):
     """The cluster did not answer, or could not just now: the same question may be asked again."""
 
 
@@ -150,7 +150,7 @@ class Api:
         try:
             yield
         except httpx2.TransportError as error:
-            raise Silence(
+            raise ClusterUnreachable(
                 f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is "
                 "it the right context? See: kubectl config get-contexts"
             ) from error
@@ -179,7 +179,7 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
         )
     if code in (400, 409, 422):
         return SpecError(f"The cluster refuses: {message}.")
-    kind = Silence if code in (429, 500, 502, 503, 504) else ClusterError
+    kind = ClusterUnreachable if code in (429, 500, 502, 503, 504) else ClusterError
     return kind(f"The cluster answered {code}: {message}.")
 
 

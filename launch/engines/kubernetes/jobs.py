@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
-from launch.engines.kubernetes.api import Api, ClusterError, Silence
+from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
 from launch.engines.kubernetes.pods import Manifest
 from launch.engines.kubernetes.states import (
     advised,
@@ -69,7 +69,7 @@ def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
     while True:
         try:
             work = api.get(kind, name)
-        except Silence as error:
+        except ClusterUnreachable as error:
             if silent_since is None:
                 silent_since = time.monotonic()
                 say(f"{error} The job does not need it; asking again for ten minutes.")

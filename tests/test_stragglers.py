@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from service.data.task import supervised
-from service.distributed.stragglers import Stopwatch, Vitals
-from service.health.heartbeat import Pulse
-from service.health.throughput import Clock
+from service.distributed.stragglers import Stopwatch, StragglerDetector
+from service.health.heartbeat import Heartbeat
+from service.health.throughput import Throughput
 from service.optimization.flops import FlopCount, cost_of_fp32, known_peak, peak_flops
 from service.runs.tracking import read_metrics
 
@@ -50,12 +50,14 @@ tracking: {log_every_steps: 4}
 
 
 def test_who_is_as_slow_as_half_of_the_others_is_not_the_slow_one(alone):
-    clock, stopwatch = Clock(Pulse()), Stopwatch(alone.device)
-    vitals = Vitals(alone, rounds=1, clock=clock, stopwatch=stopwatch, say=print)
+    throughput, stopwatch = Throughput(Heartbeat()), Stopwatch(alone.device)
+    stragglers = StragglerDetector(
+        alone, rounds=1, throughput=throughput, stopwatch=stopwatch, say=print
+    )
     seconds = [[0.3, 0.0], [0.1, 0.0], [0.29, 0.0], [0.29, 0.0]]
-    assert "system/slowest_rank" not in vitals.reading(seconds)
+    assert "system/slowest_rank" not in stragglers.reading(seconds)
     alike = [[0.3, 0.0], [0.1, 0.0], [0.11, 0.0], [0.11, 0.0]]
-    found = vitals.reading(alike)
+    found = stragglers.reading(alike)
     assert (found["system/slowest_rank"], found["system/slowest_ratio"]) == (0, 2.727)
 
 
