@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-fast test-cluster test-slow chaos check clean
+.PHONY: run test test-fast test-cluster test-slow chaos check docs clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
@@ -47,6 +47,10 @@ $(READY): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+# The pages of docs/ as a site in build/site; its links are checked.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV)

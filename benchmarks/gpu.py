@@ -6,7 +6,7 @@
 Each part is a process of its own with a time limit, so that one that fails or hangs takes nothing
 from the others; a part that would begin too late is left out, and told.  Where there is a second
 GPU, the two models are trained on two as well.  What comes out are the tables of
-docs/performance.md.
+docs/explanation/performance.md.
 
 ResNet-50 (channels_last) and a 124M-parameter GPT-2, both in bf16 with a fused optimizer, are held
 against two loops by hand: a plain one, and the best that one can write without compiling.  All of

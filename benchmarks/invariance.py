@@ -2,8 +2,8 @@
 
 python -m benchmarks.invariance [--steps 100] [--only dropout]
 
-Prints the table of docs/world-size.md: the largest difference of any step's loss, and of any weight
-after the last step, over all process counts.
+Prints the table of docs/explanation/world-size.md: the largest difference of any step's loss, and
+of any weight after the last step, over all process counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every line of service/ and launch/ that depends on the device, and what has run it so far.
 
-`python tests/device_lines.py` writes the table into docs/devices.md.
+`python tests/device_lines.py` writes the table into docs/reference/devices.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "devices.md"
+PAGE = ROOT / "docs" / "reference" / "devices.md"
 BEGIN, END = "<!-- written by: python tests/device_lines.py -->", "<!-- end of what it writes -->"
 
 # A line that asks what the device is, or does something that only a device has.
@@ -209,7 +209,7 @@ def vendor_lines() -> set[tuple[str, str]]:
 
 
 def table() -> str:
-    """The table of docs/devices.md."""
+    """The table of docs/reference/devices.md."""
     rows = ["| module | line | run by | real GPU (date, card) |", "|---|---|---|---|"]
     for module, line in dict.fromkeys(lines()):
         rest = NAMED.get((module, line), ("", ""))[1]

@@ -1,6 +1,6 @@
-"""Prints docs/errors.md: each kind of mistake with the message it really gets.
+"""Prints docs/reference/errors.md: each kind of mistake with the message it really gets.
 
-python tests/error_page.py > docs/errors.md
+python tests/error_page.py > docs/reference/errors.md
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HEAD = """\
 
 What `evenstep check` and `evenstep run` say of a mistake: one message, exit code 64, no traceback,
 and nothing written. (Data that breaks, and a loss that is no number, end with 42.) Each message
-below is what the test of that mistake gets; `python tests/error_page.py > docs/errors.md` writes
-this page.
+below is what the test of that mistake gets; `python tests/error_page.py >
+docs/reference/errors.md` writes this page.
 
 Look for the words of yours: names and numbers differ.
 """

@@ -232,8 +232,8 @@ def test_check_finds_every_kind_of_mistake(place, processes, kind):
     told = message_of(kind, place, processes(1))
     assert re.search((CHECKED | MORE_MISTAKES)[kind][2], told, re.DOTALL), told
     assert "Traceback" not in told
-    page = (ROOT / "docs/errors.md").read_text()
-    assert f"```\n{told}\n```" in page, "python tests/error_page.py > docs/errors.md"
+    page = (ROOT / "docs/reference/errors.md").read_text()
+    assert f"```\n{told}\n```" in page, "python tests/error_page.py > docs/reference/errors.md"
 
 
 def test_a_mistake_ends_check_with_one_message(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/devices.md tells of every line that depends on the device; no vendor is named in silence."""
+"""The page of devices tells of every line that depends on one; no vendor is named in silence."""
 
 from device_lines import BEGIN, END, NAMED, PAGE, RAN, lines, table, vendor_lines
 

@@ -125,8 +125,8 @@ def test_the_versions_in_the_image_are_the_pinned_ones(image: str) -> None:
 
 
 def test_the_example_of_the_page_is_an_image_that_trains(image: str, tmp_path: Path) -> None:
-    """docs/image.md: its four files, built and run as the two pods that they ask for."""
-    page = (ROOT / "docs/image.md").read_text()
+    """docs/how-to/image.md: its four files, built and run as the two pods that they ask for."""
+    page = (ROOT / "docs/how-to/image.md").read_text()
     files = dict(re.findall(r"(?ms)`([\w./]+)`[^`\n]*:\n\n```\w*\n(.*?)^```$", page))
     assert len(files) == 4
     files["Dockerfile"] = re.sub(r"(?m)^FROM \S+", f"FROM {image}", files["Dockerfile"])

@@ -1,4 +1,4 @@
-"""docs/optimizers.md and the recipes that it speaks of."""
+"""docs/reference/optimizers.md and the recipes that it speaks of."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 from service.spec.optimizer_options import OPTIMIZERS
 
-PAGE = (ROOT / "docs/optimizers.md").read_text()
+PAGE = (ROOT / "docs/reference/optimizers.md").read_text()
 
 
 def test_the_tables_are_those_that_the_code_makes():

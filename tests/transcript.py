@@ -1,4 +1,4 @@
-"""Writes the first five minutes of a new user into the README: what they type, what they see.
+"""Writes the first five minutes of a new user into the tutorial: what they type, what they see.
 
     python tests/transcript.py
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from commands import BIN, CLEAN, ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/tutorial/first-job.md"
 BEGIN = "<!-- written by: python tests/transcript.py -->\n"
 END = "<!-- end of what it writes -->\n"
 INTERRUPT_AT = "step=120/"
@@ -38,14 +38,14 @@ HEAD, TAIL = 1, 1
 
 
 def transcript() -> str:
-    """The section as it stands in the README, of commands run now."""
+    """The section as it stands in the tutorial, of commands run now."""
     with tempfile.TemporaryDirectory() as place:
         shown = [line for command in COMMANDS for line in _shown(command, Path(place))]
     return "\n".join(["```console", *shown, "```"]) + "\n"
 
 
-def in_readme(text: str) -> str:
-    """The section that a README holds."""
+def in_page(text: str) -> str:
+    """The section that a page holds."""
     return text.partition(BEGIN)[2].partition(END)[0].strip() + "\n"
 
 
@@ -116,10 +116,10 @@ def _without_the_middle(lines: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    text = README.read_text()
+    text = PAGE.read_text()
     assert BEGIN in text, f"the README has no line {BEGIN!r}"
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{transcript()}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{transcript()}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
         if here < most or not store.check([own]) or store.get(own) != token.encode():
             raise PeerLost(
                 "Somebody else has changed what the processes of this job told each other in their "
-                "store: docs/reliability.md says who must not reach it."
+                "store: docs/explanation/reliability.md says who must not reach it."
             )
         if here >= environment.world_size:
             return

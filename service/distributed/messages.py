@@ -54,7 +54,7 @@ def from_bytes(message: bytes) -> Any:
         raise PeerLost(
             "What came from another process of this job is not what one of ours sends "
             f"({type(error).__name__}): somebody else is on the network between them. "
-            "docs/reliability.md says who must not reach a run."
+            "docs/explanation/reliability.md says who must not reach a run."
         ) from error
 
 

@@ -365,7 +365,7 @@ def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
     return PeerLost(
         f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
         f"({str(error).splitlines()[0]}). One of them is gone, or somebody else has changed the "
-        "addresses in their store: docs/reliability.md says who must not reach it."
+        "addresses in their store: docs/explanation/reliability.md says who must not reach it."
     )
 
 

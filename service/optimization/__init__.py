@@ -7,8 +7,8 @@ From top to bottom; a room imports only from rooms below it:
   taken.
 * precision: the arithmetic of a forward pass, and the scale that keeps fp16's gradients within
   range.
-* optimizer_reference: the tables of docs/optimizers.md, made from the code: run this module to
-  write them.
+* optimizer_reference: the tables of the page of optimizers, made from the code: run this module
+  to write them.
 * optimizers: optimizers by name, and parameter groups by pattern: every parameter in exactly one.
 * moving_average: an exponential moving average of a model's weights, as a second model of the
   same make.

@@ -1,4 +1,4 @@
-"""The tables of docs/optimizers.md, made from the code: run this module to write them."""
+"""The tables of the page of optimizers, made from the code: run this module to write them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.optimization.optimizers import optimizer_class
 from service.spec.models import SCHEDULES, ScheduleSpec
 from service.spec.optimizer_options import OPTIMIZERS, SOURCES
 
-PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "optimizers.md"
 
 
 def optimizer_table() -> str:

@@ -136,7 +136,7 @@ def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
     if size > _CONFIG_MAP_BYTES:
         raise SpecError(
             f"The spec and the file of its task have {size:,} bytes, and a ConfigMap holds "
-            f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/image.md."
+            f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/how-to/image.md."
         )
     return _object(spec, "v1", "ConfigMap", {"data": data})
 
