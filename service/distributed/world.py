@@ -66,6 +66,7 @@ CONNECT_SECONDS = 60.0
 """What processes that are all there may take to connect; where somebody deletes the addresses that
 they give each other in their store, this ends the wait."""
 _COLLECTIVES = dist.constants.default_pg_timeout
+_USUAL_BUCKET_MIB = 25
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,7 +154,8 @@ class World:
                 # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=spec.bucket_mib,
+                # Told nothing, torch lets the first bucket, of 1 MiB, leave early.
+                bucket_cap_mb=None if spec.bucket_mib == _USUAL_BUCKET_MIB else spec.bucket_mib,
             )
         if spec.precision == "bf16":
             wrapped.register_comm_hook(None, mean_in_bf16)
