@@ -8,7 +8,7 @@ import pytest
 from commands import evenstep, torchrun
 
 from service.basics.errors import SpecError
-from service.distributed.profiler import Window, window_of
+from service.plan.plan import Window, window_of
 from service.health.heartbeat import WORDS, Heartbeat
 from service.health.throughput import Throughput
 from service.runs.tracking import read_metrics

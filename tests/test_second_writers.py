@@ -10,7 +10,7 @@ import pytest
 from commands import CLEAN, evenstep
 
 from service.basics.background_queue import LONGEST
-from service.observability.other_writers import BackgroundWriter, Place
+from service.observability.other_writers import BackgroundWriter, TrackerBackend
 from service.runs.tracking import MetricsFile, Row, Tracker, read_metrics
 
 ASKED = (
@@ -110,7 +110,7 @@ def test_what_is_not_installed_is_told_before_anything_is_started(tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-class Kept(Place):
+class Kept(TrackerBackend):
     """A place as somebody else would write one; it waits, or fails, as it is told."""
 
     def __init__(self, held_step=-1, opens=None, fails_at=None):

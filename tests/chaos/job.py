@@ -29,7 +29,7 @@ from service.checkpoints.checkpoints import Checkpoints
 from service.data.task import Task, supervised
 from service.health.heartbeat import WRITER
 from service.recipes import digits
-from service.training import worker
+from service.training import attempt
 
 sys.path.append(str(Path(__file__).parents[1]))
 from saves import watched
@@ -39,7 +39,7 @@ DAMAGE = ("cut a file", "flip a bit")
 _seen: Counter[str] = Counter()
 _counting = threading.Lock()
 # So that the save of a small state is shared by threads and processes, as that of a large one is.
-worker.Checkpoints = partial(Checkpoints, part_bytes=1 << 10)  # type: ignore[assignment,misc]
+attempt.Checkpoints = partial(Checkpoints, part_bytes=1 << 10)  # type: ignore[assignment,misc]
 # As they are without the injuries, which use files themselves.
 _open, _write, _close = os.open, os.write, os.close
 _for_good = ExitStack()
