@@ -30,7 +30,12 @@ from service.distributed.world import alone
 from service.health.heartbeat import Heartbeat
 from service.health.throughput import Throughput
 from service.observability.console import console
-from service.observability.other_writers import BackgroundWriter, Place, TensorBoard, Trackio
+from service.observability.other_writers import (
+    BackgroundWriter,
+    TensorBoard,
+    TrackerBackend,
+    Trackio,
+)
 from service.observability.wandb_writer import WandB
 from service.runs.tracking import MetricsFile, Tracker, Writer
 from service.spec.models import TrackioSpec, WandBSpec
@@ -165,11 +170,11 @@ def wandb(run: Path) -> Writer:
     return writer
 
 
-def second(name: str, opened: Callable[[], Place], run: Path) -> Writer:
+def second(name: str, opened: Callable[[], TrackerBackend], run: Path) -> Writer:
     """One in a thread, with its start behind it."""
     started = threading.Event()
 
-    def open_place() -> Place:
+    def open_place() -> TrackerBackend:
         place = opened()
         started.set()
         return place
@@ -180,7 +185,7 @@ def second(name: str, opened: Callable[[], Place], run: Path) -> Writer:
     return writer
 
 
-def trackio(run: Path) -> Place:
+def trackio(run: Path) -> TrackerBackend:
     with redirect_stdout(None):
         return Trackio(TrackioSpec(project="overhead"), name=run.name, config={})
 

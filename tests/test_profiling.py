@@ -8,9 +8,9 @@ import pytest
 from commands import evenstep, torchrun
 
 from service.basics.errors import SpecError
-from service.plan.plan import Window, window_of
 from service.health.heartbeat import WORDS, Heartbeat
 from service.health.throughput import Throughput
+from service.plan.plan import Window, window_of
 from service.runs.tracking import read_metrics
 
 SHORT = ("run", "digits", "length.epochs=1", "tracking.wandb=", "tracking.log_every_steps=1")
