@@ -1,4 +1,4 @@
-"""The `evenstep` command.  Only the commands that train import torch."""
+"""The `evenstep` command. Only the commands that train import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process of how many, and which node of how many, this one is: read once.  No torch."""
+"""Rank, world size and node of this process, read once from its environment. No torch."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from service.basics.errors import DataBroken
 from service.data.loading import test_batches as batches_of
 from service.data.task import supervised
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
+from service.evaluation.test_loop import Counted
 from service.evaluation.test_loop import test as run_test
 from service.plan.plan import make_plan
 from service.spec.files import load_spec
@@ -82,7 +83,8 @@ def measure(world, micro_batch):
     batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
     model = task.model()
     model.train()
-    measures = run_test(model, batches, task=task, world=world, plan=plan)
+    counted = Counted(task, plan=plan, world=world)
+    measures = run_test(model, batches, task=task, world=world, counted=counted)
     assert model.training, "the mode is given back"
     return measures
 

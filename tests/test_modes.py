@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from service.data.loading import test_batches as batches_of
 from service.distributed.batchnorm import prepare
 from service.distributed.world import World
+from service.evaluation.test_loop import Counted
 from service.evaluation.test_loop import test as run_test
 from service.optimization.precision import computed
 from service.plan.plan import make_plan
@@ -57,7 +58,8 @@ def test_a_test_pass_leaves_dropout_inert_and_statistics_unmoved(precision, comp
 
     def measured(which):
         batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
-        return run_test(which, batches, task=task, world=world, plan=plan)
+        counted = Counted(task, plan=plan, world=world)
+        return run_test(which, batches, task=task, world=world, counted=counted)
 
     values = measured(model)
     assert values == measured(model)
@@ -74,8 +76,9 @@ def test_the_mode_is_given_back_when_the_test_loop_raises(precision, compiled, t
         compile_without_code(model)
     model.train(training)
     batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
+    counted = Counted(task, plan=plan, world=world)
     with pytest.raises(ZeroDivisionError, match="in the test loop"):
-        run_test(model, batches, task=task, world=world, plan=plan)
+        run_test(model, batches, task=task, world=world, counted=counted)
     assert all(module.training is training for module in model.modules())
 
 

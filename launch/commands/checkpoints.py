@@ -1,4 +1,4 @@
-"""`evenstep checkpoints` and `evenstep export`: what a run has saved, looked at and taken out."""
+"""`evenstep checkpoints` and `evenstep export`: list, verify and export what a run has saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `evenstep doctor` looks at: the machine, as a job would find it.
+"""The checks of `evenstep doctor`: the machine, as a job would find it.
 
 A finding that is not fine carries its fix.  Nothing here needs the job's model; with a spec, what
 its data needs is compared with what there is.

@@ -2,9 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* node: one node's part of a job on several: meet the others, run the local processes, part.
-* rendezvous: where the nodes of a job meet before they train, and hold on to each other while
-  they do.
-* handshake: how two nodes prove to each other that they hold the same secret, on one connection.
-  No torch.
+* node: one node's part of a job on several nodes: rendezvous, local processes, end.
+* rendezvous: rendezvous of the nodes of a job, and the connections between them while it runs.
+* handshake: how two nodes prove to each other on a connection that they know the same secret. No
+  torch.
 """

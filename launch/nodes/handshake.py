@@ -1,4 +1,4 @@
-"""How two nodes prove to each other that they hold the same secret, on one connection.  No torch.
+"""How two nodes prove to each other on a connection that they know the same secret. No torch.
 
 Node 0 speaks first, with a challenge that it never uses again; the node that came answers with a
 nonce of its own. A key for this connection follows from both and the secret, and every message from

@@ -1,4 +1,4 @@
-"""One node's part of a job on several: meet the others, run the local processes, part.
+"""One node's part of a job on several nodes: rendezvous, local processes, end.
 
 `launch.processes.local` runs the processes of this node as it always does; what they must know
 of the other nodes travels with the job, as its `group`.

@@ -1,4 +1,4 @@
-"""Where the nodes of a job meet before they train, and hold on to each other while they do.
+"""Rendezvous of the nodes of a job, and the connections between them while it runs.
 
 Node 0 listens, the others come and prove that they hold the job's secret
 (`launch.nodes.handshake`). When all are there, node 0 tells them where its store is, and stops

@@ -2,14 +2,13 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* local: N processes on this machine through torch's elastic agent; the root cause's code comes
-  out.
-* fork_server: imported by the fork server alone, before torch: binds it to its launcher, and out
-  of signals.
-* warm_start: what is begun before the command is read, so that the first step comes sooner.
-* terminal: standard output and error of every process: they outlive whoever reads them.
-* signals: A request to stop, heard from the first moment on: before torch, click or a spec is
+* local: runs N processes on this machine and returns the exit code of the root cause.
+* fork_server: imported by the fork server alone, before torch: binds it to its launcher.
+* warm_start: work that begins before the command is read, so that the first step comes sooner.
+* terminal: standard output and standard error that survive the loss of their reader.
+* signals: hears a request to stop from the first moment on, before torch, click or a spec is
   loaded.
-* echo: what the ranks beside the first write into files, in the launcher's own output as well.
-* agent: torch's elastic agent over processes of our own: forked warm, bound to us, ended in time.
+* echo: copies the log files of the other ranks into the launcher's own output.
+* agent: torch's elastic agent over processes that are forked warm, bound to us, and ended in
+  time.
 """

@@ -1,4 +1,4 @@
-"""torch's elastic agent over processes of our own: forked warm, bound to us, ended in time.
+"""torch's elastic agent over processes that are forked warm, bound to us, and ended in time.
 
 The agent keeps what it is good at: the ranks and their environment. Its own way with functions
 (`LocalElasticAgent`) is replaced, because it waits 30 s for a frozen process whatever it is told,

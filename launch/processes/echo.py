@@ -1,4 +1,4 @@
-"""What the ranks beside the first write into files, in the launcher's own output as well.
+"""Copies the log files of the other ranks into the launcher's own output.
 
 The log of a pod is all that a cluster keeps of it where others can read it.
 """

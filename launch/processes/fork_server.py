@@ -1,4 +1,4 @@
-"""Imported by the fork server alone, before torch: binds it to its launcher, and out of signals.
+"""Imported by the fork server alone, before torch: binds it to its launcher.
 
 Every rank is a fork of the server, so the chain of deaths is launcher, server, rank, and the
 data-loader workers of the rank; the kernel carries it out within milliseconds.

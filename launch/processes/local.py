@@ -1,4 +1,4 @@
-"""N processes on this machine through torch's elastic agent; the root cause's code comes out."""
+"""Runs N processes on this machine and returns the exit code of the root cause."""
 
 from __future__ import annotations
 

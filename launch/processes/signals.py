@@ -1,4 +1,4 @@
-"""A request to stop, heard from the first moment on: before torch, click or a spec is loaded.
+"""Hears a request to stop from the first moment on, before torch, click or a spec is loaded.
 
 As PID 1 of a container a process without a handler does not even get the signal.
 """

@@ -1,4 +1,4 @@
-"""Standard output and error of every process: they outlive whoever reads them.
+"""Standard output and standard error that survive the loss of their reader.
 
 A closed terminal (EIO), `| head -1` and Ctrl-C in `| tee log` (EPIPE), a full disk (ENOSPC): what
 is said of a training is lost then, and the training is not.  All that Python prints goes this way,

@@ -1,4 +1,4 @@
-"""What is begun before the command is read, so that the first step comes sooner.
+"""Work that begins before the command is read, so that the first step comes sooner.
 
 Importing torch takes longer than all the rest of a start.  Where processes will be started, the
 fork server imports it from the first moment on; where this one trains, the larger half of it, the

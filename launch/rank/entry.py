@@ -1,4 +1,4 @@
-"""What every process of a job runs: spec, world, task, plan, worker; and what its end is called."""
+"""What every process of a job runs, and how its end is reported."""
 
 from __future__ import annotations
 

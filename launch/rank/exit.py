@@ -1,4 +1,4 @@
-"""How a process of ours leaves: with its exit code and in time, whatever its libraries would do."""
+"""How a process leaves: with its exit code and in time, whatever its libraries do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be run or tested, as a launcher holds it and a process receives it.  No torch."""
+"""What is to be run or tested, as a launcher holds it and a process receives it. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of a job join: through a store in which a stranger may have written.
+"""How the processes of a job join through a store that strangers may have written to.
 
 What is read from it is never unpickled, and a change by somebody else ends the job within seconds
 instead of a wait.

@@ -1,4 +1,4 @@
-"""Joins this process to the others, on the device it computes on, and hands out a `World`."""
+"""Joins this process to the others on its device, and provides the `World`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store through which processes find each other, on one address of the machine.
+"""The store through which processes find each other, bound to one address of the machine.
 
 torch's store listens on all interfaces, knows no secret, and lets whoever reaches it change or
 delete what lies in it. So it is bound to one address here; `launch.rank.joining` bounds the rest.

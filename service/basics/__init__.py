@@ -2,14 +2,14 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* randomness: keys for random numbers: each is named by what it is for, so none is drawn from a
-  running stream.
-* multipart: large files in parts, which several threads and processes write side by side.  No
+* randomness: keys for random numbers: each is named by its purpose, so there is no stream to
+  save.
+* multipart: large files in parts that several threads and processes write at the same time. No
   torch.
-* limits: what this process may use of its machine, as a container limits it.  No torch.
-* atomic_files: files that outlive the machine: written, synced and renamed in the order a power
-  cut respects.
-* errors: everything that ends a run early, as one tree with the exit code a shell, torchrun or a
-  pod sees.
-* background_queue: from the training thread to one that may take its time, without waking it.
+* limits: the cores and the memory that this process may use, as a container limits them. No
+  torch.
+* atomic_files: atomic files: written, synced and renamed in an order that survives a power loss.
+* errors: the errors that end a run, as one tree, with their exit codes.
+* background_queue: A queue from the training thread to a background thread, which is not woken
+  for each item.
 """

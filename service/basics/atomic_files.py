@@ -1,4 +1,4 @@
-"""Files that outlive the machine: written, synced and renamed in the order a power cut respects."""
+"""Atomic files: written, synced and renamed in an order that survives a power loss."""
 
 from __future__ import annotations
 

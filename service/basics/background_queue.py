@@ -1,4 +1,4 @@
-"""From the training thread to one that may take its time, without waking it."""
+"""A queue from the training thread to a background thread, which is not woken for each item."""
 
 from __future__ import annotations
 

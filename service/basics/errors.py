@@ -1,4 +1,4 @@
-"""Everything that ends a run early, as one tree with the exit code a shell, torchrun or a pod sees.
+"""The errors that end a run, as one tree, with their exit codes.
 
     EvenstepError            1
     ├── SpecError           64   a person's mistake: the spec, the task, the command line

@@ -1,4 +1,4 @@
-"""What this process may use of its machine, as a container limits it.  No torch.
+"""The cores and the memory that this process may use, as a container limits them. No torch.
 
 A container sees all the cores of its node; how much of them it gets stands in its cgroup alone.
 A thread for each core it sees then means to be stopped by the kernel for most of every tenth of

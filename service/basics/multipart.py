@@ -1,4 +1,4 @@
-"""Large files in parts, which several threads and processes write side by side.  No torch.
+"""Large files in parts that several threads and processes write at the same time. No torch.
 
 A file of one part has its own SHA-256.  A larger one has the SHA-256 of its parts' SHA-256s in a
 row: what S3 calls a composite checksum, and nobody need read the file from end to end for it.

@@ -1,4 +1,4 @@
-"""Keys for random numbers: each is named by what it is for, so none is drawn from a running stream.
+"""Keys for random numbers: each is named by its purpose, so there is no stream to save.
 
 Everything here is SplitMix64: output `n` of the generator that starts at `seed` is a fixed mixing
 of `seed + (n + 1) * GAMMA`, so it costs the same at any `n` and is a bijection of `n`.

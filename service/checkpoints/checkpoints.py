@@ -1,4 +1,4 @@
-"""Checkpoints of a run: taken by all processes together, published by one, whole or not.
+"""Saves and restores the checkpoints of a run, by all processes together.
 
 The training thread copies the state into a kept buffer and goes on; a thread beside it writes,
 syncs and publishes.  It is a thread and not a process, for it dies with the process whose state it

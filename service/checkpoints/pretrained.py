@@ -1,4 +1,4 @@
-"""A checkpoint as a directory that the `from_pretrained` of transformers reads."""
+"""Exports a checkpoint as a directory that the `from_pretrained` of transformers reads."""
 
 from __future__ import annotations
 

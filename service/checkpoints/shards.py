@@ -1,4 +1,4 @@
-"""Who writes which part of a state's files, and the kept copy of what a process writes.
+"""The shards of a checkpoint: which process writes which bytes, and the buffer they come from.
 
 Every process holds the same state, so each can write any part of a checkpoint's files.  Buffers
 are the lead's all the same: a task may change its own by the rows that a process has seen.

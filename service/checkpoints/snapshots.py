@@ -1,4 +1,4 @@
-"""A training state as named tensors and plain values, and the way back."""
+"""A training state as named tensors and plain values, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A micro-batch: rows brought together, with what they weigh, on the device that computes them."""
+"""A micro-batch: collated rows with their weights, on the device that computes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that are tensors in memory: they are picked by index, a micro-batch at a time."""
+"""Data sets whose rows are tensors in memory: picked by index, a micro-batch at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of a foreign state as JSON and back, without a pickle: tensors, arrays, bytes, tuples."""
+"""The state of a foreign object as JSON and back, without a pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task's loss, weight and measures must have the shape of, for every micro-batch.
+"""Checks the shapes of a task's loss, weight and measures in every micro-batch.
 
 Tensors of unequal shapes are broadcast by torch without a word: [B, 1] beside [B] makes [B, B].
 """

@@ -1,4 +1,4 @@
-"""Data that can only be read one after the other, and taken up again where it was left.
+"""Data that can only be read in order, and is resumed at the position where it was left.
 
 `whole`  Every process reads all of the stream and keeps the micro-batches that are its own.  So
          the promises hold as for other data: the same rows at any number of processes, and a

@@ -1,4 +1,4 @@
-"""What the user brings: a model, its data, its loss and its measures."""
+"""The task that the user brings: a model, its data, its loss and its measures."""
 
 from __future__ import annotations
 

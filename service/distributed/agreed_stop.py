@@ -1,4 +1,4 @@
-"""All processes agree on the step, or the place in a test, at which they follow a stop."""
+"""All processes agree on the step, or the place in a test, at which they stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BatchNorm in a job of many processes: what a layer normalises with, and when its memory moves.
+"""BatchNorm on several processes: which statistics a layer uses, and when they are updated.
 
 `micro`  Every micro-batch is normalised by its own statistics.  The running ones move once per
          optimizer step, by all micro-batches of all processes: equal at any number of processes.

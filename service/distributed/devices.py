@@ -1,4 +1,4 @@
-"""What a device offers besides tensors, asked of torch's module for its kind and not by a vendor.
+"""What a device offers besides tensors, through torch's module for its kind, not a vendor's.
 
 `torch.get_device_module(device)` is torch.cuda, torch.xpu, torch.mps, torch.cpu, or what a vendor
 has registered (Ascend's torch.npu); most of their names are the same.

@@ -1,4 +1,4 @@
-"""The generators that a person's code draws from without naming one: Python's, numpy's, torch's."""
+"""The global random generators of Python, numpy and torch."""
 
 from __future__ import annotations
 

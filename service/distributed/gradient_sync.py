@@ -1,4 +1,4 @@
-"""How the gradients of a step's micro-batches come together, over all processes.
+"""Gradient synchronization: how the gradients of a step's micro-batches are added up.
 
 `OverlappedSync`  DistributedDataParallel exchanges them while the last backward pass still runs.
 `OrderedSync`     Each micro-batch's gradient is computed alone, and they are added in one fixed

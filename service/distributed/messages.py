@@ -1,4 +1,4 @@
-"""What processes tell each other, as bytes and back: plain data, and nothing that runs.
+"""Messages between processes as bytes and back: plain data, nothing that can run.
 
 torch's own way for objects pickles them, and who unpickles runs whatever the sender wrote. The
 sockets between processes know no secret, so what comes from one is read as data alone: a header in

@@ -1,4 +1,4 @@
-"""A trace of a few steps, one file for each process, and a table of where their time went."""
+"""A trace of a few steps, one file for each process, with a table of where the time went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the processes of a run are: their memory, and whether one of them keeps the others waiting.
+"""Peak memory of the processes, and detection of a straggler that the others wait for.
 
 Every process tells it at a logged step, within a sum over the processes that is taken anyway.
 """

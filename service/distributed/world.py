@@ -1,4 +1,4 @@
-"""All processes of a job as one: the only room that knows ranks, torch.distributed, accelerate."""
+"""All processes of a job as one. Only this module knows ranks, torch.distributed, accelerate."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* test_loop: the test loop.  No rank appears in it: `world` is all processes as one.
-* predictions: what a model says of each row of the test set, kept by all processes and written
-  once.
-* metrics: measures of the test loop that merge exactly, whoever counted which part of the rows.
+* test_loop: the test loop. No rank appears in it: `world` is all processes as one.
+* predictions: the model's prediction for each row of the test set, gathered and written once.
+* metrics: measures of the test loop that merge exactly, whichever process counted which rows.
 """

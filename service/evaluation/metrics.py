@@ -1,4 +1,4 @@
-"""Measures of the test loop that merge exactly, whoever counted which part of the rows."""
+"""Measures of the test loop that merge exactly, whichever process counted which rows."""
 
 from __future__ import annotations
 

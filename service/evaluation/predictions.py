@@ -1,4 +1,4 @@
-"""What a model says of each row of the test set, kept by all processes and written once."""
+"""The model's prediction for each row of the test set, gathered and written once."""
 
 from __future__ import annotations
 

@@ -2,14 +2,12 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* watchdog: finds a process that stands still, says where it stands, and ends it; its peers do the
-  same.
-* throughput: time between two logged steps: how fast the rows went by, and how long they were
-  waited for.
-* stop_request: what may go wrong from outside: signals that ask to stop, and a parent that is
-  gone.
-* stop_budget: how long a stop takes, by what saves have taken, and whether it is given as long.
-  No torch.
-* heartbeat: what this process is doing: told by the loops, read by whoever watches it or keeps
-  account.
+* watchdog: the watchdog: finds a process that does not respond, reports where it is, and ends it.
+* throughput: throughput between two logged steps: rows per second, and the time spent waiting for
+  data.
+* stop_request: signals that ask a run to stop, and the death of a parent process.
+* stop_budget: how long a stop takes, from measured saves, and whether that much time is given. No
+  torch.
+* heartbeat: the heartbeat of a process: what it is doing now, and the seconds spent on each kind
+  of work.
 """

@@ -1,4 +1,4 @@
-"""What this process is doing: told by the loops, read by whoever watches it or keeps account."""
+"""The heartbeat of a process: what it is doing now, and the seconds spent on each kind of work."""
 
 from __future__ import annotations
 

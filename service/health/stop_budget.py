@@ -1,4 +1,4 @@
-"""How long a stop takes, by what saves have taken, and whether it is given as long.  No torch."""
+"""How long a stop takes, from measured saves, and whether that much time is given. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may go wrong from outside: signals that ask to stop, and a parent that is gone."""
+"""Signals that ask a run to stop, and the death of a parent process."""
 
 from __future__ import annotations
 

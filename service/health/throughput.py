@@ -1,4 +1,4 @@
-"""Time between two logged steps: how fast the rows went by, and how long they were waited for."""
+"""Throughput between two logged steps: rows per second, and the time spent waiting for data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds a process that stands still, says where it stands, and ends it; its peers do the same."""
+"""The watchdog: finds a process that does not respond, reports where it is, and ends it."""
 
 from __future__ import annotations
 

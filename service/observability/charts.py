@@ -1,4 +1,4 @@
-"""Curves as inline SVG: pure functions from numbers to markup, the same text for the same numbers.
+"""Curves as inline SVG: pure functions, the same text for the same numbers.
 
 An SVG here is stretched to the width it finds, with strokes that keep their own; labels stand
 beside it as HTML, so that they are as sharp and as large on a phone as on a wide screen.

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, a greppable line per row elsewhere.
+"""The console: a live bar on a terminal, one plain line for each row elsewhere.
 
 Both go to standard output: they are what `evenstep run` was asked for, so `| grep` and `| tee` find
 them there, and standard error stays free for what went wrong.

@@ -1,4 +1,4 @@
-"""TensorBoard and trackio as writers: each in a thread of its own, like W&B, and no more harmful.
+"""TensorBoard and trackio as background writers, each in a thread of its own.
 
 The training thread leaves a row in a bounded queue. What goes wrong behind it is said once, and
 metrics.jsonl has every row; a resumed attempt hands over what the place lacks.

@@ -1,4 +1,4 @@
-"""One self-contained page about one or several runs: curves, facts, attempts, differences.
+"""The report: one self-contained page about one or several runs.
 
 It needs no network and no file beside it; light and dark follow the reader's own setting.
 """

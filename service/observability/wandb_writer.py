@@ -1,4 +1,4 @@
-"""Weights & Biases as a writer that cannot hurt the training: one thread owns all of wandb.
+"""Weights & Biases as a background writer: one thread owns all of wandb.
 
 `wandb.init` may block for 90 s and then raise, `run.log` blocks while wandb's child process
 (wandb-core) is frozen, `finish` waits for the server without limit, and so does the interpreter's

@@ -1,4 +1,4 @@
-"""Buffers that move in the forward pass, besides BatchNorm's: codebooks, counters and such.
+"""Buffers that the forward pass changes, besides BatchNorm's: codebooks, counters and others.
 
 Every micro-batch of a step starts from the value that the buffer has at the beginning of the step,
 and at the end of the step the values that all micro-batches of all processes left become one:

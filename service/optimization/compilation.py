@@ -1,4 +1,4 @@
-"""torch.compile of a model in place: the keys of its state dict stay what they are."""
+"""torch.compile of a model in place: the keys of its state dict do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Additions and multiplications: how many a pass takes, and how many a device could do."""
+"""Floating-point operations: how many a pass takes, and how many a device can do."""
 
 from __future__ import annotations
 

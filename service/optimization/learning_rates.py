@@ -1,4 +1,4 @@
-"""What sets the optimizer's learning rates, once per step, and what it remembers of it."""
+"""Sets the optimizer's learning rates once per step, and keeps what that needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, as a second model of the same make."""
+"""An exponential moving average of a model's weights, as a second model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, and parameter groups by pattern: every parameter in exactly one."""
+"""Optimizers by name, and parameter groups by pattern: every parameter is in exactly one."""
 
 from __future__ import annotations
 

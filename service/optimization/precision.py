@@ -1,4 +1,4 @@
-"""The arithmetic of a forward pass, and the scale that keeps fp16's gradients within range."""
+"""The arithmetic of a forward pass, and the loss scaler of fp16."""
 
 from __future__ import annotations
 

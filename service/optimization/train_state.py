@@ -1,4 +1,4 @@
-"""What training changes: the model, the optimizer, and how many steps they have taken."""
+"""What training changes: the model, the optimizer, and the number of finished steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From gradients to weights: unscale, clip, decide, step; and what is done about a NaN.
+"""From gradients to weights: unscale, clip, decide, step; and what happens after a NaN.
 
 Where a step may be skipped, a loss that is not finite makes the gradients of its process so
 (`exchange`), and their exchange tells all the others: whatever is decided from the gradients after

@@ -1,4 +1,4 @@
-"""Which of two test measures is the better, and whether one has stopped improving.
+"""Early stopping: which of two measures is better, and whether one has stopped improving.
 
 Whatever compares measures asks here: the best checkpoint, early stopping, `plateau`, the report.
 """

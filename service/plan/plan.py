@@ -1,4 +1,4 @@
-"""What follows from the spec, the row counts and the process count: sizes, and when what happens.
+"""The plan of a run: sizes, and at which step something is due. Pure arithmetic.
 
 Pure and without torch: `evenstep plan` shows it on any machine.
 """

@@ -1,4 +1,4 @@
-"""Learning-rate multipliers: pure functions of the step, the same at any number of processes."""
+"""Learning-rate schedules: pure functions of the step."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What `evenstep check` does: everything a run does, once and small, before it waits in a queue."""
+"""`evenstep check`: everything that a run does, once and small."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
-from service.evaluation.test_loop import test
+from service.evaluation.test_loop import Counted, test
 from service.observability.other_writers import require_packages
 from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
 from service.optimization.learning_rates import make_schedule
@@ -54,6 +54,36 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     spec = with_workers(spec, workers_each(processes))
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
+    plan = yield from _planned(spec, task, world=world, processes=processes)
+    spec = plan.spec
+    # As if there were a process for each micro-batch, so that a step brings one of them.
+    small = _plan(spec, task, plan.micro_batches)
+    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
+    model, seconds = _timed(lambda: new_model(task).to(world.device))
+    normalization = prepare(model, spec.model.batchnorm, world)
+    state = _state(spec, model, small)
+    yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
+    batch, seconds = _timed(lambda: _first_batch(task, small, world))
+    read = _size(_bytes((batch.inputs, batch.targets)))
+    yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
+    dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
+    activations = yield from _stepped(state, dry_run, plan=plan)
+    if task.test_rows:
+        with state.evaluated():
+            means, seconds = _timed(lambda: _tested(model, task, spec, world))
+        told = ", ".join(
+            f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
+        )
+        yield "test", f"{told} ({seconds:.2f} s for one micro-batch)"
+    size, seconds = _timed(lambda: _round_trip(state, task, small, world))
+    yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
+    yield "memory", _memory(state, activations, world)
+
+
+def _planned(
+    spec: Spec, task: Task, *, world: World, processes: int
+) -> Generator[Finding, None, Plan]:
+    """The plan of the run, with the micro-batch that `auto` finds."""
     plan = _plan(spec, task, processes)
     require_measures(spec, task)
     require_packages(spec.tracking)
@@ -65,28 +95,19 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
             )
         )
         yield "fitting", f"micro-batches of {rows} rows ({seconds:.2f} s)"
-        spec = with_micro_batch(spec, rows)
-        plan = _plan(spec, task, processes)
+        plan = _plan(with_micro_batch(spec, rows), task, processes)
     yield (
         "plan",
         f"{plan.steps:,} steps of {plan.global_batch:,} rows, {plan.micro_batches} micro-batches "
         f"of {plan.micro_batch}: up to {plan.micro_batches} processes",
     )
-    # As if there were a process for each micro-batch, so that a step brings one of them.
-    small = _plan(spec, task, plan.micro_batches)
-    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
-    model, seconds = _timed(lambda: new_model(task).to(world.device))
-    normalization = prepare(model, spec.model.batchnorm, world)
-    state = _state(spec, model, small)
-    yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
+    return plan
 
-    batch, seconds = _timed(lambda: _first_batch(task, small, world))
-    read = _size(_bytes((batch.inputs, batch.targets)))
-    yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
-    dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
-    found = dry_run.first(model)
-    unreached, rule = found.unreached, spec.model.buffers
-    bitwise = spec.exactness == "bitwise"
+
+def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Finding, None, int]:
+    """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
+    model, batch, world = state.model, dry_run.batch, dry_run.world
+    found, rule = dry_run.first(model), plan.spec.model.buffers
     # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
     buffers_of(
         model,
@@ -94,26 +115,18 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         rule=rule,
         micro_batches=plan.micro_batches,
         world=world,
-        bitwise=bitwise,
+        bitwise=plan.spec.exactness == "bitwise",
     )
     activations = _saved_bytes(model, batch, world)
-    loss, seconds = _timed(lambda: _step(state, batch, task=task, world=world))
-    normalization.finish_step()
+    loss, seconds = _timed(lambda: _step(state, batch, task=dry_run.task, world=world))
+    dry_run.normalization.finish_step()
     yield "step", f"loss {loss:.4g} on {world.device.type} ({seconds:.2f} s for one micro-batch)"
     for line in buffers_in_words(model, found.moving, rule):
         yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
-    if unreached:
-        yield "warning", f"the loss does not depend on {', '.join(unreached[:8])}: never trained"
-    if task.test_rows:
-        with state.evaluated():
-            means, seconds = _timed(lambda: _tested(model, task, spec, world))
-        told = ", ".join(
-            f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
-        )
-        yield "test", f"{told} ({seconds:.2f} s for one micro-batch)"
-    size, seconds = _timed(lambda: _round_trip(state, task, small, world))
-    yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
-    yield "memory", _memory(state, activations, world)
+    if found.unreached:
+        names = ", ".join(found.unreached[:8])
+        yield "warning", f"the loss does not depend on {names}: never trained"
+    return activations
 
 
 def row_bytes(task: Task) -> int:
@@ -225,7 +238,8 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     with told_as_mistake(f"task: the test loop failed over its first {rows} rows"):
-        return test(model, batches, task=task, world=world, plan=plan)
+        counted = Counted(task, plan=plan, world=world)
+        return test(model, batches, task=task, world=world, counted=counted)
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:

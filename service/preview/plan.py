@@ -1,4 +1,4 @@
-"""What `evenstep plan` shows: the plan of a job in words, with the table of its parameters."""
+"""`evenstep plan`: the plan of a job in words, with the table of its parameters."""
 
 from __future__ import annotations
 

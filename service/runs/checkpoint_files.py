@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their names, their files, and whether to believe them.  No torch.
+"""Checkpoints on disk: their names, their files, and their verification. No torch.
 
 A checkpoint is a directory `step-00000120` with its tensors in safetensors files, `state.json`
 with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others,

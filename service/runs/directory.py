@@ -1,4 +1,4 @@
-"""A run's directory: what stands where in it, who may write to it, and what it remembers."""
+"""The directory of a run: its layout, its lock, and its facts (run.json)."""
 
 from __future__ import annotations
 

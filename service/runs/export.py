@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as one file that needs nothing of ours to be read.  No torch."""
+"""Exports the weights of a checkpoint as one safetensors file. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failure reports: one JSON file for each process that failed, with nothing secret in it."""
+"""Failure reports: one JSON file for each failed process, without secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went: steps done, steps done again, seconds of each kind of work."""
+"""Goodput: steps done, steps repeated, and the seconds of each kind of work."""
 
 from __future__ import annotations
 

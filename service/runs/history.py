@@ -1,4 +1,4 @@
-"""Runs as they are remembered: what their directories say, read without touching anything."""
+"""The history of a run, read from its directory without changing anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines as they are read: block by block, in memory that no file can exceed."""
+"""Reads files of JSON lines block by block, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is read: whole rows, single curves, or no more than its end.  No torch."""
+"""Reads metrics.jsonl: whole rows, single curves, or only its end. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has to say while it trains: one `log(step, values)` for every place that keeps it."""
+"""Tracking: one `log(step, values)` for every place that keeps metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two runs took the same steps: by their rows, their losses, or to the bit.  No torch."""
+"""Verifies that two runs took the same steps: by rows, losses or bits. No torch."""
 
 from __future__ import annotations
 

@@ -2,15 +2,12 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* page: the page that explains every key of a spec, from the schema that editors are given.  Pure.
-* new_job: A directory to begin a job of one's own in: a task, a spec, and the schema for an
-  editor.
-* files: A spec as a file: read with every fault named at its place, written back, compared,
-  described.
-* models: what the user wants: one frozen, strict model of a job. `spec_file` reads one from a
+* page: the reference page of the spec, made from the schema that editors use. Pure.
+* new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
+* files: A spec as a file: read with the position of every mistake, written, compared, described.
+* models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
-* optimizer_options: the options of every optimizer of torch.optim, as data, so that a spec is
-  checked without torch.
-* documents: A YAML, JSON or TOML file as plain values, with the place where each of them is
-  written.
+* optimizer_options: the options of every optimizer of torch.optim as data, so that checking needs
+  no torch.
+* documents: A YAML, JSON or TOML file as plain values, with the position of each of them.
 """

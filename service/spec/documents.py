@@ -1,4 +1,4 @@
-"""A YAML, JSON or TOML file as plain values, with the place where each of them is written.
+"""A YAML, JSON or TOML file as plain values, with the position of each of them.
 
 Scalars are those of YAML 1.2 (its core schema): `1e-3` is a number, `no` and `12:30` are text,
 `012` is twelve. What would make two readers disagree is refused: a duplicate key, a tag, an alias.

@@ -1,4 +1,4 @@
-"""A spec as a file: read with every fault named at its place, written back, compared, described."""
+"""A spec as a file: read with the position of every mistake, written, compared, described."""
 
 from __future__ import annotations
 

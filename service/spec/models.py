@@ -1,4 +1,4 @@
-"""What the user wants: one frozen, strict model of a job. `spec_file` reads one from a file.
+"""The spec: what the user wants, as frozen and strict models. `files` reads one from a file.
 
 No torch here: a spec is read, checked and printed on machines that have none.
 """

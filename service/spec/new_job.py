@@ -1,4 +1,4 @@
-"""A directory to begin a job of one's own in: a task, a spec, and the schema for an editor."""
+"""`evenstep new`: a directory with a task, a spec, and the schema for an editor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of every optimizer of torch.optim, as data, so that a spec is checked without torch.
+"""The options of every optimizer of torch.optim as data, so that checking needs no torch.
 
 A test holds this table equal to the signatures of the pinned torch.
 """

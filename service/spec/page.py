@@ -1,4 +1,4 @@
-"""The page that explains every key of a spec, from the schema that editors are given.  Pure."""
+"""The reference page of the spec, made from the schema that editors use. Pure."""
 
 from __future__ import annotations
 

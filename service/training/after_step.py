@@ -1,4 +1,4 @@
-"""What happens after a step, as the plan has it: test, log, save, and whether to stop."""
+"""What happens after a step, as planned: test, log, save, and whether to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.data.task import Data, Task
 from service.distributed.agreed_stop import StopPoll, TestInterrupted
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.evaluation.test_loop import test
+from service.evaluation.test_loop import Counted, test
 from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
 from service.health.throughput import Throughput
@@ -90,9 +90,10 @@ class AfterStep:
         batches = test_batches(self.test_data, task=task, plan=plan, world=world)
         batches = self.heartbeat.during("test", batches)
         batches = self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
+        counted = Counted(task, plan=plan, world=world)
         try:
             with state.evaluated():
-                values |= test(state.tested, batches, task=task, world=world, plan=plan)
+                values |= test(state.tested, batches, task=task, world=world, counted=counted)
         except TestInterrupted:
             state.untested = {name: float(value) for name, value in values.items()}
 

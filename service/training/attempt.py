@@ -1,4 +1,4 @@
-"""One attempt at a run: its directory opened by one, its records begun, and its end entered."""
+"""One attempt at a run: opens its directory, begins its records, and enters its end."""
 
 from __future__ import annotations
 

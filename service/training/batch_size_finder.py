@@ -1,4 +1,4 @@
-"""What a spec leaves to the machine: `batch.micro_batch: auto` and `loader.workers: auto`.
+"""The batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
 
 The micro-batch is part of the experiment: dropout is keyed by its number, and BatchNorm may take
 its statistics from it. So it is found before the first step, agreed by all processes, kept in the

@@ -1,4 +1,4 @@
-"""One throw-away forward and backward pass before the first step, for what it brings to light.
+"""The dry run: one forward and backward pass before the first step, to find mistakes.
 
 It finds a task that does not do what it promises, and the parameters no loss reaches.  Afterwards
 it lets DistributedDataParallel lay out its buckets: that happens after its first backward, so

@@ -1,4 +1,4 @@
-"""The receipt: which rows the forward passes really consumed, as a digest for each step."""
+"""The receipt: a digest, for each step, of the rows that its forward passes consumed."""
 
 from __future__ import annotations
 

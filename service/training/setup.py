@@ -1,4 +1,4 @@
-"""What a run trains, built part by part in the order that its random numbers have."""
+"""Builds what a run trains, part by part, in the order that its random numbers need."""
 
 from __future__ import annotations
 

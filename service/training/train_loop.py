@@ -1,4 +1,4 @@
-"""The train loop.  No rank appears in it: `world` is all processes as one."""
+"""The train loop. No rank appears in it: `world` is all processes as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step: its forward and backward passes, and what becomes of their gradients."""
+"""One optimizer step: its forward and backward passes, and the update."""
 
 from __future__ import annotations
 

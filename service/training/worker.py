@@ -1,4 +1,4 @@
-"""Trains and tests the run that a plan describes: every part of it, in order, and its end."""
+"""Trains and tests the run that a plan describes: every part in order, and its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.distributed.devices import copies_late
 from service.distributed.profiler import Profile
 from service.distributed.world import World
 from service.evaluation.predictions import Predictions
-from service.evaluation.test_loop import test
+from service.evaluation.test_loop import Counted, test
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import GracePeriod, StopBudget
 from service.health.stop_request import StopRequest
@@ -244,7 +244,8 @@ def test_run(
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     test_data = drawn_alike(spec, task.test_data)
     batches = test_batches(test_data, task=task, plan=plan, world=world)
-    measures = test(model, batches, task=task, world=world, plan=plan, predictions=kept)
+    counted = Counted(task, plan=plan, world=world, predictions=kept)
+    measures = test(model, batches, task=task, world=world, counted=counted)
     if kept is not None:
         kept.write()
     return measures

@@ -1,4 +1,4 @@
-"""Finds the cluster, and who we are to it, as kubectl does; lightkube does the rest."""
+"""Finds the cluster and the credentials as kubectl does, with lightkube."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speaks to a cluster: lightkube finds the server and who we are, and plain JSON travels."""
+"""Requests to the API server of a cluster, as plain JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Submit a job to a cluster, see how it does, read its log, stop it."""
+"""Submit a job to a cluster, watch its state, read its logs, cancel it."""
 
 from __future__ import annotations
 

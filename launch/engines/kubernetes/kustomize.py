@@ -1,4 +1,4 @@
-"""k8s/base and its overlays from k8s/specs: `python -m launch.engines.kubernetes.kustomize`."""
+"""Writes k8s/base and its overlays: `python -m launch.engines.kubernetes.kustomize`."""
 
 from __future__ import annotations
 

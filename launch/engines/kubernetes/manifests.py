@@ -1,4 +1,4 @@
-"""What a spec looks like on a cluster: `render` is pure, from a spec to plain objects to YAML."""
+"""Renders a spec as Kubernetes manifests: a pure function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cluster would refuse, or what could not work on one, told before it is asked."""
+"""What a cluster would refuse, found before the cluster is asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job and its pods do, or why they do not, in words: pure, from the cluster's objects."""
+"""The states of a job and its pods in words: pure, from the cluster's objects."""
 
 from __future__ import annotations
 

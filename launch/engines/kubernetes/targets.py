@@ -1,4 +1,4 @@
-"""What runs the pods: a plain Indexed Job, a JobSet, or a Kubeflow TrainJob."""
+"""The targets that run the pods: an Indexed Job, a JobSet, or a Kubeflow TrainJob."""
 
 from __future__ import annotations
 
