@@ -27,6 +27,9 @@ from service.spec.models import Spec
 from service.training.batch_size_finder import settled
 from service.training.worker import run as run_to_the_end
 
+_ALONE = threading.Lock()
+"""Held by the run of this process: threads, random numbers and precision belong to all of it."""
+
 
 def run(
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
@@ -37,7 +40,8 @@ def run(
 ) -> History:
     """Train and test `spec` in this process; what came of it, `rows` ready for a data frame.
 
-    Run again, it resumes.  An interrupt saves and stops: `state` is `stopped` then.
+    Run again, it resumes.  An interrupt saves and stops: `state` is `stopped` then.  Random
+    generators, threads, precision and signal handlers are as before when this returns.
 
     Args:
         spec: a file, the name of a recipe, plain values, or a `Spec`.  A task of a notebook is
@@ -45,10 +49,24 @@ def run(
         fresh: put an earlier run of this name aside and begin anew.
         overrides: sections or keys of the spec, such as `seed=1, optimizer={"lr": 0.02}`.
     Raises:
-        SpecError: a person's mistake, before anything is written.
+        SpecError: a person's mistake, before anything is written; or another run trains in this
+            process.
         EvenstepError: the run cannot go on.
     """
     _require_one_process()
+    if not _ALONE.acquire(blocking=False):
+        raise SpecError(
+            "service.run: a run trains in this process already, and two would share its random "
+            "numbers, threads and precision. Wait for its end, or start each in a process of its "
+            "own: `evenstep run`, or multiprocessing with the start method spawn."
+        )
+    try:
+        return _run_alone(spec, Path(runs).absolute(), fresh=fresh, overrides=overrides)
+    finally:
+        _ALONE.release()
+
+
+def _run_alone(spec: Any, place: Path, *, fresh: bool, overrides: Mapping[str, Any]) -> History:
     document_of(overrides)  # what no spec could hold is refused in words
     loaded = load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
     if loaded.exactness == "bitwise":
@@ -56,7 +74,6 @@ def run(
             "exactness: bitwise changes how this whole process computes. "
             "Run it by `evenstep run`, which has a process of its own."
         )
-    place = Path(runs).absolute()
     with _given_back(loaded):
         _run(loaded, place, fresh=fresh)
     return read_history(place / loaded.name)

@@ -189,3 +189,61 @@ def test_a_run_from_python_multiplies_as_its_spec_says_and_gives_back_what_it_ch
     environ = {"EVENSTEP_DEVICE": "cpu"}
     done = python(KEEPING, tmp_path, **environ)
     assert done.stdout.endswith("all given back\n"), done.stderr
+
+
+SEARCH = """
+import random, signal, threading
+import torch
+from service import run
+
+small = {"length": {"steps": 3, "epochs": None}, "schedule": {}, "test": {}}
+small["tracking"] = {"wandb": None}
+threads, handlers = torch.get_num_threads(), [signal.getsignal(n) for n in (2, 10, 12, 15)]
+random.seed(1)
+tried = []
+for number in range(3):
+    tried.append(10 ** random.uniform(-4, -1))
+    run("digits", name=f"search{number}", optimizer={"lr": tried[-1]}, **small)
+assert len(set(tried)) == 3, tried
+assert torch.get_num_threads() == threads
+assert [signal.getsignal(n) for n in (2, 10, 12, 15)] == handlers
+
+begun, refused, first = threading.Event(), [], []
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, row):
+        begun.set()
+        if threading.current_thread() is not threading.main_thread():
+            while not refused:
+                pass
+        return torch.ones(4), row % 3
+
+def task():
+    from service import supervised
+    return supervised(model=lambda: torch.nn.Linear(4, 3), train=Slow(), loss="cross_entropy")
+
+spec = {"name": "slow", "task": "__main__:task", "batch": {"global_batch": 8},
+        "length": {"steps": 2}, "optimizer": {"name": "sgd", "lr": 0.1}}
+thread = threading.Thread(target=lambda: first.append(run(spec).state))
+thread.start()
+begun.wait(60)
+try:
+    run("digits", name="second", **small)
+except Exception as error:
+    refused.append(f"{type(error).__name__}: {error}")
+finally:
+    refused.append("")
+thread.join(60)
+assert first == ["done"], first
+told = "SpecError: service.run: a run trains in this process already"
+assert refused[0].startswith(told), refused
+print("alone")
+"""
+
+
+def test_a_search_from_a_notebook_tries_what_it_draws_and_two_runs_at_once_are_refused(tmp_path):
+    done = python(SEARCH, tmp_path, EVENSTEP_DEVICE="cpu")
+    assert done.stdout.endswith("alone\n"), done.stdout + done.stderr
+    assert not (tmp_path / "runs/second").exists()

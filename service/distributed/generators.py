@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,14 +26,21 @@ def seed_generators(key: int) -> None:
 
 @contextmanager
 def generators_given_back() -> Iterator[None]:
-    """Afterwards the same three go on where they were."""
+    """Afterwards the same three, and those of the devices in use, go on where they were."""
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    kind = torch.accelerator.current_accelerator()
+    module: Any = None if kind is None else torch.get_device_module(kind)
+    # Where no device was used yet there is nothing to give back, and asking would start it.
+    in_use = module is not None and getattr(module, "is_initialized", lambda: False)()
+    devices = module.get_rng_state_all() if in_use else None
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(own)
+        if devices is not None:
+            module.set_rng_state_all(devices)
 
 
 class _Python:
