@@ -303,7 +303,8 @@ def test_a_spec_is_written_as_a_person_would() -> None:
         "exactness: rounding",
         "batch: {global_batch: 128}",
         "length: {epochs: 20.0}",
-        "model: {batchnorm: micro, precision: fp32, compile: false, channels_last: false}",
+        "model: {batchnorm: micro, buffers: mean, precision: fp32, compile: false, "
+        "channels_last: false}",
         "optimizer:",
         "  name: sgd",
         "  lr: 0.1",
@@ -545,3 +546,31 @@ def test_the_table_of_optimizers_is_torchs_own() -> None:
 def test_a_rate_is_never_infinite() -> None:
     assert math.isinf(float("1e999"))
     assert "must be a finite number" in faults_with("optimizer: {name: sgd, lr: 1e999}")
+
+
+@pytest.mark.parametrize(
+    ("in_file", "words", "then"),
+    [
+        ("length: {epochs: 3}", ["length.steps=7"], {"steps": 7, "epochs": None}),
+        ("length: {epochs: 3}", ["length.steps=7", "length.epochs=2"], None),
+        ("length: {epochs: 3}", ["length.steps="], {"steps": None, "epochs": 3}),
+    ],
+)
+def test_an_override_replaces_a_duration_in_another_unit(tmp_path, in_file, words, then):
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        f"name: a\ntask: m:t\nbatch: {{global_batch: 8}}\n{in_file}\n"
+        "optimizer: {name: sgd, lr: 1}\ncheckpoint: {every_epochs: 2}\n"
+        "schedule: {name: linear, warmup_epochs: 1}\n"
+    )
+    if then is None:
+        with pytest.raises(SpecError, match="must have epochs or steps, but has both"):
+            load_spec(file, overrides=words)
+        return
+    spec = load_spec(
+        file, overrides=[*words, "checkpoint.every_steps=5", "schedule.warmup_steps=4"]
+    )
+    assert spec.length.model_dump() == then
+    assert (spec.checkpoint.every_steps, spec.checkpoint.every_epochs) == (5, None)
+    assert spec.schedule.warmup_steps == 4
+    assert spec.schedule.warmup_epochs is None

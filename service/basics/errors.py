@@ -143,7 +143,7 @@ def with_place(error: BaseException) -> str:
     That is the last line of the person's own code that it came through, where there is one.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if _is_a_persons(frame.filename)]
+    own = [frame for frame in frames if is_own_code(frame.filename)]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{where}"
 
@@ -156,7 +156,7 @@ _PYTHON = sysconfig.get_path("stdlib")
 _OF_PACKAGES = {"site-packages", "dist-packages"}
 
 
-def _is_a_persons(file: str) -> bool:
+def is_own_code(file: str) -> bool:
     """Whether a file of code is neither Python's, nor a package's, nor one of this machinery."""
     place = Path(file)
     is_ours = any(place.is_relative_to(package) for package in _OURS)

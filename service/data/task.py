@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from service.basics import randomness
-from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, with_place
+from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_own_code, with_place
 from service.data.streams import is_stream
 from service.distributed.generators import seed_generators
 
@@ -361,6 +362,29 @@ def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Tas
             f"it lacks {', '.join(lacking)}. See service.task.supervised."
         )
     return task
+
+
+def source_digests(where: str) -> dict[str, str]:
+    """SHA-256 of each file that the loaded task's code came from, in the order of their names.
+
+    That is the file of its module, and of every loaded module below the same folder (for a module
+    of a package: below the folder of the package) that is a person's own, so no installed package.
+    Names are relative to the folder: a copy elsewhere has the same.  Empty for a notebook.
+    """
+    source = where.rpartition(":")[0]
+    name = Path(source).stem if source.endswith(".py") else source
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return {}
+    folder = Path(file).resolve().parents[0 if source.endswith(".py") else source.count(".")]
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    found = {Path(each).resolve() for each in loaded if each and is_own_code(each)}
+    digests = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+        if path.is_relative_to(folder) and path.is_file()
+    }
+    return dict(sorted(digests.items()))
 
 
 @contextmanager

@@ -178,6 +178,7 @@ class OpenRun:
         started: float | None = None,
         data: str | None = None,
         most_failures: int | None = None,
+        task_files: Mapping[str, str] | None = None,
     ) -> None:
         """Enter that the run goes on from `step`.
 
@@ -185,6 +186,7 @@ class OpenRun:
             started: when the attempt began, in seconds since 1970; now by default.
             data: how the rows come, for a person.
             most_failures: give up after so many in a row that did not get beyond `step`.
+            task_files: SHA-256 of the files of the task's code, by name.
         Raises:
             NoProgress: this would be one more.
         """
@@ -199,6 +201,7 @@ class OpenRun:
                 "host": socket.gethostname(),
                 "from_step": step,
                 **({"data": data} if data is not None else {}),
+                **({"task_files": dict(task_files)} if task_files else {}),
             }
         )
         if most_failures is not None and failures >= most_failures:
@@ -209,6 +212,15 @@ class OpenRun:
                 "the same command again; faults.attempts_without_progress is the limit."
             )
         self.directory.write_facts(self.facts)
+
+    def changed_files(self, task_files: Mapping[str, str]) -> list[str]:
+        """The files of the task's code that are not as they were in the last attempt."""
+        known = [each["task_files"] for each in self.facts["attempts"] if each.get("task_files")]
+        if not known or not task_files or not isinstance(known[-1], dict):
+            return []
+        before = known[-1]
+        names = sorted({*before, *task_files})
+        return [name for name in names if before.get(name) != task_files.get(name)]
 
     def end_attempt(
         self,

@@ -40,6 +40,9 @@ def load_spec(
 ) -> Spec:
     """The spec in a file, or in a mapping, with `key.sub=value` overrides applied in order.
 
+    Of a duration that the file has in one unit (`every_epochs`) and an override in another
+    (`every_steps`), the override's holds.
+
     A `SpecError` lists every fault at once, as `file:line:column: key: what is wrong`. A task in a
     file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` are relative to the
     spec's directory, and where given by an override or a mapping to the current one; in the result
@@ -49,7 +52,7 @@ def load_spec(
     refused: list[str] = []
     for text in overrides:
         try:
-            document = override(document, text)
+            document = _without_rivals(override(document, text), text)
         except SpecError as error:
             refused.append(str(error))
     try:
@@ -68,6 +71,24 @@ def load_spec(
     arguments = _with_paths(spec.task_args, ("task_args",), lambda t, at: _joined(t, folder(at)))
     task = _absolute(spec.task, folder(("task",)))
     return spec.model_copy(update={"task": task, "task_args": arguments})
+
+
+_UNITS = ("steps", "epochs", "fraction")
+
+
+def _without_rivals(document: Document, text: str) -> Document:
+    """The document without the file's own words for the duration that the override `text` sets."""
+    *section, name = (part.strip() for part in text.partition("=")[0].split("."))
+    stem, _, unit = name.rpartition("_")
+    held = find(document.values, tuple(section))
+    if unit not in _UNITS or not isinstance(held, dict) or held.get(name) is None:
+        return document
+    rivals = [f"{stem}_{other}" if stem else other for other in _UNITS if other != unit]
+    for rival in rivals:
+        place = document.place_of_key((*section, rival))
+        if rival in held and place.override == 0:
+            document = override(document, f"{'.'.join([*section, rival])}=")
+    return document
 
 
 def with_files_where_they_are(spec: Spec, *, old: str, new: str) -> Spec:

@@ -13,6 +13,7 @@ from torch import nn
 
 from service.basics.errors import EvenstepError
 from service.checkpoints.checkpoints import Checkpoints
+from service.data.task import source_digests
 from service.distributed.devices import name_of
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
@@ -51,6 +52,14 @@ class Attempt:
         opened = self.opened
         most = self.plan.spec.faults.attempts_without_progress
         if opened is not None:
+            files = source_digests(self.plan.spec.task)
+            changed = opened.changed_files(files) if step else []
+            if changed:
+                self.say(
+                    f"WARNING: the task's code has changed since the last attempt of this run: "
+                    f"{', '.join(changed[:8])}. The steps up to {step} were taken with the old "
+                    "code. To begin anew with the new one, use --fresh or another --name."
+                )
             opened.start_attempt(
                 processes=self.plan.processes,
                 device=str(self.world.device),
@@ -58,6 +67,7 @@ class Attempt:
                 started=self.heartbeat.started,
                 data=way,
                 most_failures=most,
+                task_files=files,
             )
 
     def enter_done(self) -> None:
