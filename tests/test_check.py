@@ -148,7 +148,7 @@ MORE_MISTAKES = {
     ),
     "a length given twice": (
         GOOD,
-        ["length.steps=300"],
+        ["length.steps=300", "length.epochs=3"],
         r"length: must have epochs or steps, but has both.*length.epochs=",
     ),
     "an interval given twice": (

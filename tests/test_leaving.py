@@ -140,7 +140,7 @@ def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
     lingers, code = LINGERING[what], 1 if what == WITHOUT_THREADS else 7
     script = (
         "import atexit, ctypes, sys, threading, time\n"
-        "from launch import leaving\n"
+        "from launch.rank import exit as leaving\n"
         f"leaving.LEAVING_SECONDS, leaving._LOCKED_SECONDS = {3600 if number else 0.2}, 0.2\n"
         "def linger():\n"
         f"    print('leaving', flush=True)\n    {lingers}\n"

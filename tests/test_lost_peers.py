@@ -15,10 +15,7 @@ import pytest
 import torch.distributed as dist
 from commands import BIN, CLEAN, evenstep
 
-from launch.rank.entry import RankContext, outcome_of
-from launch.rank.exit import leave_hung
 from service.distributed.world import backend_advice, lost_peer
-from service.health.heartbeat import Heartbeat
 
 # As torch 2.13 writes them (c10d/NCCLUtils.hpp, C10D_NCCL_CHECK) around what NCCL 2.27 says.
 _NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
@@ -90,17 +87,28 @@ def test_a_mistake_that_nccl_finds_is_no_lost_peer_and_says_what_helps(message: 
     assert backend_advice(RuntimeError(message)) == ""
 
 
-def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+MISTAKEN = """
+import sys
+import torch.distributed as dist
+from launch.rank.entry import RankContext, outcome_of
+from launch.rank.exit import leave, leave_hung
+from service.health.heartbeat import Heartbeat
+
+def work():
+    raise dist.DistBackendError(sys.argv[1])
+
+end = outcome_of(work, here=RankContext(Heartbeat(), leave_hung))
+print(end.message, flush=True)
+leave(end.code)
+"""
+
+
+def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps() -> None:
     message = next(iter(MISTAKES))
-
-    def work() -> None:
-        raise dist.DistBackendError(message)
-
-    end = outcome_of(work, here=RankContext(Heartbeat(), leave_hung))
-    assert end.code == 1
-    for told in (end.message, capsys.readouterr().err):
+    words = [sys.executable, "-c", MISTAKEN, message]  # a process of its own: it has to leave
+    end = subprocess.run(words, env=CLEAN, capture_output=True, text=True, timeout=120)
+    assert end.returncode == 1, end.stderr
+    for told in (end.stdout, end.stderr):
         assert "No space left on device (28)" in told
         assert "docker run --shm-size" in told
         assert told.rstrip().endswith("NCCL_DEBUG=INFO shows what NCCL did before.")

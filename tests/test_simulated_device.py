@@ -219,7 +219,7 @@ def test_several_devices_train_as_one_does(processes, simulated, tmp_path, name,
 
 def held_on_host(world, spec, runs):
     """A run on a device that others have nearly filled; how many data sets lay on it."""
-    from service import in_memory
+    from service.data import in_memory
 
     in_memory._RESIDENT.clear()
     simulated_device.OTHERS = simulated_device.mem_get_info()[0] - 100_000
