@@ -122,8 +122,8 @@ def printable(text: str, *, keep: str = "") -> str:
     )
 
 
-# How torch's own allocators, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it.  Source:
-# the status names of their headers; NCCL 2.27, src/include/alloc.h; torch 2.13, c10/core.
+# How torch, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it: the names that their
+# documents give to it.  None of those of a device was seen in a run of ours yet.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|_ALLOC_FAILED|ALLOCATION_FAILED"
     r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"
