@@ -22,7 +22,7 @@ from typing import Any
 
 from engines import CLUSTER_DOMAIN, NAMESPACE, Container, Engine, Mount, Wanted
 
-from service.spec.models import quantity
+from service.spec.kubernetes import quantity
 
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 

@@ -21,7 +21,8 @@ from service.plan.plan import Plan, make_plan
 from service.plan.schedules import Length, multiplier
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
-from service.spec.models import SCHEDULES, EarlyStoppingSpec
+from service.spec.models import EarlyStoppingSpec
+from service.spec.schedule import SCHEDULES
 
 STEPS = 37
 

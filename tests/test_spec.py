@@ -21,7 +21,8 @@ from service.spec.files import (
     load_spec,
     spec_schema,
 )
-from service.spec.models import CustomOptimizerSpec, Spec
+from service.spec.models import Spec
+from service.spec.optimizer import CustomOptimizerSpec
 from service.spec.optimizer_options import OPTIMIZERS
 
 GOOD = """\

@@ -16,7 +16,7 @@ from service.basics.errors import SpecError, did_you_mean, with_place
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.plan.schedules import Multiplier
-from service.spec.models import CustomScheduleSpec, PlateauSpec
+from service.spec.schedule import CustomScheduleSpec, PlateauSpec
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:

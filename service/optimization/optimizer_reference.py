@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from service.optimization.optimizers import optimizer_class
-from service.spec.models import SCHEDULES, ScheduleSpec
 from service.spec.optimizer_options import OPTIMIZERS, SOURCES
+from service.spec.schedule import SCHEDULES, ScheduleSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "optimizers.md"
 

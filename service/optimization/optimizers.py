@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from service.basics.errors import SpecError, did_you_mean
-from service.spec.models import GroupSpec, OptimizerSpec, Spec
+from service.spec.models import Spec
+from service.spec.optimizer import GroupSpec, OptimizerSpec
 from service.spec.optimizer_options import OPTIMIZERS
 
 NORMS = (

@@ -19,7 +19,8 @@ from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
 from service.optimization.precision import LossScaler
 from service.plan.early_stopping import EarlyStopping, is_better
-from service.spec.models import BestSpec, PlateauSpec, Spec
+from service.spec.models import BestSpec, Spec
+from service.spec.schedule import PlateauSpec
 
 
 @dataclass

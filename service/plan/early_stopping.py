@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from service.spec.models import EarlyStoppingSpec, PlateauSpec
+from service.spec.models import EarlyStoppingSpec
+from service.spec.schedule import PlateauSpec
 
 
 def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -> bool:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from service.basics.errors import SpecError
-from service.spec.models import (
+from service.spec.schedule import (
     UNITS,
     ConstantSpec,
     CosineRestartsSpec,

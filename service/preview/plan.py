@@ -27,7 +27,9 @@ from service.optimization.train_state import require_measures
 from service.plan.plan import Plan, make_plan
 from service.runs.checkpoint_files import saving_in_words
 from service.runs.directory import RunDirectory
-from service.spec.models import OptimizerSpec, PlateauSpec, Spec
+from service.spec.models import Spec
+from service.spec.optimizer import OptimizerSpec
+from service.spec.schedule import PlateauSpec
 
 
 def planned(spec: Spec, *, processes: int, runs: Path) -> str:

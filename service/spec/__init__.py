@@ -2,11 +2,16 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* page: the reference page of the spec, made from the schema that editors use. Pure.
 * new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
 * files: A spec as a file: read with the position of every mistake, written, compared, described.
 * models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
+* schedule: the section `schedule:`, one model for each shape of the learning rate.
+* optimizer: the section `optimizer:`, one model for each optimizer of torch.optim and one for any
+  other.
+* kubernetes: the section `kubernetes:`: where a job runs on a cluster.
+* part: A section of a spec: frozen, strict, with the patterns that its fields share.
+* page: the reference page of the spec, made from the schema that editors use. Pure.
 * optimizer_options: the options of every optimizer of torch.optim as data, so that checking needs
   no torch.
 * documents: A YAML, JSON or TOML file as plain values, with the position of each of them.

@@ -30,7 +30,8 @@ from service.spec.documents import (
     scalar,
     shown,
 )
-from service.spec.models import CUSTOM, PATTERNS_IN_WORDS, Part, Spec
+from service.spec.models import Spec
+from service.spec.part import CUSTOM, PATTERNS_IN_WORDS, Part
 
 # ---- read
 
@@ -513,8 +514,11 @@ def _describe(schema: dict[str, Any]) -> None:
 
     pydantic can do so by itself, wherever a spec is read: that was a third of the time it took.
     """
-    words = _words_below(Path(str(inspect.getsourcefile(Spec))).read_text(encoding="utf-8"))
     parts: set[type[Part]] = {Spec, *_sections(Spec)}
+    homes = {base for part in parts for base in part.__mro__ if issubclass(base, Part)}
+    words: dict[str, dict[str, str]] = {}
+    for file in sorted({str(inspect.getsourcefile(home)) for home in homes}):
+        words |= _words_below(Path(file).read_text(encoding="utf-8"))
     for part in parts:
         told = schema if part is Spec else schema["$defs"][part.__name__]
         for key, value in told["properties"].items():

@@ -24,7 +24,8 @@ from launch.engines.kubernetes.targets import TARGETS
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret
 from service.spec.files import dump_values
-from service.spec.models import KubernetesSpec, Spec
+from service.spec.kubernetes import KubernetesSpec
+from service.spec.models import Spec
 
 Target = Literal["job", "jobset", "kubeflow"]
 

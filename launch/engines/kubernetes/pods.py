@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.spec.models import KubernetesSpec, MountSpec, Spec, quantity
+from service.spec.kubernetes import KubernetesSpec, MountSpec, quantity
+from service.spec.models import Spec
 
 Manifest = dict[str, Any]
 

@@ -11,7 +11,8 @@ from service.basics.errors import SpecError
 from service.health.stop_budget import LEAST_SECONDS
 from service.plan.plan import make_plan
 from service.runs.directory import require_no_secret
-from service.spec.models import KubernetesSpec, Spec, quantity
+from service.spec.kubernetes import KubernetesSpec, quantity
+from service.spec.models import Spec
 
 _MANY_ROWS = 1 << 60
 _QUANTITIES = ("cpu", "memory", "shared_memory", "scratch", "storage")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from launch.engines.kubernetes.pods import Manifest, labels, pod_template, world_variables
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
-from service.spec.models import KubernetesSpec, Spec
+from service.spec.kubernetes import KubernetesSpec
+from service.spec.models import Spec
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 QUEUE_OF = "kueue.x-k8s.io/job-uid"

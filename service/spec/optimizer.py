@@ -1,0 +1,126 @@
+"""The section `optimizer:`, one model for each optimizer of torch.optim and one for any other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Discriminator, Field, Strict, Tag, create_model
+
+from service.spec.optimizer_options import OPTIMIZERS
+from service.spec.part import CUSTOM, IMPORT_STRING, Part, tag_by_name
+
+
+class OptimizerSpec(Part):
+    """What every optimizer has; each one's own options stand beside `lr`."""
+
+    name: str = Field(examples=["sgd"])
+    """An optimizer of torch.optim by its own name, or `package.module:Class`."""
+    lr: Annotated[float, Field(ge=0, examples=[0.1])]
+    """The base learning rate, before the schedule's multiplier."""
+    no_decay: tuple[Literal["norm", "bias"], ...] = Field(default=(), strict=False)
+    """Parameters that get no weight decay: `norm` layers' and `bias` terms."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each layer's rate is this many times that of the layer after it; the last has it whole."""
+    groups: tuple[Any, ...] = ()
+    """Settings for parameters by their names; the first matching glob wins."""
+
+    def options(self) -> dict[str, Any]:
+        """The options of the optimizer itself that the user gave."""
+        of_ours = {*OptimizerSpec.model_fields, "companion", "companion_takes"} - {"lr"}
+        return _given(self, without=of_ours)
+
+
+class GroupSpec(Part):
+    """Settings for the parameters whose names match a pattern; the first match wins."""
+
+    match: Annotated[str, Field(examples=["base.*"])]
+    """A glob over parameter names, such as `base.*`."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """This group's base learning rate."""
+    freeze: bool = False
+    """Leave these parameters as they are."""
+    unfreeze_at_step: Annotated[int, Field(ge=1)] | None = None
+    """Leave them as they are for so many optimizer steps, and train them from then on."""
+
+    def options(self) -> dict[str, Any]:
+        """The options of the optimizer that the user gave for this group."""
+        return _given(self, without={"match", "freeze", "unfreeze_at_step"})
+
+
+def _given(part: Part, *, without: set[str]) -> dict[str, Any]:
+    """What was set; null is the default, but a custom optimizer may mean something by it."""
+    given = part.model_dump(exclude=without, exclude_unset=True)
+    extra = part.model_extra or {}
+    return {key: value for key, value in given.items() if value is not None or key in extra}
+
+
+def _optional(kind: Any) -> Any:
+    if get_args(kind):  # a pair: YAML has lists only
+        kind = Annotated[kind, Strict(False)]
+    return (kind | None, None)
+
+
+def _optimizer_part(name: str, **more: Any) -> Any:
+    title = OPTIMIZERS[name].torch_name
+    options: dict[str, Any] = {k: _optional(v) for k, v in OPTIMIZERS[name].options.items()}
+    group: Any = create_model(
+        f"{title}Group", __base__=GroupSpec, __doc__=GroupSpec.__doc__, **options
+    )
+    fixed: dict[str, Any] = {
+        "name": (Literal[name], _like("name", ...)),
+        "groups": (tuple[group, ...], _like("groups", ())),
+    }
+    return create_model(
+        title, __base__=OptimizerSpec, __doc__=f"torch.optim.{title}.", **fixed, **options, **more
+    )
+
+
+def _like(key: str, default: Any) -> Any:
+    """The field of every optimizer with its words, for one whose type is narrower."""
+    of_all = OptimizerSpec.model_fields[key]
+    strict = None if default is ... else False
+    return Field(default, strict=strict, description=of_all.description, examples=of_all.examples)
+
+
+class CustomGroupSpec(GroupSpec):
+    """A group of an optimizer that is not torch's own; its options are checked when it is made."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class CustomOptimizerSpec(OptimizerSpec):
+    """Any optimizer by import string; its options are checked against its signature when made."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, Field(pattern=IMPORT_STRING)]
+    """The optimizer's class, as `package.module:Class`."""
+    groups: tuple[CustomGroupSpec, ...] = Field(default=(), strict=False)
+    """Settings for parameters by their names; the first matching glob wins."""
+
+
+# Those that can train some kinds of parameter only; a companion trains the others.
+PICKY = ("muon", "sparseadam")
+
+Optimizers: Any = Annotated[CustomOptimizerSpec, Tag(CUSTOM)]  # torch's own join it below
+for _name in [name for name in OPTIMIZERS if name not in PICKY]:
+    Optimizers = Optimizers | Annotated[_optimizer_part(_name), Tag(_name)]
+_companion: dict[str, Any] = {
+    "companion": (
+        Annotated[Optimizers, Discriminator(tag_by_name)],
+        Field(
+            None,
+            description="The optimizer of the parameters that this one cannot train.",
+            examples=[{"name": "adamw", "lr": 0.001}],
+        ),
+    ),
+    "companion_takes": (
+        tuple[str, ...],
+        Field(
+            (),
+            strict=False,
+            description="Globs over the names of parameters that the companion trains all the same",
+        ),
+    ),
+}
+for _name in PICKY:
+    Optimizers = Optimizers | Annotated[_optimizer_part(_name, **_companion), Tag(_name)]

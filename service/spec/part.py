@@ -1,0 +1,76 @@
+"""A section of a spec: frozen, strict, with the patterns that its fields share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+MOST = 10**15
+"""What any count in a spec may be at most: it stays exact, and sums of them do."""
+
+
+class Part(BaseModel):
+    """A section of a spec: an unknown key is an error, a wrong type is not converted."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_counted(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        counts = type(value) is int or (type(value) is float and name.endswith("epochs"))
+        if counts and name != "seed" and MOST < value < math.inf:
+            raise wrong(f"must be at most {MOST:.0e}")
+        return value
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """A fault in our own words, which pydantic reports beside its own."""
+    return PydanticCustomError("evenstep", "{message}", {"message": message})
+
+
+# Patterns, each with the words in which a message tells it.
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+IMPORT_STRING = r"^[\w.]+:\w+$"
+TEST_MEASURE = r"^test/\S+$"
+QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+ABSOLUTE_PATH = r"^/[^\s:]+$"
+IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
+LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+PATTERNS_IN_WORDS = {
+    RUN_NAME: "letters and digits, and after the first one . _ - too",
+    IMPORT_STRING: "package.module:Class",
+    TEST_MEASURE: "a measure of the test loop, such as test/accuracy",
+    QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
+    DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
+    DNS_NAME: "a name of Kubernetes: lower-case letters, digits, - and .",
+    ABSOLUTE_PATH: "an absolute path without spaces and :",
+    IMAGE: "a container image, such as registry.example.com/team/evenstep:0.1.0",
+    DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
+    LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
+    LABEL_VALUE: "the value of a Kubernetes label: up to 63 letters, digits, ., _ and -",
+    VARIABLE: "the name of an environment variable",
+}
+
+
+CUSTOM = "package.module:Class"
+
+
+def tag_by_name(value: Any) -> str | None:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    if isinstance(name, str) and ":" in name:
+        return CUSTOM
+    return name if isinstance(name, str) else None
