@@ -1,6 +1,7 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
 # make test-fast: the tests that start little, for the minutes between two edits.
-# make test-cluster: build the image, run it and its pods as containers, and let checkov look.
+# make test-cluster: build the image, run it and its pods as containers, let checkov look, and run
+#   jobs on a Slurm controller.
 # make chaos: injure a run two hundred times and compare its bits (half an hour).
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,8 +22,8 @@ FAST := floors plan_due spec documents samplers schedules randomness tracking pa
 test-fast: $(READY)
 	$(BIN)/pytest -q -m "not slow and not cluster" $(FAST:%=tests/test_%.py)
 
-# Needs root, podman, buildah and debootstrap; what cannot run here says why. A machine's first
-# time makes the base and fetches the wheels; they are kept in ~/.cache/evenstep-containers.
+# Needs root, podman, buildah and debootstrap, and for Slurm slurmctld, slurmd, slurm-client, munge
+# and iproute2, all of Debian; what cannot run here says why. A machine's first time makes the base and fetches the wheels; they are kept in ~/.cache/evenstep-containers.
 test-cluster: $(READY)
 	$(BIN)/pytest -q -rs -m "cluster and not slow" -o faulthandler_timeout=900
 

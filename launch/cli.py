@@ -13,12 +13,20 @@ import click
 from launch.commands.checkpoints import checkpoints, export
 from launch.commands.jobs import check, doctor, new
 from launch.commands.runs import list_runs, report
-from launch.environment import Environment, launched, node_here, read_secrets, torchrun_grace
+from launch.environment import (
+    Environment,
+    Node,
+    launched,
+    node_here,
+    read_secrets,
+    torchrun_grace,
+)
 from launch.processes.signals import STARTED, heard, stop_listening
 from launch.processes.terminal import ReaderGone
 from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
 from launch.rank.job import Job, TestJob
+from launch.slurm_step import node_of, step_here
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.plan.plan import window_of
@@ -90,9 +98,7 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    node = node_here() if place is None else None
-    if node is not None and processes is not None:
-        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+    node = _node(processes) if place is None else None
     asked = _process_count(node.processes if node else processes)
     window = window_of(profile) if profile is not None else None
     loaded = _load(spec, overrides, name or _name_in_sweep(spec, overrides))
@@ -372,6 +378,15 @@ def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
     if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
         return None
     return f"{_load(spec, overrides, None).name}-{run_id}"
+
+
+def _node(processes: str | None) -> Node | None:
+    """The node that this command is the launcher of, where its environment tells of one."""
+    node = node_here()
+    if node is not None and processes is not None:
+        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+    step = step_here() if node is None else None
+    return node if step is None else node_of(step, processes=processes, variables=os.environ)
 
 
 def _process_count(asked: str | None) -> int:

@@ -73,6 +73,13 @@ class Node:
     address: str
     """Of node 0; empty where there is no other."""
     port: int
+    local_index: int = 0
+    """Of the launchers on this machine, where Slurm started one for each GPU."""
+    local_nodes: int = 1
+    """How many launchers this machine has."""
+    secret_name: str = ""
+    """Where node 0 makes a secret for this meeting, and the others find it: a file among the runs.
+    Empty: nobody makes one."""
 
 
 def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
@@ -133,14 +140,17 @@ class Group:
     address: str
     """Where node 0 keeps the store through which the processes find each other."""
     port: int
+    local_index: int = 0
+    local_nodes: int = 1
+    """As in `Node`."""
 
     def variables(self, local: Environment) -> dict[str, str]:
         """What a process of this node must find in its environment, from its place on the node."""
         return {
             "RANK": str(self.index * self.processes + local.local_rank),
             "WORLD_SIZE": str(self.nodes * self.processes),
-            "LOCAL_RANK": str(local.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.processes),
+            "LOCAL_RANK": str(self.local_index * self.processes + local.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_nodes * self.processes),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
             # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import containers
 import pytest
+import slurm
 from accelerate import Accelerator
 from processes import Processes, ProcessesOf
 
@@ -69,3 +70,13 @@ def image() -> Iterator[str]:
         pytest.skip(f"no containers here: {error}")
     yield built
     assert containers.left_behind() == []
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
+    """A Slurm controller with two nodes, started once per session."""
+    reason = slurm.why_not()
+    if reason is not None:
+        pytest.skip(f"no Slurm here: {reason}")
+    with slurm.Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

@@ -25,7 +25,8 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
 DOOR = ("__init__", "in_place", "task", "recipes")
 """What a user imports: it stands above every wing."""
 WITH_TORCH = WINGS[: WINGS.index("observability")]
-LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank", "environment")
+LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank")
+LAUNCH += ("slurm_step", "environment")
 SPEAKS = ("service/distributed/world.py", "service/distributed/recursive_doubling.py")
 """The only rooms that know torch.distributed and accelerate."""
 MOST_ROOMS = 11
@@ -123,6 +124,8 @@ def test_a_wing_below_distributed_does_without_torch(path):
         "nodes/handshake",
         "nodes/rendezvous",
         "environment",
+        "slurm_step",
+        "nodes/secret_file",
         "engines/kubernetes/*",
     ],
 )

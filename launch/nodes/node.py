@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from launch.environment import Group, Node, meeting_secret
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.rendezvous import Membership, host, is_loopback, join
+from launch.nodes.secret_file import secret_in
 from launch.processes.echo import echoed
 from launch.processes.signals import heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
@@ -80,13 +81,23 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
 
 
 def _meet(job: _Job, node: Node, processes: int) -> tuple[Membership, Group, object]:
-    digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
-    own = JoinRequest(node.index, node.nodes, processes, digest)
     cluster = job.spec.kubernetes
     seconds = cluster.meeting_seconds if cluster else MEETING_SECONDS
     secret = meeting_secret()
+    if not secret and node.secret_name:
+        made = secret_in(job.runs, node.secret_name, makes=node.index == 0, seconds=seconds)
+        with made as secret:
+            return _meet_with(job, node, processes, secret, seconds)
     if not secret and not is_loopback(node.address):
         _say(_OPEN.format(port=node.port))
+    return _meet_with(job, node, processes, secret, seconds)
+
+
+def _meet_with(
+    job: _Job, node: Node, processes: int, secret: bytes, seconds: float
+) -> tuple[Membership, Group, object]:
+    digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
+    own = JoinRequest(node.index, node.nodes, processes, digest)
     _say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
     place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": secret}
     if node.index == 0:
@@ -96,7 +107,8 @@ def _meet(job: _Job, node: Node, processes: int) -> tuple[Membership, Group, obj
     else:
         store = None
         company, (address, port) = join(own, **place, seconds=seconds, say=_say)
-    return company, Group(node.index, node.nodes, processes, address, port), store
+    here = {"local_index": node.local_index, "local_nodes": node.local_nodes}
+    return company, Group(node.index, node.nodes, processes, address, port, **here), store
 
 
 _OPEN = (

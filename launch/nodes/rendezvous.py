@@ -190,7 +190,7 @@ def host(
         while len(hall.friends) < own.nodes - 1:
             reason = hall.missing(port)
             if not waiting.goes_on(
-                f"{reason}. Look at its pod: is it scheduled, is its image there"
+                f"{reason}. Look at its pod or task: was it started, is its image there"
             ):
                 hall.close()
                 raise PeerLost(f"After {seconds:g} s {reason}.")
@@ -406,7 +406,7 @@ def _listen(address: str, port: int) -> socket.socket:
             raise
         raise SpecError(
             f"PET_MASTER_PORT: another program listens on port {port} of this machine. Choose "
-            "another: kubernetes.port in the spec."
+            "another: that variable, or kubernetes.port in the spec."
         ) from error
 
 
@@ -525,12 +525,13 @@ def _unreachable(address: str, port: int, error: OSError) -> str:
     """Why node 0 cannot be spoken to, and what to look at."""
     if isinstance(error, socket.gaierror):
         return (
-            f"node 0's name {address} is not known ({error.strerror}). It is once its pod has an "
+            f"node 0's name {address} is not known ({error.strerror}). A pod's is once it has an "
             "address; if it stays so, look for the headless Service with "
-            "publishNotReadyAddresses and for the Job's subdomain"
+            "publishNotReadyAddresses and for the Job's subdomain. Elsewhere set PET_MASTER_ADDR "
+            "to a name or address by which all nodes find it"
         )
     if isinstance(error, ConnectionRefusedError):
-        return f"node 0 does not listen at {address}:{port}; look at its pod's log"
+        return f"node 0 does not listen at {address}:{port}; look at its log"
     return (
         f"node 0 does not answer at {address}:{port} ({error.strerror or error}); if its pod "
         "runs, look at the NetworkPolicy"

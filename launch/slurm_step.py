@@ -1,0 +1,201 @@
+"""The place of this process in a step that Slurm's `srun` started. No torch.
+
+Slurm's variables leak: into the shell of `salloc`, into what `sbatch` starts from there, into tmux.
+So they count only in a process that descends from a task of a step, and not in a shell that
+`srun --pty` opened for a person.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
+
+from launch.environment import Node
+from service.basics.errors import SpecError
+
+_FIRST_PORT, _PORTS = 15_000, 15_000
+"""Below what systems hand out by themselves, from 32768 on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One task's place among the tasks of a step."""
+
+    job: int
+    number: int
+    restart: int
+    """How often the job was queued again."""
+    task: int
+    tasks: int
+    local_task: int
+    """This task's number among those of its machine."""
+    tasks_each: int
+    """On each machine."""
+    gpus_each: int
+    """Of each machine; 0 where Slurm gives none."""
+    hosts: tuple[str, ...]
+    """The names of the step's machines, in the order of their numbers."""
+
+
+def step_here(variables: Mapping[str, str] | None = None) -> Step | None:
+    """The step that this process is a task of, or None where it is none.
+
+    Raises:
+        SpecError: the step has tasks of both kinds, one for each machine and one for each GPU.
+    """
+    variables = os.environ if variables is None else variables
+    if "SLURM_STEP_ID" not in variables or not _is_task(variables):
+        return None
+    return step_of(variables)
+
+
+def step_of(variables: Mapping[str, str]) -> Step:
+    """The step that the variables of one of its tasks tell of.
+
+    Raises:
+        SpecError: see `step_here`; or a variable is missing.
+    """
+    try:
+        each = tasks_of(variables["SLURM_STEP_TASKS_PER_NODE"])
+        hosts = tuple(hosts_of(variables["SLURM_STEP_NODELIST"]))
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")
+        job, number, task, local_task = (int(variables[name]) for name in names)
+        restart = int(variables.get("SLURM_RESTART_COUNT", "0"))
+        gpus = int(variables.get("SLURM_GPUS_ON_NODE") or 0)
+    except (KeyError, ValueError) as error:
+        raise SpecError(
+            f"SLURM_STEP_ID says that this is a task of Slurm, but its variables do not tell "
+            f"which one ({error}). Start it with srun, or unset SLURM_STEP_ID."
+        ) from error
+    gpus = 0 if variables.get("EVENSTEP_DEVICE") == "cpu" else gpus
+    _check_tasks(each, gpus)
+    return Step(job, number, restart, task, sum(each), local_task, each[0], gpus, hosts)
+
+
+def _check_tasks(each: list[int], gpus: int) -> None:
+    """Refuse what is neither one task for each machine nor one for each GPU."""
+    ways = (
+        "Start one task on each machine (srun --ntasks-per-node=1), and evenstep starts a process "
+        "for each GPU; or one task for each GPU"
+    )
+    if len(set(each)) > 1:
+        counts = ", ".join(map(str, each[:8])) + (", ..." if len(each) > 8 else "")
+        raise SpecError(
+            f"Slurm started {counts} tasks on the machines of this step: they must be equal. "
+            f"{ways}, the same number on each machine."
+        )
+    if gpus and each[0] not in (1, gpus):
+        raise SpecError(
+            f"Slurm started {each[0]} tasks on a machine with {gpus} GPUs. {ways} "
+            f"(srun --ntasks-per-node={gpus})."
+        )
+
+
+def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) -> Node:
+    """What this task is for a launcher: a node with its processes.
+
+    With several tasks on a machine, each is a node of one process.
+
+    Args:
+        processes: what the command asks for on each machine; by default one for each GPU.
+    Raises:
+        SpecError: the command asks for processes where Slurm has started them.
+    """
+    if step.tasks_each > 1 and processes is not None:
+        raise SpecError(
+            f"--processes: Slurm has started {step.tasks_each} tasks on each machine, each of them "
+            "one process; leave it out, or use srun --ntasks-per-node=1."
+        )
+    count = "1" if step.tasks_each > 1 else processes or str(max(1, step.gpus_each))
+    first = "127.0.0.1" if len(step.hosts) == 1 else step.hosts[0]
+    port = _FIRST_PORT + (7 * step.job + step.number) % _PORTS
+    return Node(
+        index=step.task,
+        nodes=step.tasks,
+        processes=count,
+        address=variables.get("PET_MASTER_ADDR") or first,
+        port=int(variables.get("PET_MASTER_PORT") or port),
+        local_index=step.local_task,
+        local_nodes=step.tasks_each,
+        secret_name=f"slurm-{step.job}.{step.number}-{step.restart}",
+    )
+
+
+# ---- whether this is a task
+
+
+def _is_task(variables: Mapping[str, str]) -> bool:
+    """Whether this process descends from the task of a step that the variables tell of."""
+    told = variables.get("SLURM_TASK_PID", "")
+    if not told.isdecimal():
+        return False
+    own = os.getpid()
+    task = int(told)
+    if task != own:
+        ancestors = {parent.pid for parent in psutil.Process(own).parents()}
+        if task not in ancestors or (sys.stdin is not None and sys.stdin.isatty()):
+            return False
+    return not _is_batch_script(task)
+
+
+def _is_batch_script(task: int) -> bool:
+    """Whether Slurm started the process as a job's script, by the title that its keeper has."""
+    with suppress(psutil.Error):  # the keeper is root's, and may be hidden: then it is no sign
+        keeper = psutil.Process(task).parent()
+        title = " ".join(keeper.cmdline()) if keeper is not None else ""
+        return title.startswith("slurmstepd") and ".batch]" in title
+    return False
+
+
+# ---- lists in Slurm's short form
+
+
+def hosts_of(text: str) -> Iterator[str]:
+    """The names in a list of Slurm's, in order: `gpu[08-10,12],login1` has five.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    for name in _split(text):
+        parts = re.split(r"\[([^\]]*)\]", name)
+        if not name or any(c in part for part in parts[::2] for c in "[]"):
+            raise ValueError(f"{text!r} is no list of machines")
+        choices = [[part] if at % 2 == 0 else _numbers(part) for at, part in enumerate(parts)]
+        yield from map("".join, itertools.product(*choices))
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are not in brackets."""
+    return re.split(r",(?![^\[]*\])", text)
+
+
+def _numbers(text: str) -> list[str]:
+    """`08-10,12` as 08, 09, 10, 12."""
+    found = []
+    for piece in text.split(","):
+        first, dash, last = piece.partition("-")
+        end = int(last) if dash else int(first)
+        found += [str(n).zfill(len(first)) for n in range(int(first), end + 1)]
+    return found
+
+
+def tasks_of(text: str) -> list[int]:
+    """How many tasks each machine has: `2(x3),1` is 2, 2, 2, 1.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    found = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", piece)
+        if match is None:
+            raise ValueError(f"{text!r} is no list of tasks")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found
