@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from service.basics.errors import SpecError, is_out_of_memory
 from service.data.task import load_task, supervised
 from service.health.watchdog import _line_of
+from service.plan.plan import make_plan
 from service.runs.checkpoint_files import saving_in_words
 from service.runs.directory import RunDirectory
 from service.runs.tracking import read_metrics
@@ -253,6 +254,26 @@ def brought_twice(world):
 
 def test_rows_are_brought_once_and_go_with_their_data_set(simulated):
     assert simulated(1).run(brought_twice) == [(1000 * (16 + 8), 0)]
+
+
+def advice_out_of_memory(world):
+    """What is said of a device that is full while rows lie on it, and after they are gone."""
+    from launch.rank.entry import _out_of_memory
+    from service.data.in_memory import in_memory, near
+
+    plan = make_plan(load_spec(job()), processes=1, train_rows=20, test_rows=9)
+    error = RuntimeError("CUDA out of memory")
+    data = TensorDataset(torch.ones(2**18, 4), torch.arange(2**18))
+    rows = near(data, in_memory(data), world.device)
+    full = str(_out_of_memory(plan, error))
+    del rows, data
+    return full, str(_out_of_memory(plan, error))
+
+
+def test_the_advice_on_a_full_device_names_the_rows_on_it(simulated):
+    [(full, empty)] = simulated(1).run(advice_out_of_memory)
+    assert "Rows kept on the device take 6 MiB of it" in full
+    assert "Rows kept" not in empty
 
 
 def mislabelled():

@@ -24,6 +24,7 @@ from service.basics.errors import (
     is_out_of_memory,
     printable,
 )
+from service.data.in_memory import bytes_on_device
 from service.data.task import files_may_have_moved, load_task
 from service.distributed.world import World, backend_advice, lost_peer
 from service.health.heartbeat import Heartbeat
@@ -170,6 +171,11 @@ def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
     told = str(error).splitlines()[0]
     if plan.spec.model.precision == "fp32":
         advice += " model.precision=bf16 halves what they take as well."
+    if resident := bytes_on_device():
+        advice += (
+            f" Rows kept on the device take {resident / 2**20:,.0f} MiB of it; rows whose data set "
+            f"is no TensorDataset stay on the host."
+        )
     return OutOfMemory(f"Out of memory: {told}. {advice}")
 
 

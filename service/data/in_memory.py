@@ -69,6 +69,11 @@ def near(data: Any, rows: InMemory, device: torch.device) -> InMemory:
     return _RESIDENT[data]
 
 
+def bytes_on_device() -> int:
+    """Bytes of this process's device that rows take now."""
+    return sum(rows.size_bytes for rows in _RESIDENT.values())
+
+
 def in_memory(data: Any) -> InMemory | None:
     """The data set as tensors, where it is two of them already, or a part of such a one."""
     if isinstance(data, InMemory):
