@@ -110,6 +110,38 @@ def raced(world):
     return True
 
 
+def brought_beside_the_work(world):
+    """Batches brought one after the other, each dropped while the device may still read it."""
+    from service.data.batches import carrier
+
+    bring = carrier(world.device)
+    for _ in range(3):
+        batch = bring({"x": torch.ones(4).pin_memory(), "pair": [torch.zeros(2).pin_memory()]})
+        batch["x"] + 1, batch["pair"][0] + 1
+        del batch
+        gc.collect()
+    return torch.ones(1, device="sim").tolist()  # where a race has been noted, this raises it
+
+
+def without_record_stream(world):
+    """The same where `record_stream` does nothing."""
+    kept = simulated_device.Sim.record_stream
+    simulated_device.Sim.record_stream = lambda tensor, stream: None
+    try:
+        refused(lambda: brought_beside_the_work(world), simulated_device.Race, "no record_stream")
+    finally:
+        simulated_device.Sim.record_stream = kept
+        gc.collect()
+        simulated_device.PENDING.clear()
+    return True
+
+
+def test_a_batch_stays_until_the_device_has_read_it(simulated):
+    one = simulated(1)
+    assert one.run(brought_beside_the_work) == [[1.0]]
+    assert one.run(without_record_stream) == [True]
+
+
 def test_the_device_behaves_as_a_gpu_does(simulated):
     one = simulated(1)
     before, after = one.run(late)[0]
