@@ -159,7 +159,7 @@ def tested(world: World, *, pairs: int) -> list[float]:
     def ours() -> dict[str, float]:
         batches = after_step.test_batches(data, task=task, plan=plan, world=world)
         counted = test_loop.Counted(task, plan=plan, world=world)
-        return test_loop.test(hand.model, batches, task=task, world=world, counted=counted)
+        return test_loop.test(hand.model, batches, world=world, counted=counted)
 
     assert abs(ours()["test/accuracy"] - hand.tested(256)[1]) < 1e-12
     return [seconds(ours) / seconds(lambda: hand.tested(256)) for _ in range(pairs)]

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from service.data.task import Task, load_task, supervised
+    from service.data.task import Task, custom, load_task, supervised
     from service.in_place import run
     from service.plan.plan import Plan, make_plan
     from service.runs.history import History, read_history
@@ -32,6 +32,7 @@ __all__ = [
     "make_plan",
     "Plan",
     "supervised",
+    "custom",
     "load_task",
     "Task",
 ]
@@ -46,6 +47,7 @@ _HOME = {
     "make_plan": "plan.plan",
     "Plan": "plan.plan",
     "supervised": "data.task",
+    "custom": "data.task",
     "load_task": "data.task",
     "Task": "data.task",
 }

@@ -1,5 +1,16 @@
-"""What a task file imports: the public names of `service.data.task`."""
+"""What a task file imports: the public names of tasks and their losses."""
 
-from service.data.task import Task, load_task, supervised
+from service.data.losses import Loss, Losses, StepContext, StepResult, own_loss
+from service.data.task import Task, custom, load_task, supervised
 
-__all__ = ["Task", "load_task", "supervised"]
+__all__ = [
+    "Loss",
+    "Losses",
+    "StepContext",
+    "StepResult",
+    "Task",
+    "custom",
+    "load_task",
+    "own_loss",
+    "supervised",
+]

@@ -84,7 +84,7 @@ def measure(world, micro_batch):
     model = task.model()
     model.train()
     counted = Counted(task, plan=plan, world=world)
-    measures = run_test(model, batches, task=task, world=world, counted=counted)
+    measures = run_test(model, batches, world=world, counted=counted)
     assert model.training, "the mode is given back"
     return measures
 

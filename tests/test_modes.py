@@ -59,7 +59,7 @@ def test_a_test_pass_leaves_dropout_inert_and_statistics_unmoved(precision, comp
     def measured(which):
         batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
         counted = Counted(task, plan=plan, world=world)
-        return run_test(which, batches, task=task, world=world, counted=counted)
+        return run_test(which, batches, world=world, counted=counted)
 
     values = measured(model)
     assert values == measured(model)
@@ -78,7 +78,7 @@ def test_the_mode_is_given_back_when_the_test_loop_raises(precision, compiled, t
     batches = batches_of(task.test_data(), task=task, plan=plan, world=world)
     counted = Counted(task, plan=plan, world=world)
     with pytest.raises(ZeroDivisionError, match="in the test loop"):
-        run_test(model, batches, task=task, world=world, counted=counted)
+        run_test(model, batches, world=world, counted=counted)
     assert all(module.training is training for module in model.modules())
 
 

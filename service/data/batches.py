@@ -66,6 +66,14 @@ def split(collated: Any) -> tuple[Any, Any]:
     )
 
 
+def split_or_whole(collated: Any) -> tuple[Any, Any]:
+    """The same for a step of one's own, which also takes rows of another kind: whole, and None."""
+    try:
+        return split(collated)
+    except TypeError:
+        return collated, None
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """The same nest of tensors on `device`; copies from pinned memory do not wait."""
     return each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))

@@ -29,7 +29,7 @@ class InMemory:
     """What the loss compares with: [N, ...]."""
 
     def __len__(self) -> int:
-        return len(tensors_of(self.targets)[0])
+        return len(tensors_of((self.targets, self.inputs))[0])
 
     def __getitem__(self, row: int) -> tuple[Any, Any]:
         inputs, targets = (each_tensor(v, lambda t: t[row]) for v in (self.inputs, self.targets))
@@ -41,7 +41,7 @@ class InMemory:
 
     @property
     def device(self) -> torch.device:
-        return tensors_of(self.targets)[0].device
+        return tensors_of((self.targets, self.inputs))[0].device
 
     def on(self, device: torch.device) -> InMemory:
         """The same on the device."""

@@ -29,12 +29,13 @@ from service.data.batches import (
     each_tensor,
     first_rows,
     split,
+    split_or_whole,
     tensors_of,
     to_device,
 )
 from service.data.in_memory import InMemory, in_memory, joined, near, picker, run_copier
 from service.data.streams import Stream, contents, is_stream
-from service.data.task import Data, Task, collate_of
+from service.data.task import Data, Task, collate_of, step_of
 from service.distributed.devices import copies_late
 from service.distributed.generators import seed_generators
 from service.distributed.world import World
@@ -254,9 +255,10 @@ def _as_batches(
     weigh = getattr(task, "weight", None)
     bring = carrier(world.device)
     ignored = getattr(task, "ignored", None) if weigh is None else None
+    parted = split_or_whole if step_of(task) else split
     for order, value in collated:
         try:
-            inputs, targets = split(value)
+            inputs, targets = parted(value)
         except TypeError as error:
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
         if isinstance(targets, torch.Tensor):
@@ -376,8 +378,9 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
     starts = range(0, len(data), _ROWS_AHEAD)
     spans = [np.arange(at, min(at + _ROWS_AHEAD, len(data))) for at in starts]
     orders = [Order(0, n, 0, int(rows[0]), rows) for n, rows in enumerate(spans)]
+    parted = split_or_whole if step_of(task) else split
     try:
-        return joined([split(value) for _, value in _collated(reader, orders, plan, world)])
+        return joined([parted(value) for _, value in _collated(reader, orders, plan, world)])
     except (RuntimeError, TypeError) as error:
         raise DataBroken(f"loader.in_memory: the rows make no tensors: {error}") from error
 

@@ -19,6 +19,8 @@ from torch.utils.data import default_collate
 
 from service.basics import randomness
 from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_own_code, with_place
+from service.data.batches import Batch
+from service.data.losses import OwnStep, StepContext, StepResult
 from service.data.streams import is_stream
 from service.distributed.generators import seed_generators
 
@@ -48,6 +50,18 @@ class Task(Protocol):
         """The test rows."""
         ...
 
+    # Besides these it has a loss (`WithLoss`) or a step of its own (`WithStep`).  It may also have
+    #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
+    #   ignored                     without a weight: the target whose row the loss leaves out;
+    #   metrics                     a mapping from names to torchmetrics metrics;
+    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
+    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
+
+
+@runtime_checkable
+class WithLoss(Task, Protocol):
+    """A task whose loss is a function of the model's outputs and the targets."""
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """One value for each row [B], or for each token [B, T]; never a mean."""
         ...
@@ -56,15 +70,17 @@ class Task(Protocol):
         """One value for each row or token and measure: [B, measures] or [B, T, measures]."""
         ...
 
-    # A task may also have
-    #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
-    #   ignored                     without a weight: the target whose row the loss leaves out;
-    #   metrics                     a mapping from names to torchmetrics metrics;
-    #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
-    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
+
+@runtime_checkable
+class WithStep(Task, Protocol):
+    """A task with a step of its own.  Where it has measures, it has `measure` as well."""
+
+    def step(self, model: nn.Module, batch: Batch, context: StepContext) -> StepResult:
+        """The losses of one micro-batch by name; or these, and the outputs for measures."""
+        ...
 
 
-Loss = Callable[[Any, Any], Tensor]
+RowLoss = Callable[[Any, Any], Tensor]
 
 
 def _cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
@@ -86,7 +102,7 @@ def _binary_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, RowLoss] = {
     "cross_entropy": _cross_entropy,
     "mean_squared": _mean_squared,
     "binary_cross_entropy": _binary_cross_entropy,
@@ -94,7 +110,7 @@ LOSSES: dict[str, Loss] = {
 
 
 # Those that torch adds up in one go: a step of a small network is 4 % quicker for it.
-SUMMED_LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy_sum}
+SUMMED_LOSSES: dict[str, RowLoss] = {"cross_entropy": _cross_entropy_sum}
 
 
 IGNORED = -100
@@ -102,7 +118,7 @@ IGNORED = -100
 _TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
-def _counted_as_by_torch(loss: Any) -> tuple[Loss, Callable[[Any], Tensor] | None, int]:
+def _counted_as_by_torch(loss: Any) -> tuple[RowLoss, Callable[[Any], Tensor] | None, int]:
     """A loss of torch's, what its values count, and the target that it ignores.
 
     With weights of classes torch's mean is divided by their sum: so a value counts what its class
@@ -169,12 +185,23 @@ def _as_targets(given: Tensor, targets: Tensor) -> Tensor:
     return given.reshape(targets.shape)
 
 
-MEASURES: dict[str, Loss] = {
+MEASURES: dict[str, RowLoss] = {
     "accuracy": _accuracy,
     "error": lambda outputs, targets: 1.0 - _accuracy(outputs, targets),
     "absolute_error": _absolute_error,
     "squared_error": lambda outputs, targets: _mean_squared(outputs, targets).double(),
 }
+
+
+def step_of(task: Task) -> WithStep | None:
+    """The task where it has a step of its own, which then takes the place of its loss."""
+    return task if isinstance(task, WithStep) else None
+
+
+def with_loss(task: Task) -> WithLoss:
+    """The task, which has no step of its own and so has a loss."""
+    assert isinstance(task, WithLoss), "load_task takes no task with neither"
+    return task
 
 
 def measured_by(task: Task) -> tuple[str, ...]:
@@ -232,27 +259,8 @@ def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     return getattr(task, "collate", default_collate)
 
 
-class supervised:  # reads as the function a user calls; it is a Task
-    """A task from parts.
-
-    Args:
-        model: makes a new model.
-        train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
-            under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
-        test: such a data set, which can be no stream; None for a task without a test.
-        loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
-        measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
-            torchmetrics metric, which is given the model's outputs and the targets.
-        weight: what each value of the loss counts, as a function of the targets: 0 for the
-            padding of a text, say.  Without it each row counts as 1; a loss with several values
-            a row needs it.
-        collate: makes a batch of a list of rows that torch cannot stack, such as texts of unequal
-            length; it runs in the loader's workers where there are any.
-        predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
-            [B, ...].  Without it, their logits.
-    Raises:
-        SpecError: a loss or measure nobody knows, or data that is no data set.
-    """
+class _FromParts:
+    """What `supervised` and `custom` share: a model, its data, and what is measured."""
 
     def __init__(
         self,
@@ -260,7 +268,6 @@ class supervised:  # reads as the function a user calls; it is a Task
         model: Callable[[], nn.Module],
         train: Data,
         test: Data = None,
-        loss: str | Loss = "cross_entropy",
         measures: Sequence[str] | Mapping[str, Any] = (),
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
@@ -272,19 +279,12 @@ class supervised:  # reads as the function a user calls; it is a Task
         self._test: Data = () if test is None else test
         self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
         self.test_rows = _length(self._test, "test")
-        self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
-        if isinstance(loss, str) and loss in SUMMED_LOSSES:
-            self.summed_loss = SUMMED_LOSSES[loss]
         if not isinstance(measures, Mapping):
             measures = {name: _known(name, MEASURES, "measure") for name in measures}
         self.metrics = {n: m for n, m in measures.items() if hasattr(m, "merge_state")}
         sums = {name: m for name, m in measures.items() if name not in self.metrics}
         self._measures = list(sums.values())
         self.measures = tuple(sums)
-        if weight is None and isinstance(loss, str):
-            self.ignored = IGNORED if loss == "cross_entropy" else None
-        elif weight is None and type(loss) in _TORCHS and loss.reduction == "none":  # type: ignore[union-attr]
-            self.loss, weight, self.ignored = _counted_as_by_torch(loss)
         if weight is not None:
             self.weight = weight
         if collate is not None:
@@ -316,6 +316,98 @@ class supervised:  # reads as the function a user calls; it is a Task
         return torch.stack(values, dim=-1)
 
 
+class supervised(_FromParts):  # reads as the function a user calls; it is a Task
+    """A task from parts.
+
+    Args:
+        model: makes a new model.
+        train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
+            under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
+        test: such a data set, which can be no stream; None for a task without a test.
+        loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
+        measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
+            torchmetrics metric, which is given the model's outputs and the targets.
+        weight: what each value of the loss counts, as a function of the targets: 0 for the
+            padding of a text, say.  Without it each row counts as 1; a loss with several values
+            a row needs it.
+        collate: makes a batch of a list of rows that torch cannot stack, such as texts of unequal
+            length; it runs in the loader's workers where there are any.
+        predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
+            [B, ...].  Without it, their logits.
+    Raises:
+        SpecError: a loss or measure nobody knows, or data that is no data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Callable[[], nn.Module],
+        train: Data,
+        test: Data = None,
+        loss: str | RowLoss = "cross_entropy",
+        measures: Sequence[str] | Mapping[str, Any] = (),
+        weight: Callable[[Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        ignored: int | None = None
+        if weight is None and isinstance(loss, str):
+            ignored = IGNORED if loss == "cross_entropy" else None
+        elif weight is None and type(loss) in _TORCHS and loss.reduction == "none":  # type: ignore[union-attr]
+            loss, weight, ignored = _counted_as_by_torch(loss)
+        super().__init__(
+            model=model,
+            train=train,
+            test=test,
+            measures=measures,
+            weight=weight,
+            collate=collate,
+            predict=predict,
+        )
+        self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
+        if isinstance(loss, str) and loss in SUMMED_LOSSES:
+            self.summed_loss = SUMMED_LOSSES[loss]
+        self.ignored = ignored
+
+
+class custom(_FromParts):  # reads as the function a user calls; it is a Task
+    """A task with a step of its own, from parts.
+
+    Args:
+        step: a function of (model, batch, context) that gives losses by name, or these and the
+            outputs for measures and predictions: see `Loss` and `StepContext`.
+        model, train, test, measures, collate, predict: as of `supervised`. A row may also be what
+            is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
+        weight: what the batch counts, as a function of the targets: a tensor. Without it, its
+            rows.
+    Raises:
+        SpecError: a measure nobody knows, or data that is no data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: OwnStep,
+        model: Callable[[], nn.Module],
+        train: Data,
+        test: Data = None,
+        measures: Sequence[str] | Mapping[str, Any] = (),
+        weight: Callable[[Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            train=train,
+            test=test,
+            measures=measures,
+            weight=weight,
+            collate=collate,
+            predict=predict,
+        )
+        self.step = step
+
+
 def _length(data: Data, what: str) -> int:
     kind = f"the {what} data is a {type(data).__name__}"
     if not is_stream(data) and hasattr(type(data), "__len__"):
@@ -328,7 +420,7 @@ def _length(data: Data, what: str) -> int:
     raise SpecError(f"task: {kind}, which is no data set: it has no __len__.")
 
 
-def _known(name: str, table: Mapping[str, Loss], what: str) -> Loss:
+def _known(name: str, table: Mapping[str, RowLoss], what: str) -> RowLoss:
     if name not in table:
         raise SpecError(f"task: unknown {what} {name!r}{did_you_mean(name, table)}")
     return table[name]
@@ -351,11 +443,11 @@ def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Tas
         public = [n for n in vars(module) if not n.startswith("_")]
         raise SpecError(f"task: {source} has no {name!r}{did_you_mean(name, public)}")
     task = getattr(module, name)
-    if isinstance(task, type) or (callable(task) and not isinstance(task, Task)):
+    if isinstance(task, type) or (callable(task) and not isinstance(task, WithLoss | WithStep)):
         task = _call(task, arguments, where)
     elif arguments:
         raise SpecError(f"task_args: {where} is not a function, so it takes no arguments.")
-    if not isinstance(task, Task):
+    if not isinstance(task, WithLoss | WithStep):
         lacking = [n for n in _task_names() if not hasattr(task, n)]
         raise SpecError(
             f"task: {where} gives a {type(task).__name__}, which is no task: "
@@ -404,7 +496,8 @@ def files_may_have_moved() -> Iterator[None]:
 
 
 def _task_names() -> list[str]:
-    return [*Task.__annotations__, *(n for n in vars(Task) if not n.startswith("_"))]
+    methods = [n for kind in (Task, WithLoss) for n in vars(kind) if not n.startswith("_")]
+    return [*Task.__annotations__, *methods]
 
 
 def _import(source: str) -> Any:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from service.data.batches import Batch
 from service.data.shapes import require_loss_shape, require_measured_shape
-from service.data.task import Task
+from service.data.task import Task, WithLoss, step_of, with_loss
 from service.distributed.world import World
 from service.evaluation.metrics import Gathered, Tally
+from service.evaluation.own_step_test import CountedSteps
 from service.evaluation.predictions import Predictions
 from service.optimization.precision import computed
 from service.plan.plan import Plan
@@ -21,7 +21,7 @@ from service.plan.plan import Plan
 
 @torch.no_grad()  # and not inference_mode: under FSDP the next training forward would fail
 def test(
-    model: nn.Module, batches: Iterable[Batch], *, task: Task, world: World, counted: Counted
+    model: nn.Module, batches: Iterable[Batch], *, world: World, counted: Counted | CountedSteps
 ) -> dict[str, float]:
     """Weighted mean of the loss and of each measure over the whole test set, each row once.
 
@@ -31,11 +31,23 @@ def test(
     with in_eval_mode(model):
         for batch in batches:
             world.seed(batch.key)
-            outputs = computed(model, batch.inputs, world)
-            losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
-            measured = task.measure(outputs, batch.targets)  # [B, measures]
-            counted.add(batch, outputs, losses, measured)
+            counted.take(model, batch)
     return counted.means()
+
+
+def counted_for(
+    task: Task,
+    *,
+    plan: Plan,
+    world: World,
+    step: int,
+    predictions: Predictions | None = None,
+) -> Counted | CountedSteps:
+    """What counts a test pass of this task after `step` optimizer steps."""
+    own = step_of(task)
+    if own is not None:
+        return CountedSteps(own, plan=plan, world=world, step=step, predictions=predictions)
+    return Counted(with_loss(task), plan=plan, world=world, predictions=predictions)
 
 
 @contextmanager
@@ -53,9 +65,10 @@ class Counted:
     """What a test pass has counted so far, on this process."""
 
     def __init__(
-        self, task: Task, *, plan: Plan, world: World, predictions: Predictions | None = None
+        self, task: WithLoss, *, plan: Plan, world: World, predictions: Predictions | None = None
     ) -> None:
         """`predictions` keeps what the model says of each row, where somebody wants it."""
+        self._task = task
         self._measures = task.measures
         self._world = world
         self._rows = plan.test_rows
@@ -65,12 +78,15 @@ class Counted:
         self._gathered = Gathered(getattr(task, "metrics", {}), world)
         self._predictions = predictions
 
-    def add(self, batch: Batch, outputs: Any, losses: Tensor, measured: Tensor) -> None:
-        """Count one micro-batch.
+    def take(self, model: nn.Module, batch: Batch) -> None:
+        """Compute and count one micro-batch.
 
         Raises:
             SpecError: the task gave another shape than it promises.
         """
+        outputs = computed(model, batch.inputs, self._world)
+        losses = self._task.loss(outputs, batch.targets)  # [B] or [B, T]
+        measured = self._task.measure(outputs, batch.targets)  # [B, measures]
         require_loss_shape(losses, batch)
         require_measured_shape(measured, losses, self._measures)
         self._tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))

@@ -30,7 +30,7 @@ class MovingAverage:
                 "move by a thousandth. Return the model in float32 and use model.precision."
             )
         try:
-            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model = copy.deepcopy(model).requires_grad_(False).eval()
         except Exception as error:
             raise SpecError(f"model.moving_average: the model cannot be copied: {error}") from error
         self._decay = decay

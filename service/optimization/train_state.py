@@ -13,7 +13,7 @@ from torch._C._autograd import _profiler_enabled
 
 from service.basics.errors import SpecError, did_you_mean
 from service.data.streams import Stream
-from service.data.task import Task, measured_by
+from service.data.task import Task, measured_by, step_of
 from service.optimization.learning_rates import Schedule
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
@@ -161,20 +161,24 @@ class Best:
     value: float
 
 
-def require_measures(spec: Spec, task: Task) -> None:
+def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = None) -> None:
     """Check that the task gives the measures by which the spec wants to decide something.
 
+    Args:
+        known: what a step of the task's own gives in a test; before that is known, whether there
+            are test rows is all that can be told.
     Raises:
         SpecError: it does not, or has no test rows.
     """
-    known = [f"test/{name}" for name in measured_by(task)]
+    told = step_of(task) is None or known is not None
+    known = [f"test/{name}" for name in known or measured_by(task)]
     asked = {
         "checkpoint.best": spec.checkpoint.best,
         "early_stopping": spec.early_stopping,
         "schedule": spec.schedule if isinstance(spec.schedule, PlateauSpec) else None,
     }
     for where, part in asked.items():
-        if part is not None and part.measure not in known:
+        if part is not None and told and part.measure not in known:
             near = did_you_mean(part.measure, known)
             raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
         if part is not None and task.test_rows == 0:

@@ -16,15 +16,15 @@ from service.basics import randomness
 from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mistake
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
-from service.data.batches import Batch, forward
+from service.data.batches import Batch
 from service.data.loading import test_batches, train_steps
 from service.data.streams import Stream, is_stream
-from service.data.task import Task, collate_of, load_task, new_model
+from service.data.task import Task, collate_of, load_task, new_model, step_of
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
-from service.evaluation.test_loop import Counted, test
+from service.evaluation.test_loop import counted_for, test
 from service.observability.other_writers import require_packages
 from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
 from service.optimization.learning_rates import make_schedule
@@ -33,8 +33,7 @@ from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
-from service.training.dry_run import DryRun
-from service.training.train_step import summed_loss
+from service.training.dry_run import DryRun, teacher_of
 
 T = TypeVar("T")
 
@@ -66,7 +65,8 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
-    dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
+    average = teacher_of(model, task, spec)
+    dry_run = DryRun(batch, task=task, world=world, normalization=normalization, average=average)
     activations = yield from _stepped(state, dry_run, plan=plan)
     if task.test_rows:
         with state.evaluated():
@@ -106,8 +106,10 @@ def _planned(
 
 def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Finding, None, int]:
     """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
-    model, batch, world = state.model, dry_run.batch, dry_run.world
+    model, world = state.model, dry_run.world
     found, rule = dry_run.first(model), plan.spec.model.buffers
+    if step_of(dry_run.task) is not None:
+        require_measures(plan.spec, dry_run.task, known=found.tested)
     # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
     buffers_of(
         model,
@@ -117,8 +119,8 @@ def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Fin
         world=world,
         bitwise=plan.spec.exactness == "bitwise",
     )
-    activations = _saved_bytes(model, batch, world)
-    loss, seconds = _timed(lambda: _step(state, batch, task=dry_run.task, world=world))
+    activations = _saved_bytes(model, dry_run)
+    loss, seconds = _timed(lambda: _step(state, dry_run))
     dry_run.normalization.finish_step()
     yield "step", f"loss {loss:.4g} on {world.device.type} ({seconds:.2f} s for one micro-batch)"
     for line in buffers_in_words(model, found.moving, rule):
@@ -178,7 +180,7 @@ def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
     return next(iter(steps)).micro_batches[0]
 
 
-def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
+def _saved_bytes(model: nn.Module, dry_run: DryRun) -> int:
     """Bytes that one forward pass keeps for its backward pass, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, int]] = {}  # by storage: from which byte of it to which
@@ -192,8 +194,8 @@ def _saved_bytes(model: nn.Module, batch: Batch, world: World) -> int:
         return tensor
 
     before = BufferValues(model)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), world.autocast():
-        forward(model, batch.inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        dry_run.forward(model)
     before.give_back()
     return sum(end - start for start, end in kept.values())
 
@@ -206,14 +208,18 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return int(start * tensor.element_size()), int(end * tensor.element_size())
 
 
-def _step(state: TrainState, batch: Batch, *, task: Task, world: World) -> float:
+def _step(state: TrainState, dry_run: DryRun) -> float:
     """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
-    exchange = OverlappedSync(state.model, world, find_unused=False, spec=ExchangeSpec())
-    weight = len(batch.rows) if batch.weight is None else batch.weight.sum()
+    batch, world = dry_run.batch, dry_run.world
+    called = dry_run.callee(state.model)
+    exchange = OverlappedSync(called, world, find_unused=False, spec=ExchangeSpec())
+    weight: float | Tensor = len(batch.rows) if batch.weight is None else batch.weight.sum()
+    if step_of(dry_run.task) is not None:
+        weight = 1.0  # its losses are divided
 
     def evaluate() -> Tensor:
         state.optimizer.zero_grad()
-        loss_sum = summed_loss(state.model, batch, task=task, world=world)
+        loss_sum = dry_run.loss(exchange.model)
         exchange.backward(loss_sum, weight)
         return loss_sum.detach()
 
@@ -238,8 +244,8 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
     batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
     with told_as_mistake(f"task: the test loop failed over its first {rows} rows"):
-        counted = Counted(task, plan=plan, world=world)
-        return test(model, batches, task=task, world=world, counted=counted)
+        counted = counted_for(task, plan=plan, world=world, step=0)
+        return test(model, batches, world=world, counted=counted)
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:

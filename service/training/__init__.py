@@ -4,11 +4,12 @@ From top to bottom; a room imports only from rooms below it:
 
 * worker: trains and tests the run that a plan describes: every part in order, and its end.
 * train_loop: the train loop. No rank appears in it: `world` is all processes as one.
-* train_step: one optimizer step: its forward and backward passes, and the update.
 * attempt: one attempt at a run: opens its directory, begins its records, and enters its end.
 * setup: builds what a run trains, part by part, in the order that its random numbers need.
-* after_step: what happens after a step, as planned: test, log, save, and whether to stop.
-* receipts: the receipt: a digest, for each step, of the rows that its forward passes consumed.
+* own_train_step: one optimizer step of a task with a step of its own.
 * batch_size_finder: the batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
 * dry_run: the dry run: one forward and backward pass before the first step, to find mistakes.
+* train_step: one optimizer step: its forward and backward passes, and the update.
+* after_step: what happens after a step, as planned: test, log, save, and whether to stop.
+* receipts: the receipt: a digest, for each step, of the rows that its forward passes consumed.
 """

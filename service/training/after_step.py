@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from service.basics.errors import SpecError
 from service.checkpoints.checkpoints import Checkpoints
 from service.data.loading import test_batches
 from service.data.task import Data, Task
 from service.distributed.agreed_stop import StopPoll, TestInterrupted
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.evaluation.test_loop import Counted, test
+from service.evaluation.test_loop import counted_for, test
 from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
 from service.health.throughput import Throughput
@@ -31,6 +33,8 @@ class AfterStep:
     plan: Plan
     test_data: Data
     updates: Updates
+    named: Callable[[], dict[str, float]]
+    """What the task's own step has given names to in the latest step; every process calls it."""
     tracker: Tracker
     receipt: Receipt
     checkpoints: Checkpoints
@@ -55,7 +59,17 @@ class AfterStep:
         values |= self.checkpoints.timings()
         if self.plan.spec.model.compile:
             values["train/compiled_graphs"] = compiled_graphs()
-        return values
+        return values | self._named(values)
+
+    def _named(self, values: Mapping[str, float]) -> dict[str, float]:
+        named = self.named()
+        taken = sorted(set(named) & set(values))
+        if taken:
+            raise SpecError(
+                f"task.step: {taken[0]} is what Evenstep logs itself. Give the loss, or what "
+                "context.log records, another name."
+            )
+        return named
 
     def conclude(self, state: TrainState, values: dict[str, float]) -> bool:
         """Test, log and save where these are due after this step; whether to stop here.
@@ -90,10 +104,10 @@ class AfterStep:
         batches = test_batches(self.test_data, task=task, plan=plan, world=world)
         batches = self.heartbeat.during("test", batches)
         batches = self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
-        counted = Counted(task, plan=plan, world=world)
+        counted = counted_for(task, plan=plan, world=world, step=state.step)
         try:
             with state.evaluated():
-                values |= test(state.tested, batches, task=task, world=world, counted=counted)
+                values |= test(state.tested, batches, world=world, counted=counted)
         except TestInterrupted:
             state.untested = {name: float(value) for name, value in values.items()}
 

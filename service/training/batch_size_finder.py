@@ -29,7 +29,7 @@ from service.plan.plan import Plan, largest_micro_batch, make_plan
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec
-from service.training.dry_run import DryRun
+from service.training.dry_run import DryRun, teacher_of
 
 _USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
 
@@ -188,7 +188,10 @@ def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) 
     try:
         batch = sample(task.train_data(), task=task, plan=alone, world=world)
         normalization = prepare(model, "micro", world)
-        dry_run = DryRun(batch, task=task, world=world, normalization=normalization)
+        average = teacher_of(model, task, plan.spec)
+        dry_run = DryRun(
+            batch, task=task, world=world, normalization=normalization, average=average
+        )
         dry_run.unreached_parameters(model)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

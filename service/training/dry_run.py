@@ -17,15 +17,22 @@ from torch import Tensor, nn
 
 from service.basics.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.data.batches import Batch
+from service.data.losses import StepContext, require_weights
+from service.data.own_step import Pass, SteppedModel, alone
 from service.data.shapes import require_loss_shape, require_measured_shape
-from service.data.task import Task
+from service.data.task import Task, step_of, with_loss
 from service.distributed.batchnorm import Normalization
 from service.distributed.devices import synchronize
 from service.distributed.generators import Seeded, noticing_draws
 from service.distributed.world import World
+from service.evaluation.own_step_test import entries_of_test
+from service.evaluation.test_loop import in_eval_mode
 from service.optimization.buffers import BufferValues, Moving
 from service.optimization.flops import FlopCount
+from service.optimization.moving_average import MovingAverage
 from service.optimization.precision import computed
+from service.spec.models import Spec
+from service.training.train_step import summed_loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class FirstPass:
     """Global generators besides torch's that the model draws from."""
     moving: Moving
     """Buffers besides BatchNorm's that the pass has changed."""
+    own_weights: Sequence[str] = ()
+    """Losses of a step of one's own that come with a weight of their own."""
+    tested: Sequence[str] | None = None
+    """What such a step gives in a test, by name; None where the task says it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class DryRun:
     normalization: Normalization
     two_rows: Batch | None = None
     """For a batch of one row: of one row a shape that was broadcast is that of one that was not."""
+    average: nn.Module | None = None
+    """What a step of one's own gets for the moving average."""
 
     def unreached_parameters(self, model: nn.Module) -> list[str]:
         """Names of the trainable parameters that the loss does not depend on.
@@ -68,14 +81,17 @@ class DryRun:
             SpecError: as above.
         """
         with self._undone(model) as before, noticing_draws() as drawn:
-            flops = self._counted(model)
+            callee = self.callee(model)
+            flops = self._counted(callee)
             if flops is None:  # a model that does not bear the counting is tried without it
                 model.zero_grad(set_to_none=True)
-                self._checked(model)
+                self._checked(callee)
             self._shaped(model)
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
             moving = before.moved()
-        return FirstPass(missed, flops / len(self.batch.rows) if flops else None, drawn, moving)
+            own_weights, tested = self._named(callee)
+        a_row = flops / len(self.batch.rows) if flops else None
+        return FirstPass(missed, a_row, drawn, moving, own_weights, tested)
 
     def _counted(self, model: nn.Module) -> int | None:
         """The operations of a pass, or None where it failed: by its own fault or the counting's."""
@@ -113,13 +129,8 @@ class DryRun:
             self._pass(wrapped)  # its backward shows DDP the order in which gradients come
             self._pass(wrapped)  # and this one begins by laying the buckets out in that order
 
-    def _pass(self, model: nn.Module, *, checked: bool = False) -> None:
-        outputs = computed(model, self.batch.inputs, self.world)
-        if checked:
-            losses = self._losses(outputs, self.batch)
-        else:
-            losses = self.task.loss(outputs, self.batch.targets)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+    def _pass(self, callee: nn.Module, *, checked: bool = False) -> None:
+        self.loss(callee, checked=checked).backward()  # type: ignore[no-untyped-call]
         if checked:  # a device tells of an index out of range when it is waited for
             try:
                 synchronize(self.world.device)
@@ -128,17 +139,70 @@ class DryRun:
                     raise
                 raise SpecError(_asserted(self.batch, error)) from error
 
+    def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
+        """The summed loss of the batch; of a task's own step, the loss of a step of it alone.
+
+        Args:
+            callee: the model as it is called in training.
+            checked: look at the shapes of a loss and of the measures.
+        """
+        if step_of(self.task) is not None:
+            return alone(self._taken(callee, training=True).parts or {})
+        if not checked:
+            return summed_loss(callee, self.batch, task=self.task, world=self.world)
+        return self._losses(computed(callee, self.batch.inputs, self.world), self.batch).sum()
+
+    def forward(self, model: nn.Module) -> None:
+        """A forward pass alone; of a task's own step, all of it."""
+        if step_of(self.task) is not None:
+            self._taken(self.callee(model), training=True)
+        else:
+            computed(model, self.batch.inputs, self.world)
+
+    def _named(self, callee: nn.Module) -> tuple[Sequence[str], Sequence[str] | None]:
+        """(losses with a weight of their own, what a test gives) of a task's own step.
+
+        Raises:
+            SpecError: a weight is not a number from 0 up, or the step fails in a test.
+        """
+        own = step_of(self.task)
+        if own is None:
+            return (), None
+        trained = self._taken(callee, training=True)
+        with (
+            told_as_mistake("task.step: a pass without gradients, as in a test, failed"),
+            in_eval_mode(callee),
+            torch.no_grad(),
+        ):
+            entries = entries_of_test(own, self._taken(callee, training=False))
+        require_weights(trained.entries() | entries)
+        parts = (trained.parts or {}).items()
+        weighed = [name for name, part in parts if part.divided_by == "own"]
+        return weighed, ["loss", *entries, *getattr(own, "metrics", {})]
+
+    def _taken(self, callee: nn.Module, *, training: bool) -> Pass:
+        context = StepContext(0, 0.0, training, self.batch.key, self.average)
+        asked = Pass(self.batch, context)
+        callee(asked)
+        return asked
+
+    def callee(self, model: nn.Module) -> nn.Module:
+        """What is called in training: the model, or it within the task's own step."""
+        own = step_of(self.task)
+        return model if own is None else SteppedModel(model, own, self.world)
+
     def _losses(self, outputs: Any, batch: Batch) -> Tensor:
-        losses = self.task.loss(outputs, batch.targets)
+        task = with_loss(self.task)
+        losses = task.loss(outputs, batch.targets)
         require_loss_shape(losses, batch)
-        measured = self.task.measure(outputs, batch.targets)
+        measured = task.measure(outputs, batch.targets)
         require_measured_shape(measured, losses, self.task.measures)
         return losses
 
     @torch.no_grad()
     def _shaped(self, model: nn.Module) -> None:
         """Look at the shapes alone, where the rows of the batch do not show them."""
-        if self.two_rows is None:
+        if self.two_rows is None or step_of(self.task) is not None:
             return
         with told_as_mistake("task: a forward pass over 2 rows failed"):
             self._losses(computed(model, self.two_rows.inputs, self.world), self.two_rows)
@@ -151,6 +215,14 @@ class DryRun:
         before.give_back()
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
+
+
+def teacher_of(model: nn.Module, task: Task, spec: Spec) -> nn.Module | None:
+    """The moving average that a step of one's own sees before the first step, if there is one."""
+    decay = spec.model.moving_average
+    if step_of(task) is None or decay is None:
+        return None
+    return MovingAverage(model, decay).model
 
 
 def _asserted(batch: Batch, error: RuntimeError) -> str:

@@ -14,8 +14,9 @@ from service.basics.errors import EvenstepError
 from service.checkpoints.snapshots import expected_bytes
 from service.data.batches import Batch
 from service.data.loading import brought_into_memory, sample, way_of_rows
+from service.data.own_step import SteppedModel
 from service.data.streams import Stream, is_stream
-from service.data.task import Data, Task, new_model
+from service.data.task import Data, Task, new_model, step_of
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import seed_generators
 from service.distributed.gradient_sync import GradientSync, OrderedSync, OverlappedSync
@@ -37,12 +38,13 @@ from service.optimization.optimizers import (
     require_sparse_can_travel,
 )
 from service.optimization.precision import LossScaler
-from service.optimization.train_state import TrainState
+from service.optimization.train_state import TrainState, require_measures
 from service.optimization.updates import Updates
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.spec.models import Spec
-from service.training.dry_run import DryRun, FirstPass
+from service.training.dry_run import DryRun, FirstPass, teacher_of
+from service.training.own_train_step import require_own_step
 
 T = TypeVar("T")
 
@@ -149,7 +151,12 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
     if len(batch.rows) == 1 < plan.micro_batch:
         two_rows = sample(rows.train, task=task, plan=plan, world=world, rows=2)
     dry_run = DryRun(
-        batch, task=task, world=world, normalization=model.normalization, two_rows=two_rows
+        batch,
+        task=task,
+        world=world,
+        normalization=model.normalization,
+        two_rows=two_rows,
+        average=teacher_of(model.module, task, plan.spec),
     )
     found = dry_run.first(model.module)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
@@ -162,6 +169,9 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         world=world,
         bitwise=plan.spec.exactness == "bitwise",
     )
+    if step_of(task) is not None:
+        require_own_step(plan, found, model.normalization, moving=buffers is not None)
+        require_measures(plan.spec, task, known=found.tested)
     return Rehearsal(dry_run, found, buffers)
 
 
@@ -183,9 +193,18 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
 
 
 def build_exchange(
-    state: TrainState, model: Model, rehearsal: Rehearsal, *, plan: Plan, world: World
+    state: TrainState,
+    called: nn.Module,
+    model: Model,
+    rehearsal: Rehearsal,
+    *,
+    plan: Plan,
+    world: World,
 ) -> tuple[GradientSync, Stopwatch]:
-    """The model as it is called in training, compiled and wrapped; and what times its passes.
+    """What is called in training, compiled and wrapped; and what times its passes.
+
+    Args:
+        called: the model, or it within the task's own step.
 
     Raises:
         SpecError: torch cannot compile it.
@@ -201,7 +220,7 @@ def build_exchange(
     telling = spec.faults.on_non_finite == "skip" or state.scaler is not None
     if spec.exactness == "bitwise":
         ordered = OrderedSync(
-            state.model,
+            called,
             world,
             unreached=unreached,
             gathered=[*model.normalization.sums(), *(buffers.sums if buffers is not None else ())],
@@ -210,7 +229,7 @@ def build_exchange(
         )
         return kept_equal(ordered, buffers), stopwatch
     overlapped = OverlappedSync(
-        state.model,
+        called,
         world,
         find_unused=bool(unreached),
         spec=spec.exchange,
@@ -237,6 +256,8 @@ class Prepared:
     """What the rehearsal brought to light."""
     saved_bytes: int | None
     """Size of a checkpoint, where it is known beforehand."""
+    stepped: SteppedModel | None
+    """The model within the task's own step, where it has one."""
 
 
 def prepare_training(
@@ -253,7 +274,10 @@ def prepare_training(
     rehearsal = rehearse(model, rows, plan=plan, task=task, world=world)
     throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
     state = build_state(model, optimization, plan, world)
-    exchange, stopwatch = build_exchange(state, model, rehearsal, plan=plan, world=world)
+    own = step_of(task)
+    stepped = SteppedModel(state.model, own, world) if own is not None else None
+    called = stepped or state.model
+    exchange, stopwatch = build_exchange(state, called, model, rehearsal, plan=plan, world=world)
     stragglers = StragglerDetector(
         world, rounds=plan.rounds, throughput=throughput, stopwatch=stopwatch, say=say
     )
@@ -270,7 +294,9 @@ def prepare_training(
     if is_stream(rows.train):
         state.stream = _stream(rows.train, plan, world)
     found = rehearsal.found
-    return Prepared(rows, state, exchange, updates, throughput, stragglers, found, saved_bytes)
+    return Prepared(
+        rows, state, exchange, updates, throughput, stragglers, found, saved_bytes, stepped
+    )
 
 
 def _throughput(plan: Plan, found: FirstPass, *, world: World, heartbeat: Heartbeat) -> Throughput:

@@ -68,6 +68,10 @@ class TrainStep:
         self.updates.apply(losses, step.weight, logging=logging, closure=again)
         state.schedule.set(state.step)
 
+    def named(self) -> dict[str, float]:
+        """What a step of one's own gives names to: a loss alone has none."""
+        return {}
+
     def _closure(
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor]
     ) -> Callable[[], float]:
@@ -107,7 +111,8 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
     if summed is not None and batch.weight is None:
         total: Tensor = summed(outputs, batch.targets)
         return total
-    losses = task.loss(outputs, batch.targets)  # [B] or [B, T]
+    # A task without a loss has a step of its own, which is taken elsewhere.
+    losses: Tensor = task.loss(outputs, batch.targets)  # type: ignore[attr-defined]  # [B] or [B, T]
     require_loss_shape(losses, batch)
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
 

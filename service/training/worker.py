@@ -19,7 +19,7 @@ from service.distributed.devices import copies_late
 from service.distributed.profiler import Profile
 from service.distributed.world import World
 from service.evaluation.predictions import Predictions
-from service.evaluation.test_loop import Counted, test
+from service.evaluation.test_loop import counted_for, test
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import GracePeriod, StopBudget
 from service.health.stop_request import StopRequest
@@ -43,6 +43,8 @@ from service.training.attempt import (
     opened_attempt,
     opening,
 )
+from service.training.own_train_step import OwnTrainStep
+from service.training.receipts import Receipt
 from service.training.setup import Prepared, drawn_alike, prepare_training, together
 from service.training.train_loop import train
 from service.training.train_step import TrainStep
@@ -136,13 +138,14 @@ def carry_out(
     """
     plan, world, state, heartbeat = attempt.plan, attempt.world, prepared.state, attempt.heartbeat
     updates, receipt = prepared.updates, records.receipt
-    training = TrainStep(task, world, plan, prepared.exchange, updates, receipt, heartbeat)
+    training = train_step(prepared, task, attempt, receipt)
     after = AfterStep(
         task,
         world,
         plan,
         prepared.rows.test,
         updates,
+        training.named,
         records.tracker,
         receipt,
         checkpoints,
@@ -174,6 +177,16 @@ def carry_out(
     # Nobody leaves as finished before everybody has: a peer that failed now would be alone.
     world.fail_together(unentered)
     return last
+
+
+def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receipt) -> TrainStep:
+    """What takes the steps of this run: of its loss, or as the task's own step says."""
+    plan, world, heartbeat = attempt.plan, attempt.world, attempt.heartbeat
+    exchange, updates, stepped = prepared.exchange, prepared.updates, prepared.stepped
+    if stepped is None:
+        return TrainStep(task, world, plan, exchange, updates, receipt, heartbeat)
+    weighed = prepared.found.own_weights
+    return OwnTrainStep(task, world, plan, exchange, updates, receipt, heartbeat, weighed, stepped)
 
 
 @contextmanager
@@ -244,8 +257,8 @@ def test_run(
     kept = Predictions(predictions, task=task, world=world) if predictions else None
     test_data = drawn_alike(spec, task.test_data)
     batches = test_batches(test_data, task=task, plan=plan, world=world)
-    counted = Counted(task, plan=plan, world=world, predictions=kept)
-    measures = test(model, batches, task=task, world=world, counted=counted)
+    counted = counted_for(task, plan=plan, world=world, step=chosen.step, predictions=kept)
+    measures = test(model, batches, world=world, counted=counted)
     if kept is not None:
         kept.write()
     return measures

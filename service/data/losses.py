@@ -1,0 +1,271 @@
+"""What a step of one's own gives: named losses, each a sum with the weight that divides it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from service.basics.errors import SpecError
+from service.data.batches import Batch
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss of a micro-batch: a sum, and the weight that divides it.
+
+    The value of a step is the sum over all its micro-batches, on all processes, divided by the sum
+    of their weights. So it is the same at any number of processes.
+
+    `Loss.each(values)`   one value for each row, or for each value of the task's `weight`
+    `Loss.mean(mean)`     a mean over the rows of the batch, or over what `weight` counts of them
+    `Loss(sum, weight)`   a sum, and what divides it, such as a number of boxes
+    """
+
+    sum: Tensor
+    """A tensor of one number, with a gradient in training."""
+    weight: float | Tensor | None
+    """A number from 0 up, without a gradient. The weights of all micro-batches have to be known
+    before the first backward pass: all forward passes of a step then come before it, and this
+    process holds the activations of all its micro-batches. `each` and `mean` without a weight
+    do not need that: what a batch counts is known before."""
+    scale: float = 1.0
+    """What it counts in the loss of the step. It is logged without it."""
+    kind: Literal["sum", "mean", "each"] = "sum"
+
+    @staticmethod
+    def each(values: Tensor, *, scale: float = 1.0) -> Loss:
+        """One value for each row: [B]. Where the task has a `weight`, of its shape."""
+        return Loss(values, None, scale, "each")
+
+    @staticmethod
+    def mean(mean: Tensor, weight: float | Tensor | None = None, *, scale: float = 1.0) -> Loss:
+        """A mean over `weight`; without it, over what the batch counts."""
+        return Loss(mean, weight, scale, "mean")
+
+
+Losses = Mapping[str, Loss | Tensor]
+"""By name; a tensor is `Loss.each` of it."""
+StepResult = Losses | tuple[Losses, Any]
+"""What a step gives: its losses, or these and the outputs for measures and predictions."""
+OwnStep = Callable[[nn.Module, Batch, "StepContext"], StepResult]
+
+Entry = tuple[Tensor | float, Tensor | float, float]
+"""A sum, its weight, and its scale in the loss of the step."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step of one's own is told besides its batch."""
+
+    step: int
+    """Finished optimizer steps: 0 in the first one."""
+    epoch: float
+    """Finished passes over the training rows; 0 for a stream."""
+    training: bool
+    """False in a test, which has no gradients."""
+    key: int
+    """A function of seed, step and micro-batch. Torch's generators already start at it, so what is
+    drawn from them is the same at any number of processes; a generator of one's own starts here."""
+    average: nn.Module | None = None
+    """The moving average of the weights, where the spec has `model.moving_average`: a teacher that
+    is equal on all processes and saved in every checkpoint. It takes no gradient."""
+    logged: dict[str, Entry] = field(default_factory=dict, repr=False)
+
+    def log(self, name: str, sum: Tensor | float, weight: Tensor | float) -> None:
+        """Record `train/NAME`, or `test/NAME`: the sum over all micro-batches over their weight.
+
+        Raises:
+            SpecError: the name is taken, or one of the values is not one number.
+        """
+        _require_name(name, self.logged)
+        total = _number(sum, f"context.log({name!r}): the sum")
+        self.logged[name] = (total, _weight(weight, f"context.log({name!r}): weight"), 0.0)
+
+
+class LossPart(NamedTuple):
+    """One named loss of a micro-batch, read and checked."""
+
+    sum: Tensor
+    weight: Tensor | float
+    """What this micro-batch adds to the divisor."""
+    scale: float
+    divided_by: Literal["batch", "rows", "own"]
+    """The weight of the step's batches, its rows, or the sum of its own weights."""
+
+
+def read_losses(
+    given: object, batch: Batch, *, context: StepContext
+) -> tuple[dict[str, LossPart], Any]:
+    """The losses that a step gave, and its outputs or None.
+
+    Raises:
+        SpecError: they are not what a step gives; names the loss, and what to write instead.
+    """
+    losses, outputs = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if not isinstance(losses, Mapping) or not losses:
+        what = "none" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+        raise SpecError(
+            f"task.step: must give losses by name, such as {{'loss': values}}, but gave {what}. "
+            "Outputs for measures come second: return losses, outputs."
+        )
+    parts: dict[str, LossPart] = {}
+    for name, loss in losses.items():
+        _require_name(name, parts)
+        parts[name] = _part(name, loss, batch, training=context.training)
+    if "loss" in parts and len(parts) > 1:
+        raise SpecError(
+            f"task.step: of several losses ({', '.join(parts)}) none may be named 'loss': that is "
+            "the sum of them all. Give it another name."
+        )
+    taken = sorted(set(parts) & set(context.logged))
+    if taken:
+        raise SpecError(f"task.step: {taken[0]!r} is the name of a loss and of context.log.")
+    return parts, outputs
+
+
+def _part(name: str, given: object, batch: Batch, *, training: bool) -> LossPart:
+    where = f"task.step: the loss {name!r}"
+    loss = Loss.each(given) if isinstance(given, Tensor) else given
+    if not isinstance(loss, Loss):
+        raise SpecError(f"{where} must be a tensor or a Loss, but is a {type(loss).__name__}.")
+    if not isinstance(loss.sum, Tensor) or not loss.sum.is_floating_point():
+        kind = loss.sum.dtype if isinstance(loss.sum, Tensor) else type(loss.sum).__name__
+        raise SpecError(f"{where} must be a tensor of real numbers, but is {kind}.")
+    scale = _scale(loss.scale, where)
+    if training and not loss.sum.requires_grad:
+        raise SpecError(
+            f"{where} has no gradient: it does not depend on a parameter that is trained, or was "
+            "detached. A value that is only to be seen is logged by context.log."
+        )
+    wide = loss.sum if loss.sum.dtype.itemsize >= 4 else loss.sum.float()
+    if loss.kind == "each":
+        return _of_values(wide, batch, scale, where)
+    value = _scalar(wide, where)
+    if loss.kind == "mean" and loss.weight is None:
+        if batch.weight is None:
+            return LossPart(value * len(batch.rows), float(len(batch.rows)), scale, "rows")
+        weight = batch.weight.sum()
+        return LossPart(_times(value, weight), weight, scale, "batch")
+    own = _weight(loss.weight, f"{where}: weight")
+    total = value if loss.kind == "sum" else _times(value, own)
+    return LossPart(total, own, scale, "own")
+
+
+def _times(mean: Tensor, weight: Tensor | float) -> Tensor:
+    """A mean times its weight; a mean over nothing, which is NaN, counts 0."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, mean, torch.zeros_like(mean)) * weight.to(mean.dtype)
+    return mean * weight if weight else torch.zeros_like(mean) * mean.nan_to_num()
+
+
+def _of_values(values: Tensor, batch: Batch, scale: float, where: str) -> LossPart:
+    rows, weight = len(batch.rows), batch.weight
+    if weight is not None and values.shape == weight.shape:
+        return LossPart((values * weight).sum(), weight.sum(), scale, "batch")
+    if values.dim() == 0:
+        raise SpecError(
+            f"{where} is one number, a mean or a sum of unknown weight. Give one value for each "
+            f"row, so the shape [{rows}]; or Loss.mean(value), a mean over the rows; or "
+            "Loss(sum, weight), where weight is what divides the sum."
+        )
+    if list(values.shape) not in ([rows], [rows, 1]):
+        told = "" if weight is None else f", or that of task.weight, {list(weight.shape)}"
+        raise SpecError(
+            f"{where} must have one value for each row, so the shape [{rows}]{told}, but has "
+            f"{list(values.shape)}. Sum or average over the other dimensions; or give "
+            "Loss(sum, weight)."
+        )
+    return LossPart(values.sum(), float(rows), scale, "rows")
+
+
+def _scalar(value: Tensor, where: str) -> Tensor:
+    if value.numel() != 1:
+        raise SpecError(
+            f"{where} must be one number beside its weight, but has the shape "
+            f"{list(value.shape)}. One value for each row is given by itself, without a weight."
+        )
+    return value.reshape(())
+
+
+def _weight(weight: object, where: str) -> Tensor | float:
+    value = _number(weight, where)
+    if isinstance(value, float):
+        if value < 0 or not math.isfinite(value):
+            raise SpecError(f"{where} must be a finite number from 0 up, but is {value}.")
+    elif value.requires_grad:
+        raise SpecError(f"{where} has a gradient. What divides a sum is a count: detach it.")
+    return value
+
+
+def require_weights(entries: Mapping[str, Entry]) -> None:
+    """Check the weights that are on a device, which nobody waits for in training.
+
+    Raises:
+        SpecError: one is not a finite number from 0 up; names its loss or value.
+    """
+    for name, (_, weight, _) in entries.items():
+        value = float(weight)
+        if value < 0 or not math.isfinite(value):
+            raise SpecError(
+                f"task.step: the weight of {name!r} must be a finite number from 0 up, but is "
+                f"{value}."
+            )
+
+
+def _number(value: object, where: str) -> Tensor | float:
+    """One number, as float or as a tensor with no dimension."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.reshape(())
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    shape = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise SpecError(f"{where} must be one number, but is {shape}.")
+
+
+def _scale(scale: object, where: str) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise SpecError(f"{where}: scale must be a finite number, but is {scale!r}.")
+    return float(scale)
+
+
+def _require_name(name: object, taken: Mapping[str, Any]) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SpecError(
+            f"task.step: a loss or a logged value is named by letters, digits and _ . - /, but one "
+            f"is named {name!r}."
+        )
+    if name in taken:
+        raise SpecError(f"task.step: {name!r} was given twice in one micro-batch.")
+
+
+def own_loss(model: nn.Module, batch: Batch, context: StepContext) -> StepResult:
+    """The step of a model that computes its own loss, as those of transformers do.
+
+    The model is called with the inputs by name and the targets as `labels`. Its `loss` is taken as
+    a mean over what the batch counts: its rows, or what the task's `weight` counts of them.
+
+    Raises:
+        SpecError: the inputs have no names, or the outputs no loss.
+    """
+    if not isinstance(batch.inputs, dict):
+        raise SpecError(
+            "task.step: own_loss calls the model by name, so a row must be a mapping, such as "
+            f"{{'input_ids': ..., 'labels': ...}}, but its inputs are a "
+            f"{type(batch.inputs).__name__}."
+        )
+    outputs = model(**batch.inputs, labels=batch.targets)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise SpecError(
+            f"task.step: own_loss needs a model whose outputs have a loss, but "
+            f"{type(model).__name__} gave a {type(outputs).__name__} without one."
+        )
+    return {"loss": Loss.mean(loss)}, outputs

@@ -1,0 +1,164 @@
+"""One optimizer step of a task with a step of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from service.basics.errors import SpecError
+from service.data.batches import Batch, Step
+from service.data.losses import LossPart, StepContext
+from service.data.own_step import Pass, SteppedModel, total_of
+from service.distributed.batchnorm import Normalization
+from service.evaluation.named_sums import Ledger
+from service.optimization.train_state import TrainState
+from service.plan.plan import Plan
+from service.training.dry_run import FirstPass
+from service.training.train_step import TrainStep
+
+
+@dataclass(frozen=True)
+class OwnTrainStep(TrainStep):
+    """The same for named losses, each divided by its own weight of the whole step.
+
+    What the batch counts is known beforehand, so each backward pass follows its forward pass. A
+    loss that comes with a weight of its own has a divisor only after all forward passes of the
+    step, on all processes: then these come first, and their graphs are kept.
+    """
+
+    own_weights: Sequence[str]
+    """Names of the losses with a weight of their own, as the dry run found them."""
+    stepped: SteppedModel
+    """The model within the task's step, not wrapped."""
+    _latest: list[Ledger] = field(default_factory=lambda: [Ledger()])
+
+    def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
+        """Leave the gradient of the step's loss in the parameters.
+
+        Returns:
+            What each micro-batch of this process adds to the loss of the step.
+        """
+        exchange, enter = self.exchange, self.heartbeat.enter
+        divisor = self.updates.divisor(1.0)
+        ledger = self._latest[0] = Ledger()
+        losses: dict[int, Tensor] = {}
+        state.zero_grad()
+        before, weights = self._taken_before(state, step)
+        last = step.micro_batches[-1]
+        for batch in exchange.over(step.micro_batches):
+            asked = before.pop(batch.number, None)
+            if asked is None:
+                asked = self._begun(state, batch)
+            enter("exchange" if batch is last else "forward", state.step, batch.number)
+            exchange.model(asked)
+            assert asked.parts is not None, "a forward pass takes the step"
+            total = total_of(asked.parts, divisors=self._divisors(asked.parts, step, weights))
+            exchange.backward(total, divisor)
+            losses[batch.number] = total.detach()
+            ledger.add(asked.entries())
+        if state.frozen:
+            state.drop_frozen_gradients()
+        return losses
+
+    def _begun(self, state: TrainState, batch: Batch) -> Pass:
+        """A pass that is to be taken, with the random numbers that belong to it."""
+        self.world.seed(batch.key)
+        average = state.average.model if state.average is not None else None
+        epoch = self.plan.epoch(state.step)
+        return Pass(batch, StepContext(state.step, epoch, True, batch.key, average))
+
+    def _taken_before(
+        self, state: TrainState, step: Step
+    ) -> tuple[dict[int, Pass], dict[str, Tensor]]:
+        """The passes by micro-batch, and the weight of the step of each loss that has its own."""
+        if not self.own_weights:
+            return {}, {}
+        taken: dict[int, Pass] = {}
+        table = torch.zeros(  # 0 for what others computed
+            len(self.own_weights), self.plan.micro_batches, dtype=self.world.wide
+        ).to(self.world.device)
+        for batch in step.micro_batches:
+            self.heartbeat.enter("forward", state.step, batch.number)
+            asked = taken[batch.number] = self.stepped.take(self._begun(state, batch))
+            assert asked.parts is not None, "it was just taken"
+            for place, name in enumerate(self.own_weights):
+                if name in asked.parts:
+                    table[place, batch.number] = asked.parts[name].weight
+        sums = self.world.sum(table).sum(1)
+        return taken, dict(zip(self.own_weights, sums.unbind(), strict=True))
+
+    def _divisors(
+        self, parts: Mapping[str, LossPart], step: Step, weights: Mapping[str, Tensor]
+    ) -> dict[str, float | Tensor]:
+        known = {"rows": float(self.plan.global_batch), "batch": step.weight}
+        divisors: dict[str, float | Tensor] = {}
+        for name, part in parts.items():
+            if part.divided_by != "own":
+                divisors[name] = known[part.divided_by]
+            elif name in weights:
+                divisors[name] = weights[name]
+            else:
+                raise SpecError(
+                    f"task.step: the loss {name!r} came with a weight of its own, and in the pass "
+                    "before the first step it did not. Whether a loss has one is decided then: "
+                    "give it from the first step on, with scale=0 where it shall not count yet."
+                )
+        return divisors
+
+    def update(
+        self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
+    ) -> None:
+        """Take the optimizer's step and count it; then set the learning rates of the next one."""
+        self.receipt.note(state.step, step.micro_batches)
+        again = self._closure(state, step, losses) if self.updates.asks_again else None
+        self.heartbeat.enter("update")
+        self.updates.apply(losses, 1.0, logging=logging, closure=again)  # they are divided
+        state.schedule.set(state.step)
+
+    def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> float:
+        return super()._mean_loss(losses, step._replace(weight=1.0))
+
+    def named(self) -> dict[str, float]:
+        """`train/NAME` of each loss and each logged value of the latest step; all call it.
+
+        What nothing counted in this step has no value.
+        """
+        totals = self._latest[0].totals(self.world)
+        return {
+            f"train/{name}": total.sum / total.weight
+            for name, total in totals.items()
+            if total.weight and name != "loss"
+        }
+
+
+def require_own_step(
+    plan: Plan, found: FirstPass, normalization: Normalization, *, moving: bool
+) -> None:
+    """Check that the spec asks for nothing that a step of one's own cannot do.
+
+    Raises:
+        SpecError: it does.
+    """
+    spec, names = plan.spec, ", ".join(found.own_weights)
+    uneven = plan.micro_batches % plan.processes != 0
+    if spec.model.batchnorm == "sync" and normalization.layers and uneven:
+        raise SpecError(
+            f"model.batchnorm: sync with a step of the task's own needs as many micro-batches on "
+            f"each process, but {plan.micro_batches} do not divide by {plan.processes} processes. "
+            "Use batchnorm: micro."
+        )
+    if names and moving:
+        raise SpecError(
+            f"task.step: the weight of {names} is known only after all forward passes of a step, "
+            "and the model has buffers that move in each of them. Use Loss.each or Loss.mean "
+            "without a weight, or model.buffers: local."
+        )
+    if names and normalization.layers and spec.exactness == "bitwise":
+        raise SpecError(
+            f"exactness: bitwise with BatchNorm needs losses whose weight is known before the "
+            f"forward pass, and {names} come with their own. Use Loss.each, or Loss.mean without "
+            "a weight."
+        )
