@@ -449,6 +449,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "checkpoint.keep_every_steps": "9",
         "checkpoint.asynchronous": "false",
         "checkpoint.on_failure": "go_on",
+        "model.activation_checkpointing": "{match: 'blocks.*'}",
         "loader.workers": "4",
         "loader.prefetch": "4",
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",

@@ -179,6 +179,14 @@ class Normalization:
         return list(values.split_with_sizes(self._sizes))
 
 
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """All tensors that the BatchNorm layers of `model` change in a forward pass in training."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    running = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    gathered = [t for layer in layers if isinstance(layer, _Gathering) for t in layer.gathered()]
+    return running + gathered
+
+
 def _move(running: list[Tensor], targets: list[Tensor], shares: list[Tensor]) -> None:
     """Move each running statistic by its share of the way to its target."""
     if any(r.dtype != targets[0].dtype for r in running):
@@ -236,8 +244,7 @@ class _Gathering(_BatchNorm):
 
     torch's kernel writes the statistics of a micro-batch into `latest` (momentum 1), and one
     addition takes them into `sums`.  Nothing here is a number of Python's that changes from
-    call to call, so a compiled model is compiled once.  A forward pass that is computed twice
-    for the same rows (activation checkpointing) counts them twice, and the mean is the same.
+    call to call, so a compiled model is compiled once.
 
     A micro-batch counts by its values per channel, rows times positions.  Anything that it
     knows of itself would do for equality at any number of processes, since the micro-batches

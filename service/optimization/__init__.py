@@ -11,6 +11,8 @@ From top to bottom; a room imports only from rooms below it:
   one.
 * moving_average: an exponential moving average of a model's weights, as a second model.
 * learning_rates: sets the optimizer's learning rates once per step, and keeps what that needs.
+* activation_checkpointing: activation checkpointing: chosen modules compute their activations
+  again in the backward pass.
 * flops: floating-point operations: how many a pass takes, and how many a device can do.
 * compilation: torch.compile of a model in place: the keys of its state dict do not change.
 * buffers: buffers that the forward pass changes, besides BatchNorm's: codebooks, counters and

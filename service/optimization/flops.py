@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +51,22 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if formula is not None and not _uncounted:
             self.total += formula(*args, **kwargs, out_val=result)
         return result
+
+
+_uncounted: list[None] = []
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Meanwhile nothing is counted: what is computed twice is one operation of the model."""
+    _uncounted.append(None)
+    try:
+        yield
+    finally:
+        _uncounted.pop()
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -26,6 +26,10 @@ from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import counted_for, test
 from service.observability.other_writers import require_packages
+from service.optimization.activation_checkpointing import (
+    checkpoint_activations,
+    require_still_buffers,
+)
 from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
 from service.optimization.learning_rates import make_schedule
 from service.optimization.optimizers import make_optimizer, needs_closure, parameter_groups
@@ -59,6 +63,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     small = _plan(spec, task, plan.micro_batches)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
     model, seconds = _timed(lambda: new_model(task).to(world.device))
+    checkpoint_activations(model, spec.model.activation_checkpointing)
     normalization = prepare(model, spec.model.batchnorm, world)
     state = _state(spec, model, small)
     yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
@@ -110,6 +115,7 @@ def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Fin
     found, rule = dry_run.first(model), plan.spec.model.buffers
     if step_of(dry_run.task) is not None:
         require_measures(plan.spec, dry_run.task, known=found.tested)
+    require_still_buffers(model, found.moving, plan.spec.model.activation_checkpointing)
     # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
     buffers_of(
         model,

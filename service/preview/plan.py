@@ -15,6 +15,7 @@ from service.data.task import Task, load_task, new_model
 from service.distributed.batchnorm import prepare
 from service.distributed.world import alone
 from service.health.stop_budget import estimated, longest_save, stop_in_words
+from service.optimization.activation_checkpointing import checkpoint_activations
 from service.optimization.buffers import buffers_besides_batchnorm
 from service.optimization.learning_rates import make_schedule
 from service.optimization.optimizers import (
@@ -64,6 +65,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
             *_buffers(model, plan.spec),
+            *_checkpointed(model, plan.spec),
         ]
     )
 
@@ -212,6 +214,15 @@ def _buffers(model: nn.Module, spec: Spec) -> list[str]:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     how = f"{spec.model.buffers}; `evenstep check` and the start of the run tell which move"
     return ["other buffers\n" + _aligned([("names", shown), ("where they move", how)])]
+
+
+def _checkpointed(model: nn.Module, spec: Spec) -> list[str]:
+    """Which modules compute their activations again in the backward pass."""
+    names = checkpoint_activations(model, spec.model.activation_checkpointing)
+    if not names:
+        return []
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ["activation checkpointing\n" + _aligned([("computed again", shown)])]
 
 
 def _counted(shares: Iterable[int]) -> str:

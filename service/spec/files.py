@@ -409,6 +409,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
     "checkpoint.asynchronous": "what is written is a copy",
     "checkpoint.on_failure": "saving only reads the state",
+    "model.activation_checkpointing": "what is computed again comes to the same bits",
     "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
     "tracking": "what is recorded is a copy",

@@ -56,6 +56,14 @@ class LengthSpec(Part):
         return self
 
 
+class ActivationCheckpointingSpec(Part):
+    """Which modules compute their activations again in the backward pass, to keep fewer of them."""
+
+    match: Annotated[str, Field(min_length=1, examples=["blocks.*"])]
+    """A glob over the names of modules, such as `blocks.*`. Of modules inside one another the
+    outermost counts. The result has the same bits as without."""
+
+
 class ModelSpec(Part):
     """How the model is run."""
 
@@ -74,6 +82,8 @@ class ModelSpec(Part):
     """Lay images out as NHWC, which convolutions on recent GPUs prefer."""
     moving_average: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, such as 0.999."""
+    activation_checkpointing: ActivationCheckpointingSpec | None = None
+    """Keep less for the backward pass, and compute it a second time there."""
 
 
 class TestSpec(Part):

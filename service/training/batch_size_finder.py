@@ -24,6 +24,7 @@ from service.data.task import Task, new_model
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
+from service.optimization.activation_checkpointing import checkpoint_activations
 from service.optimization.optimizers import make_optimizer, parameter_groups
 from service.plan.plan import Plan, largest_micro_batch, make_plan
 from service.runs.directory import RunDirectory
@@ -136,6 +137,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     most = largest_micro_batch(plan.global_batch, plan.processes)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
     model = new_model(task).to(world.device)
+    checkpoint_activations(model, plan.spec.model.activation_checkpointing)
     held = _held_besides(model, plan, processes=world.processes)
     on_cpu = world.device.type == "cpu"
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf

@@ -24,6 +24,10 @@ from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
 from service.health.throughput import Throughput
+from service.optimization.activation_checkpointing import (
+    checkpoint_activations,
+    require_still_buffers,
+)
 from service.optimization.buffers import Buffers, buffers_of, kept_equal
 from service.optimization.compilation import compile_in_place, spare_compiler
 from service.optimization.flops import peak_flops
@@ -95,6 +99,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     seed_generators(key)
     torch.manual_seed(key)  # those of the devices too
     module = new_model(task).to(world.device)
+    checkpoint_activations(module, spec.model.activation_checkpointing)
     bitwise = spec.exactness == "bitwise"
     normalization = prepare(module, spec.model.batchnorm, world, exchanged=bitwise)
     if spec.model.channels_last:
@@ -159,6 +164,7 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         average=teacher_of(model.module, task, plan.spec),
     )
     found = dry_run.first(model.module)
+    require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
     buffers = buffers_of(
