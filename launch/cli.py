@@ -68,19 +68,19 @@ evenstep.add_command(export)
 @_PROCESSES
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 @click.option("--name", help="Name of the run; the spec's own by default.")
-@click.option("--fresh", is_flag=True, help="Put an earlier run of this name aside; begin anew.")
+@click.option("--fresh", is_flag=True, help="Move an earlier run of this name aside; start over.")
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
     metavar="K",
-    help="Start all processes again after a failure, this often, from the newest checkpoint.",
+    help="Restart all processes from the newest checkpoint after a failure, at most K times.",
 )
 @click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
-@click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save and stop there.")
+@click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save, then stop.")
 @click.option(
-    "--profile", metavar="START:STEPS", help="Trace these steps; say where their time went."
+    "--profile", metavar="START:STEPS", help="Trace these steps and show where the time is spent."
 )
 def run(
     spec: str,
@@ -94,7 +94,7 @@ def run(
     stop_at: int | None,
     profile: str | None,
 ) -> None:
-    """Train and test SPEC: a file, or the name of a recipe. Run again, it resumes by itself."""
+    """Train and test SPEC: a file, or the name of a recipe. The same command resumes the run."""
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
@@ -137,7 +137,7 @@ def test(
 ) -> None:
     """Test a checkpoint of RUN, a directory or a name in ./runs, on any number of processes.
 
-    KEY=VALUE changes its spec for this test: other rows, or where files have moved to."""
+    KEY=VALUE changes the spec for this test only: other rows, or new paths of files."""
     place = launched()
     asked = _process_count(processes)
     found = find_run(run)
@@ -155,9 +155,9 @@ def _start(
     elastic: bool = False,
     echoed_logs: Path | None = None,
 ) -> NoReturn:
-    """Do this process's part of the job, or start `processes` that do theirs; exit as they did.
+    """Run this rank, or start `processes` ranks; exit with their code.
 
-    What the other ranks write into `echoed_logs` comes out of here too, as a pod's log wants it.
+    This command also prints what the other ranks write to `echoed_logs`, for the log of a pod.
     """
     if place is None and (processes > 1 or max_restarts):
         from launch.processes.echo import echoed
@@ -173,7 +173,7 @@ def _start(
             click.echo(
                 "Started by torchrun: a request to stop, and its save, may take "
                 f"{torchrun_grace().seconds:g} s, which is its --shutdown-timeout; "
-                "faults.stop_budget_seconds has no say.",
+                "faults.stop_budget_seconds has no effect.",
                 err=True,
             )
     end_server()  # `auto` may have found one device only
@@ -198,7 +198,7 @@ def _start(
     "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Of losses."
 )
 def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
-    """Prove that two runs took the same steps, or name the first step that differs (exit 1)."""
+    """Check that two runs took the same steps, or name the first step that differs (exit 1)."""
     from service.runs.verification import compare
 
     compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
@@ -212,7 +212,7 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 @_PROCESSES
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Path) -> None:
-    """Show the arithmetic of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
+    """Show what SPEC means: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = _load(spec, overrides, None)
     from service.preview.plan import planned
 
@@ -221,7 +221,7 @@ def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Pat
 
 @evenstep.command(name="recipes")
 def list_recipes() -> None:
-    """List the jobs that ship."""
+    """List the jobs that come with the package."""
     found = recipes()
     width = max(len(name) for name in found)
     for name, about in found.items():
@@ -229,7 +229,7 @@ def list_recipes() -> None:
 
 
 @evenstep.command()
-@click.option("--page", is_flag=True, help="Print a page in Markdown instead, for people.")
+@click.option("--page", is_flag=True, help="Print a Markdown page instead.")
 def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
     from service.spec.page import spec_page
@@ -251,7 +251,7 @@ _TARGET = click.option(
     type=click.Choice(["job", "jobset", "kubeflow"]),
     default="job",
     show_default=True,
-    help="What runs the pods; all but job must be installed in the cluster.",
+    help="The kind of object; jobset and kubeflow must be installed in the cluster.",
 )
 _NAME = click.option("--name", help="Name of the run; the spec's own by default.")
 
@@ -272,7 +272,7 @@ def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | No
 
 
 _RUN = click.argument("name", metavar="NAME")
-_NAMESPACE = click.option("-n", "--namespace", help="Default: the context's own.")
+_NAMESPACE = click.option("-n", "--namespace", help="Default: the one of the kubectl context.")
 
 
 @kubernetes.command()
@@ -281,12 +281,12 @@ _NAMESPACE = click.option("-n", "--namespace", help="Default: the context's own.
 @_TARGET
 @_NAME
 @click.option(
-    "--wait", "waits", is_flag=True, help="Stay until it has ended; exit 0 if it is done."
+    "--wait", "waits", is_flag=True, help="Wait until the job ends; exit 0 if it completed."
 )
 def submit(
     spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
 ) -> None:
-    """Start SPEC on a cluster. Submitted again after its end, it resumes."""
+    """Start SPEC on a cluster. Submit it again after it has ended to resume it."""
     from launch.engines.kubernetes import jobs
     from launch.engines.kubernetes.api import Api, ClusterError
     from launch.engines.kubernetes.manifests import new_secret, task_file
@@ -323,9 +323,9 @@ def status(name: str, target: Target, namespace: str | None) -> None:
 @_TARGET
 @_NAMESPACE
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--node", type=click.IntRange(min=0), help="All of a node's log, of every rank.")
-@click.option("--previous", is_flag=True, help="Of the pod before this one.")
-@click.option("-f", "--follow", is_flag=True, help="Stay, and show what comes.")
+@click.option("--node", type=click.IntRange(min=0), help="The whole log of a node, of all ranks.")
+@click.option("--previous", is_flag=True, help="The log of the previous pod.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines.")
 def logs(
     name: str,
     target: Target,
@@ -335,7 +335,7 @@ def logs(
     previous: bool,
     follow: bool,
 ) -> None:
-    """Print what a rank wrote: rank 0 speaks for all."""
+    """Print the log of a rank; rank 0 reports for all."""
     from launch.engines.kubernetes import jobs
     from launch.engines.kubernetes.api import Api
 
@@ -370,9 +370,9 @@ def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
 
 
 def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
-    """A name for each run of a W&B sweep: all of them are of one spec, and none may resume another.
+    """A name for each run of a W&B sweep: all share one spec, and none may resume another.
 
-    The agent gives a run that was preempted its id again, and so the name under which it resumes.
+    The agent restarts a preempted run with the same id, so it gets the same name and resumes.
     """
     run_id = os.environ.get("WANDB_RUN_ID")
     if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
@@ -381,10 +381,10 @@ def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
 
 
 def _node(processes: str | None) -> Node | None:
-    """The node that this command is the launcher of, where its environment tells of one."""
+    """The node that this command launches, if the environment describes one."""
     node = node_here()
     if node is not None and processes is not None:
-        raise SpecError("--processes: PET_NPROC_PER_NODE has said how many; leave it out.")
+        raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
     step = step_here() if node is None else None
     return node if step is None else node_of(step, processes=processes, variables=os.environ)
 
@@ -402,7 +402,7 @@ def _process_count(asked: str | None) -> int:
 
 
 def main() -> None:
-    """Run the command; every mistake of a person ends with one message and exit code 64."""
+    """Run the command; every user error ends with one message and exit code 64."""
     try:
         try:
             evenstep.main(prog_name="evenstep", standalone_mode=False)
@@ -415,18 +415,18 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as mistake:
-        if _speaks_for_all():
-            told = printable(mistake.format_message(), keep=LINES)
-            click.echo(f"error: {told}{_without_dashes(mistake)}", err=True)
+        if _reports_errors():
+            message = printable(mistake.format_message(), keep=LINES)
+            click.echo(f"error: {message}{_without_dashes(mistake)}", err=True)
         sys.exit(SpecError.exit_code)
     except EvenstepError as error:
-        if _speaks_for_all():
+        if _reports_errors():
             click.echo(f"error: {printable(redacted(str(error)), keep=LINES)}", err=True)
         sys.exit(error.exit_code)
 
 
-def _speaks_for_all() -> bool:
-    """Whether this process tells a mistake that all of them meet."""
+def _reports_errors() -> bool:
+    """Whether this process prints an error that all processes have in common."""
     try:
         place = launched()
     except SpecError:
@@ -435,10 +435,10 @@ def _speaks_for_all() -> bool:
 
 
 def _without_dashes(mistake: click.ClickException) -> str:
-    """A hint where an override is written like an option."""
+    """A hint for an override that is written like an option."""
     if not isinstance(mistake, click.NoSuchOption):
         return ""
     key = mistake.option_name.removeprefix("--")
     if key.partition(".")[0] not in Spec.model_fields:
         return ""
-    return f" What changes a key of the spec has no dashes: {key}=VALUE."
+    return f" To change a key of the spec, write {key}=VALUE, without dashes."

@@ -84,7 +84,7 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_told(tmp_path):
 
 def test_an_override_with_dashes_is_told_without(tmp_path):
     line = told("run", "digits", "--optimizer.lr=0.02", cwd=tmp_path)
-    hint = "What changes a key of the spec has no dashes: optimizer.lr=VALUE."
+    hint = "To change a key of the spec, write optimizer.lr=VALUE, without dashes."
     assert line == f"error: No such option '--optimizer.lr'. {hint}\n"
 
 

@@ -122,8 +122,8 @@ MISTAKES = [
      "bad.yaml:6:32: kubernetes.memory: must be a quantity of Kubernetes, such as 500m, 4 or 16Gi, "
      "but is '16GB'"),
     ("kubernetes: {image: a, memory: 2Gi}",
-     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which is in it, "
-     "but is 2Gi"),
+     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which is a part "
+     "of it, but is 2Gi"),
     ("kubernetes: {image: a, mounts: [{path: /data, claim: c, secret: s}]}",
      "bad.yaml:6:33: kubernetes.mounts.0: must have one of claim, secret and config_map, "
      "but has claim and secret"),
@@ -186,7 +186,7 @@ MISTAKES = [
     # keys that do not go together
     ("length: {}", "bad.yaml:4:9: length: must have epochs or steps, but has neither"),
     ("length: {epochs: 1, steps: 1}",
-     "bad.yaml:4:9: length: must have epochs or steps, but has both; empty one, such as by "
+     "bad.yaml:4:9: length: must have epochs or steps, but has both; clear one, such as by "
      "length.epochs="),
     ("batch: {global_batch: 8, micro_batch: 16}",
      "bad.yaml:3:8: batch: micro_batch must be at most global_batch (8), but is 16"),

@@ -40,7 +40,7 @@ def checkpoints(run: Path) -> None:
 
 
 def _listed(directory: Path) -> int:
-    """Print what is there; how many of them are damaged."""
+    """Print the checkpoints; return how many of them are damaged."""
     damaged = 0
     for checkpoint in checkpoints_in(directory):
         damage = damage_of(checkpoint)
@@ -76,14 +76,14 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 @click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
 @click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
-@click.option("--average", is_flag=True, help="The weights' moving average.")
+@click.option("--average", is_flag=True, help="Export the moving average of the weights.")
 def export(
     run: Path, overrides: tuple[str, ...], file: Path, checkpoint: str, average: bool
 ) -> None:
     """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
     of a model of transformers, as a directory DIR that its from_pretrained reads.
 
-    For a directory the task makes the model; KEY=VALUE says where its files have moved to."""
+    For a directory the task builds the model; KEY=VALUE gives new paths of files that moved."""
     found = find_run(run)
     found.read_facts()
     if file.suffix not in ("", ".safetensors"):

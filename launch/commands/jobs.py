@@ -18,7 +18,7 @@ from service.spec.files import load_spec
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def new(directory: Path) -> None:
-    """Write a commented task and spec into DIRECTORY to begin a job of your own."""
+    """Write a commented task and spec into DIRECTORY, as the start of your own job."""
     from service.spec.new_job import SPEC, start
 
     for path in start(directory):
@@ -33,7 +33,7 @@ def new(directory: Path) -> None:
 @click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
 @click.option("--processes", metavar="N", type=click.IntRange(min=1), default=1)
 def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
-    """Try every part of SPEC once and small: task, step, test, checkpoint, memory."""
+    """Run a small part of SPEC: task, one step, test, checkpoint, memory."""
     begin = time.perf_counter()
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -60,7 +60,7 @@ def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(spec: str | None, processes: int, runs: Path, as_json: bool) -> None:
-    """Check this machine, with SPEC against its needs. Exit 0: fine, 1: warnings, 2: failed."""
+    """Check this machine; with SPEC, for that job. Exit 0: fine, 1: warnings, 2: failures."""
     from launch.commands.doctor import Asked, examined, exit_code
 
     loaded = load_spec(find_recipe(spec)) if spec is not None else None

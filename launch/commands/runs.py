@@ -26,7 +26,7 @@ _WIDEST = 120  # characters of a cell: one run does not draw out the table of al
     show_default=True,
 )
 def report(runs: tuple[str, ...], output: Path) -> None:
-    """Draw one page about RUNs: directories, or names of runs in ./runs. Needs no network."""
+    """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network."""
     from service.observability.report import write_report
     from service.runs.history import read_history
 
@@ -39,7 +39,7 @@ def report(runs: tuple[str, ...], output: Path) -> None:
 @click.command(name="runs")
 @click.argument("directory", type=click.Path(path_type=Path), default="runs")
 def list_runs(directory: Path) -> None:
-    """List the runs in DIRECTORY (default: runs), the latest news first."""
+    """List the runs in DIRECTORY (default: runs), the most recently changed first."""
     from service.runs.history import histories_in
 
     found, broken = histories_in(directory)

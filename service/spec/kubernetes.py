@@ -27,16 +27,16 @@ DnsName = Annotated[str, Field(pattern=DNS_NAME)]
 
 
 class TolerationSpec(Part):
-    """A taint of cluster nodes that the pods put up with."""
+    """A taint of cluster nodes that the pods tolerate."""
 
     key: str | None = None
-    """The taint's key; without one, every taint."""
+    """The taint's key. Default: every taint."""
     operator: Literal["Exists", "Equal"] = "Exists"
-    """Whether the taint's value matters."""
+    """`Exists` ignores the taint's value; `Equal` compares it."""
     value: str | None = None
-    """The taint's value, where it does."""
+    """The taint's value, with `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """The taint's effect; without one, every effect."""
+    """The taint's effect. Default: every effect."""
 
     @model_validator(mode="after")
     def _value_where_it_matters(self) -> Self:
@@ -48,10 +48,10 @@ class TolerationSpec(Part):
 
 
 class MountSpec(Part):
-    """Something of the namespace that the pods see as files: give claim, secret or config_map."""
+    """A volume mounted in the pods: set one of claim, secret and config_map."""
 
     path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
-    """Where it is seen."""
+    """The mount path in the pod."""
     claim: DnsName | None = None
     """A PersistentVolumeClaim."""
     secret: DnsName | None = None
@@ -59,7 +59,7 @@ class MountSpec(Part):
     config_map: DnsName | None = None
     """A ConfigMap."""
     read_only: bool = True
-    """Whether a claim can only be read; the others always can only be read."""
+    """Mount a claim read-only; Secrets and ConfigMaps are always read-only."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -71,68 +71,68 @@ class MountSpec(Part):
 
 
 class KubernetesSpec(Part):
-    """Where and with what the job runs on a cluster; it never changes the result."""
+    """How the job runs on a Kubernetes cluster; it never changes the result."""
 
     image: Annotated[
         str, Field(pattern=IMAGE, examples=["registry.example.com/team/evenstep:0.1.0"])
     ]
-    """The container image, best by its digest."""
+    """The container image, preferably with its digest."""
     nodes: Annotated[int, Field(ge=1)] = 1
     """Pods that train together."""
     processes_per_node: Annotated[int, Field(ge=1)] = 1
-    """Training processes of each pod, and so its devices."""
+    """Training processes in each pod; each uses one device."""
     device: Annotated[str, Field(pattern=DEVICE)] = "nvidia.com/gpu"
-    """What the cluster calls a device, such as amd.com/gpu; `cpu` trains without one."""
+    """The cluster's resource name of a device, such as amd.com/gpu; `cpu` uses no device."""
     cpu: Quantity = "4"
     """Cores of each pod."""
     memory: Quantity = "16Gi"
-    """Memory of each pod, with `shared_memory` in it."""
+    """Memory of each pod, including `shared_memory`."""
     shared_memory: Quantity = "2Gi"
-    """Size of /dev/shm, through which loader workers and NCCL hand their data."""
+    """Size of /dev/shm, which loader workers and NCCL use to exchange data."""
     scratch: Quantity = "10Gi"
-    """Size of /tmp, the one other place a pod can write to."""
+    """Size of /tmp, the only other place where a pod can write."""
     storage_claim: DnsName | None = None
-    """A PersistentVolumeClaim that is there and holds the runs. Default: one is made."""
+    """An existing PersistentVolumeClaim for the runs. Default: a new one is created."""
     storage: Quantity = "50Gi"
-    """Size of the claim that is made."""
+    """Size of the new claim."""
     storage_class: DnsName | None = None
-    """Its storage class; with several nodes it must offer ReadWriteMany."""
+    """Storage class of the new claim; with several nodes it must support ReadWriteMany."""
     namespace: DnsLabel | None = None
-    """The namespace. Default: the one of whoever applies it."""
+    """The namespace. Default: the one of the current kubectl context."""
     node_selector: dict[
         Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]
     ] = Field(default={})
     """Labels that the cluster's nodes must have."""
     tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
-    """Taints to put up with, besides the one of the devices."""
+    """Taints that the pods tolerate, in addition to the taint of the devices."""
     topology: Annotated[str, Field(pattern=LABEL)] = "topology.kubernetes.io/zone"
-    """Pods prefer nodes with one value of this label; `none` has no preference."""
+    """Pods prefer nodes that share the value of this label; `none` for no preference."""
     queue: DnsLabel | None = None
-    """Kueue's LocalQueue; it then decides when the job starts."""
+    """A LocalQueue of Kueue, which then decides when the job starts."""
     priority_class: DnsName | None = None
-    """Which jobs go first when there is not room for all."""
+    """The PriorityClass of the pods: which pods start first when resources are short."""
     image_pull_secret: DnsName | None = None
-    """The Secret with which the image is fetched."""
+    """The Secret for pulling the image."""
     env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = Field(default={})
-    """Further environment variables."""
+    """Additional environment variables."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
-    """Further files: data sets, certificates, credentials."""
+    """Additional volumes: data sets, certificates, credentials."""
     wandb_secret: DnsName = "wandb"
-    """The Secret whose `api-key` is the key of Weights & Biases; W&B is offline without it."""
+    """The Secret whose `api-key` is the API key of W&B; without it, W&B is offline."""
     egress: tuple[str, ...] = Field(default=(), strict=False)
-    """Address blocks the pods may speak to besides each other and DNS, such as 10.1.2.0/24."""
+    """Address blocks that the pods may connect to, besides each other and DNS: 10.1.2.0/24."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often one node may fail on its own account before the job has failed."""
+    """Failures of one node, caused by that node, after which the job fails."""
     grace_seconds: Annotated[int, Field(ge=30)] = 180
-    """What a pod is given to save its state when it has to go."""
+    """Time for a pod to save its state before it is killed."""
     deadline_seconds: Annotated[int, Field(ge=1)] = 604_800
-    """The job has failed when it takes longer."""
+    """The job fails when it runs longer than this."""
     keep_seconds: Annotated[int, Field(ge=0)] = 86_400
-    """How long a finished job is kept to be looked at; the runs stay."""
+    """How long a finished Job object is kept for inspection; the runs stay."""
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
-    """Where the nodes meet."""
+    """Port of the rendezvous on node 0."""
     meeting_seconds: Annotated[int, Field(ge=1)] = 600
-    """How long a node waits there for the others before it starts again."""
+    """How long a node waits at the rendezvous for the others before it restarts."""
 
     @property
     def on_cpu(self) -> bool:
@@ -154,8 +154,8 @@ class KubernetesSpec(Part):
     def _memory_holds_what_is_shared(self) -> Self:
         if quantity(self.shared_memory) >= quantity(self.memory):
             raise wrong(
-                f"memory must be more than shared_memory ({self.shared_memory}), which is in it, "
-                f"but is {self.memory}"
+                f"memory must be more than shared_memory ({self.shared_memory}), which is a part "
+                f"of it, but is {self.memory}"
             )
         return self
 

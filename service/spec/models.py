@@ -16,15 +16,15 @@ from service.spec.schedule import ConstantSpec, Schedules
 
 
 class BatchSpec(Part):
-    """How many rows one optimizer step takes, and in pieces of how many they are computed."""
+    """The rows of one optimizer step, and the rows of one forward pass."""
 
     global_batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(examples=[128])
     """Rows of one optimizer step over all processes; `all` is the whole data set (full-batch)."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
-    """Rows of one forward pass. It decides the arithmetic, so it belongs to the experiment;
-    the number of processes only decides who computes which. Default: 32, or less where the
-    global batch is smaller. `auto`: the most that fit in memory when the run is begun; its own
-    spec.yaml has the number, and it stays so."""
+    """Rows of one forward pass. It changes the arithmetic, so it is part of the experiment; the
+    number of processes only decides which process computes which micro-batch. Default: 32, or
+    less if the global batch is smaller. `auto`: the most rows that fit in memory when the run
+    first starts; the run's spec.yaml records the number, and later attempts use it."""
 
     @model_validator(mode="after")
     def _pieces_of_the_whole(self) -> Self:
@@ -38,10 +38,10 @@ class BatchSpec(Part):
 
 
 class LengthSpec(Part):
-    """How long to train: give `epochs` or `steps`."""
+    """How long to train: set `epochs` or `steps`."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows; a fraction is fine."""
+    """Passes over the training rows; may be a fraction."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps."""
 
@@ -51,7 +51,7 @@ class LengthSpec(Part):
             if self.steps is None:
                 raise wrong("must have epochs or steps, but has neither")
             raise wrong(
-                "must have epochs or steps, but has both; empty one, such as by length.epochs="
+                "must have epochs or steps, but has both; clear one, such as by length.epochs="
             )
         return self
 
@@ -65,21 +65,21 @@ class ActivationCheckpointingSpec(Part):
 
 
 class ModelSpec(Part):
-    """How the model is run."""
+    """How the model is computed."""
 
     batchnorm: Literal["micro", "sync", "local"] = "micro"
     """`micro`: statistics of each micro-batch, running statistics equal at every number of
     processes. `sync`: statistics over all processes. `local`: each process keeps its own."""
     buffers: Literal["mean", "sum", "first", "local"] = "mean"
-    """What buffers that move in training, besides BatchNorm's, become after a step: the `mean` over
-    its micro-batches, the `sum` of their changes, what its `first` one leaves; each process's own
-    with `local`."""
+    """New value, after a step, of the buffers (except BatchNorm's) that the forward pass changes:
+    the `mean` over the step's micro-batches, the old value plus the `sum` of their changes, or the
+    value after its `first` micro-batch. `local`: each process keeps its own."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights stay in the model's own type."""
+    """Precision of the forward and backward pass; weights keep the type that the model gave."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False
-    """Lay images out as NHWC, which convolutions on recent GPUs prefer."""
+    """Store images as NHWC, which is faster for convolutions on recent GPUs."""
     moving_average: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, such as 0.999."""
     activation_checkpointing: ActivationCheckpointingSpec | None = None
@@ -90,7 +90,7 @@ class TestSpec(Part):
     """When and how the test loop runs; it always runs at the end."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Test after every so many optimizer steps."""
+    """Optimizer steps between two tests."""
     every_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     micro_batch: Annotated[int, Field(ge=1)] = 256
@@ -100,44 +100,44 @@ class TestSpec(Part):
 
 
 class BestSpec(Part):
-    """Which test measure says that a checkpoint is the best."""
+    """The test measure that decides which checkpoint is the best."""
 
     measure: Annotated[str, Field(pattern=TEST_MEASURE, examples=["test/accuracy"])]
     """A key of the metrics, such as `test/accuracy`."""
     mode: Annotated[Literal["max", "min"], Field(examples=["max"])]
-    """Whether more of it is better, or less."""
+    """Whether a larger (`max`) or a smaller (`min`) value is better."""
 
 
 class EarlyStoppingSpec(BestSpec):
-    """Ends the run, as done, when a test measure has stopped improving."""
+    """Ends the run as done when a test measure stops improving."""
 
     patience: Annotated[int, Field(ge=1, examples=[5])]
-    """Tests in a row without improvement that it takes."""
+    """Consecutive tests without improvement before the run ends."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Improvement that is too small to count, in the measure's own unit."""
+    """Smallest change that counts as an improvement, in the unit of the measure."""
 
 
 class CheckpointSpec(Part):
     """When a checkpoint is written; one is always written at the end and when stopped."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Write one after every so many optimizer steps."""
+    """Optimizer steps between two checkpoints."""
     every_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     keep: Annotated[int, Field(ge=1)] = 3
-    """How many of the newest are kept; the best one is kept besides."""
+    """How many of the newest to keep; the best one is kept in addition."""
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Besides the newest ones, keep for good the first at or after each so many steps."""
+    """In addition, never delete the first checkpoint at or after every multiple of this step."""
     best: BestSpec | None = None
-    """Which checkpoint to keep besides the newest ones."""
+    """Which checkpoint to keep in addition to the newest ones."""
     rename: dict[str, str] = Field(default={})
-    """Old names of parameters and modules, and what the model calls them now."""
+    """Maps old names of parameters and modules to their names in the model now."""
     asynchronous: bool = True
-    """Hold training only while the state is copied, and write it beside the steps that follow.
-    It takes main memory for one more copy of weights and optimizer state on the first node."""
+    """Training pauses only while the state is copied; a background thread writes the copy. The
+    first node needs main memory for one more copy of the weights and optimizer state."""
     on_failure: Literal["stop", "go_on"] = "stop"
-    """What follows when one cannot be written, such as on a full disk. The last one of a run
-    must succeed either way."""
+    """What to do when a checkpoint cannot be written, such as on a full disk. The last
+    checkpoint of a run must succeed in both cases."""
 
     _one_interval = model_validator(mode="after")(lambda self: _at_most_one_interval(self))
 
@@ -149,32 +149,32 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
 
 
 class ExchangeSpec(Part):
-    """How several processes add up their gradients; one process has nobody to exchange with."""
+    """How several processes sum their gradients; not used by a single process."""
 
     precision: Literal["full", "bf16"] = "full"
-    """What gradients travel in. `bf16` halves the bytes and rounds each gradient and sum to 8 bits,
-    so the result then depends on the number of processes."""
+    """Number format in which gradients are sent. `bf16` halves the bytes and rounds each gradient
+    and sum to 8 bits, so the result then depends on the number of processes."""
     bucket_mib: Annotated[int, Field(ge=1)] = 25
-    """Gradients leave as soon as so many MiB of them are there, beside the backward pass."""
+    """MiB of gradients in one message. A message is sent during the backward pass, when full."""
     static_graph: bool = False
-    """Promise that every step trains the same parameters in the same order, which then is not
-    looked up in each of them."""
+    """Promise that every step trains the same parameters in the same order, so that DDP need not
+    search for unused parameters in each step."""
 
 
 class LoaderSpec(Part):
     """How rows are read."""
 
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Reading processes beside each training process; 0 reads in place. `auto`: as many as the
-    cores that the container gives each training process, without the one that trains."""
+    """Worker processes for each training process; with 0 the training process reads the rows.
+    `auto`: the container's cores for each training process, less the one that trains."""
     stream: Literal["whole", "split"] = "whole"
-    """Of data that can only be iterated: every process reads all of it, and the run does not
-    depend on their number; or each reads its own part, and it does."""
+    """For iterable data. `whole`: every process reads all rows, and the result does not depend on
+    the number of processes. `split`: each process reads its part, and the result depends on it."""
     prefetch: Annotated[int, Field(ge=1)] = 2
-    """Steps each worker reads ahead."""
+    """Steps that each worker reads ahead."""
     in_memory: bool = False
-    """Read every row once, at the start, and pick them from memory by their index from then on:
-    for rows that are the same each time they are read, and fit."""
+    """Read every row once, at the start, and keep all rows in memory. For rows that fit there and
+    are the same each time they are read."""
 
 
 class WandBSpec(Part):
@@ -183,18 +183,18 @@ class WandBSpec(Part):
     project: Annotated[str, Field(examples=["digits"])]
     """The project the run belongs to."""
     entity: str | None = None
-    """The user or team that owns the project. Default: the key's own."""
+    """The user or team that owns the project. Default: the entity of the API key."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is online where a key is set, and offline otherwise."""
+    """`auto` is online if an API key is set, and offline otherwise."""
     group: str | None = None
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
-    """Words to find the run by."""
+    """Tags of the run, to filter by."""
     finish_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long the end of a run may wait for W&B to take what it lacks."""
+    """How long the end of a run may wait for W&B to receive the remaining rows."""
     artifacts: Literal["none", "reference"] = "none"
-    """`reference`: at the end, tell where the newest and the best checkpoint lie. Nothing of them
-    is uploaded or copied."""
+    """`reference`: at the end, record the paths of the newest and the best checkpoint. The
+    checkpoints are not uploaded or copied."""
 
 
 class TrackioSpec(Part):
@@ -203,89 +203,90 @@ class TrackioSpec(Part):
     project: Annotated[str, Field(examples=["digits"])]
     """The project the run belongs to."""
     space: str | None = None
-    """A Hugging Face Space, as `user/name`. Default: this machine, for `trackio show`."""
+    """A Hugging Face Space, as `user/name`. Default: stored on this machine, for `trackio show`."""
 
 
 class TrackingSpec(Part):
-    """What is recorded and how often."""
+    """What is logged and how often."""
 
     log_every_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps from one line of the record to the next."""
+    """Optimizer steps between two rows of metrics.jsonl."""
     wandb: WandBSpec | None = None
-    """Show the run in Weights & Biases as well."""
+    """Also log to Weights & Biases."""
     tensorboard: bool = False
-    """Write an event file for TensorBoard into the run's directory as well."""
+    """Also write a TensorBoard event file, in the run's directory."""
     trackio: TrackioSpec | None = None
-    """Show the run in trackio as well."""
+    """Also log to trackio."""
 
 
 class FaultsSpec(Part):
-    """What happens when something goes wrong."""
+    """Timeouts, requests to stop, and failures."""
 
     hang_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """A process that stands still longer than this is reported and ended."""
+    """A process that makes no progress for this long is reported and killed."""
     startup_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """The same before the first step, which may load data and compile."""
+    """The same limit before the first step, when data are loaded and the model is compiled."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 50
-    """The processes agree at least this often whether one of them was asked to stop."""
+    """Most steps between two checks, by all processes together, for a request to stop."""
     stop_budget_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """What a request to stop may take, the last save included; then the launcher kills. `auto`:
-    120 s, or more where the saves of this run take longer."""
+    """Time for a requested stop, including the last save; after it the launcher kills the
+    processes. `auto`: 120 s, or more if the saves of this run take longer."""
     attempts_without_progress: Annotated[int, Field(ge=1)] = 3
-    """Give up, with exit code 42, after so many failures in a row without a new checkpoint."""
+    """Consecutive failures without a new checkpoint after which the run ends with exit code 42."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run, or leave out that step."""
+    """What to do when a loss or gradient is not finite: end the run, or skip the step."""
     skips_allowed: Annotated[int, Field(ge=0)] = 10
-    """With `skip`, how many steps of the run may be left out before it ends."""
+    """With `skip`: how many steps of the run may be skipped before it ends."""
 
 
 class Spec(Part):
     """A training job."""
 
     name: Annotated[str, Field(pattern=RUN_NAME, max_length=63, examples=["digits"])]
-    """Names the run and its directory."""
+    """Name of the run and of its directory."""
     task: Annotated[str, Field(examples=["./my_task.py:task"])]
-    """`package.module:name` or `./file.py:name`: what is trained."""
+    """The task, as `package.module:name` or `./file.py:name`."""
     task_args: dict[str, Any] = Field(default={})
-    """Arguments of the task, when it is a function. What begins with `./` or `../` is a path
+    """Arguments of the task, if it is a function. A text that begins with `./` or `../` is a path
     relative to the spec's directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Every random number of the run follows from it."""
+    """Seed of all random numbers of the run."""
     exactness: Literal["rounding", "bitwise"] = "rounding"
-    """How equal a run is at another number of processes: up to rounding, or to the bit. Bitwise
-    computes each micro-batch alone and sums in a fixed order, at 1, 2, 4, 8, ... processes."""
+    """How equal the results are at different numbers of processes: up to rounding, or in every
+    bit. `bitwise` computes each micro-batch alone and sums in a fixed order, at 1, 2, 4, 8, ...
+    processes."""
     batch: BatchSpec = Field(examples=[{"global_batch": 128}])
-    """How many rows one optimizer step takes."""
+    """The rows of one optimizer step, and the rows of one forward pass."""
     length: LengthSpec = Field(examples=[{"epochs": 10}])
     """How long to train."""
     model: ModelSpec = ModelSpec()
-    """How the model is run."""
+    """How the model is computed."""
     optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] = Field(
         examples=[{"name": "sgd", "lr": 0.1}]
     )
-    """What turns gradients into weights."""
+    """The optimizer and its options."""
     schedule: Annotated[Schedules, Discriminator(tag_by_name)] = ConstantSpec()
-    """Learning-rate multiplier over the run."""
+    """Multiplier of the learning rate during the run."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Gradients longer than this, over all parameters, are scaled down to it."""
+    """Gradients are scaled down if their norm over all parameters is larger than this."""
     max_grad_value: Annotated[float, Field(gt=0)] | None = None
-    """Every number of a gradient is cut to at most this, up and down; before `max_grad_norm`."""
+    """Each element of a gradient is clipped to [-this, this], before `max_grad_norm`."""
     test: TestSpec = TestSpec()
     """When and how the test loop runs."""
     early_stopping: EarlyStoppingSpec | None = None
-    """End the run when a test measure has stopped improving."""
+    """End the run when a test measure stops improving."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """When a checkpoint is written, and how many are kept."""
     loader: LoaderSpec = LoaderSpec()
     """How rows are read."""
     exchange: ExchangeSpec = ExchangeSpec()
-    """How several processes add up their gradients."""
+    """How several processes sum their gradients."""
     tracking: TrackingSpec = TrackingSpec()
-    """What is recorded and how often."""
+    """What is logged and how often."""
     faults: FaultsSpec = FaultsSpec()
-    """What happens when something goes wrong."""
+    """Timeouts, requests to stop, and failures."""
     kubernetes: KubernetesSpec | None = None
-    """Where and with what the job runs on a cluster."""
+    """How the job runs on a Kubernetes cluster."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -308,8 +309,8 @@ class Spec(Part):
     def _whole_to_the_bit(self) -> Self:
         if self.exactness == "bitwise" and self.exchange != ExchangeSpec():
             raise wrong(
-                "exactness: bitwise adds gradients in an order and a way of its own: "
-                "leave exchange out"
+                "exactness: bitwise sums gradients in a fixed order of its own: "
+                "remove the section exchange"
             )
         return self
 

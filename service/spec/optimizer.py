@@ -11,16 +11,16 @@ from service.spec.part import CUSTOM, IMPORT_STRING, Part, tag_by_name
 
 
 class OptimizerSpec(Part):
-    """What every optimizer has; each one's own options stand beside `lr`."""
+    """Keys of every optimizer; the options of each optimizer are on the same level as `lr`."""
 
     name: str = Field(examples=["sgd"])
-    """An optimizer of torch.optim by its own name, or `package.module:Class`."""
+    """The name of an optimizer of torch.optim, or `package.module:Class`."""
     lr: Annotated[float, Field(ge=0, examples=[0.1])]
     """The base learning rate, before the schedule's multiplier."""
     no_decay: tuple[Literal["norm", "bias"], ...] = Field(default=(), strict=False)
-    """Parameters that get no weight decay: `norm` layers' and `bias` terms."""
+    """Parameters without weight decay: those of `norm` layers, and `bias` terms."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Each layer's rate is this many times that of the layer after it; the last has it whole."""
+    """Each layer's rate is this factor times the rate of the next layer; the last has factor 1."""
     groups: tuple[Any, ...] = ()
     """Settings for parameters by their names; the first matching glob wins."""
 
@@ -38,9 +38,9 @@ class GroupSpec(Part):
     lr: Annotated[float, Field(ge=0)] | None = None
     """This group's base learning rate."""
     freeze: bool = False
-    """Leave these parameters as they are."""
+    """Do not train these parameters."""
     unfreeze_at_step: Annotated[int, Field(ge=1)] | None = None
-    """Leave them as they are for so many optimizer steps, and train them from then on."""
+    """Do not train them for this many optimizer steps, then train them."""
 
     def options(self) -> dict[str, Any]:
         """The options of the optimizer that the user gave for this group."""
@@ -118,7 +118,7 @@ _companion: dict[str, Any] = {
         Field(
             (),
             strict=False,
-            description="Globs over the names of parameters that the companion trains all the same",
+            description="Globs over names of further parameters that the companion trains",
         ),
     ),
 }

@@ -10,14 +10,13 @@ Schema = dict[str, Any]
 _INTRODUCTION = """\
 # The spec
 
-One YAML file says what is trained and how. It is read strictly: an unknown key, a wrong type, a
-key written twice are errors, each told with its line and column, all at once. `key=value` on the
-command line replaces a value: `optimizer.lr=0.02`, `optimizer.groups.0.lr=1e-4`, and
-`max_grad_norm=` for nothing. Scalars are those of YAML 1.2: `1e-3` is a number and `no` is text.
-JSON and TOML files are read as well.
+One YAML file describes the job. It is checked strictly: an unknown key, a wrong type and a
+duplicate key are errors. All errors are reported together, each with its line and column.
+`key=value` on the command line replaces a value: `optimizer.lr=0.02`,
+`optimizer.groups.0.lr=1e-4`; `max_grad_norm=` clears it. Scalars follow YAML 1.2: `1e-3` is a
+number and `no` is text. A spec can also be a JSON or TOML file.
 
-`evenstep schema --page` prints this page, from the schema that editors are given by
-`evenstep schema`.
+`evenstep schema --page` prints this page. `evenstep schema` prints the JSON Schema for editors.
 """
 
 
@@ -48,7 +47,7 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
 
 
 def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
-    """The keys that all have, those of a group, and then each one's own options."""
+    """The common keys, the keys of a group, and then the options of each optimizer."""
     common = _shared(members)
     common["name"] = {**common["name"], "type": "string"}
     common["name"].pop("const", None)
@@ -66,7 +65,7 @@ def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
             for key, value in member["properties"].items()
             if key not in common
         ]
-        options += ["whatever the class takes"] * bool(member.get("additionalProperties"))
+        options += ["all options of the class"] * bool(member.get("additionalProperties"))
         yield f"| `{name}` | {', '.join(options)} |"
 
 
@@ -87,7 +86,7 @@ def _table(part: Schema, schema: Schema, *, prefix: str) -> str:
 
 
 def _members(value: Schema, schema: Schema) -> list[Schema]:
-    """The sections that a value may be; none where it is a scalar, a list or free."""
+    """The sections that a value may be; empty for a scalar, a list or any value."""
     choices = value.get("oneOf") or value.get("anyOf") or [value]
     found = [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
     return [schema["$defs"][name] for name in found]

@@ -13,7 +13,7 @@ UNITS = ("steps", "epochs", "fraction")
 
 
 class ScheduleSpec(Part):
-    """Learning-rate multiplier over the run. Durations: give steps, epochs or a fraction."""
+    """Multiplier of the learning rate during the run. Durations: steps, epochs or a fraction."""
 
     needed: ClassVar[tuple[str, ...]] = ()
     """Durations without a default."""
@@ -41,14 +41,14 @@ class ScheduleSpec(Part):
 
 
 class ConstantSpec(ScheduleSpec):
-    """The base rate throughout."""
+    """The base rate during the whole run."""
 
     name: Literal["constant"] = "constant"
     """The shape after the warmup."""
 
 
 class LinearSpec(ScheduleSpec):
-    """Down a straight line to `final`."""
+    """Linear decay to `final`."""
 
     name: Literal["linear"]
     """The shape after the warmup."""
@@ -57,7 +57,7 @@ class LinearSpec(ScheduleSpec):
 
 
 class CosineSpec(ScheduleSpec):
-    """Down half a cosine to `final`."""
+    """Cosine decay to `final`."""
 
     name: Literal["cosine"]
     """The shape after the warmup."""
@@ -66,7 +66,7 @@ class CosineSpec(ScheduleSpec):
 
 
 class CosineRestartsSpec(ScheduleSpec):
-    """Down half a cosine to `final`, again and again."""
+    """Cosine decay to `final`, repeated in cycles."""
 
     needed = ("cycle",)
     name: Literal["cosine_restarts"]
@@ -78,13 +78,13 @@ class CosineRestartsSpec(ScheduleSpec):
     cycle_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """The same as a fraction of the run."""
     growth: Annotated[int, Field(ge=1)] = 1
-    """Each cycle is this many times as long as the one before."""
+    """Factor by which each cycle is longer than the one before."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Multiplier at the end of each cycle."""
 
 
 class PolynomialSpec(ScheduleSpec):
-    """Down to `final` along (1 - progress) to a power."""
+    """Decay to `final` as (1 - progress) to a power."""
 
     name: Literal["polynomial"]
     """The shape after the warmup."""
@@ -95,12 +95,12 @@ class PolynomialSpec(ScheduleSpec):
 
 
 class _EverySpec(ScheduleSpec):
-    """What happens again and again."""
+    """A multiplication that is repeated at a fixed interval."""
 
     gamma: Annotated[float, Field(gt=0, le=1, examples=[0.1])]
-    """What the rate is multiplied by each time."""
+    """Factor by which the rate is multiplied each time."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Time from one multiplication to the next."""
+    """Steps between two multiplications."""
     every_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     every_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -108,7 +108,7 @@ class _EverySpec(ScheduleSpec):
 
 
 class ExponentialSpec(_EverySpec):
-    """Times `gamma` over each stretch, smoothly, from the end of the warmup on."""
+    """Smooth decay by `gamma` in each interval, from the end of the warmup on."""
 
     needed = ("every",)
     name: Literal["exponential"]
@@ -116,7 +116,7 @@ class ExponentialSpec(_EverySpec):
 
 
 class StepSpec(_EverySpec):
-    """Times `gamma` at the end of each stretch, counted from the beginning of the run."""
+    """Multiplied by `gamma` at the end of each interval, counted from the start of the run."""
 
     needed = ("every",)
     name: Literal["step"]
@@ -124,15 +124,15 @@ class StepSpec(_EverySpec):
 
 
 class MultiStepSpec(ScheduleSpec):
-    """Times `gamma` at each of several moments, counted from the beginning of the run."""
+    """Multiplied by `gamma` at several given times, counted from the start of the run."""
 
     needed = ("at",)
     name: Literal["multi_step"]
     """The shape after the warmup."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What the rate is multiplied by each time."""
+    """Factor by which the rate is multiplied each time."""
     at_steps: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, strict=False)
-    """After how many optimizer steps."""
+    """Optimizer steps after which the rate is multiplied."""
     at_epochs: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, strict=False)
     """The same in epochs."""
     at_fraction: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
@@ -142,12 +142,12 @@ class MultiStepSpec(ScheduleSpec):
 
 
 class OneCycleSpec(ScheduleSpec):
-    """Up from `start` to the whole rate, and down from there to `final`."""
+    """Rise from `start` to the base rate, then decay to `final`."""
 
     name: Literal["one_cycle"]
     """The shape after the warmup."""
     rise_steps: Annotated[int, Field(ge=1)] | None = None
-    """Length of the way up. Default: 0.3 of the run."""
+    """Length of the rise. Default: 0.3 of the run."""
     rise_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     rise_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -157,16 +157,16 @@ class OneCycleSpec(ScheduleSpec):
     final: Annotated[float, Field(ge=0, le=1)] = 4e-6
     """Multiplier at the last step."""
     shape: Literal["cosine", "linear"] = "cosine"
-    """How both ways are bent."""
+    """Shape of the rise and of the decay."""
 
 
 class InverseSqrtSpec(ScheduleSpec):
-    """Down as one over the root of the steps taken; the warmup's length sets the scale."""
+    """Decay as one over the square root of the steps; the warmup's length sets the scale."""
 
     name: Literal["inverse_sqrt"]
     """The shape after the warmup."""
     timescale_steps: Annotated[int, Field(ge=1)] | None = None
-    """Three times this long after the warmup, the rate is half. Default: the warmup, or 1 step."""
+    """The rate is half at three times this after the warmup. Default: the warmup, or 1 step."""
     timescale_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     timescale_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -174,49 +174,49 @@ class InverseSqrtSpec(ScheduleSpec):
 
 
 class WarmupStableDecaySpec(ScheduleSpec):
-    """The whole rate until shortly before the end, then down to `final`."""
+    """The base rate until near the end of the run, then decay to `final`."""
 
     name: Literal["warmup_stable_decay"]
     """The shape after the warmup."""
     decay_steps: Annotated[int, Field(ge=1)] | None = None
-    """Length of the way down. Default: 0.2 of the run."""
+    """Length of the decay. Default: 0.2 of the run."""
     decay_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """The same as a fraction of the run."""
     shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    """How the way down is bent; `sqrt` is 1 - sqrt(progress)."""
+    """Shape of the decay; `sqrt` is 1 - sqrt(progress)."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Multiplier at the end."""
 
 
 class PlateauSpec(ScheduleSpec):
-    """Times `gamma` whenever a test measure has stopped improving."""
+    """Multiplied by `gamma` each time a test measure stops improving."""
 
     name: Literal["plateau"]
     """The shape after the warmup."""
     measure: Annotated[str, Field(pattern=TEST_MEASURE, examples=["test/loss"])]
     """A key of the metrics, such as `test/loss`."""
     mode: Annotated[Literal["max", "min"], Field(examples=["min"])]
-    """Whether more of it is better, or less."""
+    """Whether a larger (`max`) or a smaller (`min`) value is better."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What the rate is multiplied by each time."""
+    """Factor by which the rate is multiplied each time."""
     patience: Annotated[int, Field(ge=1)] = 10
-    """Tests in a row without improvement that it takes."""
+    """Consecutive tests without improvement before the rate is multiplied."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Improvement that is too small to count, in the measure's own unit."""
+    """Smallest change that counts as an improvement, in the unit of the measure."""
     cooldown: Annotated[int, Field(ge=0)] = 0
-    """Tests after each time that are not counted."""
+    """Tests that are ignored after each multiplication."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Multiplier below which it never goes."""
+    """Lower limit of the multiplier."""
 
 
 class CustomScheduleSpec(ScheduleSpec):
-    """Any of torch.optim.lr_scheduler, or a function of an optimizer that makes one."""
+    """A class of torch.optim.lr_scheduler, or a function from an optimizer to a scheduler."""
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, Field(pattern=IMPORT_STRING)]
-    """The scheduler's class, as `package.module:Class`; its options stand beside it."""
+    """The scheduler's class, as `package.module:Class`; its options are on the same level."""
 
     def options(self) -> dict[str, Any]:
         """The scheduler's own options."""
