@@ -10,16 +10,23 @@ from commands import evenstep
 from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
-from torchmetrics import PearsonCorrCoef
-from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, BinaryF1Score
+from torchmetrics import ClasswiseWrapper, MetricCollection, PearsonCorrCoef
+from torchmetrics.classification import (
+    BinaryAUROC,
+    BinaryAveragePrecision,
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassRecall,
+)
 
 from service.basics import randomness
-from service.basics.errors import DataBroken
+from service.basics.errors import DataBroken, SpecError
 from service.data.loading import test_batches as batches_of
 from service.data.task import supervised
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
 from service.evaluation.test_loop import Counted
 from service.evaluation.test_loop import test as run_test
+from service.optimization.train_state import require_measured, require_measures
 from service.plan.plan import make_plan
 from service.spec.files import load_spec
 
@@ -32,8 +39,10 @@ def _task():
     labels = (points[:, 0] + 0.5 * torch.randn(ROWS, generator=generator) > 0).long()
 
     class Fixed(torch.nn.Module):
+        """Gives its outputs as a transformers model does."""
+
         def forward(self, x):
-            return x[:, :1] * torch.tensor([-1.0, 1.0])
+            return {"logits": x[:, :1] * torch.tensor([-1.0, 1.0]), "hidden": x}
 
     warnings.filterwarnings("ignore", "Metric `", UserWarning)  # that it keeps every output
     return supervised(
@@ -41,11 +50,17 @@ def _task():
         train=TensorDataset(points[:64], labels[:64]),
         test=TensorDataset(points, labels),
         measures={
-            "accuracy": lambda outputs, targets: outputs.argmax(1) == targets,
+            "accuracy": "accuracy",
             "auroc": Area(),
             "precision": Precision(),
             "f1": F1(),
             "correlation": Correlation(),
+            "mistakes": "error",
+            "classes": MetricCollection(
+                {"each": MulticlassRecall(2, average=None), "all": MulticlassAccuracy(2)}
+            ),
+            "named": Named(),
+            "by_name": ClasswiseWrapper(MulticlassRecall(2, average=None), labels=["no", "yes"]),
         },
     )
 
@@ -76,6 +91,13 @@ class Correlation(PearsonCorrCoef):
         super().update(outputs[:, 1], targets.float())
 
 
+class Named(F1):
+    """A metric that comes to a mapping."""
+
+    def compute(self):
+        return {"score": super().compute(), "seen": torch.stack([self.tp, self.fp]).flatten()}
+
+
 def measure(world, micro_batch):
     task = _task()
     spec = load_spec(spec_of("plain_rows", test={"micro_batch": micro_batch}))
@@ -102,12 +124,31 @@ def test_every_kind_of_measure_is_the_same_at_any_process_count(processes, count
 def test_they_are_what_one_pass_over_all_rows_gives(processes):
     task = _task()
     points, labels = task.test_data().tensors
-    outputs = task.model()(points)
+    outputs = task.model()(points)["logits"]
     (found,) = processes(1).run(measure, 100)
-    for name, metric in task.metrics.items():
+    for name in ("auroc", "precision", "f1", "correlation"):
+        metric = task.metrics[name]
         metric.update(outputs, labels)
         assert found[f"test/{name}"] == pytest.approx(float(metric.compute()), abs=1e-6)
+    recall = [(outputs.argmax(1) == labels)[labels == n].double().mean().item() for n in (0, 1)]
+    parts = [found[f"test/classes/each/{n}"] for n in (0, 1)]
+    assert parts == pytest.approx(recall, abs=1e-6)
+    assert found["test/classes/all"] == pytest.approx(sum(recall) / 2, abs=1e-6)
+    names = [name for name in found if name.startswith("test/by_name/")]
+    assert [found[name] for name in sorted(names)] == pytest.approx(recall, abs=1e-6)
+    assert found["test/named/score"] == found["test/f1"]
+    assert found["test/named/seen/0"] + found["test/named/seen/1"] == outputs.argmax(1).sum()
+    assert found["test/mistakes"] == pytest.approx(1 - found["test/accuracy"])
     assert found["test/accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
+
+
+def test_a_part_of_a_metric_can_decide():
+    best = {"measure": "test/classes/each/1", "mode": "max"}
+    spec = load_spec(spec_of("plain_rows", checkpoint={"best": best}))
+    require_measures(spec, _task())
+    require_measured(spec, {"test/classes/each/1": 0.5})
+    with pytest.raises(SpecError, match=r"gives no 'test/classes/each/1'; did you mean .*each/0"):
+        require_measured(spec, {"test/classes/each/0": 0.5})
 
 
 def test_more_processes_than_rows_count_each_once(processes):

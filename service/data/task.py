@@ -206,7 +206,18 @@ def with_loss(task: Task) -> WithLoss:
 
 def measured_by(task: Task) -> tuple[str, ...]:
     """Names of everything that the test loop measures."""
-    return ("loss", *task.measures, *getattr(task, "metrics", {}))
+    return ("loss", *task.measures, *metrics_of(task))
+
+
+def metrics_of(task: Task) -> dict[str, Any]:
+    """The torchmetrics metrics of a task by name; those of a collection as `collection/metric`."""
+    found: dict[str, Any] = {}
+    for name, metric in getattr(task, "metrics", {}).items():
+        parts = {name: metric}
+        if not hasattr(metric, "merge_state"):  # a MetricCollection
+            parts = {f"{name}/{key}": part for key, part in metric.items()}
+        found |= parts
+    return found
 
 
 def logits(outputs: Any) -> Tensor:
@@ -280,8 +291,12 @@ class _FromParts:
         self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
         self.test_rows = _length(self._test, "test")
         if not isinstance(measures, Mapping):
-            measures = {name: _known(name, MEASURES, "measure") for name in measures}
-        self.metrics = {n: m for n, m in measures.items() if hasattr(m, "merge_state")}
+            measures = {name: name for name in measures}
+        measures = {
+            name: _known(measure, MEASURES, "measure") if isinstance(measure, str) else measure
+            for name, measure in measures.items()
+        }
+        self.metrics = {n: m for n, m in measures.items() if hasattr(m, "compute")}
         sums = {name: m for name, m in measures.items() if name not in self.metrics}
         self._measures = list(sums.values())
         self.measures = tuple(sums)
@@ -325,8 +340,9 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
         test: such a data set, which can be no stream; None for a task without a test.
         loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
-        measures: names of `MEASURES`, or a mapping from a name to such a function, or to a
-            torchmetrics metric, which is given the model's outputs and the targets.
+        measures: names of `MEASURES`; or a mapping from a name to one of these, to such a function,
+            or to a torchmetrics metric or collection of them, which is given the outputs (their
+            logits, where they have any) and the targets.
         weight: what each value of the loss counts, as a function of the targets: 0 for the
             padding of a text, say.  Without it each row counts as 1; a loss with several values
             a row needs it.

@@ -13,6 +13,7 @@ from service.basics.errors import DataBroken, SpecError
 from service.data.batches import to_device
 from service.distributed.world import World
 
+_PARTS_AT_MOST = 1000  # numbers of one metric, such as one for each class
 _HELD_AT_MOST = 1000  # micro-batches whose sums are not in the table yet
 
 
@@ -126,13 +127,15 @@ class Gathered:
         self._kept: list[tuple[Any, Any]] = []
         for metric in self._metrics.values():
             metric.reset()
-            # It would ask the other processes by itself, and count everything twice.
-            metric.sync_on_compute = False
+            # By itself it would add up the states of all processes, and count everything twice.
+            for part in metric.modules():  # a wrapper's own metrics too
+                part.distributed_available_fn = _alone
         self._empty = copy.deepcopy(self._metrics)
         self._unmerged = {n: m for n, m in self._metrics.items() if not _merges_exactly(m)}
 
     def add(self, outputs: Any, targets: Any) -> None:
         """Take one micro-batch; they come in the order of the data set."""
+        outputs = _scores(outputs) if self._metrics else outputs
         for name, metric in self._metrics.items():
             if name not in self._unmerged:
                 metric.update(outputs, targets)
@@ -140,7 +143,11 @@ class Gathered:
             self._kept.append((to_device(outputs, _CPU), to_device(targets, _CPU)))
 
     def values(self) -> dict[str, float]:
-        """`test/<name>` of each, over the whole test set."""
+        """`test/<name>` of each over the whole test set, and `test/<name>/<key>` of its parts.
+
+        Raises:
+            SpecError: a metric comes to something else than numbers.
+        """
         if not self._metrics:
             return {}
         own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
@@ -155,20 +162,40 @@ class Gathered:
                 for outputs, targets in kept:
                     for metric in self._unmerged.values():
                         metric.cpu().update(outputs, targets)
-        return {f"test/{n}": _one_number(n, self._metrics[n].cpu()) for n in self._metrics}
+        found: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            found |= _numbers(f"test/{name}", metric.cpu().compute(), metric)
+        return found
 
 
-def _one_number(name: str, metric: Any) -> float:
-    value = metric.compute()
+def _alone() -> bool:
+    """What a metric is told when it asks whether there are other processes."""
+    return False
+
+
+def _scores(outputs: Any) -> Any:
+    """The outputs, or of a transformers model's their logits."""
+    there = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return there if (there := getattr(outputs, "logits", there)) is not None else outputs
+
+
+def _numbers(name: str, value: Any, metric: Any) -> dict[str, float]:
+    """A number by its name; of a vector or a mapping each one, as `<name>/<index or key>`."""
+    if isinstance(value, Tensor) and value.dim() == 1 and 1 < len(value) <= _PARTS_AT_MOST:
+        return {f"{name}/{n}": number for n, number in enumerate(value.tolist())}
+    if isinstance(value, Mapping):
+        parts = [_numbers(f"{name}/{key}", part, metric) for key, part in value.items()]
+        return {key: number for part in parts for key, number in part.items()}
     if isinstance(value, Tensor) and value.numel() != 1:
         kind = f"a tensor of shape {list(value.shape)}"
     elif not isinstance(value, Tensor | int | float):
         kind = f"a {type(value).__name__}"
     else:
-        return float(value)
+        return {name: float(value)}
     raise SpecError(
-        f"task.measures: {name} must come to one number, but {type(metric).__name__} gives {kind}. "
-        "Average it, such as by average='macro', or measure its parts by themselves."
+        f"task.measures: {name.removeprefix('test/')} must come to numbers: one, or a vector or a "
+        f"mapping of them; but {type(metric).__name__} gives {kind}. Average it, such as by "
+        "average='macro', or measure its parts by themselves."
     )
 
 

@@ -11,7 +11,7 @@ from service.basics.errors import DataBroken, SpecError
 from service.data.batches import Batch
 from service.data.losses import Entry, StepContext
 from service.data.own_step import Pass, SteppedModel
-from service.data.task import WithStep
+from service.data.task import WithStep, metrics_of
 from service.distributed.world import World
 from service.evaluation.metrics import Gathered
 from service.evaluation.named_sums import Ledger
@@ -40,7 +40,7 @@ class CountedSteps:
         self._step, self._epoch = step, plan.epoch(step)
         self._averaged = plan.spec.model.moving_average is not None
         self._ledger = Ledger()
-        self._gathered = Gathered(getattr(task, "metrics", {}), world)
+        self._gathered = Gathered(metrics_of(task), world)
         self._predictions = predictions
 
     def take(self, model: nn.Module, batch: Batch) -> None:
@@ -88,7 +88,7 @@ def entries_of_test(task: WithStep, taken: Pass) -> dict[str, Entry]:
         SpecError: a measure needs outputs and there are none, or has another shape.
     """
     entries, outputs = taken.entries(), widened(taken.outputs)
-    wanted = [*task.measures, *getattr(task, "metrics", {})]
+    wanted = [*task.measures, *metrics_of(task)]
     if wanted:
         _require_outputs(outputs, ", ".join(wanted))
     measured = _measured(task, outputs, taken.batch) if task.measures else {}

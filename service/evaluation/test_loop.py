@@ -10,7 +10,7 @@ from torch import nn
 
 from service.data.batches import Batch
 from service.data.shapes import require_loss_shape, require_measured_shape
-from service.data.task import Task, WithLoss, step_of, with_loss
+from service.data.task import Task, WithLoss, metrics_of, step_of, with_loss
 from service.distributed.world import World
 from service.evaluation.metrics import Gathered, Tally
 from service.evaluation.own_step_test import CountedSteps
@@ -75,7 +75,7 @@ class Counted:
         self._tally = Tally(
             task.measures, micro_batches=plan.test_micro_batches, device=world.device
         )
-        self._gathered = Gathered(getattr(task, "metrics", {}), world)
+        self._gathered = Gathered(metrics_of(task), world)
         self._predictions = predictions
 
     def take(self, model: nn.Module, batch: Batch) -> None:

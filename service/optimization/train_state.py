@@ -13,7 +13,7 @@ from torch._C._autograd import _profiler_enabled
 
 from service.basics.errors import SpecError, did_you_mean
 from service.data.streams import Stream
-from service.data.task import Task, measured_by, step_of
+from service.data.task import Task, measured_by, metrics_of, step_of
 from service.optimization.learning_rates import Schedule
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
@@ -172,14 +172,33 @@ def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = No
     """
     told = step_of(task) is None or known is not None
     known = [f"test/{name}" for name in known or measured_by(task)]
+    parts = tuple(f"test/{name}/" for name in metrics_of(task))  # of a metric; known when computed
+    for where, part in _decided(spec).items():
+        found = part.measure in known or part.measure.startswith(parts)
+        if told and not found:
+            near = did_you_mean(part.measure, known)
+            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+        if task.test_rows == 0:
+            raise SpecError(f"{where}: the task has no test rows to measure {part.measure} on.")
+
+
+def require_measured(spec: Spec, values: Mapping[str, float]) -> None:
+    """Check that a test pass gave the measures by which the spec wants to decide something.
+
+    Raises:
+        SpecError: it did not: a metric has no such part.
+    """
+    for where, part in _decided(spec).items():
+        if part.measure not in values:
+            near = did_you_mean(part.measure, values)
+            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+
+
+def _decided(spec: Spec) -> dict[str, BestSpec | PlateauSpec]:
+    """The sections that decide something by a test measure, by their keys."""
     asked = {
         "checkpoint.best": spec.checkpoint.best,
         "early_stopping": spec.early_stopping,
         "schedule": spec.schedule if isinstance(spec.schedule, PlateauSpec) else None,
     }
-    for where, part in asked.items():
-        if part is not None and told and part.measure not in known:
-            near = did_you_mean(part.measure, known)
-            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
-        if part is not None and task.test_rows == 0:
-            raise SpecError(f"{where}: the task has no test rows to measure {part.measure} on.")
+    return {where: part for where, part in asked.items() if part is not None}

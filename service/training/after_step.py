@@ -17,7 +17,7 @@ from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
 from service.health.throughput import Throughput
 from service.optimization.compilation import compiled_graphs
-from service.optimization.train_state import TrainState
+from service.optimization.train_state import TrainState, require_measured
 from service.optimization.updates import Updates
 from service.plan.plan import Plan
 from service.runs.tracking import Tracker
@@ -110,6 +110,8 @@ class AfterStep:
                 values |= test(state.tested, batches, world=world, counted=counted)
         except TestInterrupted:
             state.untested = {name: float(value) for name, value in values.items()}
+        else:
+            require_measured(plan.spec, values)
 
     def _record(self, state: TrainState, values: dict[str, float], *, saving: bool) -> None:
         self.heartbeat.enter("log")
