@@ -32,7 +32,7 @@ $(VENV)/checkov/bin/checkov:
 	python3 -m venv $(VENV)/checkov
 	$(VENV)/checkov/bin/pip install --quiet checkov==3.3.30
 
-# What takes minutes: pods that are killed, evicted, frozen.
+# What takes minutes: pods and Slurm's jobs that are killed, evicted, frozen.
 test-slow: $(READY)
 	$(BIN)/pytest -q -rs -m slow -o faulthandler_timeout=900
 

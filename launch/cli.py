@@ -6,11 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from launch.commands.checkpoints import checkpoints, export
+from launch.commands.engines import ENGINES, commands_of, complain, load_named
 from launch.commands.jobs import check, doctor, new
 from launch.commands.runs import list_runs, report
 from launch.environment import (
@@ -26,18 +27,15 @@ from launch.processes.terminal import ReaderGone
 from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
 from launch.rank.job import Job, TestJob
-from launch.slurm_step import node_of, step_here
+from launch.slurm_step import node_of, note_exit_code, slurm_grace, step_here
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.plan.plan import window_of
-from service.recipes import find_recipe, recipes
+from service.recipes import recipes
 from service.runs.directory import RunDirectory, check_run, find_run
 from service.runs.failure_reports import redacted
-from service.spec.files import load_spec, spec_schema
+from service.spec.files import spec_schema
 from service.spec.models import Spec
-
-if TYPE_CHECKING:
-    from launch.engines.kubernetes.manifests import Target
 
 _SPEC = click.argument("spec", metavar="SPEC")
 _OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
@@ -101,17 +99,19 @@ def run(
     node = _node(processes) if place is None else None
     asked = _process_count(node.processes if node else processes)
     window = window_of(profile) if profile is not None else None
-    loaded = _load(spec, overrides, name or _name_in_sweep(spec, overrides))
+    loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
     runs = runs.absolute()
+    if node is None or node.index == 0:
+        _tell_allowance(RunDirectory(runs / loaded.name))
     if place is None or place.rank == 0:
         check_run(runs, loaded, fresh=fresh)
-    given = torchrun_grace() if place is not None else None
+    given = torchrun_grace() if place is not None else slurm_grace(loaded)
     job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given)
     if node is not None and node.nodes > 1:
         from launch.nodes.node import run_node
 
-        leave(run_node(job, node, processes=asked))
+        leave(note_exit_code(run_node(job, node, processes=asked)))
     _start(
         job,
         place,
@@ -164,7 +164,7 @@ def _start(
         from launch.processes.local import run_locally
 
         ranks = range(1, processes) if echoed_logs else ()
-        with echoed(echoed_logs or Path(), ranks, _complain):
+        with echoed(echoed_logs or Path(), ranks, complain):
             code = run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic)
         leave(code)
     if place is not None:
@@ -213,7 +213,7 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Path) -> None:
     """Show what SPEC means: rows, steps, shares, rates, parameter groups. Needs no GPU."""
-    loaded = _load(spec, overrides, None)
+    loaded = load_named(spec, overrides, None)
     from service.preview.plan import planned
 
     click.echo(planned(loaded, processes=_process_count(processes), runs=runs.absolute()))
@@ -241,132 +241,8 @@ for _command in (new, check, doctor, list_runs, report):
     evenstep.add_command(_command)
 
 
-@evenstep.group()
-def kubernetes() -> None:
-    """Run a job on a cluster."""
-
-
-_TARGET = click.option(
-    "--target",
-    type=click.Choice(["job", "jobset", "kubeflow"]),
-    default="job",
-    show_default=True,
-    help="The kind of object; jobset and kubeflow must be installed in the cluster.",
-)
-_NAME = click.option("--name", help="Name of the run; the spec's own by default.")
-
-
-@kubernetes.command()
-@_SPEC
-@_OVERRIDES
-@_TARGET
-@_NAME
-def render(spec: str, overrides: tuple[str, ...], target: Target, name: str | None) -> None:
-    """Print the manifests of SPEC, for kubectl apply -f -."""
-    from launch.engines.kubernetes.manifests import new_secret, task_file, to_yaml
-    from launch.engines.kubernetes.manifests import render as manifests
-
-    loaded = _load(spec, overrides, name)
-    objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
-    click.echo(to_yaml(objects), nl=False)
-
-
-_RUN = click.argument("name", metavar="NAME")
-_NAMESPACE = click.option("-n", "--namespace", help="Default: the one of the kubectl context.")
-
-
-@kubernetes.command()
-@_SPEC
-@_OVERRIDES
-@_TARGET
-@_NAME
-@click.option(
-    "--wait", "waits", is_flag=True, help="Wait until the job ends; exit 0 if it completed."
-)
-def submit(
-    spec: str, overrides: tuple[str, ...], target: Target, name: str | None, waits: bool
-) -> None:
-    """Start SPEC on a cluster. Submit it again after it has ended to resume it."""
-    from launch.engines.kubernetes import jobs
-    from launch.engines.kubernetes.api import Api, ClusterError
-    from launch.engines.kubernetes.manifests import new_secret, task_file
-    from launch.engines.kubernetes.manifests import render as manifests
-
-    loaded = _load(spec, overrides, name)
-    objects = manifests(loaded, target=target, files=task_file(loaded), secret=new_secret())
-    namespace = loaded.kubernetes.namespace if loaded.kubernetes else None
-    with Api(namespace=namespace, say=_complain) as api:
-        jobs.submit(api, objects, say=click.echo)
-        if waits:
-            end = jobs.wait(api, jobs.KINDS[target], loaded.name, say=_complain)
-            click.echo(f"{loaded.name}: {end}")
-            if end.startswith("Failed"):
-                raise ClusterError(f"See: evenstep kubernetes logs {loaded.name}")
-
-
-@kubernetes.command()
-@_RUN
-@_TARGET
-@_NAMESPACE
-def status(name: str, target: Target, namespace: str | None) -> None:
-    """Show the job's pods, its step and loss, and why it does not start."""
-    from launch.engines.kubernetes import jobs
-    from launch.engines.kubernetes.api import Api
-
-    with Api(namespace=namespace, say=_complain) as api:
-        for line in jobs.status(api, jobs.KINDS[target], name):
-            click.echo(line)
-
-
-@kubernetes.command()
-@_RUN
-@_TARGET
-@_NAMESPACE
-@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--node", type=click.IntRange(min=0), help="The whole log of a node, of all ranks.")
-@click.option("--previous", is_flag=True, help="The log of the previous pod.")
-@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines.")
-def logs(
-    name: str,
-    target: Target,
-    namespace: str | None,
-    rank: int,
-    node: int | None,
-    previous: bool,
-    follow: bool,
-) -> None:
-    """Print the log of a rank; rank 0 reports for all."""
-    from launch.engines.kubernetes import jobs
-    from launch.engines.kubernetes.api import Api
-
-    with Api(namespace=namespace, say=_complain) as api:
-        kind = jobs.KINDS[target]
-        which: dict[str, Any] = {"node": node, "rank": rank, "previous": previous}
-        for line in jobs.logs(api, kind, name, **which, follow=follow):
-            click.echo(line)
-
-
-@kubernetes.command()
-@_RUN
-@_TARGET
-@_NAMESPACE
-def cancel(name: str, target: Target, namespace: str | None) -> None:
-    """Stop the job with a checkpoint; its runs stay."""
-    from launch.engines.kubernetes import jobs
-    from launch.engines.kubernetes.api import Api
-
-    with Api(namespace=namespace, say=_complain) as api:
-        click.echo(jobs.cancel(api, jobs.KINDS[target], name))
-
-
-def _complain(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _load(spec: str, overrides: tuple[str, ...], name: str | None) -> Spec:
-    if name is not None:
-        overrides = (*overrides, f"name={json.dumps(name)}")
-    return load_spec(find_recipe(spec), overrides=overrides)
+for _engine in ENGINES:
+    evenstep.add_command(commands_of(_engine))
 
 
 def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
@@ -377,7 +253,7 @@ def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
     run_id = os.environ.get("WANDB_RUN_ID")
     if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
         return None
-    return f"{_load(spec, overrides, None).name}-{run_id}"
+    return f"{load_named(spec, overrides, None).name}-{run_id}"
 
 
 def _node(processes: str | None) -> Node | None:
@@ -387,6 +263,17 @@ def _node(processes: str | None) -> Node | None:
         raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
     step = step_here() if node is None else None
     return node if step is None else node_of(step, processes=processes, variables=os.environ)
+
+
+def _tell_allowance(directory: RunDirectory) -> None:
+    """Say how long Slurm lets this attempt run, where it says so."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    from launch.engines.slurm.allowance import allowance
+
+    told = allowance(directory)
+    if told is not None:
+        complain(told)
 
 
 def _process_count(asked: str | None) -> int:
@@ -418,11 +305,11 @@ def main() -> None:
         if _reports_errors():
             message = printable(mistake.format_message(), keep=LINES)
             click.echo(f"error: {message}{_without_dashes(mistake)}", err=True)
-        sys.exit(SpecError.exit_code)
+        sys.exit(note_exit_code(SpecError.exit_code))
     except EvenstepError as error:
         if _reports_errors():
             click.echo(f"error: {printable(redacted(str(error)), keep=LINES)}", err=True)
-        sys.exit(error.exit_code)
+        sys.exit(note_exit_code(error.exit_code))
 
 
 def _reports_errors() -> bool:

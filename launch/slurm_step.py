@@ -14,11 +14,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.environment import Node
 from service.basics.errors import SpecError
+from service.health.stop_budget import GracePeriod
+from service.spec.models import Spec
 
 _FIRST_PORT, _PORTS = 15_000, 15_000
 """Below what systems hand out by themselves, from 32768 on."""
@@ -126,6 +129,29 @@ def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) 
         local_nodes=step.tasks_each,
         secret_name=f"slurm-{step.job}.{step.number}-{step.restart}",
     )
+
+
+def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int:
+    """Leave the exit code of this task where the script of the job looks for it; returns it.
+
+    srun alone tells the largest of all tasks.
+    """
+    variables = os.environ if variables is None else variables
+    folder, task = variables.get("EVENSTEP_EXIT_CODES"), variables.get("SLURM_PROCID", "")
+    if folder and task.isdecimal():
+        with suppress(OSError):  # the script takes srun's word then
+            Path(folder, task).write_text(f"{code}\n")
+    return code
+
+
+def slurm_grace(spec: Spec, variables: Mapping[str, str] | None = None) -> GracePeriod | None:
+    """What the script of a job gives a stop, where that is less than our launcher does."""
+    variables = os.environ if variables is None else variables
+    told = variables.get("EVENSTEP_STOP_SECONDS", "")
+    budget = spec.faults.stop_budget_seconds
+    if not told.isdecimal() or (budget != "auto" and budget <= int(told)):
+        return None
+    return GracePeriod(float(told), "slurm.stop_seconds")
 
 
 # ---- whether this is a task

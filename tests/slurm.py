@@ -22,7 +22,7 @@ NODES = ("n0", "n1")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 _NEEDED = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "mount")
 _NAMESPACES = ("unshare", "--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc")
-_DEADLINE_SECONDS = 60.0
+_DEADLINE_SECONDS = 240.0
 # Two devices that every machine has stand for GPUs: Slurm counts them, and nobody opens them.
 _GPUS = "NodeName=n[0-1] Name=gpu File=/dev/null,/dev/zero\n"
 # sched_interval and the like: a job is looked at every second, not every minute.
@@ -32,7 +32,7 @@ SlurmctldHost=n0(10.77.0.10)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={place}/munge/socket
+AuthInfo=socket={place}/munge/socket,cred_expire=5
 StateSaveLocation={place}/state
 SlurmdSpoolDir={place}/spool/%n
 SlurmctldPidFile={place}/controller.pid

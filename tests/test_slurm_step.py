@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from commands import BIN, CLEAN, evenstep
 
-from launch.slurm_step import hosts_of, node_of, step_here, step_of, tasks_of
+from launch.slurm_step import hosts_of, node_of, slurm_grace, step_here, step_of, tasks_of
 from service.basics.errors import SpecError
+from service.health.stop_budget import GracePeriod, StopBudget, grace_periods
+from service.recipes import find_recipe
+from service.spec.files import load_spec
 
 # As srun of Slurm 22.05 sets them in task 3 of 4 on two machines with two GPUs each.
 TASK = {
@@ -165,3 +168,16 @@ def test_tasks_beside_each_other_train_as_one(tmp_path: Path) -> None:
     assert "place 1 2 1 2" in told[1]
     assert "WARNING: no secret" not in "".join(told)
     assert list((tmp_path / "runs/.meetings").iterdir()) == [], "the secret is gone"
+
+
+def test_saves_that_take_longer_than_slurm_gives_a_stop_are_warned_of() -> None:
+    spec = load_spec(find_recipe("digits"))
+    given = slurm_grace(spec, {"EVENSTEP_STOP_SECONDS": "150"})
+    assert given == GracePeriod(150.0, "slurm.stop_seconds")
+    said: list[str] = []
+    budget = StopBudget(grace_periods(spec, launcher=given), say=said.append)
+    budget.learned(60.0, "as measured in this run")
+    assert said == []
+    budget.learned(90.0, "as measured in this run")
+    assert "slurm.stop_seconds gives it 150 s. Raise it to 190" in said[0]
+    assert slurm_grace(spec, {}) is None

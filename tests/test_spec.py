@@ -63,7 +63,7 @@ MISTAKES = [
     ("epoch: 3",
      "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, early_stopping, "
      "exactness, exchange, faults, kubernetes, length, loader, max_grad_norm, max_grad_value, "
-     "model, name, optimizer, schedule, seed, task, task_args, test, tracking"),
+     "model, name, optimizer, schedule, seed, slurm, task, task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),
@@ -459,6 +459,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "faults.stop_budget_seconds": "1",
         "faults.attempts_without_progress": "1",
         "kubernetes": "{image: 'a:1', nodes: 4}",
+        "slurm": "{nodes: 4}",
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():

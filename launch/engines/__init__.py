@@ -1,1 +1,7 @@
-"""What runs a job on machines that are not ours to start."""
+"""What runs a job on machines that are not ours to start: one package for each engine.
+
+From top to bottom; a room imports only from rooms below it:
+
+* kubernetes, slurm: the engines, each with an `engine` that keeps the contract.
+* contract: what every engine does: render, submit, status, logs and cancel, in the same words.
+"""

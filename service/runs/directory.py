@@ -415,6 +415,7 @@ def require_no_secret(spec: Spec) -> None:
         SpecError: names the place.
     """
     pods = dict(spec.kubernetes.env) if spec.kubernetes else {}
+    pods |= spec.slurm.env if spec.slurm else {}
     for place, value in _texts(spec.model_dump(mode="json")):
         if is_secret(value, os.environ | pods):
             better = "Let the task take it from the environment."
@@ -422,6 +423,11 @@ def require_no_secret(spec: Spec) -> None:
                 better = (
                     "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
                     "kubernetes.wandb_secret for the key of W&B."
+                )
+            if place.startswith("slurm."):
+                better = (
+                    "sbatch hands on what is set where the job is submitted; or keep it in a file "
+                    "that you alone can read, such as WANDB_API_KEY_FILE names."
                 )
             raise SpecError(
                 f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "

@@ -6,6 +6,7 @@ From top to bottom; a room imports only from rooms below it:
 * files: A spec as a file: read with the position of every mistake, written, compared, described.
 * models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
+* slurm: the section `slurm:`: what a job asks of Slurm, and how its script begins.
 * schedule: the section `schedule:`, one model for each shape of the learning rate.
 * optimizer: the section `optimizer:`, one model for each optimizer of torch.optim and one for any
   other.

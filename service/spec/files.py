@@ -419,6 +419,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
     "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
     "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
+    "slurm": "where it runs, and the number of processes, are not part of the experiment",
 }
 
 

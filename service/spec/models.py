@@ -13,6 +13,7 @@ from service.spec.kubernetes import KubernetesSpec
 from service.spec.optimizer import Optimizers
 from service.spec.part import RUN_NAME, TEST_MEASURE, Part, tag_by_name, wrong
 from service.spec.schedule import ConstantSpec, Schedules
+from service.spec.slurm import SlurmSpec
 
 
 class BatchSpec(Part):
@@ -287,6 +288,8 @@ class Spec(Part):
     """Timeouts, requests to stop, and failures."""
     kubernetes: KubernetesSpec | None = None
     """How the job runs on a Kubernetes cluster."""
+    slurm: SlurmSpec | None = None
+    """How the job runs on a Slurm cluster."""
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -50,6 +50,13 @@ DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
 LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,@-]*$"
+SLURM_CONSTRAINT = r"^[A-Za-z0-9_.:*&|()\[\]-]+$"
+SLURM_TIME = r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$"
+SLURM_MEMORY = r"^\d+[KMGT]?$"
+SLURM_IMAGE = r"^[A-Za-z0-9/.][^\s,:]*(:[^\s,]+)?$"
+SBATCH_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\]+)?$"
+WORD_OF_A_SHELL = r"^[A-Za-z0-9_./+-]+$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
     IMPORT_STRING: "package.module:Class",
@@ -63,6 +70,13 @@ PATTERNS_IN_WORDS = {
     LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
     LABEL_VALUE: "the value of a Kubernetes label: up to 63 letters, digits, ., _ and -",
     VARIABLE: "the name of an environment variable",
+    SLURM_NAME: "a name that Slurm knows, such as gpu or team-vision",
+    SLURM_CONSTRAINT: "features of nodes, such as a100 or a100&ib, without spaces",
+    SLURM_TIME: "a time as HH:MM:SS or D-HH:MM:SS",
+    SLURM_MEMORY: "a size as Slurm writes it, such as 500M or 64G",
+    SLURM_IMAGE: "a file or a name of an image, without spaces and commas",
+    SBATCH_OPTION: "an option of sbatch with two dashes and no spaces, such as --exclusive",
+    WORD_OF_A_SHELL: "a command or its path, of letters, digits and _ . / + -",
 }
 
 

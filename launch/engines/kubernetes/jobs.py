@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
+from launch.engines.contract import progress_in
 from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
 from launch.engines.kubernetes.pods import Manifest
 from launch.engines.kubernetes.states import (
@@ -29,7 +29,6 @@ _GONE_SECONDS = 300.0
 _SILENCE_SECONDS = 600.0
 _ASKED_PODS = 3
 """Of more pods that wait, the events are the same."""
-_PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
 
 
 def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> None:
@@ -188,10 +187,9 @@ def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
     except ClusterError as error:
         yield f"  {error}"
         return
-    found = [match for match in map(_PROGRESS.search, lines) if match]
-    if found:
-        step, steps, loss = found[-1].groups()
-        yield f"  step {step} of {steps}, loss {loss}"
+    progress = progress_in(lines)
+    if progress is not None:
+        yield f"  {progress}"
 
 
 def _troubles(api: Api, work: dict[str, Any], pods: list[dict[str, Any]]) -> Iterator[str]:

@@ -5,16 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from launch.engines.contract import code_in_words
+
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _ENDS = {"Complete", "Completed", "Failed"}
-_CODES = {
-    0: "done",
-    42: "would fail again",
-    64: "a mistake in the spec",
-    75: "stopped, its state is saved",
-    76: "lost a peer",
-    137: "killed; out of memory, if nobody killed it",
-}
 _ADVICE = {
     r"exceeded quota": (
         "ask for less (kubernetes.nodes, processes_per_node, cpu, memory, storage), or the "
@@ -119,4 +113,4 @@ def queued(workload: dict[str, Any]) -> str | None:
 def _ended(code: int, reason: str | None) -> str:
     if reason == "OOMKilled":
         return f"ended with {code} (OOMKilled: out of memory)"
-    return f"ended with {code}" + (f" ({_CODES[code]})" if code in _CODES else "")
+    return f"ended with {code_in_words(code)}"

@@ -1,0 +1,116 @@
+"""The commands of every engine, made from its contract: render, submit, status, logs, cancel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launch.engines.contract import Engine
+from launch.engines.kubernetes.engine import Kubernetes
+from launch.engines.slurm.engine import Slurm
+from service.recipes import find_recipe
+from service.spec.files import load_spec
+from service.spec.models import Spec
+
+ENGINES: tuple[Engine, ...] = (Kubernetes(), Slurm())
+_FILES = (".yaml", ".yml", ".json", ".toml")
+
+
+def load_named(spec: str, overrides: Sequence[str], name: str | None) -> Spec:
+    """The spec of a file or a recipe, under another name where one is given."""
+    if name is not None:
+        overrides = (*overrides, f"name={json.dumps(name)}")
+    return load_spec(find_recipe(spec), overrides=overrides)
+
+
+def commands_of(engine: Engine) -> click.Group:
+    """`evenstep ENGINE render|submit|status|logs|cancel`."""
+    group = click.Group(engine.name, help=engine.about)
+    for command in (_render(engine), _submit(engine), *_of_a_run(engine)):
+        group.add_command(command)
+    return group
+
+
+def _render(engine: Engine) -> click.Command:
+    def render(spec: str, overrides: tuple[str, ...], name: str | None, **options: Any) -> None:
+        click.echo(engine.render(load_named(spec, overrides, name), **options), nl=False)
+
+    words = f"Print {engine.rendered}."
+    return click.Command("render", callback=render, params=_job_params(engine), help=words)
+
+
+def _submit(engine: Engine) -> click.Command:
+    def submit(
+        spec: str, overrides: tuple[str, ...], name: str | None, waits: bool, **options: Any
+    ) -> None:
+        loaded = load_named(spec, overrides, name)
+        engine.submit(loaded, waits=waits, say=click.echo, complain=complain, **options)
+
+    waits = click.Option(
+        ["--wait", "waits"], is_flag=True, help="Wait until the job ends; exit 0 if it completed."
+    )
+    words = "Start SPEC on a cluster. Submit it again after it has ended to resume it."
+    params = [*_job_params(engine), waits]
+    return click.Command("submit", callback=submit, params=params, help=words)
+
+
+def _job_params(engine: Engine) -> list[click.Parameter]:
+    return [
+        click.Argument(["spec"], metavar="SPEC"),
+        click.Argument(["overrides"], metavar="[KEY=VALUE ...]", nargs=-1),
+        *engine.job_options,
+        click.Option(["--name"], help="Name of the run; the spec's own by default."),
+    ]
+
+
+def _of_a_run(engine: Engine) -> list[click.Command]:
+    """The commands that are given the name of a run."""
+
+    def status(name: str, **options: Any) -> None:
+        for line in engine.status(_run_name(name), complain=complain, **options):
+            click.echo(line)
+
+    def logs(name: str, **options: Any) -> None:
+        for line in engine.logs(_run_name(name), complain=complain, **options):
+            click.echo(line)
+
+    def cancel(name: str, **options: Any) -> None:
+        click.echo(engine.cancel(_run_name(name), complain=complain, **options))
+
+    which: list[click.Parameter] = [
+        click.Option(["--rank"], type=click.IntRange(min=0), default=0, show_default=True),
+        click.Option(
+            ["--node"],
+            type=click.IntRange(min=0),
+            help="The whole log of a node, of all ranks.",
+        ),
+        click.Option(["--previous"], is_flag=True, help="The log of the previous attempt."),
+        click.Option(["-f", "--follow"], is_flag=True, help="Keep printing new lines."),
+    ]
+    told: list[tuple[Callable[..., None], list[click.Parameter], str]] = [
+        (status, [], "Show the job's state, its step and loss, and why it does not start."),
+        (logs, which, "Print the log of a rank; rank 0 reports for all."),
+        (cancel, [], "Stop the job with a checkpoint; its runs stay."),
+    ]
+    run = click.Argument(["name"], metavar="NAME|SPEC")
+    return [
+        click.Command(
+            each.__name__, callback=each, params=[run, *engine.run_options, *more], help=words
+        )
+        for each, more, words in told
+    ]
+
+
+def _run_name(text: str) -> str:
+    """The name of a run, or of the one that a spec's file describes."""
+    is_file = text.endswith(_FILES) and Path(text).is_file()
+    return load_spec(text).name if is_file else text
+
+
+def complain(text: str) -> None:
+    """Say it on standard error."""
+    click.echo(text, err=True)

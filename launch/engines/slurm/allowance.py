@@ -1,0 +1,74 @@
+"""How long Slurm lets this attempt run, and whether the rest of the run fits in."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from service.basics.errors import EvenstepError
+from service.runs.directory import RunDirectory
+from service.runs.history import History, read_history
+
+_NO_LIMIT_SECONDS = 300 * 86_400
+"""Slurm gives a job without a limit a year."""
+
+
+def allowance(directory: RunDirectory, variables: Mapping[str, str] | None = None) -> str | None:
+    """One line for the start of an attempt; None where nobody says when it has to end."""
+    variables = os.environ if variables is None else variables
+    told = variables.get("EVENSTEP_ENDS") or variables.get("SLURM_JOB_END_TIME", "")
+    if not told.isdecimal():
+        return None
+    left = max(0.0, int(told) - time.time())
+    if left > _NO_LIMIT_SECONDS:
+        return None
+    return f"Slurm gives this attempt {clock(left)}. {_rest(_history(directory), left)}"
+
+
+def _history(directory: RunDirectory) -> History | None:
+    if not directory.facts.exists():
+        return None
+    try:
+        return read_history(directory.path)
+    except EvenstepError:
+        return None  # opening the run says what is wrong with it
+
+
+def _rest(history: History | None, left: float) -> str:
+    each = seconds_of_a_step(history) if history is not None else None
+    if history is None or each is None or history.steps is None:
+        return "How long a step takes is not known before an attempt has ended."
+    steps = max(0, history.steps - history.step)
+    needs = steps * each
+    fits = (
+        "they fit"
+        if needs <= left
+        else "they do not fit: it is asked in time to save and to stop, and goes on after that"
+    )
+    return (
+        f"{steps:,} steps are left; at {each:.3g} s each, as measured in this run, they take "
+        f"{clock(needs)}: {fits}."
+    )
+
+
+def seconds_of_a_step(history: History) -> float | None:
+    """What a step took so far, with its part of tests and saves, without the start."""
+    ended = [each for each in history.attempts if each.get("to_step", 0) > each["from_step"]]
+    steps = sum(each["to_step"] - each["from_step"] for each in ended)
+    spent = sum(
+        seconds
+        for each in ended
+        for kind, seconds in each.get("seconds", {}).items()
+        if kind != "starting"
+    )
+    return spent / steps if steps and spent else None
+
+
+def clock(seconds: float) -> str:
+    """A duration as Slurm writes it: `1-02:03:04`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    told = f"{hours:02}:{minutes:02}:{rest:02}"
+    return f"{days}-{told}" if days else told

@@ -1,0 +1,214 @@
+"""Slurm as one of the engines: render, submit, status, logs, cancel."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from launch.engines.contract import Say, code_in_words, progress_in
+from launch.engines.slurm.queue import (
+    SlurmError,
+    asked,
+    ending_of,
+    jobs_of,
+    submitted,
+)
+from launch.engines.slurm.script import Script, place_of, render
+from launch.engines.slurm.states import state_in_words
+from launch.engines.slurm.sweep import settings_of
+from launch.processes.echo import spoken
+from service.basics.errors import SpecError
+from service.health.stop_budget import budget_seconds
+from service.runs.directory import RunDirectory
+from service.spec.models import Spec
+
+_POLL_SECONDS = 2.0
+_LAST_LINES = 200
+_LABELLED = re.compile(r"(\d+): (.*)")
+_RUNS = click.Option(
+    ["--runs"],
+    type=click.Path(path_type=Path),
+    default="runs",
+    show_default=True,
+    help="Where the runs lie, on a disk that all nodes see.",
+)
+
+
+class Slurm:
+    """Slurm's own commands, and the files of the run; nothing else is asked."""
+
+    name = "slurm"
+    about = "Run a job on Slurm."
+    rendered = "the script of SPEC, for sbatch"
+    job_options: tuple[click.Option, ...] = (
+        _RUNS,
+        click.Option(
+            ["--sweep"],
+            multiple=True,
+            metavar="KEY=VALUE,...",
+            help="Submit an array, a job for each value; with several, for each combination.",
+        ),
+    )
+    run_options: tuple[click.Option, ...] = (_RUNS,)
+
+    def render(self, spec: Spec, *, runs: Path, sweep: Sequence[str] = ()) -> str:
+        """See `Engine`."""
+        runs = runs.absolute()
+        budget = budget_seconds(spec, RunDirectory(runs / spec.name))
+        return render(Script(spec, runs, budget, settings_of(sweep)))
+
+    def submit(
+        self,
+        spec: Spec,
+        *,
+        waits: bool,
+        say: Say,
+        complain: Say,
+        runs: Path,
+        sweep: Sequence[str] = (),
+    ) -> None:
+        """See `Engine`."""
+        text = self.render(spec, runs=runs, sweep=sweep)
+        place = place_of(runs.absolute(), spec.name)
+        there = jobs_of(place)
+        if there:
+            raise SpecError(
+                f"Job {there[0].number} of {spec.name} is there already and has not ended. Stop it "
+                f"with evenstep slurm cancel {spec.name}, or give this run a --name of its own."
+            )
+        place.mkdir(parents=True, exist_ok=True)
+        file = place / "job.sh"
+        file.write_text(text)
+        number = submitted(file)
+        (place / "job").write_text(f"{number}\n")
+        say(f"{spec.name} is submitted as job {number}; its log: {_log(place, number)}")
+        if waits:
+            self._wait(spec.name, place, number, say)
+
+    def _wait(self, name: str, place: Path, number: str, say: Say) -> None:
+        while jobs_of(place):
+            time.sleep(_POLL_SECONDS)
+        end = ending_of(number)
+        say(f"{name}: {state_in_words(end[0], code=end[1]) if end else 'has ended'}")
+        if end is not None and end[0] != "COMPLETED":
+            raise SlurmError(f"See: evenstep slurm logs {name}")
+
+    def status(self, name: str, *, complain: Say, runs: Path) -> Iterator[str]:
+        """See `Engine`."""
+        place = _known(runs, name)
+        last = _last_job(place)
+        jobs = jobs_of(place)
+        for job in jobs:
+            yield f"{name}: job {job.number} {state_in_words(job.state, job.reason)} ({job.told})"
+        if not jobs:
+            end = ending_of(last) if last else None
+            told = state_in_words(end[0], code=end[1]) if end else "is not in the queue"
+            yield f"{name}: {f'job {last}' if last else 'it'} {told}"
+        yield from _failures(place, last)
+        log = _log(place, last)
+        progress = progress_in(_end_of(log)) if log.is_file() else None
+        yield from [f"  {progress}"] if progress else []
+        yield f"  log: {log}"
+        for run in sorted(runs.absolute().glob(f"{name}-*/run.json")) if "%a" in log.name else []:
+            yield f"  {run.parent.name}: {RunDirectory(run.parent).read_facts()['state']}"
+
+    def logs(
+        self,
+        name: str,
+        *,
+        rank: int,
+        node: int | None,
+        previous: bool,
+        follow: bool,
+        complain: Say,
+        runs: Path,
+    ) -> Iterator[str]:
+        """See `Engine`."""
+        place = _known(runs, name)
+        files = sorted(place.glob("log-*"), key=_number_of)
+        wanted = 2 if previous else 1
+        if len(files) < wanted:
+            which = "an earlier log" if previous else "a log"
+            raise SlurmError(f"{name} does not have {which} yet. See: evenstep slurm status {name}")
+        for line in _lines_of(files[-wanted], place if follow else None):
+            found = _LABELLED.fullmatch(line)
+            of_node, words = (int(found[1]), found[2]) if found else (0, line)
+            spoke, text = spoken(words)
+            if node is not None:
+                yield from [words] if of_node == node else []
+            elif spoke == rank and (rank or of_node == 0):
+                yield text
+
+    def cancel(self, name: str, *, complain: Say, runs: Path) -> str:
+        """See `Engine`."""
+        jobs = jobs_of(_known(runs, name))
+        if not jobs:
+            raise SlurmError(f"There is no job of {name} in Slurm's queue.")
+        running = [job.number for job in jobs if job.state == "RUNNING"]
+        waiting = [job.number for job in jobs if job.state != "RUNNING"]
+        if waiting:
+            asked("scancel", *waiting)
+        if running:
+            # Its script has as long as it needs: scancel itself would kill after KillWait.
+            asked("scancel", "--batch", "--signal=USR2", *running)
+            return f"{name} is stopping with a checkpoint; submit it again to go on."
+        return f"{name} is out of the queue; submit it again to go on."
+
+
+def _known(runs: Path, name: str) -> Path:
+    place = place_of(runs.absolute(), name)
+    if not place.is_dir():
+        raise SlurmError(
+            f"{name} was never submitted from here: there is no {place}. Give --runs as submit got "
+            "it."
+        )
+    return place
+
+
+def _last_job(place: Path) -> str:
+    file = place / "job"
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _log(place: Path, number: str) -> Path:
+    script = place / "job.sh"
+    is_array = script.is_file() and "\n#SBATCH --array=" in script.read_text()
+    return place / (f"log-{number}_%a" if is_array else f"log-{number}")
+
+
+def _failures(place: Path, number: str) -> Iterator[str]:
+    """The attempts that failed on their own account."""
+    file = place / f"failures-{number}"
+    if file.is_file():
+        codes = [code_in_words(int(code)) for code in file.read_text().split()]
+        times = "once" if len(codes) == 1 else f"{len(codes)} times"
+        yield f"  failed {times}, the last with {codes[-1]}"
+
+
+def _number_of(file: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", file.name)]
+
+
+def _end_of(file: Path) -> list[str]:
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, 2) - _LAST_LINES * 200))
+        return opened.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+
+
+def _lines_of(file: Path, followed: Path | None) -> Iterator[str]:
+    """The lines of a log; those that come too, until no job of the place is left."""
+    begun = b""
+    with file.open("rb") as opened:
+        while True:
+            over = followed is None or not jobs_of(followed)
+            *lines, begun = (begun + opened.read()).split(b"\n")
+            for line in lines:
+                yield line.decode(errors="replace")
+            if over:
+                yield from [begun.decode(errors="replace")] if begun else []
+                return
+            time.sleep(_POLL_SECONDS)

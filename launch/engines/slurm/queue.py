@@ -1,0 +1,133 @@
+"""What is asked of Slurm's own commands, and what they answer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.basics.errors import EvenstepError, SpecError
+
+_ANSWER_SECONDS = 60.0
+_FIELDS = ("%i", "%T", "%M", "%L", "%D", "%N", "%k", "%r")
+_SEPARATOR = "\t"
+
+
+class SlurmError(EvenstepError):
+    """Slurm said no, or nothing; in its own words."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One job in Slurm's queue."""
+
+    number: str
+    """As Slurm names it: `12`, or `12_3` in an array."""
+    state: str
+    has_run: str
+    has_left: str
+    nodes: str
+    hosts: str
+    reason: str
+
+    @property
+    def told(self) -> str:
+        """Its number, time and place."""
+        there = f" on {self.hosts}" if self.hosts else ""
+        time = f", {self.has_run} so far, {self.has_left} left" if self.state == "RUNNING" else ""
+        return f"{self.nodes} {'node' if self.nodes == '1' else 'nodes'}{there}{time}"
+
+
+def jobs_of(place: Path) -> list[QueuedJob]:
+    """The jobs of a run that have not ended, by the comment that its script gives them.
+
+    Raises:
+        SpecError: Slurm is not here.
+        SlurmError: the controller does not answer.
+    """
+    shown = _SEPARATOR.join(_FIELDS)
+    told = asked("squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--format={shown}")
+    return [job for job, comment in _read(told) if comment == str(place)]
+
+
+def _read(told: str) -> Iterator[tuple[QueuedJob, str]]:
+    for line in told.splitlines():
+        cells = [cell.strip() for cell in line.split(_SEPARATOR)]
+        if len(cells) == len(_FIELDS):
+            number, state, has_run, has_left, nodes, hosts, comment, reason = cells
+            yield QueuedJob(number, state, has_run, has_left, nodes, hosts, reason), comment
+
+
+def ending_of(number: str) -> tuple[str, int] | None:
+    """(state, exit code) of a job that has ended, while the controller still knows it."""
+    try:
+        told = asked("scontrol", "--oneliner", "show", "job", number)
+    except SlurmError:
+        return None  # it is forgotten some minutes after its end
+    facts = dict(word.partition("=")[::2] for word in told.split())
+    code = facts.get("ExitCode", "").partition(":")[0]
+    return facts.get("JobState", ""), int(code) if code.isdecimal() else 0
+
+
+def submitted(script: Path) -> str:
+    """The number of the job that Slurm makes of a script.
+
+    Raises:
+        SpecError: Slurm is not here, or refuses what the script asks for.
+        SlurmError: the controller does not answer.
+    """
+    return asked("sbatch", "--parsable", str(script)).partition(";")[0]
+
+
+def asked(*words: str) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        SpecError: it is not here, or refuses what was asked for.
+        SlurmError: the controller does not answer.
+    """
+    if shutil.which(words[0]) is None:
+        raise SpecError(
+            f"There is no {words[0]} here. Use a machine from which jobs are submitted, a login "
+            "node of the cluster; evenstep slurm render works everywhere."
+        )
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(
+            f"{words[0]} has not answered in {_ANSWER_SECONDS:g} s. Is the controller up? See: "
+            "scontrol ping"
+        ) from error
+    if done.returncode == 0:
+        return done.stdout.strip()
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    why = last.removeprefix(f"{words[0]}: ").removeprefix("error: ")
+    if "Unable to contact slurm controller" in why or "Connection refused" in why:
+        raise SlurmError(f"Slurm's controller does not answer ({why}). See: scontrol ping")
+    kind = SpecError if words[0] == "sbatch" else SlurmError
+    raise kind(f"Slurm refuses: {why.rstrip('.')}.{_advice(why)}")
+
+
+_ADVICE = {
+    "Invalid account": " See slurm.account, slurm.partition and slurm.qos.",
+    "Invalid partition": " See slurm.partition; sinfo lists them.",
+    "Requested node configuration": " No node has so much: see slurm.cpus, memory, gpus_per_node.",
+    "Invalid generic resource": " See slurm.gpus_per_node and gpu_type; sinfo -o '%N %G' has them.",
+    "Node count specification": " See slurm.nodes.",
+    "Invalid feature": " See slurm.constraint; sinfo -o '%N %f' has them.",
+    "Invalid qos": " See slurm.qos.",
+    "time limit": " See slurm.time.",
+}
+
+
+def _advice(why: str) -> str:
+    return next((words for sign, words in _ADVICE.items() if sign.lower() in why.lower()), "")

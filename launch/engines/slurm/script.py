@@ -1,0 +1,276 @@
+"""Renders a spec as a script for sbatch: a pure function.
+
+docs/how-to/slurm.md has the reason of every line; a test holds that it has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.engines.slurm.sweep import Settings
+from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.runs.failure_reports import is_secret
+from service.spec.files import dump_values
+from service.spec.models import Spec
+from service.spec.slurm import SlurmSpec
+
+_END = "END_OF_SPEC"
+_ASSIGNED = re.compile(r"(\w+)=(\S+)")
+_SIGNAL_SECONDS = 30
+"""What Slurm may take to send a signal, and the processes to hear of it."""
+_APART_SECONDS = 300
+"""How long after the first task the last one may end. Nodes wait half a minute for each other."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """Everything the script follows from."""
+
+    spec: Spec
+    runs: Path
+    """Where the runs lie, as the nodes see it."""
+    stop_budget_seconds: float
+    """What a stop of this run takes, from its saves so far."""
+    sweep: Sequence[Settings] = ()
+
+    @property
+    def place(self) -> Path:
+        return place_of(self.runs, self.spec.name)
+
+
+def place_of(runs: Path, name: str) -> Path:
+    """Where Slurm's part of a run lies: its script and its logs, beside the runs."""
+    return runs / ".slurm" / name
+
+
+def render(script: Script) -> str:
+    """The script of a job.
+
+    Raises:
+        SpecError: the spec has no `slurm` section, or one that no cluster could run.
+    """
+    asked = script.spec.slurm
+    if asked is None:
+        raise SpecError("slurm: missing; add slurm: {nodes: 1, gpus_per_node: 1, time: 24:00:00}")
+    _check(script, asked)
+    sections = [
+        _head(script, asked),
+        _spec_file(script),
+        _surroundings(script, asked),
+        _AGAIN.format(restarts=asked.restarts),
+        _settings(script),
+        _step(script, asked),
+        _END_OF_JOB,
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def quoted(text: str) -> str:
+    """The text as one word of the shell."""
+    if shlex.quote(text) == text:
+        return text
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'
+
+
+def stop_seconds(script: Script, asked: SlurmSpec) -> int:
+    """How long before its limit an attempt is asked to stop."""
+    if asked.stop_seconds != "auto":
+        return asked.stop_seconds
+    return math.ceil(script.stop_budget_seconds) + _SIGNAL_SECONDS
+
+
+def _check(script: Script, asked: SlurmSpec) -> None:
+    limit, stop = asked.seconds, stop_seconds(script, asked)
+    if limit is not None and stop >= limit / 2:
+        raise SpecError(
+            f"slurm.time: of {asked.time} a stop may take {stop} s, so that most of each attempt "
+            f"would be spent on stopping. Raise it above {2 * stop} s, or lower slurm.stop_seconds."
+        )
+    set_here = dict(asked.env)
+    for line in asked.prolog:
+        set_here |= {name: value.strip("'\"") for name, value in _ASSIGNED.findall(line)}
+    if any(is_secret(text, set_here) for text in (*asked.prolog, *asked.env.values())):
+        raise SpecError(
+            "slurm: what looks like a secret stands in prolog or env, and so in the script. "
+            "sbatch hands on what is set where the job is submitted; or keep it in a file "
+            "that you alone can read."
+        )
+    if " " in str(script.runs) or "%" in str(script.runs):
+        raise SpecError(
+            f"--runs: {script.runs} has a space or a % in it, which sbatch would misread. Use "
+            "another directory."
+        )
+
+
+# ---- what is asked of Slurm
+
+
+def _head(script: Script, asked: SlurmSpec) -> str:
+    log = "log-%A_%a" if script.sweep else "log-%j"
+    lines = [
+        "#!/bin/bash",
+        f"# Evenstep's job {script.spec.name}. The reason of every line: docs/how-to/slurm.md",
+        f"# Before sbatch by hand: mkdir -p {quoted(str(script.place))}",
+        *(
+            f"#SBATCH --{option}"
+            for option in (
+                f"job-name={script.spec.name}",
+                f"comment={script.place}",
+                f"output={script.place / log}",
+                "open-mode=append",
+                *_wishes(asked),
+                f"signal=B:TERM@{stop_seconds(script, asked)}",
+                "requeue",
+                *([f"array=0-{len(script.sweep) - 1}"] if script.sweep else []),
+                *(option.removeprefix("--") for option in asked.options),
+            )
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _wishes(asked: SlurmSpec) -> Iterator[str]:
+    """The options that say what a job is to get."""
+    for name in ("partition", "account", "qos", "constraint", "time"):
+        value = getattr(asked, name)
+        if value is not None:
+            yield f"{name}={value}"
+    yield f"nodes={asked.nodes}"
+    yield "ntasks-per-node=1"
+    if asked.gpus_per_node:
+        kind = f"{asked.gpu_type}:" if asked.gpu_type else ""
+        yield f"gpus-per-node={kind}{asked.gpus_per_node}"
+    if asked.cpus is not None:
+        yield f"cpus-per-task={asked.cpus}"
+    if asked.memory is not None:
+        yield f"mem={asked.memory}"
+
+
+# ---- what the script does
+
+
+def _spec_file(script: Script) -> str:
+    """The spec, in a file of this job's own; what was given and no default."""
+    given = script.spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return "\n".join(
+        [
+            "set -u",
+            f"place={quoted(str(script.place))}",
+            'spec="$place/spec-$SLURM_JOB_ID.yaml"',
+            f"cat >\"$spec\" <<'{_END}'",
+            f"{dump_values(given).rstrip()}",
+            _END,
+            "",
+        ]
+    )
+
+
+def _surroundings(script: Script, asked: SlurmSpec) -> str:
+    lines = list(asked.prolog)
+    lines += [f"export {name}={quoted(value)}" for name, value in asked.env.items()]
+    if not asked.gpus_per_node:
+        lines.append("export EVENSTEP_DEVICE=cpu")
+    lines.append(f"export EVENSTEP_STOP_SECONDS={stop_seconds(script, asked)}")
+    lines.append('export EVENSTEP_EXIT_CODES="$place/codes-$SLURM_JOB_ID"')
+    lines.append('rm -rf "$EVENSTEP_EXIT_CODES" && mkdir "$EVENSTEP_EXIT_CODES"')
+    return "\n".join([*lines, ""])
+
+
+_AGAIN = """\
+# Until when this attempt may run, in seconds since 1970: without a limit, the year 2286.
+ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+ends=$(date --date="${{ends:-no limit}}" +%s 2>/dev/null) || ends=9999999999
+export EVENSTEP_ENDS="$ends"
+
+again() {{
+    [ "$stopped" = no ] || return
+    # scancel, or a preemption that queues it again by itself, is ending the job already.
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != COMPLETING ] || return
+    echo "Ended with $code; queued again, to go on from the newest checkpoint."
+    for _ in 1 2 3 4 5 6; do
+        scontrol requeue "$SLURM_JOB_ID" && return
+        sleep 10
+    done
+    echo "It could not be queued again: evenstep slurm submit goes on."
+}}
+
+again_if_allowed() {{
+    failures="$place/failures-$SLURM_JOB_ID"
+    echo "$code" >>"$failures"
+    [ "$(wc -l <"$failures")" -gt {restarts} ] || again
+}}
+"""
+
+_END_OF_JOB = f"""\
+step=$!
+stopped=no
+# TERM: the time is nearly up. A second one: it is up, and Slurm would not queue the job again.
+# srun hands USR1 on to every task; a TERM would make it kill them.
+trap 'kill -USR1 "$step"; [ "$(date +%s)" -lt "$ends" ] || scontrol requeue "$SLURM_JOB_ID"' TERM
+trap 'stopped=yes; kill -USR1 "$step"' USR2 # evenstep slurm cancel
+
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+wait "$step"
+code=$?
+# srun tells the largest code of all tasks: that of one that lost a peer would hide the peer's.
+for final in {WillFailAgain.exit_code} {SpecError.exit_code}; do
+    grep -qsx "$final" "$EVENSTEP_EXIT_CODES"/* && code=$final
+done
+
+case $code in
+0 | {WillFailAgain.exit_code} | {SpecError.exit_code}) ;; # done, or it would end so again
+{Stopped.exit_code} | {PeerLost.exit_code}) again ;; # its state is saved, or a node is lost
+*) again_if_allowed ;;
+esac
+exit "$code"
+"""
+
+
+def _settings(script: Script) -> str:
+    """Which job of an array has which settings, and the run's name."""
+    if not script.sweep:
+        return f"name={script.spec.name}\nsettings=()\n"
+    cases = [
+        f"{number}) settings=({' '.join(map(quoted, settings))}) ;;"
+        for number, settings in enumerate(script.sweep)
+    ]
+    lines = [f'name="{script.spec.name}-$SLURM_ARRAY_TASK_ID"']
+    lines += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""]
+    return "\n".join(lines)
+
+
+def _step(script: Script, asked: SlurmSpec) -> str:
+    """The one command that trains, on every node."""
+    start = ["srun", f"--nodes={asked.nodes}", "--ntasks-per-node=1", f"--wait={_APART_SECONDS}"]
+    if asked.cpus is not None:  # srun does not take it over from sbatch
+        start.append(f"--cpus-per-task={asked.cpus}")
+    if asked.nodes > 1:
+        start.append("--label")
+    words = [" ".join([*start, *_contained(script, asked)])]
+    words.append(f'{asked.command} run "$spec" "${{settings[@]}}"')
+    options = f'--name "$name" --runs {quoted(str(script.runs))}'
+    if asked.processes != max(1, asked.gpus_per_node):
+        options += f" --processes {asked.processes}"
+    return " \\\n    ".join([*words, options]) + " &"
+
+
+def _contained(script: Script, asked: SlurmSpec) -> list[str]:
+    """What puts each task into a container."""
+    container = asked.container
+    if container is None:
+        return []
+    binds = [f"{script.runs}:{script.runs}"]
+    binds += [
+        f"{mount.source}:{mount.path}{':ro' if mount.read_only else ''}"
+        for mount in container.mounts
+    ]
+    image, mounts = quoted(container.image), quoted(",".join(binds))
+    if container.runtime == "pyxis":
+        return [f"--container-image={image}", f"--container-mounts={mounts}"]
+    gpus = ["--nv"] if asked.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, "--bind", mounts, image]

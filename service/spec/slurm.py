@@ -1,0 +1,162 @@
+"""The section `slurm:`: what a job asks of Slurm, and how its script begins."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from service.spec.part import (
+    ABSOLUTE_PATH,
+    SBATCH_OPTION,
+    SLURM_CONSTRAINT,
+    SLURM_IMAGE,
+    SLURM_MEMORY,
+    SLURM_NAME,
+    SLURM_TIME,
+    VARIABLE,
+    WORD_OF_A_SHELL,
+    Part,
+    wrong,
+)
+
+Name = Annotated[str, Field(pattern=SLURM_NAME)]
+OWN_OPTIONS = {
+    "job-name": "name",
+    "output": "--runs",
+    "error": "--runs",
+    "open-mode": "--runs",
+    "signal": "slurm.stop_seconds",
+    "requeue": "slurm.restarts",
+    "no-requeue": "slurm.restarts",
+    "array": "--sweep",
+    "nodes": "slurm.nodes",
+    "ntasks": "slurm.nodes",
+    "ntasks-per-node": "slurm.nodes",
+    "gpus-per-node": "slurm.gpus_per_node",
+    "gpus": "slurm.gpus_per_node",
+    "gres": "slurm.gpus_per_node",
+    "cpus-per-task": "slurm.cpus",
+    "mem": "slurm.memory",
+    "time": "slurm.time",
+    "partition": "slurm.partition",
+    "account": "slurm.account",
+    "qos": "slurm.qos",
+    "constraint": "slurm.constraint",
+}
+"""Options of sbatch that the script sets itself, and what says how."""
+
+
+class SlurmMountSpec(Part):
+    """A directory or file of the nodes that the container sees."""
+
+    source: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/shared/data"])]
+    """Where it is on the nodes."""
+    path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
+    """Where the container sees it."""
+    read_only: bool = True
+    """Whether it can only be read."""
+
+
+class SlurmContainerSpec(Part):
+    """The container in which each task runs."""
+
+    image: Annotated[str, Field(pattern=SLURM_IMAGE, examples=["/shared/evenstep.sqsh"])]
+    """A file, or a name that the runtime can fetch."""
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What runs it: NVIDIA's plug-in of srun with enroot, or apptainer."""
+    mounts: tuple[SlurmMountSpec, ...] = Field(default=(), strict=False)
+    """What it sees of the nodes, besides the runs."""
+
+
+class SlurmSpec(Part):
+    """What the job asks of Slurm, and how its script begins; it never changes the result."""
+
+    partition: Name | None = None
+    """The partition, or several with commas. Default: the cluster's own."""
+    account: Name | None = None
+    """The account that is charged."""
+    qos: Name | None = None
+    """The quality of service."""
+    constraint: Annotated[str, Field(pattern=SLURM_CONSTRAINT, examples=["a100"])] | None = None
+    """Features that the nodes must have, such as `a100&ib`."""
+    time: Annotated[str, Field(pattern=SLURM_TIME, examples=["24:00:00"])] | None = None
+    """The limit of one attempt, as HH:MM:SS or D-HH:MM:SS; a run that takes longer goes on in the
+    next. Default: the partition's own."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Nodes that train together."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1
+    """GPUs of each node; with 0 it trains on the CPU."""
+    gpu_type: Name | None = None
+    """What the cluster calls the kind of GPU, such as `a100`. Default: any."""
+    processes_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Training processes of each node. Default: one for each GPU, and one without."""
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    """Cores of each node. Default: what Slurm gives with the rest."""
+    memory: Annotated[str, Field(pattern=SLURM_MEMORY, examples=["64G"])] | None = None
+    """Memory of each node, such as 64G; `0` is all of it. Default: the partition's own."""
+    options: tuple[Annotated[str, Field(pattern=SBATCH_OPTION)], ...] = Field(
+        default=(), strict=False, examples=[["--exclusive"]]
+    )
+    """Further options of sbatch, such as `--exclusive` or `--mail-type=FAIL`."""
+    prolog: tuple[str, ...] = Field(default=(), strict=False, examples=[["module load cuda/12.4"]])
+    """Lines of shell that the script begins with on the first node, such as `module load cuda`."""
+    env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = Field(default={})
+    """Further environment variables."""
+    command: Annotated[str, Field(pattern=WORD_OF_A_SHELL)] = "evenstep"
+    """The command on the nodes: a path where it is not on PATH, or in the container."""
+    container: SlurmContainerSpec | None = None
+    """The container in which each task runs. Default: none."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often an attempt may fail on its own account before the job has failed."""
+    stop_seconds: Annotated[int, Field(ge=30)] | Literal["auto"] = "auto"
+    """How long before its limit an attempt is asked to save and to stop. `auto`: what the saves of
+    this run took, and 150 s before one was measured."""
+
+    @property
+    def processes(self) -> int:
+        """Training processes of each node."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def seconds(self) -> int | None:
+        """The limit of one attempt."""
+        if self.time is None:
+            return None
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @field_validator("options")
+    @classmethod
+    def _none_of_our_own(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            name = option.removeprefix("--").partition("=")[0]
+            if name in OWN_OPTIONS:
+                raise wrong(f"--{name} is set by {OWN_OPTIONS[name]}: leave it out here")
+        return options
+
+    @field_validator("prolog")
+    @classmethod
+    def _whole_lines(cls, prolog: tuple[str, ...]) -> tuple[str, ...]:
+        for line in prolog:
+            if not line.strip() or not line.isprintable():
+                raise wrong(f"must be lines of shell, one in each item, but has {line!r}")
+        return prolog
+
+    @field_validator("env")
+    @classmethod
+    def _on_one_line(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            if not value.isprintable():
+                raise wrong(f"must be text on one line, but {name} is {value!r}")
+        return env
+
+    @model_validator(mode="after")
+    def _time_to_train(self) -> Self:
+        limit, stop = self.seconds, self.stop_seconds
+        if limit is not None and stop != "auto" and stop >= limit:
+            raise wrong(
+                f"stop_seconds ({stop}) must be less than time ({self.time}), which it is part of"
+            )
+        return self

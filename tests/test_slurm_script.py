@@ -1,0 +1,318 @@
+"""What a spec looks like on Slurm: its script, and what is refused before there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from commands import ROOT, evenstep
+
+from launch.commands.engines import ENGINES, commands_of
+from launch.engines.slurm.allowance import allowance
+from launch.engines.slurm.script import Script, render
+from launch.engines.slurm.states import state_in_words
+from launch.engines.slurm.sweep import settings_of
+from service.basics.errors import SpecError
+from service.runs.directory import RunDirectory
+from service.spec.files import load_spec
+from service.spec.models import Spec
+
+RUNS = Path("/shared/runs")
+JOB = {
+    "name": "digits",
+    "task": "service.recipes.digits:task",
+    "batch": {"global_batch": 96, "micro_batch": 16},
+    "length": {"epochs": 2},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+}
+EVERY_OPTION = {
+    "partition": "gpu,spot",
+    "account": "team-vision",
+    "qos": "long",
+    "constraint": "a100&ib",
+    "time": "2-00:00:00",
+    "nodes": 2,
+    "gpus_per_node": 8,
+    "gpu_type": "a100",
+    "processes_per_node": 4,
+    "cpus": 32,
+    "memory": "200G",
+    "options": ["--exclusive", "--mail-type=FAIL"],
+    "prolog": ["module load cuda/12.4", "ulimit -l unlimited"],
+    "env": {"NCCL_DEBUG": "INFO", "WORDS": 'it\'s "two" $words'},
+    "command": "/shared/venv/bin/evenstep",
+    "restarts": 5,
+    "stop_seconds": 600,
+}
+MOUNTS = [
+    {"source": "/shared/data", "path": "/data"},
+    {"source": "/scratch", "path": "/out", "read_only": False},
+]
+PYXIS = {"image": "nvcr.io#nvidia/pytorch:25.01-py3", "mounts": MOUNTS}
+WAYS: dict[str, dict[str, Any]] = {
+    "the least": {},
+    "on the CPU": {"gpus_per_node": 0, "nodes": 2},
+    "every option": EVERY_OPTION,
+    "pyxis": {"container": PYXIS},
+    "apptainer": {"container": PYXIS | {"image": "/shared/e.sif", "runtime": "apptainer"}},
+}
+SWEEP = settings_of(["optimizer.lr=0.1,0.2", "batch={global_batch: 96},{global_batch: 48}"])
+
+
+def job(**asked: Any) -> Spec:
+    return load_spec(JOB | {"slurm": asked})
+
+
+def script(sweep: Any = (), seconds: float = 120.0, **asked: Any) -> str:
+    return render(Script(job(**asked), RUNS, seconds, sweep))
+
+
+def scripts() -> list[str]:
+    return [script(**asked) for asked in WAYS.values()] + [script(sweep=SWEEP)]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "sweep"])
+def test_the_script_is_clean(way: str, tmp_path: Path) -> None:
+    text = script(sweep=SWEEP) if way == "sweep" else script(**WAYS[way])
+    file = tmp_path / "job.sh"
+    file.write_text(text)
+    subprocess.run(["bash", "-n", file], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck not installed: apt-get install shellcheck")
+    checked = subprocess.run(["shellcheck", file], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_every_line_has_its_reason() -> None:
+    page = (ROOT / "docs/how-to/slurm.md").read_text()
+    table = page.partition("## Every line of the script")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?`) \| .{10,} \|$", table, re.MULTILINE)
+    # A * is anything; brackets are themselves, and a | is \| in a table.
+    rows = [c.replace("\\|", "|") for cell in cells for c in re.findall(r"`([^`]+)`", cell)]
+    patterns = {row: row.replace("[", "[[]") for row in rows}
+    used = set()
+    for text in scripts():
+        text = re.sub(r"(<<'END_OF_SPEC'\n).*?\n(END_OF_SPEC\n)", r"\1\2", text, flags=re.DOTALL)
+        for line in text.splitlines():
+            words = re.sub(r"\s# .*", "", line).strip()
+            if not words or (words.startswith("#") and not words.startswith(("#SBATCH", "#!"))):
+                continue
+            fits = [row for row, pattern in patterns.items() if fnmatchcase(words, pattern)]
+            assert fits, f"no reason for: {words}"
+            used.update(fits)
+    assert not set(rows) - used, "a reason for what is not there"
+
+
+def test_every_option_arrives() -> None:
+    text = script(**EVERY_OPTION)
+    asked = set(re.findall(r"^#SBATCH --(.*)$", text, re.MULTILINE))
+    assert asked >= {
+        "partition=gpu,spot",
+        "account=team-vision",
+        "qos=long",
+        "constraint=a100&ib",
+        "time=2-00:00:00",
+        "nodes=2",
+        "gpus-per-node=a100:8",
+        "cpus-per-task=32",
+        "mem=200G",
+        "exclusive",
+        "mail-type=FAIL",
+        "signal=B:TERM@600",
+        "requeue",
+    }
+    assert "\nmodule load cuda/12.4\nulimit -l unlimited\n" in text
+    assert "/shared/venv/bin/evenstep run " in text
+    assert "--processes 4" in text
+    assert "-gt 5 ] || again\n" in text
+    ran = subprocess.run(
+        ["bash", "-c", next(line for line in text.splitlines() if "WORDS=" in line) + "; env"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 'WORDS=it\'s "two" $words\n' in ran.stdout
+
+
+def test_a_container_sees_the_runs_and_what_is_mounted() -> None:
+    mounts = "/shared/runs:/shared/runs,/shared/data:/data:ro,/scratch:/out"
+    pyxis = script(**WAYS["pyxis"])
+    assert '--container-image="nvcr.io#nvidia/pytorch:25.01-py3"' in pyxis
+    assert f"--container-mounts={mounts} " in pyxis
+    assert f" apptainer exec --nv --bind {mounts} /shared/e.sif " in script(**WAYS["apptainer"])
+
+
+def test_the_nodes_read_the_very_spec_that_was_rendered() -> None:
+    text = script(**EVERY_OPTION)
+    found = re.search(r"<<'END_OF_SPEC'\n(.*)\nEND_OF_SPEC\n", text, re.DOTALL)
+    assert found is not None
+    assert load_spec(yaml.safe_load(found[1])) == job(**EVERY_OPTION)
+
+
+def test_a_stop_gets_the_time_that_the_saves_of_the_run_took(tmp_path: Path) -> None:
+    assert "#SBATCH --signal=B:TERM@150\n" in script(), "before one was measured"
+    run = tmp_path / "runs/digits"
+    run.mkdir(parents=True)
+    attempt = {"started": 1.0, "ended": 2.0, "from_step": 0, "to_step": 9, "outcome": "stopped"}
+    facts = {"format": 1, "id": "x", "state": "stopped"}
+    facts |= {"attempts": [attempt | {"longest_save_seconds": 100.0}]}
+    (run / "run.json").write_text(json.dumps(facts))
+    done = evenstep("slurm", "render", "digits", "slurm={nodes: 1}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --signal=B:TERM@450\n" in done.stdout, "twice two saves and leaving; and 30 s"
+    assert not (tmp_path / "runs/.slurm").exists(), "to render writes nothing"
+
+
+REFUSED = {
+    "no section": ({}, "slurm: missing; add slurm:"),
+    "a time in words": ({"slurm.time": "'1 day'"}, "slurm.time: must be a time as HH:MM:SS"),
+    "a time of minutes": ({"slurm.time": "'60'"}, "slurm.time: must be a time as HH:MM:SS"),
+    "a stop as long as the time": (
+        {"slurm.time": "'00:10:00'", "slurm.stop_seconds": "600"},
+        "slurm: stop_seconds (600) must be less than time (00:10:00)",
+    ),
+    "a time that is spent on stopping": (
+        {"slurm.time": "'00:05:00'"},
+        "slurm.time: of 00:05:00 a stop may take 150 s, so that most",
+    ),
+    "an option that is ours": (
+        {"slurm.options": "[--nodes=3]"},
+        "slurm.options: --nodes is set by slurm.nodes: leave it out here",
+    ),
+    "an option with a command in it": (
+        {"slurm.options": "['--comment=x y']"},
+        "must be an option of sbatch with two dashes",
+    ),
+    "a prolog of several lines": (
+        {"slurm.prolog": '["a\\nb"]'},
+        "slurm.prolog: must be lines of shell, one in each item",
+    ),
+    "a key where everybody reads it": (
+        {"slurm.prolog": "['export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567']"},
+        "slurm: what looks like a secret stands in prolog or env",
+    ),
+    "a password in an address": (
+        {"slurm.env": "{STORE: 'https://me:word@example.com/data'}"},
+        "slurm: what looks like a secret stands in prolog or env",
+    ),
+    "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name that Slurm knows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_cluster_could_run_is_refused(case: str) -> None:
+    changed, message = REFUSED[case]
+    overrides = [f"{key}={value}" for key, value in changed.items()]
+    with pytest.raises(SpecError, match=re.escape(message)):
+        render(Script(load_spec(JOB, overrides=overrides), RUNS, 120.0))
+
+
+def test_no_secret_of_the_environment_stands_in_the_script(tmp_path: Path) -> None:
+    key = "0123456789abcdef0123456789abcdef01234567"
+    words = ("slurm", "render", "digits", "slurm={nodes: 2}")
+    done = evenstep(*words, cwd=tmp_path, WANDB_API_KEY=key)
+    assert done.returncode == 0, done.stderr
+    assert key not in done.stdout
+
+
+def test_a_directory_that_sbatch_would_misread_is_refused(tmp_path: Path) -> None:
+    for name in ("my runs", "100%"):
+        words = ("slurm", "render", "digits", "slurm={nodes: 1}", "--runs", name)
+        done = evenstep(*words, cwd=tmp_path)
+        assert done.returncode == 64
+        assert "has a space or a %" in done.stderr
+
+
+def test_a_sweep_is_an_array_with_a_run_for_each_combination() -> None:
+    text = script(sweep=SWEEP)
+    assert "#SBATCH --array=0-3\n" in text
+    assert "#SBATCH --output=/shared/runs/.slurm/digits/log-%A_%a\n" in text
+    assert '2) settings=(optimizer.lr=0.2 "batch={global_batch: 96}") ;;' in text
+    assert 'name="digits-$SLURM_ARRAY_TASK_ID"' in text
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (["seed"], "must be KEY=VALUE,VALUE, but is 'seed'"),
+        (["seed=1", "seed=2"], "seed is swept twice"),
+        (["a=" + ",".join("x" * 40), "b=" + ",".join("x" * 40)], "1,600 combinations are more"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(sweep: list[str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        settings_of(sweep)
+
+
+def test_where_there_is_no_slurm_that_is_said(tmp_path: Path) -> None:
+    words = ("slurm", "submit", "digits", "slurm={nodes: 1}")
+    done = evenstep(*words, cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 64
+    assert "There is no squeue here. Use a machine from which jobs are submitted" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (("PENDING", "Resources"), "waits (Resources: it is the next; it starts when enough"),
+        (("PENDING", "None"), "waits"),
+        (("PENDING", "QOSMaxGRESPerUser"), "waits (QOSMaxGRESPerUser: you have as much at work"),
+        (("PENDING", "AssocGrpCPUMinutesLimit"), "your group has as much at work as it may"),
+        (("PENDING", "SomethingNew"), "waits (SomethingNew: see man squeue"),
+        (("RUNNING", "None"), "runs"),
+        (("TIMEOUT", "", 0), "was ended at its time limit; submit it again"),
+        (("FAILED", "", 42), "has ended with 42 (would fail again)"),
+    ],
+)
+def test_slurms_words_are_explained(told: tuple[Any, ...], words: str) -> None:
+    assert words in state_in_words(*told)
+
+
+def test_every_engine_has_the_same_commands_with_the_same_options() -> None:
+    groups = {engine.name: commands_of(engine) for engine in ENGINES}
+    assert groups.keys() == {"kubernetes", "slurm"}
+    shared = {
+        "render": {"spec", "overrides", "name"},
+        "submit": {"spec", "overrides", "name", "waits"},
+        "status": {"name"},
+        "logs": {"name", "rank", "node", "previous", "follow"},
+        "cancel": {"name"},
+    }
+    for engine in ENGINES:
+        group = groups[engine.name]
+        assert group.commands.keys() == shared.keys()
+        for name, command in group.commands.items():
+            assert isinstance(command, click.Command)
+            own = engine.job_options if name in ("render", "submit") else engine.run_options
+            mine = {parameter.name for parameter in command.params}
+            assert mine == shared[name] | {option.name for option in own}
+
+
+def test_the_time_left_and_whether_the_run_fits_are_told(tmp_path: Path) -> None:
+    done = evenstep("run", "digits", "length={steps: 6}", "--stop-at", 3, cwd=tmp_path)
+    assert done.returncode == 75, done.stderr
+    run = RunDirectory(tmp_path / "runs/digits")
+
+    def told(seconds: float) -> str:
+        line = allowance(run, {"EVENSTEP_ENDS": str(int(time.time() + seconds))})
+        assert line is not None
+        return line
+
+    assert re.match(r"Slurm gives this attempt (00:59:59|01:00:00)\. 3 steps are left", told(3600))
+    assert told(3600).endswith(": they fit.")
+    assert "they do not fit: it is asked in time to save" in told(-5)
+    assert allowance(run, {}) is None, "nobody says"
+    assert allowance(run, {"EVENSTEP_ENDS": "9999999999"}) is None, "no limit"
+    fresh = allowance(RunDirectory(tmp_path / "runs/new"), {"EVENSTEP_ENDS": "1"})
+    assert fresh is not None
+    assert "is not known before an attempt has ended" in fresh
