@@ -12,6 +12,7 @@ import click
 
 from launch.commands.checkpoints import checkpoints, export
 from launch.commands.engines import ENGINES, commands_of, complain, load_named
+from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.runs import list_runs, report
 from launch.environment import (
@@ -30,6 +31,7 @@ from launch.rank.job import Job, TestJob
 from launch.slurm_step import node_of, note_exit_code, slurm_grace, step_here
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
+from service.plan.changing import Accepted
 from service.plan.plan import window_of
 from service.recipes import recipes
 from service.runs.directory import RunDirectory, check_run, find_run
@@ -76,6 +78,12 @@ evenstep.add_command(export)
     help="Restart all processes from the newest checkpoint after a failure, at most K times.",
 )
 @click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
+@click.option(
+    "--change", is_flag=True, help="Let KEY=VALUE change a run that has begun; it is recorded."
+)
+@click.option(
+    "--accept-changes", is_flag=True, help="The same for all that SPEC now says otherwise."
+)
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save, then stop.")
 @click.option(
     "--profile", metavar="START:STEPS", help="Trace these steps and show where the time is spent."
@@ -91,6 +99,7 @@ def run(
     elastic: bool,
     stop_at: int | None,
     profile: str | None,
+    **accepting: bool,
 ) -> None:
     """Train and test SPEC: a file, or the name of a recipe. The same command resumes the run."""
     place = launched()
@@ -104,10 +113,13 @@ def run(
     runs = runs.absolute()
     if node is None or node.index == 0:
         _tell_allowance(RunDirectory(runs / loaded.name))
+    accepted = _accepted(overrides, fresh=fresh, **accepting)
     if place is None or place.rank == 0:
-        check_run(runs, loaded, fresh=fresh)
+        check_run(runs, loaded, fresh=fresh, accepted=accepted)
     given = torchrun_grace() if place is not None else slurm_grace(loaded)
-    job = Job(loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given)
+    job = Job(
+        loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given, accepted=accepted
+    )
     if node is not None and node.nodes > 1:
         from launch.nodes.node import run_node
 
@@ -232,12 +244,16 @@ def list_recipes() -> None:
 @click.option("--page", is_flag=True, help="Print a Markdown page instead.")
 def schema(page: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
-    from service.spec.page import spec_page
+    if page:
+        from service.plan.changing import changes_page
+        from service.spec.page import spec_page
 
-    click.echo(spec_page(spec_schema()).rstrip() if page else json.dumps(spec_schema(), indent=2))
+        click.echo(f"{spec_page(spec_schema())}{changes_page()}".rstrip())
+    else:
+        click.echo(json.dumps(spec_schema(), indent=2))
 
 
-for _command in (new, check, doctor, list_runs, report):
+for _command in (new, check, doctor, fork, list_runs, report):
     evenstep.add_command(_command)
 
 
@@ -274,6 +290,21 @@ def _tell_allowance(directory: RunDirectory) -> None:
     told = allowance(directory)
     if told is not None:
         complain(told)
+
+
+def _accepted(
+    overrides: tuple[str, ...], *, fresh: bool, change: bool, accept_changes: bool
+) -> Accepted:
+    if fresh and (change or accept_changes):
+        which = "--change" if change else "--accept-changes"
+        raise SpecError(f"{which}: --fresh begins a new run, which nothing has to be changed in.")
+    if change and not overrides:
+        raise SpecError(
+            "--change: nothing is named to change. Add it as KEY=VALUE, such as length.epochs=20; "
+            "for what was changed in the file, use --accept-changes."
+        )
+    named = Accepted.named(overrides) if change else Accepted()
+    return Accepted(named.keys, everything=accept_changes)
 
 
 def _process_count(asked: str | None) -> int:

@@ -18,6 +18,7 @@ from service.distributed.generators import generators_given_back
 from service.distributed.world import in_place
 from service.health.stop_request import StopRequest, stop_on_signals
 from service.optimization.precision import multiplied_in
+from service.plan.changing import Accepted
 from service.plan.plan import make_plan
 from service.recipes import find_recipe
 from service.runs.history import History, read_history
@@ -36,6 +37,7 @@ def run(
     *,
     runs: str | os.PathLike[str] = "runs",
     fresh: bool = False,
+    accept_changes: bool = False,
     **overrides: Any,
 ) -> History:
     """Train and test `spec` in this process; what came of it, `rows` ready for a data frame.
@@ -47,6 +49,7 @@ def run(
         spec: a file, the name of a recipe, plain values, or a `Spec`.  A task of a notebook is
             `__main__:name`.
         fresh: put an earlier run of this name aside and begin anew.
+        accept_changes: let `spec` change a run that has begun, which is recorded with it.
         overrides: sections or keys of the spec, such as `seed=1, optimizer={"lr": 0.02}`.
     Raises:
         SpecError: a person's mistake, before anything is written; or another run trains in this
@@ -61,12 +64,16 @@ def run(
             "own: `evenstep run`, or multiprocessing with the start method spawn."
         )
     try:
-        return _run_alone(spec, Path(runs).absolute(), fresh=fresh, overrides=overrides)
+        accepted = Accepted(everything=accept_changes)
+        place = Path(runs).absolute()
+        return _run_alone(spec, place, fresh=fresh, accepted=accepted, overrides=overrides)
     finally:
         _ALONE.release()
 
 
-def _run_alone(spec: Any, place: Path, *, fresh: bool, overrides: Mapping[str, Any]) -> History:
+def _run_alone(
+    spec: Any, place: Path, *, fresh: bool, accepted: Accepted, overrides: Mapping[str, Any]
+) -> History:
     document_of(overrides)  # what no spec could hold is refused in words
     loaded = load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
     if loaded.exactness == "bitwise":
@@ -75,7 +82,7 @@ def _run_alone(spec: Any, place: Path, *, fresh: bool, overrides: Mapping[str, A
             "Run it by `evenstep run`, which has a process of its own."
         )
     with _given_back(loaded):
-        _run(loaded, place, fresh=fresh)
+        _run(loaded, place, fresh=fresh, accepted=accepted)
     return read_history(place / loaded.name)
 
 
@@ -90,7 +97,7 @@ def _given_back(spec: Spec) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _run(loaded: Spec, place: Path, *, fresh: bool) -> None:
+def _run(loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted) -> None:
     world = in_place(precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
     loaded = settled(
@@ -102,7 +109,13 @@ def _run(loaded: Spec, place: Path, *, fresh: bool) -> None:
         processes_here=1,
         say=print,
     )
-    plan = make_plan(loaded, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
+    plan = make_plan(
+        loaded,
+        processes=1,
+        train_rows=task.train_rows,
+        test_rows=task.test_rows,
+        accepted=accepted,
+    )
     # Only the main thread of an interpreter hears signals.
     hears = threading.current_thread() is threading.main_thread()
     with stop_on_signals() if hears else nullcontext(StopRequest()) as stop:

@@ -14,6 +14,7 @@ from service.basics.errors import Stopped
 from service.data.task import Task, load_task, supervised
 from service.distributed.world import World
 from service.health.stop_request import StopRequest
+from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.plan import make_plan
 from service.recipes import digits
 from service.spec.files import load_spec
@@ -79,7 +80,11 @@ def spec_of(factory: str, *, name: str = "job", **sections: Any) -> dict[str, An
 
 
 def train_in_process(
-    world: World, spec: dict[str, Any], runs: Path, stop_at: int | None = None
+    world: World,
+    spec: dict[str, Any],
+    runs: Path,
+    stop_at: int | None = None,
+    accepted: Accepted = NOTHING_ACCEPTED,
 ) -> dict[str, float] | None:
     """What `evenstep run` does in one process, in a world that is there already.
 
@@ -95,6 +100,7 @@ def train_in_process(
         train_rows=task.train_rows,
         test_rows=task.test_rows,
         stop_at=stop_at,
+        accepted=accepted,
     )
     try:
         return run(plan, task, world, runs=runs, stop=StopRequest())

@@ -48,6 +48,9 @@ h = run("digits", name="door", **changed)
 print(json.dumps({"state": h.state, "rows": h.rows, "optimizer": h.spec["optimizer"]}))
 again = run(load_spec(h.directory.spec))
 assert again.rows == h.rows
+longer = run("digits", name="door", accept_changes=True, **changed | {"length": {"epochs": 3}})
+assert longer.rows[:len(h.rows)] == h.rows and longer.step == 45, longer
+assert [entry["step"] for entry in longer.changes] == [30]
 """
 
 

@@ -5,6 +5,7 @@ From top to bottom; a room imports only from rooms below it:
 * runs: the commands that look at runs: `runs` and `report`.  No torch.
 * reduction: one process of a trial all-reduce: `python -m launch.commands.reduction BYTES`.
 * jobs: the commands that come before a run: `new`, `check` and `doctor`.
+* fork: `evenstep fork`: a new run that begins at a checkpoint of another one.
 * engines: the commands of every engine, made from its contract: render, submit, status, logs,
   cancel.
 * doctor: the checks of `evenstep doctor`: the machine, as a job would find it.

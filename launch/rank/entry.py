@@ -102,6 +102,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
             test_rows=task.test_rows,
             stop_at=job.stop_at,
             profile=job.profile,
+            accepted=job.accepted,
         )
         try:
             run(

@@ -9,6 +9,7 @@ from typing import Any
 from launch.environment import Group
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
+from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.plan import Window
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
@@ -29,6 +30,8 @@ class Job:
     """The steps to trace."""
     grace: GracePeriod | None = None
     """What the launcher gives a stop, where it is not our own."""
+    accepted: Accepted = NOTHING_ACCEPTED
+    """What may be changed of a run that has begun."""
 
     def again(self, before: str | None) -> Job:
         """The job as it is started after a failure: an earlier run is put aside once.
@@ -53,7 +56,7 @@ class Job:
         # The classes of a spec's optimizers are made when it is imported and have no name that
         # a pickle could find them by.  What travels are plain values, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
-        rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace)
+        rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace, self.accepted)
         return _received, (values, self.runs, *rest)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.basics.errors import SpecError
 from service.observability.charts import COLOURS, Line, chart, short, smoothed, step_axis
-from service.runs.directory import LATEST_TIME, is_number
+from service.runs.directory import LATEST_TIME, change_in_words, is_number
 from service.runs.goodput import each_of
 from service.runs.history import Failure, History, differing
 from service.spec.files import dump_values
@@ -199,7 +199,8 @@ def _charts(histories: Sequence[History]) -> list[str]:
     rest = [key for key in keys if key not in losses]
     for key in sorted(rest, key=lambda k: (not k.startswith("test/"), _rank(k))):
         groups.setdefault(_title(key), []).append(key)
-    marks = [a["from_step"] for h in histories for a in h.attempts[1:] if len(histories) == 1]
+    alone = histories[0] if len(histories) == 1 else None
+    marks = [a["from_step"] for a in alone.attempts[1:]] if alone else []
     if not groups:
         return ['<p class="card none">Nothing was measured yet.</p>']
     steps = [h.curves.steps for h in histories if len(h.curves.steps)]
@@ -335,7 +336,7 @@ def _facts(history: History, *, alone: bool) -> str:
     heading = "What it was" if alone else f"What {history.name} was"
     return (
         f'<section class="card"><h2>{escape(heading)}</h2>{_attempts(history)}'
-        f"{_account(history)}{_failures(history)}"
+        f"{_changes(history)}{_account(history)}{_failures(history)}"
         f'<div class="facts"><dl>{facts}</dl>'
         f"<details{' open' if alone else ''}><summary>spec, as resolved</summary>"
         f"<pre>{escape(dump_values(history.spec))}</pre></details>{changed if diff else ''}"
@@ -370,6 +371,21 @@ def _attempts(history: History) -> str:
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _changes(history: History) -> str:
+    """What was changed of the spec in the run, who did it, and from where it was forked."""
+    told = [
+        f"<li><time>{_moment(entry['time'])}</time> {escape(change_in_words(entry))}</li>"
+        for entry in history.changes
+    ]
+    origin = history.facts.get("forked_from")
+    if isinstance(origin, dict):
+        words = f"forked from {origin.get('run')} ({origin.get('id')}) at step {origin.get('step')}"
+        told.insert(0, f"<li>{escape(words)}</li>")
+    if not told:
+        return ""
+    return f'<h3>Changes</h3><ul class="changes">{"".join(told)}</ul>'
 
 
 def _account(history: History) -> str:

@@ -123,6 +123,8 @@ class PlateauSchedule(Schedule):
         }
 
     def remember(self, memory: Mapping[str, Any]) -> None:
+        if "lowered" not in memory:
+            return  # another schedule's: a person has changed it in the run
         self._lowered, self._resting = memory["lowered"], memory["resting"]
         self._early_stopping.remember(memory["patience"])
 

@@ -132,7 +132,7 @@ class TrainState:
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint kept."""
         self.schedule.remember(memory["schedule"])
-        if self.early_stopping is not None:
+        if self.early_stopping is not None and memory["early_stopping"] is not None:
             self.early_stopping.remember(memory["early_stopping"])
         self.schedule.restart(self.step)
 
@@ -145,7 +145,9 @@ class TrainState:
         """Whether `values` holds a better measure than any before; if so, it is the best now."""
         if wanted is None or wanted.measure not in values:
             return False
-        value, before = values[wanted.measure], self.best.value if self.best else None
+        # Of another measure, where a person has changed it in the run, it is no rival.
+        rival = self.best if self.best and self.best.measure == wanted.measure else None
+        value, before = values[wanted.measure], rival.value if rival else None
         if not is_better(value, before, mode=wanted.mode):
             return False
         self.best = Best(step=self.step, measure=wanted.measure, value=value)

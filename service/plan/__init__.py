@@ -8,4 +8,5 @@ From top to bottom; a room imports only from rooms below it:
   process.
 * early_stopping: early stopping: which of two measures is better, and whether one has stopped
   improving.
+* changing: what may change between two attempts at a run: two specs compared, key by key.
 """

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from service.basics.errors import SpecError
+from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.samplers import halved_share, share_of
 from service.plan.schedules import Length, Multiplier, multiplier
 from service.spec.models import CheckpointSpec, Spec, TestSpec
@@ -67,6 +68,8 @@ class Plan:
     """Stop after this step with a checkpoint, as if asked to."""
     profile: Window | None = None
     """The steps to trace."""
+    accepted: Accepted = NOTHING_ACCEPTED
+    """What may be changed of a run that has begun."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
     """Learning-rate multiplier of the update that follows `step` finished ones."""
 
@@ -151,6 +154,7 @@ def make_plan(
     test_rows: int,
     stop_at: int | None = None,
     profile: Window | None = None,
+    accepted: Accepted = NOTHING_ACCEPTED,
 ) -> Plan:
     """The plan of a run.
 
@@ -197,6 +201,7 @@ def make_plan(
         save_every=_interval(spec.checkpoint, train_rows, global_batch),
         stop_at=stop_at,
         profile=profile,
+        accepted=accepted,
         rate=multiplier(spec.schedule, length),
     )
 

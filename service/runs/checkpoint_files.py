@@ -195,7 +195,7 @@ def _found(directory: Path, which: str) -> Checkpoint:
     steps = ", ".join(dict.fromkeys(str(checkpoint.step) for checkpoint in found))
     if which == "best":
         raise SpecError(f"No checkpoint in {directory} is marked as the best. There are {steps}.")
-    raise SpecError(f"--checkpoint: there is no {which!r}; there are best, latest, {steps}.")
+    raise SpecError(f"{directory}: there is no {which!r}; there are best, latest, {steps}.")
 
 
 def kept(steps: Sequence[int], *, newest: int, every: int | None, best: int | None) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import getpass
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,9 +35,17 @@ from service.basics.atomic_files import (
     without_link,
 )
 from service.basics.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean, printable
+from service.plan.changing import (
+    NOTHING_ACCEPTED,
+    Accepted,
+    Change,
+    changes,
+    told_of_lines,
+    why_not,
+)
 from service.runs.failure_reports import is_secret, redacted, redacted_code
 from service.runs.goodput import account_of, failures_in_a_row
-from service.spec.files import changes, dump_spec, load_spec, with_files_where_they_are
+from service.spec.files import dump_spec, load_spec, with_files_where_they_are
 from service.spec.models import Spec
 
 FORMAT = 1
@@ -163,6 +173,8 @@ class OpenRun:
     directory: RunDirectory
     facts: dict[str, Any]
     _lock: IO[str] = field(repr=False)
+    changed: Sequence[Change] = ()
+    """What a person changes of its spec in this attempt."""
 
     @property
     def id(self) -> str:
@@ -268,6 +280,28 @@ class OpenRun:
             self.facts["account"] = account_of(self.facts["attempts"])
             self.directory.write_facts(self.facts)
 
+    def enter_changes(self, spec: Spec, *, step: int) -> None:
+        """Enter in run.json and spec.yaml what is changed from `step` on, and by whom.
+
+        Changes of before that an older checkpoint has undone begin, like the rest, at `step`.
+
+        Raises:
+            EvenstepError: they cannot be written.
+        """
+        known = changes_in(self.facts)
+        known = [each | {"step": min(each["step"], step)} for each in known]
+        text = dump_spec(spec)
+        if self.changed:
+            known.append(change_entry(self.changed, step=step, text=text))
+        if known == changes_in(self.facts):
+            return
+        # In this order: killed between the two, the entry is known by its hash to be of no effect.
+        self.facts["changes"] = known
+        self.directory.write_facts(self.facts)
+        if self.changed:
+            with told_when_unwritten(self.directory.spec):
+                replace_file(self.directory.spec, text)
+
     def close_lost_attempt(self) -> None:
         """Enter what is known of an attempt that could not say how it ended: it was killed."""
         attempts = self.facts["attempts"]
@@ -301,6 +335,59 @@ class OpenRun:
         self._lock.close()
 
 
+def changes_in(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was changed of the run after it had begun, as run.json tells it."""
+    return list(facts.get("changes", ()))
+
+
+def change_entry(changed: Sequence[Change], *, step: int, text: str) -> dict[str, Any]:
+    """One entry of `changes_in`: who changed what after `step` finished steps.
+
+    Args:
+        text: the spec as it is now, as it is written to spec.yaml.
+    """
+    return {
+        "step": step,
+        "time": time.time(),
+        "by": _person(),
+        "command": redacted(sys.argv[1:]),
+        "keys": [change._asdict() for change in changed],
+        "spec_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def change_in_words(entry: Mapping[str, Any]) -> str:
+    """One entry of `changes_in`, for a person."""
+    keys = "; ".join(str(Change(**key)) for key in entry["keys"])
+    return f"changed after step {entry['step']:,} by {entry['by']}: {keys}"
+
+
+def _are_changes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and is_number(entry.get("step"))
+        and is_number(entry.get("time"), LATEST_TIME)
+        and isinstance(entry.get("by"), str)
+        and isinstance(entry.get("keys"), list)
+        and all(
+            isinstance(key, dict)
+            and key.keys() == {"key", "was", "now"}
+            and all(isinstance(word, str) for word in key.values())
+            for key in entry["keys"]
+        )
+        for entry in value
+    )
+
+
+def _person() -> str:
+    """Who runs this process, and where."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user of no name
+        user = f"user {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
 def is_number(value: Any, below: float = 2**53) -> TypeGuard[float]:
     """Whether it is one from 0 up to a bound, such as a step or a number of seconds is."""
     return isinstance(value, int | float) and 0 <= value < below
@@ -326,6 +413,7 @@ def _is_whole(facts: Mapping[str, Any]) -> bool:
         and isinstance(facts.get("versions", {}), dict)
         and isinstance(facts.get("command", []), list)
         and isinstance(facts.get("git", {}), dict)
+        and _are_changes(facts.get("changes", []))
         and isinstance(account, dict)
         and _are_seconds(account.get("seconds", {}))
         and all(is_number(account.get(key, 0)) for key in ("steps_again", "goodput"))
@@ -347,14 +435,18 @@ def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
     return beat if whole else None
 
 
-def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
+def open_run(
+    runs: Path, spec: Spec, *, fresh: bool, accepted: Accepted = NOTHING_ACCEPTED
+) -> OpenRun:
     """Open the run that `spec` names, or begin it.
 
     Args:
         fresh: put an earlier run of this name aside and begin anew.
+        accepted: in what the spec may differ from that of the run.
     Raises:
         SpecError: the directory is not a run's, another process has it open, or the spec
-            differs from the one it was begun with in a way that changes the result.
+            differs from that of the run in a way that changes the result and is not accepted, or
+            that the run's state cannot follow.
     """
     directory = RunDirectory(runs / spec.name)
     require_no_secret(spec)
@@ -365,22 +457,24 @@ def open_run(runs: Path, spec: Spec, *, fresh: bool) -> OpenRun:
                 _put_aside(directory)
                 before, lock = lock, stack.enter_context(_lock(directory))
                 before.close()
-            opened = _opened(directory, spec, lock)
+            opened = _opened(directory, spec, lock, accepted)
         except OSError as error:
             raise _unusable(directory, error) from error
         stack.pop_all()  # it stays open with the run
     return opened
 
 
-def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
+def _opened(directory: RunDirectory, spec: Spec, lock: IO[str], accepted: Accepted) -> OpenRun:
     """The run as it was left, or as it begins."""
     _require_no_link(directory)
     if _is_begun(directory):
-        opened = OpenRun(directory, _taken_up(directory, spec), lock)
+        facts, changed = _taken_up(directory, spec, accepted)
+        _drop_unwritten_change(facts, directory)
+        opened = OpenRun(directory, facts, lock, changed)
         opened.close_lost_attempt()
         return opened
     _require_empty(directory)
-    facts = _first_facts(spec, directory)
+    facts = first_facts(spec, directory)
     # In this order: killed between any two of these, it begins anew the next time.
     directory.write_facts(facts)
     make_directory(directory.logs)
@@ -388,7 +482,18 @@ def _opened(directory: RunDirectory, spec: Spec, lock: IO[str]) -> OpenRun:
     return OpenRun(directory, facts, lock)
 
 
-def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
+def _drop_unwritten_change(facts: dict[str, Any], directory: RunDirectory) -> None:
+    """Forget a change that was entered by a process killed before it had written the spec."""
+    known = changes_in(facts)
+    if known and "spec_sha256" in known[-1]:
+        written = hashlib.sha256(directory.spec.read_bytes()).hexdigest()
+        if known[-1]["spec_sha256"] != written:
+            facts["changes"] = known[:-1]
+
+
+def check_run(
+    runs: Path, spec: Spec, *, fresh: bool, accepted: Accepted = NOTHING_ACCEPTED
+) -> None:
     """Raise what `open_run` would raise, without touching anything.
 
     Raises:
@@ -401,7 +506,7 @@ def check_run(runs: Path, spec: Spec, *, fresh: bool) -> None:
         _require_no_link(directory)
         if _is_begun(directory):
             if not fresh:
-                _taken_up(directory, spec)
+                _taken_up(directory, spec, accepted)
         elif directory.path.exists():
             _require_empty(directory)
     except OSError as error:
@@ -536,17 +641,47 @@ def _locked_in_time(lock: IO[str]) -> bool:
             return True
 
 
-def _taken_up(directory: RunDirectory, spec: Spec) -> dict[str, Any]:
+def _taken_up(
+    directory: RunDirectory, spec: Spec, accepted: Accepted
+) -> tuple[dict[str, Any], list[Change]]:
+    """The facts of the run, and what is changed of its spec.
+
+    Raises:
+        SpecError: something is changed that was not asked for, or that cannot change in a run.
+    """
     facts = directory.read_facts()
-    differences = changes(directory.read_spec(), spec)
-    if differences:
+    held = directory.read_spec()
+    found = changes(held, spec)
+    unasked = [change for change in found if not accepted.covers(change)]
+    if unasked:
+        raise SpecError(_unasked_in_words(directory, facts, unasked, asked=bool(accepted.keys)))
+    fixed = told_of_fixed(found, held)
+    if fixed:
         raise SpecError(
-            f"{directory.path} was begun with another spec:\n  "
-            + "\n  ".join(differences)
-            + "\nGo on with the old values, give this run a --name of its own, or begin again "
-            "with --fresh."
+            f"{directory.path} cannot be changed in this:{fixed}\n"
+            "Give a new run a --name of its own, or begin again with --fresh."
         )
-    return facts
+    return facts, found
+
+
+def told_of_fixed(found: Sequence[Change], held: Spec) -> str:
+    """The changes of the spec `held` that a run cannot follow, each with the reason."""
+    told = [f"\n  {change}\n    {why}" for change in found if (why := why_not(change, held))]
+    return "".join(told)
+
+
+def _unasked_in_words(
+    directory: RunDirectory, facts: Mapping[str, Any], unasked: Sequence[Change], *, asked: bool
+) -> str:
+    earlier = changes_in(facts)
+    since = f" (as it was {change_in_words(earlier[-1])})" if earlier else ""
+    first = unasked[0]
+    how = "name these keys too" if asked else f"change it from here on: --change {first.key}=..."
+    return (
+        f"{directory.path} was begun with another spec{since}:{told_of_lines(unasked)}\n"
+        f"Go on with the old values; or {how}, or --accept-changes for all that is said now; or "
+        "give this run a --name of its own; or begin again with --fresh."
+    )
 
 
 def _require_empty(directory: RunDirectory) -> None:
@@ -568,7 +703,8 @@ def _put_aside(directory: RunDirectory) -> None:
     os.rename(directory.path, aside)
 
 
-def _first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
+def first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
+    """What run.json says of a run that begins here and now."""
     return {
         "format": FORMAT,
         "id": os.environ.get("WANDB_RUN_ID") or f"{spec.name}-{secrets.token_hex(4)}",

@@ -14,7 +14,7 @@ from typing import Any
 
 from service.basics.atomic_files import is_there, read_bytes, read_json, told_when_unread
 from service.basics.errors import EvenstepError, SpecError
-from service.runs.directory import LATEST_TIME, RunDirectory, find_run, is_number
+from service.runs.directory import LATEST_TIME, RunDirectory, changes_in, find_run, is_number
 from service.runs.failure_reports import LARGEST_REPORT_BYTES
 from service.runs.metrics_file import Curves, best_in, last_row, read_curves, read_metrics
 from service.spec.documents import LARGEST_FILE_BYTES, dotted, find, read_document, shown
@@ -94,6 +94,11 @@ class History:
     @property
     def attempts(self) -> list[dict[str, Any]]:
         return list(self.facts.get("attempts", ()))
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What was changed of the spec after the run had begun: `step`, `time`, `by`, `keys`."""
+        return changes_in(self.facts)
 
     @property
     def state(self) -> str:

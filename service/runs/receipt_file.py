@@ -1,7 +1,7 @@
 """receipt.jsonl on disk: digests of each step's rows, and of the weights at checkpoints.
 
-No torch.  A line holds the rows of an interval, a digest for each of its steps, or the SHA-256 of a
-checkpoint's tensor files.
+No torch.  A line holds the rows of an interval, a digest for each of its steps, the SHA-256 of a
+checkpoint's tensor files, or what was changed of the spec after a step.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uin
 
     if not all(type(line) is dict for line in lines):
         raise TypeError("a line is an object")
-    of_rows = [line for line in lines if "weights" not in line]
+    of_rows = [line for line in lines if "step" not in line]
     if len(of_rows) < len(lines):
-        _require(all(map(_is_line, (line for line in lines if "weights" in line))))
+        _require(all(map(_is_line, (line for line in lines if "step" in line))))
     rows = [line["rows"] for line in of_rows]
     _require(all(type(some) is list for some in rows))
     counts = np.frombuffer(array("q", map(len, rows)), np.int64)
@@ -100,16 +100,24 @@ def read_weights(path: Path) -> dict[int, dict[str, str]]:
 class ReceiptFile:
     """A receipt that is added to, line by line, each of them written at once."""
 
-    def __init__(self, path: Path, *, step: int, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        step: int,
+        say: Callable[[str], None] = print,
+        changes: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Forget what was written for steps after `step`: they are about to be taken again.
 
-        `say` tells a person where lines wait for a disk that is full.
+        `say` tells a person where lines wait for a disk that is full.  `changes` are all that were
+        made of the spec, as run.json has them.
 
         Raises:
             EvenstepError: it cannot be written.
         """
         with told_when_unwritten(path):
-            _keep_up_to(path, step)
+            _keep_up_to(path, step, [_line_of_change(change) for change in changes])
             self._file = AppendOnlyFile(path, say=say)
         self._path = path
 
@@ -135,10 +143,21 @@ class ReceiptFile:
         self._file.add((json.dumps(line) + "\n").encode())
 
 
-def _keep_up_to(path: Path, step: int) -> None:
-    if not path.exists():
+def _line_of_change(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "step": entry["step"],
+        "changed": {key["key"]: [key["was"], key["now"]] for key in entry["keys"]},
+        "by": entry["by"],
+        "time": entry["time"],
+    }
+
+
+def _keep_up_to(path: Path, step: int, changes: list[dict[str, Any]]) -> None:
+    if not path.exists() and not changes:
         return
-    kept = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
+    held = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
+    kept = [line for line in held if "changed" not in line or line in changes]
+    kept += [line for line in changes if line not in kept]
     # On disk before it takes the old one's place: what a checkpoint rests on must not be lost.
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -183,6 +202,8 @@ def _checked(block: Block, path: Path) -> list[dict[str, Any]]:
 def _is_line(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
+    if "changed" in value:
+        return isinstance(value["changed"], dict) and _is_step(value.get("step"))
     if "weights" in value:
         weights = value["weights"]
         names = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())

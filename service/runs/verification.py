@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError
-from service.runs.directory import RunDirectory
+from service.runs.directory import RunDirectory, change_in_words, changes_in
 from service.runs.metrics_file import read_curves
 from service.runs.receipt_file import read_digests, read_weights
 from service.runs.tracking import tells_of_speed
@@ -35,15 +35,19 @@ def compare(a: RunDirectory, b: RunDirectory, *, level: str, tolerance: float) -
     Raises:
         SpecError: one of them is no run, or they have no step in common.
     """
-    for run in (a, b):
-        run.read_facts()
+    changed = [
+        f"{run.name}: {change_in_words(entry)}"
+        for run in (a, b)
+        for entry in changes_in(run.read_facts())
+    ]
     with told_when_unread(a.path):
         checks = [_rows(a, b)]
         if level != "rows":
             checks.append(_values(a, b, tolerance=tolerance if level == "losses" else None))
         if level == "bits":
             checks.append(_weights(a, b))
-    return Compared(all(check.equal for check in checks), [c for x in checks for c in x.lines])
+    lines = [line for check in checks for line in check.lines]
+    return Compared(all(check.equal for check in checks), lines + changed)
 
 
 def _rows(a: RunDirectory, b: RunDirectory) -> Compared:

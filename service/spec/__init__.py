@@ -3,7 +3,7 @@
 From top to bottom; a room imports only from rooms below it:
 
 * new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
-* files: A spec as a file: read with the position of every mistake, written, compared, described.
+* files: A spec as a file: read with the position of every mistake, written, described.
 * models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
 * slurm: the section `slurm:`: what a job asks of Slurm, and how its script begins.

@@ -1,4 +1,4 @@
-"""A spec as a file: read with the position of every mistake, written, compared, described."""
+"""A spec as a file: read with the position of every mistake, written, described."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _missing(name: str, field: FieldInfo) -> str:
         return f"missing; add {name}: {' or '.join(choices)}"
     if not field.examples:
         return "missing; add it"
-    return f"missing; add {name}: {_on_one_line(field.examples[0])}"
+    return f"missing; add {name}: {on_one_line(field.examples[0])}"
 
 
 def _must_be(allowed: str, given: Any) -> str:
@@ -345,7 +345,7 @@ def _names(part: type[Part]) -> tuple[str, ...]:
 
 def dump_spec(spec: Spec) -> str:
     """The spec as YAML, defaults included, which `load_spec` reads back equal."""
-    return _yaml(_values(spec))
+    return _yaml(plain_values(spec))
 
 
 def dump_values(values: Mapping[str, Any]) -> str:
@@ -353,14 +353,14 @@ def dump_values(values: Mapping[str, Any]) -> str:
     return _yaml(dict(values))
 
 
-def _values(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Plain values of a section in the order of its fields; a field that is null is its default."""
     if isinstance(value, Part):
         fields = {key: getattr(value, key) for key in type(value).model_fields}
         given = {key: content for key, content in fields.items() if content is not None}
-        return {key: _values(v) for key, v in (given | (value.model_extra or {})).items()}
+        return {key: plain_values(v) for key, v in (given | (value.model_extra or {})).items()}
     if isinstance(value, tuple | list):
-        return [_values(item) for item in value]
+        return [plain_values(item) for item in value]
     return value
 
 
@@ -391,99 +391,16 @@ def _yaml(value: Any, *, flow: bool | None = None) -> str:
     )
 
 
-def _on_one_line(value: Any) -> str:
+def on_one_line(value: Any) -> str:
+    """A plain value as YAML in one line."""
     if isinstance(value, dict | list):
         return _yaml(value, flow=True).strip()
     return _yaml([value], flow=False).strip().removeprefix("- ")
 
 
-# ---- compare
-
-CANNOT_CHANGE_THE_RESULT = {
-    "name": "a word for people and for the run's directory",
-    "test": "the test loop leaves weights and random numbers as they were",
-    "checkpoint.every_steps": "saving only reads the state",
-    "checkpoint.every_epochs": "saving only reads the state",
-    "checkpoint.keep": "removing an old checkpoint does not touch the state",
-    "checkpoint.rename": "a weight stays what it is under another name",
-    "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
-    "checkpoint.asynchronous": "what is written is a copy",
-    "checkpoint.on_failure": "saving only reads the state",
-    "model.activation_checkpointing": "what is computed again comes to the same bits",
-    "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
-    "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
-    "tracking": "what is recorded is a copy",
-    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
-    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
-    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
-    "slurm": "where it runs, and the number of processes, are not part of the experiment",
-}
-
-
-def changes(old: Spec, new: Spec) -> list[str]:
-    """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
-
-    A task's file may lie in another directory: only its own name counts.  Parameter groups may
-    stand in another order: a checkpoint knows them by their parameters' names.  A micro-batch that
-    is to be found is the one that was found.
-    """
-    before, after = _compared(old), _compared(new)
-    if new.batch.micro_batch == "auto":
-        after["batch"]["micro_batch"] = before["batch"].get("micro_batch", "auto")
-    groups = [values["optimizer"]["groups"] for values in (before, after)]
-    if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
-        after["optimizer"]["groups"] = groups[0]
-    return [
-        f"{dotted(steps)}: {was} -> {now}"
-        for steps, was, now in _differences(before, after, ())
-        if not _cannot_matter(steps, old)
-    ]
-
-
 def fingerprint(spec: Spec) -> str:
     """SHA-256 of the spec as resolved."""
     return hashlib.sha256(dump_spec(spec).encode()).hexdigest()
-
-
-def _compared(spec: Spec) -> Any:
-    where, _, name = spec.task.rpartition(":")
-    file = f"{os.path.basename(where)}:{name}"
-    return _values(spec) | ({"task": file} if where.endswith(".py") else {})
-
-
-def _cannot_matter(steps: Steps, spec: Spec) -> bool:
-    waits_for_tests = spec.early_stopping is not None or spec.schedule.name == "plateau"
-    if steps[0] == "test" and waits_for_tests:
-        return False
-    return any(dotted(steps[:n]) in CANNOT_CHANGE_THE_RESULT for n in range(1, len(steps) + 1))
-
-
-class _Absent:
-    """Where one of two specs has nothing."""
-
-
-def _differences(old: Any, new: Any, steps: Steps) -> Iterator[tuple[Steps, str, str]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            inner = old.get(key, _Absent), new.get(key, _Absent)
-            yield from _differences(*inner, (*steps, key))
-    elif _are_alike_lists(old, new):
-        for at, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(before, after, (*steps, at))
-    elif _told(old) != _told(new):  # as text: 1 is not 1.0 or true to a task, and nan is nan
-        yield steps, _told(old), _told(new)
-
-
-def _are_alike_lists(old: Any, new: Any) -> bool:
-    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-    return both and all(isinstance(item, dict) for item in [*old, *new])
-
-
-def _told(value: Any) -> str:
-    return "not set" if value is _Absent else _on_one_line(value)
 
 
 # ---- describe

@@ -12,4 +12,6 @@ From top to bottom; a room imports only from rooms below it:
 * train_step: one optimizer step: its forward and backward passes, and the update.
 * after_step: what happens after a step, as planned: test, log, save, and whether to stop.
 * receipts: the receipt: a digest, for each step, of the rows that its forward passes consumed.
+* changed_spec: A run whose spec a person has changed: what of the state follows, and what there
+  is to say.
 """

@@ -24,7 +24,7 @@ from service.observability.wandb_writer import WandB
 from service.optimization.flops import cost_of_fp32
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
-from service.runs.directory import OpenRun, RunDirectory, open_run, versions
+from service.runs.directory import OpenRun, RunDirectory, changes_in, open_run, versions
 from service.runs.tracking import MetricsFile, Outcome, Tracker, Writer
 from service.spec.files import fingerprint
 from service.training.receipts import Receipt
@@ -60,6 +60,7 @@ class Attempt:
                     f"{', '.join(changed[:8])}. The steps up to {step} were taken with the old "
                     "code. To begin anew with the new one, use --fresh or another --name."
                 )
+            opened.enter_changes(self.plan.spec, step=step)
             opened.start_attempt(
                 processes=self.plan.processes,
                 device=str(self.world.device),
@@ -115,7 +116,12 @@ def opened_attempt(
         SpecError: it holds another run, or somebody trains in it; on every process.
     """
     spec = plan.spec
-    opened = together(world, lambda: open_run(runs, spec, fresh=fresh) if world.is_lead else None)
+    opened = together(
+        world,
+        lambda: (
+            open_run(runs, spec, fresh=fresh, accepted=plan.accepted) if world.is_lead else None
+        ),
+    )
     try:
         directory = RunDirectory(runs / spec.name)
         together(world, lambda: heartbeat.settle(directory))
@@ -177,7 +183,13 @@ def begin_records(attempt: Attempt, prepared: Prepared) -> Records:
     together(world, lambda: attempt.begin(step=state.step, way=prepared.rows.way))
     receipt = together(
         world,
-        lambda: Receipt(directory.receipt, world=world, step=state.step, say=attempt.say),
+        lambda: Receipt(
+            directory.receipt,
+            world=world,
+            step=state.step,
+            say=attempt.say,
+            changes=changes_in(attempt.opened.facts) if attempt.opened is not None else (),
+        ),
     )
     tracker = together(world, lambda: _tracker(attempt, step=state.recorded_step))
     return Records(receipt, tracker)

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,16 @@ class Receipt:
     """
 
     def __init__(
-        self, path: Path, *, world: World, step: int, say: Callable[[str], None] = print
+        self,
+        path: Path,
+        *,
+        world: World,
+        step: int,
+        say: Callable[[str], None] = print,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """`say` tells a person where lines wait for a disk that is full.
+        """`say` tells a person where lines wait for a disk that is full; `changes` are all that
+        were made of the spec.
 
         Raises:
             EvenstepError: the file cannot be written.
@@ -38,7 +46,9 @@ class Receipt:
         self._first = step
         self._held: list[tuple[int, int, NDArray[np.int64]]] = []  # step, micro-batch, rows
         self._digests: dict[int, int] = {}
-        self._file = ReceiptFile(path, step=step, say=say) if world.is_lead else None
+        self._file = (
+            ReceiptFile(path, step=step, say=say, changes=changes) if world.is_lead else None
+        )
 
     def note(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Remember what the forward passes of step `step` (counted from 0) consumed."""

@@ -43,6 +43,14 @@ from service.training.attempt import (
     opened_attempt,
     opening,
 )
+from service.training.changed_spec import (
+    Options,
+    changes_since,
+    follow,
+    in_words,
+    options_of,
+    require_something_left,
+)
 from service.training.own_train_step import OwnTrainStep
 from service.training.receipts import Receipt
 from service.training.setup import Prepared, drawn_alike, prepare_training, together
@@ -87,7 +95,11 @@ def run(
         restore(checkpoints, prepared, attempt)
         learn_save_time(attempt, stopping, prepared.saved_bytes)
         if is_done(prepared.state, plan):
-            say(f"Nothing to do: {attempt.directory.path} is done. Begin again with --fresh.")
+            say(
+                f"Nothing to do: {attempt.directory.path} is done, after step "
+                f"{prepared.state.step:,}. Extend it with --change length.epochs=... or "
+                "length.steps=..., or begin again with --fresh."
+            )
             together(world, attempt.enter_done)
             return {}
         stop.has_started()
@@ -105,9 +117,11 @@ def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> N
         EvenstepError: there were checkpoints and none can be read; on every process.
     """
     state, spec = prepared.state, attempt.plan.spec
+    asked = options_of(state.optimizer)
     resumed = checkpoints.restore(state)
     if not resumed:
         together(attempt.world, attempt.require_never_saved)
+    take_changes(state, asked, attempt)
     resumed_at = state.step if resumed else None
     attempt.say(opening(attempt, state.model, prepared.found.unreached, resumed_at))
     for line in buffers_in_words(state.model, prepared.found.moving, spec.model.buffers):
@@ -115,6 +129,23 @@ def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> N
     pinned = copies_late(attempt.world.device)
     saving = saving_in_words(prepared.saved_bytes, spec.checkpoint, pinned=pinned)
     attempt.say(f"Checkpoints: {saving}")
+
+
+def take_changes(state: TrainState, asked: Options, attempt: Attempt) -> None:
+    """Let the restored state follow what a person changed of the spec, and tell what that means.
+
+    Args:
+        asked: the options of the optimizer's groups, as the spec has them.
+    Raises:
+        SpecError: it cannot follow, or no step would be left to take; on every process.
+    """
+    plan, world, opened = attempt.plan, attempt.world, attempt.opened
+    since = world.from_lead(changes_since(opened, state.step))
+    new = world.from_lead(list(opened.changed) if opened is not None else [])
+    require_something_left(state, plan, new)
+    follow(state, asked, since)
+    if opened is not None and new:
+        attempt.say(in_words(new, old=attempt.directory.read_spec(), plan=plan, step=state.step))
 
 
 def is_done(state: TrainState, plan: Plan) -> bool:

@@ -1,0 +1,140 @@
+"""`evenstep fork`: a new run that begins at a checkpoint of another one."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.basics.atomic_files import (
+    in_the_way,
+    make_directory,
+    remove_if_possible,
+    replace_file,
+    sync_directory,
+    sync_file,
+)
+from service.basics.errors import NoCheckpoint, SpecError, printable
+from service.plan.changing import Change, changes
+from service.runs.checkpoint_files import Checkpoint, damage_of, find_checkpoint, read_state
+from service.runs.directory import (
+    RunDirectory,
+    change_entry,
+    changes_in,
+    find_run,
+    first_facts,
+    told_of_fixed,
+)
+from service.runs.receipt_file import ReceiptFile
+from service.runs.tracking import MetricsFile
+from service.spec.files import dump_spec
+from service.spec.models import Spec
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+@click.option("--at", "step", required=True, metavar="best|latest|STEP", help="Its checkpoint.")
+@click.option("--name", required=True, help="Of the new run, which lies beside RUN.")
+def fork(run: Path, overrides: tuple[str, ...], step: str, name: str) -> None:
+    """Begin a new run at a checkpoint of RUN, with KEY=VALUE changed from there on.
+
+    RUN stays as it is. The new run has its own copy of the checkpoint, and of what was measured
+    and recorded up to it."""
+    source = find_run(run)
+    held = source.read_spec()
+    spec = source.read_spec((*overrides, f"name={json.dumps(name)}"))
+    found = changes(held, spec)
+    fixed = told_of_fixed(found, held)
+    if fixed:
+        raise SpecError(f"A run cannot go on from another with this changed:{fixed}")
+    target = RunDirectory(source.path.parent / spec.name)
+    if target.path.exists():
+        raise SpecError(f"--name: {target.path} exists. Choose another name, or remove it.")
+    chosen = find_checkpoint(source.checkpoints, step)
+    partial = target.path.with_name(f".{spec.name}.partial-{secrets.token_hex(4)}")
+    try:
+        _write(RunDirectory(partial), source, chosen, spec, found, target)
+        partial.rename(target.path)
+        sync_directory(target.path.parent)
+    except OSError as error:
+        remove_if_possible(partial)
+        raise SpecError(f"--name: {target.path} cannot be written: {in_the_way(error)}.") from error
+    except BaseException:
+        remove_if_possible(partial)
+        raise
+    click.echo(
+        printable(f"{target.path}: a fork of {source.path} after step {chosen.step:,}. Go on with:")
+    )
+    click.echo(printable(f"  evenstep run {target.spec}{_elsewhere(target)}"))
+
+
+def _elsewhere(target: RunDirectory) -> str:
+    return "" if target.path.parent == Path("runs") else f" --runs {target.path.parent}"
+
+
+def _write(
+    partial: RunDirectory,
+    source: RunDirectory,
+    chosen: Checkpoint,
+    spec: Spec,
+    found: list[Change],
+    target: RunDirectory,
+) -> None:
+    """The whole directory of the fork, on disk.
+
+    Raises:
+        NoCheckpoint: the run has removed or damaged the checkpoint meanwhile.
+        OSError: it cannot be written.
+    """
+    facts = source.read_facts()
+    for place in (partial.path, partial.checkpoints, partial.logs):
+        make_directory(place)
+    for checkpoint in _with_the_best(chosen, source):
+        copied = partial.checkpoints / checkpoint.path.name
+        shutil.copytree(checkpoint.path, copied)
+        damage = damage_of(Checkpoint(copied, checkpoint.step))
+        if damage is not None:
+            raise NoCheckpoint(f"The checkpoint {checkpoint.path} changed meanwhile: {damage}.")
+        for file in copied.iterdir():
+            sync_file(file)
+        sync_directory(copied)
+    sync_directory(partial.checkpoints)
+    for record in (source.metrics, source.receipt):
+        if record.exists():
+            shutil.copyfile(record, partial.path / record.name)
+    MetricsFile(partial.metrics, resume_step=chosen.step).close("stopped")
+    text = dump_spec(spec)
+    # Of earlier changes the hash is of no use here: it tells whether spec.yaml was written.
+    known = [
+        {key: value for key, value in entry.items() if key != "spec_sha256"}
+        for entry in changes_in(facts)
+        if entry["step"] <= chosen.step
+    ]
+    if found:
+        known.append(change_entry(found, step=chosen.step, text=text))
+    ReceiptFile(partial.receipt, step=chosen.step, changes=known).close()
+    own: dict[str, Any] = first_facts(spec, target) | {
+        "state": "stopped",
+        "forked_from": {"run": source.name, "id": facts["id"], "step": chosen.step},
+        "changes": known,
+        "created": time.time(),
+    }
+    replace_file(partial.spec, text)
+    partial.write_facts(own)
+
+
+def _with_the_best(chosen: Checkpoint, source: RunDirectory) -> list[Checkpoint]:
+    """The checkpoint, and the best one up to it where it is there still."""
+    best = read_state(chosen.path)["best"]
+    if not best or best["step"] == chosen.step:
+        return [chosen]
+    try:
+        return [chosen, find_checkpoint(source.checkpoints, str(best["step"]))]
+    except SpecError:
+        return [chosen]  # the run keeps it no more

@@ -1,0 +1,272 @@
+"""What may change between two attempts at a run: two specs compared, key by key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from service.spec.documents import Steps, dotted
+from service.spec.files import on_one_line, plain_values
+from service.spec.models import Spec
+
+CANNOT_CHANGE_THE_RESULT = {
+    "name": "a word for people and for the run's directory",
+    "test": "the test loop leaves weights and random numbers as they were",
+    "checkpoint.every_steps": "saving only reads the state",
+    "checkpoint.every_epochs": "saving only reads the state",
+    "checkpoint.keep": "removing an old checkpoint does not touch the state",
+    "checkpoint.rename": "a weight stays what it is under another name",
+    "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
+    "checkpoint.asynchronous": "what is written is a copy",
+    "checkpoint.on_failure": "saving only reads the state",
+    "model.activation_checkpointing": "what is computed again comes to the same bits",
+    "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
+    "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
+    "tracking": "what is recorded is a copy",
+    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
+    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
+    "slurm": "where it runs, and the number of processes, are not part of the experiment",
+}
+"""Free to change at every resume, and why. Everything else needs a person's word."""
+
+
+class Change(NamedTuple):
+    """A key whose value differs, with both values as YAML writes them."""
+
+    key: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was} -> {self.now}"
+
+
+NOT_SET = "not set"
+_NOTHING = (NOT_SET, "0", "0.0")
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A change that the state of a run cannot follow."""
+
+    key: str
+    """The key, or the section. One of the optimizer holds for its groups and companion too."""
+    when: str
+    """Which of its changes, in words; empty for all of them."""
+    why: str
+    applies: Callable[[Change, Spec], bool] = lambda change, old: True
+
+
+def _begins_or_ends(value: str) -> Callable[[Change, Spec], bool]:
+    return lambda change, old: (change.was == value) != (change.now == value)
+
+
+def _has_both(change: Change, old: Spec) -> bool:
+    return NOT_SET not in (change.was, change.now)
+
+
+def _is_switch(change: Change, old: Spec) -> bool:
+    return {change.was, change.now} <= {"true", "false", NOT_SET}
+
+
+def _is_scheduled_by_torch(change: Change, old: Spec) -> bool:
+    return ":" in old.schedule.name
+
+
+def _involves_torch_scheduler(change: Change, old: Spec) -> bool:
+    return ":" in change.now or _is_scheduled_by_torch(change, old)
+
+
+FIXED = (
+    _Fixed(
+        "batch.global_batch",
+        "",
+        "a place in the data is counted in steps of so many rows",
+    ),
+    _Fixed("exactness", "", "it is a promise about all steps of a run"),
+    _Fixed("loader.stream", "", "the place in the stream was kept for the other way of reading"),
+    _Fixed("optimizer.name", "", "what one optimizer remembers means nothing to another"),
+    _Fixed("optimizer.groups", "in number", "a checkpoint knows who shares a group with whom"),
+    _Fixed(
+        "optimizer.*",
+        "true or false",
+        "such a switch decides what the optimizer has to remember",
+        _is_switch,
+    ),
+    _Fixed(
+        "optimizer.momentum",
+        "from 0, or to 0",
+        "without momentum the optimizer has remembered none",
+        lambda change, old: (change.was in _NOTHING) != (change.now in _NOTHING),
+    ),
+    _Fixed(
+        "optimizer.lr",
+        "under a scheduler of torch's",
+        "the scheduler keeps its rates in the checkpoint",
+        _is_scheduled_by_torch,
+    ),
+    _Fixed(
+        "schedule",
+        "to or within a scheduler of torch's",
+        "the scheduler keeps its rates and options in the checkpoint",
+        _involves_torch_scheduler,
+    ),
+    _Fixed("schedule.measure", "", "the tests so far counted the other measure", _has_both),
+    _Fixed("schedule.mode", "", "the tests so far counted the other way round", _has_both),
+    _Fixed("early_stopping.measure", "", "the tests so far counted the other measure", _has_both),
+    _Fixed("early_stopping.mode", "", "the tests so far counted the other way round", _has_both),
+    _Fixed("checkpoint.best.mode", "", "the best so far was found the other way round"),
+    _Fixed(
+        "model.moving_average",
+        "to begin or end one",
+        "an average is taken from the first step on, or not at all",
+        _begins_or_ends(NOT_SET),
+    ),
+    _Fixed(
+        "model.precision",
+        "to or from fp16",
+        "the scale of fp16's gradients is part of the state",
+        _begins_or_ends("fp16"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The changes of a run's spec that a person has asked for."""
+
+    keys: tuple[str, ...] = ()
+    """Keys and sections; with `length.epochs` also `length.steps`, and with `schedule.name` all
+    of `schedule`, whose other keys it may decide."""
+    everything: bool = False
+
+    @classmethod
+    def named(cls, overrides: Iterable[str]) -> Accepted:
+        """Those of `key=value` overrides."""
+        keys = (text.partition("=")[0].strip().removeprefix("--") for text in overrides)
+        return cls(tuple(keys))
+
+    def covers(self, change: Change) -> bool:
+        """Whether this change was asked for."""
+        return self.everything or any(_covers(key, change.key) for key in self.keys)
+
+
+NOTHING_ACCEPTED = Accepted()
+
+
+def _covers(named: str, key: str) -> bool:
+    section, _, last = named.rpartition(".")
+    if last == "name" and section:
+        named = section
+    if key == named or key.startswith(f"{named}."):
+        return True
+    return bool(section) and _without_unit(named) == _without_unit(key)
+
+
+def _without_unit(key: str) -> str:
+    section, _, last = key.rpartition(".")
+    stem, _, unit = last.rpartition("_")
+    return f"{section}.{stem}" if unit in ("steps", "epochs", "fraction") else key
+
+
+def changes(old: Spec, new: Spec) -> list[Change]:
+    """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
+
+    A task's file may lie in another directory: only its own name counts.  Parameter groups may
+    stand in another order: a checkpoint knows them by their parameters' names.  A micro-batch that
+    is to be found is the one that was found.
+    """
+    before, after = _compared(old), _compared(new)
+    if new.batch.micro_batch == "auto":
+        after["batch"]["micro_batch"] = before["batch"].get("micro_batch", "auto")
+    groups = [values["optimizer"]["groups"] for values in (before, after)]
+    if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
+        after["optimizer"]["groups"] = groups[0]
+    return [
+        Change(dotted(steps), was, now)
+        for steps, was, now in _differences(before, after, ())
+        if not _cannot_matter(steps, old)
+    ]
+
+
+def why_not(change: Change, old: Spec) -> str | None:
+    """Why the state of a run cannot follow this change of its spec `old`; None where it can."""
+    for fixed in FIXED:
+        if _is_of(change.key, fixed.key) and fixed.applies(change, old):
+            return fixed.why
+    return None
+
+
+def _is_of(key: str, pattern: str) -> bool:
+    section, _, last = pattern.partition(".")
+    if section == "optimizer":  # of the optimizer itself, of its groups and of its companion
+        return key.startswith("optimizer.") and last in ("*", key.rpartition(".")[2])
+    return key == pattern or key.startswith(f"{pattern}.")
+
+
+def changes_page() -> str:
+    """Markdown: which keys may change in a run, from the tables above."""
+    lines = [
+        "\n## What may change in a run that has begun\n",
+        "Free at every resume, since it cannot change the result:\n",
+        "| key | why |\n|---|---|",
+        *(f"| `{key}` | {why} |" for key, why in CANNOT_CHANGE_THE_RESULT.items()),
+        "",
+        "`test` is not free where the run waits for tests (early stopping, schedule `plateau`).\n",
+        "Not in a run, since its state cannot follow:\n",
+        "| key | which change | why |\n|---|---|---|",
+        *(f"| `{fixed.key}` | {fixed.when or 'any'} | {fixed.why} |" for fixed in FIXED),
+        "",
+        "Everything else may change by `evenstep run SPEC --change key=value`, `--accept-changes`",
+        "or `evenstep fork`, and is recorded with the run ([how](../how-to/change-a-run.md)).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def told_of_lines(found: Sequence[Change]) -> str:
+    """The changes for a person, one a line."""
+    return "".join(f"\n  {change}" for change in found)
+
+
+def _compared(spec: Spec) -> Any:
+    where, _, name = spec.task.rpartition(":")
+    file = f"{os.path.basename(where)}:{name}"
+    return plain_values(spec) | ({"task": file} if where.endswith(".py") else {})
+
+
+def _cannot_matter(steps: Steps, spec: Spec) -> bool:
+    waits_for_tests = spec.early_stopping is not None or spec.schedule.name == "plateau"
+    if steps[0] == "test" and waits_for_tests:
+        return False
+    return any(dotted(steps[:n]) in CANNOT_CHANGE_THE_RESULT for n in range(1, len(steps) + 1))
+
+
+class _Absent:
+    """Where one of two specs has nothing."""
+
+
+def _differences(old: Any, new: Any, steps: Steps) -> Iterator[tuple[Steps, str, str]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            inner = old.get(key, _Absent), new.get(key, _Absent)
+            yield from _differences(*inner, (*steps, key))
+    elif _are_alike_lists(old, new):
+        for at, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, (*steps, at))
+    elif _told(old) != _told(new):  # as text: 1 is not 1.0 or true to a task, and nan is nan
+        yield steps, _told(old), _told(new)
+
+
+def _are_alike_lists(old: Any, new: Any) -> bool:
+    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    return both and all(isinstance(item, dict) for item in [*old, *new])
+
+
+def _told(value: Any) -> str:
+    return NOT_SET if value is _Absent else on_one_line(value)

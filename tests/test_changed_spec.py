@@ -1,0 +1,272 @@
+"""A run is changed, extended and forked: what may change, what is recorded, and that it is true."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+import yaml
+from commands import evenstep
+from jobs import spec_of, train_in_process
+from safetensors.torch import load_file
+
+from service.basics.errors import SpecError
+from service.plan.changing import FIXED, Accepted, Change, changes, why_not
+from service.runs.directory import check_run
+from service.runs.history import read_history
+from service.spec.files import load_spec
+
+RULES = {
+    "batch.global_batch": ("batch.global_batch=60", ""),
+    "exactness": ("exactness=bitwise", ""),
+    "loader.stream": ("loader.stream=split", ""),
+    "optimizer.name": ("optimizer={name: adam, lr: 0.05}", ""),
+    "optimizer.groups": ("optimizer.groups=[{match: '*'}]", ""),
+    "optimizer.*": ("optimizer.nesterov=true", ""),
+    "optimizer.momentum": ("optimizer.momentum=0", ""),
+    "optimizer.lr": ("optimizer.lr=0.1", "schedule={name: 'torch.optim.lr_scheduler:StepLR'}"),
+    "schedule": ("schedule={name: 'torch.optim.lr_scheduler:StepLR', step_size: 3}", ""),
+    "schedule.measure": ("schedule.measure=test/accuracy", "schedule={PLATEAU}"),
+    "schedule.mode": ("schedule.mode=max", "schedule={PLATEAU}"),
+    "early_stopping.measure": ("early_stopping.measure=test/x", "early_stopping={WAITING}"),
+    "early_stopping.mode": ("early_stopping.mode=max", "early_stopping={WAITING}"),
+    "checkpoint.best.mode": ("checkpoint.best.mode=max", "checkpoint.best={BEST}"),
+    "model.moving_average": ("model.moving_average=0.9", ""),
+    "model.precision": ("model.precision=fp16", ""),
+}
+BEST = "measure: test/loss, mode: min"
+WORDS = {"PLATEAU": f"name: plateau, {BEST}", "WAITING": f"{BEST}, patience: 3", "BEST": BEST}
+
+
+def spec(*overrides):
+    held = [text for text in overrides if text]
+    for word, meaning in WORDS.items():
+        held = [text.replace(word, meaning) for text in held]
+    return load_spec(spec_of("cut_of_digits"), overrides=held)
+
+
+@pytest.mark.parametrize("key", [fixed.key for fixed in FIXED])
+def test_what_the_state_cannot_follow_is_refused_with_the_reason(key):
+    changed, before = RULES[key]
+    old, new = spec(before), spec(before, changed)
+    reasons = {why_not(change, old) for change in changes(old, new)}
+    assert next(fixed.why for fixed in FIXED if fixed.key == key) in reasons
+
+
+def test_every_rule_has_a_case():
+    assert RULES.keys() == {fixed.key for fixed in FIXED}
+
+
+def test_what_the_state_can_follow_is_not():
+    followed = (
+        "length.steps=60",
+        "optimizer.lr=0.1",
+        "optimizer.momentum=0.5",
+        "optimizer.weight_decay=0.1",
+        "schedule={name: constant}",
+        "schedule={PLATEAU}",
+        "early_stopping={WAITING}",
+        "max_grad_norm=1",
+        "seed=8",
+        "batch.micro_batch=5",
+        "model.precision=bf16",
+        "checkpoint.best={BEST}",
+    )
+    for text in followed:
+        found = changes(spec(), spec(text))
+        assert found, text
+        assert [why_not(change, spec()) for change in found] == [None] * len(found), text
+
+
+def test_a_named_key_covers_itself_its_section_and_its_other_unit():
+    accepted = Accepted.named(["--length.epochs=2", "schedule.name=cosine", "optimizer=x"])
+    for key in ("length.epochs", "schedule.final", "optimizer.groups.0.lr", "optimizer.lr"):
+        assert accepted.covers(Change(key, "1", "2")), key
+    assert Accepted.named(["schedule.warmup_steps=3"]).covers(
+        Change("schedule.warmup_epochs", "1", "not set")
+    )
+    assert Accepted.named(["length.steps=3"]).covers(Change("length.epochs", "1", "not set"))
+    for key in ("seed", "task_args.width", "lengths"):
+        assert not accepted.covers(Change(key, "1", "2")), key
+
+
+JOB = spec_of("cut_of_digits", name="long", schedule={"name": "constant"}) | {
+    "length": {"steps": 9},
+    "checkpoint": {"every_steps": 3},
+    "test": {},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, processes):
+    """A run of nine steps at once, and one of six that was extended."""
+    place = tmp_path_factory.mktemp("changed")
+    runs, short = place / "runs", JOB | {"name": "extended", "length": {"steps": 6}}
+    (place / "job.yaml").write_text(yaml.safe_dump(JOB))
+    (place / "short.yaml").write_text(yaml.safe_dump(short))
+    pool = processes(1)
+    pool.run(train_in_process, JOB, runs)
+    pool.run(train_in_process, short, runs)
+    told = evenstep("run", "short.yaml", "--change", "length.steps=9", cwd=place)
+    assert told.returncode == 0, told.stderr
+    assert "Changed from step 7 on:\n  length.steps: 6 -> 9" in told.stdout
+    return place
+
+
+def go_on(processes, run):
+    """Train a fork to its end, in as many processes as the pool has."""
+    spec = load_spec(run / "spec.yaml").model_dump(mode="json", exclude_none=True)
+    processes.run(train_in_process, spec, run.parent)
+
+
+def weights(run, step):
+    return load_file(run / "checkpoints" / f"step-{step:08}" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_an_extended_run_ends_in_the_bits_of_one_that_was_so_long_from_the_start(place):
+    assert same(weights(place / "runs/long", 9), weights(place / "runs/extended", 9))
+    compared = evenstep("verify", "long", "extended", "--level", "bits", cwd=place)
+    assert compared.returncode == 0, compared.stdout
+    assert "extended: changed after step 6 by " in compared.stdout
+    assert "length.steps: 6 -> 9" in compared.stdout
+
+
+def test_who_changed_what_at_which_step_is_in_run_json_receipt_and_report(place):
+    run = place / "runs/extended"
+    (entry,) = read_history(run).changes
+    assert entry["step"] == 6
+    assert "@" in entry["by"]
+    assert entry["keys"] == [{"key": "length.steps", "was": "6", "now": "9"}]
+    assert entry["spec_sha256"] == hashlib.sha256((run / "spec.yaml").read_bytes()).hexdigest()
+    lines = [json.loads(line) for line in (run / "receipt.jsonl").read_text().splitlines()]
+    (told,) = [line for line in lines if "changed" in line]
+    assert told["step"] == 6
+    assert told["changed"] == {"length.steps": ["6", "9"]}
+    assert evenstep("report", "extended", "-o", "page.html", cwd=place).returncode == 0
+    assert "length.steps: 6 -&gt; 9" in (place / "page.html").read_text()
+
+
+def test_the_same_again_records_nothing_more(place, processes):
+    spec = yaml.safe_load((place / "short.yaml").read_text()) | {"length": {"steps": 9}}
+    accepted = Accepted.named(["length.steps=9"])
+    processes(1).run(train_in_process, spec, place / "runs", None, accepted)
+    assert len(read_history(place / "runs/extended").changes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--change"], "--change: nothing is named to change"),
+        (["--change", "seed=8", "--fresh"], "--change: --fresh begins a new run"),
+        (["seed=8"], "long was begun with another spec:\n  seed: 7 -> 8\nGo on with the old"),
+        (["--change", "seed=8", "max_grad_norm=1", "batch.global_batch=60"], "counted in steps"),
+        (["--change", "length.steps=5"], "has taken 9 steps, and would end after 5 steps, so no"),
+    ],
+)
+def test_a_change_that_cannot_be_is_told_and_changes_nothing(place, words, told):
+    run = place / "runs/long"
+    before = {path: path.read_bytes() for path in (run / "run.json", run / "spec.yaml")}
+    refused = evenstep("run", "job.yaml", *words, cwd=place)
+    assert refused.returncode == 64, refused.stdout
+    assert told in refused.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_only_what_is_named_is_accepted(place):
+    runs = place / "runs"
+    with pytest.raises(SpecError, match=r"seed: 7 -> 8\n.*name these keys too"):
+        check_run(
+            runs,
+            load_spec(JOB, overrides=["seed=8", "length.steps=20"]),
+            fresh=False,
+            accepted=Accepted.named(["length.steps=20"]),
+        )
+    check_run(
+        runs,
+        load_spec(JOB, overrides=["seed=8", "length.steps=20"]),
+        fresh=False,
+        accepted=Accepted(everything=True),
+    )
+
+
+def test_a_fork_goes_on_from_its_step_and_leaves_the_run_as_it_was(place, processes):
+    run = place / "runs/long"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words = ("fork", "long", "--at", "6", "--name", "forked", "optimizer.weight_decay=0.5")
+    forked = evenstep(*words, cwd=place)
+    assert forked.returncode == 0, forked.stderr
+    assert "evenstep run runs/forked/spec.yaml" in forked.stdout
+    assert same(weights(run, 6), weights(place / "runs/forked", 6))
+    go_on(processes(2), place / "runs/forked")
+    assert {path: path.read_bytes() for path in before} == before
+    told = read_history(place / "runs/forked")
+    assert told.facts["forked_from"]["run"] == "long"
+    assert [row["step"] for row in told.rows] == list(range(1, 10))
+    compared = evenstep("verify", "long", "forked", "--level", "losses", cwd=place)
+    assert "rows: the same in 9 steps" in compared.stdout
+    assert "forked: changed after step 6" in compared.stdout
+    again = evenstep(*words, cwd=place)
+    assert again.returncode == 64
+    assert "--name: runs/forked exists" in again.stderr
+
+
+def test_a_changed_option_is_the_one_that_trains(place, processes):
+    for name, words in (("plain", []), ("decayed", ["optimizer.weight_decay=0.5"])):
+        done = evenstep("fork", "long", "--at", "6", "--name", name, *words, cwd=place)
+        assert done.returncode == 0, done.stderr
+        go_on(processes(1), place / "runs" / name)
+    assert same(weights(place / "runs/plain", 9), weights(place / "runs/long", 9))
+    assert not same(weights(place / "runs/decayed", 9), weights(place / "runs/long", 9))
+    state = json.loads((place / "runs/decayed/checkpoints/step-00000009/state.json").read_text())
+    (group,) = state["optimizer"]["groups"]
+    assert group["values"]["weight_decay"] == {"value": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--at", "4", "--name", "x"], "there is no '4'"),
+        (["--at", "6", "--name", "x", "optimizer.name=adagrad"], "optimizer.momentum: unknown"),
+        (["--at", "6", "--name", "x", "batch.global_batch=60"], "cannot go on from another with"),
+        (["--at", "6", "--name", "a/b"], "name: must be"),
+    ],
+)
+def test_a_fork_that_cannot_be_is_told_and_leaves_nothing(place, words, told):
+    before = sorted((place / "runs").iterdir())
+    refused = evenstep("fork", "long", *words, cwd=place)
+    assert refused.returncode == 64, refused.stdout
+    assert told in refused.stderr
+    assert sorted((place / "runs").iterdir()) == before
+
+
+def test_a_schedule_that_depends_on_the_length_is_told(tmp_path, processes):
+    job = JOB | {"schedule": {"name": "cosine"}, "length": {"steps": 6}}
+    processes(1).run(train_in_process, job, tmp_path / "runs", 3)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"length": {"steps": 12}}))
+    done = evenstep("run", "job.yaml", "--accept-changes", "--stop-at", 4, cwd=tmp_path)
+    assert done.returncode == 75, done.stderr
+    assert (
+        "The schedule cosine depends on the length of the run, so it changes too: at step 4 the "
+        "learning rate's multiplier is 0.8536, where it would have been 0.5."
+    ) in done.stdout
+
+
+def test_a_change_that_was_entered_and_never_written_is_forgotten(place, tmp_path):
+    import shutil
+
+    from service.runs.directory import open_run
+
+    shutil.copytree(place / "runs/extended", tmp_path / "extended")
+    facts = json.loads((tmp_path / "extended/run.json").read_text())
+    lost = facts["changes"][0] | {"spec_sha256": "0" * 64}
+    (tmp_path / "extended/run.json").write_text(json.dumps(facts | {"changes": [lost]}))
+    spec = load_spec(tmp_path / "extended/spec.yaml")
+    opened = open_run(tmp_path, spec, fresh=False)
+    try:
+        assert opened.facts["changes"] == []
+    finally:
+        opened.close()
