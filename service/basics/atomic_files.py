@@ -28,19 +28,19 @@ _STANDING_IN_THE_WAY = {
     "link",
     errno.ENXIO: "a pipe stands in its place. Remove it",
 }
-# Of the machine or of its storage at this moment, and not of what lies there.
+# Temporary errors of the machine or its storage, which say nothing about the file itself.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
-# Small enough that a hash finds it still in the cache, large enough that a thread which writes
+# Small enough to be in the cache when it is hashed, large enough that a writing thread
 # asks for the interpreter only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
 _READ_BYTES = 1 << 18  # as hashlib.file_digest reads
 SYNC_BYTES = 64 << 20
-"""What is synced at the end takes its time then, and nobody sees how far it is."""
+"""Sync after this many bytes, so that progress is visible and the last sync is short."""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What went into a file."""
+    """The size and the hash of a written file."""
 
     size_bytes: int
     sha256: str
@@ -49,7 +49,7 @@ class WrittenFile:
 def write_file(
     path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644
 ) -> WrittenFile:
-    """Write a new file and sync it; its directory is left to `sync_directory`.
+    """Write a new file and sync it; call `sync_directory` for its directory.
 
     Raises:
         OSError: also where `path` exists, be it as a link.
@@ -93,7 +93,7 @@ def plain(path: str | Path, flags: int) -> int:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a name stands for anything, be it a link to nothing.
+    """Whether a name exists, also as a broken link.
 
     Raises:
         OSError: that may not be asked here.
@@ -106,7 +106,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_bytes(path: Path, *, at_most: int) -> bytes:
-    """The content of a plain file.
+    """The content of a regular file.
 
     Raises:
         OSError: it cannot be read, is none, or has more than `at_most` bytes.
@@ -119,7 +119,7 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
 
 
 def read_json(path: Path, *, at_most: int) -> Any:
-    """What a plain file in JSON holds.
+    """The value in a regular JSON file.
 
     Raises:
         OSError: see `read_bytes`.
@@ -133,7 +133,7 @@ def read_json(path: Path, *, at_most: int) -> Any:
 
 @contextmanager
 def opened_to_write(path: Path, flags: int = 0, mode: int = 0o644) -> Iterator[int]:
-    """A descriptor of the file, made where there is none; never through a link."""
+    """A descriptor of the file, which is created if it is missing; never through a link."""
     descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | flags, mode)
     try:
         yield descriptor
@@ -147,7 +147,7 @@ def put(
     *,
     moved: Callable[[], None] = lambda: None,
 ) -> WrittenFile:
-    """Write the pieces in a row; to sync the last of them is left to the caller.
+    """Write the pieces one after the other; the caller syncs the last of them.
 
     Writing, hashing and syncing leave the interpreter to other threads.
 
@@ -175,7 +175,7 @@ def _write_whole(descriptor: int, chunk: memoryview) -> None:
 
 
 def replace_file(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Put `text` in the place of a file: at every moment the old one or the new one is there."""
+    """Replace a file by `text`: at every moment either the old or the new file exists."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     write_file(partial, [text.encode()], mode=mode)
@@ -184,7 +184,7 @@ def replace_file(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def replace_unsynced(path: Path, text: str) -> None:
-    """The same for a file that need not outlive the machine."""
+    """The same without a sync, for a file that a power loss may destroy."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     with opened_to_write(partial, os.O_EXCL) as descriptor:
@@ -193,14 +193,14 @@ def replace_unsynced(path: Path, text: str) -> None:
 
 
 class AppendOnlyFile:
-    """A file of lines that is only added to, by any thread, each line by one call of the system.
+    """A file to which any thread appends lines, each line by one system call.
 
     What the disk does not take is kept in memory, and written before the next line or by `sync`:
     who adds lines need not end because a disk was full for a while.
     """
 
     def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
-        """`say` tells a person, once, that lines are kept back."""
+        """`say` reports once that lines wait in memory."""
         self._path = path
         self._say = say
         self._descriptor = without_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -208,7 +208,7 @@ class AppendOnlyFile:
         self._kept = b""
 
     def add(self, line: bytes) -> None:
-        """Write the line, or keep it: whenever the process dies, one line tears at most."""
+        """Write the line, or keep it in memory; a killed process tears at most one line."""
         with self._adding:
             is_told = bool(self._kept)
             self._kept += line
@@ -236,7 +236,7 @@ class AppendOnlyFile:
             raise
 
     def close(self) -> None:
-        """Nothing is added afterwards."""
+        """Close the file; nothing is appended afterwards."""
         os.close(self._descriptor)
 
     def _write(self) -> None:
@@ -245,23 +245,23 @@ class AppendOnlyFile:
 
 
 def in_the_way(error: OSError) -> str:
-    """What keeps a file from being written, and what a person can do about it."""
+    """Why a file cannot be written, and what the user can do about it."""
     return _STANDING_IN_THE_WAY.get(error.errno or 0) or error.strerror or str(error)
 
 
 def told_of(path: Path, error: OSError) -> str:
-    """The same as a sentence, with the place."""
+    """The same as a sentence, with the path."""
     return f"{path} could not be written: {in_the_way(error)}."
 
 
 def kind_of(error: OSError) -> type[EvenstepError]:
-    """What a person must put right ends with 42; of all else a restart may get rid."""
+    """Exit code 42 if the user must fix the cause; 1 if a restart may succeed."""
     return NotSaved if error.errno in _STANDING_IN_THE_WAY else EvenstepError
 
 
 @contextmanager
 def told_when_unwritten(path: Path) -> Iterator[None]:
-    """What is done to a file within it fails in words.
+    """A context in which a failed write raises a readable error.
 
     Raises:
         EvenstepError: the file could not be written.
@@ -274,7 +274,7 @@ def told_when_unwritten(path: Path) -> Iterator[None]:
 
 @contextmanager
 def told_when_unread(path: Path) -> Iterator[None]:
-    """What is read at a path within it fails in words.
+    """A context in which a failed read raises a readable error.
 
     Raises:
         SpecError: what is there may not be read, or is of another kind.
@@ -289,7 +289,7 @@ def told_when_unread(path: Path) -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Return when what was written to the file is on disk."""
+    """Return when all writes to the file are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -298,7 +298,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Return when the names in the directory, new, changed and gone, are on disk."""
+    """Return when all new, renamed and removed names in the directory are on disk."""
     sync_file(directory)
 
 
@@ -316,7 +316,7 @@ def make_directory(directory: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (never what it points to) or a directory with all that is in it."""
+    """Remove a file, a link (never its target) or a directory with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -324,7 +324,7 @@ def remove(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """The same where a failure is already being told: what is left over goes next time."""
+    """The same while another failure is reported: the next attempt removes the rest."""
     with suppress(OSError):
         remove(path)
 

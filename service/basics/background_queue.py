@@ -14,7 +14,7 @@ _LOOK_SECONDS = 0.1
 
 
 class BackgroundQueue(Generic[T]):
-    """Things left by some threads and taken, in order, by one.
+    """Items that several threads put, and one thread takes in order.
 
     The one that takes looks for them ten times a second by itself. To wake it for each would cost
     the thread that leaves it some 30 microseconds: a call of the kernel, and then the fight for
@@ -26,12 +26,12 @@ class BackgroundQueue(Generic[T]):
         self._ended = threading.Event()
 
     def put(self, thing: T) -> None:
-        """Leave it, unless `LONGEST` are there that nobody took."""
+        """Add the item, unless `LONGEST` items are waiting."""
         if len(self._things) < LONGEST:
             self._things.append(thing)
 
     def end(self) -> None:
-        """Nothing comes any more."""
+        """Declare that no more items come."""
         self._ended.set()
 
     @property
@@ -42,12 +42,12 @@ class BackgroundQueue(Generic[T]):
         return len(self._things)
 
     def __iter__(self) -> Iterator[T]:
-        """Each as it is found, to the last one."""
+        """Each item, until the last one."""
         for found in self.looks(_LOOK_SECONDS):
             yield from found
 
     def looks(self, look_seconds: float) -> Iterator[list[T]]:
-        """What came since the last look, perhaps nothing, every so often; the last look at once."""
+        """Items since the last look (may be none), at intervals; after `end`, the rest at once."""
         ended = False
         while not ended:
             ended = self._ended.wait(look_seconds)  # asked first: what was left before is found

@@ -27,19 +27,19 @@ from pathlib import Path
 
 
 class EvenstepError(Exception):
-    """Something a person can read; its message says what is wrong, where, and what to do."""
+    """An error for the user; its message says what is wrong, where, and what to do."""
 
     exit_code = 1
 
 
 class SpecError(EvenstepError):
-    """A person's mistake, told before any device is touched."""
+    """An error of the user, reported before any device is used."""
 
     exit_code = 64
 
 
 class WillFailAgain(EvenstepError):
-    """Running the same thing again would end the same way."""
+    """A failure that would occur again if the same command were repeated."""
 
     exit_code = 42
 
@@ -49,11 +49,11 @@ class Diverged(WillFailAgain):
 
 
 class DataBroken(WillFailAgain):
-    """The rows seen are not the rows that were counted."""
+    """The number of rows read is not the number of rows expected."""
 
 
 class NotSaved(WillFailAgain):
-    """A checkpoint could not be written, for a reason that a person must put right."""
+    """A checkpoint could not be written, for a reason that the user must fix."""
 
 
 class NoCheckpoint(WillFailAgain):
@@ -61,7 +61,7 @@ class NoCheckpoint(WillFailAgain):
 
 
 class NoProgress(WillFailAgain):
-    """Several attempts in a row failed and none of them got any further."""
+    """Several consecutive attempts failed without progress."""
 
 
 class Stopped(EvenstepError):
@@ -71,7 +71,7 @@ class Stopped(EvenstepError):
 
 
 class PeerLost(EvenstepError):
-    """Another process of the job went away."""
+    """Another process of the job was lost."""
 
     exit_code = 76
 
@@ -103,11 +103,11 @@ def _one_holds_the_other(a: str, b: str) -> bool:
 
 
 LINES = "\n\t"
-"""What a message of several lines keeps."""
+"""Characters that a message of several lines keeps."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """The text with every character that is not for printing written out: `\\x1b`, `\\u202e`.
+    """The text with every non-printable character escaped: `\\x1b`, `\\u202e`.
 
     A name or a word from a file may hold codes that a terminal obeys, such as to hide a line, and
     characters that turn the order of what follows.
@@ -131,7 +131,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, what it computes with, or Python could not get the memory it asked for."""
+    """Whether torch, one of its libraries, or Python ran out of memory."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
@@ -157,7 +157,7 @@ _OF_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def is_own_code(file: str) -> bool:
-    """Whether a file of code is neither Python's, nor a package's, nor one of this machinery."""
+    """Whether a source file belongs to the user: not to Python, a package, or this project."""
     place = Path(file)
     is_ours = any(place.is_relative_to(package) for package in _OURS)
     is_ours = is_ours and not place.is_relative_to(_RECIPES)  # what ships as a task is a task
@@ -167,7 +167,7 @@ def is_own_code(file: str) -> bool:
 
 @contextmanager
 def told_as_mistake(what: str) -> Iterator[None]:
-    """Turn whatever a person's own code raises into a `SpecError`: `what`, and what it said.
+    """Turn any exception of the user's code into a `SpecError`: `what`, and its message.
 
     An error of ours, and memory that ran out, stay what they are.
     """

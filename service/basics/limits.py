@@ -19,19 +19,19 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
-_MOST_WORKERS = 8  # more of them wait for the disk, or for each other
+_MOST_WORKERS = 8  # more of them would wait for the disk, or for each other
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What holds for this process."""
+    """The limits of this process."""
 
     affinity: int
     """Cores it may run on."""
     quota: float | None
-    """Cores' worth of time it gets, or None where that is not limited."""
+    """Its CPU quota in cores, or None without a quota."""
     memory_bytes: int | None
-    """Memory it and its siblings in the cgroup may use, or None where that is not limited."""
+    """Memory limit of its cgroup in bytes, or None without a limit."""
 
     @property
     def cores(self) -> int:
@@ -40,7 +40,7 @@ class Limits:
 
 
 def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> Limits:
-    """The limits of this process, the strictest of its cgroup and all that hold it."""
+    """The strictest limits of the cgroup of this process and of its parents."""
     quotas = [quota for place in _places("cpu", cgroups, own) for quota in _quota(place)]
     memory = [limit for place in _places("memory", cgroups, own) for limit in _memory(place)]
     return Limits(_affinity(), min(quotas, default=None), min(memory, default=None))
@@ -64,7 +64,7 @@ def cores_near(pci: str, system: Path = Path("/sys")) -> set[int]:
 
 
 def stay_near(pci: str, system: Path = Path("/sys")) -> None:
-    """Let this process, with what it starts from now on, run near a PCI device alone.
+    """Bind this process, and the processes that it starts later, to the cores near a PCI device.
 
     Of the cores that it may use; where none of these is near, nothing changes.
     """
@@ -83,13 +83,13 @@ def _affinity() -> int:
 
 
 def _places(controller: str, cgroups: Path, own: Path) -> Iterator[Path]:
-    """Directories of the cgroup that holds this process, and of those around it; v2 and v1."""
+    """Directories of the cgroup of this process and of its parents; v2 and v1."""
     for line in _text(own).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root = cgroups / controller if controllers else cgroups
-        # In a container the path may be the host's, and not there: its own limit is at the root.
+        # In a container the path may be that of the host and not exist: the limit is at the root.
         inner = root / path.lstrip("/")
         yield from (place for place in (inner, *inner.parents) if place.is_relative_to(root))
 
@@ -115,7 +115,7 @@ def workers_each(processes: int) -> int:
 
 
 def memory_each(processes: int, cgroups: Path = CGROUPS, own: Path = OWN) -> int:
-    """Main memory, in bytes, that each of `processes` processes on this machine may still take."""
+    """Main memory in bytes that each of `processes` processes on this machine may still use."""
     free = [int(psutil.virtual_memory().available)]
     for place in _places("memory", cgroups, own):
         free += [max(0, limit - _used(place)) for limit in _memory(place)]
@@ -123,12 +123,12 @@ def memory_each(processes: int, cgroups: Path = CGROUPS, own: Path = OWN) -> int
 
 
 def memory_here() -> int:
-    """The same for this process beside those that a launcher started with it on this machine."""
+    """The same for this process, if a launcher has started others on this machine."""
     return memory_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _used(place: Path) -> int:
-    """What a cgroup holds, without the cached files that the kernel lets go of when it must."""
+    """Memory used by a cgroup, without cached files that the kernel can drop."""
     for name, cached in (
         ("memory.current", r"^file (\d+)$"),
         ("memory.usage_in_bytes", r"^total_cache (\d+)$"),
@@ -148,5 +148,5 @@ def _text(path: Path) -> str:
 
 
 def threads_each(processes: int) -> int:
-    """Threads for each of `processes` processes that compute on this machine at once."""
+    """Threads for each of `processes` processes that compute at the same time."""
     return max(1, math.floor(limits().cores / processes))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from service.basics.atomic_files import SYNC_BYTES, opened_to_write, put
 
 PART_BYTES = 16 << 20
-"""Where each part ends and the next begins is told by a manifest: this may change."""
+"""Size of a part. Each manifest records it, so it may change."""
 
 
 class Part(NamedTuple):
@@ -28,13 +28,13 @@ class Part(NamedTuple):
 
 
 def parts_of(file: str, size_bytes: int, part_bytes: int) -> list[Part]:
-    """All of a file, in order; the last part is what is left."""
+    """The parts of a file in order; the last one may be smaller."""
     ends = [*range(part_bytes, size_bytes, part_bytes), size_bytes]
     return [Part(file, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def shared_out(parts: Sequence[Part], shares: int, *, first: Iterable[Part]) -> list[set[Part]]:
-    """The parts in so many shares of as equal number as can be, each as much in a row as can be.
+    """The parts in shares of nearly equal number, each with as many adjacent parts as possible.
 
     Args:
         first: these are in the first share.
@@ -55,7 +55,7 @@ def write_parts(
     *,
     moved: Callable[[], None],
 ) -> dict[Part, str]:
-    """Write these parts where they go, and sync them: SHA-256 by part.
+    """Write these parts at their positions, and sync them: SHA-256 by part.
 
     Others may write the others meanwhile: the directory is new, and the files are whoever's comes
     first.
@@ -80,7 +80,7 @@ def write_parts(
 
 
 def told_of(digests: Mapping[Part, str]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of files of which every part is given."""
+    """The manifest's entries for files whose parts are all given."""
     told = {}
     for file, parts in groupby(sorted(digests), key=lambda part: part.file):
         of_file = list(parts)
@@ -92,7 +92,7 @@ def told_of(digests: Mapping[Part, str]) -> dict[str, dict[str, Any]]:
 
 
 def digest_of(digests: Sequence[str]) -> str:
-    """SHA-256 of a file whose parts have these.
+    """SHA-256 of a file, from the hashes of its parts.
 
     Raises:
         ValueError: they are no digests.

@@ -26,7 +26,7 @@ from service.training.receipts import Receipt
 
 @dataclass(frozen=True)
 class AfterStep:
-    """What the plan is carried out with between two steps."""
+    """Tests, logs, saves and stops between two steps, as the plan says."""
 
     task: Task
     world: World
@@ -34,7 +34,7 @@ class AfterStep:
     test_data: Data
     updates: Updates
     named: Callable[[], dict[str, float]]
-    """What the task's own step has given names to in the latest step; every process calls it."""
+    """The values that the task's own step reported in the latest step; called on every process."""
     tracker: Tracker
     receipt: Receipt
     checkpoints: Checkpoints
@@ -45,11 +45,11 @@ class AfterStep:
     stragglers: StragglerDetector
 
     def next_due(self, step: int) -> int:
-        """The first step after `step` that is followed by anything but the next one."""
+        """The first step after `step` after which something is due."""
         return min(self.plan.next_due(step), self.poll.next_step)
 
     def measured(self, state: TrainState) -> dict[str, float]:
-        """What is logged of training after this step; nothing where the plan logs nothing."""
+        """The values of training to log after this step; empty if no log is due."""
         if not self.plan.logs_at(state.step):
             return {}
         self.heartbeat.enter("log", state.step)
@@ -72,10 +72,10 @@ class AfterStep:
         return named
 
     def conclude(self, state: TrainState, values: dict[str, float]) -> bool:
-        """Test, log and save where these are due after this step; whether to stop here.
+        """Test, log and save if they are due after this step; return whether to stop.
 
         Args:
-            values: what training measured; what the test measures is added.
+            values: the values of training; the measures of the test are added.
         """
         state.untested = None
         if self.plan.tests_at(state.step):
@@ -98,8 +98,8 @@ class AfterStep:
         return self.stop.requested or self.tracker.stop_requested
 
     def _test(self, state: TrainState, values: dict[str, float]) -> None:
-        """Add what the test measures to `values`, unless all agree to leave it before its end."""
-        self.updates.look()  # what has gone astray is neither tested nor, below, saved
+        """Add the measures of the test to `values`, unless all agree to abandon the test."""
+        self.updates.look()  # a diverged model is not tested, nor saved below
         task, world, plan = self.task, self.world, self.plan
         batches = test_batches(self.test_data, task=task, plan=plan, world=world)
         batches = self.heartbeat.during("test", batches)
@@ -119,7 +119,7 @@ class AfterStep:
             self.updates.look()
         if values or saving:
             self.receipt.write(state.step)
-        if values and state.untested is None:  # a step has one row, and half of this one is due
+        if values and state.untested is None:  # one row per step: this one lacks its test
             self.tracker.log(state.step, values)
 
     def _save(self, state: TrainState) -> None:

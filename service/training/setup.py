@@ -60,14 +60,14 @@ class Rows:
     train: Data
     test: Data
     way: str
-    """How the training rows come to the device, in words."""
+    """Describes how the training rows reach the device."""
 
 
 def bring_rows(plan: Plan, task: Task, world: World) -> Rows:
-    """The training and the test data, in memory where the spec has them there.
+    """The training and the test data, in memory if the spec says so.
 
     Raises:
-        SpecError: the task does not give them; on every process.
+        SpecError: the task does not provide them; on every process.
     """
     spec = plan.spec
     both = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
@@ -92,7 +92,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     """The task's model, with the same weights on every process.
 
     Raises:
-        SpecError: the task does not give one, or it cannot be trained as the spec has it.
+        SpecError: the task does not provide one, or it cannot be trained as specified.
     """
     spec = plan.spec
     key = randomness.key(randomness.WEIGHTS, spec.seed)
@@ -111,19 +111,19 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
 
 @dataclass(frozen=True)
 class Optimization:
-    """What moves the weights."""
+    """The optimizer and its learning rates."""
 
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     frozen: Sequence[Frozen]
-    """Parameters that are trained from a later step on."""
+    """Parameters that are frozen until a later step."""
 
 
 def build_optimizer(model: Model, plan: Plan) -> Optimization:
     """The optimizer over the spec's parameter groups, and what sets its learning rates.
 
     Raises:
-        SpecError: the spec asks for what this model, or this optimizer, does not have.
+        SpecError: the spec names a part that this model or this optimizer does not have.
     """
     spec = plan.spec
     groups = parameter_groups(model.module, spec.optimizer)
@@ -137,19 +137,19 @@ def build_optimizer(model: Model, plan: Plan) -> Optimization:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A throw-away pass before the first step, and what it brought to light."""
+    """The result of the dry run before the first step."""
 
     dry_run: DryRun
     found: FirstPass
     buffers: Buffers | None
-    """Those that move in training, besides BatchNorm's; None where there are none."""
+    """Buffers that change in training, except BatchNorm's; None if there are none."""
 
 
 def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) -> Rehearsal:
-    """Run the first micro-batch once; from then on `world` suits its threads to the model.
+    """Run the first micro-batch once; then `world` chooses its threads to fit the model.
 
     Raises:
-        SpecError: the model, the loss or a measure does not do what it promises.
+        SpecError: the model, the loss or a measure breaks a rule of tasks.
     """
     batch = sample(rows.train, task=task, plan=plan, world=world)
     two_rows: Batch | None = None
@@ -182,7 +182,7 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
 
 
 def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:
-    """Everything a checkpoint holds, as it is before the first step."""
+    """The content of a checkpoint before the first step."""
     spec, module = plan.spec, model.module
     average = None
     if spec.model.moving_average:
@@ -207,7 +207,7 @@ def build_exchange(
     plan: Plan,
     world: World,
 ) -> tuple[GradientSync, Stopwatch]:
-    """What is called in training, compiled and wrapped; and what times its passes.
+    """The compiled and wrapped model for training, and the stopwatch of its passes.
 
     Args:
         called: the model, or it within the task's own step.
@@ -222,7 +222,7 @@ def build_exchange(
             compile_in_place(state.average.model, telling=False)
     stopwatch = Stopwatch(world.device)
     timed = stopwatch if world.processes > 1 else None
-    # Where a step may be skipped, all processes have to learn from the gradients that it shall be.
+    # If steps may be skipped, all processes must learn from the gradients that one is skipped.
     telling = spec.faults.on_non_finite == "skip" or state.scaler is not None
     if spec.exactness == "bitwise":
         ordered = OrderedSync(
@@ -250,7 +250,7 @@ def build_exchange(
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run trains with, made before anything of it is written."""
+    """All parts of a run, built before anything is written."""
 
     rows: Rows
     state: TrainState
@@ -259,20 +259,20 @@ class Prepared:
     throughput: Throughput
     stragglers: StragglerDetector
     found: FirstPass
-    """What the rehearsal brought to light."""
+    """The result of the dry run."""
     saved_bytes: int | None
-    """Size of a checkpoint, where it is known beforehand."""
+    """Size of a checkpoint, if it is known before the first step."""
     stepped: SteppedModel | None
-    """The model within the task's own step, where it has one."""
+    """The model, wrapped in the task's own step if it has one."""
 
 
 def prepare_training(
     plan: Plan, task: Task, world: World, *, heartbeat: Heartbeat, say: Callable[[str], None]
 ) -> Prepared:
-    """Build all parts in their order; whatever a person can have got wrong is found here.
+    """Build all parts in their order; every error of the user is found here.
 
     Raises:
-        SpecError: something of the spec and the task do not go together.
+        SpecError: the spec and the task do not match.
     """
     rows = bring_rows(plan, task, world)
     model = build_model(plan, task, world)
@@ -320,19 +320,19 @@ def _stream(data: Any, plan: Plan, world: World) -> Stream:
 
 
 def drawn_alike(spec: Spec, bring: Callable[[], T]) -> T:
-    """What `bring` returns, drawn from the same random numbers on every process, every time.
+    """The result of `bring`, called with the same random numbers on every process, every time.
 
-    Two that split one set of rows at random, each for its own part, split it in the same way.
+    If the training and the test data each split one data set at random, both splits are equal.
     """
     seed_generators(randomness.key(randomness.TASK, spec.seed))
     return bring()
 
 
 def together(world: World, act: Callable[[], T]) -> T:
-    """What `act` returns on this process.
+    """The result of `act` on this process.
 
     Raises:
-        EvenstepError: it failed on some process, and so do all.
+        EvenstepError: it failed on at least one process; raised on all of them.
     """
     done: list[T] = []
     failed: EvenstepError | None = None

@@ -25,20 +25,20 @@ from service.training.receipts import Receipt
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What every optimizer step of a run is made with."""
+    """The parts that every optimizer step of a run uses."""
 
     task: Task
     world: World
     plan: Plan
     exchange: GradientSync
-    """The model as it is called in training, and how its gradients come together."""
+    """The model for training, and how its gradients are summed."""
     updates: Updates
     receipt: Receipt
-    """Where the rows of each step are recorded."""
+    """The receipt, which records the rows of each step."""
     heartbeat: Heartbeat
 
     def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
-        """Leave the step's gradients in the parameters, divided by the weight of the step.
+        """Compute the gradients of the step, divided by the weight of the step.
 
         Returns:
             The summed loss of each micro-batch that this process computed.
@@ -61,7 +61,7 @@ class TrainStep:
     def update(
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
     ) -> None:
-        """Take the optimizer's step and count it; then set the learning rates of the next one."""
+        """Update the weights, count the step, and set the learning rates of the next one."""
         self.receipt.note(state.step, step.micro_batches)
         again = self._closure(state, step, losses) if self.updates.asks_again else None
         self.heartbeat.enter("update")
@@ -69,18 +69,18 @@ class TrainStep:
         state.schedule.set(state.step)
 
     def named(self) -> dict[str, float]:
-        """What a step of one's own gives names to: a loss alone has none."""
+        """The values that a custom step reports; a loss reports none."""
         return {}
 
     def _closure(
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor]
     ) -> Callable[[], float]:
-        """What LBFGS calls for the loss of the step, and its gradients, at each point it tries.
+        """The closure with which LBFGS gets loss and gradients at each point that it tries.
 
-        The first point is where the parameters stand, and what was found there is known.  At every
-        other one the same micro-batches are computed with the same random numbers, and what a
-        forward pass moves besides gradients (BatchNorm's statistics) stays as the first one left
-        it.  Loss and gradients are those of all processes, so each draws the same conclusions.
+        The first point is the current weights, whose loss and gradients are known.  At every
+        other point the same micro-batches are computed with the same random numbers, and the
+        buffers that a forward pass changes (BatchNorm's statistics) keep the values of the first
+        one.  Loss and gradients are sums over all processes, so each process decides the same.
         """
         known = [losses]
 
@@ -95,9 +95,9 @@ class TrainStep:
         return loss
 
     def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> float:
-        """The step's mean loss, added up in the order of its micro-batches."""
+        """The mean loss of the step, summed in the order of its micro-batches."""
         world, count = self.world, self.plan.micro_batches
-        each = torch.zeros(count, dtype=world.wide)  # 0 for what others computed
+        each = torch.zeros(count, dtype=world.wide)  # 0 for micro-batches of other processes
         for number, loss in losses.items():
             if number < count:
                 each[number] = loss
@@ -119,7 +119,7 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
 
 @contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the buffers back the values that they have on entering."""
+    """A context at whose end the buffers get back the values that they had at its start."""
     before = BufferValues(model)
     yield
     before.give_back()

@@ -1,4 +1,4 @@
-"""Trains and tests the run that a plan describes: every part in order, and its end."""
+"""Trains and tests the run that a plan describes: build, restore, train, close."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def run(
     heartbeat: Heartbeat | None = None,
     grace_periods: Sequence[GracePeriod] = (),
 ) -> dict[str, float]:
-    """Train and test the run that the plan describes, from its newest checkpoint on.
+    """Train and test the run of a plan, starting at its newest checkpoint.
 
     Args:
-        pulse: is told what this process is doing.
-        graces: who gives a stop how long before the processes are killed.
+        heartbeat: records what this process is doing.
+        grace_periods: the time that each launcher allows for a stop before it kills the processes.
 
     Returns:
-        The values of the last step; empty when the run was done before.
+        The values of the last step; empty if the run was already done.
     Raises:
-        Stopped: it was asked to stop, and its state is saved.
-        EvenstepError: it cannot go on; its `exit_code` says of what kind the reason is.
+        Stopped: a stop was requested, and the state is saved.
+        EvenstepError: it cannot continue; `exit_code` gives the kind of failure.
     """
     assert plan.spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
     heartbeat, say = heartbeat or Heartbeat(rank=world.index), LeadOutput(speaks=world.is_lead)
@@ -88,7 +88,7 @@ def run(
     require_packages(plan.spec.tracking)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
 
-    # Whatever a person can have got wrong is found by now, and nothing is written yet.
+    # All errors of the user have been found by now, and nothing is written yet.
     with opened_attempt(runs, plan, world, fresh=fresh, heartbeat=heartbeat, say=say) as attempt:
         stopping = StopBudget(grace_periods, say=say)
         checkpoints = make_checkpoints(attempt, stopping)
@@ -111,10 +111,10 @@ def run(
 
 
 def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> None:
-    """Bring the state to the newest checkpoint that can be believed, and say where that is.
+    """Restore the newest valid checkpoint, and report its step.
 
     Raises:
-        EvenstepError: there were checkpoints and none can be read; on every process.
+        EvenstepError: there are checkpoints, but none can be read; on every process.
     """
     state, spec = prepared.state, attempt.plan.spec
     asked = options_of(state.optimizer)
@@ -149,7 +149,7 @@ def take_changes(state: TrainState, asked: Options, attempt: Attempt) -> None:
 
 
 def is_done(state: TrainState, plan: Plan) -> bool:
-    """Whether every step of the run is taken, or it has ended early."""
+    """Whether all steps of the run are done, or early stopping has ended it."""
     return (state.step >= plan.steps and state.untested is None) or state.ended_early
 
 
@@ -161,10 +161,10 @@ def carry_out(
     checkpoints: Checkpoints,
     records: Records,
 ) -> dict[str, float]:
-    """Train to the end of the run or of the attempt, and enter which of them it was.
+    """Train to the end of the run or of the attempt, and record which one it was.
 
     Raises:
-        Stopped: it was the attempt's.
+        Stopped: the attempt ended before the run.
         EvenstepError: it failed; on every process.
     """
     plan, world, state, heartbeat = attempt.plan, attempt.world, prepared.state, attempt.heartbeat
@@ -205,13 +205,13 @@ def carry_out(
             f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
             f"{attempt.directory.path}. Run the same command again to continue{due}."
         )
-    # Nobody leaves as finished before everybody has: a peer that failed now would be alone.
+    # No process exits before all have finished: a peer that failed now would be alone.
     world.fail_together(unentered)
     return last
 
 
 def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receipt) -> TrainStep:
-    """What takes the steps of this run: of its loss, or as the task's own step says."""
+    """The train step of this run: with a loss, or with the task's own step."""
     plan, world, heartbeat = attempt.plan, attempt.world, attempt.heartbeat
     exchange, updates, stepped = prepared.exchange, prepared.updates, prepared.stepped
     if stepped is None:
@@ -222,7 +222,7 @@ def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receip
 
 @contextmanager
 def steps_of(prepared: Prepared, task: Task, attempt: Attempt) -> Iterator[Iterable[Step]]:
-    """The steps that are left of the run, traced where the plan says so."""
+    """Run the remaining steps, with a profile if the plan asks for one."""
     state, plan, world = prepared.state, attempt.plan, attempt.world
     data = state.stream or prepared.rows.train
     steps = train_steps(data, task=task, plan=plan, world=world, start=state.step)
@@ -245,7 +245,7 @@ def steps_of(prepared: Prepared, task: Task, attempt: Attempt) -> Iterator[Itera
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Meanwhile the garbage collector passes by all that is there now, and looks at what comes.
+    """A context in which the garbage collector ignores all existing objects.
 
     With torch loaded that is 200,000 objects, and each full collection would stop training for as
     long as it takes to visit them: 0.1 s.
@@ -267,16 +267,16 @@ def test_run(
     checkpoint: str = "latest",
     predictions: Path | None = None,
 ) -> dict[str, float]:
-    """What the test loop measures of a checkpoint of a run, and of its optimizer nothing.
+    """Test a checkpoint of a run, without its optimizer.
 
     Args:
         checkpoint: `latest`, `best`, or a step.
-        predictions: where to write what the model says of each row.
+        predictions: the file for the predictions of each row.
     Raises:
-        SpecError: there is no such checkpoint, or it is not of this model.
+        SpecError: there is no such checkpoint, or it belongs to another model.
         NoCheckpoint: it is damaged.
     """
-    # Testing has no micro-batches to share out, so any number of processes can take part.
+    # The plan of micro-batches is for training only, so any number of processes can test.
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
     with files_may_have_moved():
