@@ -71,32 +71,32 @@ from service.spec.models import CheckpointSpec
 
 
 class Record(Protocol):
-    """What is kept beside the checkpoints, step by step."""
+    """A file with rows of each step that must be on disk before a checkpoint is."""
 
     def sync(self) -> None:
-        """Return when it is on disk, up to the step that was written last."""
+        """Return when all rows written so far are on disk."""
 
 
 class Seal(Protocol):
-    """Takes note of what is saved."""
+    """Records the hashes of a checkpoint."""
 
     def __call__(self, step: int, files: Mapping[str, str]) -> None:
-        """The SHA-256 of each tensor file of the checkpoint that is about to be published."""
+        """Called before a checkpoint is published, with the SHA-256 of each tensor file."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One save, as the writer of one process gets it."""
+    """One save, as the writer thread of one process receives it."""
 
     content: Content | Shard
-    """All of it, or what this process writes where all writers take part."""
+    """The whole state, or the shard of this process if the save is shared."""
     rest: Mapping[str, Any]
     size_bytes: int
-    """Of all of it."""
+    """Size of the whole state."""
     arrived: Arrival | None
-    """When the content has come from the device; None where it is here."""
+    """The end of the copy from the device; None if there is nothing to wait for."""
     failed: EvenstepError | None
-    """Why there is nothing to write."""
+    """Why this process has nothing to write."""
     records: Sequence[Record]
     seal: Seal | None
     began: float
@@ -120,7 +120,7 @@ class _Job:
 
 
 class Checkpoints:
-    """The checkpoints of one run.  Every process calls the methods; the lead publishes."""
+    """The checkpoints of one run.  Every process calls the methods; rank 0 publishes."""
 
     def __init__(
         self,
@@ -134,10 +134,10 @@ class Checkpoints:
         stopping: StopBudget | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
-        """`facts` go into every manifest: what the run is and on how many processes.
+        """`facts` are written to every manifest: the run, and its number of processes.
 
-        `heartbeat` is told that a save gets on, and how long it took, as is `stopping`.  A state
-        of few parts is written by the lead alone.
+        `heartbeat` gets the progress of saves; it and `stopping` get their duration.  A state
+        of few parts is written by rank 0 alone.
         """
         self._directory = directory
         self._world = world
@@ -154,16 +154,16 @@ class Checkpoints:
         self._snapshot = Snapshot(world.device)
         self._pending: Future[None] | None = None
         self._unsaved: EvenstepError | None = None
-        """Why the last save failed, where the run went on all the same."""
+        """Why the last save failed, if the run continued."""
         self._failures = 0
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
         self._reserved: Future[None] | None = None
 
     def reserve(self, expected_bytes: int | None) -> None:
-        """Get the memory for copies, beside the first steps: to touch it costs more than to copy.
+        """Allocate the buffer for copies during the first steps: this is slower than copying.
 
-        Where the size of a state is not known beforehand, the first save does it.
+        If the size of the state is not known yet, the first save allocates it.
         """
         if not self._spec.asynchronous or expected_bytes is None:
             return
@@ -178,18 +178,18 @@ class Checkpoints:
     def save(
         self, state: TrainState, *, records: Sequence[Record] = (), seal: Seal | None = None
     ) -> None:
-        """Save the state as it is now; on disk when the next `save` or `finish` returns.
+        """Save the current state; it is on disk when the next `save` or `finish` returns.
 
-        With `checkpoint.asynchronous: false`, on disk when this returns.  The records are on disk
-        before the checkpoint is there.
+        With `checkpoint.asynchronous: false`, it is on disk when this returns.  The records are on
+        disk before the checkpoint exists.
 
         Raises:
-            EvenstepError: the save before this one, or this one where it is not asynchronous,
-                failed; on every process, and the checkpoints before it are as they were.
+            EvenstepError: the previous save, or this one if it is not asynchronous, failed;
+                raised on every process. Earlier checkpoints are unchanged.
         """
         began = time.perf_counter()
         self._trainer = threading.get_ident()
-        self._settle()  # a later save waits for the earlier
+        self._settle()  # a save waits for the previous one
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
         if self._world.index < self._writers.processes:
@@ -199,7 +199,7 @@ class Checkpoints:
         self._timings["save/stall_seconds"] = time.perf_counter() - began
 
     def finish(self) -> None:
-        """Return when the last save is on disk; it is what the run comes to, so it may not fail.
+        """Return when the last save is on disk; it holds the result, so it must not fail.
 
         Raises:
             EvenstepError: it failed, on every process.
@@ -209,13 +209,13 @@ class Checkpoints:
             raise self._unsaved
 
     def close(self) -> None:
-        """Let the writer end what it has begun.  Of others that are gone it hears that they are."""
+        """Let the writer finish its save.  It gets an error if other processes are gone."""
         if self._pending is not None:
             self._wait_for(self._pending)
         self._writer.shutdown(wait=True)
 
     def timings(self) -> dict[str, float]:
-        """What the last save took, each figure once: for the next row of the metrics."""
+        """The durations of the last save, each returned once, for the next row of the metrics."""
         while not self._durable.empty():
             self._timings["save/durable_seconds"] = self._durable.get()
         if self._failures:
@@ -231,7 +231,7 @@ class Checkpoints:
         seal: Seal | None,
         began: float,
     ) -> Future[None] | None:
-        """The save under way, or done, or failed: `_settle` finds out."""
+        """Start the save; `_settle` returns its outcome."""
         begun: Future[None] = Future()
         try:
             content = content_of(state, places)
@@ -265,7 +265,7 @@ class Checkpoints:
             try:
                 held, arrived = self._copied(held)
             except EvenstepError as error:
-                failed = error  # the others are waiting for this process to say so
+                failed = error  # the other processes wait for this report
         return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
 
     def _layout(self, content: Content) -> ShardLayout:
@@ -275,11 +275,11 @@ class Checkpoints:
         )
 
     def _writers_of(self, size_bytes: int) -> int:
-        """How many processes write a content of so many bytes."""
+        """How many processes write a state of this size."""
         return min(self._writers.processes, most_shares(size_bytes, self._part_bytes))
 
     def _streams(self) -> int:
-        """Two where one process writes all of it, unless training needs the core for the second."""
+        """Two if one process writes everything and a core is free for the second."""
         training = torch.get_num_threads() if self._world.device.type == "cpu" else 1
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
@@ -291,7 +291,7 @@ class Checkpoints:
             if isinstance(content, Shard):
                 return self._snapshot.part(content)
             return self._snapshot.whole(content)
-        except RuntimeError as error:  # what torch raises where memory is short
+        except RuntimeError as error:  # torch raises this if memory is short
             raise NotSaved(
                 f"The state after step {content.rest['step']} could not be copied: {error}. "
                 f"It takes {in_words(content.size_bytes)} of main memory besides; "
@@ -299,10 +299,10 @@ class Checkpoints:
             ) from error
 
     def _settle(self) -> None:
-        """Wait for the save under way; where it failed, fail together or go on, as the spec says.
+        """Wait for the current save; if it failed, fail on all processes or continue, as specified.
 
         Raises:
-            EvenstepError: it failed and the run is to stop, or the state is not worth saving.
+            EvenstepError: it failed and the run must stop, or the state is not finite.
         """
         pending, self._pending = self._pending, None
         failed: EvenstepError | None = None
@@ -322,18 +322,18 @@ class Checkpoints:
         self._say(f"WARNING: {failed} Training goes on (checkpoint.on_failure: go_on).")
 
     def _wait_for(self, pending: Future[Any]) -> None:
-        """Return when it is done; for as long as the writer gets on, this is no standing still."""
+        """Return when it is done; while the writer makes progress, this is not a hang."""
         if threading.get_ident() == self._trainer:
             with self._heartbeat.waiting_for_the_writer():
                 wait([pending])
         else:
             wait([pending])
 
-    # ---- what the writer does: beside training; only other writers are asked
+    # ---- the writer thread: parallel to training; communicates with other writers only
 
     def _carry_out(self, job: _Job) -> None:
         shard = job.content
-        if isinstance(shard, Content):  # else it had to be cut before it was copied
+        if isinstance(shard, Content):  # otherwise it was divided before it was copied
             shard = self._layout(shard).shard(self._writers.index)
         if not self._world.is_lead:
             place = self._writers.from_lead(None)
@@ -355,7 +355,7 @@ class Checkpoints:
         partial: Path | None = None
         try:
             partial = self._prepared(job, shard, target)
-        finally:  # the others go on where there is a place, and need not where there is none
+        finally:  # the other writers learn the path, or that there is none
             if job.is_shared:
                 self._writers.from_lead(partial)
         if partial is not None:
@@ -370,7 +370,7 @@ class Checkpoints:
         self._mark_best(job.best)
 
     def _prepared(self, job: _Job, shard: Shard, target: Checkpoint) -> Path | None:
-        """A new directory to write into; None where the checkpoint is there already."""
+        """A new directory to write into; None if the checkpoint already exists."""
         _require_fit(job, shard)
         make_directory(self._directory)
         self._sweep()
@@ -384,7 +384,7 @@ class Checkpoints:
         return partial
 
     def _make(self, job: _Job, shard: Shard, partial: Path, target: Checkpoint) -> None:
-        """Publish what all write into `partial` as the checkpoint `target`."""
+        """Let all writers fill `partial`, then publish it as the checkpoint `target`."""
         complete(
             partial,
             self._write(job, shard, partial),
@@ -395,17 +395,17 @@ class Checkpoints:
         )
         if job.seal is not None:
             job.seal(job.step, tensor_digests(read_manifest(Checkpoint(partial, job.step))))
-        # A checkpoint that outlived the machine without the rows before it would be a gap.
+        # After a power loss, a checkpoint without its earlier rows would leave a gap.
         for record in job.records:
             record.sync()
             self._get_on()
         os.rename(partial, target.path)
 
     def _write(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
-        """Write this process's parts; SHA-256 of everybody's, when all are on disk.
+        """Write the parts of this process; return the SHA-256 of all parts, when all are on disk.
 
         Raises:
-            EvenstepError: some process could not write its own; the first one's words.
+            EvenstepError: a process could not write its parts; with the message of the first.
         """
         own: dict[Part, str] = {}
         failed: EvenstepError | None = None
@@ -416,7 +416,7 @@ class Checkpoints:
         except OSError as error:
             failed = _not_saved(job.step, self._directory, error)
         except Exception as error:
-            if job.is_shared:  # the others are waiting for this process to say so
+            if job.is_shared:  # the other processes wait for this report
                 lost = PeerLost(
                     f"Process {self._world.index} could not write its share of the checkpoint of "
                     f"step {job.step}: {with_place(error)}. Earlier ones are untouched."
@@ -425,7 +425,7 @@ class Checkpoints:
             raise
         answer = (failed, shard.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
-        self._get_on()  # how long the others took is not held against what follows
+        self._get_on()  # the wait for the others does not count towards a hang
         digests: dict[Part, str] = {}
         for index, (failed, layout, parts) in enumerate(told):
             if failed is not None:
@@ -440,13 +440,13 @@ class Checkpoints:
         return digests
 
     def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
-        if not self._world.is_lead:  # who has looked already, before there was a place
+        if not self._world.is_lead:  # rank 0 has checked before it created the directory
             _require_fit(job, shard)
 
         def write(share: set[Part]) -> dict[Part, str]:
             return write_parts(partial, share, shard.bytes_of, moved=self._get_on)
 
-        shares = shard.shares  # none, where there are more processes than parts
+        shares = shard.shares  # empty if there are more processes than parts
         digests: dict[Part, str] = {}
         with self._writers_beside(max(1, len(shares) - 1)) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]
@@ -458,12 +458,12 @@ class Checkpoints:
         return digests
 
     def _writers_beside(self, count: int) -> ThreadPoolExecutor:
-        """Threads that write, and that mean this process's device where they name none."""
+        """Threads that write; their default device is the device of this process."""
         device = (self._world.device,)
         return ThreadPoolExecutor(count, WRITER, initializer=use, initargs=device)
 
     def _get_on(self) -> None:
-        """Tell that a save gets on."""
+        """Report the progress of a save."""
         if threading.get_ident() == self._trainer:
             self._heartbeat.moved()
         else:
@@ -499,7 +499,7 @@ class Checkpoints:
             replace_file(self._directory / BEST, name_of(best) + "\n")
 
     def _sweep(self) -> None:
-        """Remove what a process that was killed left half-written or half-removed."""
+        """Remove the incomplete directories of killed processes."""
         for partial in list(self._directory.glob(".step-*.partial-*")):
             self._remove(partial)
         for leftover in self._directory.glob(".step-*.removed-*"):
@@ -507,9 +507,9 @@ class Checkpoints:
             self._get_on()
 
     def _remove(self, path: Path) -> None:
-        """First out of sight, in one piece: half a checkpoint would look like a damaged one.
+        """Rename it first: a half-deleted checkpoint would look like a damaged one.
 
-        And a writer of a job that was killed, which has yet to find that out, no longer finds it.
+        The writer of a killed job that is still running does not find it any more, either.
         """
         gone = path.with_name(f".{path.name.lstrip('.')}.removed-{secrets.token_hex(4)}")
         os.rename(path, gone)
@@ -523,10 +523,10 @@ class Checkpoints:
     # ---- restore
 
     def restore(self, state: TrainState) -> bool:
-        """Put the newest good checkpoint into `state`; False where there is none yet.
+        """Load the newest valid checkpoint into `state`; False if there is none yet.
 
         Raises:
-            NoCheckpoint: there are some, and none is good.
+            NoCheckpoint: there are checkpoints, but none is valid.
             SpecError: it does not fit the model, the optimizer or the data.
         """
         chosen: tuple[str, int, str] | None = None
@@ -537,7 +537,7 @@ class Checkpoints:
             except EvenstepError as error:
                 failed = error
         self._world.fail_together(failed)
-        # One process chooses: two that fell back differently would train two models.
+        # One process chooses, because two different choices would train two models.
         chosen = self._world.from_lead(chosen)
         if chosen is None:
             return False
@@ -549,7 +549,7 @@ class Checkpoints:
         return True
 
     def _choose(self) -> tuple[str, int, str] | None:
-        """Name, step and hash of the newest good checkpoint; clears up around it."""
+        """Name, step and hash of the newest valid checkpoint; removes incomplete ones."""
         try:
             if os.path.lexists(self._directory) and not self._directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -585,7 +585,7 @@ class Checkpoints:
             )
             damaged.append(checkpoint)
         if found:
-            # They stay where they are: the next attempt must not take this for a new run.
+            # They are not renamed: the next attempt must not take this for a new run.
             raise NoCheckpoint(
                 f"None of the {len(found)} checkpoints in {self._directory} can be read. "
                 "Put a good copy back, or begin again with --fresh."
@@ -611,7 +611,7 @@ class Checkpoints:
 
 
 def _require_fit(job: _Job, shard: Shard) -> None:
-    """Wait until what is to be written is here, and check that it may be published.
+    """Wait until the content is copied from the device, and check that it is finite.
 
     Raises:
         EvenstepError: it could not be copied, or is not finite.
@@ -624,7 +624,7 @@ def _require_fit(job: _Job, shard: Shard) -> None:
 
 
 def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
-    """An error of the operating system in words."""
+    """The message for an error of the operating system."""
     where = ""
     if error.filename is not None and directory not in Path(error.filename).parents:
         where = f"{error.filename}, which belongs to it: "  # a record of the steps before it

@@ -2,7 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* watchdog: the watchdog: finds a process that does not respond, reports where it is, and ends it.
+* watchdog: the watchdog: finds a process that makes no progress, reports where it is, and kills
+  it.
 * throughput: throughput between two logged steps: rows per second, and the time spent waiting for
   data.
 * stop_request: signals that ask a run to stop, and the death of a parent process.

@@ -43,11 +43,11 @@ WORDS: dict[Work, str] = {
     "save": "saving a checkpoint",
 }
 WRITER = "checkpoints"
-"""How the thread that writes them is called."""
+"""Name of the thread that writes checkpoints."""
 
 
 class Numbered(Protocol):
-    """A batch, as far as this room knows one."""
+    """The part of a batch that this module uses."""
 
     @property
     def number(self) -> int: ...
@@ -57,13 +57,13 @@ B = TypeVar("B", bound=Numbered)
 
 
 class Position(NamedTuple):
-    """Where a process is in its run."""
+    """What a process is doing, and in which step."""
 
     work: Work
     step: int
     """Optimizer steps finished."""
     micro_batch: int
-    """Its number in the step, or -1 where there is none."""
+    """Its number in the step, or -1 if there is none."""
     since: float
     """On the monotonic clock."""
 
@@ -75,35 +75,35 @@ class Position(NamedTuple):
 
 @dataclass
 class Trace:
-    """What this process last asked all others for."""
+    """The last collective operation of this process."""
 
     name: str = "none"
     count: int = 0
-    """How many times it asked; ranks that differ in it wait for different things."""
+    """Number of collectives so far; ranks with different numbers wait for different ones."""
 
     def begin(self, name: str) -> None:
         self.name, self.count = name, self.count + 1
 
 
 class Heartbeat:
-    """The place of one process, and the seconds it has spent at each kind of work.
+    """What one process is doing, and the seconds spent on each kind of work.
 
-    To say where one is costs less than a microsecond, so the loops say it for every micro-batch.
+    An update costs less than a microsecond, so the loops update it for every micro-batch.
     """
 
     def __init__(
         self, *, rank: int = 0, scratch: Path | None = None, started: float | None = None
     ) -> None:
-        """`scratch` takes what is to be kept before the run has a directory."""
+        """`scratch` is the directory for files before the run has its own."""
         self.rank = rank
         self.started = time.time() if started is None else started
-        """Seconds since 1970 at which this attempt began, perhaps before this process did."""
+        """Start of this attempt in seconds since 1970, which may be before this process started."""
         self.longest_save_seconds = 0.0
-        """From the beginning of a save to the checkpoint on disk, at most so far; on the lead."""
+        """The longest save so far, from its start to the checkpoint on disk; on rank 0."""
         self.trace = Trace()
-        """The last collective; the world's own, as soon as there is one."""
+        """The last collective; shared with the world as soon as there is one."""
         self.device_waits = False
-        """Whether a value is waited for where it is read: this process computes on a device."""
+        """Whether reading a value waits for it, because this process computes on a device."""
         self.directory: RunDirectory | None = None
         self._scratch = scratch
         self._writing = threading.Lock()
@@ -115,18 +115,18 @@ class Heartbeat:
         self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
 
     def enter(self, work: Work, step: int | None = None, micro_batch: int = -1) -> None:
-        """Say what begins now; `step` stays as it was where it is not given."""
+        """Record the work that starts now; without `step` the step does not change."""
         now = monotonic()
         before, last_step, _, since = self._place
         self._seconds[before] += now - since
-        # One assignment: whoever reads it from another thread sees a whole place.
+        # One assignment, so that another thread always reads a consistent value.
         self._place = (work, last_step if step is None else step, micro_batch, now)
         if work == "exchange":
             self.trace.begin("exchange of gradients")
 
     @property
     def place(self) -> Position:
-        """Where this process is now."""
+        """What this process is doing now."""
         work, step, micro_batch, since = self._place
         if self._waits_for_the_writer:
             since = max(since, self._writer_moved)
@@ -139,58 +139,58 @@ class Heartbeat:
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds waited for data so far, the present wait not included."""
+        """Seconds waited for data so far, without the current wait."""
         return self._seconds["data"]
 
     def moved(self) -> None:
-        """What this process waits for, or does at length, gets on: it does not stand still."""
+        """Record progress of a long wait or operation, so that it is not reported as a hang."""
         self.enter(self.place.work, micro_batch=self.place.micro_batch)
 
     def writer_moved(self) -> None:
-        """The writer beside training gets on; called by any thread."""
+        """Record progress of the writer thread; called by any thread."""
         self._writer_moved = monotonic()
 
     @contextmanager
     def waiting_for_the_writer(self) -> Iterator[None]:
-        """While it lasts, this process stands still only where its writer does."""
+        """A context in which this process hangs only if its writer thread makes no progress."""
         self._waits_for_the_writer = True
         try:
             yield
         finally:
-            self.moved()  # first: the wait is over, and must not be held against what follows
+            self.moved()  # first: the wait is over and must not count towards a hang
             self._waits_for_the_writer = False
 
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
-        """The same batches; each of them is entered as it comes."""
+        """The same batches; each one is recorded when it is taken."""
         for batch in batches:
             self.enter(work, micro_batch=batch.number)
             yield batch
 
     def spent(self) -> dict[Work, float]:
-        """Seconds of each kind of work so far, the present one included."""
+        """Seconds of each kind of work so far, including the current one."""
         seconds, (work, _, _, since) = dict(self._seconds), self._place
         seconds[work] += monotonic() - since
         return seconds
 
     def seconds(self) -> dict[str, float]:
-        """The same as a person reads it: rounded, and without what took none."""
+        """The same for the user: rounded, without zeros."""
         seconds = self.spent()
         return {work: round(seconds[work], 3) for work in ORDER if seconds[work]}
 
     @property
     def scratch(self) -> Path | None:
-        """Where this process may write what nobody needs unless it fails."""
+        """The directory for files that are only needed after a failure."""
         return self.directory.logs if self.directory else self._scratch
 
     @property
     def failures(self) -> Path | None:
-        """Where this process reports that it failed, if there is a place that others read too."""
+        """The directory for failure reports, if there is one that other processes read."""
         if self.directory is not None:
             return self.directory.failures
         return self._scratch / "failures" if self._scratch else None
 
     def settle(self, directory: RunDirectory) -> None:
-        """From now on write into the run's directory; what was printed so far moves there.
+        """From now on write into the directory of the run, and move earlier output there.
 
         Raises:
             EvenstepError: it cannot be written there.
@@ -209,7 +209,7 @@ class Heartbeat:
         self.directory = directory
 
     def speak_into_log(self) -> None:
-        """Send what this process prints into a file: on the terminal one speaks for all."""
+        """Redirect the output of this process to a file: only rank 0 prints on the terminal."""
         assert self._log is not None, "a process without a terminal has a place for its words"
         with self._log.open("ab") as file:
             os.dup2(file.fileno(), 1)
@@ -220,7 +220,7 @@ class Heartbeat:
         return self._scratch / f"rank-{self.rank}.log" if self._scratch else None
 
     def record(self) -> dict[str, Any]:
-        """Who and where this process is, as others may read it."""
+        """The identity and state of this process, for other processes."""
         place = self.place
         return {
             "rank": self.rank,
@@ -240,16 +240,16 @@ class Heartbeat:
         }
 
     def write(self) -> None:
-        """Leave the record where it outlives this process, if there is room for it."""
+        """Write the heartbeat to disk, if there is space."""
         if self.scratch is None:
             return
-        # Who trains writes it and who watches: of one file, the second would miss what the first
-        # has renamed.  Where it cannot be written, no run ends of it: a report lacks a place.
+        # The training thread and the watchdog write it. With one temporary file, one thread could
+        # miss the file that the other has renamed.  If it cannot be written, the run continues.
         with self._writing, suppress(OSError):
             replace_unsynced(self.scratch / f"rank-{self.rank}.beat", json.dumps(self.record()))
 
 
 def group() -> str:
-    """Names this attempt, equal on all of its processes and different from every other."""
+    """Unique name of this attempt, equal on all of its processes."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     return "/".join(os.environ.get(name, "-") for name in names)

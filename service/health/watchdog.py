@@ -1,4 +1,4 @@
-"""The watchdog: finds a process that does not respond, reports where it is, and ends it."""
+"""The watchdog: finds a process that makes no progress, reports where it is, and kills it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from service.runs.failure_reports import read_failures, write_failure
 
 HUNG = 1
 """Exit code of the process that others waited for."""
-_REPORTS_SECONDS = 2.0  # for the reports of the others, who stand still for as long
+_REPORTS_SECONDS = 2.0  # for the reports of the other ranks, which hang for as long
 _MOST_SECONDS_A_LOOK = 1.0
-# Whose innermost frame is in one of these waits for another process.
+# A thread whose innermost frame is in one of these files waits for another process.
 _WAITING = (
     "torch/distributed/",
     "service/distributed/world.py",
@@ -51,10 +51,10 @@ def watched(
     startup_timeout_seconds: float,
     leave: Leave,
 ) -> Iterator[None]:
-    """While it lasts, report and end this process when it has stood still for too long.
+    """A context that reports and kills this process when it makes no progress for too long.
 
-    A thread looks after it; and where no thread can run, because the interpreter's lock is
-    held, faulthandler's own does, which writes the stacks and leaves with code 1.
+    A thread checks its heartbeat. If no thread can run, because the interpreter's lock is
+    held, the timer of faulthandler writes the stacks and exits with code 1.
 
     Args:
         leave: ends the process at once, with a code and a message.
@@ -73,15 +73,15 @@ def watched(
 
 @dataclass(frozen=True)
 class _Awaited:
-    """A rank that is no further than this one, and got on last: this one may wait for it."""
+    """The rank, not ahead of this one, that moved last: this one may wait for it."""
 
     place: Position
     """Of this process."""
     rank: int | None
-    """None where all others are further."""
+    """None if all other ranks are ahead."""
     beat_time: float
     until: float
-    """On the monotonic clock: when it is looked at again."""
+    """When it is checked again, on the monotonic clock."""
 
 
 class _Watch:
@@ -109,13 +109,13 @@ class _Watch:
         try:
             while not self._ended.wait(self._look_seconds):
                 self._look()
-        finally:  # also where a look fails: without looks it would end a process that is well
+        finally:  # also if a check fails: without checks it would kill a healthy process
             faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
         place = self._heartbeat.place
         timeout = self._startup_timeout if place.work == "starting" else self._timeout
-        # Armed anew at each look: it goes off only where the looks have stopped.
+        # Each check restarts the timer, so it fires only if the checks have stopped.
         faulthandler.dump_traceback_later(
             timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
         )
@@ -127,7 +127,7 @@ class _Watch:
             self._report(standing)
 
     def _last_moved(self, place: Position, *, until: float) -> _Awaited:
-        """Whom this process may be waiting for, by what all of them last wrote."""
+        """The rank that this process may wait for, by the latest heartbeats."""
         ours = (place.step, ORDER.index(place.work))
         behind = [
             beat
@@ -140,10 +140,10 @@ class _Watch:
         return _Awaited(place, rank, written, until)
 
     def _may_wait(self, timeout: float) -> bool:
-        """Whether this process waits for one that lives and gets on.
+        """Whether this process waits for a rank that makes progress.
 
-        The lead may write a checkpoint for longer than a hang is given, and tell how it gets on;
-        the others, who wait for it, cannot.
+        Rank 0 may write a checkpoint for longer than the timeout, and report its progress;
+        the other ranks, which wait for it, cannot.
         """
         awaited = self._awaited
         if awaited is None or awaited.rank is None or not self._line()[1]:
@@ -151,7 +151,7 @@ class _Watch:
         if self._heartbeat.failures and any(
             report.get("group") == group() for report in read_failures(self._heartbeat.failures)
         ):
-            return False  # it is told already, and whoever told it waits for what the others say
+            return False  # the hang is reported already, and its reporter waits for the others
         now = time.monotonic()
         if now < awaited.until:
             return True
@@ -163,7 +163,7 @@ class _Watch:
         return True
 
     def _beat(self, rank: int) -> dict[str, Any] | None:
-        """What that rank wrote last in this attempt."""
+        """The last heartbeat of that rank in this attempt."""
         beat = read_beat(self._heartbeat.scratch, rank) if self._heartbeat.scratch else None
         return beat if beat and beat.get("group") == group() else None
 
@@ -172,7 +172,7 @@ class _Watch:
             self._stacks.close()
 
     def _stacks_file(self) -> IO[str]:
-        """Where faulthandler writes: a file of the run's, as soon as the run has a directory."""
+        """The file for faulthandler, in the directory of the run as soon as there is one."""
         scratch = self._heartbeat.scratch
         if scratch is None:
             return sys.stderr
@@ -181,22 +181,22 @@ class _Watch:
             self.close()
             try:
                 self._stacks = open(path, "w", opener=without_link)  # noqa: SIM115  # as long as it looks
-            except OSError:  # no room for it: better among the output than nowhere
+            except OSError:  # no space: the stacks go to the output instead
                 return sys.stderr
         return self._stacks
 
     def _line(self) -> tuple[str, bool]:
-        """(the line on which this process stands, and whether it waits there for others)."""
+        """(the current line of this process, and whether it waits there for other processes)."""
         frames = sys._current_frames()
         on_device = self._heartbeat.device_waits
         line, waiting = "", False
         if self._main in frames:
             line, waiting = _line_of(frames[self._main], on_device=on_device)
         if self._heartbeat.place.work == "save" and not waiting:
-            for thread in threading.enumerate():  # it waits for its own writer
+            for thread in threading.enumerate():  # it waits for the writer thread
                 if thread.name.startswith(WRITER) and thread.ident in frames:
                     written, for_others = _line_of(frames[thread.ident], on_device=on_device)
-                    if "concurrent/futures" not in written:  # else it is idle
+                    if "concurrent/futures" not in written:  # otherwise it is idle
                         line, waiting = written, for_others
         return line, waiting
 
@@ -209,7 +209,7 @@ class _Watch:
             "stacks": _stacks(),
         }
         failures = self._heartbeat.failures
-        if failures is None:  # under a foreign torchrun, with no run opened yet
+        if failures is None:  # started by torchrun, and the run is not open yet
             told = _told(report, self._heartbeat.rank, standing)
             self._leave(HUNG, f"{report['stacks']}\n{told}")
         if write_failure(failures, report) is None:
@@ -221,7 +221,7 @@ class _Watch:
         )
 
     def _reports(self, failures: Path) -> list[dict[str, Any]]:
-        """What every rank says of this hang; of one that says nothing, what it last wrote."""
+        """The report of every rank about this hang, or else its last heartbeat."""
         deadline = time.monotonic() + _REPORTS_SECONDS
         found: dict[int, dict[str, Any]] = {}
         while len(found) < self._processes and time.monotonic() < deadline:
@@ -235,10 +235,10 @@ class _Watch:
 
 
 def who_is_behind(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of the rank for which the others wait.
+    """The report of the rank that the others wait for.
 
-    A rank that cannot even report; else the one that has come least far; and among several at
-    the same point the one that does not itself wait for another.
+    This is a rank that cannot report; otherwise the one with the least progress; among several at
+    the same point, the one that does not wait for another.
     """
 
     def place(report: dict[str, Any]) -> tuple[bool, int, int, bool, int]:
@@ -263,7 +263,7 @@ def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
             f"{who} has not answered for {standing:.0f} s while the others waited: it is stopped, "
             f"or holds Python's lock, or its machine is gone. It was last seen {where}."
         )
-    # One that failed has no line: it has said why itself, and what it said is its reason.
+    # A rank that failed has no line: its error message is the reason.
     what = behind.get("line") or behind.get("message", "it has failed")
     return f"{who} has stood still for {standing:.0f} s {where}: {what}."
 
@@ -286,7 +286,7 @@ def _line_of(frame: FrameType, *, on_device: bool = False) -> tuple[str, bool]:
 
 
 def _stacks() -> str:
-    """The stack of every thread, in Python's words."""
+    """The stack of every thread, formatted as by Python."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"

@@ -56,13 +56,13 @@ _GIT_SECONDS = 10.0
 _LONGEST_HOLDER = 300  # characters
 _LARGEST_BYTES = 8 << 20  # of run.json, with thousands of attempts in it, or of a beat
 LATEST_TIME = 253_402_300_800.0
-"""The end of the year 9999 in seconds since 1970: what a clock can show is below it."""
+"""The end of the year 9999 in seconds since 1970: an upper limit for timestamps."""
 _NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The places of one run."""
+    """The paths of one run."""
 
     path: Path
 
@@ -107,7 +107,7 @@ class RunDirectory:
         return self.path / "wandb"
 
     def read_facts(self) -> dict[str, Any]:
-        """What run.json says.
+        """The content of run.json.
 
         Raises:
             SpecError: it is missing or unreadable.
@@ -127,7 +127,7 @@ class RunDirectory:
         return facts
 
     def read_spec(self, overrides: Iterable[str] = ()) -> Spec:
-        """The spec of the run, with the files it names where they are if they moved with the run.
+        """The spec of the run; paths of files that moved together with the run are corrected.
 
         Raises:
             SpecError: see `load_spec`.
@@ -139,13 +139,13 @@ class RunDirectory:
         return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Replace run.json, in one piece.
+        """Replace run.json atomically.
 
         Raises:
-            EvenstepError: it cannot be written, and is as it was.
+            EvenstepError: it cannot be written; the old file is unchanged.
         """
         with told_when_unwritten(self.facts):
-            # For its owner alone: uncommitted changes and the command may hold what no rule finds.
+            # Readable by its owner only: the diff and the command may contain unknown secrets.
             replace_file(self.facts, json.dumps(facts, indent=1) + "\n", mode=0o600)
 
 
@@ -153,7 +153,7 @@ def find_run(path: Path) -> RunDirectory:
     """The run in a directory, or the one of that name in `runs/`.
 
     Raises:
-        SpecError: there is none; names the nearest.
+        SpecError: there is none; suggests the most similar name.
     """
     with told_when_unread(path):
         for place in (path, Path("runs") / path):
@@ -168,7 +168,7 @@ def find_run(path: Path) -> RunDirectory:
 
 @dataclass
 class OpenRun:
-    """A run that this process alone writes to, until it is closed."""
+    """A run that is locked by this process until it is closed."""
 
     directory: RunDirectory
     facts: dict[str, Any]
@@ -178,7 +178,7 @@ class OpenRun:
 
     @property
     def id(self) -> str:
-        """Names the run where names are shared, such as on W&B."""
+        """Unique name of the run, for W&B."""
         return str(self.facts["id"])
 
     def start_attempt(
@@ -192,15 +192,15 @@ class OpenRun:
         most_failures: int | None = None,
         task_files: Mapping[str, str] | None = None,
     ) -> None:
-        """Enter that the run goes on from `step`.
+        """Record that an attempt starts at `step`.
 
         Args:
             started: when the attempt began, in seconds since 1970; now by default.
-            data: how the rows come, for a person.
-            most_failures: give up after so many in a row that did not get beyond `step`.
+            data: a description of the data path, for the user.
+            most_failures: the limit of consecutive attempts that did not get beyond `step`.
             task_files: SHA-256 of the files of the task's code, by name.
         Raises:
-            NoProgress: this would be one more.
+            NoProgress: the limit is reached.
         """
         attempts = self.facts["attempts"]
         failures = failures_in_a_row(attempts, step)
@@ -226,7 +226,7 @@ class OpenRun:
         self.directory.write_facts(self.facts)
 
     def changed_files(self, task_files: Mapping[str, str]) -> list[str]:
-        """The files of the task's code that are not as they were in the last attempt."""
+        """The files of the task's code that changed since the last attempt."""
         known = [each["task_files"] for each in self.facts["attempts"] if each.get("task_files")]
         if not known or not task_files or not isinstance(known[-1], dict):
             return []
@@ -242,7 +242,7 @@ class OpenRun:
         seconds: Mapping[str, float] | None = None,
         longest_save_seconds: float = 0.0,
     ) -> None:
-        """Enter how the attempt ended: done, stopped, failed or gave up; and its account."""
+        """Record how the attempt ended (done, stopped, failed, gave up) and its times."""
         self.facts["state"] = state
         self.facts["attempts"][-1] |= {
             "ended": time.time(),
@@ -255,10 +255,10 @@ class OpenRun:
         self.directory.write_facts(self.facts)
 
     def require_never_saved(self) -> None:
-        """Refuse to begin anew, where no checkpoint is found, what once had one.
+        """If no checkpoint is found, refuse to start over a run that once had one.
 
         Raises:
-            NoCheckpoint: there was one, by what earlier attempts have entered.
+            NoCheckpoint: earlier attempts recorded a checkpoint.
         """
         for attempt in self.facts["attempts"]:
             had_saved = attempt["outcome"] in ("done", "stopped") and attempt["to_step"]
@@ -270,10 +270,10 @@ class OpenRun:
                 )
 
     def enter_done(self) -> None:
-        """Enter that the run is done where its last attempt could not, though all is saved.
+        """Record that the run is done, if its last attempt saved everything but could not.
 
         Raises:
-            EvenstepError: it cannot be entered now either.
+            EvenstepError: it cannot be recorded now either.
         """
         if self.facts["state"] == "running":
             self.facts["state"] = self.facts["attempts"][-1]["outcome"] = "done"
@@ -303,7 +303,7 @@ class OpenRun:
                 replace_file(self.directory.spec, text)
 
     def close_lost_attempt(self) -> None:
-        """Enter what is known of an attempt that could not say how it ended: it was killed."""
+        """Record what is known about an attempt that was killed."""
         attempts = self.facts["attempts"]
         if not attempts or "ended" in attempts[-1]:
             return
@@ -319,7 +319,7 @@ class OpenRun:
         }
 
     def _last_row(self) -> int:
-        """The step of the last whole row of metrics, or 0."""
+        """The step of the last complete row of metrics, or 0."""
         if not self.directory.metrics.exists():
             return 0
         with open(self.directory.metrics, "rb", opener=plain) as file:
@@ -328,10 +328,10 @@ class OpenRun:
         try:
             return int(json.loads(lines[-1])["step"]) if lines else 0
         except (ValueError, KeyError):
-            return 0  # it holds no row yet, or none that ends in what was read
+            return 0  # no row yet, or no complete row in the part that was read
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         self._lock.close()
 
 
@@ -389,12 +389,12 @@ def _person() -> str:
 
 
 def is_number(value: Any, below: float = 2**53) -> TypeGuard[float]:
-    """Whether it is one from 0 up to a bound, such as a step or a number of seconds is."""
+    """Whether it is a number from 0 to a bound, such as a step or a duration."""
     return isinstance(value, int | float) and 0 <= value < below
 
 
 def _is_whole(facts: Mapping[str, Any]) -> bool:
-    """Whether it tells of the run and its attempts, the last of which may not have ended."""
+    """Whether it has the form of run.json: attempts, the last of which may be unfinished."""
     told = facts.get("attempts")
     if not isinstance(told, list) or not all(isinstance(attempt, dict) for attempt in told):
         return False
@@ -425,7 +425,7 @@ def _are_seconds(value: Any) -> bool:
 
 
 def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
-    """What the process of that rank last wrote about itself, in this attempt or an earlier one."""
+    """The last heartbeat of that rank, in this attempt or an earlier one."""
     try:
         beat = read_json(directory / f"rank-{rank}.beat", at_most=_LARGEST_BYTES)
     except (OSError, ValueError):
@@ -438,13 +438,13 @@ def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
 def open_run(
     runs: Path, spec: Spec, *, fresh: bool, accepted: Accepted = NOTHING_ACCEPTED
 ) -> OpenRun:
-    """Open the run that `spec` names, or begin it.
+    """Open the run that `spec` names, or create it.
 
     Args:
-        fresh: put an earlier run of this name aside and begin anew.
+        fresh: move an earlier run of this name aside and start over.
         accepted: in what the spec may differ from that of the run.
     Raises:
-        SpecError: the directory is not a run's, another process has it open, or the spec
+        SpecError: the directory is not a run, another process has it open, or the spec
             differs from that of the run in a way that changes the result and is not accepted, or
             that the run's state cannot follow.
     """
@@ -465,7 +465,7 @@ def open_run(
 
 
 def _opened(directory: RunDirectory, spec: Spec, lock: IO[str], accepted: Accepted) -> OpenRun:
-    """The run as it was left, or as it begins."""
+    """The existing run, or a new one."""
     _require_no_link(directory)
     if _is_begun(directory):
         facts, changed = _taken_up(directory, spec, accepted)
@@ -475,7 +475,7 @@ def _opened(directory: RunDirectory, spec: Spec, lock: IO[str], accepted: Accept
         return opened
     _require_empty(directory)
     facts = first_facts(spec, directory)
-    # In this order: killed between any two of these, it begins anew the next time.
+    # In this order: if it is killed between two of these, the next attempt starts over.
     directory.write_facts(facts)
     make_directory(directory.logs)
     replace_file(directory.spec, dump_spec(spec))
@@ -494,7 +494,7 @@ def _drop_unwritten_change(facts: dict[str, Any], directory: RunDirectory) -> No
 def check_run(
     runs: Path, spec: Spec, *, fresh: bool, accepted: Accepted = NOTHING_ACCEPTED
 ) -> None:
-    """Raise what `open_run` would raise, without touching anything.
+    """Raise the errors of `open_run`, without changing anything.
 
     Raises:
         SpecError: see `open_run`.
@@ -514,10 +514,10 @@ def check_run(
 
 
 def require_no_secret(spec: Spec) -> None:
-    """Refuse what spec.yaml, and every tracker that is shown the spec, would give away.
+    """Refuse a spec with a secret, which spec.yaml and every tracker would reveal.
 
     Raises:
-        SpecError: names the place.
+        SpecError: names the key.
     """
     pods = dict(spec.kubernetes.env) if spec.kubernetes else {}
     pods |= spec.slurm.env if spec.slurm else {}
@@ -541,7 +541,7 @@ def require_no_secret(spec: Spec) -> None:
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in plain values, with its key."""
+    """Every text in a nested value, with its key."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
@@ -560,7 +560,7 @@ def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
 
 
 def _require_no_link(directory: RunDirectory) -> None:
-    """Refuse a run of which a part lies elsewhere: what is written there is not the run's alone."""
+    """Refuse a run with a link as one of its parts: its target may belong to something else."""
     parts = (directory.checkpoints, directory.logs, directory.failures, directory.profile)
     for part in (*parts, directory.wandb):
         if part.is_symlink():
@@ -578,14 +578,14 @@ def _lock(directory: RunDirectory) -> IO[str]:
     path = directory.path / ".lock"
     while True:
         directory.path.mkdir(parents=True, exist_ok=True)
-        # Held as long as the run is open; writable, as NFS wants it of a lock.
+        # Held while the run is open; opened for writing, which NFS requires for a lock.
         lock = os.fdopen(without_link(path, os.O_RDWR | os.O_CREAT), "r+", errors="replace")
         _claim(lock, directory)
         if _is_in_its_place(lock, path):
             break
         lock.close()
     # A child that is forked later, such as a data-loader worker, would hold the lock for as long
-    # as it lives: where this process is killed, longer than the run may wait for its next attempt.
+    # as it lives: after a kill, this could delay the next attempt for too long.
     held = weakref.ref(lock)
     os.register_at_fork(after_in_child=lambda: _let_go(held()))
     lock.truncate(0)
@@ -595,8 +595,8 @@ def _lock(directory: RunDirectory) -> IO[str]:
 
 
 def _is_in_its_place(lock: IO[str], path: Path) -> bool:
-    """Whether it is the run's lock still: who waits for one may get it after --fresh has put the
-    run aside, and the lock with it, while another process begins a new run at its path."""
+    """Whether this is still the lock of the run: a waiting process may get it after --fresh moved
+    the run aside with its lock, while another process starts a new run at the same path."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -620,7 +620,7 @@ def _let_go(lock: IO[str] | None) -> None:
 
 
 def _require_free(directory: RunDirectory) -> None:
-    """Refuse a run that another process writes before anything of it is started."""
+    """Refuse a run that another process has open, before anything starts."""
     path = directory.path / ".lock"
     if path.exists():
         with os.fdopen(without_link(path, os.O_RDWR), "r+", errors="replace") as lock:
@@ -628,7 +628,7 @@ def _require_free(directory: RunDirectory) -> None:
 
 
 def _locked_in_time(lock: IO[str]) -> bool:
-    # What a killed process had forked holds its lock until the kernel has ended it as well.
+    # The children of a killed process hold its lock until the kernel has killed them too.
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -686,8 +686,8 @@ def _unasked_in_words(
 
 def _require_empty(directory: RunDirectory) -> None:
     begun = {".lock", ".run.json.partial"}
-    if directory.facts.exists():  # and no spec: killed in its very beginning
-        directory.read_facts()  # written in one piece, so a torn one is not ours to begin anew
+    if directory.facts.exists():  # without a spec: it was killed at its start
+        directory.read_facts()  # written atomically, so a damaged one is an error
         begun |= {"run.json", "logs", ".spec.yaml.partial"}
     strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
     if strangers:
@@ -723,7 +723,7 @@ def _without_secrets(git: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that influence a result."""
     packages = ("evenstep", "torch", "numpy", "accelerate", "safetensors", "wandb")
     found = {package: _version_of(package) for package in packages}
     present = {package: version for package, version in found.items() if version is not None}
@@ -735,13 +735,13 @@ def _version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None  # an optional one, or evenstep from a source tree
+        return None  # an optional package, or evenstep in a source tree
 
 
 def git_facts() -> dict[str, Any]:
     """Commit and uncommitted changes of the directory a run is started in, if it is a checkout.
 
-    The changes as far as they are kept; letters of another encoding than UTF-8 are spelt out.
+    The diff is cut to a limit; bytes that are not UTF-8 are escaped.
     """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
@@ -755,13 +755,13 @@ def git_facts() -> dict[str, Any]:
     return {"commit": commit.decode().strip(), "dirty": bool(diff), "diff": diff[:_MOST_OF_A_DIFF]}
 
 
-# None of the programs is run that a checkout's settings can name: what is trained on may be a
-# stranger's. What they would have changed, such as a filter for large files, is in the changes.
+# Programs named in a checkout's settings are never run, because the checkout may belong to a
+# stranger. So the diff includes what they would have changed, such as filters for large files.
 _PLAIN = ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", "protocol.allow=never")
 
 
 def _git(*words: str) -> bytes | None:
-    """What git prints, as far as it is kept; None where it fails or takes too long."""
+    """The output of git, up to a limit; None if it fails or takes too long."""
     start = ["git", *(word for setting in _PLAIN for word in ("-c", setting)), *words]
     try:
         git = subprocess.Popen(
