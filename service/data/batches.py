@@ -21,17 +21,17 @@ class Batch(NamedTuple):
     """One forward pass worth of rows."""
 
     number: int
-    """Which micro-batch of the step it is, counted over all processes."""
+    """Number of the micro-batch in the step, over all processes."""
     rows: NDArray[np.int64]
-    """The ids of its rows in the data set, or of a stream digests of what they hold: [B]."""
+    """The ids of its rows in the data set, or digests of the rows of a stream: [B]."""
     inputs: Any
-    """What the model takes: a tensor [B, ...], or a tuple or mapping of them."""
+    """The input of the model: a tensor [B, ...], or a tuple or mapping of them."""
     targets: Any
-    """What the loss compares with."""
+    """The targets for the loss."""
     weight: Tensor | None
-    """What each loss value counts, of the shape the task's loss has; None counts each as 1."""
+    """The weight of each loss value, in the shape of the loss; None means 1 for each."""
     key: int
-    """Names the random numbers that the model draws for it."""
+    """Seed of the random numbers that the model draws for it."""
 
 
 class Step(NamedTuple):
@@ -80,10 +80,10 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def carrier(device: torch.device) -> Callable[[Any], Any]:
-    """What brings a nest of tensors to the device.
+    """A function that copies a nest of tensors to the device.
 
-    On a device that copies beside its work it does so on a stream of its own: on that of the work,
-    a copy would wait until all that was begun before is computed, and, from memory that is not
+    On a device with asynchronous copies it uses a separate stream: on the computation stream,
+    a copy would wait for all earlier work, and, for memory that is not
     pinned, the host with it.
     """
     stream = _stream_of_copies(device)

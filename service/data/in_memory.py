@@ -24,9 +24,9 @@ class InMemory:
     """All rows of a data set as tensors, or nests of them, whose first dimension is the row."""
 
     inputs: Any
-    """What the model takes: [N, ...]."""
+    """The inputs of the model: [N, ...]."""
     targets: Any
-    """What the loss compares with: [N, ...]."""
+    """The targets for the loss: [N, ...]."""
 
     def __len__(self) -> int:
         return len(tensors_of((self.targets, self.inputs))[0])
@@ -49,17 +49,17 @@ class InMemory:
         return InMemory(*moved)
 
     def fits_on(self, device: torch.device) -> bool:
-        """Whether the rows may lie on the device: a quarter of what is free there holds them."""
+        """Whether the rows fit on the device, in a quarter of its free memory."""
         free = free_bytes(device)
         return free is None or self.size_bytes <= _SHARE_OF_FREE * free
 
 
-# By data set, its rows on the device: brought there once, and not for every test pass.
+# The rows of each data set on the device: copied once, and not for every test pass.
 _RESIDENT: WeakKeyDictionary[Any, InMemory] = WeakKeyDictionary()
 
 
 def near(data: Any, rows: InMemory, device: torch.device) -> InMemory:
-    """The rows of a data set on the device, as long as it lives; on the host if they do not fit."""
+    """The rows of a data set on the device while it exists; on the host if they do not fit."""
     if device.type == "cpu" or rows.device.type != "cpu":
         return rows
     if data not in _RESIDENT:
@@ -70,7 +70,7 @@ def near(data: Any, rows: InMemory, device: torch.device) -> InMemory:
 
 
 def bytes_on_device() -> int:
-    """Bytes of this process's device that rows take now."""
+    """Bytes of device memory that rows use now."""
     return sum(rows.size_bytes for rows in _RESIDENT.values())
 
 
@@ -104,7 +104,7 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 def picker(value: Any) -> Callable[[Tensor], Any]:
-    """Picks rows by their index [B], in memory of their own."""
+    """Selects rows by their index [B], in new memory."""
     if isinstance(value, Tensor):
         return partial(value.index_select, 0)
     return lambda index: each_tensor(value, lambda tensor: tensor.index_select(0, index))

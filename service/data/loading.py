@@ -44,12 +44,12 @@ from service.plan.plan import Plan
 from service.plan.samplers import micro_batches, rows_at
 from service.spec.models import LoaderSpec
 
-# Row ids are worked out for many steps at once: a call costs as much for 4,096 rows as for 30.
+# Row ids are computed for many steps at once: a call costs as much for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
 
 
 class Order(NamedTuple):
-    """Which rows to bring, for which micro-batch of which step."""
+    """The rows to load, and the micro-batch and step that they belong to."""
 
     step: int
     number: int
@@ -63,10 +63,10 @@ def train_steps(
 ) -> Iterator[Step]:
     """This process's micro-batches of every step from `start` on, to the end of the run.
 
-    A stream is read no further than the steps that were asked for.
+    A stream is read only as far as the steps that are requested.
 
     Raises:
-        DataBroken: the data set failed on a row, or gave what no model takes.
+        DataBroken: the data set failed on a row, or returned something that no model accepts.
     """
     if isinstance(data, Stream):
         collated = _from_stream(data, plan, world.index, start, collate=collate_of(task))
@@ -125,7 +125,7 @@ def _test_share(
 
 
 def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None = None) -> Batch:
-    """The first rows of the data set as one micro-batch, to try things out on.
+    """The first rows of the data set as one micro-batch, for the dry run.
 
     As many as the smallest micro-batch has, where nothing else is asked for: what a model cannot
     do with few rows, such as a BatchNorm with one, then shows before the first step.
@@ -171,7 +171,7 @@ def _span(number: int, plan: Plan) -> range:
 
 
 class _Block(NamedTuple):
-    """What one process takes in some steps that follow each other."""
+    """The share of one process in some consecutive steps."""
 
     steps: range  # S of them
     numbers: range  # of its micro-batches in each step, M of them
@@ -197,7 +197,7 @@ class _Block(NamedTuple):
 
 
 def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
-    """All that a process takes from step `start` on; about `ahead` rows at a time."""
+    """The shares of a process from step `start` on; about `ahead` rows at a time."""
     assert plan.train_rows is not None, "a stream is not asked for rows"
     share, seed = plan.share(process), plan.spec.seed
     spans = [_span(number, plan) for number in share]
@@ -247,7 +247,7 @@ def _without_rows(batch: Batch, *, number: int, key: int) -> Batch:
 def _as_batches(
     collated: Iterable[tuple[Order, Any]], *, task: Task, world: World, known: bool = True
 ) -> Iterator[Batch]:
-    """Micro-batches of what was brought together.
+    """Micro-batches of collated rows.
 
     Args:
         known: whether all processes know, of a row that the loss ignores, that there is one.
@@ -293,7 +293,7 @@ def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
 
 
 def _require_every_row(targets: torch.Tensor, order: Order) -> None:
-    """Check that no row was lost on the way, and none has come twice."""
+    """Check that no row is missing, and none is repeated."""
     asked, come = len(order.rows), len(targets) if targets.dim() else 0
     if come != asked:
         raise DataBroken(
@@ -346,7 +346,7 @@ def _held(data: Data | Stream, task: Task) -> InMemory | None:
 
 
 def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
-    """How the rows come, in a person's words."""
+    """A description of the data path, for the user."""
     if is_stream(data):
         return "one after the other, as the stream gives them"
     if spec.in_memory or _held(data, task) is not None:
@@ -503,7 +503,7 @@ _WORKERS: WeakSet[BaseProcess] = WeakSet()
 
 @atexit.register  # so before multiprocessing, which asks them to end by SIGTERM and waits for ever
 def _end_workers() -> None:
-    """Let no worker hold up the process that it serves: it ignores every request to stop."""
+    """Make a worker ignore requests to stop, so that it never blocks its training process."""
     left = _WORKERS & set(multiprocessing.active_children())
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed

@@ -1,16 +1,16 @@
 """Buffers that the forward pass changes, besides BatchNorm's: codebooks, counters and others.
 
 Every micro-batch of a step starts from the value that the buffer has at the beginning of the step,
-and at the end of the step the values that all micro-batches of all processes left become one:
+and at the end of the step the values after all micro-batches of all processes are combined:
 
 `mean`   their mean.  Of integers and flags it is rounded to the nearest, half to even.
 `sum`    the value at the beginning of the step, plus the change of every micro-batch.
-`first`  the value that the first micro-batch of the step left.
-`local`  torch's own way: each micro-batch starts where the one before it on this process ended.
-         The processes drift apart, and a checkpoint holds the lead's.
+`first`  the value after the first micro-batch of the step.
+`local`  as in torch: each micro-batch starts with the value after the previous one on this process.
+         The processes get different values, and a checkpoint has those of rank 0.
 
-So with the first three the number of processes is not part of the experiment, only how a step is
-cut into micro-batches is.
+So with the first three rules the number of processes does not matter, only how a step is
+divided into micro-batches.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Moving:
     """Names of the buffers that a forward and backward pass in training has changed."""
 
     kept: Sequence[str] = ()
-    """These have the shape that they had, so a rule can be kept."""
+    """Changed buffers of the same shape, to which a rule can be applied."""
     reshaped: Sequence[str] = ()
-    """These have another shape, as a cache that grows with its input."""
+    """Changed buffers of another shape, such as a cache that grows with its input."""
 
 
 class BufferValues:
-    """The buffers of a model as they are now, to compare and to give back."""
+    """A copy of the buffers of a model, to compare and to restore."""
 
     def __init__(self, model: nn.Module) -> None:
         self._values: dict[str, Value] = {
@@ -53,7 +53,7 @@ class BufferValues:
         }
 
     def moved(self) -> Moving:
-        """Those that are no longer what they were; BatchNorm's are not looked at."""
+        """The buffers that have changed, except BatchNorm's."""
         kept, reshaped = [], []
         for name, (module, key, _, before) in self._values.items():
             now = module._buffers[key]
@@ -67,31 +67,31 @@ class BufferValues:
 
     @torch.no_grad()
     def give_back(self) -> None:
-        """Put every buffer back, the same tensor with the same value, even if replaced."""
+        """Restore every buffer: the same tensor with the same value, even if it was replaced."""
         for module, key, buffer, before in self._values.values():
             buffer.copy_(before)
             module._buffers[key] = buffer
 
 
 def buffers_besides_batchnorm(model: nn.Module) -> list[str]:
-    """Names of all buffers that might move by themselves."""
+    """Names of all buffers that a forward pass might change."""
     return [n for n, module, _, _ in _places(model) if not isinstance(module, _BatchNorm)]
 
 
 def kept_equal(exchange: GradientSync, buffers: Buffers | None) -> GradientSync:
-    """`exchange`, with each micro-batch's changes of the buffers gathered; itself without any."""
+    """`exchange`, extended to collect the buffer changes of each micro-batch, if there are any."""
     return exchange if buffers is None else _Gathering(exchange, buffers)
 
 
 def buffers_of(
     model: nn.Module, moving: Moving, *, rule: Rule, micro_batches: int, world: World, bitwise: bool
 ) -> Buffers | None:
-    """What keeps the moving buffers of `model` equal; None where there is nothing to do.
+    """The rule that keeps the changing buffers of `model` equal; None if there are none.
 
     Raises:
-        SpecError: `exactness: bitwise` is asked for and cannot be kept; names the buffers.
+        SpecError: `exactness: bitwise` is not possible; names the buffers.
     """
-    # A buffer that only some processes saw moving is kept on all: the sums are collectives.
+    # If a buffer changed on some processes only, all include it, because the sums are collectives.
     found = [name for names in world.gather(list(moving.kept)) for name in names]
     names = [name for name, *_ in _places(model) if name in found]
     if bitwise and moving.reshaped:
@@ -112,7 +112,7 @@ def buffers_of(
 
 
 def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
-    """What a person has to know of them, a line each."""
+    """One line for the user about each of them."""
     lines = []
     if moving.kept:
         what = {
@@ -140,7 +140,7 @@ def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
 
 
 class Buffers:
-    """The moving buffers of one model, and what the micro-batches of a step have made of them."""
+    """The changing buffers of one model, and their changes in the micro-batches of a step."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Buffers:
         world: World,
         summed: bool,
     ) -> None:
-        """`summed`: somebody else sums `sums` over the processes before the step is finished."""
+        """`summed`: the caller sums `sums` over the processes before the step is finished."""
         chosen = set(names)
         self._places = [(m, key) for name, m, key, _ in _places(model) if name in chosen]
         self._names = list(names)
@@ -161,10 +161,10 @@ class Buffers:
         self._own = [buffer for name, _, _, buffer in _places(model) if name in chosen]
         self._start = [value.detach().clone() for value in self._own]
         self.sums = [torch.zeros_like(_wide(value, world)) for value in self._start]
-        """Over the micro-batches so far, in the widest type."""
+        """Sums over the micro-batches so far, in the widest type."""
 
     def _now(self) -> list[Tensor]:
-        """What the model has for its buffers: a forward pass may have put others in their place."""
+        """The current buffers of the model, which a forward pass may have replaced."""
         now = [module._buffers[key] for module, key in self._places]
         for name, start, value in zip(self._names, self._start, now, strict=True):
             if value is None or value.shape != start.shape:
@@ -177,9 +177,9 @@ class Buffers:
         return [value for value in now if value is not None]
 
     def _put(self, values: Sequence[Tensor]) -> None:
-        """Give the model its own tensors back, with these values.
+        """Put the original tensors back into the model, with these values.
 
-        Not the ones that may have taken their place: those may be a part of a parameter.
+        The tensors that replaced them are not used: they may be a part of a parameter.
         """
         for (module, key), own, value in zip(self._places, self._own, values, strict=True):
             own.copy_(value)
@@ -187,15 +187,15 @@ class Buffers:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember where the step begins."""
+        """Save the values at the beginning of the step."""
         for start, now in zip(self._start, self._now(), strict=True):
             start.copy_(now)
 
     @torch.no_grad()
     def take(self, number: int) -> None:
-        """Add what micro-batch `number` left, and let the next one start where it started.
+        """Add the values after micro-batch `number`, and reset the buffers for the next one.
 
-        Micro-batches that exist only for the sake of a collective count for nothing.
+        Empty micro-batches, which only take part in a collective, are not counted.
         """
         counts = number < self._count and (self._rule != "first" or number == 0)
         for start, now, total in zip(self._start, self._now(), self.sums, strict=True):
@@ -213,10 +213,10 @@ class Buffers:
 
     @torch.no_grad()
     def finish_step(self, skipped: Tensor | None = None) -> None:
-        """Move the buffers by one optimizer step; every process calls it.
+        """Set the new values after one optimizer step; every process calls it.
 
         Args:
-            skipped: a scalar that is 1 where the step is not taken and nothing shall move.
+            skipped: a scalar that is 1 if the step is skipped, so that no buffer changes.
         """
         totals = self.sums
         if not self._summed:
@@ -242,13 +242,13 @@ class Buffers:
         return (torch.view_as_complex(total) if start.is_complex() else total).to(start.dtype)
 
     def forget(self) -> None:
-        """Drop what was gathered since the last step."""
+        """Discard the changes since the last step."""
         for total in self.sums:
             total.zero_()
 
 
 class _Gathering(GradientSync):
-    """An exchange of gradients between whose passes the changes of the buffers are gathered."""
+    """Gradient synchronization that also collects the buffer changes after each pass."""
 
     def __init__(self, inner: GradientSync, buffers: Buffers) -> None:
         self.model = inner.model
@@ -263,7 +263,7 @@ class _Gathering(GradientSync):
         for batch in passes:
             yield batch
             assert isinstance(batch, Batch)
-            # Before the next is asked for: `OrderedSync` takes the sums of a pass away with it.
+            # Before the next pass: `OrderedSync` removes the sums of a pass afterwards.
             self._buffers.take(batch.number)
 
 
@@ -278,7 +278,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two of one shape and type hold the same, NaN being the same as NaN."""
+    """Whether two tensors of one shape and type are equal; NaN equals NaN."""
     one, other = (torch.view_as_real(t) if t.is_complex() else t for t in (one, other))
     alike = one == other
     if one.is_floating_point():

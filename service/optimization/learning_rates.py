@@ -34,7 +34,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
 
 
 class Schedule:
-    """Holds every parameter group's learning rate at its base rate times the multiplier."""
+    """Sets the learning rate of every parameter group to its base rate times the multiplier."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, rate: Multiplier) -> None:
         self._optimizer = optimizer
@@ -45,13 +45,13 @@ class Schedule:
         self.set(0)
 
     def set(self, step: int) -> None:
-        """Set the rates of the update that follows `step` finished ones."""
+        """Set the rates of the update after `step` finished steps."""
         self._used, self._factor = self._factor, self.factor(step)
         if self._factor != self._used:
             self._apply()
 
     def restart(self, step: int) -> None:
-        """As `set`, for groups that a loaded state has put in the place of the old ones."""
+        """As `set`, for new groups from a loaded state."""
         self.set(step)
         self._apply()
 
@@ -60,7 +60,7 @@ class Schedule:
             group["lr"] = base * self._factor
 
     def factor(self, step: int) -> float:
-        """What the base rates are multiplied by in the update that follows `step` finished ones."""
+        """The multiplier of the base rates in the update after `step` finished steps."""
         return self._rate(step)
 
     def used(self) -> dict[str, float]:
@@ -74,18 +74,18 @@ class Schedule:
         return [base * self._used for base in self._base]
 
     def learn(self, values: Mapping[str, float], step: int) -> None:
-        """Take in what was measured after `step` steps, before the next update."""
+        """Process the measures after `step` steps, before the next update."""
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON."""
+        """Its state for a checkpoint, as JSON."""
         return {}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept; `set` follows."""
+        """Restore the state from a checkpoint; call `set` afterwards."""
 
 
 class PlateauSchedule(Schedule):
-    """Times `gamma` whenever a test measure has stopped improving.
+    """Multiplies the rate by `gamma` each time a test measure stops improving.
 
     As torch's ReduceLROnPlateau with an absolute threshold, whose patience counts one test less.
     """
@@ -141,7 +141,7 @@ class TorchSchedule(Schedule):
         """`steps` are those of the run.
 
         Raises:
-            SpecError: the scheduler cannot be made, or knows an end before that of the run.
+            SpecError: the scheduler cannot be created, or ends before the run.
         """
         self._torch = _made(spec, optimizer)
         self._name = spec.name

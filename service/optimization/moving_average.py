@@ -11,17 +11,17 @@ from service.basics.errors import SpecError
 
 
 class MovingAverage:
-    """Follows a model's parameters and buffers, one move for every optimizer step.
+    """The average of a model's parameters and buffers, updated after every optimizer step.
 
-    Buffers of real numbers are averaged as the weights are: BatchNorm's statistics then belong
-    to the weights they stand beside.  Others (counters) are copied.
+    Floating-point buffers are averaged like the weights, so BatchNorm's statistics match the
+    averaged weights.  Other buffers (counters) are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Begin at the model's weights as they are now.
+        """Start with the current weights of the model.
 
         Raises:
-            SpecError: the model cannot be copied, or its weights are too coarse to be averaged.
+            SpecError: the model cannot be copied, or its weights have too low a precision.
         """
         coarse = [n for n, p in model.named_parameters() if p.dtype.itemsize < 4]
         if coarse:
@@ -40,7 +40,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def move(self, steps: int) -> None:
-        """Move towards the model after `steps` finished optimizer steps, counted from 1.
+        """Update the average after `steps` finished optimizer steps, counted from 1.
 
         The decay rises to its value as (1 + steps) / (10 + steps): a short run does not keep its
         first, random weights.
@@ -58,6 +58,6 @@ class MovingAverage:
 
 
 def _present(owners: list[tuple[nn.Module, str]]) -> list[Tensor]:
-    # Asked anew each time: a model may put another tensor in a buffer's place.
+    # Looked up each time, because a model may replace a buffer by another tensor.
     buffers = [module._buffers[name] for module, name in owners]
     return [buffer for buffer in buffers if buffer is not None]

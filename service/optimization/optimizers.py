@@ -35,13 +35,13 @@ _LAYOUT = {"fused", "foreach", "differentiable"}
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are treated alike."""
+    """Parameters with the same settings."""
 
     match: str
-    """The pattern that chose them; `*` for those that no pattern chose."""
+    """The pattern that they match; `*` if they match none."""
     names: tuple[str, ...]
     options: dict[str, Any]
-    """What differs from the optimizer's own settings."""
+    """Options that differ from those of the optimizer."""
     frozen: bool = False
     """Never trained."""
     frozen_until_step: int = 0
@@ -52,7 +52,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Parameters that are left as they are until `until_step` steps are finished."""
+    """Parameters that are frozen until `until_step` steps are finished."""
 
     until_step: int
     parameters: tuple[nn.Parameter, ...]
@@ -67,7 +67,7 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGro
     A spec without groups has one group, `*`.  With groups, every parameter must match one.
 
     Raises:
-        SpecError: a pattern chooses nothing, a parameter is in no group, or it is in one that
+        SpecError: a pattern matches nothing, a parameter is in no group, or it is in one that
             the optimizer cannot train; lists the names.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -115,7 +115,7 @@ def _groups_of(
 
 
 def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> list[list[str]]:
-    """The names that each pattern chooses, of those that no earlier one has."""
+    """The names that each pattern matches, without those of earlier patterns."""
     chosen: list[list[str]] = [[] for _ in patterns]
     left_out: list[str] = []
     # One expression for all of them, which tries them in their order.
@@ -155,7 +155,7 @@ def layer_of_parameter(model: nn.Module) -> dict[str, int]:
 
 
 def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
-    """Names of the parameters that `no_decay` spares."""
+    """Names of the parameters without weight decay, by `no_decay`."""
     if spec.no_decay and "weight_decay" not in _signature(optimizer_class(spec.name)):
         raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay to spare them.")
     spared = set()
@@ -178,7 +178,7 @@ def _listed(names: Sequence[str], most: int = 8, verb: tuple[str, str] = ("is", 
 
 
 def _for_companion(model: nn.Module, spec: OptimizerSpec, names: Sequence[str]) -> list[str]:
-    """The names that go to the companion: what the optimizer cannot train, and what is given it."""
+    """The names for the companion: those the optimizer cannot train, and `companion_takes`."""
     can = _trainable_by(model, spec.name)
     given: tuple[str, ...] = getattr(spec, "companion_takes", ())
     for pattern in given:
@@ -202,7 +202,7 @@ def _require_trainable(
 
 
 def _trainable_by(model: nn.Module, name: str) -> Callable[[str], bool]:
-    """Whether the optimizer called `name` can train the parameter of a name."""
+    """A function that says whether the optimizer `name` can train a parameter, by its name."""
     if name == "muon":
         matrices = {n for n, p in model.named_parameters() if p.dim() == 2}
         return matrices.__contains__
@@ -219,10 +219,10 @@ def sparse_parameters(model: nn.Module) -> list[str]:
 
 
 def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many: bool) -> None:
-    """Check that sparse gradients, where there are any, can be added up over the processes.
+    """Check that sparse gradients, if there are any, can be summed over the processes.
 
     Raises:
-        SpecError: whatever exchanges them here takes dense ones alone.
+        SpecError: the synchronization of this run supports dense gradients only.
     """
     sparse = sparse_parameters(model)
     if not sparse or (spec.exactness != "bitwise" and (device == "cpu" or not many)):
@@ -240,7 +240,7 @@ def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many
 def make_optimizer(
     model: nn.Module, spec: OptimizerSpec, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """The optimizer over `groups`; frozen groups are taken out of training.
+    """The optimizer over `groups`, without frozen groups.
 
     Raises:
         SpecError: an option its class does not have or does not accept.
@@ -309,7 +309,7 @@ def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _try_out(
     make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter, sparse: bool
 ) -> None:
-    """Take one step over four numbers of its own, of the kind and on the device of `like`.
+    """Take one step on a test parameter of four numbers, with the type and device of `like`.
 
     torch looks at some options in the first step only (`differentiable`, `line_search_fn`), at
     those of a group never, and says then whether it takes sparse gradients.
@@ -326,7 +326,7 @@ def _try_out(
 
 
 def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:
-    """What is trained from a later step on."""
+    """The groups that are frozen until a later step."""
     parameters = dict(model.named_parameters())
     return [
         Frozen(group.frozen_until_step, tuple(parameters[name] for name in group.names))
@@ -354,7 +354,7 @@ def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimi
 
 
 def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Its step, the plain one where there is one."""
+    """The step of the optimizer, without the wrapper if possible."""
     plain = plain_step(optimizer)
     return optimizer.step if plain is None else partial(plain, optimizer)
 
@@ -382,13 +382,13 @@ def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
-    """Whether a step of this class asks for the loss and the gradients at points it chooses."""
+    """Whether a step of this class evaluates the loss several times, through a closure."""
     closure = inspect.signature(make.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
-    """Check that an optimizer that compares losses gets gradients that belong to them.
+    """Check that an optimizer that compares losses gets the gradients of these losses.
 
     Raises:
         SpecError: the spec changes the gradients between the loss and the optimizer.
@@ -408,7 +408,7 @@ def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
 class Together(torch.optim.Optimizer):
     """Several optimizers as one, each over its own parameters.
 
-    Their groups stand in one list and their state in one mapping, so that whoever sets a rate,
+    Their groups are in one list and their state in one mapping, so that code that sets a rate,
     unscales a gradient or writes a checkpoint sees a single optimizer.
     """
 
@@ -428,7 +428,7 @@ class Together(torch.optim.Optimizer):
             member.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
-        """Let each of them take its step."""
+        """Take the step of each optimizer."""
         for member in self.members:
             member.step()
 
@@ -473,7 +473,7 @@ def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], w
 
 
 def _fused_pays(make: type[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether torch's one-kernel implementation exists for these parameters; measured faster."""
+    """Whether torch's fused implementation, which is faster, supports these parameters."""
     return "fused" in inspect.signature(make.__init__).parameters and all(
         p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters
     )

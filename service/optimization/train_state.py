@@ -25,34 +25,34 @@ from service.spec.schedule import PlateauSpec
 
 @dataclass
 class TrainState:
-    """Everything a checkpoint holds, and nothing else changes from step to step."""
+    """The content of a checkpoint: everything that changes from step to step."""
 
     model: nn.Module
-    """Without what is wrapped around it to exchange gradients."""
+    """The model without its wrapper for gradient synchronization."""
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     step: int = 0
     """Optimizer steps finished."""
     stream: Stream | None = None
-    """Where the training data is read from, if it can only be read one after the other."""
+    """The position in the training data, if they are a stream."""
     best: Best | None = None
-    """The best test measure so far, where the spec names one."""
+    """The best test measure so far, if the spec names one."""
     early_stopping: EarlyStopping | None = None
     frozen: Sequence[Frozen] = ()
-    """Parameters that are trained from a later step on."""
+    """Parameters that are frozen until a later step."""
     average: MovingAverage | None = None
-    """The moving average of the weights, where the spec asks for one."""
+    """The moving average of the weights, if the spec asks for one."""
     scaler: LossScaler | None = None
-    """What keeps fp16's gradients within its range."""
+    """The loss scaler of fp16."""
     skipped_steps: int = 0
-    """Steps that were counted and not taken."""
+    """Skipped steps."""
     untested: dict[str, float] | None = None
-    """What training measured at this step, where its test pass was given up: it is still due."""
+    """The values of training at this step, if its test pass was abandoned and is still due."""
     faulty_steps: int = 0
-    """Those of them that `faults.skips_allowed` counts: fp16's overflows are not among them."""
+    """Skipped steps that `faults.skips_allowed` counts: all but the overflows of fp16."""
 
     def zero_grad(self) -> None:
-        """Drop the gradients, as the optimizer's own method does, without its ceremonies."""
+        """Clear the gradients, as the optimizer's method does, without its hooks."""
         if type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
             self.optimizer.zero_grad()
             return
@@ -60,7 +60,7 @@ class TrainState:
             parameter.grad = None
 
     def take_step(self) -> None:
-        """The optimizer's step, likewise: not labelled for a profiler that does not run."""
+        """The step of the optimizer, without hooks and labels for a profiler."""
         if self._plain_step is None or any(self._hooks) or _profiler_enabled():
             self.optimizer.step()
         else:
@@ -77,15 +77,15 @@ class TrainState:
 
     @property
     def is_modal(self) -> bool:
-        """Whether the optimizer keeps other weights to train on than to test and to hand on."""
+        """Whether the optimizer has separate weights for training and for testing."""
         return bool(self._modal)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Meanwhile the weights are those that the optimizer means to be tested.
+        """A context with the optimizer's weights for testing.
 
-        Afterwards they are what they were to the last bit: the way there and back rounds, and a
-        run that was tested or saved once more would end in other bits.
+        Afterwards the weights are restored bit by bit: the conversion rounds both ways, so a
+        run with one more test or save would end in different bits.
         """
         if not self._modal:
             yield
@@ -108,29 +108,29 @@ class TrainState:
 
     @property
     def recorded_step(self) -> int:
-        """The last step of whose row nothing is due."""
+        """The last step whose row is complete."""
         return self.step if self.untested is None else self.step - 1
 
     def drop_frozen_gradients(self) -> None:
-        """Let the next update pass by the parameters that are not trained yet."""
+        """Exclude the frozen parameters from the next update."""
         for frozen in self.frozen:
             if self.step < frozen.until_step:
                 for parameter in frozen.parameters:
                     parameter.grad = None
 
     def learn(self, values: Mapping[str, float]) -> None:
-        """Take in what was measured after this step: the schedule and early stopping may wait."""
+        """Pass the measures after this step to the schedule and to early stopping."""
         self.schedule.learn(values, self.step)
         if self.early_stopping is not None:
             self.early_stopping.tested(values)
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the schedule and of early stopping, as JSON."""
+        """The state of the schedule and of early stopping for a checkpoint, as JSON."""
         waiting = self.early_stopping.memory() if self.early_stopping else None
         return {"schedule": self.schedule.memory(), "early_stopping": waiting}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Restore the state from a checkpoint."""
         self.schedule.remember(memory["schedule"])
         if self.early_stopping is not None and memory["early_stopping"] is not None:
             self.early_stopping.remember(memory["early_stopping"])
@@ -138,11 +138,11 @@ class TrainState:
 
     @property
     def tested(self) -> nn.Module:
-        """The model that is tested: the average of the weights where there is one."""
+        """The model to test: the moving average of the weights if there is one."""
         return self.model if self.average is None else self.average.model
 
     def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
-        """Whether `values` holds a better measure than any before; if so, it is the best now."""
+        """Whether `values` contains a new best measure; if so, store it."""
         if wanted is None or wanted.measure not in values:
             return False
         # Of another measure, where a person has changed it in the run, it is no rival.

@@ -1,8 +1,8 @@
 """From gradients to weights: unscale, clip, decide, step; and what happens after a NaN.
 
-Where a step may be skipped, a loss that is not finite makes the gradients of its process so
-(`exchange`), and their exchange tells all the others: whatever is decided from the gradients after
-it is decided by every process alike, with nothing asked.
+If steps may be skipped, a loss that is not finite makes the gradients of its process not finite
+(`exchange`), and synchronization spreads this to all processes: every decision after it depends
+on equal gradients and is equal on all processes, without further communication.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
 from service.plan.samplers import rows_at
 
-_HELD_AT_MOST = 1000  # steps whose losses wait on the device to be looked at
+_HELD_AT_MOST = 1000  # steps whose losses wait on the device to be checked
 _TOLD_AT_MOST = 8
 
 
 class _Taken(NamedTuple):
-    """What one step leaves to be looked at later; its tensors are on the device."""
+    """The values of one step that are checked later; its tensors are on the device."""
 
     step: int
     losses: Mapping[int, Tensor]
-    """This process's summed losses, by micro-batch."""
+    """The summed losses of this process, by micro-batch."""
     weight: float | Tensor
     """Weight of the whole step, over all processes."""
     norm: Tensor | None
-    """The gradient's length before clipping, where it was worked out."""
+    """The gradient norm before clipping, if it was computed."""
     broken: Tensor | None
-    """1 where the step was not taken, where that can be."""
+    """1 if the step was skipped; None if steps cannot be skipped."""
 
 
 class _Fault(NamedTuple):
@@ -54,7 +54,7 @@ class _Fault(NamedTuple):
 
 
 class Updates:
-    """Turns the gradients of each step into new weights or, on all processes alike, into none."""
+    """Updates the weights with the gradients of each step, or skips it on all processes."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Updates:
         buffers: Buffers | None = None,
         say: Callable[[str], None],
     ) -> None:
-        """`say` tells a person which steps were skipped.
+        """`say` reports the skipped steps.
 
         Raises:
             SpecError: the spec asks for a skip that this optimizer or BatchNorm cannot do.
@@ -81,7 +81,7 @@ class Updates:
         self._skips = plan.spec.faults.on_non_finite == "skip"
         self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
         self.asks_again = needs_closure(type(state.optimizer))
-        """Whether one step of the optimizer asks for the gradients at several points."""
+        """Whether one step of the optimizer computes the gradients several times."""
         self._by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         self._has_stepped = bool(state.optimizer.state)
         self._held: list[_Taken] = []
@@ -89,7 +89,7 @@ class Updates:
             _require_skippable(state.optimizer, normalization, asked=self._skips)
 
     def divisor(self, weight: float | Tensor) -> float | Tensor:
-        """What the backward passes of a step of this weight divide their gradients by."""
+        """The divisor of the gradients in the backward passes of a step of this weight."""
         scaler = self._state.scaler
         return weight if scaler is None else scaler.divisor(weight)
 
@@ -101,15 +101,15 @@ class Updates:
         logging: bool,
         closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Take the optimizer step for the gradients that are there, and count it.
+        """Take the optimizer step for the current gradients, and count it.
 
-        A step that is not taken leaves no trace but in the count: not in weights, optimizer or
+        A skipped step changes only the count: not the weights, the optimizer or
         running statistics.  So the schedule and the rows stay functions of the step alone.
 
         Args:
             losses: this process's summed losses, by micro-batch.
             weight: weight of the whole step, over all processes.
-            logging: whether the gradient's length is asked for.
+            logging: whether the gradient norm is needed.
         """
         state = self._state
         broken = None if state.scaler is None else state.scaler.unscale(state.optimizer)
@@ -132,7 +132,7 @@ class Updates:
         self._held.append(_Taken(state.step, losses, weight, norm, broken))
 
     def forget(self) -> None:
-        """Drop what a forward pass that does not count as a step's has gathered."""
+        """Discard what a forward pass outside of a step has collected."""
         self._normalization.forget()
         if self._buffers is not None:
             self._buffers.forget()
@@ -141,7 +141,7 @@ class Updates:
         return nn.utils.get_total_norm(gradient_values(self._parameters))
 
     def _clip(self, norm: Tensor | None) -> None:
-        """Each number first, then the length, which was `norm` before either."""
+        """Clip the values first, then the norm, which was `norm` before both."""
         spec = self._plan.spec
         if spec.max_grad_value is not None:
             nn.utils.clip_grad_value_(self._parameters, spec.max_grad_value)
@@ -158,7 +158,7 @@ class Updates:
         elif broken is None:
             self._state.take_step()
         elif self._by_kernel and self._has_stepped:
-            # The kernel reads the flag where it lies, and nobody waits for the device.
+            # The kernel reads the flag on the device, so the host does not wait.
             optimizer.grad_scale, optimizer.found_inf = None, broken
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
@@ -168,10 +168,10 @@ class Updates:
             optimizer.step()
             self._has_stepped = True
 
-    # ---- looking back, where the plan waits for the device anyway
+    # ---- checks at the steps where the plan waits for the device anyway
 
     def look(self, stragglers: StragglerDetector | None = None) -> dict[str, float]:
-        """What the steps since the last look have come to; every process calls it.
+        """The results of the steps since the last check; every process calls it.
 
         Args:
             vitals: what the processes tell of themselves along with it.
@@ -238,7 +238,7 @@ class Updates:
         return reading
 
     def _answer(self, faults: Sequence[_Fault], endless: Sequence[int]) -> None:
-        """Tell what was not finite, and raise where that is the end."""
+        """Report values that are not finite, and raise if the run must end."""
         state, allowed = self._state, self._plan.spec.faults.skips_allowed
         steps = sorted({fault.step for fault in faults} | set(endless))
         if not self._skips:

@@ -1,6 +1,6 @@
 """Early stopping: which of two measures is better, and whether one has stopped improving.
 
-Whatever compares measures asks here: the best checkpoint, early stopping, `plateau`, the report.
+Used by everything that compares measures: the best checkpoint, early stopping, `plateau`, report.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.spec.schedule import PlateauSpec
 def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -> bool:
     """Whether `value` is better than `best`, by more than `by`; None is worse than any number.
 
-    What is not finite is never better than anything, and anything finite is better than it.
+    A value that is not finite is never better, and any finite value is better than it.
 
     Args:
         mode: `max` or `min`.
@@ -34,16 +34,16 @@ def is_better(value: float, best: float | None, *, mode: str, by: float = 0.0) -
 class EarlyStopping:
     """Counts tests in a row without improvement.
 
-    It sees only what is equal on every process, so all of them run out together.
+    Its input is equal on every process, so all processes stop together.
     """
 
     spec: EarlyStoppingSpec | PlateauSpec
     best: float | None = None
     waited: int = 0
-    """Tests since the measure was better than ever before."""
+    """Tests since the last improvement."""
 
     def tested(self, values: Mapping[str, float]) -> bool:
-        """Take in the `values` of a step; whether they held the measure."""
+        """Process the `values` of a step; return whether they contain the measure."""
         if self.spec.measure not in values:
             return False
         value = values[self.spec.measure]
@@ -57,9 +57,9 @@ class EarlyStopping:
         return self.waited >= self.spec.patience
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Its state for a checkpoint."""
         return {"best": self.best, "waited": self.waited}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Restore the state from a checkpoint."""
         self.best, self.waited = memory["best"], memory["waited"]

@@ -21,7 +21,7 @@ DEFAULT_MICRO_BATCH = 32
 
 
 class Window(NamedTuple):
-    """The steps to be traced, counted from 1 as the record counts them."""
+    """The steps to profile, counted from 1 as in metrics.jsonl."""
 
     first: int
     steps: int
@@ -52,7 +52,7 @@ class Plan:
     spec: Spec
     processes: int
     train_rows: int | None
-    """None for a stream, which does not know."""
+    """None for a stream, whose length is unknown."""
     test_rows: int
     global_batch: int
     """Rows of one optimizer step."""
@@ -62,16 +62,16 @@ class Plan:
     """Optimizer steps of the whole run."""
     warmup: int
     test_every: Fraction | None
-    """Steps from one test pass to the next; an epoch need not be a whole number of steps."""
+    """Steps between two test passes; an epoch may be a fractional number of steps."""
     save_every: Fraction | None
     stop_at: int | None = None
-    """Stop after this step with a checkpoint, as if asked to."""
+    """Stop after this step with a checkpoint, as after a request to stop."""
     profile: Window | None = None
-    """The steps to trace."""
+    """The steps to profile."""
     accepted: Accepted = NOTHING_ACCEPTED
     """What may be changed of a run that has begun."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
-    """Learning-rate multiplier of the update that follows `step` finished ones."""
+    """Learning-rate multiplier of the update after `step` finished steps."""
 
     @property
     def micro_batches(self) -> int:
@@ -96,11 +96,11 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """Micro-batches of the busiest process: the forward passes one step takes in time."""
+        """Micro-batches of the process with most of them: they determine the time of a step."""
         return max(len(self.share(process)) for process in (0, self.processes - 1))
 
     def epoch(self, step: int) -> float:
-        """Passes over the training rows after `step` steps; 0 for a stream, which knows none."""
+        """Passes over the training rows after `step` steps; 0 for a stream."""
         if self.train_rows is None:
             return 0.0
         return step * self.global_batch / self.train_rows
@@ -159,14 +159,14 @@ def make_plan(
     """The plan of a run.
 
     Raises:
-        SpecError: the rows, the batch and the processes do not go together; names the fix.
+        SpecError: rows, batch and processes do not match; suggests a fix.
     """
     if train_rows is not None and train_rows < 1:
         raise SpecError("task: the training data is empty; give it at least one row.")
     asked = spec.batch.global_batch
     global_batch = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
     micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
-    if micro_batch == "auto":  # a run has settled it; here it is the most that it may come to
+    if micro_batch == "auto":  # a run has chosen it; here it is the largest possible one
         micro_batch = largest_micro_batch(global_batch, processes)
     if micro_batch > global_batch:
         raise SpecError(

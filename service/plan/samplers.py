@@ -15,7 +15,7 @@ _BLOCK: Final = 2**14  # positions at a time: their words stay in a core's cache
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of a step or of a test: which one it is, and where its rows lie."""
+    """One forward pass of a step or of a test: its number, and the positions of its rows."""
 
     number: int  # counted from 0 over all processes
     span: range  # places in the step's global batch, or row numbers of the test set
@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
 def rows_of(step: int, *, rows: int, global_batch: int, seed: int) -> NDArray[np.int64]:
     """The row numbers of optimizer step `step`, in order.  # [B]
 
-    Pure in its arguments: no step depends on an earlier one having been asked for.
+    A pure function: no step depends on an earlier call.
     """
     first = step * global_batch
     return rows_at(np.arange(first, first + global_batch, dtype=np.int64), rows=rows, seed=seed)
@@ -38,7 +38,7 @@ def epochs_at(positions: NDArray[np.int64], *, rows: int) -> NDArray[np.int64]:
 def rows_at(positions: NDArray[np.int64], *, rows: int, seed: int) -> NDArray[np.int64]:
     """The endless sequence, one permutation of 0..rows-1 per epoch, at any positions of it.  # [P]
 
-    A position is an integer in [0, 2**63), and a far one costs what a near one costs.
+    A position is an integer in [0, 2**63); the cost does not depend on it.
     """
     blocks = np.split(positions, range(_BLOCK, positions.size, _BLOCK))
     return np.concatenate([_rows_of_block(block, rows=rows, seed=seed) for block in blocks])
@@ -53,7 +53,7 @@ def _rows_of_block(positions: NDArray[np.int64], *, rows: int, seed: int) -> NDA
 
 
 def share_of(count: int, *, index: int, of: int) -> range:
-    """What process `index` of `of` takes of `count` things in a row: a run of its own.
+    """The contiguous share of `count` items for process `index` of `of`.
 
     Sizes differ by at most one, the longer ones come first, and a share may be empty.
     """
@@ -64,7 +64,7 @@ def share_of(count: int, *, index: int, of: int) -> range:
 
 
 def halved_share(count: int, *, index: int, of: int) -> range:
-    """What process `index` of `of`, a power of two, takes when `count` things are halved for ever.
+    """The share of process `index` of `of`, a power of two, by repeated halving of `count` items.
 
     The first half of an odd number is the longer one.  Every process's share is then one whole
     branch of the same binary tree, whatever their number.
@@ -81,7 +81,7 @@ def halved_share(count: int, *, index: int, of: int) -> range:
 def micro_batches(rows: int, *, micro_batch: int, index: int = 0, of: int = 1) -> list[MicroBatch]:
     """The micro-batches of `rows` rows in order, or the run of them that process `index` takes.
 
-    They are cut before they are shared, so each holds the same rows at any number of processes;
+    They are formed before they are distributed, so each has the same rows at any world size;
     the last one may be shorter and nothing is padded. `rows` is a global batch in training and
     the whole test set in testing.
     """
