@@ -20,7 +20,7 @@ from commands import BIN, CLEAN
 
 NODES = ("n0", "n1")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
-_NEEDED = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "mount")
+_NEEDED = ("slurmctld", "slurmd", "srun", "munged", "ip", "unshare", "nsenter", "setpriv", "mount")
 _NAMESPACES = ("unshare", "--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc")
 _DEADLINE_SECONDS = 240.0
 # Two devices that every machine has stand for GPUs: Slurm counts them, and nobody opens them.
@@ -88,8 +88,10 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._lay_out()
+        # Also where pytest itself is killed, nothing of it is left.
+        bound = ["setpriv", "--pdeathsig=KILL", *_NAMESPACES, "--kill-child=KILL"]
         self._first = subprocess.Popen(
-            [*_NAMESPACES, "--kill-child=KILL", "bash", "-c", _FIRST.format(place=self.place)],
+            [*bound, "bash", "-c", _FIRST.format(place=self.place)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -191,7 +193,7 @@ class Cluster:
 
         until(idle, "every node is idle")
 
-    # ---- what befalls it
+    # ---- faults
 
     def start_controller(self) -> None:
         self.done("slurmctld")

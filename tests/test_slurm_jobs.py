@@ -1,6 +1,6 @@
-"""Jobs that `evenstep slurm` submits to a real controller, and what befalls them there.
+"""Jobs that `evenstep slurm` submits to a real controller, and faults of every kind.
 
-Every one that goes on ends in the bits of the run that nothing befell, in one process.
+A job that resumes ends with the same bits as the undisturbed run in one process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def held(model, inputs):
     FORWARDS += model.training
     first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_JOB_ID" in os.environ
     if (first or (HERE / "always").exists()) and FORWARDS == 14:
-        for befalls in HERE.glob("befalls-*"):
-            exec(befalls.read_text(), {"rank": int(os.environ["RANK"])})
+        for fault in HERE.glob("fault-*"):
+            exec(fault.read_text(), {"rank": int(os.environ["RANK"])})
         (HERE / f"held-{os.environ['SLURM_PROCID']}").touch()
         while not (HERE / "go").exists():
             time.sleep(0.01)
@@ -103,7 +103,7 @@ class Place:
     def outcomes(self) -> list[str]:
         return [attempt["outcome"] for attempt in self.facts()["attempts"]]
 
-    def is_as_if_nothing_befell(self) -> None:
+    def has_the_bits_of_the_undisturbed_run(self) -> None:
         told = evenstep("verify", self.path / "runs/job", self.plain, cwd=self.path)
         assert told.returncode == 0, told.stdout
         bits = evenstep(
@@ -119,7 +119,7 @@ def write_job(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that nothing befell."""
+    """The undisturbed run in one process."""
     path = tmp_path_factory.mktemp("plain")
     write_job(path)
     done = evenstep("run", "job.yaml", cwd=path, EVENSTEP_DEVICE="cpu")
@@ -139,7 +139,7 @@ def test_a_job_whose_time_is_nearly_up_goes_on_where_it_was(place: Place) -> Non
     job = place.submitted()
     place.until_held()
     status = place.ran("slurm", "status", "job.yaml")
-    assert re.search(rf"job: job {job} runs \(2 nodes on n\[0-1\], \d:\d\d so far", status)
+    assert re.search(rf"job: job {job} is running \(2 nodes on n\[0-1\], \d:\d\d so far", status)
     assert "  step 6 of 14, loss " in status
     assert f"log: {place.path}/runs/.slurm/job/log-{job}" in status
     again = place.ran("slurm", "submit", "job.yaml", code=64)
@@ -151,7 +151,7 @@ def test_a_job_whose_time_is_nearly_up_goes_on_where_it_was(place: Place) -> Non
     assert place.cluster.restarts_of(job) == 1
     assert place.outcomes() == ["stopped", "done"]
     assert place.facts()["attempts"][1]["from_step"] == 7
-    place.is_as_if_nothing_befell()
+    place.has_the_bits_of_the_undisturbed_run()
     assert "has ended with 0 (done)" in place.ran("slurm", "status", "job")
     assert "Done after step 14" in place.ran("slurm", "logs", "job")
     assert "Node 1 of 2" in place.ran("slurm", "logs", "job", "--node", 1)
@@ -169,12 +169,12 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(place: Place) -> 
     assert "has ended with 75 (stopped, its state is saved)" in place.ran("slurm", "status", "job")
     assert "There is no job of job in Slurm's queue" in place.ran("slurm", "cancel", "job", code=1)
     place.ran("slurm", "submit", "job.yaml", "--wait")
-    place.is_as_if_nothing_befell()
+    place.has_the_bits_of_the_undisturbed_run()
 
 
 def test_what_would_fail_again_is_not_queued_again(place: Place) -> None:
     """Though the other node ends with 76, which alone would be."""
-    (place.path / "befalls-1.py").write_text(
+    (place.path / "fault-1.py").write_text(
         "from service.basics.errors import Diverged\n"
         "if rank == 1:\n    raise Diverged('not a number')\n"
     )
@@ -188,7 +188,9 @@ def test_what_would_fail_again_is_not_queued_again(place: Place) -> None:
 def test_a_job_that_waits_says_why(place: Place) -> None:
     place.submitted("slurm.nodes=1", "slurm.options=[--hold]")
     told = place.ran("slurm", "status", "job")
-    assert re.search(r"job: job \d+ waits \(JobHeldUser: you hold it: scontrol release JOB\)", told)
+    assert re.search(
+        r"job: job \d+ is pending \(JobHeldUser: you hold it: scontrol release JOB\)", told
+    )
     assert "job is out of the queue" in place.ran("slurm", "cancel", "job")
 
 
@@ -209,3 +211,97 @@ def test_a_sweep_is_a_run_for_each_setting(place: Place) -> None:
 def test_what_slurm_refuses_is_told_in_words(place: Place) -> None:
     told = place.ran("slurm", "submit", "job.yaml", "slurm.partition=none", code=64)
     assert "Invalid partition name specified. See slurm.partition; sinfo lists them." in told
+
+
+# ---- chaos
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["n1", "n0"])
+def test_a_job_survives_the_loss_of_a_node(place: Place, node: str) -> None:
+    """The second one, and the first, on which the script and srun run too."""
+    job = place.submitted()
+    place.until_held()
+    place.cluster.kill_node(node)
+    place.let_go()
+    place.cluster.wait_for(job, "PENDING")
+    place.cluster.start_node(node)
+    place.cluster.wait_for(job, "COMPLETED")
+    assert place.cluster.restarts_of(job) == 1
+    assert place.outcomes()[-1] == "done"
+    assert len(place.outcomes()) == 2
+    place.has_the_bits_of_the_undisturbed_run()
+
+
+@pytest.mark.slow
+def test_a_job_survives_a_restart_of_the_controller(place: Place) -> None:
+    job = place.submitted()
+    place.until_held()
+    place.cluster.kill_controller()
+    told = place.ran("slurm", "status", "job", code=1)
+    assert "Slurm's controller does not answer" in told
+    place.let_go()
+    until(lambda: "Done after step 14" in place.log(job), "it trains on without a controller")
+    place.cluster.start_controller()
+    place.cluster.wait_for(job, "COMPLETED")
+    assert place.outcomes() == ["done"]
+    place.has_the_bits_of_the_undisturbed_run()
+
+
+@pytest.mark.slow
+def test_a_preempted_job_saves_and_resumes(place: Place) -> None:
+    job = place.submitted("slurm.partition=main")
+    place.until_held()
+    urgent = place.cluster.done(
+        *("sbatch", "--parsable", "--nodes=2", "--exclusive", "--partition=urgent"),
+        *("--output=/dev/null", "--wrap=true"),
+    )
+    until(lambda: "SIGTERM: saving" in place.log(job), "the launchers have heard")
+    place.let_go()
+    place.cluster.wait_for(urgent, "COMPLETED")
+    place.cluster.wait_for(job, "COMPLETED")
+    assert place.cluster.restarts_of(job) == 1
+    assert place.outcomes() == ["stopped", "done"]
+    place.has_the_bits_of_the_undisturbed_run()
+
+
+@pytest.mark.slow
+def test_a_time_limit_during_a_save_requeues_the_job(place: Place) -> None:
+    """It is held beyond the limit and the time that Slurm then gives, and killed."""
+    job = place.submitted("slurm.time=00:01:01", "slurm.stop_seconds=30")
+    place.until_held()
+    until(lambda: "SIGUSR1: saving" in place.log(job), "the time is nearly up")
+    place.cluster.wait_for(job, "PENDING", "TIMEOUT")
+    assert place.cluster.state_of(job) == "PENDING"
+    place.let_go()
+    place.cluster.wait_for(job, "COMPLETED")
+    assert place.outcomes() == ["lost", "done"]
+    assert place.facts()["attempts"][1]["from_step"] == 6
+    place.has_the_bits_of_the_undisturbed_run()
+
+
+@pytest.mark.slow
+def test_scancel_saves_and_does_not_requeue(place: Place) -> None:
+    job = place.submitted()
+    place.until_held()
+    place.cluster.done("scancel", job)
+    until(lambda: "saving the state" in place.log(job), "the launchers have heard")
+    place.let_go()
+    place.cluster.wait_for(job, "CANCELLED")
+    place.cluster.wait_until_idle()
+    assert place.cluster.state_of(job) == "CANCELLED"
+    assert place.outcomes() == ["stopped"]
+    place.ran("slurm", "submit", "job.yaml", "--wait")
+    place.has_the_bits_of_the_undisturbed_run()
+
+
+@pytest.mark.slow
+def test_repeated_crashes_end_the_job(place: Place) -> None:
+    (place.path / "always").touch()
+    (place.path / "fault-1.py").write_text(
+        "import os, signal\nif rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    job = place.submitted("slurm.restarts=1")
+    until(lambda: place.cluster.state_of(job) == "FAILED", "it has failed for good")
+    assert place.cluster.restarts_of(job) == 1
+    assert "failed 2 times, the last with 137" in place.ran("slurm", "status", "job")

@@ -264,13 +264,16 @@ def test_where_there_is_no_slurm_that_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        (("PENDING", "Resources"), "waits (Resources: it is the next; it starts when enough"),
-        (("PENDING", "None"), "waits"),
-        (("PENDING", "QOSMaxGRESPerUser"), "waits (QOSMaxGRESPerUser: you have as much at work"),
+        (("PENDING", "Resources"), "is pending (Resources: it is the next; it starts when enough"),
+        (("PENDING", "None"), "is pending"),
+        (
+            ("PENDING", "QOSMaxGRESPerUser"),
+            "is pending (QOSMaxGRESPerUser: you have as much at work",
+        ),
         (("PENDING", "AssocGrpCPUMinutesLimit"), "your group has as much at work as it may"),
-        (("PENDING", "SomethingNew"), "waits (SomethingNew: see man squeue"),
-        (("RUNNING", "None"), "runs"),
-        (("TIMEOUT", "", 0), "was ended at its time limit; submit it again"),
+        (("PENDING", "SomethingNew"), "is pending (SomethingNew: see man squeue"),
+        (("RUNNING", "None"), "is running"),
+        (("TIMEOUT", "", 0), "reached its time limit; submit it again"),
         (("FAILED", "", 42), "has ended with 42 (would fail again)"),
     ],
 )
@@ -308,11 +311,11 @@ def test_the_time_left_and_whether_the_run_fits_are_told(tmp_path: Path) -> None
         assert line is not None
         return line
 
-    assert re.match(r"Slurm gives this attempt (00:59:59|01:00:00)\. 3 steps are left", told(3600))
-    assert told(3600).endswith(": they fit.")
-    assert "they do not fit: it is asked in time to save" in told(-5)
+    assert re.match(r"Slurm's time limit: (00:59:59|01:00:00) left\. 3 steps remain", told(3600))
+    assert told(3600).endswith(", so they fit.")
+    assert "so they do not fit: the run saves before the limit" in told(-5)
     assert allowance(run, {}) is None, "nobody says"
     assert allowance(run, {"EVENSTEP_ENDS": "9999999999"}) is None, "no limit"
     fresh = allowance(RunDirectory(tmp_path / "runs/new"), {"EVENSTEP_ENDS": "1"})
     assert fresh is not None
-    assert "is not known before an attempt has ended" in fresh
+    assert "The time of a step is known once an attempt has ended" in fresh

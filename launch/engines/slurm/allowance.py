@@ -23,7 +23,7 @@ def allowance(directory: RunDirectory, variables: Mapping[str, str] | None = Non
     left = max(0.0, int(told) - time.time())
     if left > _NO_LIMIT_SECONDS:
         return None
-    return f"Slurm gives this attempt {clock(left)}. {_rest(_history(directory), left)}"
+    return f"Slurm's time limit: {clock(left)} left. {_rest(_history(directory), left)}"
 
 
 def _history(directory: RunDirectory) -> History | None:
@@ -38,17 +38,17 @@ def _history(directory: RunDirectory) -> History | None:
 def _rest(history: History | None, left: float) -> str:
     each = seconds_of_a_step(history) if history is not None else None
     if history is None or each is None or history.steps is None:
-        return "How long a step takes is not known before an attempt has ended."
+        return "The time of a step is known once an attempt has ended."
     steps = max(0, history.steps - history.step)
     needs = steps * each
     fits = (
-        "they fit"
+        "so they fit"
         if needs <= left
-        else "they do not fit: it is asked in time to save and to stop, and goes on after that"
+        else "so they do not fit: the run saves before the limit and resumes in the next attempt"
     )
     return (
-        f"{steps:,} steps are left; at {each:.3g} s each, as measured in this run, they take "
-        f"{clock(needs)}: {fits}."
+        f"{steps:,} steps remain; at {each:.3g} s per step, measured in this run, they take "
+        f"{clock(needs)}, {fits}."
     )
 
 

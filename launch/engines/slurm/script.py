@@ -211,8 +211,9 @@ step=$!
 stopped=no
 # TERM: the time is nearly up. A second one: it is up, and Slurm would not queue the job again.
 # srun hands USR1 on to every task; a TERM would make it kill them.
-trap 'kill -USR1 "$step"; [ "$(date +%s)" -lt "$ends" ] || scontrol requeue "$SLURM_JOB_ID"' TERM
-trap 'stopped=yes; kill -USR1 "$step"' USR2 # evenstep slurm cancel
+trap 'kill -USR1 "$step" 2>/dev/null
+    [ "$(date +%s)" -lt "$ends" ] || scontrol requeue "$SLURM_JOB_ID"' TERM
+trap 'stopped=yes; kill -USR1 "$step" 2>/dev/null' USR2 # evenstep slurm cancel
 
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"

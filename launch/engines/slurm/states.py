@@ -7,20 +7,19 @@ import re
 from launch.engines.contract import code_in_words
 
 _STATES = {
-    "PENDING": "waits",
     "CONFIGURING": "its nodes are starting",
-    "RUNNING": "runs",
+    "RUNNING": "is running",
     "COMPLETING": "is ending",
     "SUSPENDED": "is suspended",
     "REQUEUED": "is queued again",
     "COMPLETED": "has ended with 0 (done)",
     "CANCELLED": "was cancelled",
-    "TIMEOUT": "was ended at its time limit; submit it again to go on",
-    "PREEMPTED": "gave way to another job; submit it again to go on",
-    "NODE_FAIL": "lost a node; submit it again to go on",
+    "TIMEOUT": "reached its time limit; submit it again to resume",
+    "PREEMPTED": "was preempted; submit it again to resume",
+    "NODE_FAIL": "lost a node; submit it again to resume",
     "OUT_OF_MEMORY": "was killed for its memory: raise slurm.memory, or take a smaller "
     "batch.micro_batch",
-    "DEADLINE": "was ended at its deadline",
+    "DEADLINE": "reached its deadline",
     "BOOT_FAIL": "has a node that did not start",
 }
 # Slurm's own words, and what they mean or what to do about them. The first that fits counts.
@@ -55,7 +54,11 @@ def state_in_words(state: str, reason: str = "", code: int | None = None) -> str
     """What a job does, from Slurm's words for its state and for the reason."""
     word = state.split()[0].rstrip("+") if state else "UNKNOWN"
     if word == "PENDING":
-        return f"waits ({reason}: {reason_in_words(reason)})" if reason != "None" else "waits"
+        return (
+            f"is pending ({reason}: {reason_in_words(reason)})"
+            if reason != "None"
+            else "is pending"
+        )
     if word == "FAILED" and code is not None:
         return f"has ended with {code_in_words(code)}"
     return _STATES.get(word, word.lower())
