@@ -27,7 +27,7 @@ _LEAST_PARTS = 4
 
 
 class Segment(NamedTuple):
-    """Numbers of one tensor, as they follow each other in a file."""
+    """A range of numbers of one tensor, in the order of the file."""
 
     name: str
     begin: int
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     """The tensor in its shape, or a piece of it: [numbers]."""
 
     def cut(self, begin: int, end: int) -> Segment:
-        """What of it lies between these bytes of the file, which fall between two numbers."""
+        """The part of it between these bytes of the file, which are limits of numbers."""
         if begin <= self.begin and self.end <= end:
             return self
         begin, end = max(begin, self.begin), min(end, self.end)
@@ -48,19 +48,19 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """What a process writes of a content: some parts of its files."""
+    """The parts of the files that one process writes."""
 
     shares: list[set[Part]]
-    """The parts: a share for each of those who write side by side."""
+    """The parts: one share for each parallel writer."""
     heads: dict[str, bytes]
-    """What each file begins with, before its numbers."""
+    """The header of each file."""
     stretches: dict[str, list[Segment]]
-    """By file, in order, the numbers that lie in one of the parts."""
+    """By file, in order, the numbers in these parts."""
     rest: dict[str, Any]
     trained: frozenset[str]
 
     def bytes_of(self, part: Part) -> Iterator[memoryview]:
-        """The bytes of one of the parts, brought to main memory piece by piece."""
+        """The bytes of one part, copied to main memory piece by piece."""
         head = self.heads[part.file]
         if part.begin < len(head):
             yield memoryview(head)[part.begin : part.end]
@@ -83,7 +83,7 @@ class Shard:
 
 
 class ShardLayout:
-    """How a content lies in its files, and how the processes of a node share their parts."""
+    """The layout of a state in its files, and the shares of the processes of a node."""
 
     def __init__(
         self, content: Content, *, processes: int, streams: int = 1, part_bytes: int
@@ -115,7 +115,7 @@ class ShardLayout:
         self._shares = shared_out(every, shares, first=bound)
 
     def shard(self, index: int) -> Shard:
-        """What the process of that number writes; the tensors are the content's own, not copies."""
+        """The shard of that process; the tensors are not copied."""
         shares = self._shares[index :: self._processes]
         spans = _spans([part for share in shares for part in share])
         stretches = {
@@ -132,7 +132,7 @@ class ShardLayout:
 
 
 def most_shares(size_bytes: int, part_bytes: int) -> int:
-    """Into how many shares a content may be cut."""
+    """The largest number of shares for a state."""
     return max(1, size_bytes // (_LEAST_PARTS * part_bytes))
 
 
@@ -156,7 +156,7 @@ def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
 
 
 class Snapshot:
-    """A kept buffer in main memory, laid out as the files are, that an excerpt is copied into."""
+    """A reused buffer in main memory with the layout of the files, for a copy of the state."""
 
     def __init__(self, device: torch.device) -> None:
         # Into pinned memory a GPU copies by itself, in the order of its other work: the copy is
@@ -166,7 +166,7 @@ class Snapshot:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size_bytes: int) -> None:
-        """Have memory for tensors of so many bytes, and have touched all of it."""
+        """Allocate memory for tensors of this size, and touch all of it."""
         size_bytes += 1024  # the numbers of a file begin where their width wants it
         if self._buffer.numel() < size_bytes:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
@@ -174,7 +174,7 @@ class Snapshot:
             self._buffer.zero_()
 
     def whole(self, content: Content) -> tuple[Content, Arrival | None]:
-        """The same content in the buffer, until the next is taken; and what to wait for first."""
+        """A copy of the content in the buffer, valid until the next one; and what to wait for."""
         every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
         copies, arrived = self._copies(every)
         held = {
@@ -184,7 +184,7 @@ class Snapshot:
         return replace(content, tensors=held), arrived
 
     def part(self, shard: Shard) -> tuple[Shard, Arrival | None]:
-        """Likewise for what one of several processes writes."""
+        """The same for the shard of one process."""
         every = [s.numbers for stretches in shard.stretches.values() for s in stretches]
         copies, arrived = self._copies(every)
         held = {
@@ -210,7 +210,7 @@ class Snapshot:
 
 
 def require_finite(shard: Shard) -> None:
-    """Check what is about to be published.
+    """Check the content before it is published.
 
     A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
 

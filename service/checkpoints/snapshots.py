@@ -44,15 +44,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds: tensors by file and name, and everything else as JSON values."""
+    """The content of a checkpoint: tensors by file and name, all else as JSON values."""
 
     tensors: dict[str, dict[str, Tensor]]
     rest: dict[str, Any]
     trained: frozenset[str]
-    """The names among the weights that are parameters; the others are buffers."""
+    """The names of weights that are parameters; the others are buffers."""
 
     def entries(self, file: str) -> list[Entry]:
-        """The tensors of one file as its header tells them."""
+        """The tensors of one file, by its header."""
         return [Entry(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in self.tensors[file].items()]
 
     @property
@@ -61,7 +61,7 @@ class Content:
 
 
 def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) -> Content:
-    """What a checkpoint of `state` holds; the tensors are the state's own, all else is copied.
+    """The content of a checkpoint of `state`; tensors are shared with it, all else is copied.
 
     Args:
         places: where each process is in a stream of data.
@@ -132,7 +132,7 @@ def _in_order_on_disk(tensors: Mapping[str, Tensor], trained: frozenset[str]) ->
 def expected_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, averaged: bool = False
 ) -> int | None:
-    """Bytes of a checkpoint's tensors, before the first step; None where only a step can tell.
+    """Bytes of a checkpoint's tensors, before the first step; None if unknown until a step.
 
     The optimizer takes a step on parameters of a few numbers, which is seen through: what it keeps
     beside each is as large as the parameter, or one number, or it cannot be told.
@@ -195,7 +195,7 @@ def load(
     index: int = 0,
     rename: Mapping[str, str] | None = None,
 ) -> None:
-    """Put a checkpoint's content into `state`, on process `index`.
+    """Load the content of a checkpoint into `state`, on process `index`.
 
     Args:
         rename: new names of parameters and modules that are saved under old ones.
@@ -237,7 +237,7 @@ def load_weights(
     rename: Mapping[str, str] | None = None,
     average: bool = False,
 ) -> None:
-    """Put a checkpoint's weights into `model`, renamed as for `load`, and leave the rest.
+    """Load only the weights of a checkpoint into `model`, renamed as in `load`.
 
     Args:
         average: their moving average instead of the latest.
@@ -306,7 +306,7 @@ def _how_to_rename(missing: list[str], strange: list[str]) -> str:
 
 
 class Renaming:
-    """New names of what is saved under old ones; a module's name stands for all that is in it."""
+    """New names for saved names; the name of a module renames everything in it."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names
@@ -420,7 +420,7 @@ def _trained_on(
 def _load_groups(
     state: TrainState, groups: list[tuple[list[str], dict[str, Any]]], directory: Path
 ) -> None:
-    """Give each of the optimizer's groups the values of the saved group with its parameters.
+    """Set each group of the optimizer to the values of the saved group with its parameters.
 
     Their order may have changed; who shares a group with whom may not.
     """
@@ -448,7 +448,7 @@ def _require_like_parameters(
     optimizer: torch.optim.Optimizer,
     directory: Path,
 ) -> None:
-    """Refuse state that a fused kernel, which checks neither shape nor type, would read past.
+    """Refuse state that a fused kernel would read beyond its end: it checks neither shape nor type.
 
     What torch.optim keeps beside a parameter is like the parameter, or one number.  LBFGS keeps
     vectors of its own, in no fused kernel; other packages' optimizers may keep whatever they like.
@@ -556,7 +556,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `value`; its tensors go into `tensors` under `key`."""
+    """JSON for `value`; its tensors are added to `tensors` under `key`."""
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES:
             raise SpecError(f"optimizer.name: its state {key!r} is {value.dtype}; cannot save it.")

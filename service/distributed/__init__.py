@@ -2,12 +2,12 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* gradient_sync: gradient synchronization: how the gradients of a step's micro-batches are added
-  up.
+* gradient_sync: gradient synchronization: how the gradients of the micro-batches of a step are
+  summed.
 * stragglers: peak memory of the processes, and detection of a straggler that the others wait for.
 * batchnorm: batchNorm on several processes: which statistics a layer uses, and when they are
   updated.
-* agreed_stop: all processes agree on the step, or the place in a test, at which they stop.
+* agreed_stop: all processes agree on the step, or the position in a test, at which they stop.
 * world: all processes of a job as one. Only this module knows ranks, torch.distributed,
   accelerate.
 * recursive_doubling: sums of small tensors over processes on CPUs, by recursive doubling.

@@ -1,4 +1,4 @@
-"""All processes agree on the step, or the place in a test, at which they stop."""
+"""All processes agree on the step, or the position in a test, at which they stop."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from service.distributed.world import World
 T = TypeVar("T")
 
 POLL_SECONDS = 0.5
-"""About as long as a request waits to be heard by all, and never less than one step."""
+"""About the time until all processes know of a request; at least one step."""
 
 
 class TestInterrupted(Exception):
-    """All processes have agreed to leave a test pass where they are in it."""
+    """All processes have agreed to abandon a test pass."""
 
 
 class StopPoll:
-    """Asks all processes, every few steps, whether one of them was told to stop.
+    """Checks every few steps, on all processes together, for a request to stop.
 
     How many steps lie between two questions follows from how long they take, and that is part
     of what they agree on: so all of them ask at the same steps.
@@ -31,10 +31,10 @@ class StopPoll:
         self._asked_at = time.monotonic()
         self._asked_step = 0
         self.next_step = 0
-        """The next step at which they ask."""
+        """The step of the next check."""
 
     def agreed(self, step: int, wanted: bool) -> bool:
-        """Whether all stop now, after `step` finished steps; every process asks at every step."""
+        """Whether all stop now, after `step` finished steps; called on all at every step."""
         if step < self.next_step:
             return False
         now = time.monotonic()
@@ -51,7 +51,7 @@ class StopPoll:
     def within(
         self, batches: Iterable[T], *, rounds: int, wanted: Callable[[], bool]
     ) -> Iterator[T]:
-        """The same batches of a test pass; before them, every so often, all are asked.
+        """The same batches of a test pass; before some of them, all processes check together.
 
         Args:
             rounds: batches that every process has; of those that only some have, none can ask.

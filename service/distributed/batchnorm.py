@@ -32,7 +32,7 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def prepare(
     model: nn.Module, mode: Mode, world: World, *, exchanged: bool = False
 ) -> Normalization:
-    """What moves the running statistics of `model`, whose BatchNorm layers now work as `mode` says.
+    """Make the BatchNorm layers of `model` work as `mode` says; return their running statistics.
 
     The layers, the root too, change their class and nothing else, as torch's lazy layers do:
     parameters, buffers, hooks, `isinstance` and the keys of the state dict stay what they
@@ -95,7 +95,7 @@ class Normalization:
         self._momentum = torch.empty(0)
 
     def finish_step(self, skipped: Tensor | None = None) -> None:
-        """Move the running statistics by one optimizer step; every process calls it.
+        """Update the running statistics after one optimizer step; every process calls it.
 
         They move towards the mean, over all micro-batches of the step on all processes, of
         the micro-batch's mean and unbiased variance, each counted by its values per channel.
@@ -126,17 +126,17 @@ class Normalization:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Drop what was gathered since the last step, as after a rehearsal that shall not count."""
+        """Discard the sums since the last step, such as those of the dry run."""
         if self._gathering:
             # The latest too: torch keeps (1 - momentum) of them, and 0 times NaN would stay NaN.
             torch._foreach_zero_([t for layer in self._gathering for t in layer.gathered()])
 
     def sums(self) -> list[Tensor]:
-        """What the layers gather between two steps: tensors that add up over micro-batches."""
+        """The sums of the layers between two steps: tensors summed over micro-batches."""
         return [tensor for layer in self._gathering for tensor in layer.sums]
 
     def table(self, *, micro_batch: int, processes: int) -> list[tuple[str, str]]:
-        """What a person asks about these layers, and the answer at `micro_batch` rows a pass."""
+        """A line for the user about these layers at `micro_batch` rows in each pass."""
         if self.layers == 0:
             return [("BatchNorm layers", "none")]
         over, running = f"{micro_batch} rows, one micro-batch", "once per step, equal everywhere"
@@ -188,7 +188,7 @@ def statistics_of(model: nn.Module) -> list[Tensor]:
 
 
 def _move(running: list[Tensor], targets: list[Tensor], shares: list[Tensor]) -> None:
-    """Move each running statistic by its share of the way to its target."""
+    """Move each running statistic towards its target by its momentum."""
     if any(r.dtype != targets[0].dtype for r in running):
         targets = [t.to(r.dtype) for t, r in zip(targets, running, strict=True)]
         shares = [s.to(r.dtype) for s, r in zip(shares, running, strict=True)]
@@ -209,7 +209,7 @@ def _plain_class(layer: _BatchNorm) -> type[_BatchNorm]:
 
 
 def _behaviour(name: str, layer: _BatchNorm, mode: Mode, world: World) -> type[_BatchNorm] | None:
-    """What the layer's class is mixed with; None where torch's own does as `mode` says."""
+    """The mixin for the layer's class; None if torch's class already works as `mode` says."""
     writes_own = type(layer).forward is not _BatchNorm.forward
     if mode == "micro" and layer.track_running_stats:
         return _MicroAround if writes_own else _Micro
@@ -223,7 +223,7 @@ def _behaviour(name: str, layer: _BatchNorm, mode: Mode, world: World) -> type[_
 
 
 def _mixed(extra: type[_BatchNorm], plain: type[_BatchNorm], mode: Mode, world: World) -> type:
-    """The class `plain`, behaving as `extra`."""
+    """The class `plain` with the mixin `extra`."""
     # The world belongs to the class: a deep copy of a layer must not copy the processes.
     members: dict[str, Any] = {"world": world, "__module__": __name__}
     if untraced := getattr(extra, "untraced", None):
@@ -258,7 +258,7 @@ class _Gathering(_BatchNorm):
     """The same times the values per channel, since the last step."""
 
     def start(self) -> None:
-        """Gather from nothing, where the running statistics are and in their type.
+        """Start the sums at zero, on the device and in the type of the running statistics.
 
         Not in buffers: those are saved, and DistributedDataParallel would overwrite them.
         """
@@ -268,7 +268,7 @@ class _Gathering(_BatchNorm):
         self.sums = [torch.zeros_like(t, dtype=wide) for t in self.latest]
 
     def gathered(self) -> list[Tensor]:
-        """Everything to put back to zero."""
+        """All tensors to reset to zero."""
         return [*self.latest[:2], *self.sums]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -459,7 +459,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """The type that sums of these values are kept in: at least float32."""
+    """The type for sums of these values: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

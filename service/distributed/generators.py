@@ -12,13 +12,13 @@ import torch
 
 
 class Seeded(Protocol):
-    """A generator that can be started at a key, as torch's are."""
+    """A generator that can be seeded, as those of torch."""
 
     def manual_seed(self, seed: int, /) -> object: ...
 
 
 def seed_generators(key: int) -> None:
-    """Start Python's, numpy's and torch's (the CPU's) global generators at `key`, in [0, 2**63)."""
+    """Seed the global generators of Python, numpy and torch (CPU) with `key`, in [0, 2**63)."""
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
@@ -26,7 +26,7 @@ def seed_generators(key: int) -> None:
 
 @contextmanager
 def generators_given_back() -> Iterator[None]:
-    """Afterwards the same three, and those of the devices in use, go on where they were."""
+    """A context that restores these three, and those of the devices in use, at its end."""
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     kind = torch.accelerator.current_accelerator()
     module: Any = None if kind is None else torch.get_device_module(kind)
@@ -66,6 +66,6 @@ def noticing_draws() -> Iterator[list[Seeded]]:
 
 
 def _place(state: object) -> list[object]:
-    """numpy's state as values that can be compared."""
+    """The state of numpy as comparable values."""
     assert isinstance(state, tuple), "numpy's legacy state"
     return [part.tobytes() if isinstance(part, np.ndarray) else part for part in state]

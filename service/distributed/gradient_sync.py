@@ -1,4 +1,4 @@
-"""Gradient synchronization: how the gradients of a step's micro-batches are added up.
+"""Gradient synchronization: how the gradients of the micro-batches of a step are summed.
 
 `OverlappedSync`  DistributedDataParallel exchanges them while the last backward pass still runs.
 `OrderedSync`     Each micro-batch's gradient is computed alone, and they are added in one fixed
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class GradientSync(Protocol):
-    """What the train loop asks of either."""
+    """The interface for the train loop."""
 
     model: nn.Module
-    """The model as it is called in training."""
+    """The model for training."""
 
     def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
         """The micro-batches in order; after the last one every process has the step's gradient.
@@ -42,7 +42,7 @@ class GradientSync(Protocol):
 
 
 class OverlappedSync(GradientSync):
-    """Exchanged by DistributedDataParallel in the backward pass of the last micro-batch."""
+    """Summed by DistributedDataParallel in the backward pass of the last micro-batch."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class OverlappedSync(GradientSync):
 
 
 class OrderedSync(GradientSync):
-    """Added up as a binary tree that halves the step's micro-batches.
+    """Summed as a binary tree that halves the micro-batches of the step.
 
     Each process adds up the branch of its own share, and the branches meet in pairs.  Whoever
     holds which leaves, the same two numbers meet in every addition.
@@ -141,7 +141,7 @@ class OrderedSync(GradientSync):
         self._seed.backward(loss_sum, 1.0 / step_weight)
 
     def _branch(self, micro_batches: Sequence[T]) -> Generator[T, None, list[Tensor]]:
-        """The sums of one branch; it holds one set of gradients for each level of the tree."""
+        """The sums of one branch; it keeps one set of gradients for each level of the tree."""
         if len(micro_batches) == 1:
             yield micro_batches[0]
             return self._take()
@@ -152,7 +152,7 @@ class OrderedSync(GradientSync):
         return left
 
     def _take(self) -> list[Tensor]:
-        """What the pass just done has left behind, taken away from where it was."""
+        """Take the gradients of the last pass out of the parameters."""
         grads = []
         for parameter in self._parameters:
             grads.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -164,7 +164,7 @@ class OrderedSync(GradientSync):
 
 
 class _Seed:
-    """The gradient that a backward pass begins with: as such a scale costs no multiplication."""
+    """The initial gradient of a backward pass: this way the scale costs no multiplication."""
 
     def __init__(self, telling: bool) -> None:
         self._telling = telling
@@ -179,7 +179,7 @@ class _Seed:
         loss_sum.backward(seed)  # type: ignore[no-untyped-call]
 
     def _on(self, loss_sum: Tensor, scale: float | Tensor) -> Tensor:
-        """The scale as a tensor like the loss; one that does not change is made once."""
+        """The scale as a tensor like the loss; a constant scale is created once."""
         if isinstance(scale, Tensor):
             return scale.to(loss_sum)
         if scale != self._scale:

@@ -46,7 +46,7 @@ class Profile:
         self._steps: Generator[Any, None, None] | None = None
 
     def over(self, steps: Iterable[T], *, start: int) -> Iterator[T]:
-        """The same steps; each in the window is traced from when it is asked for to its end.
+        """The same steps; each step in the window is traced from its request to its end.
 
         Args:
             start: optimizer steps finished before the first of `steps`.
@@ -55,7 +55,7 @@ class Profile:
         return self._steps
 
     def close(self) -> None:
-        """Write what was traced, where the run has ended within the window."""
+        """Write the trace, if the run has ended within the window."""
         if self._steps is not None:
             self._steps.close()
 
@@ -82,7 +82,7 @@ class Profile:
 
     @contextmanager
     def _tracing(self) -> Iterator[list[int]]:
-        """Trace while it lasts; the caller puts the steps that it begins into the list."""
+        """A context that traces; the caller adds each step that it starts to the list."""
         import torch
 
         from service.distributed.devices import synchronize
@@ -135,7 +135,7 @@ def _counted(steps: Sequence[int]) -> str:
 
 
 def _by_work(seconds: dict[Any, float], steps: int) -> list[tuple[str, ...]]:
-    """What this process did, as its pulse tells it: on a GPU, the time of its host."""
+    """The work of this process by its heartbeat: on a GPU, the time of its host."""
     total = sum(seconds.values())
     rows = [
         (WORDS[work], f"{1e3 * seconds[work] / steps:.3f}", f"{seconds[work] / total:.1%}")

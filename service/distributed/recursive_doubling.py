@@ -25,7 +25,7 @@ Combine = Callable[..., Tensor]
 
 
 class RecursiveDoubling:
-    """Processes of one gloo group, met in pairs: neighbours first, (0 + 1) + (2 + 3).
+    """Processes of one gloo group that sum in pairs: neighbours first, (0 + 1) + (2 + 3).
 
     Those beyond the greatest power of two hand theirs to one of the others first. a + b and b + a
     have the same bits, so all processes end with the same; how large the group is, decides which.
@@ -40,11 +40,11 @@ class RecursiveDoubling:
         self._paired = 1 << (self.processes.bit_length() - 1)
 
     def fit(self, values: Tensor) -> bool:
-        """Whether these are few enough to come together so."""
+        """Whether these values are few enough for this method."""
         return values.device.type == "cpu" and values.numel() * values.element_size() <= MOST_BYTES
 
     def combine(self, values: Tensor, by: Combine = torch.add) -> None:
-        """Leave in `values`, contiguous, what all processes' come to; equal on each to the bit.
+        """Reduce the contiguous `values` over all processes in place, with equal bits.
 
         Raises:
             RuntimeError: a process is gone, or did not answer within the group's time.
@@ -76,7 +76,7 @@ def mean_in_pairs(
     pairs: RecursiveDoubling,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """The mean over the processes of what is in the bucket, met in pairs."""
+    """The mean of the bucket over the processes, summed in pairs."""
     values = bucket.buffer()
     pairs.combine(values)
     done: torch.futures.Future[Tensor] = torch.futures.Future()

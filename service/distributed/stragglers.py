@@ -27,7 +27,7 @@ _PASSES_HELD = 64
 
 
 class Stopwatch:
-    """Times this process's forward passes: the part of a step in which it waits for nobody.
+    """Times the forward passes of this process, in which it waits for no other process.
 
     Every backward pass ends when the slowest process has exchanged its gradients; by how much a
     process is slower shows in its forward passes just so. With `batchnorm: sync` these wait for
@@ -42,18 +42,18 @@ class Stopwatch:
         self._latest: deque[Any] = deque(maxlen=_PASSES_HELD)
 
     def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
-        """The same; the forward pass of each begins as it comes."""
+        """The same micro-batches; taking one starts the time of its forward pass."""
         for micro_batch in micro_batches:
             self._begun = self._now()
             yield micro_batch
 
     def end(self) -> None:
-        """The forward pass is over: its backward pass begins."""
+        """Record the end of the forward pass."""
         now = self._now()
         self._latest.append(now - self._begun if self._on_cpu else (self._begun, now))
 
     def seconds_a_pass(self) -> float:
-        """The mean of the latest; on a device it waits for the last one."""
+        """The mean of the latest passes; on a device it waits for the last one."""
         if not self._latest:
             return 0.0
         if self._on_cpu:
@@ -66,10 +66,10 @@ class Stopwatch:
 
 
 class StragglerDetector:
-    """What every process tells of itself, and what follows from what all of them told."""
+    """Collects the times and memory of all processes, and finds the slowest one."""
 
     width = 2
-    """How many numbers one process tells."""
+    """How many numbers one process sends."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class StragglerDetector:
         stopwatch: Stopwatch,
         say: Callable[[str], None],
     ) -> None:
-        """Every process makes one at the same point: they tell each other where they run.
+        """Every process creates one at the same point: they exchange their host names.
 
         `rounds` is how many forward passes a step takes, one after the other.
         """
@@ -99,14 +99,14 @@ class StragglerDetector:
         return [waited + self._stopwatch.seconds_a_pass(), float(peak_bytes(self._device))]
 
     def reading(self, told: Sequence[Sequence[float]]) -> dict[str, float]:
-        """What the record keeps of what each process told, by rank."""
+        """The logged values, from the numbers of each process by rank."""
         values = {"system/peak_memory_gib": max(memory for _, memory in told) / 2**30}
         if len(told) > 1:
             values |= self._slowest([seconds for seconds, _ in told])
         return values
 
     def _slowest(self, seconds: Sequence[float]) -> dict[str, float]:
-        """The slowest rank and by what factor it is, where the others notably wait for it."""
+        """The slowest rank and its factor, if the others wait for it noticeably."""
         most, others = max(seconds), min(seconds)
         rank = seconds.index(most)
         if most >= _NOTABLE_RATIO * others:  # nearly always it is not, and needs no median

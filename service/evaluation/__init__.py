@@ -6,5 +6,6 @@ From top to bottom; a room imports only from rooms below it:
 * own_step_test: what a test pass counts where the task has a step of its own.
 * predictions: the model's prediction for each row of the test set, gathered and written once.
 * named_sums: sums by name, each with its weight, merged exactly over micro-batches and processes.
-* metrics: measures of the test loop that merge exactly, whichever process counted which rows.
+* metrics: measures of the test loop that merge exactly, for any distribution of rows over
+  processes.
 """

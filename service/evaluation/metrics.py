@@ -1,4 +1,4 @@
-"""Measures of the test loop that merge exactly, whichever process counted which rows."""
+"""Measures of the test loop that merge exactly, for any distribution of rows over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HELD_AT_MOST = 1000  # micro-batches whose sums are not in the table yet
 
 
 class _Line(NamedTuple):
-    """What one micro-batch comes to."""
+    """The sums of one micro-batch."""
 
     number: int
     sums: list[Tensor]
@@ -48,7 +48,7 @@ class Tally:
     def add(
         self, number: int, losses: Tensor, measured: Tensor, weight: Tensor | None, *, rows: int
     ) -> None:
-        """Enter micro-batch `number`.
+        """Add micro-batch `number`.
 
         Args:
             losses: [B] or [B, T].
@@ -70,7 +70,7 @@ class Tally:
             self._write()
 
     def _write(self) -> None:
-        """Bring what is held into the table, at once: each line by itself would take as long."""
+        """Copy all waiting rows into the table in one transfer: a single row takes as long."""
         held, self._held = self._held, []
         if not held:
             return
@@ -114,7 +114,7 @@ def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
 
 
 class Gathered:
-    """Measures that are no sums, such as an area under a curve: torchmetrics' objects.
+    """Measures that are not sums, such as an area under a curve: torchmetrics objects.
 
     Each process feeds its own copies, and the copies are merged in the order of the data set.
     A metric that says it cannot be merged is fed, on every process, all outputs in that order.
@@ -134,7 +134,7 @@ class Gathered:
         self._unmerged = {n: m for n, m in self._metrics.items() if not _merges_exactly(m)}
 
     def add(self, outputs: Any, targets: Any) -> None:
-        """Take one micro-batch; they come in the order of the data set."""
+        """Add one micro-batch, in the order of the data set."""
         outputs = _scores(outputs) if self._metrics else outputs
         for name, metric in self._metrics.items():
             if name not in self._unmerged:
@@ -169,12 +169,12 @@ class Gathered:
 
 
 def _alone() -> bool:
-    """What a metric is told when it asks whether there are other processes."""
+    """The answer for a metric that asks whether there are other processes."""
     return False
 
 
 def _scores(outputs: Any) -> Any:
-    """The outputs, or of a transformers model's their logits."""
+    """The outputs; for a model of transformers, their logits."""
     there = outputs.get("logits") if isinstance(outputs, Mapping) else None
     return there if (there := getattr(outputs, "logits", there)) is not None else outputs
 

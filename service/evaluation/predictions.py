@@ -40,7 +40,7 @@ class Predictions:
         self._kept: list[Tensor] = []
 
     def add(self, outputs: Any) -> None:
-        """Keep what was said of one micro-batch: [B, ...]."""
+        """Add the predictions of one micro-batch: [B, ...]."""
         self._kept.append(self._predict(outputs).cpu())
 
     def write(self) -> None:

@@ -52,7 +52,7 @@ def counted_for(
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set `eval()`, and give the model its own mode back."""
+    """A context in `eval()` mode that restores the mode of the model."""
     was_training = model.training
     model.eval()
     try:
@@ -67,7 +67,7 @@ class Counted:
     def __init__(
         self, task: WithLoss, *, plan: Plan, world: World, predictions: Predictions | None = None
     ) -> None:
-        """`predictions` keeps what the model says of each row, where somebody wants it."""
+        """`predictions` collects the prediction of each row, if requested."""
         self._task = task
         self._measures = task.measures
         self._world = world

@@ -23,14 +23,14 @@ Points = Sequence[Point] | NDArray[np.float64]
 SIZE = 1000
 """Width and height of a chart in its own units."""
 MOST_POINTS = 800
-"""Points of a curve that are drawn; of more, the least and the greatest of each stretch."""
+"""Points drawn for a curve; of longer curves, the minimum and maximum of each section."""
 COLOURS = 8
 SMOOTHED_POINTS = 8000
-"""Of more, each stretch is taken as its mean first."""
+"""Longer curves are first averaged in sections."""
 _LARGEST = 1e300
-"""What is drawn is no larger: the differences of such values are numbers still."""
+"""Limit of drawn values: their differences are still finite."""
 _LEAST = 1e-290
-"""The shortest axis that is told from none."""
+"""The shortest axis that counts as one."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to a place in [0, 1], with the values that are labelled."""
+    """Maps values to a position in [0, 1], with the labelled values."""
 
     low: float
     high: float
@@ -65,7 +65,7 @@ class Axis:
 
 
 def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
-    """An axis that holds all finite values with some air; logarithmic where they span much."""
+    """An axis for all finite values with a margin; logarithmic for a large range."""
     finite = [value for value in values if _is_drawn(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if may_be_log and low > 1e-30 and high / low > 30:
@@ -95,7 +95,7 @@ def chart(
     marks: Sequence[float] = (),
     may_be_log: bool = True,
 ) -> str:
-    """A figure with its curves, its labels, and its numbers for whoever points at it.
+    """A figure with its curves, its labels, and its numbers for the tooltip.
 
     Args:
         marks: steps at which a thin line stands, such as where a run was resumed.
@@ -159,7 +159,7 @@ def path(points: Points, x: Axis, y: Axis, *, dots: bool = False) -> str:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
-    """At most about `most` points that look the same: the extremes of equal stretches.
+    """At most about `most` points that look the same: the extremes of equal sections.
 
     Of values that are not finite, the first and the last of each stretch stay as well: they are
     why somebody looks.
@@ -205,7 +205,7 @@ def smoothed(points: Points) -> list[Point]:
 
 
 def _means(table: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """The mean of each stretch at its last step; NaN where it holds one that is not finite."""
+    """The mean of each section at its last step; NaN if a value in it is not finite."""
     values = _padded(table[:, 1], length)
     drawn = np.abs(values) <= _LARGEST
     counts = np.maximum(drawn.sum(axis=1), 1)
@@ -218,7 +218,7 @@ def _means(table: NDArray[np.float64], length: int) -> NDArray[np.float64]:
 
 
 def _padded(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """Stretches of a length [S, length]; the last one is filled up with NaN."""
+    """Sections of equal length [S, length]; the last one is padded with NaN."""
     stretches = np.full(-(-len(values) // length) * length, np.nan)
     stretches[: len(values)] = values
     return stretches.reshape(-1, length)
@@ -293,7 +293,7 @@ def _x_label(value: float, x: Axis) -> str:
 
 
 def _numbers(lines: Sequence[Line], x: Axis, y: Axis) -> str:
-    """What the page's script shows under the pointer, as JSON that no `</script>` can end."""
+    """The values for the tooltip script, as JSON in which no `</script>` can occur."""
     told = {
         "x": [x.low, x.high],
         "lines": [

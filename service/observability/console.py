@@ -44,22 +44,22 @@ _FORMS = {
 
 
 class Console(Writer, Protocol):
-    """A writer that people read, and to whom the rest of the run can speak as well."""
+    """A writer for the terminal, on which the rest of the run can print lines too."""
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
 
 
 class LeadOutput:
-    """Says lines to a person: above the screen's bar where it has one, and else as they come."""
+    """Prints lines for the user: above the live bar if there is one, otherwise directly."""
 
     def __init__(self, *, speaks: bool) -> None:
-        """Of all processes one speaks; for the others this is a way to say nothing."""
+        """Only rank 0 prints; on the other ranks this prints nothing."""
         self._speaks = speaks
         self._screen: Console | None = None
 
     def speak_through(self, screen: Console) -> None:
-        """From now on let the screen print what is said."""
+        """From now on print through this screen."""
         self._screen = screen
 
     def __call__(self, text: str) -> None:
@@ -82,7 +82,7 @@ def console(
     environ: Mapping[str, str] = os.environ,
     started: float | None = None,
 ) -> Console:
-    """The live bar where `stream` (default: standard output) is a terminal, else plain lines.
+    """The live bar if `stream` (default: standard output) is a terminal, otherwise plain lines.
 
     `CI` and `TERM=dumb` ask for plain lines on a terminal too. `started`, in seconds since 1970,
     is when the first step of this attempt began (default: now); the time left is reckoned from it.
@@ -107,7 +107,7 @@ def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 class _Screen(Console, Protocol):
-    """What both have in common: a thread shows what the others leave to be shown.
+    """The common part of both: a background thread prints the rows that other threads add.
 
     Formatting takes its time, drawing more; and whoever reads a pipe may stop to.
     """
@@ -198,7 +198,7 @@ class LiveConsole(_Screen):
             redirect_stderr=False,
         )
         self._rows: dict[bool, Row] = {}
-        """The latest, by whether the training is measured in it."""
+        """The latest row with and without measures of training."""
         self._table = _Table()
         self._queue = BackgroundQueue()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
@@ -236,13 +236,13 @@ class LiveConsole(_Screen):
 
 
 class _Table:
-    """What was tested, a line for each time, under the names of the measures."""
+    """A table of the tests, one line for each, with the names of the measures."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
 
     def lines_of(self, thing: Row | str, columns: int) -> list[str]:
-        """The lines for what was said, or tested; with the names where they are new.
+        """The lines for messages and tests; with the names if they are new.
 
         Of what was tested, as much as fits in `columns`: what is left out is in the record.
         """
@@ -258,7 +258,7 @@ class _Table:
 
 
 def _columns_that_fit(names: tuple[str, ...], columns: int) -> tuple[str, ...]:
-    """The names of a table's columns without those that go first where there is no room for all.
+    """The names of the columns that fit into the width.
 
     `names` are the step, the epoch and the measures; the step and the first measure always stay.
     """
@@ -275,7 +275,7 @@ def _width(name: str) -> int:
 
 
 class _Bar:
-    """The live line: as many of the facts as there is room for, and a bar in the rest."""
+    """The live line: as many facts as fit, and a bar in the rest."""
 
     def __init__(self, total_steps: int, *, step: int) -> None:
         self._total_steps = total_steps
@@ -325,7 +325,7 @@ def _that_fit(facts: Mapping[str, str], columns: int) -> str:
 
 
 class _TimeLeft:
-    """Reckons the time left from the steps of this attempt; earlier ones took no time of it."""
+    """Estimates the remaining time from the steps of this attempt only."""
 
     def __init__(self, total_steps: int, *, step: int, time: float) -> None:
         self.step = step
@@ -361,7 +361,7 @@ def _throughput(seconds: float) -> str:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Send what follows nowhere: the reader left (a closed pipe, a lost ssh), the training goes on.
+    """Discard further output: the reader is gone (a closed pipe, a lost ssh), training continues.
 
     On the descriptor, so that the interpreter's own flush at exit does not turn 0 into 120.
     Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe

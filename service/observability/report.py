@@ -35,11 +35,11 @@ TITLES = {
     "system/slowest_ratio": "Times as long as the others' passes",
 }
 SMOOTHED_FROM = 120
-"""Points from which a training curve is drawn smoothed over its own faint self."""
+"""Number of points from which a training curve is drawn smoothed, over the faint raw curve."""
 
 
 def write_report(histories: Sequence[History], file: Path) -> None:
-    """Write the page about these runs, in one piece.
+    """Write the page about these runs atomically.
 
     Raises:
         SpecError: the file cannot be written.
@@ -54,7 +54,7 @@ def write_report(histories: Sequence[History], file: Path) -> None:
 
 
 def page(histories: Sequence[History], *, now: float) -> str:
-    """The page as HTML; `now`, in seconds since 1970, is when it says that it was made."""
+    """The page as HTML; `now`, in seconds since 1970, is its creation time."""
     several = len(histories) > 1
     title = f"{len(histories)} runs" if several else histories[0].name
     body = [
@@ -104,7 +104,7 @@ def _kind(state: str) -> str:
 
 
 def _labels(histories: Sequence[History]) -> list[str]:
-    """The names of the runs; with their place where two have the same."""
+    """The names of the runs; with their path if two have the same name."""
     names = [history.name for history in histories]
     return [
         name if names.count(name) == 1 else str(history.directory.path)
@@ -152,7 +152,7 @@ def _last(history: History) -> dict[str, float]:
 
 
 def _comparison(histories: Sequence[History]) -> str:
-    """One column a run: what came out, and where their specs and versions differ."""
+    """One column for each run: its results, and the differences between specs and versions."""
     measured = [dict(_figures(history)) for history in histories]
     names = dict.fromkeys(name for figures in measured for name in figures)
     rows = [(name, [figures.get(name, "-") for figures in measured]) for name in names]
@@ -255,7 +255,7 @@ def _lines(histories: Sequence[History], keys: Sequence[str]) -> list[Line]:
 
 
 def _points(history: History, key: str) -> NDArray[np.float64]:
-    """(step, value) wherever `key` was measured [N, 2]."""
+    """(step, value) for each measurement of `key` [N, 2]."""
     found = history.curves.of.get(key)
     return np.zeros((0, 2)) if found is None else np.column_stack(found)
 
@@ -389,7 +389,7 @@ def _changes(history: History) -> str:
 
 
 def _account(history: History) -> str:
-    """Where the time of each attempt went, and that of the run, with what lay between them."""
+    """How each attempt and the run spent their time, including the time between attempts."""
     each = each_of(history.attempts)
     whole = history.facts.get("account", {}).get("seconds", {})
     if not each or not whole:

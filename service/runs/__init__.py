@@ -3,7 +3,7 @@
 From top to bottom; a room imports only from rooms below it:
 
 * verification: verifies that two runs took the same steps: by rows, losses or bits. No torch.
-* tracking: tracking: one `log(step, values)` for every place that keeps metrics.
+* tracking: tracking: one `log(step, values)` for all writers of metrics.
 * receipt_file: receipt.jsonl on disk: digests of each step's rows, and of the weights at
   checkpoints.
 * history: the history of a run, read from its directory without changing anything.

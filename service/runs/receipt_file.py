@@ -98,7 +98,7 @@ def read_weights(path: Path) -> dict[int, dict[str, str]]:
 
 
 class ReceiptFile:
-    """A receipt that is added to, line by line, each of them written at once."""
+    """A receipt to which lines are appended; each line is written at once."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class ReceiptFile:
         say: Callable[[str], None] = print,
         changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Forget what was written for steps after `step`: they are about to be taken again.
+        """Remove the lines of steps after `step`: these steps will be repeated.
 
         `say` tells a person where lines wait for a disk that is full.  `changes` are all that were
         made of the spec, as run.json has them.
@@ -131,12 +131,12 @@ class ReceiptFile:
         self._add({"step": step, "weights": dict(files)})
 
     def sync(self) -> None:
-        """Put what was added on disk."""
+        """Sync all lines to disk."""
         self._file.sync()
         sync_directory(self._path.parent)
 
     def close(self) -> None:
-        """Nothing is added afterwards."""
+        """Close the file; nothing is appended afterwards."""
         self._file.close()
 
     def _add(self, line: Mapping[str, Any]) -> None:

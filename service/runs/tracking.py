@@ -1,4 +1,4 @@
-"""Tracking: one `log(step, values)` for every place that keeps metrics."""
+"""Tracking: one `log(step, values)` for all writers of metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
 
 
 class Row(NamedTuple):
-    """What was measured at one step."""
+    """The values of one step."""
 
     step: int
     epoch: float
@@ -38,26 +38,26 @@ class Row(NamedTuple):
     """By key: `train/loss`, `test/accuracy`, ..."""
 
     def record(self) -> dict[str, float]:
-        """The row as one flat object, its place first."""
+        """The row as one flat object, with its step first."""
         return {"step": self.step, "epoch": self.epoch, "time": self.time, **self.values}
 
 
 class Writer(Protocol):
-    """A place where rows are kept or shown; it runs on the training thread, so it never waits."""
+    """Stores or shows rows; it is called by the training thread, so it must not block."""
 
     def write(self, row: Row) -> None:
-        """Take one row; the steps of the rows only ever rise."""
+        """Write one row; the steps of the rows increase."""
 
     def sync(self) -> None:
-        """Return when the rows so far would outlive the machine, where the place can promise it."""
+        """Return when all rows so far are on disk, if the writer supports this."""
         return
 
     def close(self, outcome: Outcome) -> None:
-        """Finish within a time known beforehand; nothing is written afterwards."""
+        """Finish within a bounded time; nothing is written afterwards."""
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked, through this place, that the run stop."""
+        """Whether the user asked through this writer for the run to stop."""
         return False
 
 
@@ -71,7 +71,7 @@ class Tracker:
         epoch_at: Callable[[int], float],
         resume_step: int | None = None,
     ) -> None:
-        """`writers` in the order a row reaches them: the file first, the slowest last.
+        """`writers` get each row in this order: the file first, the slowest last.
 
         `epoch_at` gives the passes over the data done at a step; `resume_step` is the step of the
         checkpoint this attempt starts from, or None for a fresh run.
@@ -82,7 +82,7 @@ class Tracker:
         self._closed = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record everything measured at `step`, training and testing in one call.
+        """Record all values of `step`, of training and testing, in one call.
 
         One call is one row and one line, so a crash finds a step either recorded or not. A second
         row for a step would have to wait in memory for its other half, and be lost there.
@@ -104,7 +104,7 @@ class Tracker:
             writer.write(row)
 
     def sync(self) -> None:
-        """Put every row so far on disk; call it before a checkpoint is made durable.
+        """Sync every row so far to disk; call it before a checkpoint is published.
 
         A checkpoint that outlives the machine while the rows before it do not would leave a gap.
         """
@@ -113,11 +113,11 @@ class Tracker:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody asked a writer that the run stop, such as by W&B's Stop button."""
+        """Whether the user asked a writer for the run to stop, such as with W&B's Stop button."""
         return any(writer.stop_requested for writer in self._writers)
 
     def close(self, outcome: Outcome) -> None:
-        """Close every writer, the last one first, even where one of them fails; bounded in time."""
+        """Close every writer, the last one first, even if one of them fails; bounded in time."""
         if self._closed:
             return
         self._closed = True
@@ -127,7 +127,7 @@ class Tracker:
 
 
 class MetricsFile(Writer):
-    """`metrics.jsonl`, the truth: one JSON object a line, no gap and no repeated step."""
+    """`metrics.jsonl`, the reference: one JSON object a line, without gaps or repeated steps."""
 
     def __init__(
         self, path: Path, *, resume_step: int | None = None, say: Callable[[str], None] = print
@@ -144,7 +144,7 @@ class MetricsFile(Writer):
             self._file = AppendOnlyFile(path, say=say)
 
     def write(self, row: Row) -> None:
-        """Append the row by one system call: whenever the process dies, one line tears at most."""
+        """Append the row by one system call, so that a kill tears at most one line."""
         self._file.add(_line(row))
 
     def sync(self) -> None:
@@ -155,7 +155,7 @@ class MetricsFile(Writer):
 
 
 def tells_of_speed(key: str) -> bool:
-    """Whether a value of a row says how fast the run was, and not what it computed."""
+    """Whether a value of a row describes the speed of the run, not its result."""
     return key in _OF_SPEED or key.startswith(("save/", "system/"))
 
 
@@ -175,7 +175,7 @@ def _strict(value: float) -> float | str:
 
 
 def _keep_up_to(path: Path, step: int | None) -> None:
-    """Replace the file by its rows with at most this step, all at once; None keeps nothing."""
+    """Atomically cut the file to rows up to this step; None removes all rows."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     with open(partial, "wb", opener=without_link) as file:

@@ -28,18 +28,18 @@ LONGEST_INTEGER_DIGITS = 100
 SUFFIXES = (".yaml", ".yml", ".json", ".toml")
 
 Steps = tuple[str | int, ...]
-"""The way to a value from the top: `("optimizer", "groups", 0, "lr")`."""
+"""The path of a value: `("optimizer", "groups", 0, "lr")`."""
 
 
 class SourcePosition(NamedTuple):
-    """Where something is written. Places sort as a reader meets them: the file, then overrides."""
+    """A position. Positions sort in reading order: the file, then the overrides."""
 
     override: int
     """0 in the file, n in the n-th override."""
     line: int
     column: int
     text: str
-    """What is printed: `spec.yaml:5:3`, the override itself, or nothing for a mapping."""
+    """The printed form: `spec.yaml:5:3`, the override itself, or nothing for a mapping."""
 
 
 NOWHERE = SourcePosition(0, 0, 0, "")
@@ -47,30 +47,30 @@ NOWHERE = SourcePosition(0, 0, 0, "")
 
 @dataclass(frozen=True)
 class Document:
-    """Plain values (None, bool, int, float, str, list, dict) and where they come from."""
+    """Plain values (None, bool, int, float, str, list, dict) and their positions."""
 
     values: dict[str, Any]
     keys: dict[Steps, SourcePosition] = field(default_factory=dict)
-    """Where each key, or item of a list, begins."""
+    """The start of each key, or item of a list."""
     contents: dict[Steps, SourcePosition] = field(default_factory=dict)
-    """Where the value of each begins."""
+    """The start of the value of each."""
     source: str = ""
-    """The file, as it was named; empty for a mapping."""
+    """The name of the file as given; empty for a mapping."""
     overrides: int = 0
 
     def place_of_key(self, steps: Steps) -> SourcePosition:
-        """Where the key is written, or the nearest one around it that is."""
+        """The position of the key, or of the nearest enclosing key."""
         while steps and steps not in self.keys:
             steps = steps[:-1]
         return self.keys.get(steps, NOWHERE)
 
     def place_of_value(self, steps: Steps) -> SourcePosition:
-        """Where the value is written, or the nearest key around it that is."""
+        """The position of the value, or of the nearest enclosing key."""
         return self.contents.get(steps) or self.place_of_key(steps)
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """The file's values and their places; JSON and TOML by suffix, YAML otherwise.
+    """The values of the file and their positions; JSON and TOML by suffix, YAML otherwise.
 
     A `SpecError` names the place of the first thing that is not right.
     """
@@ -94,7 +94,7 @@ def document_of(mapping: Mapping[str, Any]) -> Document:
 
 
 def override(document: Document, text: str) -> Document:
-    """`document` with the value of `key.sub.0=value` set; its place is `text` itself.
+    """`document` with the value of `key.sub.0=value` set; its position is `text` itself.
 
     A value is what YAML would make of it; text that does not begin with a quote or a bracket is
     one scalar whatever it holds, so that `match=*.bias` needs no quotes. `key=` is null, and so is
@@ -113,7 +113,7 @@ def override(document: Document, text: str) -> Document:
 
 
 def find(values: Any, steps: Steps) -> Any:
-    """The value at `steps`, or None where there is none."""
+    """The value at `steps`, or None if there is none."""
     for step in steps:
         if isinstance(values, dict):
             values = values.get(step)
@@ -176,7 +176,7 @@ def _line_and_column(text: str, index: int) -> tuple[int, int]:
 
 
 def _in_file(source: str, line: int, column: int) -> SourcePosition:
-    """`line` and `column` counted from 0; a person counts them from 1."""
+    """`line` and `column` are counted from 0; messages count from 1."""
     return SourcePosition(0, line + 1, column + 1, f"{source}:{line + 1}:{column + 1}")
 
 
@@ -479,7 +479,7 @@ def _override_value(text: str, *, place: SourcePosition) -> Any:
 
 
 def _with(container: Any, names: list[str], value: Any, *, before: Steps, text: str) -> Any:
-    """A copy of `container` in which `value` stands at `names`; absent levels are made."""
+    """A copy of `container` with `value` at `names`; missing levels are created."""
     if not names:
         return value
     name, *rest = names
@@ -539,7 +539,7 @@ def dotted(steps: Steps) -> str:
 
 
 def shown(value: Any) -> str:
-    """`value` as a message shows it: the way YAML writes it, and never long."""
+    """`value` for a message: as YAML, and shortened."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, Mapping):

@@ -11,7 +11,7 @@ From top to bottom; a room imports only from rooms below it:
 * dry_run: the dry run: one forward and backward pass before the first step, to find mistakes.
 * train_step: one optimizer step: its forward and backward passes, and the update.
 * after_step: what happens after a step, as planned: test, log, save, and whether to stop.
-* receipts: the receipt: a digest, for each step, of the rows that its forward passes consumed.
+* receipts: the receipt: for each step, a digest of the rows that its forward passes used.
 * changed_spec: A run whose spec a person has changed: what of the state follows, and what there
   is to say.
 """

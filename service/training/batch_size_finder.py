@@ -79,12 +79,12 @@ def settled(
 
 
 def with_micro_batch(spec: Spec, rows: int | str | None) -> Spec:
-    """The same spec with micro-batches of so many rows."""
+    """The same spec with this number of rows in a micro-batch."""
     return spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_batch": rows})})
 
 
 def with_workers(spec: Spec, workers: int) -> Spec:
-    """The same spec with so many loader workers where it leaves their number open."""
+    """The same spec with this number of loader workers, if it says `auto`."""
     if spec.loader.workers != "auto":
         return spec
     return spec.model_copy(update={"loader": spec.loader.model_copy(update={"workers": workers})})
@@ -118,7 +118,7 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
 
 
 def _begun(directory: RunDirectory) -> Spec | None:
-    """The spec that the run was begun with, where it was begun."""
+    """The spec with which the run started, if it exists."""
     there = directory.facts.exists() and directory.spec.exists()
     return load_spec(directory.spec) if there else None
 
@@ -170,7 +170,7 @@ def _doubled(most: int) -> Iterator[int]:
 
 
 def _held_besides(model: nn.Module, plan: Plan, *, processes: int) -> int:
-    """Bytes that training holds and a trial pass does not.
+    """Bytes that training needs in addition to a trial pass.
 
     The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
     more: while DDP lays them out anew, the old ones are there too.

@@ -37,16 +37,16 @@ from service.training.train_step import summed_loss
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What a forward and a backward pass brought to light."""
+    """The findings of a forward and backward pass."""
 
     unreached: list[str]
     """Names of the trainable parameters that the loss does not depend on."""
     flops_a_row: float | None
-    """What training on a row takes, or None where no operation of it can be counted."""
+    """Operations of training on one row, or None if they cannot be counted."""
     drawn: Sequence[Seeded]
-    """Global generators besides torch's that the model draws from."""
+    """Global generators, other than torch's, that the model uses."""
     moving: Moving
-    """Buffers besides BatchNorm's that the pass has changed."""
+    """Buffers that the pass has changed, except BatchNorm's."""
     own_weights: Sequence[str] = ()
     """Losses of a step of one's own that come with a weight of their own."""
     tested: Sequence[str] | None = None
@@ -55,7 +55,7 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a throw-away pass is made with."""
+    """The parts for the dry run."""
 
     batch: Batch
     task: Task
@@ -94,7 +94,7 @@ class DryRun:
         return FirstPass(missed, a_row, drawn, moving, own_weights, tested)
 
     def _counted(self, model: nn.Module) -> int | None:
-        """The operations of a pass, or None where it failed: by its own fault or the counting's."""
+        """The operations of a pass, or None if the pass or the counting failed."""
         try:
             with FlopCount() as count:  # type: ignore[no-untyped-call]
                 self._pass(model, checked=True)
@@ -112,7 +112,7 @@ class DryRun:
             self._pass(model, checked=True)
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
-        """Have the model compiled, as it is called in training.
+        """Compile the model, by a call as in training.
 
         Raises:
             SpecError: it cannot be.

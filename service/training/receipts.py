@@ -1,4 +1,4 @@
-"""The receipt: a digest, for each step, of the rows that its forward passes consumed."""
+"""The receipt: for each step, a digest of the rows that its forward passes used."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Receipt:
         )
 
     def note(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Remember what the forward passes of step `step` (counted from 0) consumed."""
+        """Add the rows that the forward passes of step `step` (counted from 0) used."""
         for batch in micro_batches:
             self._held.append((step, batch.number, batch.rows))
         if len(self._held) >= _HELD_AT_MOST:
@@ -76,12 +76,12 @@ class Receipt:
         self._file.add_weights(step, files)
 
     def sync(self) -> None:
-        """Put what was written so far on disk; only the lead has written anything."""
+        """Sync all lines so far to disk; only rank 0 writes."""
         if self._file is not None:
             self._file.sync()
 
     def close(self) -> None:
-        """Nothing is written afterwards."""
+        """Close it; nothing is written afterwards."""
         if self._file is not None:
             self._file.close()
 
