@@ -16,7 +16,7 @@ from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
-"""Set where a launcher of ours keeps the store: the name under which this attempt's keys lie."""
+"""Set if our launcher has the store: the prefix of this attempt's keys."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Environment:
 
 
 def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
-    """The place torchrun gave this process, or None where no launcher started it.
+    """The place that torchrun gave this process, or None if no launcher started it.
 
     Raises:
         SpecError: the variables contradict each other.
@@ -69,7 +69,7 @@ class Node:
     index: int
     nodes: int
     processes: str
-    """How many on this machine: a number or `auto`."""
+    """Processes on this machine: a number or `auto`."""
     address: str
     """Of node 0; empty where there is no other."""
     port: int
@@ -83,7 +83,7 @@ class Node:
 
 
 def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
-    """The node that torchrun's five PET_* variables speak of, or None where there are none.
+    """The node that torchrun's five PET_* variables describe, or None without them.
 
     The index may come from an Indexed Job (JOB_COMPLETION_INDEX), and the address from the name
     that such a Job gives this pod.

@@ -36,13 +36,13 @@ State = Literal["ok", "skipped", "warning", "failed"]
 REDUCED_BYTES = {"cpu": 4 << 20}
 REDUCED_BYTES_ON_GPU = 256 << 20
 REDUCTION_SECONDS = 90
-"""Two interpreters load torch in it, on a slow disk perhaps."""
+"""In this time two interpreters load torch, perhaps from a slow disk."""
 REACH_SECONDS = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what the doctor says."""
+    """One line of the output."""
 
     name: str
     state: State
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the machine is meant for."""
+    """The job for which the machine is checked."""
 
     processes: int = 2
     runs: Path = Path("runs")
@@ -68,7 +68,7 @@ class Asked:
 
 
 def examined(asked: Asked) -> Iterator[Finding]:
-    """Every finding, as soon as it is made; a check that breaks is a finding too."""
+    """Every finding as soon as it is known; a check that raises is a finding too."""
     for check in CHECKS:
         try:
             yield from check(asked)
@@ -79,7 +79,7 @@ def examined(asked: Asked) -> Iterator[Finding]:
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """0 where all is fine, 1 with warnings, 2 where something failed."""
+    """0 if all is fine, 1 with warnings, 2 with failures."""
     states = {finding.state for finding in findings}
     return 2 if "failed" in states else 1 if "warning" in states else 0
 
@@ -361,7 +361,7 @@ def _memory(asked: Asked) -> Iterator[Finding]:
 
 
 def _shared_memory(asked: Asked) -> Iterator[Finding]:
-    """Batches go from workers to the training process through it; where it is full: Bus error."""
+    """Workers pass batches to the training process through it; if it is full: Bus error."""
     place = Path("/dev/shm")
     if not place.is_dir():
         yield Finding("/dev/shm", "skipped", "this system has none")
@@ -431,7 +431,7 @@ def _run_directory(asked: Asked) -> Iterator[Finding]:
 
 
 def _stop(asked: Asked) -> Iterator[Finding]:
-    """Whether who stops the job gives it as long as its last save takes."""
+    """Whether the time for a stop is long enough for the last save."""
     if asked.spec is None:
         yield Finding("stop", "skipped", "name a spec to compare how long one takes and may take")
         return

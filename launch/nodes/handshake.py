@@ -20,12 +20,12 @@ _PURPOSE = b"evenstep meeting 1"
 
 
 class Foreign(Exception):
-    """What came over a connection is not from a node of this job."""
+    """A message on a connection does not come from a node of this job."""
 
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What a node says of itself; everything but the index is equal on all of them."""
+    """The configuration that a node sends; all but the index must be equal on all nodes."""
 
     index: int
     nodes: int
@@ -35,7 +35,7 @@ class JoinRequest:
 
 
 class Lines:
-    """Whole lines of what comes in pieces, and never more than a bounded part of one."""
+    """Assembles lines from received pieces, with a limit on the length of a line."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -53,7 +53,7 @@ class Lines:
 
 
 class Seal:
-    """Numbers and proves the messages of one connection, each way by itself."""
+    """Numbers and authenticates the messages of one connection, separately in each direction."""
 
     def __init__(self, key: bytes, *, own: str, other: str) -> None:
         self._key = key
@@ -93,11 +93,11 @@ class Doorkeeper:
         self._challenge = secrets.token_hex(_TOKEN_BYTES)
 
     def challenge(self) -> bytes:
-        """What node 0 says first."""
+        """The first message of node 0."""
         return _line({"challenge": self._challenge})
 
     def introduced(self, line: bytes) -> tuple[JoinRequest, Seal]:
-        """Who has answered.
+        """The node that has answered.
 
         Raises:
             Foreign: nobody who knows the secret.
@@ -112,7 +112,7 @@ class Doorkeeper:
 
 
 def answered(line: bytes, own: JoinRequest, secret: bytes) -> tuple[bytes, Seal]:
-    """What a node says to node 0's challenge, and the seal of what follows.
+    """The answer of a node to node 0's challenge, and the seal for later messages.
 
     Raises:
         Foreign: this is no challenge.

@@ -36,7 +36,7 @@ says so in its own words and ends in order."""
 
 
 class _Job(Protocol):
-    """As much of `launch.rank.job.Job` as can be known without torch."""
+    """The part of `launch.rank.job.Job` that needs no torch."""
 
     spec: Any
     runs: Any
@@ -130,7 +130,7 @@ def _store(address: str) -> tuple[object, str, int]:
 
 
 class _Watch:
-    """Ends the local processes when a node is gone and they do not end by themselves."""
+    """Kills the local processes if a node is lost and they do not end by themselves."""
 
     def __init__(self, company: Membership) -> None:
         self._company = company
@@ -156,7 +156,7 @@ class _Watch:
 
 @contextmanager
 def _stop_raises() -> Iterator[None]:
-    """As process 1 of a pod, which ignores every signal that it has not asked for.
+    """Set up process 1 of a pod, which ignores every signal without a handler.
 
     While the local processes run, `launch.processes.local` has its own handler in this one's place.
     """
@@ -175,7 +175,7 @@ def _stop_raises() -> Iterator[None]:
 
 
 def _is_done(job: _Job) -> bool:
-    """Whether a pod that comes late finds the run finished, and its peers gone for good."""
+    """Whether a pod that starts late finds the run finished, so that its peers are gone."""
     directory = RunDirectory(job.runs / job.spec.name)
     if job.fresh or not directory.facts.exists():
         return False
@@ -206,7 +206,7 @@ def check_interfaces() -> None:
 
 
 def take_interface(address: str) -> None:
-    """Let gloo and NCCL use the interface by which the nodes met, unless the user chose another.
+    """Let gloo and NCCL use the interface of the rendezvous, unless the user chose another.
 
     By itself gloo may choose loopback, and NCCL an interface by which the nodes do not reach each
     other. NCCL takes a name for a prefix (`eth1` would allow `eth10`) unless it begins with `=`.

@@ -39,7 +39,7 @@ from service.basics.errors import PeerLost, SpecError
 
 _CONNECT_SECONDS = 5.0
 _INTRODUCTION_SECONDS = 10.0
-"""What a connection may take to say who it is."""
+"""Time limit for a connection to identify itself."""
 _SEND_SECONDS = 5.0
 _POLL_SECONDS = 0.25
 _TELL_AFTER_SECONDS = 10.0
@@ -48,7 +48,7 @@ _ACCEPTED_AT_ONCE = 256
 _MOST_UNKNOWN = 4096
 _SPARE_FILES = 64
 GOOD_ENDS = (0, 75)
-"""With these a node has not failed: it is done, or stopped as all of them are stopping."""
+"""Exit codes without a failure: the node is done, or stopped together with all others."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Peer:
         _keep_alive(self.connection)
 
     def say(self, message: dict[str, Any]) -> bool:
-        """Send it; False when the other end is gone."""
+        """Send it; False if the other end is gone."""
         try:
             self.connection.sendall(self.seal.sealed(message))
         except OSError:
@@ -74,7 +74,7 @@ class Peer:
         return True
 
     def hear(self) -> list[dict[str, Any]] | None:
-        """The messages that have come, once there is something to read; None: it is gone."""
+        """The received messages, when there is something to read; None if the other end is gone."""
         try:
             piece = self.connection.recv(LINE_BYTES)
             return [self.seal.opened(line) for line in self.lines.fed(piece)] if piece else None
@@ -84,7 +84,7 @@ class Peer:
             return None
 
     def hang_up(self) -> None:
-        """Let the other end see that this one leaves; a message of its own can still be read."""
+        """Tell the other end that this one closes; its last message can still be read."""
         with suppress(OSError):  # it was faster
             self.connection.shutdown(socket.SHUT_WR)
 
@@ -98,7 +98,7 @@ class Membership:
     def __init__(self, friends: list[Peer]) -> None:
         self.friends = friends
         self.lost: str | None = None
-        """Who went away first, in words."""
+        """A description of the node that was lost first."""
         self.lost_time: float | None = None
         """When that was noticed, in seconds since the epoch."""
         self._gone = threading.Event()
@@ -106,7 +106,7 @@ class Membership:
 
     @property
     def own_address(self) -> str:
-        """This machine's, on the interface by which the others are reached."""
+        """Address of this machine, on the interface to the other nodes."""
         return str(self.friends[0].connection.getsockname()[0]).removeprefix("::ffff:")
 
     def begin(self, store_address: str, store_port: int) -> None:
@@ -120,11 +120,11 @@ class Membership:
                 raise PeerLost(_loss(friend, None))
 
     def watch(self, when_lost: Callable[[], None]) -> None:
-        """From one other thread, call `when_lost` once when a node goes away or fails."""
+        """In a background thread, call `when_lost` once if a node is lost or fails."""
         threading.Thread(target=self._follow, args=(when_lost,), daemon=True).start()
 
     def part(self, code: int) -> None:
-        """Say with which exit code this node ends, and wait until the others have ended as well.
+        """Send the exit code of this node, and wait until the other nodes have ended as well.
 
         Node 0's store must outlive the processes that look at it; and they wait for no one
         whose end was not a good one.
@@ -137,7 +137,7 @@ class Membership:
             friend.close()
 
     def _follow(self, when_lost: Callable[[], None]) -> None:
-        """Until each has said its farewell, or the first is lost."""
+        """Wait until each node has sent its closing message, or the first is lost."""
         with selectors.DefaultSelector() as events:
             for friend in self.friends:
                 events.register(friend.connection, selectors.EVENT_READ, friend)
@@ -175,7 +175,7 @@ def host(
     secret: bytes = b"",
     address: str = "",
 ) -> Membership:
-    """Node 0: wait until all the others are there. They then wait for `Membership.begin`.
+    """Node 0: wait until all other nodes are connected. They then wait for `Membership.begin`.
 
     Args:
         secret: what every node must prove to know; empty: whoever speaks as a node is one.
@@ -201,7 +201,7 @@ def host(
 
 @dataclass
 class _Unknown:
-    """A connection that has not said yet who it is."""
+    """A connection that has not identified itself yet."""
 
     connection: socket.socket
     address: str
@@ -211,7 +211,7 @@ class _Unknown:
 
 
 class _Hall:
-    """All who have come to node 0, in one loop: nodes that wait, and those who are yet unknown."""
+    """All connections to node 0, in one loop: nodes that wait, and those not yet identified."""
 
     def __init__(
         self,
@@ -227,12 +227,12 @@ class _Hall:
         self._unknown: dict[socket.socket, _Unknown] = {}  # the first to come is the first in it
         self.friends: dict[int, Peer] = {}
         self.strangers = 0
-        """How many were dropped."""
+        """How many connections were dropped."""
         door.setblocking(False)
         events.register(door, selectors.EVENT_READ)
 
     def missing(self, port: int) -> str:
-        """Who has not come, in words."""
+        """A description of the missing nodes."""
         missing = [str(n) for n in range(1, self._own.nodes) if n not in self.friends]
         several = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         told = f"node {', '.join(missing[:8])}{several} of {self._own.nodes} did not come to port "
@@ -240,7 +240,7 @@ class _Hall:
         return f"{told}{port}{dropped}"
 
     def look(self) -> None:
-        """Hear whoever has something to say, for a moment."""
+        """Process incoming messages for a moment."""
         for key, _ in self._events.select(_POLL_SECONDS):
             if key.fileobj is self._door:
                 self._let_in()
@@ -254,13 +254,13 @@ class _Hall:
             self._drop(next(iter(self._unknown.values())))
 
     def close(self) -> None:
-        """Send everybody away."""
+        """Close all connections."""
         self.send_away()
         for friend in self.friends.values():
             friend.close()
 
     def send_away(self) -> None:
-        """Close what is still unknown: there is no seat left."""
+        """Close the unidentified connections, because all nodes are connected."""
         for unknown in list(self._unknown.values()):
             self._drop(unknown)
         if self.strangers > 1:
@@ -374,7 +374,7 @@ def _room_for(nodes: int) -> int:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address, as it is written, means this machine alone."""
+    """Whether an address is a loopback address."""
     return address in ("localhost", "::1") or address.startswith("127.")
 
 
@@ -476,7 +476,7 @@ def _introduce(
 
 
 def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
-    """What node 0 says when all are there; None when it leaves, or time is up."""
+    """The message of node 0 when all nodes are connected; None if it is lost, or time is up."""
     with selectors.DefaultSelector() as events:
         events.register(friend.connection, selectors.EVENT_READ)
         while waiting.left:
@@ -522,7 +522,7 @@ def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
 
 
 def _unreachable(address: str, port: int, error: OSError) -> str:
-    """Why node 0 cannot be spoken to, and what to look at."""
+    """Why node 0 cannot be reached, and what to check."""
     if isinstance(error, socket.gaierror):
         return (
             f"node 0's name {address} is not known ({error.strerror}). A pod's is once it has an "
@@ -539,7 +539,7 @@ def _unreachable(address: str, port: int, error: OSError) -> str:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Notice within half a minute that a machine has lost its power, too."""
+    """Enable keepalives, which detect a machine without power within half a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):  # under other names, or not at all, outside Linux

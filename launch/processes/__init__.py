@@ -4,10 +4,9 @@ From top to bottom; a room imports only from rooms below it:
 
 * local: runs N processes on this machine and returns the exit code of the root cause.
 * fork_server: imported by the fork server alone, before torch: binds it to its launcher.
-* warm_start: work that begins before the command is read, so that the first step comes sooner.
+* warm_start: work that starts before the command is parsed, for an earlier first step.
 * terminal: standard output and standard error that survive the loss of their reader.
-* signals: hears a request to stop from the first moment on, before torch, click or a spec is
-  loaded.
+* signals: records a request to stop from the start on, before torch, click or a spec is loaded.
 * echo: copies the log files of the other ranks into the launcher's own output.
 * agent: torch's elastic agent over processes that are forked warm, bound to us, and ended in
   time.

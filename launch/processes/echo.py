@@ -17,7 +17,7 @@ _SPOKEN = re.compile(r"\[rank (\d+)\] (.*)")
 
 @contextmanager
 def echoed(logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> Iterator[None]:
-    """Say what these ranks add to their logs in directory `logs`, until the block is left."""
+    """A context that prints what these ranks append to their logs in directory `logs`."""
     echo = _Echo(logs, ranks, say)
     over = threading.Event()
 

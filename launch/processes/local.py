@@ -45,7 +45,7 @@ _LAST_WORDS = 4000  # characters of the output of a process that crashed
 
 @dataclass(frozen=True)
 class Ending:
-    """How one process ended, as it said itself."""
+    """How one process ended, as it reported itself."""
 
     rank: int
     code: int
@@ -53,22 +53,22 @@ class Ending:
     time: float
     trace: str = ""
     said: bool = False
-    """Whether the process has told it on the terminal itself."""
+    """Whether the process has printed it on the terminal itself."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why an attempt ended as it did."""
+    """The cause of the end of an attempt."""
 
     code: int
     told: str = ""
-    """For a person; empty where rank 0 has said it already."""
+    """The message for the user; empty if rank 0 has printed it already."""
     rank: int | None = None
-    """The rank it began with, where it was one."""
+    """The rank that failed first, if any."""
 
 
 NodeLost = Callable[[], float | None]
-"""When another node was lost, in seconds since the epoch; None while all of them are there."""
+"""When another node was lost, in seconds since the epoch; None while all nodes are connected."""
 
 
 def run_locally(
@@ -136,7 +136,7 @@ def _attempts(
 
 
 def _require_files(processes: int) -> None:
-    """Refuse what would stand still, or end in a library's words: none of them says why."""
+    """Refuse a configuration that would hang, or fail with an unclear message of a library."""
     needed = _FILES + _FILES_A_PROCESS * processes
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and limit < needed:
@@ -148,7 +148,7 @@ def _require_files(processes: int) -> None:
 
 
 def _get_ready() -> None:
-    """Import the agent while the fork server, begun by now, imports what the ranks need."""
+    """Import the agent while the fork server, already started, imports what the ranks need."""
     begin_server()
     from launch.processes.agent import adopt_strangers
 
@@ -166,7 +166,7 @@ def _attempt(
     started: float,
     node_lost: NodeLost,
 ) -> Cause:
-    """Run all processes once, from their start to the end of the last one."""
+    """Run all processes once, until the last one ends."""
     from launch.processes.agent import Agent, NotStarted
 
     notes.mkdir()
@@ -192,7 +192,7 @@ def _attempt(
 
 
 def _bring_reports(notes: Path, directory: RunDirectory) -> None:
-    """Keep with the run, if it has a directory, what was reported before it had one."""
+    """Move early failure reports into the directory of the run, if it has one by now."""
     if not directory.facts.exists():
         return
     for report in notes.glob("*.json"):
@@ -204,7 +204,7 @@ def _bring_reports(notes: Path, directory: RunDirectory) -> None:
 
 
 def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
-    """The cause with what a process that could not speak itself has left behind, also on file."""
+    """The cause, completed and written to a file for a process that could not report itself."""
     rank = next((r for r in agent.ranks if r.number == cause.rank), None)
     if rank is None or (rank.killed_by is None and not rank.ended_by_us and rank.ended != 1):
         return cause
@@ -235,7 +235,7 @@ def _last_words(path: Path) -> str:
 
 
 def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
-    """What each process runs; leaves a note of how it ended."""
+    """The main function of each process; it writes a note about its end."""
     from launch.processes.fork_server import PROCESS
     from launch.rank.entry import RankContext, outcome_of, work
 
@@ -284,7 +284,7 @@ def root_cause(
     budget_seconds: float,
     node_lost: float | None = None,
 ) -> Cause:
-    """Why the job ended: its exit code, and what rank 0 has not said of it yet.
+    """Why the job ended: its exit code, and the message if rank 0 has not printed it yet.
 
     A process that was killed comes first, then the earliest that failed on its own account,
     then one that had to be ended because it did not answer; that a peer was lost is nobody's

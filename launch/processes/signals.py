@@ -1,4 +1,4 @@
-"""Hears a request to stop from the first moment on, before torch, click or a spec is loaded.
+"""Records a request to stop from the start on, before torch, click or a spec is loaded.
 
 As PID 1 of a container a process without a handler does not even get the signal.
 """
@@ -13,7 +13,7 @@ from service.health.stop_request import STOP_SIGNALS, StopRequest
 _EARLY = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 heard = StopRequest()
 STARTED = time.time()
-"""When the command began, in seconds since 1970."""
+"""Start of the command in seconds since 1970."""
 
 
 def listen() -> None:
@@ -27,7 +27,7 @@ def listen() -> None:
 
 
 def stop_listening() -> None:
-    """Let the signals end the command as they end any other; also one that came meanwhile."""
+    """Restore the default effect of the signals, also for one that has already arrived."""
     for number in _EARLY:
         if signal.getsignal(number) == heard.hear:
             signal.signal(number, signal.SIG_DFL)

@@ -19,17 +19,17 @@ _NUMBERS = {"stdout": 1, "stderr": 2}
 
 
 class OutputLost(EvenstepError):
-    """What a command was asked for could not be written to standard output."""
+    """The result of a command could not be written to standard output."""
 
 
 class ReaderGone(OutputLost):
-    """Whoever read it has read enough, such as `head`."""
+    """The reader has closed the pipe, such as `head`."""
 
     exit_code = 141  # as by SIGPIPE
 
 
 def open_descriptors() -> None:
-    """Point 0, 1 and 2 to nowhere where they are closed.
+    """Open /dev/null for descriptors 0, 1 and 2 if they are closed.
 
     The next file that is opened would get the number, and whatever prints would write into it.
     """
@@ -41,18 +41,18 @@ def open_descriptors() -> None:
 
 
 def outlive_readers(*names: Literal["stdout", "stderr"]) -> None:
-    """From now on what cannot be written to these streams is lost, and ends nothing."""
+    """From now on ignore failed writes to these streams."""
     for name in names:
         setattr(sys, name, _stream(name, _Lasting(_NUMBERS[name], "wb", closefd=False)))
 
 
 def require_reader() -> None:
-    """From now on what cannot be written to standard output ends the command in words."""
+    """From now on a failed write to standard output ends the command with a message."""
     sys.stdout = _stream("stdout", _Required(1, "wb", closefd=False))
 
 
 def _stream(name: str, raw: io.FileIO) -> TextIO:
-    """A stream as Python makes it, above `raw`; letters that it does not know are spelt out."""
+    """A text stream above `raw`, as Python creates it; unknown characters are escaped."""
     before = getattr(sys, name)
     unbuffered = bool(getattr(before, "write_through", False))  # PYTHONUNBUFFERED
     above: Any = raw if unbuffered else io.BufferedWriter(raw)
@@ -66,7 +66,7 @@ def _stream(name: str, raw: io.FileIO) -> TextIO:
 
 
 class _Whole(io.FileIO):
-    """Writes all it is given, also where another program has made the terminal non-blocking."""
+    """Writes everything, also if another program has made the terminal non-blocking."""
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
@@ -88,7 +88,7 @@ class _Whole(io.FileIO):
 
 class _Lasting(_Whole):
     def _lose(self, error: OSError) -> None:
-        """Go on: what is said is no reason to end what it is said of."""
+        """Continue: a failed print must not end the run."""
 
 
 class _Required(_Whole):

@@ -1,4 +1,4 @@
-"""Work that begins before the command is read, so that the first step comes sooner.
+"""Work that starts before the command is parsed, for an earlier first step.
 
 Importing torch takes longer than all the rest of a start.  Where processes will be started, the
 fork server imports it from the first moment on; where this one trains, the larger half of it, the
@@ -19,7 +19,7 @@ from typing import Any
 from service.health.stop_request import STOP_SIGNALS
 
 LAUNCHER = "EVENSTEP_LAUNCHER"
-"""Tells the fork server whose it is."""
+"""Tells the fork server the process id of its launcher."""
 # In this order: bound to its launcher first, then everything that a rank needs.
 _PRELOAD = [
     "launch.processes.fork_server",
@@ -34,7 +34,7 @@ _begun_with: dict[str, str] = {}
 
 
 def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
-    """Begin what `words`, those of a command line, will need; in doubt nothing."""
+    """Start what a command line of these `words` will need; in doubt nothing."""
     if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
         return
     # What is loaded stays: to look for garbage in it meanwhile was a fifth of the time.
@@ -53,7 +53,7 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
 
 
 def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | None:
-    """What is wrong with where the command is started, told before a library fails of it."""
+    """A problem with the working directory, reported before a library fails because of it."""
     try:
         os.getcwd()
     except OSError as error:
@@ -75,7 +75,7 @@ def collect_garbage() -> None:
 
 
 def starts_processes(words: Sequence[str], variables: Mapping[str, str]) -> bool:
-    """Whether the command of these words will start processes, as far as can be told so early."""
+    """Whether the command of these words will start processes, as far as is known so early."""
     if "RANK" in variables or "WORLD_SIZE" in variables:  # torchrun has
         return False
     processes = _value_of("--processes", words) or variables.get("PET_NPROC_PER_NODE", "1")
@@ -84,7 +84,7 @@ def starts_processes(words: Sequence[str], variables: Mapping[str, str]) -> bool
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """What the last of the words that give this option give it."""
+    """The last value of this option in the words."""
     value = None
     for at, word in enumerate(words):
         name, equals, given = word.partition("=")
@@ -97,7 +97,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 
 
 def begin_server() -> None:
-    """Start the fork server, unless it is there; it imports what ranks need, and waits."""
+    """Start the fork server, unless it runs; it imports what ranks need, and waits."""
     import multiprocessing
     from multiprocessing import forkserver, resource_tracker
 
@@ -117,7 +117,7 @@ def begin_server() -> None:
 
 
 def end_server() -> None:
-    """Do without it after all."""
+    """Stop the fork server; it is not needed."""
     if not _begun_with:
         return
     from multiprocessing import forkserver
@@ -129,7 +129,7 @@ def end_server() -> None:
 
 
 def set_since() -> dict[str, str]:
-    """The variables of the environment that the server, and so its ranks, have not seen."""
+    """The environment variables that were set after the server started, for its ranks."""
     return {k: v for k, v in os.environ.items() if _begun_with.get(k) != v}
 
 
@@ -137,7 +137,7 @@ def set_since() -> dict[str, str]:
 
 
 def _load_libraries() -> None:
-    """Have the system load them, in torch's own order and without holding the interpreter.
+    """Let the system load them, in torch's order and without holding the interpreter's lock.
 
     Where that fails nothing is lost: torch's import tries again, and says what is wrong.
     """

@@ -2,10 +2,10 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* entry: what every process of a job runs, and how its end is reported.
+* entry: the main function of every process of a job, and the report of its end.
 * process_group: joins this process to the others on its device, and provides the `World`.
-* joining: how the processes of a job join through a store that strangers may have written to.
+* joining: how the processes of a job connect through a store to which strangers may have written.
 * store: the store through which processes find each other, bound to one address of the machine.
-* job: what is to be run or tested, as a launcher holds it and a process receives it. No torch.
-* exit: how a process leaves: with its exit code and in time, whatever its libraries do.
+* job: the description of a run or test that a launcher passes to its processes. No torch.
+* exit: ends a process with its exit code and in time, even if its libraries block the exit.
 """

@@ -1,4 +1,4 @@
-"""What every process of a job runs, and how its end is reported."""
+"""The main function of every process of a job, and the report of its end."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _KEPT: list[BaseException] = []
 
 @dataclass(frozen=True)
 class RankContext:
-    """This process, as those who look after it know it."""
+    """The parts that watch this process."""
 
     heartbeat: Heartbeat
     leave: Leave
-    """Ends it at once, when its main thread cannot."""
+    """Kills it at once, if its main thread cannot exit."""
 
     def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
-        """While it lasts, this process is reported and ended when it stands still."""
+        """A context in which the watchdog reports and kills this process if it hangs."""
         return watched(
             self.heartbeat,
             processes=environment.world_size,
@@ -64,7 +64,7 @@ class RankContext:
 def work(
     job: Job | TestJob, environment: Environment, *, stop: StopRequest, here: RankContext
 ) -> None:
-    """Do this process's part of the job.
+    """Run this process's part of the job.
 
     Raises:
         EvenstepError: see `train` and `test`.
@@ -76,7 +76,7 @@ def work(
 
 
 def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankContext) -> None:
-    """Run this process's part of the job to its end, or until `stop` is asked for.
+    """Train this process's part of the job to its end, or until a request to stop.
 
     Raises:
         EvenstepError: see `service.training.worker.run`.
@@ -122,7 +122,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
 
 
 def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
-    """Do this process's part of the test; the lead prints the measures.
+    """Run this process's part of the test; rank 0 prints the measures.
 
     Raises:
         EvenstepError: see `service.training.worker.test_run`.
@@ -156,12 +156,12 @@ def _world(spec: Spec, environment: Environment) -> Iterator[World]:
 
 
 def _collective_timeout(spec: Spec) -> float:
-    """Beyond the hang watch, which explains: torch's own limit names neither rank nor line."""
+    """Longer than the watchdog's timeout: torch's timeout names neither rank nor line."""
     return 60.0 + 2 * max(spec.faults.hang_timeout_seconds, spec.faults.startup_timeout_seconds)
 
 
 def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
-    """What happened, and what would fit."""
+    """The message: what happened, and which size would fit."""
     smaller = max(1, plan.micro_batch // 2)
     advice = (
         f"batch.micro_batch={smaller} halves what the rows of one pass take (now "
@@ -187,7 +187,7 @@ class End(NamedTuple):
     message: str = ""
     """For a person."""
     trace: str = ""
-    """Where it happened, unless the message says all there is to know."""
+    """The traceback, unless the message is complete."""
 
 
 def outcome_of(
@@ -196,7 +196,7 @@ def outcome_of(
     here: RankContext,
     silent: tuple[type[EvenstepError], ...] = (),
 ) -> End:
-    """Do the work and say how it ended; a failure of this process's own is reported to a file.
+    """Run the work and return how it ended; a failure of this process is written to a file.
 
     Where it failed, the process has little time to leave from then on.
     What is equal on all processes is said by rank 0; what happened to one, by that one.
@@ -247,7 +247,7 @@ def _let_leave(error: BaseException, code: int) -> None:
 
 
 def _report(here: RankContext, message: str) -> None:
-    """Called where an exception is handled: leave its traceback with the run, if there is one."""
+    """Called while an exception is handled: write its traceback to the run, if there is one."""
     if here.heartbeat.failures is not None:
         told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
         write_failure(here.heartbeat.failures, here.heartbeat.record() | told)

@@ -1,4 +1,4 @@
-"""How a process leaves: with its exit code and in time, whatever its libraries do."""
+"""Ends a process with its exit code and in time, even if its libraries block the exit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import NoReturn
 from service.health.stop_request import STOP_SIGNALS
 
 LEAVING_SECONDS = 10.0
-"""From the end of the work to the end of the process, at most."""
+"""Longest time from the end of the work to the end of the process."""
 _LOCKED_SECONDS = 5.0  # more, where not even a thread can run
 _STOPS = {int(number) for number in STOP_SIGNALS}
 _ending = threading.Event()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now, with what is registered for its exit done as far as there is time.
+    """End this process now; exit handlers run as far as there is time.
 
     The interpreter's own way out takes seconds with torch loaded, in which peers wait; and with
     gloo it now and then ends in an abort ("terminate called without an active exception").
@@ -38,7 +38,7 @@ def leave(code: int) -> NoReturn:
 
 
 def end_in_time(code: int) -> None:
-    """From now on this process ends in `LEAVING_SECONDS`, and at once by a signal to stop.
+    """From now on this process ends within `LEAVING_SECONDS`, and at once after a signal to stop.
 
     Called in the main thread when its work has ended.  What is left then may wait for ever: a
     library's function for the exit, a worker that does not answer, a terminal that nobody reads.
@@ -75,7 +75,7 @@ def _count(heard: int, code: int) -> NoReturn:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """Nothing: that it is heard is enough."""
+    """Do nothing: receiving the signal is enough."""
 
 
 def _tell(text: str) -> None:
@@ -84,6 +84,6 @@ def _tell(text: str) -> None:
 
 
 def leave_hung(code: int, message: str) -> NoReturn:
-    """End this process from another thread than the one that hangs, which may hold any lock."""
+    """End this process from another thread than the hanging one, which may hold any lock."""
     _tell(f"error: {message}")
     os._exit(code)

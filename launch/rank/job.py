@@ -1,4 +1,4 @@
-"""What is to be run or tested, as a launcher holds it and a process receives it. No torch."""
+"""The description of a run or test that a launcher passes to its processes. No torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from service.spec.models import Spec
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, as a process receives it."""
+    """The description of a run for its processes."""
 
     spec: Spec
     runs: Path
     fresh: bool = False
     stop_at: int | None = None
     group: Group | None = None
-    """The processes of all nodes, where there are several."""
+    """The processes of all nodes, if there are several nodes."""
     profile: Window | None = None
-    """The steps to trace."""
+    """The steps to profile."""
     grace: GracePeriod | None = None
     """What the launcher gives a stop, where it is not our own."""
     accepted: Accepted = NOTHING_ACCEPTED
     """What may be changed of a run that has begun."""
 
     def again(self, before: str | None) -> Job:
-        """The job as it is started after a failure: an earlier run is put aside once.
+        """The job for a restart after a failure: `fresh` moves an earlier run aside only once.
 
         Args:
             before: the id of the run when the job was started.
@@ -46,7 +46,7 @@ class Job:
         return RunDirectory(self.runs / self.spec.name)
 
     def run_id(self) -> str | None:
-        """The id of the run that is in its place now; None where none can be read."""
+        """The id of the run that is at its path now; None if none can be read."""
         try:
             return str(self.directory().read_facts()["id"])
         except SpecError:
@@ -66,7 +66,7 @@ def _received(spec: dict[str, Any], *rest: Any) -> Job:
 
 @dataclass(frozen=True)
 class TestJob:
-    """What is to be tested, as a process receives it."""
+    """The description of a test for its processes."""
 
     run: Path
     checkpoint: str
@@ -80,5 +80,5 @@ class TestJob:
 
     @property
     def spec(self) -> Spec:
-        """The spec of the run, as it is to be tested."""
+        """The spec of the run, with the overrides of the test."""
         return RunDirectory(self.run).read_spec(self.overrides)

@@ -1,4 +1,4 @@
-"""How the processes of a job join through a store that strangers may have written to.
+"""How the processes of a job connect through a store to which strangers may have written.
 
 What is read from it is never unpickled, and a change by somebody else ends the job within seconds
 instead of a wait.
@@ -25,7 +25,7 @@ _COUNT, _ALL = "joined", "all joined"
 
 
 def store_of(environment: Environment, *, seconds: float) -> Store | None:
-    """What the processes of this job meet in; None where torchrun keeps it, and torch finds it.
+    """The store of this job; None if torchrun has it and torch finds it.
 
     Args:
         seconds: what the process that keeps it may take to be there.
@@ -56,7 +56,7 @@ def keep_to_loopback() -> None:
 
 
 def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> None:
-    """Return when every process of the job is here: from then on, connecting takes a moment.
+    """Return when every process of the job has arrived; connecting is then fast.
 
     How far apart they start nobody knows; that a key of one's own is gone, or another's, shows
     within a second that somebody else writes into the store.

@@ -45,7 +45,7 @@ def process_group(
     bitwise: bool = False,
     timeout_seconds: float = 300.0,
 ) -> Iterator[World]:
-    """All processes of the job, joined for as long as it lasts.
+    """A context with all processes of the job connected.
 
     NCCL on NVIDIA GPUs, gloo on CPU, and what accelerate knows for others.
 
@@ -94,7 +94,7 @@ def _device() -> str:
 
 
 def _own(environment: Environment, device: str, accelerator: Accelerator) -> torch.device:
-    """The device of this process among those of its machine that it sees."""
+    """The device of this process, among the visible devices of its machine."""
     if environment.is_alone and accelerator.device.type == device:
         chosen: torch.device = accelerator.device  # perhaps by ACCELERATE_TORCH_DEVICE
         return chosen
@@ -104,7 +104,7 @@ def _own(environment: Environment, device: str, accelerator: Accelerator) -> tor
 
 
 def require_own_device(world: World, own: str) -> None:
-    """Refuse that two processes compute on one device: accelerate lets them, silently.
+    """Refuse two processes on one device, which accelerate silently allows.
 
     How many a process sees says nothing: under Slurm, with `torchrun --virtual-local-rank` or on a
     MIG slice each sees one, its own.  Every process calls it.
@@ -128,7 +128,7 @@ def require_own_device(world: World, own: str) -> None:
 
 
 def identity_of(device: torch.device) -> str:
-    """Words that are equal for two processes exactly where they compute on the same device."""
+    """A text that is equal for two processes if and only if they use the same device."""
     module = torch.get_device_module(device)
     told = getattr(module, "get_device_properties", None)
     properties: Any = None if told is None else told(device)
@@ -144,7 +144,7 @@ def identity_of(device: torch.device) -> str:
 
 
 def stay_near_device(world: World, environment: Environment) -> None:
-    """Where several processes share a machine: each keeps to the cores of its GPU's NUMA node.
+    """Bind each of several processes of a machine to the cores of its GPU's NUMA node.
 
     Called once it is known how many cores each process gets, for it changes what this one sees.
     """
@@ -157,13 +157,13 @@ def stay_near_device(world: World, environment: Environment) -> None:
 
 
 def _machine() -> str:
-    """Its name, and what tells it from others of this name: as NCCL knows it."""
+    """The name of the device and its identity, as NCCL knows it."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text()[:8] if boot.exists() else ''}".strip()
 
 
 def _share_cores(environment: Environment) -> None:
-    """Divide the cores this container gets among its processes; beside GPUs too.
+    """Divide the cores of this container among its processes, also with GPUs.
 
     Left alone, each would compute on the host with a thread for every core of the machine.
     """
