@@ -139,12 +139,14 @@ def run(
 @_OVERRIDES
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
+@click.option("--data", metavar="NAME", help="Of several test sets this one; all by default.")
 @_PROCESSES
 def test(
     run: Path,
     overrides: tuple[str, ...],
     checkpoint: str,
     predictions: Path | None,
+    data: str | None,
     processes: str | None,
 ) -> None:
     """Test a checkpoint of RUN, a directory or a name in ./runs, on any number of processes.
@@ -154,7 +156,7 @@ def test(
     asked = _process_count(processes)
     found = find_run(run)
     found.read_spec(overrides)  # a mistake is told here, once
-    job = TestJob(found.path.absolute(), checkpoint, predictions, overrides)
+    job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
     _start(job, place, processes=asked)
 
 

@@ -99,6 +99,31 @@ def by_step(step: str, dropout: float = 0.2) -> Task:
     )
 
 
+# ---- several test sets
+
+
+def two_tests(**more: Any) -> Task:
+    train, test = classified()
+    far = TensorDataset(test.tensors[0][:11] * 3, test.tensors[1][:11])
+    tests = {"val": test, "ood": lambda: far}
+    return supervised(model=classifier, train=train, test=tests, measures=("accuracy",), **more)
+
+
+def broken_test() -> Task:
+    def breaks(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) == 7:  # as no micro-batch of training has
+            raise ZeroDivisionError
+        return outputs[:, 0]
+
+    train, test = classified()
+    return supervised(model=classifier, train=train, test=test, measures={"broken": breaks})
+
+
+def two_tests_by_step() -> Task:
+    tests = two_tests().test_data()
+    return custom(step=each_step, model=classifier, train=classified()[0], test=tests)
+
+
 # ---- losses with weights of their own, which only the forward pass shows
 
 

@@ -139,6 +139,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
             run=job.run,
             checkpoint=job.checkpoint,
             predictions=job.predictions,
+            data=job.data,
         )
         if world.is_lead:
             print(json.dumps(measures), flush=True)

@@ -73,6 +73,8 @@ class TestJob:
     predictions: Path | None = None
     overrides: tuple[str, ...] = ()
     """Of the run's spec, `key=value`."""
+    data: str | None = None
+    """Which test set, where there are several."""
 
     def directory(self) -> RunDirectory:
         """Where the run is kept."""

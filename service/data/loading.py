@@ -113,7 +113,7 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
         yield Order(0, number, key, start, rows[start - first : end - first])
 
 
-@lru_cache(maxsize=1)  # it is the same in every test of a run
+@lru_cache(maxsize=16)  # of each test set it is the same in every test of a run
 def _test_share(
     rows: int, size: int, process: int, processes: int, seed: int
 ) -> list[tuple[int, int, int, int]]:

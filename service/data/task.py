@@ -6,11 +6,12 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,11 @@ class Task(Protocol):
         ...
 
     def test_data(self) -> Data:
-        """The test rows."""
+        """The test rows; where the task has `tests`, a mapping with the rows of each."""
         ...
 
     # Besides these it has a loss (`WithLoss`) or a step of its own (`WithStep`).  It may also have
+    #   tests                       names of several test sets; `test_rows` is then their sum;
     #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
     #   ignored                     without a weight: the target whose row the loss leaves out;
     #   metrics                     a mapping from names to torchmetrics metrics;
@@ -205,7 +207,7 @@ def with_loss(task: Task) -> WithLoss:
 
 
 def measured_by(task: Task) -> tuple[str, ...]:
-    """Names of everything that the test loop measures."""
+    """Names of everything that the test loop measures of a test set."""
     return ("loss", *task.measures, *metrics_of(task))
 
 
@@ -217,6 +219,64 @@ def metrics_of(task: Task) -> dict[str, Any]:
         if not hasattr(metric, "merge_state"):  # a MetricCollection
             parts = {f"{name}/{key}": part for key, part in metric.items()}
         found |= parts
+    return found
+
+
+class TestSet(NamedTuple):
+    """The rows of one test pass."""
+
+    name: str
+    """Empty where the task has one only."""
+    data: Data
+    rows: int
+
+    def key(self, measure: str) -> str:
+        """`test/loss`, or `test/val/loss`."""
+        return f"test/{self.name}/{measure}" if self.name else f"test/{measure}"
+
+    def named(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What the test loop gives, `test/loss`, under the keys of this set."""
+        return {self.key(key.removeprefix("test/")): value for key, value in values.items()}
+
+
+def test_sets(task: Task | _FromParts, data: Data) -> list[TestSet]:
+    """The test sets of a task, of which `data` are the rows.
+
+    Raises:
+        SpecError: a name or a set cannot be used.
+    """
+    names = getattr(task, "tests", None)
+    if names is None:
+        return [TestSet("", data, _length(data, "test"))]
+    if not isinstance(data, Mapping) or {*data} != {*names}:
+        there = sorted(data) if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        raise SpecError(
+            f"task.tests: names {', '.join(names)}, so test_data must give a mapping of these, but "
+            f"it gives {there}."
+        )
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name)):
+            raise SpecError(
+                f"task.test: a test set is named by letters, digits and _ . -, but one is {name!r}."
+            )
+        if _length(data[name], "test") == 0:
+            raise SpecError(f"task.test: the test set {name!r} is empty. Leave it out.")
+    return [TestSet(name, data[name], len(data[name])) for name in names]
+
+
+def chosen_test_sets(sets: Sequence[TestSet], name: str | None) -> list[TestSet]:
+    """The one of this name, or all of them.
+
+    Raises:
+        SpecError: there is none of this name.
+    """
+    if name is None:
+        return list(sets)
+    found = [part for part in sets if part.name == name]
+    if not found:
+        known = [part.name for part in sets if part.name]
+        told = did_you_mean(name, known) if known else ": its task has one test set, without a name"
+        raise SpecError(f"--data: there is no test set {name!r}{told}")
     return found
 
 
@@ -289,7 +349,10 @@ class _FromParts:
         test = test() if callable(test) else test
         self._test: Data = () if test is None else test
         self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
-        self.test_rows = _length(self._test, "test")
+        if isinstance(test, Mapping):
+            self._test = {name: data() if callable(data) else data for name, data in test.items()}
+            self.tests = tuple(self._test)
+        self.test_rows = sum(part.rows for part in test_sets(self, self._test))
         if not isinstance(measures, Mapping):
             measures = {name: name for name in measures}
         measures = {
@@ -338,7 +401,8 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
         model: makes a new model.
         train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
             under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
-        test: such a data set, which can be no stream; None for a task without a test.
+        test: such a data set, which can be no stream; a mapping from names to several of them;
+            None for a task without a test.
         loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
         measures: names of `MEASURES`; or a mapping from a name to one of these, to such a function,
             or to a torchmetrics metric or collection of them, which is given the outputs (their

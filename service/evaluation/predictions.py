@@ -23,9 +23,11 @@ KINDS = (".npy", ".safetensors")
 class Predictions:
     """Collects one process's outputs, in the order of the data set."""
 
-    def __init__(self, path: Path, *, task: Task, world: World) -> None:
-        """`path` ends in .npy, or in .safetensors for one tensor named `predictions`.
+    def __init__(self, path: Path, *, task: Task, rows: int, world: World) -> None:
+        """The predictions of a test set of so many rows.
 
+        Args:
+            path: ends in .npy, or in .safetensors for one tensor named `predictions`.
         Raises:
             SpecError: it does not, or its directory is missing.
         """
@@ -36,7 +38,7 @@ class Predictions:
         self._path = path
         self._world = world
         self._predict = getattr(task, "predict", logits)
-        self._rows = task.test_rows
+        self._rows = rows
         self._kept: list[Tensor] = []
 
     def add(self, outputs: Any) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from service.data.batches import Batch
+from service.data.loading import test_batches
 from service.data.shapes import require_loss_shape, require_measured_shape
-from service.data.task import Task, WithLoss, metrics_of, step_of, with_loss
+from service.data.task import Task, TestSet, WithLoss, metrics_of, step_of, with_loss
 from service.distributed.world import World
 from service.evaluation.metrics import Gathered, Tally
 from service.evaluation.own_step_test import CountedSteps
@@ -33,6 +35,33 @@ def test(
             world.seed(batch.key)
             counted.take(model, batch)
     return counted.means()
+
+
+def test_each(
+    model: nn.Module,
+    sets: Iterable[TestSet],
+    *,
+    task: Task,
+    plan: Plan,
+    world: World,
+    step: int,
+    over: Over = lambda batches, plan: batches,
+) -> dict[str, float]:
+    """What is measured of each test set after `step` optimizer steps, one set after the other.
+
+    Args:
+        over: what stands between the micro-batches of a set, whose plan it is given, and the loop.
+    """
+    values: dict[str, float] = {}
+    for part in sets:
+        of_set = replace(plan, test_rows=part.rows)
+        batches = over(test_batches(part.data, task=task, plan=of_set, world=world), of_set)
+        counted = counted_for(task, plan=of_set, world=world, step=step)
+        values |= part.named(test(model, batches, world=world, counted=counted))
+    return values
+
+
+Over = Callable[[Iterable[Batch], Plan], Iterable[Batch]]
 
 
 def counted_for(

@@ -6,6 +6,7 @@ It needs no network and no file beside it; light and dark follow the reader's ow
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -194,7 +195,8 @@ def _origin(history: History) -> dict[str, Any]:
 
 def _charts(histories: Sequence[History]) -> list[str]:
     keys = dict.fromkeys(key for history in histories for key in history.keys)
-    losses: list[str] = [key for key in ("train/loss", "test/loss") if key in keys]
+    named = [key for key in keys if re.fullmatch(r"test/[^/]+/loss", key)]
+    losses: list[str] = [key for key in ("train/loss", "test/loss", *named) if key in keys]
     groups = {"Loss": losses} if losses else {}
     rest = [key for key in keys if key not in losses]
     for key in sorted(rest, key=lambda k: (not k.startswith("test/"), _rank(k))):

@@ -173,8 +173,10 @@ def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = No
         SpecError: it does not, or has no test rows.
     """
     told = step_of(task) is None or known is not None
-    known = [f"test/{name}" for name in known or measured_by(task)]
-    parts = tuple(f"test/{name}/" for name in metrics_of(task))  # of a metric; known when computed
+    sets = [f"test/{name}/" for name in getattr(task, "tests", ())] or ["test/"]
+    known = [f"{part}{name}" for part in sets for name in known or measured_by(task)]
+    # The parts of a metric are known when it is computed.
+    parts = tuple(f"{part}{name}/" for part in sets for name in metrics_of(task))
     for where, part in _decided(spec).items():
         found = part.measure in known or part.measure.startswith(parts)
         if told and not found:

@@ -17,14 +17,14 @@ from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mi
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
 from service.data.batches import Batch
-from service.data.loading import test_batches, train_steps
+from service.data.loading import train_steps
 from service.data.streams import Stream, is_stream
-from service.data.task import Task, collate_of, load_task, new_model, step_of
+from service.data.task import Task, collate_of, load_task, new_model, step_of, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
-from service.evaluation.test_loop import counted_for, test
+from service.evaluation.test_loop import test_each
 from service.observability.other_writers import require_packages
 from service.optimization.activation_checkpointing import (
     checkpoint_activations,
@@ -246,12 +246,15 @@ def _step(state: TrainState, dry_run: DryRun) -> float:
 
 def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str, float]:
     """The test loop over its first micro-batch: that it works, not how good the model is."""
-    rows = min(task.test_rows, spec.test.micro_batch)
-    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=rows)
-    batches = test_batches(task.test_data(), task=task, plan=plan, world=world)
-    with told_as_mistake(f"task: the test loop failed over its first {rows} rows"):
-        counted = counted_for(task, plan=plan, world=world, step=0)
-        return test(model, batches, world=world, counted=counted)
+    values: dict[str, float] = {}
+    plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
+    for part in test_sets(task, task.test_data()):
+        rows = min(part.rows, spec.test.micro_batch)
+        first = [part._replace(rows=rows)]
+        of_set = f" of {part.name}" if part.name else ""
+        with told_as_mistake(f"task: the test loop failed over its first {rows} rows{of_set}"):
+            values |= test_each(model, first, task=task, plan=plan, world=world, step=0)
+    return values
 
 
 def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:

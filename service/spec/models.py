@@ -96,6 +96,9 @@ class TestSpec(Part):
     """The same in epochs."""
     micro_batch: Annotated[int, Field(ge=1)] = 256
     """Rows of one forward pass of the test loop."""
+    at_start: bool = False
+    """Test before the first step too, so that a measure that fails costs seconds. It decides
+    nothing: neither the best checkpoint nor early stopping."""
 
     _one_interval = model_validator(mode="after")(lambda self: _at_most_one_interval(self))
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.basics.errors import SpecError
 from service.checkpoints.checkpoints import Checkpoints
-from service.data.loading import test_batches
-from service.data.task import Data, Task
+from service.data.batches import Batch
+from service.data.task import Task, TestSet
 from service.distributed.agreed_stop import StopPoll, TestInterrupted
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.evaluation.test_loop import counted_for, test
+from service.evaluation.test_loop import test_each
 from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
 from service.health.throughput import Throughput
@@ -31,7 +31,7 @@ class AfterStep:
     task: Task
     world: World
     plan: Plan
-    test_data: Data
+    tests: Sequence[TestSet]
     updates: Updates
     named: Callable[[], dict[str, float]]
     """The values that the task's own step reported in the latest step; called on every process."""
@@ -100,18 +100,46 @@ class AfterStep:
     def _test(self, state: TrainState, values: dict[str, float]) -> None:
         """Add the measures of the test to `values`, unless all agree to abandon the test."""
         self.updates.look()  # a diverged model is not tested, nor saved below
-        task, world, plan = self.task, self.world, self.plan
-        batches = test_batches(self.test_data, task=task, plan=plan, world=world)
-        batches = self.heartbeat.during("test", batches)
-        batches = self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
-        counted = counted_for(task, plan=plan, world=world, step=state.step)
         try:
-            with state.evaluated():
-                values |= test(state.tested, batches, world=world, counted=counted)
+            values |= self._tested(state)
         except TestInterrupted:
             state.untested = {name: float(value) for name, value in values.items()}
         else:
-            require_measured(plan.spec, values)
+            require_measured(self.plan.spec, values)
+
+    def _tested(self, state: TrainState) -> dict[str, float]:
+        task, world, plan = self.task, self.world, self.plan
+        with state.evaluated():
+            return test_each(
+                state.tested,
+                self.tests,
+                task=task,
+                plan=plan,
+                world=world,
+                step=state.step,
+                over=self._leaving,
+            )
+
+    def _leaving(self, batches: Iterable[Batch], plan: Plan) -> Iterable[Batch]:
+        """The micro-batches of a test set, until all agree to leave."""
+        batches = self.heartbeat.during("test", batches)
+        return self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
+
+    def begin(self, state: TrainState) -> bool:
+        """Test before the first step, where the spec wants it; whether all stop in this test.
+
+        It decides nothing: neither which checkpoint is the best, nor when the run ends.
+        """
+        if state.step > 0 or not self.plan.spec.test.at_start or not self.tests:
+            return False
+        try:
+            values = self._tested(state)
+        except TestInterrupted:
+            return True
+        require_measured(self.plan.spec, values)
+        self.heartbeat.enter("log")
+        self.tracker.log(0, values)
+        return False
 
     def _record(self, state: TrainState, values: dict[str, float], *, saving: bool) -> None:
         self.heartbeat.enter("log")

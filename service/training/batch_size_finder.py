@@ -20,7 +20,7 @@ from service.basics.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.snapshots import expected_bytes
 from service.data.loading import resident_bytes, sample
-from service.data.task import Task, new_model
+from service.data.task import Task, new_model, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
@@ -144,7 +144,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     reserved = None
     if not on_cpu:
         # On a device it is taken away, so that a pass fails here where it would fail in training.
-        held += resident_bytes((task.train_data(), task.test_data()), task, world.device)
+        held += _resident_bytes(task, world)
         reserved = torch.empty(held, dtype=torch.uint8, device=world.device)
     before, found = peak_bytes(world.device), 0
     for rows in _doubled(most):
@@ -159,6 +159,11 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     if not found:
         raise OutOfMemory("Out of memory with a micro-batch of one row. Take a smaller model.")
     return found
+
+
+def _resident_bytes(task: Task, world: World) -> int:
+    tests = [part.data for part in test_sets(task, task.test_data())]
+    return resident_bytes((task.train_data(), *tests), task, world.device)
 
 
 def _doubled(most: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ from service.data.batches import Batch
 from service.data.loading import brought_into_memory, sample, way_of_rows
 from service.data.own_step import SteppedModel
 from service.data.streams import Stream, is_stream
-from service.data.task import Data, Task, new_model, step_of
+from service.data.task import Data, Task, TestSet, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import seed_generators
 from service.distributed.gradient_sync import GradientSync, OrderedSync, OverlappedSync
@@ -58,7 +58,7 @@ class Rows:
     """The data of a run."""
 
     train: Data
-    test: Data
+    tests: Sequence[TestSet]
     way: str
     """Describes how the training rows reach the device."""
 
@@ -70,13 +70,18 @@ def bring_rows(plan: Plan, task: Task, world: World) -> Rows:
         SpecError: the task does not provide them; on every process.
     """
     spec = plan.spec
-    both = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
-    way = way_of_rows(both[0], task=task, spec=spec.loader)
-    train, test = together(
+    train, test = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
+    sets = test_sets(task, test)
+    way = way_of_rows(train, task=task, spec=spec.loader)
+    brought = together(
         world,
-        lambda: [brought_into_memory(data, task=task, plan=plan, world=world) for data in both],
+        lambda: [
+            brought_into_memory(data, task=task, plan=plan, world=world)
+            for data in (train, *(part.data for part in sets))
+        ],
     )
-    return Rows(train, test, way)
+    tests = [part._replace(data=rows) for part, rows in zip(sets, brought[1:], strict=True)]
+    return Rows(brought[0], tests, way)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def train(
     """
     plan, heartbeat = training.plan, training.heartbeat
     training.exchange.model.train()
-    if after.poll.agreed(state.step, after.stop.requested):
+    if after.poll.agreed(state.step, after.stop.requested) or after.begin(state):
         return {}
     values: dict[str, float] = {}
     if state.untested is not None:  # the last attempt stopped in the test pass of its last step

@@ -5,21 +5,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from service.basics.errors import EvenstepError, Stopped
+from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import Step
 from service.data.loading import test_batches, train_steps
-from service.data.task import Task, files_may_have_moved, new_model
+from service.data.task import Task, chosen_test_sets, files_may_have_moved, new_model, test_sets
 from service.distributed.agreed_stop import StopPoll
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import copies_late
 from service.distributed.profiler import Profile
 from service.distributed.world import World
 from service.evaluation.predictions import Predictions
-from service.evaluation.test_loop import counted_for, test
+from service.evaluation.test_loop import counted_for, test, test_each
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import GracePeriod, StopBudget
 from service.health.stop_request import StopRequest
@@ -174,7 +175,7 @@ def carry_out(
         task,
         world,
         plan,
-        prepared.rows.test,
+        prepared.rows.tests,
         updates,
         training.named,
         records.tracker,
@@ -266,12 +267,14 @@ def test_run(
     run: Path,
     checkpoint: str = "latest",
     predictions: Path | None = None,
+    data: str | None = None,
 ) -> dict[str, float]:
     """Test a checkpoint of a run, without its optimizer.
 
     Args:
         checkpoint: `latest`, `best`, or a step.
         predictions: the file for the predictions of each row.
+        data: the test set, where the task has several; None for all of them.
     Raises:
         SpecError: there is no such checkpoint, or it belongs to another model.
         NoCheckpoint: it is damaged.
@@ -285,11 +288,17 @@ def test_run(
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
-    kept = Predictions(predictions, task=task, world=world) if predictions else None
-    test_data = drawn_alike(spec, task.test_data)
-    batches = test_batches(test_data, task=task, plan=plan, world=world)
+    sets = chosen_test_sets(test_sets(task, drawn_alike(spec, task.test_data)), data)
+    if predictions is None:
+        return test_each(model, sets, task=task, plan=plan, world=world, step=chosen.step)
+    if len(sets) > 1:
+        names = " or ".join(part.name for part in sets)
+        raise SpecError(f"--predictions: of which test set? Add --data {names}.")
+    [part] = sets
+    plan = replace(plan, test_rows=part.rows)
+    kept = Predictions(predictions, task=task, rows=part.rows, world=world)
+    batches = test_batches(part.data, task=task, plan=plan, world=world)
     counted = counted_for(task, plan=plan, world=world, step=chosen.step, predictions=kept)
     measures = test(model, batches, world=world, counted=counted)
-    if kept is not None:
-        kept.write()
-    return measures
+    kept.write()
+    return part.named(measures)
