@@ -144,6 +144,42 @@ def hard() -> Task:
     return custom(step=hard_step, model=classifier, train=train, test=test, measures=("accuracy",))
 
 
+# ---- rows that see each other
+
+
+def nearest(one: Tensor, other: Tensor) -> Tensor:
+    """How far the second view of each row is from being the most alike to its first one: [N]."""
+    likeness = F.normalize(one) @ F.normalize(other).T / 0.3  # [N, N]
+    return F.cross_entropy(likeness, torch.arange(len(one)), reduction="none")
+
+
+def contrast_step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:
+    one, other = model(batch.inputs), model(batch.inputs.flip(1))
+    return {
+        "contrast": Loss.of_all_rows(nearest, one, other),
+        "size": Loss.each(one.square().sum(1), scale=0.01),
+    }
+
+
+def contrast(dropout: float = 0.2) -> Task:
+    train, test = classified()
+    return custom(step=contrast_step, model=lambda: classifier(dropout), train=train, test=test)
+
+
+def whole_batch(dropout: float = 0.2) -> Task:
+    """The same by hand, where a micro-batch is the whole batch."""
+
+    def step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:
+        one, other = model(batch.inputs), model(batch.inputs.flip(1))
+        return {
+            "contrast": nearest(one, other),
+            "size": Loss.each(one.square().sum(1), scale=0.01),
+        }
+
+    train, test = classified()
+    return custom(step=step, model=lambda: classifier(dropout), train=train, test=test)
+
+
 # ---- a student that learns from a frozen teacher, and one that learns from its own average
 
 

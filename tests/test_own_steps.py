@@ -121,10 +121,27 @@ def test_a_student_of_its_own_average_resumes_in_the_same_bits(processes, tmp_pa
 
 
 def test_bitwise_is_bitwise_with_weights_of_its_own(processes, tmp_path):
-    for count in (1, 2):
-        spec = job("hard", exactness="bitwise")
-        processes(count).run(train_in_process, spec, tmp_path / str(count))
-    assert difference(tmp_path / "1", tmp_path / "2") == 0
+    for factory in ("hard", "contrast"):
+        places = [tmp_path / f"{factory}-{count}" for count in (1, 2)]
+        for count, place in zip((1, 2), places, strict=True):
+            processes(count).run(train_in_process, job(factory, exactness="bitwise"), place)
+        assert difference(*places) == 0
+
+
+def test_rows_that_see_each_other_do_so_at_any_number_of_processes(processes, tmp_path):
+    for count in (1, 3):
+        processes(count).run(train_in_process, job("contrast"), tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "3") < 1e-12
+    assert_same_rows(tmp_path / "1", tmp_path / "3")
+
+
+def test_rows_that_see_each_other_do_so_across_micro_batches(processes, tmp_path):
+    arguments = {"task_args": {"dropout": 0.0}, "test": {"micro_batch": 7}}
+    processes(2).run(train_in_process, job("contrast", **arguments), tmp_path / "apart")
+    whole = job("whole_batch", batch={"global_batch": 23, "micro_batch": 23}, **arguments)
+    processes(1).run(train_in_process, whole, tmp_path / "whole")
+    assert difference(tmp_path / "apart", tmp_path / "whole") < 1e-12
+    assert_same_rows(tmp_path / "apart", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("step", ["each", "mean", "weighed"])
@@ -185,6 +202,11 @@ PARAMETER = torch.ones(ROWS, requires_grad=True)
         ({"a": Loss(PARAMETER.sum(), None)}, "weight must be one number, but is None"),
         ({"a": Loss(PARAMETER, 4)}, r"must be one number beside its weight, .* \[4\]"),
         ({"a": Loss.mean(PARAMETER.mean(), scale=math.inf)}, "scale must be a finite number"),
+        ({"a": Loss.of_all_rows(torch.mean, PARAMETER)}, r"so the shape \[4\], but gave \[\]"),
+        (
+            {"a": Loss.of_all_rows(torch.abs, PARAMETER[:2])},
+            r"micro-batch, but one is \[2\]",
+        ),
         ({"a b": PARAMETER}, "is named 'a b'"),
         ({"loss": PARAMETER, "b": PARAMETER}, "none may be named 'loss'"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,14 @@ from service.data.batches import Batch
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
+class Across(NamedTuple):
+    """A loss whose rows see each other."""
+
+    function: Callable[..., Tensor]
+    features: tuple[Tensor, ...]
+    """Of this micro-batch: [B, ...] each."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """One loss of a micro-batch: a sum, and the weight that divides it.
@@ -27,6 +35,7 @@ class Loss:
     `Loss.each(values)`   one value for each row, or for each value of the task's `weight`
     `Loss.mean(mean)`     a mean over the rows of the batch, or over what `weight` counts of them
     `Loss(sum, weight)`   a sum, and what divides it, such as a number of boxes
+    `Loss.of_all_rows(function, *features)`   a function of the features of all rows of a step
     """
 
     sum: Tensor
@@ -38,7 +47,8 @@ class Loss:
     do not need that: what a batch counts is known before."""
     scale: float = 1.0
     """What it counts in the loss of the step. It is logged without it."""
-    kind: Literal["sum", "mean", "each"] = "sum"
+    kind: Literal["sum", "mean", "each", "across"] = "sum"
+    across: Across | None = None
 
     @staticmethod
     def each(values: Tensor, *, scale: float = 1.0) -> Loss:
@@ -49,6 +59,21 @@ class Loss:
     def mean(mean: Tensor, weight: float | Tensor | None = None, *, scale: float = 1.0) -> Loss:
         """A mean over `weight`; without it, over what the batch counts."""
         return Loss(mean, weight, scale, "mean")
+
+    @staticmethod
+    def of_all_rows(function: Callable[..., Tensor], *features: Tensor, scale: float = 1.0) -> Loss:
+        """A loss of all rows of a step together, such as a contrastive one.
+
+        The function gets the features of the whole global batch, in the order of its rows, from all
+        processes: [N, ...] each. It gives one value for each row: [N]. The value and the gradient
+        are the same at any number of processes and at any micro-batch. In a test, which has
+        no global batch, it gets those of a micro-batch.
+
+        All forward passes of a step come before its backward passes, as with a weight of its own.
+        """
+        if not features:
+            raise SpecError("task.step: Loss.of_all_rows needs features: tensors [B, ...].")
+        return Loss(features[0], None, scale, "across", Across(function, features))
 
 
 Losses = Mapping[str, Loss | Tensor]
@@ -74,6 +99,8 @@ class StepContext:
     key: int
     """A function of seed, step and micro-batch. Torch's generators already start at it, so what is
     drawn from them is the same at any number of processes; a generator of one's own starts here."""
+    whole: bool = False
+    """Whether losses of all rows wait for the whole step; otherwise they are of the micro-batch."""
     average: nn.Module | None = None
     """The moving average of the weights, where the spec has `model.moving_average`: a teacher that
     is equal on all processes and saved in every checkpoint. It takes no gradient."""
@@ -99,6 +126,8 @@ class LossPart(NamedTuple):
     scale: float
     divided_by: Literal["batch", "rows", "own"]
     """The weight of the step's batches, its rows, or the sum of its own weights."""
+    across: Across | None = None
+    """A loss of all rows: `sum` is no value before those of the whole step are together."""
 
 
 def read_losses(
@@ -119,7 +148,7 @@ def read_losses(
     parts: dict[str, LossPart] = {}
     for name, loss in losses.items():
         _require_name(name, parts)
-        parts[name] = _part(name, loss, batch, training=context.training)
+        parts[name] = _part(name, loss, batch, context)
     if "loss" in parts and len(parts) > 1:
         raise SpecError(
             f"task.step: of several losses ({', '.join(parts)}) none may be named 'loss': that is "
@@ -131,7 +160,7 @@ def read_losses(
     return parts, outputs
 
 
-def _part(name: str, given: object, batch: Batch, *, training: bool) -> LossPart:
+def _part(name: str, given: object, batch: Batch, context: StepContext) -> LossPart:
     where = f"task.step: the loss {name!r}"
     loss = Loss.each(given) if isinstance(given, Tensor) else given
     if not isinstance(loss, Loss):
@@ -140,7 +169,9 @@ def _part(name: str, given: object, batch: Batch, *, training: bool) -> LossPart
         kind = loss.sum.dtype if isinstance(loss.sum, Tensor) else type(loss.sum).__name__
         raise SpecError(f"{where} must be a tensor of real numbers, but is {kind}.")
     scale = _scale(loss.scale, where)
-    if training and not loss.sum.requires_grad:
+    if loss.across is not None:
+        return _across(loss.across, batch, scale, where, context)
+    if context.training and not loss.sum.requires_grad:
         raise SpecError(
             f"{where} has no gradient: it does not depend on a parameter that is trained, or was "
             "detached. A value that is only to be seen is logged by context.log."
@@ -164,6 +195,43 @@ def _times(mean: Tensor, weight: Tensor | float) -> Tensor:
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, mean, torch.zeros_like(mean)) * weight.to(mean.dtype)
     return mean * weight if weight else torch.zeros_like(mean) * mean.nan_to_num()
+
+
+def _across(
+    across: Across, batch: Batch, scale: float, where: str, context: StepContext
+) -> LossPart:
+    rows = len(batch.rows)
+    for feature in across.features:
+        if not isinstance(feature, Tensor) or feature.dim() == 0 or len(feature) != rows:
+            told = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise SpecError(
+                f"{where}: of_all_rows takes tensors with a first dimension of the {rows} rows of "
+                f"the micro-batch, but one is {told}."
+            )
+    wide = tuple(f.float() if f.dtype.itemsize < 4 else f for f in across.features)
+    if context.training and not any(feature.requires_grad for feature in wide):
+        raise SpecError(f"{where} has no gradient: none of its features depends on a parameter.")
+    read = Across(across.function, wide)
+    if context.whole:
+        return LossPart(wide[0].sum(), float(rows), scale, "rows", read)
+    return LossPart(values_across(read, wide, where).sum(), float(rows), scale, "rows", read)
+
+
+def values_across(across: Across, features: Sequence[Tensor], where: str) -> Tensor:
+    """One value for each row of these features, which may be those of a whole step.
+
+    Raises:
+        SpecError: the function gives something else.
+    """
+    values: object = across.function(*features)
+    rows = len(features[0])
+    if not isinstance(values, Tensor) or list(values.shape) != [rows]:
+        told = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise SpecError(
+            f"{where}: the function of of_all_rows must give one value for each row, so the shape "
+            f"[{rows}], but gave {told}."
+        )
+    return values
 
 
 def _of_values(values: Tensor, batch: Batch, scale: float, where: str) -> LossPart:

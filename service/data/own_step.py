@@ -25,6 +25,15 @@ class Pass:
     """What the step gave, once it was taken."""
     outputs: Any = None
 
+    def part(self, name: str) -> LossPart | None:
+        """The loss of this name, where the step gave it."""
+        return (self.parts or {}).get(name)
+
+    def settle(self, name: str, share: Tensor) -> None:
+        """Put the share of this micro-batch in a loss of all rows in its place."""
+        assert self.parts is not None, "the step was not taken"
+        self.parts = {**self.parts, name: self.parts[name]._replace(sum=share)}
+
     def entries(self) -> dict[str, Entry]:
         """What is recorded of it: the losses by name, then what the step logged."""
         assert self.parts is not None, "the step was not taken"

@@ -50,7 +50,7 @@ class CountedSteps:
             SpecError: the step gave something else than it promises.
         """
         average = model if self._averaged else None
-        context = StepContext(self._step, self._epoch, False, batch.key, average)
+        context = StepContext(self._step, self._epoch, False, batch.key, average=average)
         taken = SteppedModel(model, self._task, self._world).take(Pass(batch, context))
         rows: Entry = (float(len(batch.rows)), 0.0, 0.0)
         self._ledger.add(entries_of_test(self._task, taken) | {_ROWS: rows})

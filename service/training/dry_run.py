@@ -177,11 +177,11 @@ class DryRun:
             entries = entries_of_test(own, self._taken(callee, training=False))
         require_weights(trained.entries() | entries)
         parts = (trained.parts or {}).items()
-        weighed = [name for name, part in parts if part.divided_by == "own"]
+        weighed = [name for name, part in parts if part.divided_by == "own" or part.across]
         return weighed, ["loss", *entries, *getattr(own, "metrics", {})]
 
     def _taken(self, callee: nn.Module, *, training: bool) -> Pass:
-        context = StepContext(0, 0.0, training, self.batch.key, self.average)
+        context = StepContext(0, 0.0, training, self.batch.key, average=self.average)
         asked = Pass(self.batch, context)
         callee(asked)
         return asked

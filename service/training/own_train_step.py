@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service.basics.errors import SpecError
 from service.data.batches import Batch, Step
-from service.data.losses import LossPart, StepContext
+from service.data.losses import Across, LossPart, StepContext, values_across
 from service.data.own_step import Pass, SteppedModel, total_of
 from service.distributed.batchnorm import Normalization
 from service.evaluation.named_sums import Ledger
@@ -26,11 +26,12 @@ class OwnTrainStep(TrainStep):
 
     What the batch counts is known beforehand, so each backward pass follows its forward pass. A
     loss that comes with a weight of its own has a divisor only after all forward passes of the
-    step, on all processes: then these come first, and their graphs are kept.
+    step, on all processes: then these come first, and their graphs are kept. So it is where a
+    loss is of all rows together.
     """
 
     own_weights: Sequence[str]
-    """Names of the losses with a weight of their own, as the dry run found them."""
+    """Names of the losses with a weight of their own or of all rows, as the dry run found them."""
     stepped: SteppedModel
     """The model within the task's step, not wrapped."""
     _latest: list[Ledger] = field(default_factory=lambda: [Ledger()])
@@ -67,8 +68,9 @@ class OwnTrainStep(TrainStep):
         """A pass that is to be taken, with the random numbers that belong to it."""
         self.world.seed(batch.key)
         average = state.average.model if state.average is not None else None
+        whole = bool(self.own_weights)
         epoch = self.plan.epoch(state.step)
-        return Pass(batch, StepContext(state.step, epoch, True, batch.key, average))
+        return Pass(batch, StepContext(state.step, epoch, True, batch.key, whole, average))
 
     def _taken_before(
         self, state: TrainState, step: Step
@@ -87,8 +89,53 @@ class OwnTrainStep(TrainStep):
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:
                     table[place, batch.number] = asked.parts[name].weight
+        for name in sorted(self.own_weights):
+            self._bring_together(name, taken)
         sums = self.world.sum(table).sum(1)
         return taken, dict(zip(self.own_weights, sums.unbind(), strict=True))
+
+    def _bring_together(self, name: str, taken: Mapping[int, Pass]) -> None:
+        """Make of a loss of all rows its share for each micro-batch, with its gradient.
+
+        Every process computes the loss of all rows alike, and from its gradient by the features
+        goes on through its own micro-batches.
+        """
+        parts = {number: asked.part(name) for number, asked in taken.items()}
+        found = {number: part.across for number, part in parts.items() if part and part.across}
+        if not found:
+            return
+        if len(found) < len(taken):
+            raise SpecError(
+                f"task.step: the loss {name!r} is of all rows, so each micro-batch has to give it."
+            )
+        [*_, any_across] = found.values()
+        whole = [self._of_all(found, place) for place in range(len(any_across.features))]
+        with torch.enable_grad():
+            values = values_across(any_across, whole, f"task.step: the loss {name!r}")
+            needed = [feature for feature in whole if feature.requires_grad]
+            grads = iter(torch.autograd.grad(values.sum(), needed))
+        slopes = [next(grads) if feature.requires_grad else None for feature in whole]
+        for number, across in found.items():
+            rows = self._rows(number)
+            pairs = zip(across.features, slopes, strict=True)
+            pulled = sum((f * g[rows]).sum() for f, g in pairs if g is not None)
+            assert isinstance(pulled, Tensor), "read_losses wants a gradient"
+            share = pulled + (values[rows].sum() - pulled).detach()
+            taken[number].settle(name, share)
+
+    def _rows(self, number: int) -> slice:
+        """The rows of a micro-batch within the global batch."""
+        first = number * self.plan.micro_batch
+        return slice(first, min(first + self.plan.micro_batch, self.plan.global_batch))
+
+    def _of_all(self, found: Mapping[int, Across], place: int) -> Tensor:
+        """One of the features of all rows, in their order: a leaf that takes a gradient."""
+        one = next(iter(found.values())).features[place]
+        table = one.new_zeros(self.plan.global_batch, *one.shape[1:])
+        for number, across in found.items():
+            table[self._rows(number)] = across.features[place].detach()
+        table += 0.0  # -0 becomes 0, as it does where others add their zeros
+        return self.world.sum(table).requires_grad_(one.requires_grad)
 
     def _divisors(
         self, parts: Mapping[str, LossPart], step: Step, weights: Mapping[str, Tensor]
@@ -152,9 +199,9 @@ def require_own_step(
         )
     if names and moving:
         raise SpecError(
-            f"task.step: the weight of {names} is known only after all forward passes of a step, "
-            "and the model has buffers that move in each of them. Use Loss.each or Loss.mean "
-            "without a weight, or model.buffers: local."
+            f"task.step: {names} is known only after all forward passes of a step, and the model "
+            "has buffers that move in each of them. Use Loss.each or Loss.mean without a weight, "
+            "or model.buffers: local."
         )
     if names and normalization.layers and spec.exactness == "bitwise":
         raise SpecError(
