@@ -49,6 +49,8 @@ class FirstPass:
     """Buffers that the pass has changed, except BatchNorm's."""
     own_weights: Sequence[str] = ()
     """Losses of a step of one's own that come with a weight of their own."""
+    across: Sequence[str] = ()
+    """Those that are of all rows of a step together."""
     tested: Sequence[str] | None = None
     """What such a step gives in a test, by name; None where the task says it."""
 
@@ -89,9 +91,9 @@ class DryRun:
             self._shaped(model)
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
             moving = before.moved()
-            own_weights, tested = self._named(callee)
+            own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
-        return FirstPass(missed, a_row, drawn, moving, own_weights, tested)
+        return FirstPass(missed, a_row, drawn, moving, own_weights, across, tested)
 
     def _counted(self, model: nn.Module) -> int | None:
         """The operations of a pass, or None if the pass or the counting failed."""
@@ -159,15 +161,17 @@ class DryRun:
         else:
             computed(model, self.batch.inputs, self.world)
 
-    def _named(self, callee: nn.Module) -> tuple[Sequence[str], Sequence[str] | None]:
-        """(losses with a weight of their own, what a test gives) of a task's own step.
+    def _named(
+        self, callee: nn.Module
+    ) -> tuple[Sequence[str], Sequence[str], Sequence[str] | None]:
+        """(losses with a weight of their own, of all rows, what a test gives) of an own step.
 
         Raises:
             SpecError: a weight is not a number from 0 up, or the step fails in a test.
         """
         own = step_of(self.task)
         if own is None:
-            return (), None
+            return (), (), None
         trained = self._taken(callee, training=True)
         with (
             told_as_mistake("task.step: a pass without gradients, as in a test, failed"),
@@ -177,8 +181,9 @@ class DryRun:
             entries = entries_of_test(own, self._taken(callee, training=False))
         require_weights(trained.entries() | entries)
         parts = (trained.parts or {}).items()
-        weighed = [name for name, part in parts if part.divided_by == "own" or part.across]
-        return weighed, ["loss", *entries, *getattr(own, "metrics", {})]
+        weighed = [name for name, part in parts if part.divided_by == "own"]
+        across = [name for name, part in parts if part.across is not None]
+        return weighed, across, ["loss", *entries, *getattr(own, "metrics", {})]
 
     def _taken(self, callee: nn.Module, *, training: bool) -> Pass:
         context = StepContext(0, 0.0, training, self.batch.key, average=self.average)

@@ -19,6 +19,12 @@ from service.plan.plan import Plan
 from service.training.dry_run import FirstPass
 from service.training.train_step import TrainStep
 
+_LATE = (
+    "task.step: the loss {name!r} came {what}, and in the pass before the first step it did not. "
+    "Whether a loss does is decided then: give it from the first step on, with scale=0 where it "
+    "shall not count yet."
+)
+
 
 @dataclass(frozen=True)
 class OwnTrainStep(TrainStep):
@@ -31,7 +37,9 @@ class OwnTrainStep(TrainStep):
     """
 
     own_weights: Sequence[str]
-    """Names of the losses with a weight of their own or of all rows, as the dry run found them."""
+    """Names of the losses with a weight of their own, as the dry run found them."""
+    across: Sequence[str]
+    """Names of those of all rows, likewise."""
     stepped: SteppedModel
     """The model within the task's step, not wrapped."""
     _latest: list[Ledger] = field(default_factory=lambda: [Ledger()])
@@ -64,19 +72,23 @@ class OwnTrainStep(TrainStep):
             state.drop_frozen_gradients()
         return losses
 
+    @property
+    def _holds(self) -> bool:
+        """Whether all forward passes of a step come before its backward passes."""
+        return bool(self.own_weights or self.across)
+
     def _begun(self, state: TrainState, batch: Batch) -> Pass:
         """A pass that is to be taken, with the random numbers that belong to it."""
         self.world.seed(batch.key)
         average = state.average.model if state.average is not None else None
-        whole = bool(self.own_weights)
         epoch = self.plan.epoch(state.step)
-        return Pass(batch, StepContext(state.step, epoch, True, batch.key, whole, average))
+        return Pass(batch, StepContext(state.step, epoch, True, batch.key, self._holds, average))
 
     def _taken_before(
         self, state: TrainState, step: Step
     ) -> tuple[dict[int, Pass], dict[str, Tensor]]:
         """The passes by micro-batch, and the weight of the step of each loss that has its own."""
-        if not self.own_weights:
+        if not self._holds:
             return {}, {}
         taken: dict[int, Pass] = {}
         table = torch.zeros(  # 0 for what others computed
@@ -89,8 +101,10 @@ class OwnTrainStep(TrainStep):
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:
                     table[place, batch.number] = asked.parts[name].weight
-        for name in sorted(self.own_weights):
+        for name in self.across:
             self._bring_together(name, taken)
+        if not self.own_weights:
+            return taken, {}
         sums = self.world.sum(table).sum(1)
         return taken, dict(zip(self.own_weights, sums.unbind(), strict=True))
 
@@ -102,9 +116,7 @@ class OwnTrainStep(TrainStep):
         """
         parts = {number: asked.part(name) for number, asked in taken.items()}
         found = {number: part.across for number, part in parts.items() if part and part.across}
-        if not found:
-            return
-        if len(found) < len(taken):
+        if len(found) < len(taken):  # the others wait for these rows, and end with this process
             raise SpecError(
                 f"task.step: the loss {name!r} is of all rows, so each micro-batch has to give it."
             )
@@ -143,16 +155,14 @@ class OwnTrainStep(TrainStep):
         known = {"rows": float(self.plan.global_batch), "batch": step.weight}
         divisors: dict[str, float | Tensor] = {}
         for name, part in parts.items():
+            if part.across is not None and name not in self.across:
+                raise SpecError(_LATE.format(name=name, what="of all rows"))
             if part.divided_by != "own":
                 divisors[name] = known[part.divided_by]
             elif name in weights:
                 divisors[name] = weights[name]
             else:
-                raise SpecError(
-                    f"task.step: the loss {name!r} came with a weight of its own, and in the pass "
-                    "before the first step it did not. Whether a loss has one is decided then: "
-                    "give it from the first step on, with scale=0 where it shall not count yet."
-                )
+                raise SpecError(_LATE.format(name=name, what="with a weight of its own"))
         return divisors
 
     def update(
@@ -189,7 +199,7 @@ def require_own_step(
     Raises:
         SpecError: it does.
     """
-    spec, names = plan.spec, ", ".join(found.own_weights)
+    spec, names = plan.spec, ", ".join([*found.own_weights, *found.across])
     uneven = plan.micro_batches % plan.processes != 0
     if spec.model.batchnorm == "sync" and normalization.layers and uneven:
         raise SpecError(

@@ -217,8 +217,19 @@ def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receip
     exchange, updates, stepped = prepared.exchange, prepared.updates, prepared.stepped
     if stepped is None:
         return TrainStep(task, world, plan, exchange, updates, receipt, heartbeat)
-    weighed = prepared.found.own_weights
-    return OwnTrainStep(task, world, plan, exchange, updates, receipt, heartbeat, weighed, stepped)
+    found = prepared.found
+    return OwnTrainStep(
+        task,
+        world,
+        plan,
+        exchange,
+        updates,
+        receipt,
+        heartbeat,
+        own_weights=found.own_weights,
+        across=sorted(found.across),
+        stepped=stepped,
+    )
 
 
 @contextmanager
