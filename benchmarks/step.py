@@ -31,6 +31,7 @@ import torch
 from benchmarks.by_hand import ROWS, ByHand
 from launch.environment import Environment, launched
 from launch.rank.process_group import process_group
+from service.data import loading
 from service.data.batches import Step
 from service.data.task import load_task
 from service.distributed.world import World
@@ -38,7 +39,7 @@ from service.evaluation import test_loop
 from service.health.stop_request import StopRequest
 from service.plan.plan import Plan, make_plan
 from service.spec.files import load_spec
-from service.training import after_step, worker
+from service.training import worker
 
 BATCH = 32
 COUNTED = 400  # steps
@@ -157,7 +158,7 @@ def tested(world: World, *, pairs: int) -> list[float]:
     data = task.test_data()
 
     def ours() -> dict[str, float]:
-        batches = after_step.test_batches(data, task=task, plan=plan, world=world)
+        batches = loading.test_batches(data, task=task, plan=plan, world=world)
         counted = test_loop.Counted(task, plan=plan, world=world)
         return test_loop.test(hand.model, batches, world=world, counted=counted)
 

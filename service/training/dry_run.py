@@ -20,7 +20,7 @@ from service.data.batches import Batch
 from service.data.losses import StepContext, require_weights
 from service.data.own_step import Pass, SteppedModel, alone
 from service.data.shapes import require_loss_shape, require_measured_shape
-from service.data.task import Task, step_of, with_loss
+from service.data.task import Task, metrics_of, step_of, with_loss
 from service.distributed.batchnorm import Normalization
 from service.distributed.devices import synchronize
 from service.distributed.generators import Seeded, noticing_draws
@@ -183,7 +183,7 @@ class DryRun:
         parts = (trained.parts or {}).items()
         weighed = [name for name, part in parts if part.divided_by == "own"]
         across = [name for name, part in parts if part.across is not None]
-        return weighed, across, ["loss", *entries, *getattr(own, "metrics", {})]
+        return weighed, across, ["loss", *entries, *metrics_of(own)]
 
     def _taken(self, callee: nn.Module, *, training: bool) -> Pass:
         context = StepContext(0, 0.0, training, self.batch.key, average=self.average)
