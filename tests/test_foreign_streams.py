@@ -166,7 +166,7 @@ def test_rows_without_ids_are_named_by_what_they_hold():
         b"\x00\xff",
         torch.tensor([[True, False]]),
         torch.tensor(2.5, dtype=torch.bfloat16),
-        torch.get_rng_state(),
+        torch.Generator().manual_seed(1).get_state(),  # as every run of the tests names it
         np.arange(6, dtype=np.uint32).reshape(2, 3),
         np.float32(0.1),
         np.random.RandomState(1).get_state(),
