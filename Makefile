@@ -7,20 +7,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Most of their time the tests wait for processes; a file stays on one worker, with its fixtures.
+WORKERS := 3
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: run test test-fast test-cluster test-slow chaos check docs clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
 test: $(READY) check
-	$(BIN)/pytest -q -m "not slow and not cluster"
+	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster"
 
-# Without the command line, injuries and trackers: see CONTRIBUTING.md.
-FAST := floors plan_due spec documents samplers schedules randomness tracking parameter_groups \
-	in_memory pairs world_size averages report kubernetes_manifests
+# Without the command line, injuries and trackers: see CONTRIBUTING.md. The longest come first.
+FAST := world_size shapes hostile_runs normalization samplers schedules stops kubernetes_manifests \
+	averages spec wings documents randomness recursive_doubling tracking plan_due messages \
+	optimizer_values device_lines
 
 test-fast: $(READY)
-	$(BIN)/pytest -q -m "not slow and not cluster" $(FAST:%=tests/test_%.py)
+	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster" $(FAST:%=tests/test_%.py)
 
 # Needs root, podman, buildah and debootstrap, and for Slurm slurmctld, slurmd, slurm-client, munge
 # and iproute2, all of Debian; what cannot run here says why. A machine's first time makes the base and fetches the wheels; they are kept in ~/.cache/evenstep-containers.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[1]
+DEADLINE_SECONDS = 300.0
+"""After it something hangs, on a machine as slow and as busy as it may be."""
 # A key in the environment of whoever runs the tests must not send anything anywhere.
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
     "WANDB_MODE": "offline",
@@ -18,7 +20,7 @@ CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("
 
 
 def evenstep(
-    *words: object, cwd: Path, timeout: float = 120, **environ: str
+    *words: object, cwd: Path, timeout: float = DEADLINE_SECONDS, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """`evenstep WORDS`, with its output caught."""
     return command(BIN / "evenstep", *words, cwd=cwd, timeout=timeout, **environ)
@@ -27,7 +29,7 @@ def evenstep(
 def torchrun(processes: int, *words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node N -m launch WORDS`."""
     start = (BIN / "torchrun", "--standalone", "--nproc-per-node", processes, "-m", "launch")
-    return command(*start, *words, cwd=cwd, timeout=180)
+    return command(*start, *words, cwd=cwd, timeout=DEADLINE_SECONDS)
 
 
 def command(

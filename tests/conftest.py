@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,18 @@ from accelerate import Accelerator
 from processes import Processes, ProcessesOf
 
 from service.distributed.world import World
+from service.health.stop_request import STOP_SIGNALS
+
+
+def pytest_configure() -> None:
+    """A script lets what it starts in the background ignore SIGINT, and nohup SIGHUP.
+
+    So would every command that a test starts, and a test that interrupts it would wait in vain. A
+    signal that is handled is ignored here just the same, and is not ignored by what is started.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

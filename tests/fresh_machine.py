@@ -101,6 +101,12 @@ def _terminal(machine: Machine) -> Machine:
     return machine.with_environ(TERM="xterm-256color", COLUMNS="50", LINES="12", FORCE_COLOR="1")
 
 
+def _background(machine: Machine) -> Machine:
+    """As a script starts it with `&`, or a person with nohup."""
+    ignoring = ("sh", "-c", """trap '' INT HUP && exec "$@\"""", "sh")
+    return replace(machine, before=(*ignoring, *machine.before))
+
+
 def _homeless(machine: Machine) -> Machine:
     return machine.with_environ(HOME="/proc/nowhere")
 
@@ -124,6 +130,7 @@ CONDITIONS = {
     "umask": (_umask, "umask 077"),
     "homeless": (_homeless, "a HOME that is not there and cannot be made"),
     "offline": (_offline, "no network but the loopback; needs --packages-of"),
+    "background": (_background, "SIGINT and SIGHUP ignored, as in the background of a script"),
     "terminal": (_terminal, "a terminal's variables: TERM, COLUMNS=50, FORCE_COLOR"),
 }
 

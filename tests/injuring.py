@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.campaign import Injury, spec_of, write_plan
-from commands import BIN, CLEAN
-
-DEADLINE_SECONDS = 90.0
+from commands import BIN, CLEAN, DEADLINE_SECONDS
 
 
 def injured(place: Path, *injuries: tuple[str, str, int, int], **changed: Any) -> dict[str, str]:

@@ -16,7 +16,8 @@ from service.distributed.world import World
 from service.health.stop_request import StopRequest
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.plan import make_plan
-from service.recipes import digits
+from service.preview.plan import planned
+from service.recipes import digits, find_recipe
 from service.spec.files import load_spec
 from service.training.worker import run
 
@@ -77,6 +78,12 @@ def spec_of(factory: str, *, name: str = "job", **sections: Any) -> dict[str, An
         "test": {"every_steps": 20, "micro_batch": 32},
     }
     return values | sections
+
+
+def plan_of(spec: str | Path, *overrides: str, runs: Path, processes: int = 1) -> str:
+    """What `evenstep plan SPEC OVERRIDES` prints, without the start of a command."""
+    loaded = load_spec(find_recipe(str(spec)), overrides=overrides)
+    return planned(loaded, processes=processes, runs=runs)
 
 
 def train_in_process(

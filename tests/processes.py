@@ -39,7 +39,9 @@ _PRELOAD = [
     "accelerate",
     "torch.distributed",
     "torch._dynamo",
-    "service.distributed.world",
+    "service.training.worker",
+    "service.recipes.digits",
+    "tests.frozen_imports",  # the last, and found from the root of the tree
 ]
 _GRACE_SECONDS = 2.0
 _LOG_CHARACTERS = 6000

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import evenstep
-from jobs import train_in_process
+from jobs import plan_of, train_in_process
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -129,7 +129,10 @@ def test_plan_check_and_start_tell_of_them(tmp_path):
         "batch: {global_batch: 50, micro_batch: 9}\nlength: {steps: 2}\n"
         "optimizer: {name: sgd, lr: 0.05}\ntest: {micro_batch: 32}\n"
     )
-    for verb in ("plan", "check", "run"):
+    plan = plan_of(spec, runs=tmp_path)
+    assert "book, teacher, passes" in plan
+    assert "mean" in plan
+    for verb in ("check", "run"):
         done = evenstep(verb, spec, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "book, teacher, passes" in done.stdout, verb

@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from commands import BIN, CLEAN
+from commands import BIN, CLEAN, DEADLINE_SECONDS
 
 from service.observability.console import LiveConsole, PlainConsole, _Table, console
 from service.runs.tracking import Row
@@ -222,7 +222,7 @@ def test_a_reader_who_leaves_does_not_end_the_run():
     process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
     process.stdout.close()
     process.stdout = None
-    _, err = process.communicate(b"\n", timeout=30)
+    _, err = process.communicate(b"\n", timeout=DEADLINE_SECONDS)
     assert (process.returncode, err) == (0, b"")
 
 
@@ -239,7 +239,7 @@ def test_a_reader_who_stops_reading_does_not_hold_the_run():
     )
     # 5000 lines are more than a pipe holds, and nobody takes them.
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.wait(30) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
     taken = process.communicate()[0]
     assert b"step=0/5000" in taken
     assert b"step=4999/5000" not in taken
@@ -261,6 +261,6 @@ def test_a_full_disk_behind_the_screen_does_not_end_the_run(tmp_path):
             env=CLEAN,
             stdout=full,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=DEADLINE_SECONDS,
         )
     assert (done.returncode, done.stderr) == (0, b"")

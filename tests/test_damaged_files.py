@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import BIN, command, evenstep
+from commands import BIN, DEADLINE_SECONDS, command, evenstep
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
@@ -257,7 +257,7 @@ def without_rights(*words: object, cwd: Path) -> tuple[int, str]:
         if shutil.which("setpriv") is None:
             pytest.skip("root may read everything, and setpriv is not there to change that")
         start = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", *start)
-    ended = command(*start, cwd=cwd, timeout=120)
+    ended = command(*start, cwd=cwd, timeout=DEADLINE_SECONDS)
     return ended.returncode, ended.stderr
 
 

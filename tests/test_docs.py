@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import BIN, CLEAN, ROOT, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
 
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -47,7 +47,7 @@ def test_every_command_of_a_page_works(page, tmp_path):
             env=CLEAN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=DEADLINE_SECONDS,
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode in codes, (words, done.stdout[-2000:], done.stderr[-2000:])
@@ -81,7 +81,7 @@ def test_the_site_builds_and_asks_no_network(tmp_path):
         env=CLEAN | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))

@@ -13,7 +13,7 @@ from service.spec.files import load_spec
 
 
 def findings(*words, cwd, **environ):
-    done = evenstep("doctor", *words, "--json", cwd=cwd, timeout=180, **environ)
+    done = evenstep("doctor", *words, "--json", cwd=cwd, **environ)
     found = {finding["name"]: finding for finding in json.loads(done.stdout)}
     states = {finding["state"] for finding in found.values()}
     assert done.returncode == (2 if "failed" in states else 1 if "warning" in states else 0)

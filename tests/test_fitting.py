@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from commands import evenstep
-from jobs import spec_of
+from jobs import plan_of, spec_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -145,8 +145,8 @@ def test_the_run_keeps_what_was_found(tmp_path):
 
 
 def test_plan_and_check_say_what_it_comes_to(tmp_path):
-    plan = evenstep("plan", "digits", "batch.micro_batch=auto", "--processes", 2, cwd=tmp_path)
-    assert "48 rows if so many fit in memory: the run finds out" in plan.stdout
+    plan = plan_of("digits", "batch.micro_batch=auto", runs=tmp_path / "runs", processes=2)
+    assert "48 rows if so many fit in memory: the run finds out" in plan
     check = evenstep("check", "digits", "batch.micro_batch=auto", cwd=tmp_path)
     assert check.returncode == 0, check.stderr
     assert "fitting     micro-batches of 96 rows" in check.stdout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from commands import evenstep
-from jobs import spec_of, train_in_process
+from jobs import plan_of, spec_of, train_in_process
 from safetensors.torch import load_file
 from test_unused import SPEC
 from torch import nn
@@ -110,10 +110,12 @@ def test_a_bucket_leaves_when_it_is_full(processes):
 
 
 def test_the_plan_says_what_bf16_means(tmp_path):
-    words = ("plan", "digits", "exchange.precision=bf16", "--processes")
-    many, one = (evenstep(*words, count, cwd=tmp_path) for count in (3, 1))
-    assert "in bf16: half the bytes, and the result depends on the number of" in many.stdout
-    assert "bf16" not in one.stdout
+    many, one = (
+        plan_of("digits", "exchange.precision=bf16", runs=tmp_path, processes=count)
+        for count in (3, 1)
+    )
+    assert "in bf16: half the bytes, and the result depends on the number of" in many
+    assert "bf16" not in one
 
 
 def test_it_has_no_place_beside_bitwise(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import evenstep
-from jobs import spec_of, train_in_process
+from jobs import plan_of, spec_of, train_in_process
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
@@ -164,6 +164,6 @@ def test_a_stream_is_not_held(tmp_path):
 )
 def test_the_plan_says_how_rows_come(tmp_path, words, way):
     (tmp_path / "job.yaml").write_text(json.dumps(job("job")))
-    told = evenstep("plan", "job.yaml", *words, cwd=tmp_path)
-    (line,) = (line for line in told.stdout.splitlines() if "rows come" in line)
+    plan = plan_of(tmp_path / "job.yaml", *words, runs=tmp_path)
+    (line,) = (line for line in plan.splitlines() if "rows come" in line)
     assert line.split(maxsplit=2)[2] == way

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import CLEAN, command, evenstep, torchrun
+from commands import CLEAN, DEADLINE_SECONDS, command, evenstep, torchrun
 from injuring import started, until
 
 TASKS = '''
@@ -98,7 +98,7 @@ def test_a_row_that_a_worker_cannot_read_ends_torchruns_processes(tmp_path):
 def test_a_row_that_a_worker_cannot_read_lets_a_script_end(tmp_path):
     job(tmp_path, "broken", loader={"workers": 1})
     script = "import service; service.run('job.yaml')"
-    done = command(sys.executable, "-c", script, cwd=tmp_path, timeout=120)
+    done = command(sys.executable, "-c", script, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert done.returncode == 1
     assert "service.basics.errors.DataBroken" in done.stderr.splitlines()[-1]
 
@@ -115,7 +115,7 @@ def test_a_request_to_stop_ends_at_once_what_is_leaving(tmp_path, words):
     with started(*words, cwd=tmp_path) as process:
         until((tmp_path / "leaving").exists, "a function for the exit that takes an hour")
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, err
     assert "had not let go" not in err
 
@@ -154,6 +154,6 @@ def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
         if number is not None:
             process.send_signal(number)
         try:
-            assert process.wait(timeout=60) == code
+            assert process.wait(timeout=DEADLINE_SECONDS) == code
         finally:
             process.kill()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 
 from service.distributed.world import backend_advice, lost_peer
 
@@ -106,7 +106,7 @@ leave(end.code)
 def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps() -> None:
     message = next(iter(MISTAKES))
     words = [sys.executable, "-c", MISTAKEN, message]  # a process of its own: it has to leave
-    end = subprocess.run(words, env=CLEAN, capture_output=True, text=True, timeout=120)
+    end = subprocess.run(words, env=CLEAN, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert end.returncode == 1, end.stderr
     for told in (end.stdout, end.stderr):
         assert "No space left on device (28)" in told
@@ -211,7 +211,7 @@ def test_a_process_that_fails_alone_leaves_a_group_that_waits_for_its_peers(plac
             for rank, fate in enumerate(("", "raise"))
         ]
         try:
-            codes = [rank.wait(timeout=60) for rank in reversed(ranks)]
+            codes = [rank.wait(timeout=DEADLINE_SECONDS) for rank in reversed(ranks)]
         finally:
             for rank in ranks:
                 if rank.poll() is None:
@@ -263,7 +263,7 @@ def test_a_node_whose_process_aborts_after_another_node_is_lost_ends_with_76(
     )
     try:
         ended = evenstep("run", "job.yaml", cwd=place, **common, PET_NODE_RANK="0")
-        output, _ = other.communicate(timeout=60)
+        output, _ = other.communicate(timeout=DEADLINE_SECONDS)
     finally:
         other.kill()
         other.wait()

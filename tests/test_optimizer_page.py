@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from commands import ROOT, command
+from commands import DEADLINE_SECONDS, ROOT, command
 from jobs import train_in_process
 
 from service.optimization.optimizer_reference import with_tables
@@ -65,7 +65,7 @@ def test_each_classic_optimizer_learns_the_digits(alone, tmp_path, name):
 
 def test_the_comparison_hands_on_the_code_of_a_run_that_fails(tmp_path):
     words = (sys.executable, "-m", "service.recipes.optimizers", "--proceses", "2")
-    ended = command(*words, cwd=tmp_path, timeout=120)
+    ended = command(*words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert ended.returncode == 64
     assert ended.stderr.count("No such option") == 1
 

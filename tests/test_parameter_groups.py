@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import small_regression as small
 import torch
-from commands import evenstep
-from jobs import train_in_process
+from jobs import plan_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
 
@@ -161,12 +160,11 @@ def test_plan_prints_the_groups_and_that_none_is_left_out(tmp_path):
             )
         )
     )
-    plan = evenstep("plan", "job.yaml", cwd=tmp_path, PYTHONPATH=str(HERE.parent))
-    assert plan.returncode == 0, plan.stderr
-    assert re.search(r"base\.\* +1 +20 +0\.1 +trained_after_step=4 +base\.weight", plan.stdout)
-    assert re.search(r"\* +1 +2 +0\.1 +weight_decay=0\.0 +head\.bias", plan.stdout)
-    assert "4 tensors in 4 groups, each in exactly one" in plan.stdout
-    assert len(re.findall(r"^  step \d+ ", plan.stdout, re.MULTILINE)) == 5
+    plan = plan_of(tmp_path / "job.yaml", runs=tmp_path)
+    assert re.search(r"base\.\* +1 +20 +0\.1 +trained_after_step=4 +base\.weight", plan)
+    assert re.search(r"\* +1 +2 +0\.1 +weight_decay=0\.0 +head\.bias", plan)
+    assert "4 tensors in 4 groups, each in exactly one" in plan
+    assert len(re.findall(r"^  step \d+ ", plan, re.MULTILINE)) == 5
 
 
 # ---- frozen

@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from commands import command, evenstep
+from commands import DEADLINE_SECONDS, command, evenstep
 
 pytest.importorskip("transformers", reason="an optional extra of the package")
 
@@ -81,6 +81,6 @@ def test_from_pretrained_reads_what_was_exported_bit_by_bit(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{name}: GPT2LMHeadModel, the ")
         assert {"config.json", "model.safetensors"} <= set(os.listdir(tmp_path / name))
-    read = command(sys.executable, "-c", READ, files, cwd=tmp_path, timeout=120)
+    read = command(sys.executable, "-c", READ, files, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert read.stdout.split() == ["model", "True", "average", "True"], read.stderr
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from commands import CLEAN, ROOT
+from commands import CLEAN, DEADLINE_SECONDS, ROOT
 from processes import ProcessesOf
 
 from launch.rank.process_group import identity_of, require_own_device
@@ -65,6 +65,6 @@ def test_bitwise_is_deterministic_and_fills_no_memory_that_nobody_reads() -> Non
         env=CLEAN | {"EVENSTEP_DEVICE": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.stdout.split() == ["True", "1", "False"], done.stderr

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 
 from service.runs.tracking import read_metrics
 
@@ -16,7 +16,7 @@ def python(script, cwd, **environ):
         env=CLEAN | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         stdin=subprocess.DEVNULL,
     )
 
@@ -136,7 +136,7 @@ def test_under_torchrun_the_door_says_where_to_go(tmp_path):
         env=CLEAN,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode != 0
     assert "Use `torchrun ... -m launch run SPEC`" in done.stderr

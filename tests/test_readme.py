@@ -4,7 +4,7 @@ import re
 
 import pytest
 import transcript
-from commands import BIN, ROOT, command, evenstep
+from commands import BIN, DEADLINE_SECONDS, ROOT, command, evenstep
 
 from service.runs.tracking import read_metrics
 
@@ -59,7 +59,7 @@ def test_the_same_job_three_ways_as_the_readme_has_them(tmp_path):
     assert len(commands) == 3
     for line, said in zip(commands, ("Done after", "Nothing to do", "Nothing to do"), strict=True):
         program, *words = line.split()
-        done = command(BIN / program, *words, cwd=tmp_path, timeout=120)
+        done = command(BIN / program, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
 

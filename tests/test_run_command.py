@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from commands import ROOT, evenstep, torchrun
+from jobs import plan_of
 from safetensors.torch import load_file
 from wandb_log import read_segments
 
@@ -161,7 +162,7 @@ def test_settings_by_pattern_reach_the_optimizer(tmp_path):
     assert done.returncode == 0, done.stderr
     last = read_metrics(tmp_path / "runs/two/metrics.jsonl")[-1]
     assert (last["train/lr/0"], last["train/lr/1"]) == (0.001, 0.0001)
-    plan = evenstep("plan", "two.yaml", cwd=tmp_path).stdout
+    plan = plan_of(tmp_path / "two.yaml", runs=tmp_path / "runs")
     assert re.search(r"base\.\* +2 +16 +0\.001 .*base\.weight, base\.bias", plan)
     assert re.search(r"regression\.\* +2 +5 +0\.0001 .*regression\.weight", plan)
 

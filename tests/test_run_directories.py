@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import command, evenstep
+from commands import DEADLINE_SECONDS, command, evenstep
 
 from service.runs.directory import git_facts
 
@@ -34,7 +34,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 def test_a_run_on_nfs_is_resumed_and_refused_to_a_second_writer(tmp_path):
     (tmp_path / "nfs.c").write_text(NFS)
     build = (COMPILER, "-shared", "-fPIC", "-o", "nfs.so", "nfs.c")
-    assert command(*build, cwd=tmp_path, timeout=60).returncode == 0
+    assert command(*build, cwd=tmp_path, timeout=DEADLINE_SECONDS).returncode == 0
     nfs = {"LD_PRELOAD": str(tmp_path / "nfs.so")}
     words = ("run", "digits", "length={steps: 4}")
     assert evenstep(*words, "--stop-at", 2, cwd=tmp_path, **nfs).returncode == 75
@@ -45,7 +45,7 @@ def test_a_run_on_nfs_is_resumed_and_refused_to_a_second_writer(tmp_path):
         "sys.exit(subprocess.run(sys.argv[1:]).returncode)"
     )
     start = (sys.executable, "-c", hold, Path(sys.executable).parent / "evenstep", *words)
-    held = command(*start, cwd=tmp_path, timeout=120, **nfs)
+    held = command(*start, cwd=tmp_path, timeout=DEADLINE_SECONDS, **nfs)
     assert held.returncode == 64
     assert "is being written by process" in held.stderr
     again = evenstep(*words, cwd=tmp_path, **nfs)

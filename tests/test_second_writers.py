@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from commands import CLEAN, evenstep
+from commands import CLEAN, DEADLINE_SECONDS, evenstep
 
 from service.basics.background_queue import LONGEST
 from service.observability.other_writers import BackgroundWriter, TrackerBackend
@@ -45,7 +45,9 @@ print(json.dumps({
 
 def read(script, *words, **environ):
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, words)]
-    done = subprocess.run(command, env=CLEAN | environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, env=CLEAN | environ, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

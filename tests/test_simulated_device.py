@@ -13,7 +13,7 @@ import simulated_device
 import test_fitting
 import torch
 import torch.distributed as dist
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 from features import PLAIN
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
@@ -480,7 +480,7 @@ def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_pat
         )
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=DEADLINE_SECONDS)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert "2 processes on sim" in said[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from chaos.campaign import differences
-from commands import command
+from commands import DEADLINE_SECONDS, command
 from jobs import plain_rows, spec_of
 from processes import ProcessesOf
 
@@ -184,5 +184,5 @@ def test_the_word_of_a_foreign_torchrun_is_taken_for_its_grace(tmp_path: Path) -
     )
     said = {(): 30, ("--shutdown_timeout=7",): 7, ("--shutdown-timeout", "45"): 45}
     for words, seconds in said.items():
-        done = command(sys.executable, "parent.py", *words, cwd=tmp_path, timeout=60)
+        done = command(sys.executable, "parent.py", *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
         assert float(done.stdout) == seconds, done.stderr

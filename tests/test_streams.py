@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from commands import evenstep
 from jobs import spec_of, train_in_process
 from test_features import difference
 from torch import nn
@@ -12,6 +11,7 @@ from service.basics.errors import DataBroken, SpecError
 from service.data.streams import Stream
 from service.data.task import supervised
 from service.plan.plan import make_plan
+from service.preview.plan import planned
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
@@ -116,10 +116,7 @@ def test_a_stream_without_rows_is_told():
 
 
 def test_the_plan_says_which_promise_holds(tmp_path):
-    import json
-
-    (tmp_path / "job.json").write_text(json.dumps(JOB))
-    whole = evenstep("plan", "job.json", cwd=tmp_path)
-    assert "the same rows at any number of processes" in whole.stdout, whole.stderr
-    split = evenstep("plan", "job.json", "loader.stream=split", cwd=tmp_path)
-    assert "depends on their number" in split.stdout
+    whole = planned(load_spec(JOB), processes=1, runs=tmp_path)
+    assert "the same rows at any number of processes" in whole
+    split = planned(load_spec(JOB | {"loader": {"stream": "split"}}), processes=1, runs=tmp_path)
+    assert "depends on their number" in split

@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 from wandb_log import read_segments
 from wandb_server import WandBServer
 
@@ -32,7 +32,7 @@ def swept(tmp_path):
             env=clean | server.environment() | {"HOME": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=DEADLINE_SECONDS,
         )
         assert done.returncode == 0, done.stderr
         yield server, done

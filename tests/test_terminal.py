@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from commands import BIN, CLEAN, command
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command
 from injuring import facts_of, injured, rows_of, until
 
 from service.runs.checkpoint_files import checkpoints_in
@@ -101,7 +101,7 @@ def test_a_stop_is_followed_where_nothing_can_be_said(tmp_path, reader):
             until(lambda place=place: rows_of(place) > 3, "three steps")
             stop(process)
         for place, _, process in at_once:
-            assert process.wait(timeout=90) == 75
+            assert process.wait(timeout=DEADLINE_SECONDS) == 75
             attempt = facts_of(place)["attempts"][-1]
             assert attempt["outcome"] == "stopped"
             saved = checkpoints_in(place / "runs/job/checkpoints")
@@ -116,7 +116,7 @@ def test_a_run_goes_on_and_restarts_when_its_reader_has_read_enough(tmp_path):
         os.close(write)
         os.read(read, 1)
         os.close(read)  # as `| head -1` does
-        assert process.wait(timeout=90) == 0
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0
     _, last = facts_of(tmp_path)["attempts"]
     assert last["outcome"] == "done"
 
@@ -137,17 +137,21 @@ def test_what_a_task_prints_ends_no_run_either(tmp_path):
     (tmp_path / "talkative.py").write_text(TALKATIVE)
     words = ("run", "digits", "task=./talkative.py:task", "length={steps: 2}")
     line = " ".join([f"exec '{BIN}/evenstep'", *(f"'{word}'" for word in words), "> /dev/full"])
-    done = command("sh", "-c", line, cwd=tmp_path, timeout=90)
+    done = command("sh", "-c", line, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert done.returncode == 0, done.stderr
     line = line.removesuffix("> /dev/full")
     line += " --fresh > said"
-    done = command("sh", "-c", line, cwd=tmp_path, timeout=90, PYTHONIOENCODING="latin-1")
+    done = command(
+        "sh", "-c", line, cwd=tmp_path, timeout=DEADLINE_SECONDS, PYTHONIOENCODING="latin-1"
+    )
     assert done.returncode == 0, done.stderr
     assert b"caf\xe9 \\u4e2d x" in (tmp_path / "said").read_bytes()
 
 
 def test_what_was_asked_for_and_could_not_be_written_is_told(tmp_path):
-    done = command("sh", "-c", f"'{BIN}/evenstep' schema > /dev/full", cwd=tmp_path, timeout=60)
+    done = command(
+        "sh", "-c", f"'{BIN}/evenstep' schema > /dev/full", cwd=tmp_path, timeout=DEADLINE_SECONDS
+    )
     told = "error: Standard output cannot be written: No space left on device.\n"
     assert (done.returncode, done.stderr) == (1, told)
     read, write = os.pipe()

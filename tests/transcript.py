@@ -53,6 +53,7 @@ def shape(text: str) -> str:
     """The same without figures: what stays from one machine, and one day, to the next."""
     text = re.sub(r"\d[\d,.:TZe+-]*", "#", text)
     text = re.sub(r"(# )?(B|kB|KiB|MB|MiB|GiB)\b", "#", text)
+    text = re.sub(r"\b(s|min|h) ago", "# ago", text)
     # Of a row, what depends on where Ctrl-C has met the run, and on the machine.
     text = re.sub(r" (slowest_rank|slowest_ratio|test/\w+|save/\w+)=#", "", text)
     text = text.replace(", in its test, which is then done anew", "")
