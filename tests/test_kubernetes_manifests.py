@@ -19,7 +19,7 @@ from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.engines.kubernetes.kustomize import kustomization
-from launch.engines.kubernetes.manifests import new_secret, render, task_file, to_yaml
+from launch.engines.kubernetes.manifests import code_beside, new_secret, render, to_yaml
 from launch.engines.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
 from service.basics.errors import SpecError
 from service.spec.files import load_spec
@@ -453,7 +453,7 @@ FILES = {
     "x y.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'x y.py'"),
     "tâche.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'tâche.py'"),
     "latin.py": (b"a = '\xe9'\n", "cannot be read: 'utf-8' codec can't decode"),
-    "big.py": ("#" * 999_900, "bytes, and a ConfigMap holds 1,000,000. Put the task into the im"),
+    "big.py": ("#" * 999_900, "bytes, and a ConfigMap holds 1,000,000. Put the code into the im"),
 }
 
 
@@ -463,7 +463,7 @@ def test_a_task_that_cannot_travel_is_refused(tmp_path: Path, name: str) -> None
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     spec = load_spec(JOB | {"task": f"{tmp_path / name}:task", "kubernetes": {"image": IMAGE}})
     with pytest.raises(SpecError, match=re.escape(message)):
-        render(spec, files=task_file(spec))
+        render(spec, files=code_beside(spec))
 
 
 def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> None:
@@ -572,5 +572,5 @@ def test_a_task_file_with_a_key_in_it_is_not_copied(tmp_path):
         }
     )
     with pytest.raises(SpecError, match=r"task\.py:2 holds what looks like a secret") as told:
-        task_file(spec)
+        code_beside(spec)
     assert "a1b2" not in str(told.value)

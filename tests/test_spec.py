@@ -144,7 +144,8 @@ MISTAKES = [
      "bad.yaml:5:19: optimizer.name: must be an optimizer of torch.optim or package.module:Class, "
      "but is 'Adamm'; did you mean 'adam'?"),
     ("optimizer: {name: 'timm.optim:', lr: 0.1}",
-     "bad.yaml:5:19: optimizer.name: must be package.module:Class, but is 'timm.optim:'"),
+     "bad.yaml:5:19: optimizer.name: must be package.module:Class or "
+     "./file.py:Class, but is 'timm.optim:'"),
     ("schedule: {name: cosine, cosine: 1}",
      "bad.yaml:6:26: schedule.cosine: unknown key; known: final, name, warmup_epochs, "
      "warmup_fraction, warmup_steps"),
@@ -171,7 +172,8 @@ MISTAKES = [
      "bad.yaml:6:11: schedule: must have every_steps, every_epochs or every_fraction, "
      "but has none"),
     ("schedule: {name: 'torch.optim:', T_max: 3}",
-     "bad.yaml:6:18: schedule.name: must be package.module:Class, but is 'torch.optim:'"),
+     "bad.yaml:6:18: schedule.name: must be package.module:Class or "
+     "./file.py:Class, but is 'torch.optim:'"),
     ("optimizer: {name: muon, lr: 1, companion: {name: adamm, lr: 1}}",
      "bad.yaml:5:50: optimizer.companion.name: must be an optimizer of torch.optim or "
      "package.module:Class, but is 'adamm'; did you mean 'adam'?"),

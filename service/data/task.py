@@ -593,14 +593,38 @@ def _import(source: str) -> Any:
         raise SpecError(f"task: cannot import {source}: {with_place(error)}") from error
 
 
-def _import_file(path: Path) -> Any:
+def imported(where: str, key: str) -> Any:
+    """What `package.module:name` or `path/to/file.py:name` names; `key` is where the spec says so.
+
+    A file that the task has imported is not run a second time.
+
+    Raises:
+        SpecError: it cannot be imported.
+    """
+    source, _, name = where.rpartition(":")
+    try:
+        if not source.endswith(".py"):
+            return getattr(importlib.import_module(source), name)
+        loaded = sys.modules.get(Path(source).stem)
+        if getattr(loaded, "__file__", None) != source:
+            loaded = _import_file(Path(source), key)
+        return getattr(loaded, name)
+    except SpecError:
+        raise
+    except AttributeError as error:
+        raise SpecError(f"{key}: cannot import {where}: {error}.") from error
+    except Exception as error:
+        raise SpecError(f"{key}: cannot import {where}: {with_place(error)}") from error
+
+
+def _import_file(path: Path, key: str = "task") -> Any:
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
-        raise SpecError(f"task: there is no file {path}{near}")
+        raise SpecError(f"{key}: there is no file {path}{near}")
     # Data-loader workers and pickles find the module under this name.
     name = path.stem
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        raise SpecError(f"task: {path} hides the module {name!r}; give the file another name.")
+        raise SpecError(f"{key}: {path} hides the module {name!r}; give the file another name.")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, f"{path} ends in .py"
     assert spec.loader is not None, f"{path} ends in .py"

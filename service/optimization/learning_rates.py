@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from service.basics.errors import SpecError, did_you_mean, with_place
+from service.data.task import imported
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.plan.schedules import Multiplier
@@ -204,11 +204,9 @@ def _survives_json(value: Any) -> bool:
 
 
 def _made(spec: CustomScheduleSpec, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    module, _, attribute = spec.name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"schedule.name: cannot import {spec.name}: {error}.") from error
+    make, attribute = imported(spec.name, "schedule.name"), spec.name.rpartition(":")[2]
+    if not callable(make):
+        raise SpecError(f"schedule.name: {spec.name} is a {type(make).__name__}, not a scheduler.")
     if make is ReduceLROnPlateau:
         raise SpecError("schedule.name: ReduceLROnPlateau needs a measure; use name: plateau.")
     known = inspect.signature(make).parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from service.basics.errors import SpecError, did_you_mean
+from service.data.task import imported
 from service.spec.models import Spec
 from service.spec.optimizer import GroupSpec, OptimizerSpec
 from service.spec.optimizer_options import OPTIMIZERS
@@ -434,7 +434,7 @@ class Together(torch.optim.Optimizer):
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class that `sgd` or `package.module:Class` names.
+    """The class that `sgd`, `package.module:Class` or `path/to/file.py:Class` names.
 
     Raises:
         SpecError: it cannot be imported or is no optimizer.
@@ -447,11 +447,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
             )
         found = getattr(torch.optim, known)
     else:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise SpecError(f"optimizer.name: cannot import {name}: {error}.") from error
+        found = imported(name, "optimizer.name")
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise SpecError(f"optimizer.name: {name} is not a torch.optim.Optimizer.")
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from service.spec.documents import Steps, dotted
-from service.spec.files import on_one_line, plain_values
+from service.spec.files import on_one_line, plain_values, with_code_files
 from service.spec.models import Spec
 
 CANNOT_CHANGE_THE_RESULT = {
@@ -235,9 +235,7 @@ def told_of_lines(found: Sequence[Change]) -> str:
 
 
 def _compared(spec: Spec) -> Any:
-    where, _, name = spec.task.rpartition(":")
-    file = f"{os.path.basename(where)}:{name}"
-    return plain_values(spec) | ({"task": file} if where.endswith(".py") else {})
+    return plain_values(with_code_files(spec, lambda file, at: os.path.basename(file)))
 
 
 def _cannot_matter(steps: Steps, spec: Spec) -> bool:

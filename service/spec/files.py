@@ -70,8 +70,8 @@ def load_spec(
         return "" if from_here else os.path.dirname(document.source)
 
     arguments = _with_paths(spec.task_args, ("task_args",), lambda t, at: _joined(t, folder(at)))
-    task = _absolute(spec.task, folder(("task",)))
-    return spec.model_copy(update={"task": task, "task_args": arguments})
+    spec = spec.model_copy(update={"task_args": arguments})
+    return with_code_files(spec, lambda file, at: _absolute(file, folder(at)))
 
 
 _UNITS = ("steps", "epochs", "fraction")
@@ -105,10 +105,49 @@ def with_files_where_they_are(spec: Spec, *, old: str, new: str) -> Spec:
         moved = os.path.normpath(os.path.join(new, os.path.relpath(path, old)))
         return moved if os.path.exists(moved) else path
 
-    where, _, name = spec.task.rpartition(":")
-    task = f"{found(where)}:{name}" if where.endswith(".py") else spec.task
     arguments = _with_paths(spec.task_args, (), lambda text, at: found(text))
-    return spec.model_copy(update={"task": task, "task_args": arguments})
+    spec = spec.model_copy(update={"task_args": arguments})
+    return with_code_files(spec, lambda file, at: found(file))
+
+
+_CODE: tuple[Steps, ...] = (
+    ("task",),
+    ("optimizer", "name"),
+    ("optimizer", "companion", "name"),
+    ("schedule", "name"),
+)
+"""Where a spec may name code of the user's own, as `./file.py:name`."""
+
+
+def code_files(spec: Spec) -> dict[Steps, str]:
+    """The files of code that the spec names, by the place where it does."""
+    found = {}
+    for steps in _CODE:
+        named = _named_at(spec, steps)
+        if named is not None and (file := named.rpartition(":")[0]).endswith(".py"):
+            found[steps] = file
+    return found
+
+
+def with_code_files(spec: Spec, path: Callable[[str, Steps], str]) -> Spec:
+    """The spec with each such file replaced by what `path` makes of it, given its place."""
+    for steps, file in code_files(spec).items():
+        name = str(_named_at(spec, steps)).rpartition(":")[2]
+        spec = _replaced(spec, steps, f"{path(file, steps)}:{name}")
+    return spec
+
+
+def _named_at(spec: Spec, steps: Steps) -> str | None:
+    value: Any = spec
+    for step in steps:
+        value = getattr(value, str(step), None)
+    return None if value is None else str(value)
+
+
+def _replaced(part: Any, steps: Steps, value: str) -> Any:
+    key, *deeper = map(str, steps)
+    inner = _replaced(getattr(part, key), tuple(deeper), value) if deeper else value
+    return part.model_copy(update={key: inner})
 
 
 def _with_paths(value: Any, steps: Steps, path: Callable[[str, Steps], str]) -> Any:
@@ -129,11 +168,8 @@ def _joined(text: str, folder: str) -> str:
     return os.path.abspath(os.path.join(folder, text))
 
 
-def _absolute(task: str, folder: str) -> str:
-    where, _, name = task.rpartition(":")
-    if not where.endswith(".py"):
-        return task
-    return f"{os.path.abspath(os.path.join(folder, os.path.expanduser(where)))}:{name}"
+def _absolute(file: str, folder: str) -> str:
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(file)))
 
 
 # ---- explain

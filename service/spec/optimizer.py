@@ -14,7 +14,7 @@ class OptimizerSpec(Part):
     """Keys of every optimizer; the options of each optimizer are on the same level as `lr`."""
 
     name: str = Field(examples=["sgd"])
-    """The name of an optimizer of torch.optim, or `package.module:Class`."""
+    """The name of an optimizer of torch.optim, `package.module:Class` or `./file.py:Class`."""
     lr: Annotated[float, Field(ge=0, examples=[0.1])]
     """The base learning rate, before the schedule's multiplier."""
     no_decay: tuple[Literal["norm", "bias"], ...] = Field(default=(), strict=False)
@@ -93,7 +93,7 @@ class CustomOptimizerSpec(OptimizerSpec):
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, Field(pattern=IMPORT_STRING)]
-    """The optimizer's class, as `package.module:Class`."""
+    """The optimizer's class, as `package.module:Class` or `./file.py:Class`."""
     groups: tuple[CustomGroupSpec, ...] = Field(default=(), strict=False)
     """Settings for parameters by their names; the first matching glob wins."""
 

@@ -39,7 +39,7 @@ def wrong(message: str) -> PydanticCustomError:
 
 # Patterns, each with the words in which a message tells it.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-IMPORT_STRING = r"^[\w.]+:\w+$"
+IMPORT_STRING = r"^([\w.]+|[^:]+\.py):\w+$"
 TEST_MEASURE = r"^test/\S+$"
 QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -59,7 +59,7 @@ SBATCH_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\]+)?$"
 WORD_OF_A_SHELL = r"^[A-Za-z0-9_./+-]+$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
-    IMPORT_STRING: "package.module:Class",
+    IMPORT_STRING: "package.module:Class or ./file.py:Class",
     TEST_MEASURE: "a measure of the test loop, such as test/accuracy",
     QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",

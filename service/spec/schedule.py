@@ -216,7 +216,8 @@ class CustomScheduleSpec(ScheduleSpec):
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, Field(pattern=IMPORT_STRING)]
-    """The scheduler's class, as `package.module:Class`; its options are on the same level."""
+    """The scheduler's class, as `package.module:Class` or `./file.py:Class`; its options are on the
+    same level."""
 
     def options(self) -> dict[str, Any]:
         """The scheduler's own options."""

@@ -98,6 +98,6 @@ class Kubernetes:
 
 
 def _objects(spec: Spec, target: Target) -> list[Manifest]:
-    from launch.engines.kubernetes.manifests import new_secret, render, task_file
+    from launch.engines.kubernetes.manifests import code_beside, new_secret, render
 
-    return render(spec, target=target, files=task_file(spec), secret=new_secret())
+    return render(spec, target=target, files=code_beside(spec), secret=new_secret())

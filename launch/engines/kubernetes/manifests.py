@@ -23,7 +23,7 @@ from launch.engines.kubernetes.refusals import check
 from launch.engines.kubernetes.targets import TARGETS
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret
-from service.spec.files import dump_values
+from service.spec.files import code_files, dump_values, with_code_files
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec
 
@@ -47,7 +47,7 @@ def render(
     """The objects of a job, in the order in which they are to be made.
 
     Args:
-        files: what stands beside the spec in its directory; see `task_file`.
+        files: what stands beside the spec in its directory; see `code_beside`.
         secret: what the nodes prove to each other, see `new_secret`; None where the Secret that
             holds it is made by hand.
     Raises:
@@ -83,34 +83,46 @@ def new_secret() -> str:
     return secrets.token_hex(_SECRET_BYTES)
 
 
-def task_file(spec: Spec) -> dict[str, str]:
-    """The file of a task that is one, by its name; empty where the task is in a module.
+def code_beside(spec: Spec) -> dict[str, str]:
+    """The files of code that the spec names, by their names; empty where all is in modules.
 
     Raises:
-        SpecError: it cannot be read, holds a secret, or has a name under which it cannot travel
-            with the spec.
+        SpecError: one cannot be read, holds a secret, has the name of another, or a name under
+            which it cannot travel with the spec.
     """
-    where, _, _ = spec.task.rpartition(":")
-    if not where.endswith(".py"):
-        return {}
-    name = Path(where).name
+    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    for steps, path in code_files(spec).items():
+        name, key = Path(path).name, ".".join(map(str, steps))
+        if paths.setdefault(name, path) != path:
+            raise SpecError(
+                f"{key}: {path} and {paths[name]} have one name, and travel in one folder. Give "
+                "one of them another name."
+            )
+        found[name] = _code(path, key)
+    return found
+
+
+def _code(path: str, key: str) -> str:
+    """The text of a file that may be copied into a ConfigMap."""
+    name = Path(path).name
     if not _FILE_NAME.fullmatch(name):
         raise SpecError(
-            f"task: a ConfigMap cannot hold a file called {name!r}. Name it with letters without "
+            f"{key}: a ConfigMap cannot hold a file called {name!r}. Name it with letters without "
             "accents, digits, . _ and - only."
         )
     try:
-        text = Path(where).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise SpecError(f"task: {where} cannot be read: {error}.") from error
+        raise SpecError(f"{key}: {path} cannot be read: {error}.") from error
     line = line_of_secret(text)
     if line is not None:
         raise SpecError(
-            f"task: {where}:{line} holds what looks like a secret, and the file would be copied "
+            f"{key}: {path}:{line} holds what looks like a secret, and the file would be copied "
             "into a ConfigMap, which everybody who sees the namespace can read. Keep it in a "
             "Secret, which the pods see as a file (kubernetes.mounts), and read it from there."
         )
-    return {name: text}
+    return text
 
 
 def to_yaml(documents: list[Any]) -> str:
@@ -127,17 +139,16 @@ def _object(spec: Spec, version: str, kind: str, content: Manifest) -> Manifest:
 
 
 def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
-    where, _, name = spec.task.rpartition(":")
-    if where.endswith(".py"):  # beside the spec, as it is in a person's directory
-        spec = spec.model_copy(update={"task": f"./{Path(where).name}:{name}"})
+    # Beside the spec, as it is in a person's directory.
+    spec = with_code_files(spec, lambda file, at: f"./{Path(file).name}")
     # What was given and no default: an image of another version reads that too.
     given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     data = {"spec.yaml": dump_values(given), **files}
     size = sum(len(text.encode()) for text in data.values())
     if size > _CONFIG_MAP_BYTES:
         raise SpecError(
-            f"The spec and the file of its task have {size:,} bytes, and a ConfigMap holds "
-            f"{_CONFIG_MAP_BYTES:,}. Put the task into the image: see docs/how-to/image.md."
+            f"The spec and its files of code have {size:,} bytes, and a ConfigMap holds "
+            f"{_CONFIG_MAP_BYTES:,}. Put the code into the image: see docs/how-to/image.md."
         )
     return _object(spec, "v1", "ConfigMap", {"data": data})
 
