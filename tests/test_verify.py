@@ -1,6 +1,7 @@
 """`evenstep verify`: two runs took the same steps, or the first that differs is named."""
 
 import json
+import shutil
 
 import pytest
 from commands import evenstep
@@ -41,8 +42,6 @@ def test_another_order_of_rows_is_found_at_its_first_step(runs):
 
 
 def test_one_swapped_row_is_found_at_its_step(runs, tmp_path):
-    import shutil
-
     shutil.copytree(runs / "one", tmp_path / "bent")
     lines = (tmp_path / "bent/receipt.jsonl").read_text().splitlines()
     bent = json.loads(lines[2])
@@ -94,3 +93,32 @@ def test_what_is_taken_again_after_a_stop_is_sealed_once(processes, tmp_path):
     assert ended.returncode == 0, ended.stdout
     sealed = read_weights(tmp_path / "cut" / "job" / "receipt.jsonl")
     assert sorted(sealed) == [2, 4, 5, 6, 8, 9]
+
+
+def _with_gaps(run, place, gaps):
+    """A copy of the run whose logged training losses differ by these, in order."""
+    shutil.copytree(run, place)
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    logged = [row for row in rows if "train/loss" in row]
+    for row, gap in zip(logged, gaps, strict=True):
+        row["train/loss"] += gap * max(1.0, abs(row["train/loss"]))
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "grew"),
+    [
+        ((0.0, 1e-7, 3e-7, 2e-6, 3e-5, 5e-4, 2e-2), True),
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2e-2), False),  # at once, from nothing
+        ((1e-7, 1e-7, 2e-7, 1e-7, 2e-7, 2e-2, 3e-2), False),  # another cause beside rounding
+        ((1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3, 2e-2), False),  # never of the size of rounding
+    ],
+)
+def test_a_difference_that_grew_from_rounding_is_told_from_others(runs, tmp_path, gaps, grew):
+    _with_gaps(runs / "one", tmp_path / "apart", gaps)
+    done = evenstep("verify", runs / "one", "apart", "--tolerance", "1e-3", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "is the first that differs" in done.stdout
+    assert ("train/loss: grew from rounding: 1.0e-07 apart at step 6" in done.stdout) is grew
+    assert ("grew" in done.stdout) is grew

@@ -16,6 +16,10 @@ from service.runs.metrics_file import read_curves
 from service.runs.receipt_file import read_digests, read_weights
 from service.runs.tracking import tells_of_speed
 
+_ROUNDING = 1e-6  # a sum of float32 in another order; relative, or absolute below 1
+_ONE_ROUNDING = 1e-7
+_GROWS_BY_AT_MOST = 100.0  # from one logged value to the next
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -78,15 +82,41 @@ def _values(a: RunDirectory, b: RunDirectory, *, tolerance: float | None) -> Com
         if not alike.all():
             at = int(alike.argmin())
             told = f"{key}: step {int(common[at])} is the first that differs"
-            differing.append((common[at], f"{told}: {float(x[at])!r} and {float(y[at])!r}"))
+            line = f"{told}: {float(x[at])!r} and {float(y[at])!r}"
+            grown = None if tolerance is None else _growth(common, x, y, at)
+            differing.append((common[at], [line, *([f"{key}: {grown}"] if grown else [])]))
         worst = max(worst, float(np.max(gaps, where=np.isfinite(gaps), initial=0.0)))
     if differing:
-        return Compared(False, [min(differing)[1]])
+        return Compared(False, min(differing)[1])
     common, _, _ = _common(first.steps, second.steps)
     if not len(common):
         return Compared(True, ["values: no step was logged by both"])
     what = "values" if tolerance is None else "losses"
     return Compared(True, [f"{what}: the same in {_told(common)}, largest difference {worst:.3g}"])
+
+
+def _growth(
+    steps: NDArray[Any], x: NDArray[np.float64], y: NDArray[np.float64], at: int
+) -> str | None:
+    """That the difference at place `at` grew from rounding, if it did.
+
+    It did where the first values that differ are within `_ROUNDING`, and no later value up to
+    `at` is more than `_GROWS_BY_AT_MOST` times as far apart as the farthest before it.
+    """
+    x, y = x[: at + 1], y[: at + 1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.abs(x - y) / np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
+    apart = np.flatnonzero(gaps)  # also of NaN
+    if not len(apart) or not gaps[apart[0]] <= _ROUNDING:
+        return None
+    farthest = np.maximum(np.maximum.accumulate(gaps), _ONE_ROUNDING)
+    if not np.all(farthest[1:] <= _GROWS_BY_AT_MOST * farthest[:-1]):
+        return None
+    first, last = apart[0], apart[-1]
+    return (
+        f"grew from rounding: {gaps[first]:.1e} apart at step {int(steps[first])}, "
+        f"{gaps[last]:.1e} at step {int(steps[last])}, without a jump between"
+    )
 
 
 def _common(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
