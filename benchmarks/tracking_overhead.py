@@ -29,13 +29,10 @@ from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import alone
 from service.health.heartbeat import Heartbeat
 from service.health.throughput import Throughput
+from service.observability.background_writer import BackgroundWriter, TrackerBackend
 from service.observability.console import console
-from service.observability.other_writers import (
-    BackgroundWriter,
-    TensorBoard,
-    TrackerBackend,
-    Trackio,
-)
+from service.observability.tensorboard_backend import TensorBoard
+from service.observability.trackio_backend import Trackio
 from service.observability.wandb_writer import WandB
 from service.runs.tracking import MetricsFile, Tracker, Writer
 from service.spec.models import TrackioSpec, WandBSpec
@@ -78,13 +75,13 @@ def main() -> None:
                 metrics(run),
                 console(rows, stream=nowhere),
                 wandb(run),
-                second("TensorBoard", lambda: TensorBoard(run / "tensorboard"), run),
+                second("TensorBoard", lambda: TensorBoard.open(run / "tensorboard"), run),
             ],
             "all of these, trackio": lambda run: [
                 metrics(run),
                 console(rows, stream=nowhere),
                 wandb(run),
-                second("TensorBoard", lambda: TensorBoard(run / "tensorboard"), run),
+                second("TensorBoard", lambda: TensorBoard.open(run / "tensorboard"), run),
                 second("trackio", lambda: trackio(run), run),
             ],
         }
@@ -165,7 +162,7 @@ def wandb(run: Path) -> Writer:
     spec = WandBSpec(project="overhead", mode="offline")
     writer = WandB(
         spec, run_id="a", name="a", directory=run, config={}, say=lambda _: started.set()
-    )
+    ).start()
     started.wait()
     return writer
 
@@ -187,7 +184,7 @@ def second(name: str, opened: Callable[[], TrackerBackend], run: Path) -> Writer
 
 def trackio(run: Path) -> TrackerBackend:
     with redirect_stdout(None):
-        return Trackio(TrackioSpec(project="overhead"), name=run.name, config={})
+        return Trackio.open(TrackioSpec(project="overhead"), name=run.name, config={})
 
 
 def a_terminal() -> TextIO:

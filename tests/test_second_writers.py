@@ -10,7 +10,7 @@ import pytest
 from commands import CLEAN, DEADLINE_SECONDS, evenstep
 
 from service.basics.background_queue import LONGEST
-from service.observability.other_writers import BackgroundWriter, TrackerBackend
+from service.observability.background_writer import BackgroundWriter, TrackerBackend
 from service.runs.tracking import MetricsFile, Row, Tracker, read_metrics
 
 ASKED = (

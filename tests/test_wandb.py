@@ -73,7 +73,7 @@ wandb = WandB(
     say=say,
     resume_step=resume_step,
     init_seconds=job["init_seconds"],
-)
+).start()
 tracker = Tracker([metrics, wandb], epoch_at=lambda step: step / 8, resume_step=resume_step)
 build_seconds = time.perf_counter() - begin
 half = (job["first"] + job["last"]) // 2

@@ -107,39 +107,38 @@ class _Static(RendezvousHandler):
         return True
 
 
+def rank_spec(entry: Callable[..., None], *arguments: object, processes: int) -> WorkerSpec:
+    """Ranks that each run `entry(environment, *arguments)`; opens the store where they meet."""
+    return WorkerSpec(
+        role="rank",
+        local_world_size=processes,
+        entrypoint=entry,
+        args=arguments,
+        rdzv_handler=_Static(),
+        max_restarts=0,
+        monitor_interval=_LOOK_SECONDS,
+        local_addr="localhost",
+    )
+
+
 class Agent(SimpleElasticAgent):
     """One attempt at the job: a fresh rendezvous and `processes` ranks, from their start to end."""
 
     def __init__(
         self,
-        entry: Callable[..., None],
-        *arguments: object,
-        processes: int,
+        ranks: WorkerSpec,
+        *,
         stop: StopRequest,
         stop_budget_seconds: Callable[[], float],
         first: int = 0,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`entry(environment, *arguments)` runs in every rank; `first` is this node's lowest.
+        """`ranks` comes from `rank_spec`; `first` is the lowest rank of this node.
 
-        `variables` are part of each rank's environment, beside those that tell it its place.
-        `stop_budget_seconds` is asked when a request to stop has come: by then saves were measured.
+        `variables` are added to the environment of each rank. `stop_budget_seconds` is called when
+        a request to stop arrives, because the duration of saves has been measured by then.
         """
-        handler = _Static()
-        super().__init__(
-            WorkerSpec(
-                role="rank",
-                local_world_size=processes,
-                entrypoint=entry,
-                args=arguments,
-                rdzv_handler=handler,
-                max_restarts=0,
-                monitor_interval=_LOOK_SECONDS,
-                local_addr="localhost",
-            )
-        )
-        self._handler = handler
-        self._entry = entry
+        super().__init__(ranks)
         self._first = first
         self._variables = dict(variables or {})
         self._stop = stop
@@ -162,7 +161,7 @@ class Agent(SimpleElasticAgent):
             self.run()
         finally:
             self._shutdown()
-            self._handler.shutdown()
+            self._worker_group.spec.rdzv_handler.shutdown()
 
     # ---- what torch's agent would ask of its store, in which a stranger may have written
 
@@ -180,9 +179,10 @@ class Agent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         context = multiprocessing.get_context("forkserver")
         spec = worker_group.spec
+        assert callable(spec.entrypoint), "rank_spec takes a function"
         for worker in worker_group.workers:
             environment = self._variables | _environment(worker, worker_group)
-            process = context.Process(target=self._entry, args=(environment, *spec.args))
+            process = context.Process(target=spec.entrypoint, args=(environment, *spec.args))
             try:
                 process.start()
             except (

@@ -167,16 +167,12 @@ def _attempt(
     node_lost: NodeLost,
 ) -> Cause:
     """Run all processes once, until the last one ends."""
-    from launch.processes.agent import Agent, NotStarted
+    from launch.processes.agent import Agent, NotStarted, rank_spec
 
     notes.mkdir()
     group = getattr(job, "group", None)
     agent = Agent(
-        process,
-        job,
-        str(notes),
-        started,
-        processes=processes,
+        rank_spec(process, job, str(notes), started, processes=processes),
         stop=stop,
         stop_budget_seconds=lambda: budget_seconds(job.spec, job.directory()),
         first=group.index * group.processes if group else 0,

@@ -2,9 +2,12 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* wandb_writer: weights & Biases as a background writer: one thread owns all of wandb.
+* wandb_writer: the W&B writer: one background thread makes all calls of wandb.
+* other_writers: the trackers besides W&B that a spec names, each as a background writer.
+* trackio_backend: the backend of Hugging Face's trackio: a local database, or a Space.
+* tensorboard_backend: the TensorBoard backend: an event file in the run's directory.
 * report: the report: one self-contained page about one or several runs.
-* other_writers: tensorBoard and trackio as background writers, each in a thread of its own.
 * console: the console: a live bar on a terminal, one plain line for each row elsewhere.
 * charts: curves as inline SVG: pure functions, the same text for the same numbers.
+* background_writer: sends the rows of a run to a tracker from a background thread.
 """

@@ -1,11 +1,11 @@
-"""Weights & Biases as a background writer: one thread owns all of wandb.
+"""The W&B writer: one background thread makes all calls of wandb.
 
 `wandb.init` may block for 90 s and then raise, `run.log` blocks while wandb's child process
 (wandb-core) is frozen, `finish` waits for the server without limit, and so does the interpreter's
-exit. All of that happens to the thread. The training thread only leaves rows in a bounded queue,
-and `close` waits a given time and then ends wandb-core.
+exit. Only the background thread waits for these. The training thread puts rows into a bounded
+queue, and `close` waits for a given time and then kills wandb-core.
 
-What W&B did not take is in metrics.jsonl, and a resumed attempt sends what is missing.
+metrics.jsonl has every row, and a resumed attempt sends the rows that W&B does not have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
@@ -32,13 +32,13 @@ from service.spec.models import WandBSpec
 if TYPE_CHECKING:
     from wandb import Run
 
-_ON_DISK_SECONDS = 1.0  # a killed process loses what is younger; wandb's own default is 15 s
+_ON_DISK_SECONDS = 1.0  # a killed process loses newer rows; the default of wandb is 15 s
 _CORE_SECONDS = 20.0  # for wandb-core to start and answer
 _LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
 
 
 class WandB(Writer):
-    """Sends rows to one W&B run, online or offline, over all attempts of the run."""
+    """Sends the rows of all attempts of a run to one W&B run, online or offline."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class WandB(Writer):
         resume_step: int | None = None,
         init_seconds: float = 20.0,
     ) -> None:
-        """Returns at once; the thread imports wandb and starts it.
+        """Call `start` to connect.
 
         Args:
             run_id: the same in every attempt.
-            directory: the run's own; it holds metrics.jsonl, already cut to `resume_step`, and
-                gets wandb/. `WANDB_DIR` puts wandb's files elsewhere, where they must last too.
-            config: what W&B shows as the run's configuration: plain values.
-            say: tells a person one line; called by the thread and by `close`.
-            resume_step: the step of the checkpoint this attempt starts from, or None.
-            init_seconds: how long the server may take to answer before the run is kept offline.
+            directory: of the run, with metrics.jsonl, already cut to `resume_step`. wandb writes
+                to wandb/ in it, or to `WANDB_DIR`, which must last as long as the run.
+            config: plain values that W&B shows as the run's configuration.
+            say: prints one line for the user; called by the thread and by `close`.
+            resume_step: the step of the checkpoint that this attempt starts from, or None.
+            init_seconds: how long to wait for the server before the run continues offline.
         """
         self._spec = spec
         self._run_id = run_id
@@ -75,13 +75,11 @@ class WandB(Writer):
         self._init_seconds = init_seconds
         self._close_seconds = spec.finish_seconds
         self._mode: str = os.environ.get("WANDB_MODE") or spec.mode
-        # A wandb-core that somebody else has started is theirs to end.
+        # A wandb-core that another program has started is not killed here.
         self._owns_core = "WANDB_SERVICE" not in os.environ
-        # Its exporter of errors would be waited for at the interpreter's exit.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self._rows: BackgroundQueue[Row] = BackgroundQueue()
         self._outcome: Outcome = "failed"
-        self._taken_rows = 0
+        self._received_rows = 0
         self._sent_rows = 0
         self._trouble: str | None = None
         self._stop = threading.Event()
@@ -89,11 +87,17 @@ class WandB(Writer):
         self._given_up = False
         self._files: str | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+
+    def start(self) -> Self:
+        """Return at once; the thread imports wandb and connects."""
+        # At the interpreter's exit, wandb would wait for its exporter of error reports.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if self._mode != "disabled":
             self._thread.start()
+        return self
 
     def write(self, row: Row) -> None:
-        self._taken_rows += 1
+        self._received_rows += 1
         self._rows.put(row)
 
     @property
@@ -102,7 +106,7 @@ class WandB(Writer):
         return self._stop.is_set()
 
     def close(self, outcome: Outcome) -> None:
-        """Finish the run on W&B, within `finish_seconds`; 5 s more where wandb-core is stuck."""
+        """Finish the W&B run within `finish_seconds`, or 5 s more if wandb-core must be killed."""
         if not self._thread.ident:
             return
         self._closing = True
@@ -116,12 +120,12 @@ class WandB(Writer):
         self._is_silent = True
 
     def _report(self) -> None:
-        """Say, once, what W&B lacks; rows that a frozen wandb-core had taken are not counted."""
-        missing = self._taken_rows - self._sent_rows
+        """Report missing rows once; rows inside a frozen wandb-core are not counted."""
+        missing = self._received_rows - self._sent_rows
         trouble = self._trouble or "the queue was full"
         if missing:
             self._say(
-                f"W&B lacks {missing} or more of this attempt's {self._taken_rows} rows: "
+                f"W&B lacks {missing} or more of this attempt's {self._received_rows} rows: "
                 f"{trouble}. {self._metrics} has them all."
             )
         elif self._trouble:
@@ -129,9 +133,9 @@ class WandB(Writer):
             self._say(f"W&B did not finish: {trouble}.{hint}")
 
     def _give_up(self) -> None:
-        """Kill wandb-core, again if need be, so that the thread is free to end.
+        """Kill wandb-core, repeatedly if necessary, so that the thread can end.
 
-        Otherwise wandb's exit handler would wait for a frozen wandb-core for ever.
+        Otherwise wandb's exit handler would wait forever for a frozen wandb-core.
         """
         self._given_up = True
         self._trouble = f"it had not finished after {self._close_seconds:g} s"

@@ -4,7 +4,7 @@ From top to bottom; a room imports only from rooms below it:
 
 * worker: trains and tests the run that a plan describes: build, restore, train, close.
 * train_loop: the train loop. No rank appears in it: `world` is all processes as one.
-* attempt: one attempt at a run: opens its directory, begins its records, and enters its end.
+* attempt: one attempt at a run: opens its directory, starts its records, and records its end.
 * setup: builds what a run trains, part by part, in the order that its random numbers need.
 * own_train_step: one optimizer step of a task with a step of its own.
 * batch_size_finder: the batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.

@@ -1,4 +1,4 @@
-"""One attempt at a run: opens its directory, begins its records, and enters its end."""
+"""One attempt at a run: opens its directory, starts its records, and records its end."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from service.training.setup import Prepared, together
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run's directory as this process has it open."""
+    """The open directory of a run in this process."""
 
     plan: Plan
     world: World
     directory: RunDirectory
     opened: OpenRun | None
-    """The run itself, on the lead."""
+    """The open run, on rank 0."""
     heartbeat: Heartbeat
     say: LeadOutput
 
     def begin(self, *, step: int, way: str) -> None:
-        """Enter the attempt, unless too many got no further; `way` says how rows come.
+        """Record the attempt, unless too many made no progress; `way` describes the data path.
 
         Raises:
             NoProgress: too many did not; on every process.
@@ -72,12 +72,12 @@ class Attempt:
             )
 
     def enter_done(self) -> None:
-        """Have the run known as done, which it was before this attempt."""
+        """Record that the run was already done before this attempt."""
         if self.opened is not None:
             self.opened.enter_done()
 
     def require_never_saved(self) -> None:
-        """Check, where no checkpoint was found, that none can have been lost."""
+        """If no checkpoint was found, check that none can have been lost."""
         if self.opened is not None:
             self.opened.require_never_saved()
 
@@ -110,10 +110,10 @@ class Attempt:
 def opened_attempt(
     runs: Path, plan: Plan, world: World, *, fresh: bool, heartbeat: Heartbeat, say: LeadOutput
 ) -> Iterator[Attempt]:
-    """The run's directory, locked for as long as this lasts; on the lead.
+    """The directory of the run, locked in this context; on rank 0.
 
     Raises:
-        SpecError: it holds another run, or somebody trains in it; on every process.
+        SpecError: it belongs to another run, or is in use; on every process.
     """
     spec = plan.spec
     opened = together(
@@ -132,7 +132,7 @@ def opened_attempt(
 
 
 def make_checkpoints(attempt: Attempt, stopping: StopBudget) -> Checkpoints:
-    """The checkpoints of the run; `stopping` learns how long a save takes."""
+    """The checkpoints of the run; they report the time of each save to `stopping`."""
     plan, spec = attempt.plan, attempt.plan.spec
     return Checkpoints(
         attempt.directory.checkpoints,
@@ -151,7 +151,7 @@ def make_checkpoints(attempt: Attempt, stopping: StopBudget) -> Checkpoints:
 
 
 def learn_save_time(attempt: Attempt, stopping: StopBudget, saved_bytes: int | None) -> None:
-    """Let `stopping` know how long a save will take: as earlier ones did, or by the disk."""
+    """Estimate for `stopping` the time of a save: from earlier saves, or from a disk test."""
     if attempt.opened is None or not stopping.is_bounded:
         return
     attempts = attempt.opened.facts["attempts"]
@@ -162,19 +162,19 @@ def learn_save_time(attempt: Attempt, stopping: StopBudget, saved_bytes: int | N
 
 @dataclass(frozen=True)
 class Records:
-    """What is written of a run step by step."""
+    """The files to which each step appends."""
 
     receipt: Receipt
     tracker: Tracker
 
     def close(self, outcome: Outcome) -> None:
-        """Nothing is written afterwards."""
+        """Close them; nothing is written afterwards."""
         self.receipt.close()
         self.tracker.close(outcome)
 
 
 def begin_records(attempt: Attempt, prepared: Prepared) -> Records:
-    """Enter the attempt and begin, or go on with, the receipt and the metrics.
+    """Record the attempt, and start or continue the receipt and the metrics.
 
     Raises:
         EvenstepError: one of them cannot be written; on every process.
@@ -196,7 +196,7 @@ def begin_records(attempt: Attempt, prepared: Prepared) -> Records:
 
 
 def _tracker(attempt: Attempt, *, step: int) -> Tracker:
-    """Writers on the lead, the file of metrics first; none on the others."""
+    """The writers on rank 0, the metrics file first; none on other ranks."""
     plan, opened, say = attempt.plan, attempt.opened, attempt.say
     resume_step = step if step else None
     if opened is None:
@@ -217,7 +217,7 @@ def _tracker(attempt: Attempt, *, step: int) -> Tracker:
                 config=config,
                 say=screen.say,
                 resume_step=resume_step,
-            )
+            ).start()
         )
     writers += second_writers(
         plan.spec.tracking,
@@ -231,7 +231,7 @@ def _tracker(attempt: Attempt, *, step: int) -> Tracker:
 
 
 def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
-    """What trackers show as the configuration: the spec as resolved, and what it ran on."""
+    """The configuration for trackers: the resolved spec, and the machine."""
     return {
         **plan.spec.model_dump(mode="json"),
         "spec_sha256": fingerprint(plan.spec),
@@ -244,7 +244,7 @@ def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
 def opening(
     attempt: Attempt, model: nn.Module, unreached: Sequence[str], resumed_at: int | None
 ) -> str:
-    """What a person wants to know before the first step."""
+    """A summary for the user before the first step."""
     plan, world = attempt.plan, attempt.world
     parameters = sum(p.numel() for p in model.parameters())
     many = "process" if world.processes == 1 else "processes"
@@ -269,7 +269,7 @@ def _rows(plan: Plan) -> str:
 
 
 def closing(state: TrainState, last: dict[str, float], directory: RunDirectory) -> str:
-    """What came out, and where it lies."""
+    """The results, and the path of the run."""
     tested = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.startswith("test/"))
     line = f"Done after step {state.step:,}: {tested or 'no test'}."
     if state.best is not None:
