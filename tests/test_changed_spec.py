@@ -17,6 +17,7 @@ from service.runs.history import read_history
 from service.spec.files import load_spec
 
 RULES = {
+    "init": ("init.from=other", "init.from=first"),
     "batch.global_batch": ("batch.global_batch=60", ""),
     "exactness": ("exactness=bitwise", ""),
     "loader.stream": ("loader.stream=split", ""),

@@ -7,5 +7,6 @@ From top to bottom; a room imports only from rooms below it:
   from.
 * pretrained: exports a checkpoint as a directory that the `from_pretrained` of transformers
   reads.
+* initial_weights: the weights that a run begins with, where the spec's `init` names them.
 * snapshots: A training state as named tensors and plain values, and back.
 """

@@ -305,6 +305,16 @@ def _how_to_rename(missing: list[str], strange: list[str]) -> str:
     )
 
 
+def read_weights(directory: Path, *, average: bool = False) -> dict[str, Tensor]:
+    """A checkpoint's weights by every name they have, or their moving average.
+
+    Raises:
+        SpecError: there is no average.
+        NoCheckpoint: its files cannot be read.
+    """
+    return _read_weights(directory, read_state(directory), average=average)
+
+
 class Renaming:
     """New names for saved names; the name of a module renames everything in it."""
 

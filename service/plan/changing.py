@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from service.spec.documents import Steps, dotted
-from service.spec.files import on_one_line, plain_values, with_code_files
+from service.spec.files import on_one_line, plain_values, with_code_files, with_source
 from service.spec.models import Spec
 
 CANNOT_CHANGE_THE_RESULT = {
@@ -84,6 +84,7 @@ def _involves_torch_scheduler(change: Change, old: Spec) -> bool:
 
 
 FIXED = (
+    _Fixed("init", "", "a run takes its first weights once"),
     _Fixed(
         "batch.global_batch",
         "",
@@ -178,9 +179,9 @@ def _without_unit(key: str) -> str:
 def changes(old: Spec, new: Spec) -> list[Change]:
     """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
 
-    A task's file may lie in another directory: only its own name counts.  Parameter groups may
-    stand in another order: a checkpoint knows them by their parameters' names.  A micro-batch that
-    is to be found is the one that was found.
+    A task's file and the source of `init` may lie in another directory: only their own names count.
+    Parameter groups may stand in another order: a checkpoint knows them by their parameters' names.
+    A micro-batch that is to be found is the one that was found.
     """
     before, after = _compared(old), _compared(new)
     if new.batch.micro_batch == "auto":
@@ -235,7 +236,8 @@ def told_of_lines(found: Sequence[Change]) -> str:
 
 
 def _compared(spec: Spec) -> Any:
-    return plain_values(with_code_files(spec, lambda file, at: os.path.basename(file)))
+    named = with_code_files(spec, lambda file, at: os.path.basename(file))
+    return plain_values(with_source(named, os.path.basename))
 
 
 def _cannot_matter(steps: Steps, spec: Spec) -> bool:

@@ -16,6 +16,7 @@ from service.basics import randomness
 from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mistake
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.initial_weights import initial_weights
 from service.data.batches import Batch
 from service.data.loading import train_steps
 from service.data.streams import Stream, is_stream
@@ -67,6 +68,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     normalization = prepare(model, spec.model.batchnorm, world)
     state = _state(spec, model, small)
     yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
+    yield from _initial(spec, model)
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
@@ -83,6 +85,14 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     size, seconds = _timed(lambda: _round_trip(state, task, small, world))
     yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
     yield "memory", _memory(state, activations, world)
+
+
+def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:
+    """The weights that the model begins with, where the spec names them."""
+    if spec.init is not None:
+        first = initial_weights(spec.init, model)
+        first.apply(model)
+        yield "init", first.in_words()
 
 
 def _planned(

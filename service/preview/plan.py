@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from service.checkpoints.initial_weights import initial_weights
 from service.checkpoints.snapshots import expected_bytes
 from service.data.loading import way_of_rows
 from service.data.task import Task, load_task, new_model
@@ -63,6 +64,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
             _aligned([*_arithmetic(plan), *_data(plan, task), *saving]),
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
+            *_initial(model, plan.spec),
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
             *_buffers(model, plan.spec),
             *_checkpointed(model, plan.spec),
@@ -204,6 +206,13 @@ def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
 def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
     layers = prepare(model, plan.spec.model.batchnorm, alone())
     return layers.table(micro_batch=plan.micro_batch, processes=plan.processes)
+
+
+def _initial(model: nn.Module, spec: Spec) -> list[str]:
+    """What the model takes from elsewhere before the first step."""
+    if spec.init is None:
+        return []
+    return [_aligned(initial_weights(spec.init, model).table(), header=True)]
 
 
 def _buffers(model: nn.Module, spec: Spec) -> list[str]:

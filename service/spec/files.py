@@ -45,9 +45,9 @@ def load_spec(
     (`every_steps`), the override's holds.
 
     A `SpecError` lists every fault at once, as `file:line:column: key: what is wrong`. A task in a
-    file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` are relative to the
-    spec's directory, and where given by an override or a mapping to the current one; in the result
-    such paths are absolute.
+    file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` or `init.from` are
+    relative to the spec's directory, and where given by an override or a mapping to the current
+    one; in the result such paths are absolute.
     """
     document = document_of(path) if isinstance(path, Mapping) else read_document(path)
     refused: list[str] = []
@@ -71,7 +71,16 @@ def load_spec(
 
     arguments = _with_paths(spec.task_args, ("task_args",), lambda t, at: _joined(t, folder(at)))
     spec = spec.model_copy(update={"task_args": arguments})
+    spec = with_source(spec, lambda text: _joined(text, folder(("init", "from"))))
     return with_code_files(spec, lambda file, at: _absolute(file, folder(at)))
+
+
+def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
+    """The spec with what `path` makes of the place of its first weights."""
+    if spec.init is None:
+        return spec
+    init = spec.init.model_copy(update={"from": path(spec.init.source)})
+    return spec.model_copy(update={"init": init})
 
 
 _UNITS = ("steps", "epochs", "fraction")
@@ -106,7 +115,7 @@ def with_files_where_they_are(spec: Spec, *, old: str, new: str) -> Spec:
         return moved if os.path.exists(moved) else path
 
     arguments = _with_paths(spec.task_args, (), lambda text, at: found(text))
-    spec = spec.model_copy(update={"task_args": arguments})
+    spec = with_source(spec.model_copy(update={"task_args": arguments}), found)
     return with_code_files(spec, lambda file, at: found(file))
 
 

@@ -5,9 +5,9 @@ No torch here: a spec is read, checked and printed on machines that have none.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, field_validator, model_validator
+from pydantic import Discriminator, Field, create_model, field_validator, model_validator
 
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.optimizer import Optimizers
@@ -85,6 +85,39 @@ class ModelSpec(Part):
     """Decay of an exponential moving average of the weights, such as 0.999."""
     activation_checkpointing: ActivationCheckpointingSpec | None = None
     """Keep less for the backward pass, and compute it a second time there."""
+
+
+class _InitSpec(Part):
+    """Weights that the run begins with, in place of those drawn from the seed."""
+
+    checkpoint: str = "latest"
+    """Of a run: `latest`, `best`, or a step."""
+    average: bool = False
+    """Of a run: the moving average of its weights."""
+    rename: dict[str, str] = Field(default={})
+    """Names of tensors and modules there, and what the model calls them; `.` is all of them, put
+    below a module of the model."""
+    skip: tuple[str, ...] = Field(default=(), strict=False)
+    """Globs over names, of the model's or of there, that are not taken, such as `head.*`."""
+    strict: bool = True
+    """Whether everything that is not skipped must fit. `false`: take what fits."""
+
+    @property
+    def source(self) -> str:
+        """What `from` says, which is a word of Python's own."""
+        return str(getattr(self, "from"))
+
+
+if TYPE_CHECKING:
+    InitSpec = _InitSpec
+else:
+    _from = Field(
+        description="A run, a .safetensors file, or a directory of transformers.",
+        examples=["digits"],
+    )
+    InitSpec = create_model(
+        "InitSpec", __base__=_InitSpec, __doc__=_InitSpec.__doc__, **{"from": (str, _from)}
+    )
 
 
 class TestSpec(Part):
@@ -265,6 +298,8 @@ class Spec(Part):
     """How long to train."""
     model: ModelSpec = ModelSpec()
     """How the model is computed."""
+    init: InitSpec | None = None
+    """Weights that the run begins with, in place of those drawn from the seed."""
     optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] = Field(
         examples=[{"name": "sgd", "lr": 0.1}]
     )

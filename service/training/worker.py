@@ -10,6 +10,7 @@ from pathlib import Path
 
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.initial_weights import InitialWeights, settled_weights
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import Step
 from service.data.loading import test_batches, train_steps
@@ -88,12 +89,13 @@ def run(
     require_measures(plan.spec, task)
     require_packages(plan.spec.tracking)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
+    first = settled_weights(plan.spec, prepared.state.model, world, runs=runs, fresh=fresh)
 
     # All errors of the user have been found by now, and nothing is written yet.
     with opened_attempt(runs, plan, world, fresh=fresh, heartbeat=heartbeat, say=say) as attempt:
         stopping = StopBudget(grace_periods, say=say)
         checkpoints = make_checkpoints(attempt, stopping)
-        restore(checkpoints, prepared, attempt)
+        restore(checkpoints, prepared, attempt, first)
         learn_save_time(attempt, stopping, prepared.saved_bytes)
         if is_done(prepared.state, plan):
             say(
@@ -111,9 +113,13 @@ def run(
         return last
 
 
-def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> None:
+def restore(
+    checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt, first: InitialWeights | None
+) -> None:
     """Restore the newest valid checkpoint, and report its step.
 
+    Args:
+        first: what the model begins with where there is no checkpoint yet.
     Raises:
         EvenstepError: there are checkpoints, but none can be read; on every process.
     """
@@ -122,6 +128,7 @@ def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> N
     resumed = checkpoints.restore(state)
     if not resumed:
         together(attempt.world, attempt.require_never_saved)
+        begin_with(first, state, attempt)
     take_changes(state, asked, attempt)
     resumed_at = state.step if resumed else None
     attempt.say(opening(attempt, state.model, prepared.found.unreached, resumed_at))
@@ -130,6 +137,16 @@ def restore(checkpoints: Checkpoints, prepared: Prepared, attempt: Attempt) -> N
     pinned = copies_late(attempt.world.device)
     saving = saving_in_words(prepared.saved_bytes, spec.checkpoint, pinned=pinned)
     attempt.say(f"Checkpoints: {saving}")
+
+
+def begin_with(first: InitialWeights | None, state: TrainState, attempt: Attempt) -> None:
+    """Put the initial weights into the model, and into its average."""
+    if first is None:
+        return
+    first.apply(state.model)
+    if state.average is not None:
+        first.apply(state.average.model)
+    attempt.say(first.in_words())
 
 
 def take_changes(state: TrainState, asked: Options, attempt: Attempt) -> None:
