@@ -17,9 +17,9 @@ BEGIN, END = "<!-- written by: python tests/device_lines.py -->", "<!-- end of w
 ASKS = re.compile(
     r"device\.type|_on_cpu\b|\bon_cpu\b|_pinned\b|\bcopies_late\(|\bmoment\(self|\bsynchronize\("
     r"|\bforget_peak\(|\bpeak_bytes\(|\bfree_bytes\(|\bname_of\(device|\bresident_bytes\("
-    r"|\bfits_on\(|= near\(|\binitializer=use\b|\bgenerators\(self|= ready\(|device_waits\b"
-    r"|\bon_device\b|get_backend\(\) |torch\.accelerator|module_of\(|get_device_module"
-    r"|record_stream\("
+    r"|\bfits_on\(|= near\(|\binitializer=_begin_writing\b|\bgenerators\(self|= ready\("
+    r"|device_waits\b|\bon_device\b|get_backend\(\) |torch\.accelerator|module_of\("
+    r"|get_device_module|record_stream\("
 )
 # A line that names one vendor's device, library or tool.
 VENDOR = re.compile(
@@ -36,6 +36,7 @@ RAN = {
     "service/checkpoints/checkpoints.py": SIM,
     "service/checkpoints/shards.py": SIM,
     "service/distributed/devices.py": SIM,
+    "service/distributed/contention.py": SIM,
     "service/basics/errors.py": CPU,
     "service/training/batch_size_finder.py": SIM,
     "service/optimization/flops.py": SIM,

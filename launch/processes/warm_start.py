@@ -39,9 +39,11 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
         return
     # What is loaded stays: to look for garbage in it meanwhile was a fifth of the time.
     gc.disable()
-    # Read when torch is loaded.  A thread that waits for its share gives the core back: where
-    # it spins instead, beside one other busy process, five seconds of training took fifty.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is loaded.  `service.distributed.contention` decides during training when the
+    # threads of GNU's OpenMP spin and when they sleep.  It cannot do so for LLVM's and Intel's,
+    # which torch has on macOS and from conda: these sleep whenever they wait.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("KMP_BLOCKTIME", "0")
     if any(word.partition("=")[0] == "--profile" for word in words):
         # So is this: torch's profiler tells stderr of each start.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

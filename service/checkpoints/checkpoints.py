@@ -460,7 +460,7 @@ class Checkpoints:
     def _writers_beside(self, count: int) -> ThreadPoolExecutor:
         """Threads that write; their default device is the device of this process."""
         device = (self._world.device,)
-        return ThreadPoolExecutor(count, WRITER, initializer=use, initargs=device)
+        return ThreadPoolExecutor(count, WRITER, initializer=_begin_writing, initargs=device)
 
     def _get_on(self) -> None:
         """Report the progress of a save."""
@@ -608,6 +608,17 @@ class Checkpoints:
                 "first process does. Give all of them the same storage."
             )
         load(chosen.path, state, index=self._world.index, rename=self._rename)
+
+
+def _begin_writing(device: torch.device) -> None:
+    """In a new thread of a writer: mean this device, and compute on this thread alone.
+
+    Otherwise its first operation on a large tensor starts OpenMP threads of its own, beside those
+    that train.  libgomp then counts more threads than cores, and all of them sleep as soon as they
+    wait: training on two threads became slower than on one.
+    """
+    use(device)
+    torch.set_num_threads(1)
 
 
 def _require_fit(job: _Job, shard: Shard) -> None:

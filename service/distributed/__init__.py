@@ -17,4 +17,6 @@ From top to bottom; a room imports only from rooms below it:
 * devices: what a device offers besides tensors, through torch's module for its kind, not a
   vendor's.
 * generators: the global random generators of Python, numpy and torch.
+* contention: lets threads that wait for each other spin on idle cores, and sleep on cores that
+  are shared.
 """

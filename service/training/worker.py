@@ -17,6 +17,7 @@ from service.data.loading import test_batches, train_steps
 from service.data.task import Task, chosen_test_sets, files_may_have_moved, new_model, test_sets
 from service.distributed.agreed_stop import StopPoll
 from service.distributed.batchnorm import prepare
+from service.distributed.contention import cores_shared
 from service.distributed.devices import copies_late
 from service.distributed.profiler import Profile
 from service.distributed.world import World
@@ -207,7 +208,11 @@ def carry_out(
     outcome: Outcome = "failed"
     unentered: EvenstepError | None = None
     try:
-        with collector_at_rest(), steps_of(prepared, task, attempt) as steps:
+        with (
+            collector_at_rest(),
+            cores_shared(world.device),
+            steps_of(prepared, task, attempt) as steps,
+        ):
             last = train(state, steps, training=training, after=after)
         heartbeat.enter("save")
         checkpoints.finish()

@@ -1,0 +1,124 @@
+"""Lets threads that wait for each other spin on idle cores, and sleep on cores that are shared.
+
+torch computes on a team of OpenMP threads, which wait for each other after every operation.  One
+that spins goes on at once, but keeps its core: where another program needs it as well, the team
+waits for the one of them that has none, and training collapses.  libgomp decides it by a count: as
+long as a process has more OpenMP threads than it may use cores, those that wait sleep nearly at
+once (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).  So a few threads that do
+nothing are kept while the cores are shared.  How many threads compute is never changed: that would
+change the bits of the result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+TASKS = Path("/proc/self/task")
+_LOOK_SECONDS = 0.5
+# Seconds that a thread was ready and had no core, in a second and for each thread of the team.
+_SHARED_FROM, _FREE_BELOW = 0.1, 0.03
+_FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 2.0, 120.0
+_MOST_IDLE_THREADS = 256
+
+
+@contextmanager
+def cores_shared(device: torch.device) -> Iterator[None]:
+    """Meanwhile the threads that compute here sleep where they would take others' cores.
+
+    Nothing happens where the user has said how they wait, or where they never do.
+    """
+    said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    team = torch.get_num_threads()
+    if device.type != "cpu" or said or team == 1 or not TASKS.is_dir():
+        yield
+        return
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(team, ended), name="cores", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+
+
+class Patience:
+    """Decides from how long threads wait for a core whether those that wait for each other sleep.
+
+    While they sleep they show less of it.  So they do for a while, twice as long each time that
+    the cores turn out to be shared still.
+    """
+
+    def __init__(self, team: int, *, now: float) -> None:
+        self.sleeps = False
+        self._team = team
+        self._looked = now
+        self._rest = _FIRST_REST_SECONDS
+        self._changed = now - self._rest
+
+    def look(self, waited: float, *, now: float) -> None:
+        """Take note of the seconds that all threads have waited for a core since the last look."""
+        share = waited / (now - self._looked) / self._team
+        self._looked = now
+        since = now - self._changed
+        if not self.sleeps and share > _SHARED_FROM:
+            again = since < self._rest
+            self._rest = min(2 * self._rest, _LONGEST_REST_SECONDS) if again else self._rest
+            self.sleeps, self._changed = True, now
+        elif self.sleeps and share < _FREE_BELOW and since >= self._rest:
+            self.sleeps, self._changed = False, now
+        elif not self.sleeps and since >= _LONGEST_REST_SECONDS:
+            self._rest = _FIRST_REST_SECONDS
+
+
+def waited_for_cores() -> dict[str, float]:
+    """Seconds that each thread of this process has been ready to run without a core to run on."""
+    found = {}
+    for task in os.listdir(TASKS):
+        try:
+            text = (TASKS / task / "schedstat").read_text()
+        except OSError:
+            continue  # it has ended meanwhile, or this kernel does not count
+        found[task] = int(text.split()[1]) / 1e9
+    return found
+
+
+def _watch(team: int, ended: threading.Event) -> None:
+    patience = Patience(team, now=time.monotonic())
+    before = waited_for_cores()
+    held: threading.Event | None = None
+    while not ended.wait(_LOOK_SECONDS):
+        after = waited_for_cores()
+        waited = sum(seconds - before.get(task, 0.0) for task, seconds in after.items())
+        before = after
+        patience.look(waited, now=time.monotonic())
+        if patience.sleeps and held is None:
+            held = _hold_threads(team)
+        elif not patience.sleeps and held is not None:
+            held.set()
+            held = None
+    if held is not None:
+        held.set()
+
+
+def _hold_threads(team: int) -> threading.Event:
+    """Keep so many OpenMP threads that there are more than cores, until the event is set."""
+    count = len(os.sched_getaffinity(0)) - team + 2  # the first of them is not one more
+    let_go = threading.Event()
+    if count <= _MOST_IDLE_THREADS:
+        threading.Thread(target=_hold, args=(count, let_go), name="idle", daemon=True).start()
+    return let_go
+
+
+def _hold(count: int, let_go: threading.Event) -> None:
+    torch.set_num_threads(count)
+    torch.zeros(2**17)  # large enough that torch shares it out, and so starts the threads
+    torch.set_num_threads(1)
+    let_go.wait()  # they end with this one
