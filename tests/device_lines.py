@@ -44,6 +44,7 @@ RAN = {
     "service/data/in_memory.py": SIM,
     "service/data/loading.py": SIM,
     "service/evaluation/metrics.py": SIM,
+    "service/sharding/sharding.py": "CPU; no sharded run on any other device yet",
     "service/distributed/batchnorm.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
     "service/optimization/optimizers.py": SIM,
     "service/distributed/recursive_doubling.py": SIM,

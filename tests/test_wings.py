@@ -14,6 +14,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
     "checkpoints",
     "optimization",
     "data",
+    "sharding",
     "distributed",
     "observability",
     "health",
@@ -27,7 +28,11 @@ DOOR = ("__init__", "in_place", "task", "recipes")
 WITH_TORCH = WINGS[: WINGS.index("observability")]
 LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank")
 LAUNCH += ("slurm_step", "environment")
-SPEAKS = ("service/distributed/world.py", "service/distributed/recursive_doubling.py")
+SPEAKS = (
+    "service/distributed/world.py",
+    "service/sharding/sharding.py",
+    "service/distributed/recursive_doubling.py",
+)
 """The only rooms that know torch.distributed and accelerate."""
 MOST_ROOMS = 11
 

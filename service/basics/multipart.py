@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service.basics.atomic_files import SYNC_BYTES, opened_to_write, put
+from service.basics.atomic_files import SYNC_BYTES, opened_to_write, put, sha256_of
 
 PART_BYTES = 16 << 20
 """Size of a part. Each manifest records it, so it may change."""
@@ -76,6 +76,33 @@ def write_parts(
                 unsynced += part.end - part.begin
             os.fsync(descriptor)
             moved()
+    return digests
+
+
+def write_pieces(
+    directory: Path,
+    pieces: Iterable[tuple[str, int, Iterable[memoryview]]],
+    *,
+    moved: Callable[[], None],
+) -> None:
+    """Write pieces, (file, where it begins, its bytes), and sync them; likewise beside others."""
+    for file, of_file in groupby(pieces, key=lambda piece: piece[0]):
+        with opened_to_write(directory / file) as descriptor:
+            for _, begin, content in of_file:
+                os.lseek(descriptor, begin, os.SEEK_SET)
+                put(descriptor, content, moved=moved)
+            os.fsync(descriptor)
+            moved()
+
+
+def hash_parts(
+    directory: Path, parts: Iterable[Part], *, moved: Callable[[], None]
+) -> dict[Part, str]:
+    """SHA-256 of parts as they lie on disk, where all that is in them has been written."""
+    digests = {}
+    for part in sorted(parts):
+        digests[part] = sha256_of(directory / part.file, part.begin, part.end)
+        moved()
     return digests
 
 

@@ -45,8 +45,21 @@ from service.basics.errors import (
     with_place,
 )
 from service.basics.limits import limits
-from service.basics.multipart import PART_BYTES, Part, write_parts
-from service.checkpoints.shards import Shard, ShardLayout, Snapshot, most_shares, require_finite
+from service.basics.multipart import (
+    PART_BYTES,
+    Part,
+    hash_parts,
+    write_parts,
+    write_pieces,
+)
+from service.checkpoints.shards import (
+    Shard,
+    ShardLayout,
+    Snapshot,
+    most_shares,
+    require_finite,
+    shard_by_rows,
+)
 from service.checkpoints.snapshots import Content, content_of, load
 from service.distributed.devices import Arrival, use
 from service.distributed.world import World
@@ -67,6 +80,7 @@ from service.runs.checkpoint_files import (
     read_state,
     tensor_digests,
 )
+from service.sharding.sharding import holds_rows
 from service.spec.models import CheckpointSpec
 
 
@@ -142,6 +156,7 @@ class Checkpoints:
         self._directory = directory
         self._world = world
         self._writers = world.writers()
+        self._by_rows = False
         self._part_bytes = part_bytes
         self._spec = spec
         self._facts = dict(facts)
@@ -189,6 +204,7 @@ class Checkpoints:
         """
         began = time.perf_counter()
         self._trainer = threading.get_ident()
+        self._know(state)
         self._settle()  # a save waits for the previous one
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
@@ -222,6 +238,12 @@ class Checkpoints:
             self._timings["save/failures"] = self._failures
         values, self._timings = self._timings, {}
         return values
+
+    def _know(self, state: TrainState) -> None:
+        """Where each process holds some rows only, all of them write."""
+        if not self._by_rows and holds_rows(state.model):
+            self._by_rows = True
+            self._writers = self._world.writers(everyone=True)
 
     def _begin(
         self,
@@ -259,7 +281,14 @@ class Checkpoints:
     ) -> _Job:
         held: Content | Shard = content
         arrived, failed = None, None
-        if is_shared:
+        if content.is_sharded:
+            held = shard_by_rows(
+                content,
+                index=self._writers.index,
+                processes=self._writers.processes,
+                part_bytes=self._part_bytes,
+            )
+        elif is_shared:
             held = self._layout(content).shard(self._writers.index)
         if self._spec.asynchronous:
             try:
@@ -276,6 +305,8 @@ class Checkpoints:
 
     def _writers_of(self, size_bytes: int) -> int:
         """How many processes write a state of this size."""
+        if self._by_rows:
+            return self._writers.processes
         return min(self._writers.processes, most_shares(size_bytes, self._part_bytes))
 
     def _streams(self) -> int:
@@ -407,10 +438,28 @@ class Checkpoints:
         Raises:
             EvenstepError: a process could not write its parts; with the message of the first.
         """
+        if not shard.by_rows:
+            return self._together(job, shard, lambda: self._written(job, shard, partial))
+        self._together(job, shard, lambda: self._rows_written(job, shard, partial))
+        [parts] = shard.shares
+
+        def hashed() -> dict[Part, str]:
+            return hash_parts(partial, parts, moved=self._get_on)
+
+        return self._together(job, shard, hashed)
+
+    def _together(
+        self, job: _Job, shard: Shard, act: Callable[[], dict[Part, str]]
+    ) -> dict[Part, str]:
+        """What `act` gives on each process that writes, taken together.
+
+        Raises:
+            EvenstepError: it failed on one of them; the first one's words.
+        """
         own: dict[Part, str] = {}
         failed: EvenstepError | None = None
         try:
-            own = self._written(job, shard, partial)
+            own = act()
         except EvenstepError as error:
             failed = error
         except OSError as error:
@@ -438,6 +487,14 @@ class Checkpoints:
                 )
             digests |= parts
         return digests
+
+    def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
+        """Nothing, when the rows that this process holds are on disk."""
+        if not self._world.is_lead:  # who has looked already, before there was a place
+            _require_fit(job, shard)
+        pieces = shard.pieces(with_heads=self._world.is_lead)
+        write_pieces(partial, pieces, moved=self._get_on)
+        return {}
 
     def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # rank 0 has checked before it created the directory
@@ -529,6 +586,7 @@ class Checkpoints:
             NoCheckpoint: there are checkpoints, but none is valid.
             SpecError: it does not fit the model, the optimizer or the data.
         """
+        self._know(state)
         chosen: tuple[str, int, str] | None = None
         failed: EvenstepError | None = None
         if self._world.is_lead:

@@ -1,7 +1,9 @@
 """The shards of a checkpoint: which process writes which bytes, and the buffer they come from.
 
-Every process holds the same state, so each can write any part of a checkpoint's files.  Buffers
-are the lead's all the same: a task may change its own by the rows that a process has seen.
+Where every process holds the same state, each can write any part of a checkpoint's files.  Buffers
+are the lead's all the same: a task may change its own by the rows that a process has seen.  Where
+parameters are sharded, each process writes the rows that it holds to where they go in the same
+files.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from service.basics.multipart import Part, parts_of, shared_out
 from service.checkpoints.snapshots import Content
 from service.distributed.devices import Arrival, copies_late, moment
 from service.runs.checkpoint_files import OPTIMIZER, header
+from service.sharding.sharding import first_row, is_sharded, own_rows
 
 # Of a share.  Measured: two processes write 120 MiB no sooner than one does, 1,140 MiB much sooner.
 _LEAST_PARTS = 4
@@ -58,6 +61,17 @@ class Shard:
     """By file, in order, the numbers in these parts."""
     rest: dict[str, Any]
     trained: frozenset[str]
+    by_rows: bool = False
+    """The stretches are the rows that this process holds, and end anywhere within a part: all of
+    them are written, and then the parts are hashed as they lie on disk."""
+
+    def pieces(self, *, with_heads: bool) -> Iterator[tuple[str, int, Iterator[memoryview]]]:
+        """(file, where it goes, its bytes) of each stretch in order, and of the heads."""
+        for file, head in self.heads.items() if with_heads else ():
+            yield file, 0, iter([memoryview(head)])
+        for file, stretches in self.stretches.items():
+            for stretch in stretches:
+                yield file, stretch.begin, iter([_bytes_of(stretch.numbers)])
 
     def bytes_of(self, part: Part) -> Iterator[memoryview]:
         """The bytes of one part, copied to main memory piece by piece."""
@@ -69,8 +83,7 @@ class Shard:
         for number in range(first, len(row)):
             if row[number].begin >= part.end:
                 break
-            piece = row[number].cut(part.begin, part.end).numbers
-            yield piece.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
+            yield _bytes_of(row[number].cut(part.begin, part.end).numbers)
 
     @property
     def size_bytes(self) -> int:
@@ -129,6 +142,35 @@ class ShardLayout:
         }
         content = self._content
         return Shard(shares, self._heads, stretches, content.rest, content.trained)
+
+
+def shard_by_rows(content: Content, *, index: int, processes: int, part_bytes: int) -> Shard:
+    """What the process of that number writes of a content of which each holds some rows.
+
+    Rows follow each other in a file, so they are one range of its bytes.  What is not sharded, such
+    as buffers and the optimizer's counters, is the lead's to write.
+    """
+    heads = {file: header(content.entries(file)) for file in content.tensors}
+    stretches: dict[str, list[Segment]] = {}
+    parts: list[Part] = []
+    for file, tensors in content.tensors.items():
+        at, row = len(heads[file]), []
+        for name, tensor in tensors.items():
+            rows, begin = own_rows(tensor), at
+            if is_sharded(tensor) and rows.numel():
+                begin += first_row(tensor) * (tensor.nbytes // tensor.shape[0])
+            if rows.numel() and (index == 0 or is_sharded(tensor)):
+                row.append(Segment(name, begin, begin + rows.nbytes, rows))
+            at += tensor.nbytes
+        stretches[file] = row
+        parts += parts_of(file, at, part_bytes)
+    hashed = parts[len(parts) * index // processes : len(parts) * (index + 1) // processes]
+    return Shard([{*hashed}], heads, stretches, content.rest, content.trained, by_rows=True)
+
+
+def _bytes_of(numbers: Tensor) -> memoryview:
+    view: memoryview = numbers.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
+    return view
 
 
 def most_shares(size_bytes: int, part_bytes: int) -> int:

@@ -21,6 +21,7 @@ from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
 from service.optimization.optimizers import step_of
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
+from service.sharding.sharding import is_sharded, own_rows, rows_like, sharded_like
 
 DTYPES = {
     torch.float64: "F64",
@@ -58,6 +59,11 @@ class Content:
     @property
     def size_bytes(self) -> int:
         return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only some rows of what is trained."""
+        return any(is_sharded(tensor) for tensor in self.tensors[MODEL].values())
 
 
 def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) -> Content:
@@ -101,6 +107,7 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     weights: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
@@ -109,7 +116,10 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"task: the model's state holds {name!r}, a {kind}; a checkpoint cannot hold "
                 "that. Register it as a buffer of another type, or with persistent=False."
             )
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if is_sharded(tensor):  # of which a process may hold no row, so it has no place
+            place: tuple[Any, ...] = (parameters[name],)
+        else:
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in first:
             aliases[name] = first[place]
         else:
@@ -292,7 +302,7 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
     ]
     if shapes:
         raise SpecError(f"The checkpoint {directory} is of another model: {'; '.join(shapes[:5])}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
 
 
 def _how_to_rename(missing: list[str], strange: list[str]) -> str:
@@ -534,7 +544,7 @@ def _as_saved(
         fresh = torch.empty_like(
             parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False
         )
-        windows.append((fresh, saved))
+        windows.append((own_rows(fresh), rows_like(fresh, saved)))
         return fresh
     if isinstance(saved, Tensor):
         return saved.to(loaded.device, copy=True)

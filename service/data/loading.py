@@ -80,14 +80,20 @@ def train_steps(
         brought = _collated(reader, orders, plan, world)
         batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
-    empty_rounds = plan.rounds - per_step if plan.spec.model.batchnorm == "sync" else 0
+    is_sync = plan.spec.model.batchnorm == "sync"
+    collective = is_sync or plan.spec.exchange.mode == "sharded"
+    empty_rounds = plan.rounds - per_step if collective else 0
     for step in range(start, plan.steps):
         taken = list(islice(batches, per_step))
-        # With statistics over all processes every forward pass is a collective: a process
-        # with fewer micro-batches takes part in the last round with no rows.
+        # With statistics over all processes, or sharded parameters, every forward pass is a
+        # collective: a process with fewer micro-batches takes part in the last round with no rows,
+        # or with some that count for nothing (many models cannot compute none).
         if empty_rounds:
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, plan.micro_batches)
-            empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
+            # With its own key: what is not finite is so in the one that counts too.
+            empty = taken[0]._replace(number=plan.micro_batches)
+            if is_sync:
+                empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
             taken += [empty] * empty_rounds
         yield Step(taken, _step_weight(taken, plan, world))
 
@@ -111,6 +117,10 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
     rows = np.arange(first, stop)  # a share is one run of them
     for number, key, start, end in share:
         yield Order(0, number, key, start, rows[start - first : end - first])
+    if plan.spec.exchange.mode == "sharded":  # every forward pass is a collective
+        some = np.arange(min(size, plan.test_rows))
+        for _ in range(-(-plan.test_micro_batches // world.processes) - len(share)):
+            yield Order(0, plan.test_micro_batches, 0, 0, some)
 
 
 @lru_cache(maxsize=16)  # of each test set it is the same in every test of a run
@@ -229,7 +239,8 @@ def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | 
     each = torch.zeros(plan.micro_batches + 1, dtype=world.wide, device=world.device)
     for batch in batches:
         assert batch.weight is not None, "a task weighs every micro-batch or none"
-        each[batch.number] = batch.weight.sum()
+        if batch.number < plan.micro_batches:
+            each[batch.number] = batch.weight.sum()
     return world.sum(each).sum()
 
 

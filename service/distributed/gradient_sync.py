@@ -65,7 +65,7 @@ class OverlappedSync(GradientSync):
         self.model = world.wrap(model, find_unused=find_unused, spec=spec)
         self._exchanges = self.model is not model
         self._world = world
-        self._seed = _Seed(telling)
+        self._seed = Seed(telling)
         self._stopwatch = stopwatch
 
     def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
@@ -114,7 +114,7 @@ class OrderedSync(GradientSync):
         """
         self.model = model
         self._world = world
-        self._seed = _Seed(telling)
+        self._seed = Seed(telling)
         self._parameters = [
             parameter
             for name, parameter in model.named_parameters()
@@ -163,7 +163,7 @@ class OrderedSync(GradientSync):
         return grads + gathered
 
 
-class _Seed:
+class Seed:
     """The initial gradient of a backward pass: this way the scale costs no multiplication."""
 
     def __init__(self, telling: bool) -> None:

@@ -110,7 +110,7 @@ class World:
         # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
         self._control: dist.ProcessGroup | None = None
         self._pairs: RecursiveDoubling | None = None
-        self._writers: Writers | None = None
+        self._writers: dict[bool, Writers] = {}
         if self.processes > 1:
             if dist.get_backend() != "gloo":
                 self._control = _connected(None, self.processes, _COLLECTIVES)
@@ -301,12 +301,17 @@ class World:
             self.trace.begin("barrier")
             dist.barrier(group=self._control)
 
-    def writers(self) -> Writers:
-        """Those who can write to the lead's disk together: the processes of its node."""
-        if self._writers is None:
+    def writers(self, *, everyone: bool = False) -> Writers:
+        """Those who can write to the lead's disk together: the processes of its node.
+
+        Args:
+            everyone: all processes, where each holds what no other does.
+        """
+        if everyone not in self._writers:
             on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
-            self._writers = Writers(self.index, self.from_lead(min(on_node, self.processes)))
-        return self._writers
+            count = self.processes if everyone else self.from_lead(min(on_node, self.processes))
+            self._writers[everyone] = Writers(self.index, count)
+        return self._writers[everyone]
 
 
 class Writers:

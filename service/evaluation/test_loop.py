@@ -101,6 +101,7 @@ class Counted:
         self._measures = task.measures
         self._world = world
         self._rows = plan.test_rows
+        self._count = plan.test_micro_batches
         self._tally = Tally(
             task.measures, micro_batches=plan.test_micro_batches, device=world.device
         )
@@ -114,6 +115,8 @@ class Counted:
             SpecError: the task gave another shape than it promises.
         """
         outputs = computed(model, batch.inputs, self._world)
+        if batch.number >= self._count:  # others still compute, and a pass takes all of them
+            return
         losses = self._task.loss(outputs, batch.targets)  # [B] or [B, T]
         measured = self._task.measure(outputs, batch.targets)  # [B, measures]
         require_loss_shape(losses, batch)

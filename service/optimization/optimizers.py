@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from service.basics.errors import SpecError, did_you_mean
 from service.data.task import imported
+from service.sharding.sharding import is_sharded
 from service.spec.models import Spec
 from service.spec.optimizer import GroupSpec, OptimizerSpec
 from service.spec.optimizer_options import OPTIMIZERS
@@ -470,6 +471,8 @@ def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], w
 
 def _fused_pays(make: type[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> bool:
     """Whether torch's fused implementation, which is faster, supports these parameters."""
+    if is_sharded(parameters[0]) and make not in (torch.optim.Adam, torch.optim.AdamW):
+        return False  # torch has no other for sharded tensors
     return "fused" in inspect.signature(make.__init__).parameters and all(
         p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters
     )

@@ -25,6 +25,7 @@ from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
 from service.plan.samplers import rows_at
+from service.sharding.sharding import OwnRows, holds_rows
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be checked
 _TOLD_AT_MOST = 8
@@ -77,12 +78,15 @@ class Updates:
         self._normalization = normalization
         self._buffers = buffers
         self._say = say
-        self._parameters = [p for p in state.model.parameters() if p.requires_grad]
+        trained = [p for p in state.model.parameters() if p.requires_grad]
+        self._is_sharded = holds_rows(state.model)
+        self._parameters: list[Any] = list(map(OwnRows, trained)) if self._is_sharded else trained
         self._skips = plan.spec.faults.on_non_finite == "skip"
         self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
         self.asks_again = needs_closure(type(state.optimizer))
         """Whether one step of the optimizer computes the gradients several times."""
-        self._by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        self._by_kernel = by_kernel and not self._is_sharded
         self._has_stepped = bool(state.optimizer.state)
         self._held: list[_Taken] = []
         if self._skips or state.scaler is not None:
@@ -138,7 +142,11 @@ class Updates:
             self._buffers.forget()
 
     def _norm(self) -> Tensor:
-        return nn.utils.get_total_norm(gradient_values(self._parameters))
+        norm = nn.utils.get_total_norm(gradient_values(self._parameters))
+        if not self._is_sharded:
+            return norm
+        square = norm.to(self._world.device, self._world.wide).square()
+        return self._world.sum(square).sqrt().to(norm.dtype)
 
     def _clip(self, norm: Tensor | None) -> None:
         """Clip the values first, then the norm, which was `norm` before both."""
@@ -189,7 +197,7 @@ class Updates:
         faults = [
             _Fault(step, number, self._world.index, value)
             for (step, number), value in losses.items()
-            if not math.isfinite(value)
+            if number < self._plan.micro_batches and not math.isfinite(value)
         ]
         last = held[-1]
         mine = {number: losses[last.step, number] for number in last.losses}
@@ -290,9 +298,11 @@ class Updates:
         )
 
 
-def gradient_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor]:
     """Every number in the gradients: of a sparse one those it holds, each place once."""
     for parameter in parameters:
+        if isinstance(parameter, OwnRows):  # which has no sparse ones
+            continue
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
     found = [p.grad for p in parameters if p.grad is not None]

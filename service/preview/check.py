@@ -39,6 +39,7 @@ from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
 from service.training.dry_run import DryRun, teacher_of
+from service.training.setup import require_shardable
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     small = _plan(spec, task, plan.micro_batches)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
     model, seconds = _timed(lambda: new_model(task).to(world.device))
+    if spec.exchange.mode == "sharded":
+        require_shardable(model, task, spec)
     checkpoint_activations(model, spec.model.activation_checkpointing)
     normalization = prepare(model, spec.model.batchnorm, world)
     state = _state(spec, model, small)

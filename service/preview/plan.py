@@ -27,11 +27,13 @@ from service.optimization.optimizers import (
 )
 from service.optimization.train_state import require_measures
 from service.plan.plan import Plan, make_plan
-from service.runs.checkpoint_files import saving_in_words
+from service.runs.checkpoint_files import in_words, saving_in_words
 from service.runs.directory import RunDirectory
+from service.sharding.sharding import held_bytes, parameters_by_unit, units_of
 from service.spec.models import Spec
 from service.spec.optimizer import OptimizerSpec
 from service.spec.schedule import PlateauSpec
+from service.training.setup import require_shardable
 
 
 def planned(spec: Spec, *, processes: int, runs: Path) -> str:
@@ -49,6 +51,8 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     )
     require_measures(spec, task)
     model = new_model(task)
+    if spec.exchange.mode == "sharded":
+        require_shardable(model, task, spec)
     groups = parameter_groups(model, spec.optimizer)
     parameters = _parameters(model, groups, spec)
     optimizer = make_optimizer(model, spec.optimizer, groups)
@@ -68,6 +72,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
             "batch normalisation\n" + _aligned(_normalization(model, plan)),
             *_buffers(model, plan.spec),
             *_checkpointed(model, plan.spec),
+            *_units(model, plan, size),
         ]
     )
 
@@ -232,6 +237,33 @@ def _checkpointed(model: nn.Module, spec: Spec) -> list[str]:
         return []
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return ["activation checkpointing\n" + _aligned([("computed again", shown)])]
+
+
+def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
+    """What each process holds of the units of a sharded model."""
+    if plan.spec.exchange.mode != "sharded":
+        return []
+    units = parameters_by_unit(model, units_of(model, plan.spec.exchange.units))
+    table = [("unit", "tensors", "numbers", "whole", "a process holds")]
+    largest = held_of_all = trained = 0
+    for name, parameters in units.items():
+        whole = sum(p.nbytes for p in parameters.values())
+        held = sum(held_bytes(p, plan.processes) for p in parameters.values())
+        # Gradients are exchanged with the last micro-batch: until then they are whole.
+        parts = plan.processes if plan.rounds == 1 else 1
+        trained += sum(held_bytes(p, parts) for p in parameters.values() if p.requires_grad)
+        largest, held_of_all = max(largest, whole), held_of_all + held
+        numbers = f"{sum(p.numel() for p in parameters.values()):,}"
+        table.append((name, str(len(parameters)), numbers, in_words(whole), in_words(held)))
+    weights = sum(p.nbytes for p in model.parameters())
+    kept = 0 if saved_bytes is None else max(0, saved_bytes - weights) * held_of_all // weights
+    state = "as the optimizer keeps" if saved_bytes is None else in_words(kept)
+    told = (
+        f"  Of all units a process holds at most {in_words(held_of_all)} of weights, "
+        f"{in_words(trained)} of gradients and {state} of optimizer state; "
+        f"and the largest unit whole at one time, {in_words(largest)}."
+    )
+    return ["sharded over the processes\n" + _aligned(table, header=True) + "\n" + told]
 
 
 def _counted(shares: Iterable[int]) -> str:

@@ -188,6 +188,13 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
 class ExchangeSpec(Part):
     """How several processes sum their gradients; not used by a single process."""
 
+    mode: Literal["ddp", "sharded"] = "ddp"
+    """`ddp`: every process holds the whole model, its gradients and the optimizer's state.
+    `sharded`: each holds some rows of every parameter (FSDP2), for a model that does not fit."""
+    units: tuple[str, ...] = Field(default=(), strict=False, examples=[["blocks.*"]])
+    """Of `sharded`: globs over the names of the modules whose parameters come together at one time.
+    Default: the repeated blocks of the model's lists of modules. The rest is one more."""
+
     precision: Literal["full", "bf16"] = "full"
     """Number format in which gradients are sent. `bf16` halves the bytes and rounds each gradient
     and sum to 8 bits, so the result then depends on the number of processes."""
@@ -276,6 +283,39 @@ class FaultsSpec(Part):
     """With `skip`: how many steps of the run may be skipped before it ends."""
 
 
+# They treat each number of a parameter by itself, so rows can be treated apart.
+BY_NUMBER = (
+    "sgd",
+    "adam",
+    "adamw",
+    "adagrad",
+    "adadelta",
+    "adamax",
+    "nadam",
+    "radam",
+    "rmsprop",
+)
+
+
+def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
+    """(whether the spec asks for it, what, what to do instead) of all that is not sharded yet."""
+    model, exchange, name = spec.model, spec.exchange, spec.optimizer.name
+    return [
+        (name not in BY_NUMBER, f"optimizer.name: {name}", f"use one of {', '.join(BY_NUMBER)}"),
+        (model.compile, "model.compile", "leave it out"),
+        (model.precision == "fp16", "model.precision: fp16", "use bf16"),
+        (model.moving_average is not None, "model.moving_average", "leave it out"),
+        (model.channels_last, "model.channels_last", "leave it out"),
+        (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
+        (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),
+        (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
+        (spec.init is not None, "init", "use exchange.mode: ddp for its first steps, and go on"),
+        (exchange.precision != "full", "exchange.precision: bf16", "leave it out"),
+        (exchange.bucket_mib != 25, "exchange.bucket_mib", "leave it out; units come together"),
+        (exchange.static_graph, "exchange.static_graph", "leave it out"),
+    ]
+
+
 class Spec(Part):
     """A training job."""
 
@@ -353,6 +393,17 @@ class Spec(Part):
                 "exactness: bitwise sums gradients in a fixed order of its own: "
                 "remove the section exchange"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.exchange.mode == "ddp":
+            if self.exchange.units:
+                raise wrong("exchange.units belongs to exchange.mode: sharded")
+            return self
+        for is_so, what, instead in _not_sharded(self):
+            if is_so:
+                raise wrong(f"exchange.mode: sharded does not work with {what} yet: {instead}")
         return self
 
     @model_validator(mode="after")

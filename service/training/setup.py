@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from service.basics import randomness
-from service.basics.errors import EvenstepError
+from service.basics.errors import EvenstepError, SpecError
 from service.checkpoints.snapshots import expected_bytes
 from service.data.batches import Batch
 from service.data.loading import brought_into_memory, sample, way_of_rows
@@ -40,12 +41,21 @@ from service.optimization.optimizers import (
     parameter_groups,
     require_its_loss,
     require_sparse_can_travel,
+    sparse_parameters,
 )
 from service.optimization.precision import LossScaler
 from service.optimization.train_state import TrainState, require_measures
 from service.optimization.updates import Updates
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
+from service.sharding.sharding import (
+    ShardedSync,
+    holds_rows,
+    parameters_by_unit,
+    shard,
+    told_as_used_outside,
+    units_of,
+)
 from service.spec.models import Spec
 from service.training.dry_run import DryRun, FirstPass, teacher_of
 from service.training.own_train_step import require_own_step
@@ -103,8 +113,14 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     key = randomness.key(randomness.WEIGHTS, spec.seed)
     seed_generators(key)
     torch.manual_seed(key)  # those of the devices too
-    module = new_model(task).to(world.device)
+    module = new_model(task)
     checkpoint_activations(module, spec.model.activation_checkpointing)
+    if spec.exchange.mode == "sharded":
+        require_shardable(module, task, spec)
+    if spec.exchange.mode == "sharded" and world.processes > 1:
+        shard(module, world, patterns=spec.exchange.units)
+    else:
+        module.to(world.device)
     bitwise = spec.exactness == "bitwise"
     normalization = prepare(module, spec.model.batchnorm, world, exchanged=bitwise)
     if spec.model.channels_last:
@@ -112,6 +128,26 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         module.to(**nhwc)
     require_sparse_can_travel(module, spec, device=world.device.type, many=world.processes > 1)
     return Model(module, normalization)
+
+
+def require_shardable(model: nn.Module, task: Task, spec: Spec) -> None:
+    """Check that the rows of a model can be shared out, whatever the number of processes.
+
+    Raises:
+        SpecError: they cannot, or the task has a step of its own.
+    """
+    parameters_by_unit(model, units_of(model, spec.exchange.units))
+    if step_of(task) is not None:
+        raise SpecError(
+            "exchange.mode: sharded does not work with a task that has a step of its own yet: "
+            "use exchange.mode: ddp."
+        )
+    sparse = sparse_parameters(model)
+    if sparse:
+        raise SpecError(
+            f"exchange.mode: sharded cannot add up sparse gradients, as those of {sparse[0]} are. "
+            "Make the embeddings with sparse=False."
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +204,8 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         two_rows=two_rows,
         average=teacher_of(model.module, task, plan.spec),
     )
-    found = dry_run.first(model.module)
+    with told_as_used_outside(model.module) if holds_rows(model.module) else nullcontext():
+        found = dry_run.first(model.module)
     require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
@@ -239,6 +276,17 @@ def build_exchange(
             stopwatch=timed,
         )
         return kept_equal(ordered, buffers), stopwatch
+    if holds_rows(state.model):
+        sharded = ShardedSync(
+            state.model,
+            world,
+            micro_batches=plan.micro_batches,
+            unreached=unreached,
+            gathered=model.normalization.sums(),
+            telling=telling,
+            stopwatch=timed,
+        )
+        return kept_equal(sharded, buffers), stopwatch
     overlapped = OverlappedSync(
         called,
         world,

@@ -62,7 +62,10 @@ class TrainStep:
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
     ) -> None:
         """Update the weights, count the step, and set the learning rates of the next one."""
-        self.receipt.note(state.step, step.micro_batches)
+        consumed = step.micro_batches
+        if consumed[-1].number >= self.plan.micro_batches:  # for the sake of a collective alone
+            consumed = consumed[:-1]
+        self.receipt.note(state.step, consumed)
         again = self._closure(state, step, losses) if self.updates.asks_again else None
         self.heartbeat.enter("update")
         self.updates.apply(losses, step.weight, logging=logging, closure=again)

@@ -1,0 +1,387 @@
+"""Sharded data parallelism (torch's FSDP2): each process holds some rows of every parameter.
+
+A *unit* is a module whose parameters are brought together for its forward pass and again for its
+backward pass, and let go afterwards.  The blocks of a model are units, and the model itself is one,
+of what is in no block.  So a process needs memory for its rows of weights, gradients and optimizer
+state, and for one whole unit at a time.
+
+Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Zhao et al., arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from service.basics.errors import SpecError, WillFailAgain
+from service.distributed.gradient_sync import GradientSync, Seed
+from service.distributed.stragglers import Stopwatch
+from service.distributed.world import World
+
+T = TypeVar("T")
+
+ROOT = "(the rest)"
+"""The unit of all parameters that are in no other."""
+
+
+# ---- units
+
+
+def units_of(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The units of `model` by name, without the model itself.
+
+    Without patterns: of every list of modules (nn.ModuleList, nn.Sequential) the members that have
+    layers of their own and of whose class the list has two or more; the outermost ones.
+
+    Args:
+        patterns: globs over the names of modules, which replace that rule.
+    Raises:
+        SpecError: a pattern chooses nothing.
+    """
+    chosen: dict[str, nn.Module] = {}
+    repeated = {id(module) for module in _repeated(model)}
+    for name, module in model.named_modules():  # a module before those inside it
+        if not name or _only_holds(module) or next(module.parameters(), None) is None:
+            continue
+        is_unit = id(module) in repeated
+        if patterns:
+            is_unit = any(fnmatchcase(name, pattern) for pattern in patterns)
+        if is_unit and not any(name.startswith(f"{outer}.") for outer in chosen):
+            chosen[name] = module
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in chosen):
+            raise SpecError(
+                f"exchange.units: {pattern!r} chooses no module that has parameters and is in no "
+                "other unit."
+            )
+    return chosen
+
+
+def _repeated(model: nn.Module) -> Iterator[nn.Module]:
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList | nn.Sequential):
+            classes = Counter(type(child) for child in parent)
+            for child in parent:
+                if classes[type(child)] > 1 and next(child.children(), None) is not None:
+                    yield child
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether it is never called: a list or a dictionary of modules."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def parameters_by_unit(
+    model: nn.Module, units: Mapping[str, nn.Module]
+) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each unit by name, those of the model itself last.
+
+    Raises:
+        SpecError: a parameter cannot be sharded; names it.
+    """
+    found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*units, ROOT]}
+    home: dict[int, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        unit = next((u for u in units if name.startswith(f"{u}.")), ROOT)
+        first = home.setdefault(id(parameter), (name, unit))
+        if first[1] != unit:
+            raise SpecError(
+                f"exchange.mode: sharded cannot bring {name} together with its unit {unit}, for it "
+                f"is the same parameter as {first[0]} of {first[1]}. Choose units by "
+                "exchange.units so that both are in one, or in none."
+            )
+        if parameter.dim() == 0:
+            raise SpecError(
+                f"exchange.mode: sharded splits parameters by rows, and {name} has no dimension. "
+                "Give it the shape [1]."
+            )
+        if not parameter.is_contiguous():
+            raise SpecError(
+                f"exchange.mode: sharded splits parameters by rows, and those of {name} do not lie "
+                "one after the other. Make it contiguous()."
+            )
+        if first[0] == name:
+            found[unit][name] = parameter
+    return found
+
+
+def rows_of_first(rows: int, processes: int) -> int:
+    """How many of so many rows the first process holds; no other holds more."""
+    return -(-rows // processes)
+
+
+def held_bytes(parameter: nn.Parameter, processes: int) -> int:
+    """Bytes of a parameter that the first process holds."""
+    rows = rows_of_first(parameter.shape[0], processes)
+    return parameter[:rows].nbytes
+
+
+def shard(model: nn.Module, world: World, *, patterns: Sequence[str]) -> None:
+    """Keep of every parameter the rows of this process only; on the device, unit by unit.
+
+    The lead's weights and buffers are everybody's, as DistributedDataParallel has it.
+
+    Raises:
+        SpecError: the model cannot be sharded, or is another one on another process.
+    """
+    # Here and not above: it takes a second of the start of a run that does not need it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    units = units_of(model, patterns)
+    parameters_by_unit(model, units)
+    _require_alike(model, world)
+    mesh = init_device_mesh(world.device.type, (world.processes,))
+    for unit in [*units.values(), model]:
+        _give_all(unit, world)
+        fully_shard(unit, mesh=mesh)
+    for module in _sharded_modules(model):
+        # Sums, which the weight of the step has divided already: not means over processes.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.register_forward_hook(_let_go_after_a_test)
+
+
+def _require_alike(model: nn.Module, world: World) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    own = [f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors]
+    theirs = world.from_lead(own)
+    error = None
+    if own != theirs:
+        [differs, *_] = sorted({*own} ^ {*theirs}) or ["the order of its parameters"]
+        error = SpecError(
+            f"task: process {world.index} makes another model than the first process does: "
+            f"{differs}. Make the same one on every process."
+        )
+    world.fail_together(error)
+
+
+@torch.no_grad()
+def _give_all(unit: nn.Module, world: World) -> None:
+    """Give all processes the lead's tensors, one by one; those that are sharded are so already."""
+    for tensor in [*unit.parameters(), *unit.buffers()]:
+        if not is_sharded(tensor):
+            tensor.data = tensor.to(world.device)
+            dist.broadcast(tensor.data, src=0)
+
+
+def _let_go_after_a_test(model: nn.Module, inputs: Any, outputs: Any) -> None:
+    """After a pass without gradients no backward pass lets the parameters of the model go."""
+    if not torch.is_grad_enabled():
+        sharded: Any = model
+        sharded.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+# ---- tensors of which each process holds some rows
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether each process holds some of its rows only."""
+    found = sys.modules.get("torch.distributed.tensor")  # no tensor is one before it is imported
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
+def holds_rows(model: nn.Module) -> bool:
+    """Whether the parameters of `model` are sharded."""
+    return is_sharded(next(model.parameters(), None))
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this process holds, and not a copy; all of any other."""
+    if not is_sharded(tensor):
+        return tensor
+    rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return rows
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of the first of `own_rows` in a sharded tensor; where there are none, any."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return int(rows_of_first(tensor.shape[0], mesh.size()) * mesh.get_local_rank())
+
+
+def rows_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """The part of `whole`, a tensor of the same shape, that `own_rows(tensor)` is; not a copy."""
+    if not is_sharded(tensor):
+        return whole
+    rows = own_rows(tensor)
+    first = first_row(tensor) if rows.numel() else 0
+    return whole[first : first + len(rows)]
+
+
+def sharded_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, of which each process takes its own rows, as a tensor sharded as `tensor` is."""
+    if not is_sharded(tensor):
+        return whole
+    kind: Any = type(tensor.data)
+    like: Any = tensor
+    rows = rows_like(tensor, whole).to(own_rows(tensor).device)
+    sharded: Tensor = kind.from_local(
+        rows,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return sharded
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A sharded parameter as what clips gradients sees it: the rows of this process."""
+
+    parameter: nn.Parameter
+
+    @property
+    def grad(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return None if grad is None else own_rows(grad)
+
+
+# ---- the exchange of gradients
+
+
+class ShardedSync(GradientSync):
+    """Each process gets the sums of the gradients of its own rows, as a backward pass goes on.
+
+    Every forward and backward pass is a collective, so all processes take equally many.  One with
+    fewer micro-batches repeats its first, and what comes of it counts for nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        micro_batches: int,
+        unreached: Sequence[str] = (),
+        gathered: Sequence[Tensor] = (),
+        telling: bool = False,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        """Exchange the gradients of a model that is sharded and has run a backward pass.
+
+        Args:
+            micro_batches: of a step, over all processes.
+            unreached: names of the parameters that no loss depends on; they get no gradient.
+            gathered: tensors that forward passes add to, such as BatchNorm's statistics.
+            telling, stopwatch: as for `OverlappedSync`.
+        """
+        self.model = model
+        self._sharded = cast(Any, model)  # fully_shard has given it methods of its own
+        self._world = world
+        self._count = micro_batches
+        self._gathered = list(gathered)
+        self._seed = Seed(telling)
+        self._stopwatch = stopwatch
+        self._counts = True
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._expected = {name for name, _ in trained if name not in unreached}
+        self._unreached = [p for name, p in trained if name in unreached]
+        self._reached: set[str] = set()
+        # What one process's rows do not reach and another's do travels as zeros.
+        self._sharded.set_reduce_scatter_unused_params(True)
+        for module in _sharded_modules(model):
+            self._watch(module)
+
+    def _watch(self, module: Any) -> None:
+        """Take note of each parameter of a unit that gets a gradient."""
+        module.unshard()  # the tensors that gradients are computed of are there only now
+        whole: Any
+        for name, whole in self.model.named_parameters():
+            if whole.requires_grad and not is_sharded(whole):
+                whole.register_post_accumulate_grad_hook(
+                    lambda _, name=name: self._reached.add(name)
+                )
+        module.reshard()
+
+    def over(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        passes = self._passes(micro_batches)
+        return passes if self._stopwatch is None else self._stopwatch.over(passes)
+
+    def _passes(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        if len(micro_batches) > 1:
+            self._sharded.set_requires_gradient_sync(False)
+        for place, batch in enumerate(micro_batches, start=1):
+            if place == len(micro_batches):
+                self._sharded.set_requires_gradient_sync(True)
+            self._counts = getattr(batch, "number", 0) < self._count
+            before = [] if self._counts else [tensor.clone() for tensor in self._gathered]
+            yield batch
+            if before:
+                torch._foreach_copy_(self._gathered, before)
+        self._require_reached()
+        for parameter in self._unreached:  # zeros would be decayed by an optimizer
+            parameter.grad = None
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.end()
+        self._seed.backward(loss_sum, 1.0 / step_weight if self._counts else 0.0)
+
+    def _require_reached(self) -> None:
+        """Check that the loss depended on the parameters that it depended on at the start.
+
+        Raises:
+            WillFailAgain: names those that it did not depend on, or does now.
+        """
+        differs = sorted(self._reached ^ self._expected)
+        self._reached.clear()
+        if differs:
+            raise WillFailAgain(
+                f"The losses of a step depend on other parameters than those of the first rows: "
+                f"{', '.join(differs[:8])}. With exchange.mode: sharded a parameter is trained in "
+                "every step or in none: add `0.0 * parameter.sum()` to the outputs where it is "
+                "left out, or freeze it."
+            )
+
+
+@contextmanager
+def told_as_used_outside(model: nn.Module) -> Iterator[None]:
+    """Tell by name of a parameter that is used while its unit does not run.
+
+    Raises:
+        SpecError: one was.
+    """
+    seen = _LastSharded()
+    try:
+        with seen:
+            yield
+    except (SpecError, RuntimeError) as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        names = [name for name, p in model.named_parameters() if p is seen.parameter]
+        raise SpecError(
+            f"exchange.mode: sharded: the parameter {', '.join(names) or 'of a unit'} is used "
+            "outside the forward pass of its unit, where this process has only some of its rows. "
+            "Choose units by exchange.units so that whoever uses it is in the same one."
+        ) from error
+
+
+class _LastSharded(TorchFunctionMode):
+    """Remembers the sharded parameter that a function was called with last."""
+
+    parameter: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in args:
+            if isinstance(value, nn.Parameter) and is_sharded(value):
+                self.parameter = value
+        return func(*args, **(kwargs or {}))

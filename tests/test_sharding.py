@@ -1,0 +1,314 @@
+"""A model of which each process holds some rows is trained as one that every process holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import train_in_process
+from processes import ProcessesFailed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from service.basics.errors import SpecError
+from service.checkpoints.checkpoints import Checkpoints
+from service.data.task import Task, load_task, supervised
+from service.distributed.world import World
+from service.health.heartbeat import Heartbeat
+from service.plan.plan import make_plan
+from service.preview.plan import planned
+from service.runs.checkpoint_files import checkpoints_in, damage_of
+from service.runs.receipt_file import read_receipt
+from service.runs.tracking import read_metrics
+from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, units_of
+from service.spec.files import load_spec
+from service.training.setup import prepare_training
+
+STEPS = 12
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, norm: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2 * width)
+        self.norm = nn.BatchNorm1d(2 * width) if norm == "batch" else nn.LayerNorm(2 * width)
+        self.outer = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows + self.dropout(self.outer(torch.relu(self.norm(self.inner(rows)))))
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head that share their weights; one parameter has no use."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 10)
+        self.scale = nn.Parameter(torch.ones(1))  # fewer rows than processes
+        self.unused = nn.Parameter(torch.ones(3))
+        self.blocks = nn.ModuleList(Block(10, norm) for _ in range(3))
+        self.head = nn.Linear(10, 7)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.embedding(tokens).sum(1) * self.scale
+        for block in self.blocks:
+            rows = block(rows)
+        return self.head(rows)
+
+
+def shared(norm: str = "layer", weights: bool = False, borrowing: bool = False) -> Task:
+    """Guess the next of seven tokens."""
+    tokens = torch.randint(0, 7, (103, 4), generator=torch.Generator().manual_seed(2))
+    following = (tokens[:, 0] + tokens[:, 3]) % 7
+    return supervised(
+        model=lambda: (Borrowing if borrowing else Net)(norm).double(),
+        train=TensorDataset(tokens[21:], following[21:]),
+        test=TensorDataset(tokens[:21], following[:21]),
+        measures=("accuracy",),
+        weight=(lambda targets: 0.5 + targets.double()) if weights else None,
+    )
+
+
+def job(mode: str = "sharded", **sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "name": "job",
+        "task": f"{__file__}:shared",
+        "batch": {"global_batch": 29, "micro_batch": 4},  # eight micro-batches, the last of 1 row
+        "length": {"steps": STEPS},
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "schedule": {"name": "cosine", "warmup_steps": 3},
+        "max_grad_norm": 0.5,
+        "tracking": {"log_every_steps": 1},
+        "test": {"every_steps": 5, "micro_batch": 6},
+        "exchange": {"mode": mode},
+    }
+    return values | sections
+
+
+def run_of(place: Path) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """(weights and optimizer state, losses, test losses) of a finished run."""
+    run = place / "job"
+    rows = read_metrics(run / "metrics.jsonl")
+    files = run / "checkpoints" / f"step-{STEPS:08d}"
+    tensors = {
+        f"{file}:{name}": tensor
+        for file in ("model", "optimizer")
+        for name, tensor in load_file(files / f"{file}.safetensors").items()
+    }
+    losses = [row["train/loss"] for row in rows]
+    return tensors, losses, [row["test/loss"] for row in rows if "test/loss" in row]
+
+
+def difference(one: Path, other: Path) -> float:
+    (tensors, losses, tests), (others, other_losses, other_tests) = run_of(one), run_of(other)
+    assert tensors.keys() == others.keys()
+    assert len(losses) == len(other_losses) == STEPS
+    assert len(tests) == len(other_tests) == 3
+    pairs = zip(losses + tests, other_losses + other_tests, strict=True)
+    apart = [(tensors[name].double() - others[name].double()).abs().max() for name in tensors]
+    return max(*(abs(a - b) for a, b in pairs), *map(float, apart))
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "AdamW, clipped": {},
+    "SGD, clipped by value": {
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+        "max_grad_norm": None,
+        "max_grad_value": 0.002,
+    },
+    "groups, one frozen and one for a while": {
+        "optimizer": {
+            "name": "adamw",
+            "lr": 0.01,
+            "no_decay": ["norm", "bias"],
+            "groups": [
+                {"match": "blocks.0.*", "freeze": True},
+                {"match": "blocks.1.*", "lr": 0.001, "unfreeze_at_step": 4},
+                {"match": "*"},
+            ],
+        },
+    },
+    "BatchNorm, micro": {
+        "task_args": {"norm": "batch"},
+        "batch": {"global_batch": 29, "micro_batch": 5},
+    },
+    "weights of rows, activations computed again": {
+        "task_args": {"weights": True},
+        "model": {"activation_checkpointing": {"match": "blocks.*"}},
+    },
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_it_is_the_run_of_one_process(processes, tmp_path, feature):
+    spec = FEATURES[feature]
+    processes(1).run(train_in_process, job("ddp", **spec), tmp_path / "alone")
+    processes(3).run(train_in_process, job(**spec), tmp_path / "three")
+    assert difference(tmp_path / "alone", tmp_path / "three") < 1e-9
+    receipts = [read_receipt(tmp_path / n / "job" / "receipt.jsonl") for n in ("alone", "three")]
+    assert receipts[0] == receipts[1]
+    assert len(receipts[0]) == STEPS
+
+
+# ---- checkpoints
+
+
+def saved_files(place: Path, step: int) -> dict[str, bytes]:
+    """The bytes of the tensor files of a checkpoint."""
+    directory = place / "job" / "checkpoints" / f"step-{step:08d}"
+    return {file.name: file.read_bytes() for file in sorted(directory.glob("*.safetensors"))}
+
+
+def saved_again(world: World, spec: dict[str, Any], place: Path, to: Path) -> list[str]:
+    """Read the newest checkpoint of a run, save the state as it is; the names of held tensors."""
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
+    plan = make_plan(
+        loaded, processes=world.processes, train_rows=task.train_rows, test_rows=task.test_rows
+    )
+    prepared = prepare_training(plan, task, world, heartbeat=Heartbeat(), say=lambda text: None)
+    made = {
+        directory: Checkpoints(
+            directory,
+            world=world,
+            spec=loaded.checkpoint,
+            facts={},
+            say=print,
+            part_bytes=256,
+        )
+        for directory in (place / "job" / "checkpoints", to / "job" / "checkpoints")
+    }
+    reading, writing = made.values()
+    to.joinpath("job").mkdir(parents=True, exist_ok=True)
+    assert reading.restore(prepared.state)
+    writing.save(prepared.state)
+    writing.finish()
+    for one in made.values():
+        one.close()
+    held = {**prepared.state.model.state_dict()}
+    moments = {f"{n}": s["exp_avg"] for n, s in enumerate(prepared.state.optimizer.state.values())}
+    return [
+        name
+        for name, tensor in {**held, **moments}.items()
+        if is_sharded(tensor)
+        and own_rows(tensor).numel() > -(-tensor.numel() // world.processes)
+        and tensor.shape[0] % world.processes == 0
+    ]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "blocking"])
+def test_a_checkpoint_does_not_tell_how_many_processes_saved_it(processes, tmp_path, asynchronous):
+    spec = job("ddp", length={"steps": 3}, checkpoint={"asynchronous": asynchronous})
+    processes(1).run(train_in_process, spec, tmp_path / "alone")
+    whole = saved_files(tmp_path / "alone", 3)
+    assert whole
+    for count in (2, 3):
+        sharded = spec | {"exchange": {"mode": "sharded"}}
+        place = tmp_path / str(count)
+        held = processes(count).run(saved_again, sharded, tmp_path / "alone", place)
+        assert held == [[]] * count, "no process holds more than its rows"
+        assert saved_files(place, 3) == whole, count
+        [checkpoint] = checkpoints_in(place / "job" / "checkpoints")
+        assert damage_of(checkpoint) is None
+
+
+def test_a_run_goes_on_in_any_mode_at_any_number_of_processes(processes, tmp_path):
+    processes(1).run(train_in_process, job("ddp"), tmp_path / "alone")
+    place = tmp_path / "moved"
+    for count, mode, stop in (
+        (3, "sharded", 4),
+        (1, "ddp", 6),
+        (2, "sharded", 9),
+        (2, "ddp", None),
+    ):
+        processes(count).run(train_in_process, job(mode), place, stop)
+    assert difference(tmp_path / "alone", place) < 1e-9
+
+
+def test_stopped_and_resumed_it_ends_in_the_same_bits(processes, tmp_path):
+    for stop in (None,), (5, None):
+        for at in stop:
+            processes(3).run(train_in_process, job(), tmp_path / str(len(stop)), at)
+    assert difference(tmp_path / "1", tmp_path / "2") == 0
+
+
+# ---- what cannot be sharded
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optimizer": {"name": "lbfgs", "lr": 1.0}}, "optimizer.name: lbfgs yet: use one of sgd"),
+        ({"model": {"compile": True}}, "model.compile yet: leave it out"),
+        ({"model": {"precision": "fp16"}}, "model.precision: fp16 yet: use bf16"),
+        ({"model": {"moving_average": 0.9}}, "model.moving_average yet"),
+        ({"batch": {"global_batch": 8, "micro_batch": "auto"}}, "give a number of rows"),
+        ({"exactness": "bitwise"}, "exactness: bitwise"),
+        ({"exchange": {"mode": "ddp", "units": ["a"]}}, "exchange.units belongs to"),
+    ],
+)
+def test_what_a_sharded_run_cannot_do_is_refused_with_the_spec(sections, words):
+    with pytest.raises(SpecError) as refused:
+        load_spec(job(**sections))
+    assert words in str(refused.value)
+
+
+def units_and_words(net: nn.Module, patterns: tuple[str, ...] = ()) -> tuple[list[str], str]:
+    """The names of the units, and what is said of parameters that cannot be sharded."""
+    units = units_of(net, patterns)
+    try:
+        parameters_by_unit(net, units)
+    except SpecError as error:
+        return list(units), str(error)
+    return list(units), ""
+
+
+def test_units_are_the_repeated_blocks_unless_patterns_say_otherwise():
+    net = Net("layer")
+    assert units_and_words(net) == (["blocks.0", "blocks.1", "blocks.2"], "")
+    assert units_and_words(net, ("blocks.1", "*.outer"))[0] == [
+        "blocks.0.outer",
+        "blocks.1",
+        "blocks.2.outer",
+    ]
+    assert units_of(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))) == {}
+    with pytest.raises(SpecError, match=r"'layers\.\*' chooses no module"):
+        units_of(net, ("layers.*",))
+
+
+def test_a_parameter_that_cannot_be_sharded_is_refused_by_name():
+    net = Net("layer")
+    net.blocks[2].outer = net.blocks[0].outer
+    assert "blocks.2.outer.weight together with its unit blocks.2" in units_and_words(net)[1]
+    net = Net("layer")
+    net.blocks[1].factor = nn.Parameter(torch.tensor(1.0))
+    assert "blocks.1.factor has no dimension. Give it the shape [1]." in units_and_words(net)[1]
+
+
+class Borrowing(Net):
+    """It uses a weight of a block outside the block."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.blocks[1].inner.weight.sum()
+
+
+def test_a_weight_that_is_used_outside_its_unit_is_told_by_name(processes, tmp_path):
+    spec = job(task_args={"borrowing": True})
+    with pytest.raises(ProcessesFailed) as failed:
+        processes(2).run(train_in_process, spec, tmp_path)
+    assert "SpecError: exchange.mode: sharded: the parameter blocks.1.inner.weight" in str(
+        failed.value
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_tells_what_each_process_holds(tmp_path):
+    told = planned(load_spec(job()), processes=3, runs=tmp_path)
+    assert "sharded over the processes" in told
+    row = next(line for line in told.splitlines() if line.strip().startswith("blocks.1 "))
+    assert row.split()[:3] == ["blocks.1", "6", "470"]
