@@ -21,6 +21,19 @@ from jobs import train_in_process
 from processes import Processes
 from test_features import difference
 
+WHOLE = FEATURES | AMPLIFYING
+SHARDED = {
+    f"sharded: {name}": WHOLE[name] | {"exchange": {"mode": "sharded"}}
+    for name in (
+        "nothing but rows",
+        "dropout",
+        "BatchNorm, micro",
+        "gradient clipping",
+        "weights of rows",
+        "AdamW",
+    )
+}
+
 
 def worst(job: dict[str, Any], pools: dict[int, Processes]) -> tuple[float, float]:
     """The largest difference of (losses, weights) from one process."""
@@ -47,7 +60,7 @@ def main() -> None:
     pools = {count: Processes(count) for count in (1, 2, 3, 4, 5)}
     print("| | losses, float64 | weights, float64 | losses, float32 | weights, float32 |")
     print("|---|---|---|---|---|")
-    for name, job in (FEATURES | AMPLIFYING).items():
+    for name, job in (WHOLE | SHARDED).items():
         if given.only not in name:
             continue
         cells = []

@@ -58,6 +58,25 @@ def test_text_learns_alike_on_one_process_and_on_three(tmp_path):
     assert rows[3][-1]["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+# ---- gpt
+
+
+def test_gpt_learns_alike_whole_and_sharded(tmp_path):
+    words = ["task_args={width: 16, layers: 2, heads: 2, length: 32, dropout: 0.1}", "test={}"]
+    words += ["length={steps: 12}", "batch={global_batch: 12, micro_batch: 4}", "checkpoint={}"]
+    words += ["tracking.log_every_steps=1"]
+    rows = {}
+    for mode, count in (("ddp", 1), ("sharded", 2)):
+        words_of_mode = ["--processes", count, "--name", mode, f"exchange.mode={mode}"]
+        done = evenstep("run", "gpt", *words, *words_of_mode, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows[mode] = read_metrics(tmp_path / "runs" / mode / "metrics.jsonl")
+    for a, b in zip(rows["ddp"], rows["sharded"], strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+    assert rows["ddp"][-1]["test/bits"] == pytest.approx(rows["sharded"][-1]["test/bits"], rel=1e-4)
+    assert rows["ddp"][-1]["train/loss"] < rows["ddp"][0]["train/loss"]
+
+
 # ---- fashion
 
 

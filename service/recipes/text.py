@@ -26,7 +26,7 @@ def task(width: int = 128, longest: int = 120, dropout: float = 0.1) -> Task:
     Args:
         longest: characters of a verse that are read, at most.
     """
-    verses = Path(__file__).with_name("genesis.txt").read_text(encoding="utf-8").splitlines()
+    verses = genesis().splitlines()
     alphabet = sorted({END, *"".join(verses)})
     held_out = verses[::10]
     rest = [verse for number, verse in enumerate(verses) if number % 10]
@@ -38,6 +38,11 @@ def task(width: int = 128, longest: int = 120, dropout: float = 0.1) -> Task:
         measures={"bits": lambda guesses, following: nats(guesses, following) / math.log(2)},
         weight=characters,
     )
+
+
+def genesis() -> str:
+    """The book of Genesis, one verse a line."""
+    return Path(__file__).with_name("genesis.txt").read_text(encoding="utf-8")
 
 
 def rows(verses: list[str], alphabet: list[str], longest: int) -> TensorDataset:

@@ -132,11 +132,17 @@ def shard(model: nn.Module, world: World, *, patterns: Sequence[str]) -> None:
     The lead's weights and buffers are everybody's, as DistributedDataParallel has it.
 
     Raises:
-        SpecError: the model cannot be sharded, or is another one on another process.
+        SpecError: the model or this torch cannot be sharded, or the model is another one on
+            another process.
     """
     # Here and not above: it takes a second of the start of a run that does not need it.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise SpecError(
+            f"exchange.mode: sharded needs torch 2.13 or newer, and this is {torch.__version__}."
+        )
 
     units = units_of(model, patterns)
     parameters_by_unit(model, units)
