@@ -17,10 +17,12 @@ from torch.utils.data import TensorDataset, random_split
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from service.basics.errors import SpecError, with_place
+from service.checkpoints.snapshots import load_weights
 from service.data.batches import first_rows, split, to_device
 from service.data.streams import Stream
-from service.data.task import load_task, logits, supervised
+from service.data.task import load_task, logits, new_model, supervised
 from service.preview.check import checked
+from service.preview.plan import planned
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 
@@ -359,6 +361,41 @@ def test_a_model_that_is_none_is_told(alone, model, message):
     spec = load_spec(job("made_of", task_args={"model": model}))
     with pytest.raises(SpecError, match=message):
         list(checked(spec, world=alone))
+
+
+def lazy(bad: bool = False) -> Any:
+    """A model whose layers learn their sizes from the data."""
+    unused = {"unused": nn.LazyLinear(2)} if bad else {}
+    rows = [(torch.arange(4.0) + n, n % 3) for n in range(60)]
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+            self.more = nn.ModuleDict(unused)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    return supervised(model=Lazy, train=rows, test=rows[:7])
+
+
+def test_lazy_layers_take_their_sizes_from_the_first_row(processes, alone, tmp_path):
+    spec = job("lazy")
+    told = dict(checked(load_spec(spec), world=alone))
+    assert any("67 parameters" in text for text in told.values())
+    assert "67" in planned(load_spec(spec), processes=2, runs=tmp_path)
+    for count in (1, 2):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    runs = [tmp_path / str(count) / spec["name"] / "checkpoints" for count in (1, 2)]
+    found = [load_file(sorted(place.glob("step-*"))[-1] / "model.safetensors") for place in runs]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name])
+    model = new_model(load_task(spec["task"], {}))
+    load_weights(sorted(runs[0].glob("step-*"))[-1], model)
+    assert torch.equal(model.layers[0].weight, found[0]["layers.0.weight"])
+    with pytest.raises(SpecError, match=r"task\.model: more\.unused\.weight has no size"):
+        new_model(lazy(bad=True))
 
 
 def test_a_task_needs_no_test():

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.utils.data import default_collate
 
 from service.basics import randomness
 from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_own_code, with_place
-from service.data.batches import Batch
+from service.data.batches import Batch, forward, split
 from service.data.losses import OwnStep, StepContext, StepResult
 from service.data.streams import is_stream
 from service.distributed.generators import seed_generators
@@ -322,7 +323,50 @@ def new_model(task: Task) -> nn.Module:
             f"task.model: must give an nn.Module, but gave a {type(model).__name__}. A class of "
             "models makes one when it is called."
         )
+    _give_sizes(model, task)
     return model
+
+
+def _give_sizes(model: nn.Module, task: Task) -> None:
+    """Give lazy layers their sizes by a forward pass over the first training row.
+
+    Raises:
+        SpecError: it raised, or left some without.
+    """
+
+    def lazy() -> list[str]:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return [name for name, tensor in tensors if is_lazy(tensor)]
+
+    if not lazy():
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            forward(model, split(first_row(task))[0])
+    except Exception as error:
+        raise SpecError(
+            "task.model: its lazy layers take their sizes from a forward pass over the first "
+            f"training row, which raised {with_place(error)}. Give the sizes in the model."
+        ) from error
+    finally:
+        model.train(was_training)
+    if left := lazy():
+        raise SpecError(
+            f"task.model: {left[0]} has no size, and a forward pass over the first training row "
+            "gives it none. Give the size in the model."
+        )
+
+
+def first_row(task: Task) -> Any:
+    """The first training row, collated: a batch of one."""
+    data = task.train_data()
+    if is_stream(data):
+        rows = [next(iter(data))]
+    else:
+        rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
+    return collate_of(task)(list(rows))
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:

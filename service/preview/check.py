@@ -20,7 +20,7 @@ from service.checkpoints.initial_weights import initial_weights
 from service.data.batches import Batch
 from service.data.loading import train_steps
 from service.data.streams import Stream, is_stream
-from service.data.task import Task, collate_of, load_task, new_model, step_of, test_sets
+from service.data.task import Task, first_row, load_task, new_model, step_of, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
@@ -152,12 +152,7 @@ def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Fin
 
 def row_bytes(task: Task) -> int:
     """Size of the first training row once it is collated."""
-    data = task.train_data()
-    if is_stream(data):
-        rows = [next(iter(data))]
-    else:
-        rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
-    return _bytes(collate_of(task)(list(rows)))
+    return _bytes(first_row(task))
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
