@@ -144,9 +144,10 @@ def test_rows_that_see_each_other_do_so_across_micro_batches(processes, tmp_path
     assert_same_rows(tmp_path / "apart", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", ["each", "mean", "weighed"])
+@pytest.mark.parametrize("step", ["each", "mean", "weighed", "counted"])
 def test_a_step_trains_as_the_loss_does_that_it_computes(processes, tmp_path, step):
-    processes(1).run(train_in_process, job("by_loss"), tmp_path / "loss")
+    by_loss = job("by_loss", task_args={"weight": step == "counted"})
+    processes(1).run(train_in_process, by_loss, tmp_path / "loss")
     processes(1).run(train_in_process, job("by_step", task_args={"step": step}), tmp_path / "step")
     assert difference(tmp_path / "loss", tmp_path / "step") < 1e-12
     assert_same_rows(tmp_path / "loss", tmp_path / "step")

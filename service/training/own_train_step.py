@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class OwnTrainStep(TrainStep):
     loss is of all rows together.
     """
 
+    weighs: ClassVar[bool] = False
     own_weights: Sequence[str]
     """Names of the losses with a weight of their own, as the dry run found them."""
     across: Sequence[str]
@@ -164,19 +166,6 @@ class OwnTrainStep(TrainStep):
             else:
                 raise SpecError(_LATE.format(name=name, what="with a weight of its own"))
         return divisors
-
-    def update(
-        self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
-    ) -> None:
-        """Take the optimizer's step and count it; then set the learning rates of the next one."""
-        self.receipt.note(state.step, step.micro_batches)
-        again = self._closure(state, step, losses) if self.updates.asks_again else None
-        self.heartbeat.enter("update")
-        self.updates.apply(losses, 1.0, logging=logging, closure=again)  # they are divided
-        state.schedule.set(state.step)
-
-    def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> float:
-        return super()._mean_loss(losses, step._replace(weight=1.0))
 
     def named(self) -> dict[str, float]:
         """`train/NAME` of each loss and each logged value of the latest step; all call it.

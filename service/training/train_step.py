@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from service.training.receipts import Receipt
 @dataclass(frozen=True)
 class TrainStep:
     """The parts that every optimizer step of a run uses."""
+
+    weighs: ClassVar[bool] = True
+    """Whether losses are sums that the weight of the step divides; otherwise they are divided."""
 
     task: Task
     world: World
@@ -68,7 +72,8 @@ class TrainStep:
         self.receipt.note(state.step, consumed)
         again = self._closure(state, step, losses) if self.updates.asks_again else None
         self.heartbeat.enter("update")
-        self.updates.apply(losses, step.weight, logging=logging, closure=again)
+        weight = step.weight if self.weighs else 1.0
+        self.updates.apply(losses, weight, logging=logging, closure=again)
         state.schedule.set(state.step)
 
     def named(self) -> dict[str, float]:
@@ -104,7 +109,8 @@ class TrainStep:
         for number, loss in losses.items():
             if number < count:
                 each[number] = loss
-        return float(world.sum(each.to(world.device)).sum() / step.weight)
+        weight = step.weight if self.weighs else 1.0
+        return float(world.sum(each.to(world.device)).sum() / weight)
 
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
