@@ -9,6 +9,7 @@ import torch
 from commands import evenstep
 from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import ClasswiseWrapper, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import (
@@ -22,7 +23,7 @@ from torchmetrics.classification import (
 from service.basics import randomness
 from service.basics.errors import DataBroken, SpecError
 from service.data.loading import test_batches as batches_of
-from service.data.task import supervised
+from service.data.task import measured_by, supervised
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
 from service.evaluation.test_loop import Counted
 from service.evaluation.test_loop import test as run_test
@@ -140,6 +141,21 @@ def test_they_are_what_one_pass_over_all_rows_gives(processes):
     assert found["test/named/seen/0"] + found["test/named/seen/1"] == outputs.argmax(1).sum()
     assert found["test/mistakes"] == pytest.approx(1 - found["test/accuracy"])
     assert found["test/accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
+
+
+def test_a_collection_is_measures_and_what_is_no_metric_is_told():
+    def task(measures):
+        return supervised(model=nn.Identity, train=[(0.0, 0)], measures=measures)
+
+    collection = MetricCollection([BinaryF1Score(), BinaryAUROC()])
+    assert set(task(collection).metrics) == {"BinaryF1Score", "BinaryAUROC"}
+
+    class Other:
+        def compute(self):
+            return 0.0
+
+    with pytest.raises(SpecError, match=r"task\.measures: other is a Other, which is neither"):
+        measured_by(task({"other": Other()}))
 
 
 def test_a_part_of_a_metric_can_decide():

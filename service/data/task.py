@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -217,8 +217,14 @@ def metrics_of(task: Task) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, metric in getattr(task, "metrics", {}).items():
         parts = {name: metric}
-        if not hasattr(metric, "merge_state"):  # a MetricCollection
+        if _is_collection(metric):
             parts = {f"{name}/{key}": part for key, part in metric.items()}
+        for part in parts.values():
+            if not hasattr(part, "merge_state"):
+                raise SpecError(
+                    f"task.measures: {name} is a {type(part).__name__}, which is neither a "
+                    "function nor a metric of torchmetrics 1.7 or newer."
+                )
         found |= parts
     return found
 
@@ -279,6 +285,11 @@ def chosen_test_sets(sets: Sequence[TestSet], name: str | None) -> list[TestSet]
         told = did_you_mean(name, known) if known else ": its task has one test set, without a name"
         raise SpecError(f"--data: there is no test set {name!r}{told}")
     return found
+
+
+def _is_collection(metric: Any) -> bool:
+    """Whether it is a MetricCollection of torchmetrics."""
+    return hasattr(metric, "compute") and hasattr(metric, "items")
 
 
 def logits(outputs: Any) -> Tensor:
@@ -346,6 +357,8 @@ def _give_sizes(model: nn.Module, task: Task) -> None:
         with torch.no_grad():
             forward(model, split(first_row(task))[0])
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SpecError(
             "task.model: its lazy layers take their sizes from a forward pass over the first "
             f"training row, which raised {with_place(error)}. Give the sizes in the model."
@@ -397,6 +410,8 @@ class _FromParts:
             self._test = {name: data() if callable(data) else data for name, data in test.items()}
             self.tests = tuple(self._test)
         self.test_rows = sum(part.rows for part in test_sets(self, self._test))
+        if _is_collection(measures):
+            measures = dict(cast(Any, measures).items())
         if not isinstance(measures, Mapping):
             measures = {name: name for name in measures}
         measures = {
