@@ -33,8 +33,7 @@ class Ledger:
         waiting, self._waiting = self._waiting, []
         entries = [(name, *entry) for held in waiting for name, entry in held.items()]
         tensors = [value for _, *entry in entries for value in entry if isinstance(value, Tensor)]
-        brought = torch.stack([t.detach().cpu().double() for t in tensors]) if tensors else None
-        numbers = iter(brought.tolist() if brought is not None else [])
+        numbers = iter(_numbers(tensors))
         for name, *entry in entries:
             row = [next(numbers) if isinstance(value, Tensor) else value for value in entry]
             self._rows.setdefault(name, []).append(row)
@@ -48,6 +47,19 @@ class Ledger:
             for name, rows in theirs.items():
                 merged.setdefault(name, []).extend(rows.tolist())
         return {name: _total(merged[name]) for name in sorted(merged)}
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The tensors as numbers; those of one device and type come from it in one copy."""
+    found = [0.0] * len(tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for places in alike.values():
+        together = torch.stack([tensors[place].detach() for place in places]).tolist()
+        for place, number in zip(places, together, strict=True):
+            found[place] = float(number)
+    return found
 
 
 @dataclass(frozen=True)
