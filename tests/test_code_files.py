@@ -7,7 +7,7 @@ from launch.engines.kubernetes.manifests import code_beside
 from service.basics.errors import SpecError
 from service.runs.directory import RunDirectory
 from service.runs.tracking import read_metrics
-from service.spec.files import load_spec, with_code_files
+from service.spec.files import load_spec, with_code_files, with_files_where_they_are
 
 SPEC = """
 name: job
@@ -73,6 +73,17 @@ def test_they_travel_with_the_spec(folder):
         SpecError, match=r"optimizer\.name: .*mine\.py and .*mine\.py have one name"
     ):
         code_beside(other)
+
+
+def test_they_move_along_with_a_run(folder):
+    spec = load_spec(folder / "job" / "job.yaml")
+    (folder / "elsewhere").mkdir()
+    (folder / "job").rename(folder / "elsewhere" / "job")
+    old, new = f"{folder}/runs/job", f"{folder}/elsewhere/runs/job"
+    moved = with_files_where_they_are(spec, old=old, new=new)
+    assert moved.task == f"{folder}/elsewhere/job/mine.py:task"
+    assert moved.optimizer.name == f"{folder}/elsewhere/job/mine.py:Doubled"
+    assert moved.schedule.name == f"{folder}/elsewhere/job/rates.py:Halved"
 
 
 @pytest.mark.parametrize(

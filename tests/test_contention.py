@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import CLEAN, ROOT
+from commands import CLEAN, ROOT, evenstep
 
 from service.distributed.contention import Patience
 
@@ -118,6 +118,27 @@ with cores_shared(torch.device("cpu")):
 print(watched())
 """
     assert told_by(script, **variables) == [watched, "False"]
+
+
+@LINUX
+def test_a_run_watches_its_cores(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import threading\nimport torch\nfrom torch import nn\n"
+        "from service.task import supervised\n"
+        "class Told(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        print('threads', [each.name for each in threading.enumerate()], flush=True)\n"
+        "        return super().forward(x)\n"
+        "rows = [(torch.ones(3), 0)] * 4\n"
+        "task = supervised(model=lambda: Told(3, 2), train=rows)\n"
+    )
+    (tmp_path / "job.yaml").write_text(
+        "name: job\ntask: ./mine.py:task\nbatch: {global_batch: 4}\nlength: {steps: 1}\n"
+        "optimizer: {name: sgd, lr: 0.1}\n"
+    )
+    ran = evenstep("run", "job.yaml", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert ran.returncode == 0, ran.stderr
+    assert "'cores'" in ran.stdout.rpartition("threads [")[2]
 
 
 @LINUX

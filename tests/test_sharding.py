@@ -24,7 +24,7 @@ from service.preview.plan import planned
 from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
-from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, units_of
+from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
 from service.training.setup import prepare_training
 
@@ -324,6 +324,35 @@ class Borrowing(Net):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) + self.blocks[1].inner.weight.sum()
+
+
+def test_a_torch_that_lacks_what_it_needs_is_refused(monkeypatch, alone):
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    with pytest.raises(SpecError, match=r"exchange\.mode: sharded needs torch 2\.13 or newer"):
+        shard(Net("layer"), alone, patterns=())
+
+
+def held_numbers(world: World, spec: dict[str, Any]) -> tuple[int, int]:
+    """How many numbers of the weights this process holds, and how many the model has."""
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
+    plan = make_plan(
+        loaded, processes=world.processes, train_rows=task.train_rows, test_rows=task.test_rows
+    )
+    prepared = prepare_training(plan, task, world, heartbeat=Heartbeat(), say=lambda text: None)
+    held = sum(own_rows(p).untyped_storage().nbytes() for p in prepared.state.model.parameters())
+    whole = sum(p.numel() for p in task.model().parameters())
+    return held // 8, whole
+
+
+def test_each_process_holds_its_share(processes):
+    shares = processes(3).run(held_numbers, job())
+    for held, whole in shares:
+        assert held < whole / 2
+    assert sum(held for held, _ in shares) >= whole
+    assert processes(1).run(held_numbers, job()) == [(whole, whole)]
 
 
 def test_a_weight_that_is_used_outside_its_unit_is_told_by_name(processes, tmp_path):
