@@ -26,6 +26,7 @@ from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
+from service.spec.models import ExchangeSpec
 from service.training.setup import prepare_training
 
 STEPS = 12
@@ -63,14 +64,20 @@ class Net(nn.Module):
 
 
 def shared(
-    norm: str = "layer", weights: bool = False, borrowing: bool = False, infinite: bool = False
+    norm: str = "layer",
+    weights: bool = False,
+    borrowing: bool = False,
+    infinite: bool = False,
+    double: bool = True,
 ) -> Task:
     """Guess the next of seven tokens; of one row the loss is not finite, if that is asked for."""
     tokens = torch.randint(0, 7, (103, 4), generator=torch.Generator().manual_seed(2))
     following = (tokens[:, 0] + tokens[:, 3]) % 7
     following[30] = -1 if infinite else following[30]
     return supervised(
-        model=lambda: (Borrowing if borrowing else Net)(norm).double(),
+        model=lambda: (Borrowing if borrowing else Net)(norm).to(
+            torch.float64 if double else torch.float32
+        ),
         train=TensorDataset(tokens[21:], following[21:]),
         test=TensorDataset(tokens[:21], following[:21]),
         loss=_losses if infinite else "cross_entropy",
@@ -107,7 +114,8 @@ def run_of(place: Path) -> tuple[dict[str, Tensor], list[float], list[float]]:
     files = run / "checkpoints" / f"step-{STEPS:08d}"
     tensors = {
         f"{file}:{name}": tensor
-        for file in ("model", "optimizer")
+        for file in ("model", "optimizer", "average")
+        if files.joinpath(f"{file}.safetensors").exists()
         for name, tensor in load_file(files / f"{file}.safetensors").items()
     }
     losses = [row["train/loss"] for row in rows]
@@ -154,6 +162,15 @@ FEATURES: dict[str, dict[str, Any]] = {
         "faults": {"on_non_finite": "skip"},
         "max_grad_norm": None,
     },
+    "parameters kept until the backward pass": {
+        "exchange": {"mode": "sharded", "reshard_after_forward": False}
+    },
+    "moving average, BatchNorm, early stopping": {
+        "task_args": {"norm": "batch"},
+        "batch": {"global_batch": 29, "micro_batch": 5},
+        "model": {"moving_average": 0.9},
+        "early_stopping": {"measure": "test/loss", "mode": "min", "patience": 5},
+    },
     **{
         name: {"optimizer": {"name": name, "lr": 0.002}, "max_grad_norm": None}
         for name in ("adam", "adagrad", "adadelta", "adamax", "nadam", "radam", "rmsprop")
@@ -168,7 +185,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_it_is_the_run_of_one_process(processes, tmp_path, feature):
     spec = FEATURES[feature]
-    processes(1).run(train_in_process, job("ddp", **spec), tmp_path / "alone")
+    whole = job(**spec) | {"exchange": {"mode": "ddp"}}
+    processes(1).run(train_in_process, whole, tmp_path / "alone")
     processes(3).run(train_in_process, job(**spec), tmp_path / "three")
     assert difference(tmp_path / "alone", tmp_path / "three") < 1e-9
     receipts = [read_receipt(tmp_path / n / "job" / "receipt.jsonl") for n in ("alone", "three")]
@@ -182,6 +200,22 @@ def test_batchnorm_over_all_processes_is_that_of_ddp(processes, tmp_path):
     for mode in ("ddp", "sharded"):
         processes(3).run(train_in_process, job(mode, **sync), tmp_path / mode)
     assert difference(tmp_path / "ddp", tmp_path / "sharded") < 1e-9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_arithmetic_keeps_rows_and_sums_in_float32(processes, tmp_path, precision):
+    narrow = {"task_args": {"double": False}, "model": {"precision": precision}}
+    for count, mode in ((1, "ddp"), (3, "sharded")):
+        processes(count).run(train_in_process, job(mode, **narrow), tmp_path / mode)
+    assert difference(tmp_path / "ddp", tmp_path / "sharded") < 0.02
+    rows, others = (
+        read_metrics(tmp_path / mode / "job" / "metrics.jsonl") for mode in ("ddp", "sharded")
+    )
+    assert abs(rows[0]["train/loss"] - others[0]["train/loss"]) < 1e-6
+    for row, other in zip(rows, others, strict=True):
+        assert row.get("train/loss_scale") == other.get("train/loss_scale")
+        assert row.get("train/skipped_steps") == other.get("train/skipped_steps")
+    assert {t.dtype for t in run_of(tmp_path / "sharded")[0].values()} == {torch.float32}
 
 
 # ---- checkpoints
@@ -259,10 +293,15 @@ def test_a_run_goes_on_in_any_mode_at_any_number_of_processes(processes, tmp_pat
     assert difference(tmp_path / "alone", place) < 1e-9
 
 
-def test_stopped_and_resumed_it_ends_in_the_same_bits(processes, tmp_path):
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"task_args": {"double": False}, "model": {"precision": "fp16", "moving_average": 0.9}}],
+    ids=["float64", "fp16, averaged"],
+)
+def test_stopped_and_resumed_it_ends_in_the_same_bits(processes, tmp_path, sections):
     for stop in (None,), (5, None):
         for at in stop:
-            processes(3).run(train_in_process, job(), tmp_path / str(len(stop)), at)
+            processes(3).run(train_in_process, job(**sections), tmp_path / str(len(stop)), at)
     assert difference(tmp_path / "1", tmp_path / "2") == 0
 
 
@@ -274,11 +313,13 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(processes, tmp_path):
     [
         ({"optimizer": {"name": "lbfgs", "lr": 1.0}}, "optimizer.name: lbfgs yet: use one of sgd"),
         ({"model": {"compile": True}}, "model.compile yet: leave it out"),
-        ({"model": {"precision": "fp16"}}, "model.precision: fp16 yet: use bf16"),
-        ({"model": {"moving_average": 0.9}}, "model.moving_average yet"),
         ({"batch": {"global_batch": 8, "micro_batch": "auto"}}, "give a number of rows"),
         ({"exactness": "bitwise"}, "exactness: bitwise"),
         ({"exchange": {"mode": "ddp", "units": ["a"]}}, "exchange.units belongs to"),
+        (
+            {"exchange": {"mode": "ddp", "reshard_after_forward": False}},
+            "exchange.reshard_after_forward belongs to",
+        ),
     ],
 )
 def test_what_a_sharded_run_cannot_do_is_refused_with_the_spec(sections, words):
@@ -331,7 +372,7 @@ def test_a_torch_that_lacks_what_it_needs_is_refused(monkeypatch, alone):
 
     monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
     with pytest.raises(SpecError, match=r"exchange\.mode: sharded needs torch 2\.13 or newer"):
-        shard(Net("layer"), alone, patterns=())
+        shard(Net("layer"), alone, spec=ExchangeSpec(mode="sharded"))
 
 
 def held_numbers(world: World, spec: dict[str, Any]) -> tuple[int, int]:

@@ -456,6 +456,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "checkpoint.on_failure": "go_on",
         "model.activation_checkpointing": "{match: 'blocks.*'}",
         "exchange.mode": "sharded",
+        "exchange.reshard_after_forward": "false",
         "exchange.units": "['blocks.*']",
         "loader.workers": "4",
         "loader.prefetch": "4",
@@ -470,7 +471,8 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
-        needs = ("exchange.mode=sharded",) if key == "exchange.units" else ()
+        of_sharded = key in ("exchange.units", "exchange.reshard_after_forward")
+        needs = ("exchange.mode=sharded",) if of_sharded else ()
         other = good(f"{key}={value}", *needs)
         assert other != good(*needs)
         assert told(good(*needs), other) == []

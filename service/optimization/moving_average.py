@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from service.basics.errors import SpecError
+from service.sharding.sharding import own_rows
 
 
 class MovingAverage:
@@ -17,9 +18,12 @@ class MovingAverage:
     averaged weights.  Other buffers (counters) are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, twin: nn.Module | None = None) -> None:
         """Start with the current weights of the model.
 
+        Args:
+            twin: the model that holds the average; None makes a copy. Of a sharded model there
+                must be one, sharded alike: torch does not copy such models.
         Raises:
             SpecError: the model cannot be copied, or its weights have too low a precision.
         """
@@ -29,14 +33,14 @@ class MovingAverage:
                 f"model.moving_average: {', '.join(coarse[:3])} have 16 bits or fewer, too few to "
                 "move by a thousandth. Return the model in float32 and use model.precision."
             )
-        try:
-            self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        except Exception as error:
-            raise SpecError(f"model.moving_average: the model cannot be copied: {error}") from error
+        self.model = copy_for_average(model) if twin is None else twin
         self._decay = decay
         self._parameters = list(model.parameters())
         self._owners = [(m, name) for m in model.modules() for name in m._buffers]
         self._copies = [(m, name) for m in self.model.modules() for name in m._buffers]
+        if twin is not None:
+            for kept, live in self._pairs():
+                kept.copy_(live)
 
     @torch.no_grad()
     def move(self, steps: int) -> None:
@@ -47,17 +51,35 @@ class MovingAverage:
         Source: num_updates of TensorFlow's tf.train.ExponentialMovingAverage.
         """
         decay = min(self._decay, (1 + steps) / (10 + steps))
-        live = [*self._parameters, *_present(self._owners)]
-        kept = [*self.model.parameters(), *_present(self._copies)]
-        pairs = list(zip(kept, live, strict=True))
+        pairs = self._pairs()
         real = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
         rest = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]
         torch._foreach_lerp_([a for a, _ in real], [b for _, b in real], 1 - decay)
         if rest:
             torch._foreach_copy_([a for a, _ in rest], [b for _, b in rest])
 
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(averaged, current) of every parameter and buffer; of a sharded one this process's rows.
+
+        Looked up each time, because a model may replace a buffer by another tensor.
+        """
+        live = [*map(own_rows, self._parameters), *_present(self._owners)]
+        kept = [*map(own_rows, self.model.parameters()), *_present(self._copies)]
+        return list(zip(kept, live, strict=True))
+
+
+def copy_for_average(model: nn.Module) -> nn.Module:
+    """A copy of the model that no training changes.
+
+    Raises:
+        SpecError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    except Exception as error:
+        raise SpecError(f"model.moving_average: the model cannot be copied: {error}") from error
+
 
 def _present(owners: list[tuple[nn.Module, str]]) -> list[Tensor]:
-    # Looked up each time, because a model may replace a buffer by another tensor.
     buffers = [module._buffers[name] for module, name in owners]
     return [buffer for buffer in buffers if buffer is not None]

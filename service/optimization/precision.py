@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from service.basics.errors import SpecError
 from service.data.batches import forward
 from service.distributed.world import World
+from service.sharding.sharding import holds_rows, own_rows
 
 # Every overflow halves the scale, which begins at 2**16.  A gradient that is not finite at this
 # one does not overflow: it is not finite.
@@ -81,10 +82,11 @@ class LossScaler(torch.amp.GradScaler):
     """torch's gradient scaler, which here scales what a gradient is divided by, not the loss.
 
     Every process scales alike: after the exchange all of them have the same gradients, and so
-    find the same ones not finite.
+    find the same ones not finite. Of sharded gradients each sees some rows, and they tell
+    each other.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, world: World) -> None:
         """Scale the gradients of `model`.
 
         Raises:
@@ -96,8 +98,9 @@ class LossScaler(torch.amp.GradScaler):
                 f"model.precision: fp16 computes in float16 with weights in float32, but "
                 f"{', '.join(narrow[:3])} are float16. Return the model in float32."
             )
-        super().__init__(device.type)
-        self._one = torch.ones((), device=device)
+        super().__init__(world.device.type)
+        self._told = world.sum if holds_rows(model) else None
+        self._one = torch.ones((), device=world.device)
         self.scale(self._one)  # makes the scale, which torch puts off
 
     def divisor(self, weight: float | Tensor) -> Tensor:
@@ -113,3 +116,20 @@ class LossScaler(torch.amp.GradScaler):
         self.unscale_(optimizer)
         found = list(self._found_inf_per_device(optimizer).values())
         return cast(Tensor, sum(found[1:], start=found[0]))
+
+    def _unscale_grads_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        allow_fp16: bool,
+    ) -> dict[torch.device, Tensor]:
+        """What torch's method does, of sharded gradients too: 0 or more by device."""
+        if self._told is None:
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        members = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [own_rows(p.grad) for p in members if p.grad is not None]
+        for kind in {grad.dtype: None for grad in grads}:
+            rows = [grad for grad in grads if grad.dtype == kind and grad.numel()]
+            torch._amp_foreach_non_finite_check_and_unscale_(rows, found_inf, inv_scale)
+        return {found_inf.device: self._told(found_inf)}

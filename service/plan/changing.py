@@ -23,6 +23,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "checkpoint.on_failure": "saving only reads the state",
     "model.activation_checkpointing": "what is computed again comes to the same bits",
     "exchange.mode": "where the rows of a parameter are, and the number of processes, are no part",
+    "exchange.reshard_after_forward": "it decides when parameters travel, and no number",
     "exchange.units": "where the rows of a parameter are, and the number of processes, are no part",
     "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",

@@ -27,6 +27,8 @@ from service.basics.errors import SpecError, WillFailAgain
 from service.distributed.gradient_sync import GradientSync, Seed
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
+from service.health.heartbeat import Trace
+from service.spec.models import ExchangeSpec
 
 T = TypeVar("T")
 
@@ -126,7 +128,7 @@ def held_bytes(parameter: nn.Parameter, processes: int) -> int:
     return parameter[:rows].nbytes
 
 
-def shard(model: nn.Module, world: World, *, patterns: Sequence[str]) -> None:
+def shard(model: nn.Module, world: World, *, spec: ExchangeSpec) -> None:
     """Keep of every parameter the rows of this process only; on the device, unit by unit.
 
     The lead's weights and buffers are everybody's, as DistributedDataParallel has it.
@@ -144,18 +146,31 @@ def shard(model: nn.Module, world: World, *, patterns: Sequence[str]) -> None:
             f"exchange.mode: sharded needs torch 2.13 or newer, and this is {torch.__version__}."
         )
 
-    units = units_of(model, patterns)
+    units = units_of(model, spec.units)
     parameters_by_unit(model, units)
     _require_alike(model, world)
     mesh = init_device_mesh(world.device.type, (world.processes,))
     for unit in [*units.values(), model]:
         _give_all(unit, world)
-        fully_shard(unit, mesh=mesh)
+        # What is in no block is needed last in the forward and first in the backward pass.
+        goes = spec.reshard_after_forward and unit is not model
+        fully_shard(unit, mesh=mesh, reshard_after_forward=goes)
     for module in _sharded_modules(model):
         # Sums, which the weight of the step has divided already: not means over processes.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    for name, unit in {ROOT: model, **units}.items():
+        _name_its_collective(name, unit, world.trace)
     model.register_forward_hook(_let_go_after_a_test)
+
+
+def _name_its_collective(name: str, unit: nn.Module, trace: Trace) -> None:
+    """Let a report of a hang tell which unit's parameters a forward pass waits for."""
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        trace.begin(f"parameters of {name}")
+
+    unit.register_forward_pre_hook(begin, prepend=True)  # before that of torch, which waits
 
 
 def _require_alike(model: nn.Module, world: World) -> None:
@@ -184,8 +199,8 @@ def _give_all(unit: nn.Module, world: World) -> None:
 def _let_go_after_a_test(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """After a pass without gradients no backward pass lets the parameters of the model go."""
     if not torch.is_grad_enabled():
-        sharded: Any = model
-        sharded.reshard()
+        for module in _sharded_modules(model):
+            module.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
@@ -340,6 +355,7 @@ class ShardedSync(GradientSync):
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
         if self._stopwatch is not None:
             self._stopwatch.end()
+        self._world.trace.begin("parameters and gradients of a backward pass")
         self._seed.backward(loss_sum, 1.0 / step_weight if self._counts else 0.0)
 
     def _require_reached(self) -> None:

@@ -194,6 +194,9 @@ class ExchangeSpec(Part):
     units: tuple[str, ...] = Field(default=(), strict=False, examples=[["blocks.*"]])
     """Of `sharded`: globs over the names of the modules whose parameters come together at one time.
     Default: the repeated blocks of the model's lists of modules. The rest is one more."""
+    reshard_after_forward: bool = True
+    """Of `sharded`: let the parameters of a unit go after its forward pass and bring them together
+    again for its backward pass. `false` sends a third less, and holds all of them in between."""
 
     precision: Literal["full", "bf16"] = "full"
     """Number format in which gradients are sent. `bf16` halves the bytes and rounds each gradient
@@ -303,8 +306,6 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     return [
         (name not in BY_NUMBER, f"optimizer.name: {name}", f"use one of {', '.join(BY_NUMBER)}"),
         (model.compile, "model.compile", "leave it out"),
-        (model.precision == "fp16", "model.precision: fp16", "use bf16"),
-        (model.moving_average is not None, "model.moving_average", "leave it out"),
         (model.channels_last, "model.channels_last", "leave it out"),
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
         (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),
@@ -398,8 +399,9 @@ class Spec(Part):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if self.exchange.mode == "ddp":
-            if self.exchange.units:
-                raise wrong("exchange.units belongs to exchange.mode: sharded")
+            for key in ("units", "reshard_after_forward"):
+                if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
+                    raise wrong(f"exchange.{key} belongs to exchange.mode: sharded")
             return self
         for is_so, what, instead in _not_sharded(self):
             if is_so:

@@ -33,7 +33,7 @@ from service.optimization.buffers import Buffers, buffers_of, kept_equal
 from service.optimization.compilation import compile_in_place, spare_compiler
 from service.optimization.flops import peak_flops
 from service.optimization.learning_rates import Schedule, make_schedule
-from service.optimization.moving_average import MovingAverage
+from service.optimization.moving_average import MovingAverage, copy_for_average
 from service.optimization.optimizers import (
     Frozen,
     frozen_for_now,
@@ -101,6 +101,8 @@ class Model:
     module: nn.Module
     normalization: Normalization
     """Keeps its BatchNorm layers equal on all processes."""
+    twin: nn.Module | None = None
+    """The same model a second time, sharded alike, if there is a moving average to hold."""
 
 
 def build_model(plan: Plan, task: Task, world: World) -> Model:
@@ -117,8 +119,12 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     checkpoint_activations(module, spec.model.activation_checkpointing)
     if spec.exchange.mode == "sharded":
         require_shardable(module, task, spec)
+    twin: nn.Module | None = None
     if spec.exchange.mode == "sharded" and world.processes > 1:
-        shard(module, world, patterns=spec.exchange.units)
+        twin = copy_for_average(module) if spec.model.moving_average else None
+        for model in (module, twin):
+            if model is not None:
+                shard(model, world, spec=spec.exchange)
     else:
         module.to(world.device)
     bitwise = spec.exactness == "bitwise"
@@ -127,7 +133,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         module.to(**nhwc)
     require_sparse_can_travel(module, spec, device=world.device.type, many=world.processes > 1)
-    return Model(module, normalization)
+    return Model(module, normalization, twin)
 
 
 def require_shardable(model: nn.Module, task: Task, spec: Spec) -> None:
@@ -228,7 +234,7 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
     spec, module = plan.spec, model.module
     average = None
     if spec.model.moving_average:
-        average = MovingAverage(module, spec.model.moving_average)
+        average = MovingAverage(module, spec.model.moving_average, twin=model.twin)
     return TrainState(
         module,
         optimization.optimizer,
@@ -236,7 +242,7 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
         early_stopping=EarlyStopping(spec.early_stopping) if spec.early_stopping else None,
         frozen=optimization.frozen,
         average=average,
-        scaler=LossScaler(module, world.device) if spec.model.precision == "fp16" else None,
+        scaler=LossScaler(module, world) if spec.model.precision == "fp16" else None,
     )
 
 

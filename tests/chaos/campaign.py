@@ -1,6 +1,8 @@
 """Runs the real command, injures it by a seeded plan, and compares bits with an undisturbed run.
 
 python -m tests.chaos.campaign --injuries 200 --seed 1     (what `make chaos` runs)
+python -m tests.chaos.campaign --mode sharded              (the same, sharded)
+python -m tests.chaos.campaign --mode moved                (each start at another place of MOVES)
 
 After the injuries by chance comes one run that is killed at every operation of its saves.
 """
@@ -22,10 +24,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file
+
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import tells_of_speed
 
 EVENSTEP = Path(sys.executable).with_name("evenstep")
+MOVES = ((3, "sharded"), (2, "ddp"), (2, "sharded"), (1, "ddp"))
+"""Processes and mode of the first start of a run that moves, of the second, and so on."""
 MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk", "exit")
 SAVE_EVERY = 4
 FIRST_STEPS = 6
@@ -47,6 +54,8 @@ EXPECTED = {
     "disk full": "exit 42",
 }
 """What follows: the launcher answers, or the command ends and somebody enters it again."""
+LEAVING = [*STOPS, "kill launcher", "disk full"]
+"""After these the command is entered again, where others are answered by the launcher."""
 MOST_LOST = {
     **dict.fromkeys(EXPECTED, 2 * SAVE_EVERY),  # killed before the checkpoint under way was whole
     **dict.fromkeys(DAMAGES, 3 * SAVE_EVERY),
@@ -136,8 +145,11 @@ def kills_on_disk(*, every: int = 1) -> list[Injury]:
     return [Injury(n, "kill one", "disk", rank=0, count=count) for n, count in enumerate(counts)]
 
 
-def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
-    """The job of the campaign; 50 rows a step in six micro-batches, the last of 5 rows."""
+def spec_of(name: str, *, steps: int, hang_seconds: float, mode: str = "ddp") -> dict[str, Any]:
+    """The job of the campaign; 50 rows a step in six micro-batches, the last of 5 rows.
+
+    A run that moves computes in float64, where another order of sums makes no difference to see.
+    """
     return {
         "name": name,
         "task": f"{Path(__file__).with_name('job.py')}:task",
@@ -145,6 +157,8 @@ def spec_of(name: str, *, steps: int, hang_seconds: float) -> dict[str, Any]:
         "batch": {"global_batch": 50, "micro_batch": 9},
         "length": {"steps": steps},
         "model": {"batchnorm": "micro"},
+        "exchange": {"mode": "ddp" if mode == "moved" else mode},
+        "task_args": {"double": mode == "moved"},
         "optimizer": {"name": "adamw", "lr": 0.003},
         "schedule": {"name": "cosine", "warmup_steps": 5},
         "tracking": {"log_every_steps": 1},
@@ -169,17 +183,28 @@ def write_plan(place: Path, run: Path, injuries: Sequence[Injury]) -> None:
 
 
 def run(
-    place: Path, name: str, injuries: Sequence[Injury], *, processes: int, steps: int, hang: float
+    place: Path,
+    name: str,
+    injuries: Sequence[Injury],
+    *,
+    processes: int,
+    steps: int,
+    hang: float,
+    mode: str = "ddp",
 ) -> list[Seen]:
     """Run the job to its end through all of the injuries; the command again as often as needed."""
     chaos = place / f"chaos-{name}"
     chaos.mkdir()
+    if mode != "ddp":  # a rehearsal has one pass where DDP lays out no buckets
+        injuries = [replace(i, count=1) if i.moment == "rehearsal" else i for i in injuries]
     write_plan(chaos, place / "runs" / name, injuries)
     spec = place / f"{name}.yaml"
-    spec.write_text(json.dumps(spec_of(name, steps=steps, hang_seconds=hang)))
-    words = [EVENSTEP, "run", spec, "--processes", processes, "--max-restarts", 1000]
-    for _ in range(len(injuries) + 1):
-        code = _command(words, place, chaos)
+    spec.write_text(json.dumps(spec_of(name, steps=steps, hang_seconds=hang, mode=mode)))
+    moves = MOVES if mode == "moved" and injuries else [(processes, "")]
+    for start in range(len(injuries) + 1):
+        count, moved = moves[start % len(moves)]
+        words = [EVENSTEP, "run", spec, "--processes", count, "--max-restarts", 1000]
+        code = _command([*words, f"exchange.mode={moved}"] if moved else words, place, chaos)
         if code == 0:
             return list(seen((chaos / "log").read_text(), injuries, processes))
         assert f"exit {code}" in EXPECTED.values(), f"exit code {code}; see {chaos / 'output'}"
@@ -272,12 +297,20 @@ def _lost(
     return None, None  # it struck on the way out of a run that was done
 
 
-def differences(run: Path, undisturbed: Path) -> list[str]:
+def differences(run: Path, undisturbed: Path, *, mode: str = "ddp") -> list[str]:
     """In what two finished runs differ; nothing, where no injury has left a trace."""
     found = []
     one, other = (sorted((r / "checkpoints").glob("step-*"))[-1] for r in (run, undisturbed))
     if one.name != other.name:
         found.append(f"{one.name} is not {other.name}")
+    if mode == "moved":
+        found += [f"{n} of {one.name}" for n in ("model", "optimizer") if not _close(n, one, other)]
+        ours, theirs = (_rows(r / "metrics.jsonl") for r in (run, undisturbed))
+        if [_near(row) for row in ours] != [_near(row) for row in theirs]:
+            found.append("metrics.jsonl")
+        if read_receipt(run / "receipt.jsonl") != read_receipt(undisturbed / "receipt.jsonl"):
+            found.append("receipt.jsonl")
+        return found
     found += [
         f"{name} of {one.name}"
         for name in ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -292,6 +325,18 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     if read_receipt(run / "receipt.jsonl") != read_receipt(undisturbed / "receipt.jsonl"):
         found.append("receipt.jsonl")
     return found
+
+
+def _close(name: str, one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same numbers up to rounding, in one file."""
+    ours, theirs = (load_file(place / f"{name}.safetensors") for place in (one, other))
+    return ours.keys() == theirs.keys() and all(
+        torch.allclose(ours[n].double(), theirs[n].double(), rtol=0, atol=1e-9) for n in ours
+    )
+
+
+def _near(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 7) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -350,21 +395,37 @@ def main() -> None:
     words.add_argument("--processes", type=int, default=3)
     words.add_argument("--steps", type=int, default=200)
     words.add_argument("--hang", type=float, default=3.0)
-    words.add_argument("--kinds", nargs="*", default=[*EXPECTED])
+    words.add_argument("--mode", choices=("ddp", "sharded", "moved"), default="ddp")
+    words.add_argument("--kinds", nargs="*", default=[])
     asked = words.parse_args()
-    how = {"processes": asked.processes, "steps": asked.steps}
+    moved = asked.mode == "moved"
+    kinds = asked.kinds or (LEAVING if moved else [*EXPECTED])
+    ranks = min(count for count, _ in MOVES) if moved else asked.processes
+    of_runs = {
+        "processes": asked.processes,
+        "steps": asked.steps,
+        "hang": asked.hang,
+        "mode": asked.mode,
+    }
     found: list[Seen] = []
     differ = 0
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
-    run(place, "undisturbed", [], **how, hang=asked.hang)
+    run(place, "undisturbed", [], **of_runs)
     plans = [
-        planned(asked.per_run, seed=asked.seed + number, kinds=asked.kinds, **how)
+        planned(
+            asked.per_run,
+            seed=asked.seed + number,
+            kinds=kinds,
+            processes=ranks,
+            steps=asked.steps,
+        )
         for number in range(asked.injuries // asked.per_run)
     ]
-    for number, plan in enumerate([*plans, kills_on_disk()]):
+    for number, plan in enumerate([*plans, *([] if moved else [kills_on_disk()])]):
         started, name = time.time(), f"injured-{number}"
-        these = run(place, name, plan, **how, hang=asked.hang)
-        different = differences(place / "runs" / name, place / "runs" / "undisturbed")
+        these = run(place, name, plan, **of_runs)
+        runs = place / "runs"
+        different = differences(runs / name, runs / "undisturbed", mode=asked.mode)
         differ += bool(different)
         found += these
         print(

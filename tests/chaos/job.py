@@ -47,16 +47,18 @@ _slow: list[float] = []
 _slow_test: list[float] = []
 
 
-def task(rows: int = 389, test_rows: int = 131) -> Task:
-    """389 rows to train on and 131 to test on, of the recipe's kind."""
+def task(rows: int = 389, test_rows: int = 131, double: bool = False) -> Task:
+    """389 rows to train on and 131 to test on, of the recipe's kind; in float64 where asked."""
     if PLACE is not None:
         _note("start")
         _for_good.enter_context(watched(_on_disk))
         atexit.register(moment, "exit")
     moment("start-up")
-    train, test = digits.split_by_class(*digits.load())
+    images, labels = digits.load()
+    kind = torch.float64 if double else torch.float32
+    train, test = digits.split_by_class(images.to(kind), labels)
     return supervised(
-        model=Network,
+        model=lambda: Network().to(kind),
         train=torch.utils.data.TensorDataset(*(t[:rows] for t in train.tensors)),
         test=torch.utils.data.TensorDataset(*(t[:test_rows] for t in test.tensors)),
         measures=("accuracy",),
