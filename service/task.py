@@ -2,8 +2,10 @@
 
 from service.data.losses import Loss, Losses, StepContext, StepResult, own_loss
 from service.data.task import Task, custom, load_task, supervised
+from service.evaluation.hooks import HookContext
 
 __all__ = [
+    "HookContext",
     "Loss",
     "Losses",
     "StepContext",

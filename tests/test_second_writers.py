@@ -121,7 +121,7 @@ class Kept(TrackerBackend):
         self.held_step, self.fails_at = held_step, fails_at
         self.steps = []
 
-    def put(self, step, time, values):
+    def put(self, step, time, values, files):
         if step == self.fails_at:
             raise OSError("the place is gone")
         self.steps.append(step)

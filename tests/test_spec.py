@@ -463,6 +463,8 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "tracking": "{log_every_steps: 1, wandb: {project: p}}",
         "faults.hang_timeout_seconds": "1",
         "faults.startup_timeout_seconds": "1",
+        "faults.hook_timeout_seconds": "9.0",
+        "faults.on_hook_failure": "stop",
         "faults.stop_poll_steps": "1",
         "faults.stop_budget_seconds": "1",
         "faults.attempts_without_progress": "1",

@@ -57,6 +57,7 @@ class RankContext:
             processes=environment.world_size,
             timeout_seconds=spec.faults.hang_timeout_seconds,
             startup_timeout_seconds=spec.faults.startup_timeout_seconds,
+            hook_timeout_seconds=spec.faults.hook_timeout_seconds,
             leave=self.leave,
         )
 

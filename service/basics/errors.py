@@ -6,6 +6,7 @@
     │   ├── Diverged             the loss or a gradient is not finite
     │   ├── DataBroken           the rows are not the rows the plan counted on
     │   ├── NotSaved             a checkpoint cannot be written: no space, no right, no memory
+    │   ├── HookFailed           a hook of the task failed, and faults.on_hook_failure is stop
     │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
     │   └── NoProgress           attempt after attempt failed without a new checkpoint
     ├── Stopped             75   stopped on request, state saved: run again to continue
@@ -54,6 +55,10 @@ class DataBroken(WillFailAgain):
 
 class NotSaved(WillFailAgain):
     """A checkpoint could not be written, for a reason that the user must fix."""
+
+
+class HookFailed(WillFailAgain):
+    """A hook of the task failed, where the user wants the run to end for it."""
 
 
 class NoCheckpoint(WillFailAgain):

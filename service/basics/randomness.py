@@ -24,6 +24,7 @@ WEIGHTS: Final = 4  # seed: initial weights
 BATCH: Final = 5  # seed, step, micro_batch: what rows that are read together draw together
 TEST: Final = 6  # seed, micro_batch: what the model draws in testing
 TASK: Final = 7  # seed: what the task draws while it is made and brings its data
+HOOK: Final = 8  # seed, step: what a hook of the task draws
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class Task(Protocol):
     #   ignored                     without a weight: the target whose row the loss leaves out;
     #   metrics                     a mapping from names to torchmetrics metrics;
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
-    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows.
+    #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows;
+    #   after_test, after_epoch     hooks: functions of a context (`HookFunctions`).
 
 
 @runtime_checkable
@@ -387,6 +388,18 @@ def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     return getattr(task, "collate", default_collate)
 
 
+class HookFunctions(TypedDict, total=False):
+    """Functions of a `service.task.HookContext` that rank 0 calls, and that cannot change the run.
+
+    docs/how-to/hooks.md says what they are told and what they may log.
+    """
+
+    after_test: Callable[[Any], object] | None
+    """Called after the test of each test set."""
+    after_epoch: Callable[[Any], object] | None
+    """Called after the step in which a pass over the training rows ends."""
+
+
 class _FromParts:
     """What `supervised` and `custom` share: a model, its data, and what is measured."""
 
@@ -400,6 +413,7 @@ class _FromParts:
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
+        **hooks: Unpack[HookFunctions],
     ) -> None:
         self.model = model
         self._train = train() if callable(train) else train
@@ -428,6 +442,11 @@ class _FromParts:
             self.collate = collate
         if predict is not None:
             self.predict = predict
+        for name, hook in hooks.items():
+            if name not in HookFunctions.__annotations__:
+                raise TypeError(f"{type(self).__name__}() got an unknown argument {name!r}")
+            if hook is not None:
+                setattr(self, name, hook)
 
     def train_data(self) -> Data:
         """The training rows."""
@@ -473,6 +492,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             length; it runs in the loader's workers where there are any.
         predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
             [B, ...].  Without it, their logits.
+        hooks: `after_test` and `after_epoch`, see `HookFunctions`.
     Raises:
         SpecError: a loss or measure nobody knows, or data that is no data set.
     """
@@ -488,6 +508,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
+        **hooks: Unpack[HookFunctions],
     ) -> None:
         ignored: int | None = None
         if weight is None and isinstance(loss, str):
@@ -502,6 +523,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             weight=weight,
             collate=collate,
             predict=predict,
+            **hooks,
         )
         self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
         if isinstance(loss, str) and loss in SUMMED_LOSSES:
@@ -515,8 +537,8 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
     Args:
         step: a function of (model, batch, context) that gives losses by name, or these and the
             outputs for measures and predictions: see `Loss` and `StepContext`.
-        model, train, test, measures, collate, predict: as of `supervised`. A row may also be what
-            is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
+        model, train, test, measures, collate, predict, hooks: as of `supervised`. A row may also be
+            what is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
         weight: what the batch counts, as a function of the targets: a tensor. Without it, its
             rows.
     Raises:
@@ -534,6 +556,7 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
+        **hooks: Unpack[HookFunctions],
     ) -> None:
         super().__init__(
             model=model,
@@ -543,6 +566,7 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
             weight=weight,
             collate=collate,
             predict=predict,
+            **hooks,
         )
         self.step = step
 

@@ -8,4 +8,6 @@ From top to bottom; a room imports only from rooms below it:
 * named_sums: sums by name, each with its weight, merged exactly over micro-batches and processes.
 * metrics: measures of the test loop that merge exactly, for any distribution of rows over
   processes.
+* hooks: hooks of the task, after a test or an epoch: called on rank 0, and unable to change the
+  run.
 """

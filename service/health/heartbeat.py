@@ -19,7 +19,9 @@ from service.basics.atomic_files import replace_unsynced, told_when_unwritten, w
 from service.runs.directory import RunDirectory
 
 # In the order in which one step goes through them.
-Work = Literal["starting", "data", "forward", "exchange", "update", "log", "test", "agree", "save"]
+Work = Literal[
+    "starting", "data", "forward", "exchange", "update", "log", "test", "hook", "agree", "save"
+]
 ORDER: tuple[Work, ...] = (
     "starting",
     "data",
@@ -28,6 +30,7 @@ ORDER: tuple[Work, ...] = (
     "update",
     "log",
     "test",
+    "hook",
     "agree",
     "save",
 )
@@ -39,6 +42,7 @@ WORDS: dict[Work, str] = {
     "update": "updating the weights",
     "log": "recording metrics",
     "test": "in the test loop",
+    "hook": "in a hook of the task",
     "agree": "agreeing on whether to stop",
     "save": "saving a checkpoint",
 }

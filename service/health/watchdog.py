@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn
 
 from service.basics.atomic_files import without_link
 from service.basics.errors import PeerLost
-from service.health.heartbeat import ORDER, WORDS, WRITER, Heartbeat, Position, group
+from service.health.heartbeat import ORDER, WORDS, WRITER, Heartbeat, Position, Work, group
 from service.runs.directory import read_beat
 from service.runs.failure_reports import read_failures, write_failure
 
@@ -26,6 +26,7 @@ HUNG = 1
 """Exit code of the process that others waited for."""
 _REPORTS_SECONDS = 2.0  # for the reports of the other ranks, which hang for as long
 _MOST_SECONDS_A_LOOK = 1.0
+_UNINTERRUPTED_SECONDS = 30.0  # most that a hook may take beyond its limit
 # A thread whose innermost frame is in one of these files waits for another process.
 _WAITING = (
     "torch/distributed/",
@@ -49,6 +50,7 @@ def watched(
     processes: int,
     timeout_seconds: float,
     startup_timeout_seconds: float,
+    hook_timeout_seconds: float,
     leave: Leave,
 ) -> Iterator[None]:
     """A context that reports and kills this process when it makes no progress for too long.
@@ -57,10 +59,17 @@ def watched(
     held, the timer of faulthandler writes the stacks and exits with code 1.
 
     Args:
+        startup_timeout_seconds, hook_timeout_seconds: the limits before the first step, and of a
+            hook of the task.
         leave: ends the process at once, with a code and a message.
     """
     ended = threading.Event()
-    watch = _Watch(heartbeat, processes, timeout_seconds, startup_timeout_seconds, leave, ended)
+    timeouts: dict[Work, float] = {
+        "starting": startup_timeout_seconds,
+        # The hook is interrupted at its limit; this is for one that cannot be.
+        "hook": hook_timeout_seconds + min(hook_timeout_seconds, _UNINTERRUPTED_SECONDS),
+    }
+    watch = _Watch(heartbeat, processes, timeout_seconds, timeouts, leave, ended)
     thread = threading.Thread(target=watch.run, name="hang watch", daemon=True)
     thread.start()
     try:
@@ -90,14 +99,14 @@ class _Watch:
         heartbeat: Heartbeat,
         processes: int,
         timeout_seconds: float,
-        startup_timeout_seconds: float,
+        timeouts: Mapping[Work, float],
         leave: Leave,
         ended: threading.Event,
     ) -> None:
         self._heartbeat = heartbeat
         self._processes = processes
         self._timeout = timeout_seconds
-        self._startup_timeout = startup_timeout_seconds
+        self._timeouts = timeouts
         self._leave = leave
         self._ended = ended
         self._main = threading.main_thread().ident
@@ -114,7 +123,7 @@ class _Watch:
 
     def _look(self) -> None:
         place = self._heartbeat.place
-        timeout = self._startup_timeout if place.work == "starting" else self._timeout
+        timeout = self._timeouts.get(place.work, self._timeout)
         # Each check restarts the timer, so it fires only if the checks have stopped.
         faulthandler.dump_traceback_later(
             timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()

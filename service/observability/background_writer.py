@@ -7,12 +7,13 @@ never stops the run: metrics.jsonl has every row, and a resumed attempt sends th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from service.basics.background_queue import BackgroundQueue
-from service.runs.tracking import Outcome, Row, Writer, read_metrics
+from service.observability.logged_files import files_of_step
+from service.runs.tracking import LoggedFile, Outcome, Row, Writer, read_metrics
 
 
 class TrackerBackend(Protocol):
@@ -21,8 +22,14 @@ class TrackerBackend(Protocol):
     held_step: int
     """The last step that it holds from earlier attempts, or -1."""
 
-    def put(self, step: int, time: float, values: Mapping[str, float]) -> None:
-        """Write one row."""
+    def put(
+        self,
+        step: int,
+        time: float,
+        values: Mapping[str, float],
+        files: Sequence[LoggedFile],
+    ) -> None:
+        """Write one row, and the files that hooks have logged with it."""
 
     def close(self) -> None:
         """Flush the remaining rows, then close."""
@@ -85,7 +92,7 @@ class BackgroundWriter(Writer):
             self._catch_up(backend)
             for row in self._rows:
                 if row.step > backend.held_step:
-                    backend.put(row.step, row.time, row.values)
+                    backend.put(row.step, row.time, row.values, row.files)
                 self._written_rows += 1
             backend.close()
         except Exception as error:
@@ -100,4 +107,6 @@ class BackgroundWriter(Writer):
         for record in read_metrics(self._metrics):
             if backend.held_step < record["step"] <= self._resume_step:
                 values = {k: v for k, v in record.items() if k not in ("step", "epoch", "time")}
-                backend.put(int(record["step"]), record["time"], values)
+                step = int(record["step"])
+                files = files_of_step(self._metrics.with_name("logged"), step)
+                backend.put(step, record["time"], values, files)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from service.observability.background_writer import TrackerBackend
+from service.observability.logged_files import read_histogram, size_of_png
+from service.runs.tracking import LoggedFile
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -31,12 +33,57 @@ class TensorBoard(TrackerBackend):
             earlier.unlink()
         return cls(EventFileWriter(str(directory), flush_secs=1))
 
-    def put(self, step: int, time: float, values: Mapping[str, float]) -> None:
+    def put(
+        self,
+        step: int,
+        time: float,
+        values: Mapping[str, float],
+        files: Sequence[LoggedFile],
+    ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._writer.add_event(Event(step=step, wall_time=time, summary=Summary(value=scalars)))
+        shown = [_shown(file) for file in files if file.path.is_file()]
+        summary = Summary(value=[*scalars, *shown])
+        self._writer.add_event(Event(step=step, wall_time=time, summary=summary))
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _shown(file: LoggedFile) -> Any:
+    """The file as a value of a summary: of one that is none of TensorBoard's kinds, its path."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+
+    if file.kind == "image":
+        content = file.path.read_bytes()
+        width, height = size_of_png(content)
+        image = Summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=content
+        )
+        return Summary.Value(tag=file.key, image=image)
+    if file.kind == "histogram":
+        counts, edges = read_histogram(file.path)
+        middles = (edges[:-1] + edges[1:]) / 2
+        bars = HistogramProto(
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=(counts * middles).sum(),
+            sum_squares=(counts * middles**2).sum(),
+            bucket_limit=edges[1:],
+            bucket=counts,
+        )
+        return Summary.Value(tag=file.key, histo=bars)
+    return _text(file.key, file.path.read_text() if file.kind == "text" else str(file.path))
+
+
+def _text(tag: str, text: str) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    plugin = SummaryMetadata.PluginData(plugin_name="text")
+    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+    return Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin), tensor=tensor)

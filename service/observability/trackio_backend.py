@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from service.observability.background_writer import TrackerBackend
+from service.observability.logged_files import read_histogram
+from service.runs.tracking import LoggedFile
 from service.spec.models import TrackioSpec
 
 if TYPE_CHECKING:
@@ -36,8 +38,28 @@ class Trackio(TrackerBackend):
         # trackio's counter points to the step after the last one that the run holds.
         return cls(run, held_step=int(run._next_step) - 1)
 
-    def put(self, step: int, time: float, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+    def put(
+        self,
+        step: int,
+        time: float,
+        values: Mapping[str, float],
+        files: Sequence[LoggedFile],
+    ) -> None:
+        shown = {file.key: _shown(file) for file in files if file.path.is_file()}
+        self._run.log({**values, **shown}, step=step)
 
     def close(self) -> None:
         self._run.finish()  # type: ignore[no-untyped-call]
+
+
+def _shown(file: LoggedFile) -> Any:
+    """The file as trackio shows it: of one that is neither image, text nor histogram, its path."""
+    import trackio
+
+    if file.kind == "image":
+        return trackio.Image(file.path)
+    if file.kind == "text":
+        return trackio.Markdown(file.path.read_text())
+    if file.kind == "histogram":
+        return trackio.Histogram(np_histogram=read_histogram(file.path))
+    return str(file.path)

@@ -11,22 +11,25 @@ metrics.jsonl has every row, and a resumed attempt sends the rows that W&B does 
 from __future__ import annotations
 
 import glob
+import html
 import json
 import os
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.basics.background_queue import BackgroundQueue
+from service.observability.logged_files import files_of_step, read_histogram
 from service.runs.checkpoint_files import best_of, checkpoints_in
-from service.runs.tracking import Outcome, Row, Writer, read_metrics
+from service.runs.tracking import LoggedFile, Outcome, Row, Writer, read_metrics
 from service.spec.models import WandBSpec
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ class WandB(Writer):
         self._run_id = run_id
         self._name = name
         self._metrics = directory / "metrics.jsonl"
+        self._logged = directory / "logged"
         self._directory = Path(os.environ.get("WANDB_DIR") or directory).absolute()
         self._config = dict(config)
         self._tell = say
@@ -86,6 +90,7 @@ class WandB(Writer):
         self._closing = False
         self._given_up = False
         self._files: str | None = None
+        self._told_of_images = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
 
     def start(self) -> Self:
@@ -236,11 +241,24 @@ class WandB(Writer):
         if self._resume_step is not None and held < self._resume_step:
             for record in read_metrics(self._metrics):
                 if held < record["step"] <= self._resume_step:
-                    _send(run, record)
+                    self._send(run, record, files_of_step(self._logged, int(record["step"])))
         for row in self._rows:
             if row.step > held:
-                _send(run, row.record())
+                self._send(run, row.record(), row.files)
             self._sent_rows += 1
+
+    def _send(self, run: Run, record: Mapping[str, float], files: Sequence[LoggedFile]) -> None:
+        row: dict[str, Any] = dict(record)
+        for file in files:
+            if file.kind == "image" and find_spec("PIL") is None:
+                if not self._told_of_images:
+                    self._say("W&B shows no images without the package pillow.")
+                self._told_of_images = True
+            elif file.kind == "file" and file.path.is_file():
+                run.save(file.path, base_path=self._logged.parent, policy="now")
+            elif file.path.is_file():
+                row[file.key] = _shown(file)
+        run.log({"_timestamp": row.pop("time"), **row})
 
     def _held_step(self, run: Run) -> int:
         """The last step that earlier attempts have put into this W&B run, or -1.
@@ -344,9 +362,14 @@ def _records(path: Path) -> Iterator[bytes]:
             position = 0
 
 
-def _send(run: Run, record: Mapping[str, float]) -> None:
-    row = dict(record)
-    run.log({"_timestamp": row.pop("time"), **row})
+def _shown(file: LoggedFile) -> Any:
+    import wandb
+
+    if file.kind == "image":
+        return wandb.Image(str(file.path))
+    if file.kind == "histogram":
+        return wandb.Histogram(np_histogram=read_histogram(file.path))
+    return wandb.Html(f"<pre>{html.escape(file.path.read_text())}</pre>", inject=False)
 
 
 def _one_line(error: BaseException) -> str:

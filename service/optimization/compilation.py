@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
@@ -31,7 +32,7 @@ _KEPT_OUT = "__dynamo_disable"
 def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     """Let torch compile the model's forward and backward pass when it is first called.
 
-    A copy made of the model afterwards would still call this one: copy it before.
+    A plain copy made of the model afterwards would still call this one: see `uncompiled_copy`.
 
     Args:
         telling: have torch say on stderr why it compiles something again.
@@ -44,6 +45,15 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     # Not Module.compile: where the outermost class is torch's own (nn.Sequential), that compiles
     # nothing but the layers which are not.
     model.forward = torch.compile(model.forward)
+
+
+def uncompiled_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, which computes with its own weights also where the model was compiled."""
+    compiled = vars(model).get("forward")
+    copied = copy.deepcopy(model, {id(compiled): compiled})
+    if hasattr(compiled, "_torchdynamo_orig_callable"):
+        del copied.forward  # the one of its class is in its place again
+    return copied
 
 
 def compiled_graphs() -> int:

@@ -30,6 +30,8 @@ CANNOT_CHANGE_THE_RESULT = {
     "tracking": "what is recorded is a copy",
     "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
     "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.hook_timeout_seconds": "it only ends a hook, which changes nothing of the run",
+    "faults.on_hook_failure": "it only ends a run, and a run that ends resumes",
     "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
     "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
     "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",

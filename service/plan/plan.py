@@ -105,6 +105,19 @@ class Plan:
             return 0.0
         return step * self.global_batch / self.train_rows
 
+    @property
+    def steps_per_epoch(self) -> Fraction | None:
+        """Steps of one pass over the training rows; None for a stream."""
+        return None if self.train_rows is None else Fraction(self.train_rows, self.global_batch)
+
+    def ends_epoch_at(self, step: int) -> bool:
+        """Whether the last row of a pass over the training rows is one of this step's."""
+        return step > 0 and _passes_multiple(self.steps_per_epoch, step)
+
+    def next_epoch_end(self, step: int) -> int:
+        """The first step after `step` that ends a pass; the last one of the run for a stream."""
+        return min([self.steps, *_next_multiple(self.steps_per_epoch, step)])
+
     def logs_at(self, step: int) -> bool:
         return step % self.spec.tracking.log_every_steps == 0 or step == self.steps
 

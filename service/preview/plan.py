@@ -15,6 +15,7 @@ from service.data.loading import way_of_rows
 from service.data.task import Task, load_task, new_model
 from service.distributed.batchnorm import prepare
 from service.distributed.world import alone
+from service.evaluation.hooks import require_hooks
 from service.health.stop_budget import estimated, longest_save, stop_in_words
 from service.optimization.activation_checkpointing import checkpoint_activations
 from service.optimization.buffers import buffers_besides_batchnorm
@@ -50,6 +51,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
     require_measures(spec, task)
+    require_hooks(task, plan)
     model = new_model(task)
     if spec.exchange.mode == "sharded":
         require_shardable(model, task, spec)

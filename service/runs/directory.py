@@ -99,6 +99,11 @@ class RunDirectory:
         return self.path / "profile"
 
     @property
+    def logged(self) -> Path:
+        """Images, texts, histograms and files that hooks of the task have logged."""
+        return self.path / "logged"
+
+    @property
     def failures(self) -> Path:
         return self.path / "failures"
 

@@ -19,12 +19,34 @@ from service.basics.atomic_files import (
 )
 from service.runs.metrics_file import read_metrics, rows_in
 
-__all__ = ["MetricsFile", "Outcome", "Row", "Tracker", "Writer", "read_metrics", "tells_of_speed"]
+__all__ = [
+    "Kind",
+    "LoggedFile",
+    "MetricsFile",
+    "Outcome",
+    "Row",
+    "Tracker",
+    "Writer",
+    "read_metrics",
+    "tells_of_speed",
+]
 
 Outcome = Literal["done", "stopped", "failed"]
 
 _ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make one for every row
 _OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
+
+
+Kind = Literal["image", "text", "histogram", "file"]
+
+
+class LoggedFile(NamedTuple):
+    """What a hook has logged besides numbers: a file in the directory of the run."""
+
+    key: str
+    """`hook/grid`."""
+    kind: Kind
+    path: Path
 
 
 class Row(NamedTuple):
@@ -36,6 +58,8 @@ class Row(NamedTuple):
     """Seconds since 1970."""
     values: Mapping[str, float]
     """By key: `train/loss`, `test/accuracy`, ..."""
+    files: Sequence[LoggedFile] = ()
+    """What hooks have logged after this step; no part of metrics.jsonl."""
 
     def record(self) -> dict[str, float]:
         """The row as one flat object, with its step first."""
@@ -81,7 +105,7 @@ class Tracker:
         self._last_step = -1 if resume_step is None else resume_step
         self._closed = False
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], files: Sequence[LoggedFile] = ()) -> None:
         """Record all values of `step`, of training and testing, in one call.
 
         One call is one row and one line, so a crash finds a step either recorded or not. A second
@@ -99,6 +123,7 @@ class Tracker:
             epoch=round(self._epoch_at(step), 6),
             time=time.time_ns() // 1_000_000 / 1000,  # rounding a float takes longer
             values={key: float(value) for key, value in values.items()},
+            files=files,
         )
         for writer in self._writers:
             writer.write(row)

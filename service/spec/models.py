@@ -273,6 +273,10 @@ class FaultsSpec(Part):
     """A process that makes no progress for this long is reported and killed."""
     startup_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """The same limit before the first step, when data are loaded and the model is compiled."""
+    hook_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """The same limit for one call of a hook of the task: it is interrupted then, and has failed."""
+    on_hook_failure: Literal["go_on", "stop"] = "go_on"
+    """What to do when a hook of the task fails: report it, or save and end the run."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 50
     """Most steps between two checks, by all processes together, for a request to stop."""
     stop_budget_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"

@@ -12,6 +12,7 @@ from service.data.task import Task, TestSet
 from service.distributed.agreed_stop import StopPoll, TestInterrupted
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
+from service.evaluation.hooks import Hooked, Hooks, failed
 from service.evaluation.test_loop import test_each
 from service.health.heartbeat import Heartbeat
 from service.health.stop_request import StopRequest
@@ -35,6 +36,7 @@ class AfterStep:
     updates: Updates
     named: Callable[[], dict[str, float]]
     """The values that the task's own step reported in the latest step; called on every process."""
+    hooks: Hooks
     tracker: Tracker
     receipt: Receipt
     checkpoints: Checkpoints
@@ -46,7 +48,8 @@ class AfterStep:
 
     def next_due(self, step: int) -> int:
         """The first step after `step` after which something is due."""
-        return min(self.plan.next_due(step), self.poll.next_step)
+        due = min(self.plan.next_due(step), self.poll.next_step)
+        return min(due, self.hooks.next_due(step)) if self.hooks.has_epochs else due
 
     def measured(self, state: TrainState) -> dict[str, float]:
         """The values of training to log after this step; empty if no log is due."""
@@ -72,27 +75,39 @@ class AfterStep:
         return named
 
     def conclude(self, state: TrainState, values: dict[str, float]) -> bool:
-        """Test, log and save if they are due after this step; return whether to stop.
+        """Test, call hooks, log and save if they are due after this step; whether to stop.
 
         Args:
             values: the values of training; the measures of the test are added.
+        Raises:
+            HookFailed: a hook did, and the spec wants the run to end for it; the state is saved.
         """
         state.untested = None
-        if self.plan.tests_at(state.step):
+        testing = self.plan.tests_at(state.step)
+        if testing:
             self._test(state, values)
+        hooked = Hooked()
+        if state.untested is None:
+            hooked = self.hooks.call(state, values, self.tests if testing else ())
         self.heartbeat.enter("agree", state.step)
         stopping = state.untested is not None or self.poll.agreed(state.step, self._wanted())
         stopping |= self.plan.stops_at(state.step)
         best = state.improves(values, self.plan.spec.checkpoint.best)
         state.learn(values)
-        stopping |= state.ended_early
+        stopping |= state.ended_early or self.hooks.ends(hooked.failure)
         saving = self.plan.saves_at(state.step) or best or stopping
-        self._record(state, values, saving=saving)
+        self._record(state, values, hooked, saving=saving)
         if saving:
             self._save(state)
-        if self.plan.tests_at(state.step) or saving:
+        self._end_for(hooked)
+        if testing or saving or hooked.called:
             self.throughput.restart()
         return stopping
+
+    def _end_for(self, hooked: Hooked) -> None:
+        if self.hooks.ends(hooked.failure):
+            self.checkpoints.finish()
+            raise failed(hooked.failure, saved=True)
 
     def _wanted(self) -> bool:
         return self.stop.requested or self.tracker.stop_requested
@@ -137,18 +152,24 @@ class AfterStep:
         except TestInterrupted:
             return True
         require_measured(self.plan.spec, values)
+        hooked = self.hooks.call(state, values, self.tests)
         self.heartbeat.enter("log")
-        self.tracker.log(0, values)
+        self.tracker.log(0, {**values, **hooked.values}, hooked.files)
+        if self.hooks.ends(hooked.failure):
+            raise failed(hooked.failure, saved=False)
         return False
 
-    def _record(self, state: TrainState, values: dict[str, float], *, saving: bool) -> None:
+    def _record(
+        self, state: TrainState, values: dict[str, float], hooked: Hooked, *, saving: bool
+    ) -> None:
         self.heartbeat.enter("log")
         if saving:
             self.updates.look()
-        if values or saving:
+        if values or saving or hooked.called:
             self.receipt.write(state.step)
-        if values and state.untested is None:  # one row per step: this one lacks its test
-            self.tracker.log(state.step, values)
+        # One row per step: where the test is still due, this one lacks it.
+        if (values or hooked.called) and state.untested is None:
+            self.tracker.log(state.step, {**values, **hooked.values}, hooked.files)
 
     def _save(self, state: TrainState) -> None:
         self.heartbeat.enter("save")

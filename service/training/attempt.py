@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from service.basics.atomic_files import told_when_unwritten
 from service.basics.errors import EvenstepError
 from service.checkpoints.checkpoints import Checkpoints
 from service.data.task import source_digests
@@ -19,6 +20,7 @@ from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import StopBudget, estimated, measured_in
 from service.observability.console import LeadOutput, console
+from service.observability.logged_files import LoggedFiles
 from service.observability.other_writers import second_writers
 from service.observability.wandb_writer import WandB
 from service.optimization.flops import cost_of_fp32
@@ -166,6 +168,8 @@ class Records:
 
     receipt: Receipt
     tracker: Tracker
+    logged: LoggedFiles | None
+    """What hooks log, on rank 0."""
 
     def close(self, outcome: Outcome) -> None:
         """Close them; nothing is written afterwards."""
@@ -191,8 +195,17 @@ def begin_records(attempt: Attempt, prepared: Prepared) -> Records:
             changes=changes_in(attempt.opened.facts) if attempt.opened is not None else (),
         ),
     )
+    logged = together(world, lambda: _logged(attempt, step=state.recorded_step))
     tracker = together(world, lambda: _tracker(attempt, step=state.recorded_step))
-    return Records(receipt, tracker)
+    return Records(receipt, tracker, logged)
+
+
+def _logged(attempt: Attempt, *, step: int) -> LoggedFiles | None:
+    if attempt.opened is None:
+        return None
+    directory = attempt.directory.logged
+    with told_when_unwritten(directory):
+        return LoggedFiles(directory, resume_step=step or None)
 
 
 def _tracker(attempt: Attempt, *, step: int) -> Tracker:

@@ -21,6 +21,7 @@ from service.distributed.contention import cores_shared
 from service.distributed.devices import copies_late
 from service.distributed.profiler import Profile
 from service.distributed.world import World
+from service.evaluation.hooks import Hooks, require_hooks
 from service.evaluation.predictions import Predictions
 from service.evaluation.test_loop import counted_for, test, test_each
 from service.health.heartbeat import Heartbeat
@@ -88,6 +89,7 @@ def run(
     heartbeat, say = heartbeat or Heartbeat(rank=world.index), LeadOutput(speaks=world.is_lead)
     heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
     require_measures(plan.spec, task)
+    require_hooks(task, plan)
     require_packages(plan.spec.tracking)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
     first = settled_weights(plan.spec, prepared.state.model, world, runs=runs, fresh=fresh)
@@ -196,6 +198,14 @@ def carry_out(
         prepared.rows.tests,
         updates,
         training.named,
+        Hooks(
+            task,
+            plan=plan,
+            world=world,
+            heartbeat=heartbeat,
+            files=records.logged,
+            say=attempt.say,
+        ),
         records.tracker,
         receipt,
         checkpoints,
