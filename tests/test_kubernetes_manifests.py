@@ -90,11 +90,28 @@ def pod_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
     return pod
 
 
-WAYS = {
+KEYS_OF_OBJECTS: dict[str, Any] = {
+    "image_pull_secret": "registry",
+    "image_pull_secrets": ["mirror", "registry"],
+    "env_from": {
+        "HF_TOKEN": {"secret": "hub", "key": "token"},
+        "HTTPS_PROXY": {"config_map": "proxy", "key": "url", "optional": True},
+        "HOME": {"config_map": "paths", "key": ".home"},
+    },
+    "mounts": [
+        {"path": "/data", "claim": "images", "sub_path": "imagenet/2012"},
+        {"path": "/etc/ssl/certs/team.crt", "config_map": "roots", "key": "ca.crt"},
+        {"path": "/keys/hub", "secret": "hub", "key": "token"},
+    ],
+    "s3_secret": "s3-keys",
+    "gcs_secret": "gcs-key",
+}
+WAYS: dict[str, dict[str, Any]] = {
     "the least": {},
     "on the CPU": {"device": "cpu"},
     "several nodes": {"nodes": 3, "processes_per_node": 2},
     "every option": EVERY_OPTION,
+    "keys of objects": KEYS_OF_OBJECTS,
 }
 
 
@@ -543,6 +560,7 @@ def test_every_field_has_its_reason() -> None:
     named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
     objects = [made for target in TARGETS for made in render(job(**EVERY_OPTION), target=target)]  # type: ignore[arg-type]
     objects += render(job(storage_class="fast"))  # with a claim of its own
+    objects += render(job(**KEYS_OF_OBJECTS))
     objects += render(job(nodes=2), secret=new_secret())
     keys = set(itertools.chain(*map(_keys, objects)))
     assert keys - named == set()

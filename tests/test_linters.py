@@ -20,6 +20,7 @@ HADOLINT = shutil.which("hadolint", path=BIN)
 CHECKOV = shutil.which("checkov", path=ROOT / ".venv/checkov/bin") or shutil.which("checkov")
 LEFT_TO_THE_USER = {
     "CKV_K8S_21": "the namespace is of whoever applies the manifests, unless the spec names one",
+    "CKV_K8S_35": "a secret is a variable only where the spec asks for that: env_from",
     "CKV_K8S_43": "the image is by digest where the spec names it so; else a tag is always pulled",
 }
 

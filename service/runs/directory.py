@@ -532,7 +532,8 @@ def require_no_secret(spec: Spec) -> None:
             if place.startswith("kubernetes."):
                 better = (
                     "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
-                    "kubernetes.wandb_secret for the key of W&B."
+                    "kubernetes.wandb_secret for the key of W&B; or as a variable: "
+                    "kubernetes.env_from."
                 )
             if place.startswith("slurm."):
                 better = (

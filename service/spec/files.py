@@ -343,14 +343,16 @@ def _spot(loc: tuple[str | int, ...]) -> _Spot:
     steps: Steps = ()
     parts: list[type[Part]] = [Spec]
     fields = dict(Spec.model_fields)
-    chosen_by_name = False
+    chosen_by_name = keyed_by_user = False
     for step in loc:
         if isinstance(step, int):
             steps = (*steps, step)
+        elif keyed_by_user and loc[-1] != "[key]":
+            steps, keyed_by_user = (*steps, step), False
         elif chosen_by_name:
             parts = [part for part in parts if step in _names(part)]
             chosen_by_name = False
-        elif not parts:
+        elif keyed_by_user or not parts:
             return _Spot(steps, fields, one_of_several=True)
         else:
             steps = (*steps, step)
@@ -358,6 +360,7 @@ def _spot(loc: tuple[str | int, ...]) -> _Spot:
             field = fields.get(step)
             parts = _parts(field.annotation) if field else []
             chosen_by_name = field is not None and _is_chosen_by_name(field)
+            keyed_by_user = bool(parts and field and get_origin(field.annotation) is dict)
     return _Spot(steps, fields, one_of_several=False)
 
 

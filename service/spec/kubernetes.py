@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from service.spec.part import (
     ABSOLUTE_PATH,
+    DATA_KEY,
     DEVICE,
     DNS_LABEL,
     DNS_NAME,
@@ -16,6 +17,7 @@ from service.spec.part import (
     LABEL,
     LABEL_VALUE,
     QUANTITY,
+    RELATIVE_PATH,
     VARIABLE,
     Part,
     wrong,
@@ -24,6 +26,8 @@ from service.spec.part import (
 Quantity = Annotated[str, Field(pattern=QUANTITY)]
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
 DnsName = Annotated[str, Field(pattern=DNS_NAME)]
+Variable = Annotated[str, Field(pattern=VARIABLE)]
+DataKey = Annotated[str, Field(pattern=DATA_KEY)]
 
 
 class TolerationSpec(Part):
@@ -47,6 +51,24 @@ class TolerationSpec(Part):
         return self
 
 
+class VariableSpec(Part):
+    """Where the value of an environment variable is: a key of a Secret or of a ConfigMap."""
+
+    secret: DnsName | None = None
+    """A Secret."""
+    config_map: DnsName | None = None
+    """A ConfigMap."""
+    key: Annotated[str, Field(pattern=DATA_KEY, examples=["token"])]
+    """The key in it."""
+    optional: bool = False
+    """Start without the variable if the object or the key does not exist."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        _require_one(self, "secret", "config_map")
+        return self
+
+
 class MountSpec(Part):
     """A volume mounted in the pods: set one of claim, secret and config_map."""
 
@@ -58,16 +80,29 @@ class MountSpec(Part):
     """A Secret."""
     config_map: DnsName | None = None
     """A ConfigMap."""
+    key: DataKey | None = None
+    """Mount only this key of the Secret or ConfigMap, as the file `path`."""
+    sub_path: Annotated[str, Field(pattern=RELATIVE_PATH)] | None = None
+    """Mount only this directory of the claim."""
     read_only: bool = True
     """Mount a claim read-only; Secrets and ConfigMaps are always read-only."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        given = [k for k in ("claim", "secret", "config_map") if getattr(self, k) is not None]
-        if len(given) != 1:
-            has = " and ".join(given) or "none"
-            raise wrong(f"must have one of claim, secret and config_map, but has {has}")
+        _require_one(self, "claim", "secret", "config_map")
+        if self.claim is not None and self.key is not None:
+            raise wrong("must have sub_path and no key, as a claim has directories and no keys")
+        if self.claim is None and self.sub_path is not None:
+            raise wrong("must have key and no sub_path, as only a claim has directories")
         return self
+
+
+def _require_one(part: Part, *keys: str) -> None:
+    given = [key for key in keys if getattr(part, key) is not None]
+    if len(given) != 1:
+        *others, last = keys
+        has = " and ".join(given) or "none"
+        raise wrong(f"must have one of {', '.join(others)} and {last}, but has {has}")
 
 
 class KubernetesSpec(Part):
@@ -113,12 +148,20 @@ class KubernetesSpec(Part):
     """The PriorityClass of the pods: which pods start first when resources are short."""
     image_pull_secret: DnsName | None = None
     """The Secret for pulling the image."""
-    env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = Field(default={})
+    image_pull_secrets: tuple[DnsName, ...] = Field(default=(), strict=False)
+    """More Secrets for pulling images; each registry is asked with those that fit it."""
+    env: dict[Variable, str] = Field(default={})
     """Additional environment variables."""
+    env_from: dict[Variable, VariableSpec] = Field(default={})
+    """Environment variables by name, each with the key of a Secret or ConfigMap that holds it."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
     """Additional volumes: data sets, certificates, credentials."""
     wandb_secret: DnsName = "wandb"
     """The Secret whose `api-key` is the API key of W&B; without it, W&B is offline."""
+    s3_secret: DnsName | None = None
+    """The Secret whose `credentials` is a credentials file of AWS, also for other S3 stores."""
+    gcs_secret: DnsName | None = None
+    """The Secret whose `key.json` is the key of a service account of Google Cloud Storage."""
     egress: tuple[str, ...] = Field(default=(), strict=False)
     """Address blocks that the pods may connect to, besides each other and DNS: 10.1.2.0/24."""
     restarts: Annotated[int, Field(ge=0)] = 3
@@ -138,6 +181,12 @@ class KubernetesSpec(Part):
     def on_cpu(self) -> bool:
         return self.device == "cpu"
 
+    @property
+    def pull_secrets(self) -> tuple[str, ...]:
+        """The Secrets for pulling images, each once."""
+        first = (self.image_pull_secret,) if self.image_pull_secret else ()
+        return tuple(dict.fromkeys((*first, *self.image_pull_secrets)))
+
     @field_validator("egress")
     @classmethod
     def _blocks_of_addresses(cls, egress: tuple[str, ...]) -> tuple[str, ...]:
@@ -149,6 +198,13 @@ class KubernetesSpec(Part):
                 raise wrong(f"must be blocks of addresses, but {error}") from error
             raise wrong(f"must be blocks of addresses, such as {block}/32, but has {block!r}")
         return egress
+
+    @model_validator(mode="after")
+    def _each_variable_once(self) -> Self:
+        for name in self.env_from:
+            if name in self.env:
+                raise wrong(f"must set {name} in env or in env_from, but has it in both")
+        return self
 
     @model_validator(mode="after")
     def _memory_holds_what_is_shared(self) -> Self:

@@ -37,6 +37,8 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
         yield _table(members[0], schema, prefix=f"{name}.")
         for key, inner in members[0]["properties"].items():
             yield from _sections(f"{name}.{key}", inner, schema)
+            for place, of_each in _sections_within(inner, schema):
+                yield from _sections(f"{name}.{key}.{place}", of_each, schema)
     elif all("groups" in member["properties"] for member in members):
         yield from _optimizers(members, schema)
     else:
@@ -44,6 +46,13 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
             title = member["properties"]["name"].get("const", "package.module:name")
             yield f"\n### {name}: {title}\n\n{_words(member)}\n"
             yield _table(member, schema, prefix=f"{name}.")
+
+
+def _sections_within(value: Schema, schema: Schema) -> Iterator[tuple[str, Schema]]:
+    """The section that each item of a list is, or each value of a mapping, and its place."""
+    found = [("0", value.get("items", {}))]
+    found += [("NAME", each) for each in value.get("patternProperties", {}).values()]
+    yield from ((place, each) for place, each in found if _members(each, schema))
 
 
 def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:

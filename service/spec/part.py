@@ -45,6 +45,8 @@ QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 ABSOLUTE_PATH = r"^/[^\s:]+$"
+RELATIVE_PATH = r"^\.?[^/\s:.][^/\s:]*(/\.?[^/\s:.][^/\s:]*)*$"
+DATA_KEY = r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,251}$"
 IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
 DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
 LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
@@ -65,6 +67,8 @@ PATTERNS_IN_WORDS = {
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
     DNS_NAME: "a name of Kubernetes: lower-case letters, digits, - and .",
     ABSOLUTE_PATH: "an absolute path without spaces and :",
+    RELATIVE_PATH: "a relative path without .., spaces and :, such as images/train",
+    DATA_KEY: "a key of a Secret or ConfigMap: letters, digits, - _ and .",
     IMAGE: "a container image, such as registry.example.com/team/evenstep:0.1.0",
     DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
     LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",

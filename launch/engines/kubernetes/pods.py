@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from service.spec.kubernetes import KubernetesSpec, MountSpec, quantity
+from service.spec.kubernetes import KubernetesSpec, MountSpec, VariableSpec, quantity
 from service.spec.models import Spec
 
 Manifest = dict[str, Any]
@@ -100,8 +101,7 @@ def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
         "tolerations": tolerations,
         "priorityClassName": cluster.priority_class,
     }
-    if cluster.image_pull_secret is not None:
-        wishes["imagePullSecrets"] = [{"name": cluster.image_pull_secret}]
+    wishes["imagePullSecrets"] = [{"name": name} for name in cluster.pull_secrets]
     if cluster.topology != "none" and cluster.nodes > 1:
         near = {"topologyKey": cluster.topology, "labelSelector": own_pods(spec)}
         preferred = [{"weight": 100, "podAffinityTerm": near}]
@@ -130,8 +130,7 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
-            *own_mounts(),
-            *([_MEETING_MOUNT] if cluster.nodes > 1 else []),
+            *own_mounts(cluster),
             *(_mounted(n, m) for n, m in enumerate(cluster.mounts)),
         ],
     }
@@ -160,8 +159,20 @@ def _environment(cluster: KubernetesSpec) -> list[Manifest]:
         variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
     if cluster.on_cpu:
         variables["EVENSTEP_DEVICE"] = "cpu"
-    # What the user sets comes last and wins.
-    return [{"name": k, "value": v} for k, v in (variables | dict(cluster.env)).items()]
+    variables |= {s.variable: s.file for s in STORAGE_KEYS if getattr(cluster, s.field)}
+    variables |= cluster.env  # what the user sets wins
+    values: dict[str, Manifest] = {name: {"value": text} for name, text in variables.items()}
+    values |= {name: {"valueFrom": _key_of(v)} for name, v in cluster.env_from.items()}
+    return [{"name": name, **value} for name, value in values.items()]
+
+
+def _key_of(variable: VariableSpec) -> Manifest:
+    key = {
+        "name": variable.secret or variable.config_map,
+        "key": variable.key,
+        **({"optional": True} if variable.optional else {}),
+    }
+    return {"secretKeyRef" if variable.secret else "configMapKeyRef": key}
 
 
 def _resources(cluster: KubernetesSpec) -> Manifest:
@@ -171,14 +182,16 @@ def _resources(cluster: KubernetesSpec) -> Manifest:
     return resources
 
 
-def own_mounts() -> list[Manifest]:
-    """Where a pod finds what every job has."""
+def own_mounts(cluster: KubernetesSpec) -> list[Manifest]:
+    """Where a pod finds what is Evenstep's own."""
     return [
         {"name": "runs", "mountPath": RUNS_DIRECTORY},
         {"name": "spec", "mountPath": SPEC_DIRECTORY, "readOnly": True},
         {"name": "scratch", "mountPath": "/tmp"},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "wandb", "mountPath": f"{SECRETS_DIRECTORY}/wandb", "readOnly": True},
+        *([_MEETING_MOUNT] if cluster.nodes > 1 else []),
+        *(place for place, _ in _storage_keys(cluster)),
     ]
 
 
@@ -196,18 +209,57 @@ def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
     if cluster.nodes > 1:  # not optional: a pod waits for it, and none meets the others without it
         meeting = {"secretName": meeting_secret_name(spec), "defaultMode": 0o440}
         own.append({"name": "meeting", "secret": meeting})
+    own += [volume for _, volume in _storage_keys(cluster)]
     return [*own, *({"name": f"mount-{n}", **_source(m)} for n, m in enumerate(cluster.mounts))]
 
 
+class StorageKey(NamedTuple):
+    """How a client of an object storage finds its credentials: a file, named by a variable."""
+
+    field: str
+    key: str
+    variable: str
+
+    @property
+    def directory(self) -> str:
+        return f"{SECRETS_DIRECTORY}/{self.field.removesuffix('_secret')}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.directory}/{self.key}"
+
+
+STORAGE_KEYS = (
+    StorageKey("s3_secret", "credentials", "AWS_SHARED_CREDENTIALS_FILE"),
+    StorageKey("gcs_secret", "key.json", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+def _storage_keys(cluster: KubernetesSpec) -> Iterator[tuple[Manifest, Manifest]]:
+    """The mount and the volume of each object storage that has a Secret."""
+    for storage in STORAGE_KEYS:
+        secret = getattr(cluster, storage.field)
+        if secret is not None:
+            name = storage.field.replace("_", "-")
+            place = {"name": name, "mountPath": storage.directory, "readOnly": True}
+            yield place, {"name": name, "secret": {"secretName": secret, "defaultMode": 0o440}}
+
+
 def _source(mount: MountSpec) -> Manifest:
+    only = {"items": [{"key": mount.key, "path": mount.key}]} if mount.key else {}
     if mount.claim is not None:
         return {"persistentVolumeClaim": {"claimName": mount.claim}}
     if mount.secret is not None:
-        return {"secret": {"secretName": mount.secret, "defaultMode": 0o440}}
-    return {"configMap": {"name": mount.config_map}}
+        return {"secret": {"secretName": mount.secret, "defaultMode": 0o440, **only}}
+    return {"configMap": {"name": mount.config_map, **only}}
 
 
 def _mounted(number: int, mount: MountSpec) -> Manifest:
     only_read = mount.read_only or mount.claim is None
-    place = {"name": f"mount-{number}", "mountPath": mount.path}
-    return {**place, **({"readOnly": True} if only_read else {})}
+    part = mount.key or mount.sub_path
+    return {
+        "name": f"mount-{number}",
+        "mountPath": mount.path,
+        **({"subPath": part} if part else {}),
+        **({"readOnly": True} if only_read else {}),
+    }

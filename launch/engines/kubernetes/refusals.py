@@ -59,8 +59,10 @@ def _check_quantities(cluster: KubernetesSpec) -> None:
 
 
 def _check_mounts(cluster: KubernetesSpec) -> None:
-    taken = {mount["mountPath"]: "Evenstep's own" for mount in own_mounts()}
-    only_read = tuple(f"{mount['mountPath']}/" for mount in own_mounts() if "readOnly" in mount)
+    taken = {mount["mountPath"]: "Evenstep's own" for mount in own_mounts(cluster)}
+    only_read = tuple(
+        f"{mount['mountPath']}/" for mount in own_mounts(cluster) if "readOnly" in mount
+    )
     for number, mount in enumerate(cluster.mounts):
         path = os.path.normpath("/" + mount.path.lstrip("/"))
         # No place for a mount can be made in what can only be read.
@@ -81,10 +83,12 @@ def _hides_what_is_needed(path: str, taken: Iterable[str]) -> bool:
 
 def _check_variables(cluster: KubernetesSpec) -> None:
     own = {each["name"] for each in world_variables(cluster, address="")}
-    for name in cluster.env:
+    places = [("env", name) for name in cluster.env]
+    places += [("env_from", name) for name in cluster.env_from]
+    for key, name in places:
         if name in own:
             raise SpecError(
-                f"kubernetes.env.{name}: it follows from nodes, processes_per_node and port, "
+                f"kubernetes.{key}.{name}: it follows from nodes, processes_per_node and port, "
                 "which are the place to change it. Leave it out here."
             )
 

@@ -25,6 +25,10 @@ _ADVICE = {
         "no machine has what one pod asks for: see kubernetes.device, processes_per_node, cpu, "
         "memory, node_selector and tolerations"
     ),
+    r"CreateContainerConfigError|couldn't find key|non-existent (secret|config) key": (
+        "make the Secret or ConfigMap, with its key, in this namespace: see kubernetes.env_from, "
+        "mounts, s3_secret and gcs_secret"
+    ),
     r"OOMKilled": "raise kubernetes.memory, or take a smaller batch.micro_batch",
     r"PodSecurity": "another admission plug-in has changed the pod: ask the administrator",
     r"insufficient (unused )?quota": "it starts when others of the queue have ended",
