@@ -216,9 +216,11 @@ class Cluster:
             except psutil.NoSuchProcess:
                 continue
         lost.pop(self._inside, None)
-        for process in lost.values():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        # All at once, as without power: a slurmstepd that outlives its script would report it.
+        for act in (psutil.Process.suspend, psutil.Process.kill):
+            for process in lost.values():
+                with suppress(psutil.NoSuchProcess):
+                    act(process)
 
     def _kill(self, file: Path) -> None:
         pid = file.read_text().strip()

@@ -189,10 +189,12 @@ export EVENSTEP_ENDS="$ends"
 
 again() {{
     [ "$stopped" = no ] || return
-    # scancel, or a preemption that queues it again by itself, is ending the job already.
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != COMPLETING ] || return
     echo "Ended with $code; queued again, to go on from the newest checkpoint."
     for _ in 1 2 3 4 5 6; do
+        # scancel, a preemption or the loss of a node is ending the job already, or has queued it.
+        case "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" in
+        COMPLETING | PENDING) return ;;
+        esac
         scontrol requeue "$SLURM_JOB_ID" && return
         sleep 10
     done
