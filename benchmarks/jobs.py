@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.models import JOBS, losses
+from benchmarks.models import JOBS, OF_FILES, losses
 from service.task import Task, supervised
 
 
 def task(name: str) -> Task:
     """The job of this name."""
-    job = JOBS[name]
+    job = (JOBS | OF_FILES)[name]
     return supervised(
         model=job.model,
         train=job.rows(job.train_rows, 1),

@@ -1,14 +1,17 @@
-"""Four small jobs, by name, in plain torch: what `benchmarks.whole_run` trains in both ways."""
+"""Small jobs, by name, in plain torch: what `benchmarks.whole_run` trains in both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
+
+from benchmarks.real_data import Lines, Photos, of_lines, of_photos
 
 VOCABULARY, CONTEXT = 4096, 128
 
@@ -18,7 +21,7 @@ class Job:
     """A model, its rows, and how long each process trains on how many of them a step."""
 
     model: Callable[[], nn.Module]
-    rows: Callable[[int, int], TensorDataset]
+    rows: Callable[[int, int], Dataset[Any]]
     """A number of rows, drawn from a seed."""
     batch: int
     """Rows of a step and process."""
@@ -149,6 +152,11 @@ JOBS = {
     ),
     "lm": Job(LanguageModel, texts, 8, steps=16, train_rows=1024, test_rows=16),
 }
+OF_FILES = {
+    "photos": Job(of_photos, Photos, 32, steps=100, train_rows=1000, test_rows=32),
+    "lines": Job(of_lines, Lines, 32, steps=1000, train_rows=16_384, test_rows=32),
+}
+"""Jobs whose rows take longer to read than to train on."""
 
 
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A job of `benchmarks.models` by the script that a person writes for it, alone or by torchrun.
 
-python -m benchmarks.plain NAME DIRECTORY
+python -m benchmarks.plain NAME DIRECTORY [WORKERS]
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from benchmarks.models import JOBS, Job
+from benchmarks.models import JOBS, OF_FILES, Job
 
 
 def main() -> None:
-    job, directory = JOBS[sys.argv[1]], Path(sys.argv[2])
+    job, directory = (JOBS | OF_FILES)[sys.argv[1]], Path(sys.argv[2])
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     lead = not dist.is_initialized() or dist.get_rank() == 0
@@ -29,7 +29,8 @@ def main() -> None:
     model = job.model()
     wrapped: nn.Module = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(job, wrapped, optimizer, telling=lead)
+    workers = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    train(job, wrapped, optimizer, workers=workers, telling=lead)
     if lead:
         print(f"test loss {tested(job, model):.4f}")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -39,11 +40,24 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def train(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, *, telling: bool) -> None:
+def train(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    workers: int,
+    telling: bool,
+) -> None:
     data = job.rows(job.train_rows, 1)
     sampler = DistributedSampler(data) if dist.is_initialized() else None
     loader = DataLoader(
-        data, batch_size=job.batch, sampler=sampler, shuffle=sampler is None, drop_last=True
+        data,
+        batch_size=job.batch,
+        sampler=sampler,
+        shuffle=sampler is None,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     model.train()
     step, epoch, began = 0, 0, time.perf_counter()

@@ -1,6 +1,7 @@
 """Wall time of whole commands: a run of ours against the script that a person writes for the job.
 
 python -m benchmarks.whole_run [--models mlp lm] [--processes 1 2] [--pairs 3] [--busy]
+python -m benchmarks.whole_run --models photos lines --workers 0 2 [--pairs 3]
 
 Both do the same work (`benchmarks/models.py`): the same model, rows of a step, optimizer and steps,
 a line every ten steps, one test and one checkpoint at the end; ours by `evenstep run`, the script
@@ -9,6 +10,10 @@ and nobody says on how many threads they compute.  They take turns: medians of t
 median of the ratios of each pair with the smallest and the largest.  `--busy` has two jobs beside
 them that keep a core busy each; `--ours NAME=VALUE` sets variables for ours alone.  Peaks are the
 largest process's.
+
+The second line is of rows that cost something to read (`benchmarks/real_data.py`): with each number
+of loader workers the rows per second of both, the part of a step of ours that waits for data, and
+what both hold of /dev/shm at most.
 """
 
 from __future__ import annotations
@@ -16,18 +21,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.models import JOBS, Job
+from benchmarks.models import JOBS, OF_FILES
 
 BIN = Path(sys.executable).parent
 SPEC = """
@@ -37,6 +44,7 @@ task_args: {{name: {name}}}
 batch: {{global_batch: {rows}}}
 length: {{steps: {steps}}}
 optimizer: {{name: adamw, lr: 0.001}}
+loader: {{workers: {workers}}}
 """
 BUSY = "while True: pass"
 
@@ -48,11 +56,17 @@ class Whole(NamedTuple):
     rows_per_second: float
     """While it trained, as it said itself."""
     peak_mib: float
+    shared_mib: float = 0.0
+    """What /dev/shm held at most, beyond what it held before."""
+    data_wait: float = 0.0
+    """Which part of its training time it waited for data, as it said itself."""
 
 
-def whole(words: Sequence[str], environ: Mapping[str, str], directory: Path) -> tuple[float, float]:
-    """The seconds of a command, and what the largest of its processes held at most in MiB."""
-    with (directory / "told.txt").open("wb") as told:
+def whole(
+    words: Sequence[str], environ: Mapping[str, str], directory: Path
+) -> tuple[float, float, float]:
+    """The seconds of a command, and MiB: its largest process, and /dev/shm, both at most."""
+    with (directory / "told.txt").open("wb") as told, SharedMemory() as shared:
         began = time.perf_counter()
         process = subprocess.Popen(
             words, stdout=told, stderr=subprocess.STDOUT, env=environ, cwd=Path(__file__).parents[1]
@@ -67,33 +81,65 @@ def whole(words: Sequence[str], environ: Mapping[str, str], directory: Path) -> 
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(words)} failed:\n{(directory / 'told.txt').read_text()[-3000:]}")
-    return seconds, used.ru_maxrss / 1024
+    return seconds, used.ru_maxrss / 1024, shared.most_mib
 
 
-def ours(name: str, job: Job, processes: int, variables: Mapping[str, str]) -> Whole:
+class SharedMemory:
+    """Looks a hundred times a second how much of /dev/shm is taken, while it is entered."""
+
+    def __init__(self) -> None:
+        self._before = self._most = self._taken()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> SharedMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def most_mib(self) -> float:
+        return (self._most - self._before) / 2**20
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.01):
+            self._most = max(self._most, self._taken())
+
+    @staticmethod
+    def _taken() -> int:
+        return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").exists() else 0
+
+
+def ours(name: str, processes: int, variables: Mapping[str, str], workers: int = 0) -> Whole:
+    job = (JOBS | OF_FILES)[name]
     with tempfile.TemporaryDirectory() as place:
         spec = Path(place, "job.yaml")
-        text = SPEC.format(name=name, rows=job.batch * processes, steps=job.steps)
+        text = SPEC.format(name=name, rows=job.batch * processes, steps=job.steps, workers=workers)
         spec.write_text(text, encoding="utf-8")
         words = [str(BIN / "evenstep"), "run", str(spec), "--runs", place]
         many = ["--processes", str(processes)] if processes > 1 else []
         environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
-        seconds, peak = whole([*words, *many], environ, Path(place))
+        seconds, peak, shared = whole([*words, *many], environ, Path(place))
         lines = Path(place, "whole", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rates = [json.loads(line).get("train/rows_per_second") for line in lines]
-        return Whole(seconds, statistics.median(rate for rate in rates if rate), peak)
+        logged = [row for row in map(json.loads, lines) if row.get("train/rows_per_second")]
+        rate = statistics.median(row["train/rows_per_second"] for row in logged)
+        waited = statistics.median(row["train/data_wait"] for row in logged)
+        return Whole(seconds, rate, peak, shared, waited)
 
 
-def plain(name: str, processes: int) -> Whole:
+def plain(name: str, processes: int, workers: int = 0) -> Whole:
     with tempfile.TemporaryDirectory() as place:
-        words = [sys.executable, "-m", "benchmarks.plain", name, place]
+        words = [sys.executable, "-m", "benchmarks.plain", name, place, str(workers)]
         if processes > 1:
             start = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
             words = [*start, *words[1:]]
-        seconds, peak = whole(words, os.environ, Path(place))
+        seconds, peak, shared = whole(words, os.environ, Path(place))
         told = Path(place, "told.txt").read_text(encoding="utf-8").splitlines()
         rates = [float(line.split()[-2]) for line in told if line.endswith(" rows/s")]
-        return Whole(seconds, rates[-1] * processes, peak)
+        return Whole(seconds, rates[-1] * processes, peak, shared)
 
 
 @contextmanager
@@ -111,13 +157,17 @@ def two_beside(wanted: bool) -> Iterator[None]:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--models", nargs="+", choices=JOBS, default=list(JOBS))
+    arguments.add_argument("--models", nargs="+", choices=[*JOBS, *OF_FILES], default=list(JOBS))
     arguments.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     arguments.add_argument("--pairs", type=int, default=3)
+    arguments.add_argument("--workers", nargs="+", type=int, help="a table of rows that are read")
     arguments.add_argument("--busy", action="store_true")
     arguments.add_argument("--ours", nargs="*", metavar="NAME=VALUE", default=[])
     asked = arguments.parse_args()
     variables = dict(each.split("=", 1) for each in asked.ours)
+    if asked.workers is not None:
+        of_files(asked.models, asked.workers, asked.pairs, variables)
+        return
     print(
         "| job | processes | ours, s | the script, s | **ratio** | rows/s: ours, the script "
         "| MiB: ours, the script |\n|---|--:|--:|--:|---|--:|--:|"
@@ -126,10 +176,35 @@ def main() -> None:
         for processes in asked.processes:
             with two_beside(asked.busy):
                 pairs = [
-                    (ours(name, JOBS[name], processes, variables), plain(name, processes))
+                    (ours(name, processes, variables), plain(name, processes))
                     for _ in range(asked.pairs)
                 ]
             print(row(name, processes, pairs), flush=True)
+
+
+def of_files(
+    names: Sequence[str], workers: Sequence[int], pairs: int, variables: Mapping[str, str]
+) -> None:
+    """The table of rows that cost something to read."""
+    print(
+        "| rows | workers | rows/s: ours, the script | **ratio** | ours waits for data "
+        "| MiB of /dev/shm: ours, the script |\n|---|--:|--:|---|--:|--:|"
+    )
+    for name in names:
+        (JOBS | OF_FILES)[name].rows(1, 1)  # what is imported or made once
+        for count in workers:
+            runs = [(ours(name, 1, variables, count), plain(name, 1, count)) for _ in range(pairs)]
+            ratios = sorted(own.rows_per_second / script.rows_per_second for own, script in runs)
+            own, script = (
+                [statistics.median(column) for column in zip(*side, strict=True)]
+                for side in zip(*runs, strict=True)
+            )
+            print(
+                f"| {name} | {count} | {own[1]:,.0f}, {script[1]:,.0f} "
+                f"| **{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f}) "
+                f"| {own[4]:.0%} | {own[3]:.0f}, {script[3]:.0f} |",
+                flush=True,
+            )
 
 
 def row(name: str, processes: int, pairs: Sequence[tuple[Whole, Whole]]) -> str:
