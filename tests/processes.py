@@ -77,7 +77,7 @@ class Processes:
         self._children: list[_Child] = []
 
     def run(
-        self, function: Callable[[Any, *Ts], T], *args: *Ts, timeout_seconds: float = 60.0
+        self, function: Callable[[Any, *Ts], T], *args: *Ts, timeout_seconds: float = 300.0
     ) -> list[T]:
         """What `function(world, *args)` returns in every process, by rank.
 

@@ -409,7 +409,7 @@ def _sync_in_eval(world: World) -> bool:
 
 
 def test_sync_asks_nobody_in_eval(processes: ProcessesOf) -> None:
-    assert processes(2).run(_sync_in_eval, timeout_seconds=20) == [True, True]
+    assert processes(2).run(_sync_in_eval, timeout_seconds=120) == [True, True]
 
 
 def _sync_compiled(world: World) -> dict[str, Tensor]:

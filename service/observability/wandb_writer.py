@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from wandb import Run
 
 _ON_DISK_SECONDS = 1.0  # a killed process loses newer rows; the default of wandb is 15 s
-_CORE_SECONDS = 20.0  # for wandb-core to start and answer
+_CORE_SECONDS = 60.0  # for wandb-core to start and answer, which training does not wait for
 _LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
 
 
