@@ -433,10 +433,10 @@ def needed(request: Request) -> set[tuple[str, str, str]]:
 def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> None:
     role = yaml.safe_load((ROOT / "k8s/role.yaml").read_text())
     asked = set()
-    for target, kind, after in (
-        ("job", "jobs", ("status", "logs", "cancel")),
-        ("jobset", "jobsets", ("cancel",)),
-        ("kubeflow", "trainjobs", ("cancel",)),
+    for target, kind, gang, after in (
+        ("job", "jobs", "volcano", ("status", "logs", "cancel")),
+        ("jobset", "jobsets", "coscheduling", ("cancel",)),
+        ("kubeflow", "trainjobs", "", ("cancel",)),
     ):
         queued = copy.deepcopy(recorded(20))
         queued.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
@@ -446,7 +446,8 @@ def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> N
         answers |= {("GET", "/workloads"): [Answer(200, {"items": []})], ("GET", "/log"): [LOG]}
         answers |= {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
         with serving(answers, place / "config") as server:
-            for words in (("submit", "job.yaml"), *((w, "ddp-train") for w in after)):
+            submit = ("submit", "job.yaml", f"kubernetes.gang={gang}")
+            for words in (submit, *((w, "ddp-train") for w in after)):
                 done = kubernetes(place, *words, "--target", target)
                 assert done.returncode == 0, done.stderr
         asked |= {right for request in server.requests for right in needed(request)}

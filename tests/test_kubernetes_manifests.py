@@ -106,12 +106,39 @@ KEYS_OF_OBJECTS: dict[str, Any] = {
     "s3_secret": "s3-keys",
     "gcs_secret": "gcs-key",
 }
+FABRIC: dict[str, Any] = {
+    "nodes": 2,
+    "processes_per_node": 2,
+    "resources": {"vpc.amazonaws.com/efa": 4, "rdma/hca_shared_devices_a": 1},
+    "hugepages": {"2Mi": "5Gi", "1Gi": "2Gi"},
+    "fabric": "efa",
+    "labels": {"team": "vision"},
+    "annotations": {"k8s.v1.cni.cncf.io/networks": "fast-a, fast-b"},
+    "runtime_class": "nvidia",
+    "service_account": "reader",
+    "user": 2345,
+    "supplemental_groups": [44, 109],
+    "topology_spread": [
+        {"key": "kubernetes.io/hostname", "required": True},
+        {"key": "topology.kubernetes.io/zone", "max_skew": 2},
+    ],
+    "queue": "training",
+    "queue_priority": "high",
+    "queue_topology_required": "example.com/rack",
+    "scheduler": "own-scheduler",
+}
 WAYS: dict[str, dict[str, Any]] = {
     "the least": {},
     "on the CPU": {"device": "cpu"},
     "several nodes": {"nodes": 3, "processes_per_node": 2},
     "every option": EVERY_OPTION,
     "keys of objects": KEYS_OF_OBJECTS,
+    "a fabric": FABRIC,
+}
+LOOSENED: dict[str, Any] = {
+    "nodes": 2,
+    "fabric": "infiniband",
+    "loosened_security": {"host_network": True, "root": True, "capabilities": ["IPC_LOCK"]},
 }
 
 
@@ -560,7 +587,10 @@ def test_every_field_has_its_reason() -> None:
     named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
     objects = [made for target in TARGETS for made in render(job(**EVERY_OPTION), target=target)]  # type: ignore[arg-type]
     objects += render(job(storage_class="fast"))  # with a claim of its own
-    objects += render(job(**KEYS_OF_OBJECTS))
+    for options in (KEYS_OF_OBJECTS, FABRIC, LOOSENED):
+        objects += render(job(**options))
+    for gang in ({"gang": "volcano", "gang_queue": "q"}, {"gang": "coscheduling"}):
+        objects += render(job(**gang, nodes=2, exclusive_topology="a/b"), target="jobset")
     objects += render(job(nodes=2), secret=new_secret())
     keys = set(itertools.chain(*map(_keys, objects)))
     assert keys - named == set()
@@ -570,7 +600,16 @@ PLAIN = {"apiVersion", "kind", "metadata", "spec", "name", "labels", "data", "va
 
 
 def _keys(value: Any, *, of: str = "") -> list[str]:
-    free = of in ("labels", "matchLabels", "selector", "data", "nodeSelector", "requests", "limits")
+    free = of in (
+        "labels",
+        "annotations",
+        "matchLabels",
+        "selector",
+        "data",
+        "nodeSelector",
+        "requests",
+        "limits",
+    )
     if isinstance(value, list):
         return [key for each in value for key in _keys(each, of=of)]
     if not isinstance(value, dict) or free:

@@ -9,15 +9,18 @@ from pydantic import Field, field_validator, model_validator
 
 from service.spec.part import (
     ABSOLUTE_PATH,
+    CAPABILITY,
     DATA_KEY,
     DEVICE,
     DNS_LABEL,
     DNS_NAME,
+    HUGE_PAGE,
     IMAGE,
     LABEL,
     LABEL_VALUE,
     QUANTITY,
     RELATIVE_PATH,
+    RESOURCE,
     VARIABLE,
     Part,
     wrong,
@@ -27,6 +30,8 @@ Quantity = Annotated[str, Field(pattern=QUANTITY)]
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
 DnsName = Annotated[str, Field(pattern=DNS_NAME)]
 Variable = Annotated[str, Field(pattern=VARIABLE)]
+LabelKey = Annotated[str, Field(pattern=LABEL)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
 DataKey = Annotated[str, Field(pattern=DATA_KEY)]
 
 
@@ -48,6 +53,40 @@ class TolerationSpec(Part):
             raise wrong("must have operator: Equal, or no value, but Exists has a value")
         if self.operator == "Equal" and self.key is None:
             raise wrong("must have a key, whose value is equal, but has none")
+        return self
+
+
+class SpreadSpec(Part):
+    """A rule by which the pods are spread over the cluster's nodes."""
+
+    key: Annotated[str, Field(pattern=LABEL, examples=["kubernetes.io/hostname"])]
+    """The label whose values are the groups of nodes."""
+    max_skew: Annotated[int, Field(ge=1)] = 1
+    """Most pods that one group may have more than another."""
+    required: bool = False
+    """Whether a pod waits where the rule would be broken, or is placed all the same."""
+
+
+class LoosenedSecuritySpec(Part):
+    """What the pods may do that Pod Security `restricted` refuses; nothing else loosens it."""
+
+    host_network: bool = False
+    """Use the network of the machine; no NetworkPolicy holds there."""
+    root: bool = False
+    """Run as uid 0."""
+    capabilities: tuple[Annotated[str, Field(pattern=CAPABILITY)], ...] = Field(
+        default=(), strict=False
+    )
+    """Capabilities to add, such as IPC_LOCK; they need `root`."""
+
+    @model_validator(mode="after")
+    def _capabilities_take_effect(self) -> Self:
+        if self.capabilities and not self.root:
+            raise wrong(
+                f"must have root: true for {', '.join(self.capabilities)}, since Kubernetes gives "
+                "an added capability to no other user; without root, raise the limit on the node "
+                "(for IPC_LOCK: memlock of the container runtime) and leave it out"
+            )
         return self
 
 
@@ -105,6 +144,12 @@ def _require_one(part: Part, *keys: str) -> None:
         raise wrong(f"must have one of {', '.join(others)} and {last}, but has {has}")
 
 
+OWN_LABELS = tuple(
+    f"app.kubernetes.io/{key}" for key in ("name", "instance", "component", "managed-by")
+)
+"""The labels by which the objects of a run are found."""
+
+
 class KubernetesSpec(Part):
     """How the job runs on a Kubernetes cluster; it never changes the result."""
 
@@ -134,22 +179,60 @@ class KubernetesSpec(Part):
     """Storage class of the new claim; with several nodes it must support ReadWriteMany."""
     namespace: DnsLabel | None = None
     """The namespace. Default: the one of the current kubectl context."""
-    node_selector: dict[
-        Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]
-    ] = Field(default={})
+    resources: dict[Annotated[str, Field(pattern=RESOURCE)], Annotated[int, Field(ge=1)]] = Field(
+        default={}
+    )
+    """Further devices of each pod by the cluster's name, such as `vpc.amazonaws.com/efa: 4`."""
+    hugepages: dict[Annotated[str, Field(pattern=HUGE_PAGE)], Quantity] = Field(default={})
+    """Huge pages of each pod by their size, such as `2Mi: 5Gi`; not a part of `memory`."""
+    fabric: Literal["infiniband", "efa", "tcp"] | None = None
+    """Variables that hold NCCL to this network between nodes. Default: NCCL chooses."""
+    node_selector: dict[LabelKey, LabelValue] = Field(default={})
     """Labels that the cluster's nodes must have."""
     tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
     """Taints that the pods tolerate, in addition to the taint of the devices."""
     topology: Annotated[str, Field(pattern=LABEL)] = "topology.kubernetes.io/zone"
     """Pods prefer nodes that share the value of this label; `none` for no preference."""
+    topology_spread: tuple[SpreadSpec, ...] = Field(default=(), strict=False)
+    """Rules that spread the pods, such as one pod for each machine."""
+    runtime_class: DnsName | None = None
+    """The RuntimeClass of the pods. Default: the cluster's own."""
+    scheduler: DnsName | None = None
+    """The scheduler of the pods. Default: that of `gang`, or the cluster's own."""
+    gang: Literal["volcano", "coscheduling"] | None = None
+    """Start all pods or none, by a PodGroup of Volcano or of the coscheduling plug-in."""
+    gang_queue: DnsName | None = None
+    """The Queue of Volcano."""
+    exclusive_topology: LabelKey | None = None
+    """The job has a whole group of nodes with one value of this label to itself (JobSet)."""
     queue: DnsLabel | None = None
     """A LocalQueue of Kueue, which then decides when the job starts."""
+    queue_priority: DnsName | None = None
+    """A WorkloadPriorityClass of Kueue: the job's place in the queue, and whom it preempts."""
+    queue_topology_required: LabelKey | None = None
+    """Kueue places all pods within one value of this label, or lets the job wait."""
+    queue_topology_preferred: LabelKey | None = None
+    """Kueue places the pods within one value of this label if it can."""
     priority_class: DnsName | None = None
     """The PriorityClass of the pods: which pods start first when resources are short."""
     image_pull_secret: DnsName | None = None
     """The Secret for pulling the image."""
     image_pull_secrets: tuple[DnsName, ...] = Field(default=(), strict=False)
     """More Secrets for pulling images; each registry is asked with those that fit it."""
+    labels: dict[LabelKey, LabelValue] = Field(default={})
+    """Additional labels of every object, and of the pods."""
+    annotations: dict[LabelKey, str] = Field(default={})
+    """Additional annotations of the pods, such as the networks of Multus."""
+    service_account: DnsName | None = None
+    """An existing ServiceAccount, such as one with a cloud identity. Default: a new one."""
+    user: Annotated[int, Field(ge=1, le=2**31 - 1)] = 10001
+    """The uid and gid of the pods' processes, and the group of their volumes."""
+    supplemental_groups: tuple[Annotated[int, Field(ge=1, le=2**31 - 1)], ...] = Field(
+        default=(), strict=False
+    )
+    """Further gids of the processes, such as the group of a shared storage or of a device."""
+    loosened_security: LoosenedSecuritySpec = Field(default=LoosenedSecuritySpec())
+    """What the pods may do that Pod Security `restricted` refuses. Default: nothing."""
     env: dict[Variable, str] = Field(default={})
     """Additional environment variables."""
     env_from: dict[Variable, VariableSpec] = Field(default={})
@@ -198,6 +281,41 @@ class KubernetesSpec(Part):
                 raise wrong(f"must be blocks of addresses, but {error}") from error
             raise wrong(f"must be blocks of addresses, such as {block}/32, but has {block!r}")
         return egress
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_of_ours(cls, labels: dict[str, str]) -> dict[str, str]:
+        for key in labels:
+            if key in OWN_LABELS:
+                raise wrong(f"must leave {key} to Evenstep, which finds its objects by it")
+        return labels
+
+    @field_validator("hugepages")
+    @classmethod
+    def _whole_pages(cls, hugepages: dict[str, str]) -> dict[str, str]:
+        for page, size in hugepages.items():
+            if quantity(size) == 0 or quantity(size) % quantity(page):
+                raise wrong(f"must have whole pages, but {size} are no pages of {page}")
+        return hugepages
+
+    @model_validator(mode="after")
+    def _devices_once(self) -> Self:
+        if self.device in self.resources:
+            raise wrong(f"must have {self.device} in device, whose number is processes_per_node")
+        if self.fabric is not None and self.on_cpu:
+            raise wrong("must have a device with fabric, as on CPUs gloo exchanges data over TCP")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_that_go_together(self) -> Self:
+        for key in ("queue_priority", "queue_topology_required", "queue_topology_preferred"):
+            if getattr(self, key) is not None and self.queue is None:
+                raise wrong(f"must have queue with {key}, which Kueue reads")
+        if self.queue_topology_required and self.queue_topology_preferred:
+            raise wrong("must have one of queue_topology_required and queue_topology_preferred")
+        if self.gang_queue is not None and self.gang != "volcano":
+            raise wrong("must have gang: volcano with gang_queue; the queue of Kueue is queue")
+        return self
 
     @model_validator(mode="after")
     def _each_variable_once(self) -> Self:

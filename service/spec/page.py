@@ -133,11 +133,15 @@ def _bounds(value: Schema) -> str:
         "exclusiveMaximum": "below {}",
     }
     bounds = [
-        words.format(f"{value[key]:g}" if value[key] < 2**53 else "2^63")
+        words.format("2^63" if value[key] >= 2**53 else _number(value[key]))
         for key, words in told.items()
         if key in value
     ]
     return f" {', '.join(bounds)}" if bounds else ""
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _default(value: Schema, schema: Schema) -> str:

@@ -51,6 +51,9 @@ IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256
 DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
 LABEL = r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+RESOURCE = r"^[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+HUGE_PAGE = r"^[1-9]\d*(Ki|Mi|Gi)$"
+CAPABILITY = r"^[A-Z][A-Z_]*$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,@-]*$"
 SLURM_CONSTRAINT = r"^[A-Za-z0-9_.:*&|()\[\]-]+$"
@@ -73,6 +76,9 @@ PATTERNS_IN_WORDS = {
     DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
     LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
     LABEL_VALUE: "the value of a Kubernetes label: up to 63 letters, digits, ., _ and -",
+    RESOURCE: "a resource as the cluster calls it, such as rdma/hca_shared_devices_a",
+    HUGE_PAGE: "the size of a huge page, such as 2Mi or 1Gi",
+    CAPABILITY: "a capability of Linux without CAP_, such as IPC_LOCK",
     VARIABLE: "the name of an environment variable",
     SLURM_NAME: "a name that Slurm knows, such as gpu or team-vision",
     SLURM_CONSTRAINT: "features of nodes, such as a100 or a100&ib, without spaces",

@@ -26,6 +26,12 @@ _PATHS = {
     "JobSet": "apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets",
     "TrainJob": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs",
     "Workload": "apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/workloads",
+    "PodGroup.scheduling.volcano.sh": (
+        "apis/scheduling.volcano.sh/v1beta1/namespaces/{namespace}/podgroups"
+    ),
+    "PodGroup.scheduling.x-k8s.io": (
+        "apis/scheduling.x-k8s.io/v1alpha1/namespaces/{namespace}/podgroups"
+    ),
     "TrainingRuntime": "apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainingruntimes",
 }
 
@@ -85,9 +91,12 @@ class Api:
 
     def apply(self, made: dict[str, Any]) -> None:
         """Make the object, or bring the one that is there to this state (server-side apply)."""
+        kind = made["kind"]
+        if kind not in _PATHS:  # two projects have a kind of this name
+            kind += f".{made['apiVersion'].partition('/')[0]}"
         self._call(
             "PATCH",
-            f"{self._path(made['kind'])}/{made['metadata']['name']}",
+            f"{self._path(kind)}/{made['metadata']['name']}",
             params={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
             headers={"Content-Type": "application/apply-patch+yaml"},
             content=json.dumps(made),

@@ -25,30 +25,52 @@ def _target() -> click.Option:
     )
 
 
+def _without_secret() -> click.Option:
+    return click.Option(
+        ["--without-secret"],
+        is_flag=True,
+        help="Leave out the Secret of the rendezvous, which is made by hand; for a repository.",
+    )
+
+
 class Kubernetes:
     """A Job, JobSet or TrainJob in a namespace. What it needs is imported when it is asked."""
 
     name = "kubernetes"
     about = "Run a job on a cluster."
     rendered = "the manifests of SPEC, for kubectl apply -f -"
-    job_options: tuple[click.Option, ...] = (_target(),)
+    job_options: tuple[click.Option, ...] = (_target(), _without_secret())
     run_options: tuple[click.Option, ...] = (
         _target(),
         click.Option(["-n", "--namespace"], help="Default: the one of the kubectl context."),
     )
 
-    def render(self, spec: Spec, *, target: Target) -> str:
+    def render(self, spec: Spec, *, target: Target, without_secret: bool) -> str:
         """See `Engine`."""
-        from launch.engines.kubernetes.manifests import to_yaml
+        from launch.engines.kubernetes.manifests import how_to_make_the_secret, notes, to_yaml
 
-        return to_yaml(_objects(spec, target))
+        objects = _objects(spec, target, without_secret=without_secret)
+        lines = [*(how_to_make_the_secret(spec) if without_secret else []), *notes(objects)]
+        return "".join(f"# {line}\n" for line in lines) + to_yaml(objects)
 
-    def submit(self, spec: Spec, *, waits: bool, say: Say, complain: Say, target: Target) -> None:
+    def submit(
+        self,
+        spec: Spec,
+        *,
+        waits: bool,
+        say: Say,
+        complain: Say,
+        target: Target,
+        without_secret: bool,
+    ) -> None:
         """See `Engine`."""
         from launch.engines.kubernetes import jobs
         from launch.engines.kubernetes.api import Api, ClusterError
+        from launch.engines.kubernetes.manifests import notes
 
-        objects = _objects(spec, target)
+        objects = _objects(spec, target, without_secret=without_secret)
+        for line in notes(objects):
+            complain(line)
         namespace = spec.kubernetes.namespace if spec.kubernetes else None
         with Api(namespace=namespace, say=complain) as api:
             jobs.submit(api, objects, say=say)
@@ -97,7 +119,8 @@ class Kubernetes:
             return jobs.cancel(api, jobs.KINDS[target], name)
 
 
-def _objects(spec: Spec, target: Target) -> list[Manifest]:
+def _objects(spec: Spec, target: Target, *, without_secret: bool) -> list[Manifest]:
     from launch.engines.kubernetes.manifests import code_beside, new_secret, render
 
-    return render(spec, target=target, files=code_beside(spec), secret=new_secret())
+    secret = None if without_secret else new_secret()
+    return render(spec, target=target, files=code_beside(spec), secret=secret)

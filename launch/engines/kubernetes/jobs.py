@@ -10,6 +10,7 @@ from typing import Any
 from launch.engines.contract import progress_in
 from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
 from launch.engines.kubernetes.pods import Manifest
+from launch.engines.kubernetes.queues import QUEUE
 from launch.engines.kubernetes.states import (
     advised,
     ending,
@@ -19,7 +20,7 @@ from launch.engines.kubernetes.states import (
     queued,
     state,
 )
-from launch.engines.kubernetes.targets import GROUP, QUEUE, QUEUE_OF
+from launch.engines.kubernetes.targets import GROUP, QUEUE_OF
 from launch.processes.echo import spoken
 from service.basics.errors import SpecError
 

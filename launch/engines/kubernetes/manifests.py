@@ -19,8 +19,10 @@ from launch.engines.kubernetes.pods import (
     meeting_secret_name,
     own_pods,
 )
+from launch.engines.kubernetes.queues import pod_group
 from launch.engines.kubernetes.refusals import check
-from launch.engines.kubernetes.targets import TARGETS
+from launch.engines.kubernetes.security import level_of, loosenings
+from launch.engines.kubernetes.targets import TARGETS, template_of
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret
 from service.spec.files import code_files, dump_values, with_code_files
@@ -60,8 +62,9 @@ def render(
         )
     check(spec, cluster)
     workload, needs_service = TARGETS[target](spec, cluster)
+    account = _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
     objects = [
-        _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False}),
+        *([account] if cluster.service_account is None else []),
         _config_map(spec, files or {}),
         _object(
             spec, "networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(spec, cluster)}
@@ -73,6 +76,9 @@ def render(
         objects.append(claim)
     if secret is not None and cluster.nodes > 1:
         objects.append(_meeting_secret(spec, secret))
+    group = pod_group(cluster)
+    if group is not None:
+        objects.append(_object(spec, *group))
     if needs_service:
         objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
     return [*objects, *workload]
@@ -123,6 +129,27 @@ def _code(path: str, key: str) -> str:
             "Secret, which the pods see as a file (kubernetes.mounts), and read it from there."
         )
     return text
+
+
+def how_to_make_the_secret(spec: Spec) -> list[str]:
+    """The command that makes the secret of the rendezvous, where there are several nodes."""
+    cluster = spec.kubernetes
+    if cluster is None or cluster.nodes == 1:
+        return []
+    place = f" -n {cluster.namespace}" if cluster.namespace else ""
+    return [
+        f"make once: kubectl create secret generic {meeting_secret_name(spec)}{place} "
+        f'--from-literal={MEETING_SECRET}="$(openssl rand -hex 32)"'
+    ]
+
+
+def notes(objects: list[Manifest]) -> list[str]:
+    """What of the pods Pod Security `restricted` would refuse, in lines for a person."""
+    found = loosenings(template_of(objects))
+    lines = [f"loosened security: {each.place} ({each.name})" for each in found]
+    if found:
+        lines.append(f"the namespace must accept Pod Security {level_of(found)}")
+    return lines
 
 
 def to_yaml(documents: list[Any]) -> str:

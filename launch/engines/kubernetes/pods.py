@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from service.spec.kubernetes import KubernetesSpec, MountSpec, VariableSpec, quantity
+from launch.engines.kubernetes.fabrics import fabric_variables
+from launch.engines.kubernetes.queues import gang_labels, pod_annotations, scheduler
+from service.spec.kubernetes import (
+    KubernetesSpec,
+    MountSpec,
+    SpreadSpec,
+    VariableSpec,
+    quantity,
+)
 from service.spec.models import Spec
 
 Manifest = dict[str, Any]
@@ -15,7 +23,6 @@ RUNS_DIRECTORY = "/runs"
 SECRETS_DIRECTORY = "/var/run/secrets/evenstep"
 MEETING_SECRET = "secret"
 """The key, and so the file, of what the nodes of a run prove to each other."""
-USER = 10001
 
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -27,6 +34,7 @@ def labels(spec: Spec) -> dict[str, str]:
         "app.kubernetes.io/instance": spec.name,
         "app.kubernetes.io/component": "trainer",
         "app.kubernetes.io/managed-by": "evenstep",
+        **(spec.kubernetes.labels if spec.kubernetes else {}),
     }
 
 
@@ -56,23 +64,40 @@ def pod_template(
     pod: Manifest = {
         "restartPolicy": "Never",
         **({"subdomain": spec.name} if subdomain else {}),
-        "serviceAccountName": spec.name,
+        "serviceAccountName": cluster.service_account or spec.name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": cluster.grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        **_host_network(cluster),
+        "securityContext": _identity(cluster),
         **_scheduling(spec, cluster),
         "containers": [_container(spec, cluster, container, world)],
         "volumes": _volumes(spec, cluster),
     }
-    return {"metadata": {"labels": labels(spec)}, "spec": pod}
+    marks = pod_annotations(cluster, spec.name)
+    own = {**labels(spec), **gang_labels(cluster, spec.name)}
+    metadata = {"labels": own, **({"annotations": marks} if marks else {})}
+    return {"metadata": metadata, "spec": pod}
+
+
+def _host_network(cluster: KubernetesSpec) -> Manifest:
+    if not cluster.loosened_security.host_network:
+        return {}
+    return {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+
+
+def _identity(cluster: KubernetesSpec) -> Manifest:
+    root = cluster.loosened_security.root
+    user, groups = 0 if root else cluster.user, list(cluster.supplemental_groups)
+    return {
+        "runAsNonRoot": not root,
+        "runAsUser": user,
+        "runAsGroup": user,
+        "fsGroup": cluster.user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        **({"supplementalGroups": groups} if groups else {}),
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
 
 
 def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Manifest]:
@@ -100,6 +125,9 @@ def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
         "nodeSelector": dict(cluster.node_selector),
         "tolerations": tolerations,
         "priorityClassName": cluster.priority_class,
+        "runtimeClassName": cluster.runtime_class,
+        "schedulerName": scheduler(cluster),
+        "topologySpreadConstraints": [_spread(spec, rule) for rule in cluster.topology_spread],
     }
     wishes["imagePullSecrets"] = [{"name": name} for name in cluster.pull_secrets]
     if cluster.topology != "none" and cluster.nodes > 1:
@@ -111,8 +139,18 @@ def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
     return {key: wish for key, wish in wishes.items() if wish}
 
 
+def _spread(spec: Spec, rule: SpreadSpec) -> Manifest:
+    return {
+        "maxSkew": rule.max_skew,
+        "topologyKey": rule.key,
+        "whenUnsatisfiable": "DoNotSchedule" if rule.required else "ScheduleAnyway",
+        "labelSelector": own_pods(spec),
+    }
+
+
 def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manifest]) -> Manifest:
-    resources = _resources(cluster)
+    resources, loosened = _resources(cluster), cluster.loosened_security
+    added = {"add": list(loosened.capabilities)} if loosened.capabilities else {}
     ports = [{"name": "rendezvous", "containerPort": cluster.port, "protocol": "TCP"}]
     return {
         "name": name,
@@ -125,8 +163,8 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "capabilities": {"drop": ["ALL"]},
+            "runAsNonRoot": not loosened.root,
+            "capabilities": {"drop": ["ALL"], **added},
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
@@ -159,6 +197,7 @@ def _environment(cluster: KubernetesSpec) -> list[Manifest]:
         variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
     if cluster.on_cpu:
         variables["EVENSTEP_DEVICE"] = "cpu"
+    variables |= fabric_variables(cluster)
     variables |= {s.variable: s.file for s in STORAGE_KEYS if getattr(cluster, s.field)}
     variables |= cluster.env  # what the user sets wins
     values: dict[str, Manifest] = {name: {"value": text} for name, text in variables.items()}
@@ -179,6 +218,8 @@ def _resources(cluster: KubernetesSpec) -> Manifest:
     resources = {"cpu": cluster.cpu, "memory": cluster.memory}
     if not cluster.on_cpu:
         resources[cluster.device] = str(cluster.processes_per_node)
+    resources |= {name: str(number) for name, number in cluster.resources.items()}
+    resources |= {f"hugepages-{page}": size for page, size in cluster.hugepages.items()}
     return resources
 
 

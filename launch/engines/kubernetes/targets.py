@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launch.engines.kubernetes.pods import Manifest, labels, pod_template, world_variables
+from launch.engines.kubernetes.queues import EXCLUSIVE, queue_labels
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec
 
-QUEUE = "kueue.x-k8s.io/queue-name"
 QUEUE_OF = "kueue.x-k8s.io/job-uid"
 """The label by which Kueue's own object of a job is found."""
 GROUP = "node"
@@ -21,6 +21,11 @@ NOT_ITS_FAULT = sorted((Stopped.exit_code, PeerLost.exit_code))
 
 def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
     """An Indexed Job, which any cluster from 1.31 on runs with nothing installed."""
+    if cluster.exclusive_topology is not None:
+        raise SpecError(
+            "kubernetes.exclusive_topology: a Job has no exclusive placement. Use --target jobset "
+            "or kubeflow, or leave it out."
+        )
     several = cluster.nodes > 1
     address = f"{spec.name}-0.{spec.name}" if several else None
     world = world_variables(cluster, address=address)
@@ -58,7 +63,8 @@ def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]
     template = pod_template(spec, cluster, container="node", world=[], subdomain=False)
     group = _job_set(cluster, "node", template, replicas=False)
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
-    group["replicatedJobs"][0]["template"]["metadata"] = {"labels": step}
+    of_the_jobs = group["replicatedJobs"][0]["template"]
+    of_the_jobs["metadata"] = {**of_the_jobs.get("metadata", {}), "labels": step}
     ml = {"numNodes": cluster.nodes, "torch": {}}
     runtime = _workload(
         spec,
@@ -84,6 +90,18 @@ def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]
     return [runtime, train_job], False
 
 
+def template_of(objects: list[Manifest]) -> Manifest:
+    """The template of the pods, wherever the target keeps it."""
+    work = {made["kind"]: made["spec"] for made in objects if "spec" in made}
+    if "TrainingRuntime" in work:
+        work["JobSet"] = work["TrainingRuntime"]["template"]["spec"]
+    if "JobSet" in work:
+        (replicated,) = work["JobSet"]["replicatedJobs"]
+        work["Job"] = replicated["template"]["spec"]
+    template: Manifest = work["Job"]["template"]
+    return template
+
+
 TARGETS: dict[str, Callable[[Spec, KubernetesSpec], tuple[list[Manifest], bool]]] = {
     "job": job,
     "jobset": jobset,
@@ -96,7 +114,7 @@ def _workload(
     spec: Spec, cluster: KubernetesSpec, version: str, kind: str, content: Manifest
 ) -> Manifest:
     place = {"namespace": cluster.namespace} if cluster.namespace else {}
-    queue = {QUEUE: cluster.queue} if cluster.queue and kind != "TrainingRuntime" else {}
+    queue = queue_labels(cluster) if kind != "TrainingRuntime" else {}
     metadata = {"name": spec.name, **place, "labels": {**labels(spec), **queue}}
     return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": content}
 
@@ -142,6 +160,8 @@ def _job_set(
         "podFailurePolicy": {"rules": failed},
         "template": template,
     }
+    exclusive = cluster.exclusive_topology
+    alone = {"metadata": {"annotations": {EXCLUSIVE: exclusive}}} if exclusive else {}
     return {
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "failurePolicy": {
@@ -165,6 +185,10 @@ def _job_set(
             ],
         },
         "replicatedJobs": [
-            {"name": GROUP, **({"replicas": 1} if replicas else {}), "template": {"spec": group}}
+            {
+                "name": GROUP,
+                **({"replicas": 1} if replicas else {}),
+                "template": {**alone, "spec": group},
+            }
         ],
     }
