@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from service.basics.errors import SpecError, Stopped
-from service.data.task import load_task
+from service.data.task import load_task, sampling_of
 from service.distributed.generators import generators_given_back
 from service.distributed.world import in_place
 from service.health.stop_request import StopRequest, stop_on_signals
@@ -115,6 +115,7 @@ def _run(loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted) -> None:
         train_rows=task.train_rows,
         test_rows=task.test_rows,
         accepted=accepted,
+        sampling=sampling_of(task),
     )
     # Only the main thread of an interpreter hears signals.
     hears = threading.current_thread() is threading.main_thread()

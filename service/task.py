@@ -3,8 +3,15 @@
 from service.data.losses import Loss, Losses, StepContext, StepResult, own_loss
 from service.data.task import Task, custom, load_task, supervised
 from service.evaluation.hooks import HookContext
+from service.plan.sampling import Sampling, balanced, proportions, shuffled, stages, weighted
 
 __all__ = [
+    "Sampling",
+    "balanced",
+    "proportions",
+    "shuffled",
+    "stages",
+    "weighted",
     "HookContext",
     "Loss",
     "Losses",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import Stopped
-from service.data.task import Task, load_task, supervised
+from service.data.task import Task, load_task, sampling_of, supervised
 from service.distributed.world import World
 from service.health.stop_request import StopRequest
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
@@ -108,6 +108,7 @@ def train_in_process(
         test_rows=task.test_rows,
         stop_at=stop_at,
         accepted=accepted,
+        sampling=sampling_of(task),
     )
     try:
         return run(plan, task, world, runs=runs, stop=StopRequest())

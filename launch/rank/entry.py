@@ -25,7 +25,7 @@ from service.basics.errors import (
     printable,
 )
 from service.data.in_memory import bytes_on_device
-from service.data.task import files_may_have_moved, load_task
+from service.data.task import files_may_have_moved, load_task, sampling_of
 from service.distributed.world import World, backend_advice, lost_peer
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import grace_periods
@@ -104,6 +104,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
             stop_at=job.stop_at,
             profile=job.profile,
             accepted=job.accepted,
+            sampling=sampling_of(task),
         )
         try:
             run(

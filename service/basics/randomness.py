@@ -25,6 +25,7 @@ BATCH: Final = 5  # seed, step, micro_batch: what rows that are read together dr
 TEST: Final = 6  # seed, micro_batch: what the model draws in testing
 TASK: Final = 7  # seed: what the task draws while it is made and brings its data
 HOOK: Final = 8  # seed, step: what a hook of the task draws
+SAMPLE: Final = 9  # seed, purpose, ...: rows by weight, from several sources, by stages
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd

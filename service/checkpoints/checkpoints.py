@@ -657,6 +657,12 @@ class Checkpoints:
                 f"{checkpoint.path} was trained on {before} rows, and the data set now has {now}. "
                 "Give it the data it began with, or begin again with --fresh."
             )
+        if "sampling" in manifest and manifest["sampling"] != self._facts.get("sampling"):
+            raise SpecError(
+                f"{checkpoint.path} was trained on rows that task.sampling chose in another way, "
+                "by other weights, say. Give it the sampling it began with, or begin again with "
+                "--fresh."
+            )
 
     def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
         chosen = Checkpoint(self._directory / name, step)

@@ -11,6 +11,8 @@ From top to bottom; a room imports only from rooms below it:
 * serialization: the state of a foreign object as JSON and back, without a pickle.
 * losses: what a step of one's own gives: named losses, each a sum with the weight that divides
   it.
+* loaders: A DataLoader or sampler of torch's that a person hands over: understood, or refused in
+  words.
 * in_memory: data sets whose rows are tensors in memory: picked by index, a micro-batch at a time.
 * batches: A micro-batch: collated rows with their weights, on the device that computes them.
 """

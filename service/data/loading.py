@@ -41,7 +41,7 @@ from service.distributed.generators import seed_generators
 from service.distributed.world import World
 from service.health.stop_request import STOP_SIGNALS, die_with_parent
 from service.plan.plan import Plan
-from service.plan.samplers import micro_batches, rows_at
+from service.plan.samplers import micro_batches
 from service.spec.models import LoaderSpec
 
 # Row ids are computed for many steps at once: a call costs as much for 4,096 rows as for 30.
@@ -76,7 +76,13 @@ def train_steps(
         batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
-        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate_of(task))
+        reader = _Reader(
+            data,
+            plan.spec.seed,
+            rows=plan.train_rows,
+            collate=collate_of(task),
+            repeats=plan.sampling is not None,
+        )
         brought = _collated(reader, orders, plan, world)
         batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
@@ -208,7 +214,6 @@ class _Block(NamedTuple):
 
 def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
     """The shares of a process from step `start` on; about `ahead` rows at a time."""
-    assert plan.train_rows is not None, "a stream is not asked for rows"
     share, seed = plan.share(process), plan.spec.seed
     spans = [_span(number, plan) for number in share]
     places = np.arange(spans[0].start, spans[-1].stop)
@@ -216,7 +221,7 @@ def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterat
     for begin in range(start, plan.steps, block):
         steps = np.arange(begin, min(begin + block, plan.steps))
         positions = steps[:, None] * plan.global_batch + places  # [S, rows of a step]
-        rows = rows_at(positions.ravel(), rows=plan.train_rows, seed=seed)
+        rows = plan.rows_at(positions.ravel())
         yield _Block(
             range(begin, begin + len(steps)),
             share,
@@ -461,13 +466,20 @@ class _Reader(Dataset[tuple[Order, Any]]):
     """A data set asked for whole micro-batches, with every row's random numbers keyed."""
 
     def __init__(
-        self, data: Data, seed: int, *, rows: int | None, collate: Callable[[list[Any]], Any]
+        self,
+        data: Data,
+        seed: int,
+        *,
+        rows: int | None,
+        collate: Callable[[list[Any]], Any],
+        repeats: bool = False,
     ) -> None:
-        """`rows` are those of one pass over the data."""
+        """`rows` are those of one pass over the data; `repeats`: in which one may come twice."""
         self._data = data
         self._seed = seed
         self._collate = collate
         self._passed_over = rows or 1
+        self._repeats = repeats
 
     def __getitem__(self, order: Order) -> tuple[Order, Any]:
         try:
@@ -490,7 +502,8 @@ class _Reader(Dataset[tuple[Order, Any]]):
         brought = []
         for place, row in enumerate(rows, start=order.position):
             epoch = place // self._passed_over
-            seed_generators(randomness.key(randomness.ROW, self._seed, epoch, row))
+            which = (epoch, row, place) if self._repeats else (epoch, row)
+            seed_generators(randomness.key(randomness.ROW, self._seed, *which))
             brought.append(self._data[row])
         return brought
 

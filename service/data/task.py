@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
-from torch.utils.data import default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, default_collate
 
 from service.basics import randomness
 from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_own_code, with_place
 from service.data.batches import Batch, forward, split
+from service.data.loaders import sampling_of_sampler, taken_from
 from service.data.losses import OwnStep, StepContext, StepResult
 from service.data.streams import is_stream
 from service.distributed.generators import seed_generators
+from service.plan.sampling import Sampling
 
 # A map-style data set: __len__, __getitem__ and, when present, __getitems__.  For training it may
 # be a stream: __iter__ and, when present, state_dict, load_state_dict, set_epoch and shard.
@@ -59,7 +61,8 @@ class Task(Protocol):
     #   metrics                     a mapping from names to torchmetrics metrics;
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
     #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows;
-    #   after_test, after_epoch     hooks: functions of a context (`HookFunctions`).
+    #   sampling                    which row comes when: service/plan/sampling.py;
+    #   after_test, after_epoch     hooks: functions of a context (`Further`).
 
 
 @runtime_checkable
@@ -388,12 +391,15 @@ def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     return getattr(task, "collate", default_collate)
 
 
-class HookFunctions(TypedDict, total=False):
-    """Functions of a `service.task.HookContext` that rank 0 calls, and that cannot change the run.
+class Further(TypedDict, total=False):
+    """What else `supervised` and `custom` may be given.
 
-    docs/how-to/hooks.md says what they are told and what they may log.
+    A hook is a function of a `service.task.HookContext` that rank 0 calls, and that cannot change
+    the run: docs/how-to/hooks.md.
     """
 
+    sampling: Any
+    """Which row comes when, if not each once an epoch: docs/how-to/sampling.md."""
     after_test: Callable[[Any], object] | None
     """Called after the test of each test set."""
     after_epoch: Callable[[Any], object] | None
@@ -413,15 +419,16 @@ class _FromParts:
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
-        **hooks: Unpack[HookFunctions],
+        **further: Unpack[Further],
     ) -> None:
         self.model = model
-        self._train = train() if callable(train) else train
+        self._train = self._brought(train() if callable(train) else train)
         test = test() if callable(test) else test
-        self._test: Data = () if test is None else test
+        self._test: Data = () if test is None else _without_loader(test)
         self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
         if isinstance(test, Mapping):
-            self._test = {name: data() if callable(data) else data for name, data in test.items()}
+            made = {name: data() if callable(data) else data for name, data in test.items()}
+            self._test = {name: _without_loader(data) for name, data in made.items()}
             self.tests = tuple(self._test)
         self.test_rows = sum(part.rows for part in test_sets(self, self._test))
         if _is_collection(measures):
@@ -442,11 +449,34 @@ class _FromParts:
             self.collate = collate
         if predict is not None:
             self.predict = predict
-        for name, hook in hooks.items():
-            if name not in HookFunctions.__annotations__:
+        for name, value in further.items():
+            if name not in Further.__annotations__:
                 raise TypeError(f"{type(self).__name__}() got an unknown argument {name!r}")
-            if hook is not None:
-                setattr(self, name, hook)
+            if value is not None:
+                setattr(self, name, value)
+        sampling_of(self)  # a mistake in it is found here
+
+    def _brought(self, train: Data) -> Data:
+        """The training rows of a data set, of several by name, or of a DataLoader."""
+        if isinstance(train, DataLoader):
+            taken = taken_from(train)
+            self.loader_rows = taken.rows
+            if taken.collate is not None:
+                self.collate = taken.collate
+            if taken.sampling is not None:
+                self.sampling = taken.sampling
+            return taken.data
+        if not isinstance(train, Mapping) or not all(isinstance(name, str) for name in train):
+            return train
+        made = {name: data() if callable(data) else data for name, data in train.items()}
+        for name, data in made.items():
+            if is_stream(data):
+                raise SpecError(
+                    f"task.train: {name!r} can only be iterated, and several data sets are mixed "
+                    "by the numbers of their rows. Give data sets with __len__ and __getitem__."
+                )
+        self.sources = {name: _length(data, f"training ({name})") for name, data in made.items()}
+        return ConcatDataset(list(made.values()))
 
     def train_data(self) -> Data:
         """The training rows."""
@@ -492,7 +522,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             length; it runs in the loader's workers where there are any.
         predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
             [B, ...].  Without it, their logits.
-        hooks: `after_test` and `after_epoch`, see `HookFunctions`.
+        further: `sampling`, `after_test` and `after_epoch`, see `Further`.
     Raises:
         SpecError: a loss or measure nobody knows, or data that is no data set.
     """
@@ -508,7 +538,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
-        **hooks: Unpack[HookFunctions],
+        **further: Unpack[Further],
     ) -> None:
         ignored: int | None = None
         if weight is None and isinstance(loss, str):
@@ -523,7 +553,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             weight=weight,
             collate=collate,
             predict=predict,
-            **hooks,
+            **further,
         )
         self.loss = _known(loss, LOSSES, "loss") if isinstance(loss, str) else loss
         if isinstance(loss, str) and loss in SUMMED_LOSSES:
@@ -537,8 +567,8 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
     Args:
         step: a function of (model, batch, context) that gives losses by name, or these and the
             outputs for measures and predictions: see `Loss` and `StepContext`.
-        model, train, test, measures, collate, predict, hooks: as of `supervised`. A row may also be
-            what is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
+        model, train, test, measures, collate, predict, further: as of `supervised`. A row may also
+            be what is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
         weight: what the batch counts, as a function of the targets: a tensor. Without it, its
             rows.
     Raises:
@@ -556,7 +586,7 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
         weight: Callable[[Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         predict: Callable[[Any], Tensor] | None = None,
-        **hooks: Unpack[HookFunctions],
+        **further: Unpack[Further],
     ) -> None:
         super().__init__(
             model=model,
@@ -566,9 +596,40 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
             weight=weight,
             collate=collate,
             predict=predict,
-            **hooks,
+            **further,
         )
         self.step = step
+
+
+def _without_loader(test: Data) -> Data:
+    return taken_from(test, test=True).data if isinstance(test, DataLoader) else test
+
+
+def sampling_of(task: Any) -> Sampling | None:
+    """What chooses the training rows of a task; None: each once an epoch.
+
+    Raises:
+        SpecError: it does not fit them.
+    """
+    asked = getattr(task, "sampling", None)
+    if asked is None:
+        return None
+    if task.train_rows is None:
+        raise SpecError(
+            "task.sampling: the training data is a stream, whose rows come as they come. Leave "
+            "sampling out, or give a data set with __len__ and __getitem__."
+        )
+    if isinstance(asked, Sampler):
+        asked = sampling_of_sampler(asked, rows=task.train_rows)
+        if asked is None:
+            return None
+    if not hasattr(asked, "rows_at"):
+        raise SpecError(
+            f"task.sampling: is a {type(asked).__name__}. Write weighted(weights), "
+            "balanced(labels), proportions({...}) or stages({...}) of service.task."
+        )
+    chosen: Sampling = asked.over(task.train_rows, getattr(task, "sources", {}))
+    return chosen
 
 
 def _length(data: Data, what: str) -> int:

@@ -24,7 +24,6 @@ from service.optimization.optimizers import needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
-from service.plan.samplers import rows_at
 from service.sharding.sharding import OwnRows, holds_rows
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be checked
@@ -292,7 +291,7 @@ class Updates:
             min((fault.micro_batch + 1) * plan.micro_batch, plan.global_batch),
         )
         positions = np.arange(first + span.start, first + span.stop)
-        rows = rows_at(positions, rows=plan.train_rows, seed=plan.spec.seed).tolist()
+        rows = plan.rows_at(positions).tolist()
         return ", ".join(map(str, rows[:_TOLD_AT_MOST])) + (
             f" and {len(rows) - _TOLD_AT_MOST} more" if len(rows) > _TOLD_AT_MOST else ""
         )

@@ -4,6 +4,8 @@ From top to bottom; a room imports only from rooms below it:
 
 * plan: the plan of a run: sizes, and at which step something is due. Pure arithmetic.
 * schedules: learning-rate schedules: pure functions of the step.
+* sampling: which row comes when, if not each once an epoch: weights, mixtures, a curriculum.
+  Pure.
 * samplers: which rows belong to which step and micro-batch, and which micro-batches to which
   process.
 * early_stopping: early stopping: which of two measures is better, and whether one has stopped

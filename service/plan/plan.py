@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.basics.errors import SpecError
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
-from service.plan.samplers import halved_share, share_of
+from service.plan.samplers import halved_share, rows_at, share_of
+from service.plan.sampling import Sampling
 from service.plan.schedules import Length, Multiplier, multiplier
 from service.spec.models import CheckpointSpec, Spec, TestSpec
 
@@ -70,6 +74,8 @@ class Plan:
     """The steps to profile."""
     accepted: Accepted = NOTHING_ACCEPTED
     """What may be changed of a run that has begun."""
+    sampling: Sampling | None = field(repr=False, compare=False, default=None)
+    """What chooses the training rows; None: each once an epoch."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
     """Learning-rate multiplier of the update after `step` finished steps."""
 
@@ -93,6 +99,13 @@ class Plan:
         if self.spec.exactness == "bitwise":
             return halved_share(self.micro_batches, index=process, of=self.processes)
         return share_of(self.micro_batches, index=process, of=self.processes)
+
+    def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The training rows at any positions of the endless sequence.  # [P]"""
+        assert self.train_rows is not None, "a stream is not asked for rows"
+        if self.sampling is None:
+            return rows_at(positions, rows=self.train_rows, seed=self.spec.seed)
+        return self.sampling.rows_at(positions, seed=self.spec.seed, global_batch=self.global_batch)
 
     @property
     def rounds(self) -> int:
@@ -168,6 +181,7 @@ def make_plan(
     stop_at: int | None = None,
     profile: Window | None = None,
     accepted: Accepted = NOTHING_ACCEPTED,
+    sampling: Sampling | None = None,
 ) -> Plan:
     """The plan of a run.
 
@@ -215,6 +229,7 @@ def make_plan(
         stop_at=stop_at,
         profile=profile,
         accepted=accepted,
+        sampling=sampling,
         rate=multiplier(spec.schedule, length),
     )
 

@@ -20,7 +20,7 @@ from service.checkpoints.initial_weights import initial_weights
 from service.data.batches import Batch
 from service.data.loading import train_steps
 from service.data.streams import Stream, is_stream
-from service.data.task import Task, first_row, load_task, new_model, step_of, test_sets
+from service.data.task import Task, first_row, load_task, new_model, sampling_of, step_of, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
@@ -168,7 +168,13 @@ def _rows(task: Task) -> str:
 
 def _plan(spec: Spec, task: Task, processes: int) -> Plan:
     rows = task.train_rows
-    return make_plan(spec, processes=processes, train_rows=rows, test_rows=task.test_rows)
+    return make_plan(
+        spec,
+        processes=processes,
+        train_rows=rows,
+        test_rows=task.test_rows,
+        sampling=sampling_of(task),
+    )
 
 
 def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:

@@ -11,8 +11,9 @@ from torch import nn
 
 from service.checkpoints.initial_weights import initial_weights
 from service.checkpoints.snapshots import expected_bytes
+from service.data.loaders import require_batch
 from service.data.loading import way_of_rows
-from service.data.task import Task, load_task, new_model
+from service.data.task import Task, load_task, new_model, sampling_of
 from service.distributed.batchnorm import prepare
 from service.distributed.world import alone
 from service.evaluation.hooks import require_hooks
@@ -48,8 +49,13 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     """
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
     plan = make_plan(
-        spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
+        spec,
+        processes=processes,
+        train_rows=task.train_rows,
+        test_rows=task.test_rows,
+        sampling=sampling_of(task),
     )
+    require_batch(task, plan)
     require_measures(spec, task)
     require_hooks(task, plan)
     model = new_model(task)
@@ -108,7 +114,12 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
 
 def _data(plan: Plan, task: Task) -> list[tuple[str, str]]:
     way = way_of_rows(task.train_data(), task=task, spec=plan.spec.loader)
-    return [("rows come", way)]
+    lines = [("rows come", way)]
+    if plan.sampling is not None:
+        drawn = plan.steps * plan.global_batch
+        said = plan.sampling.in_words(drawn, global_batch=plan.global_batch)
+        lines += [("in the run" if n == 0 else "", line) for n, line in enumerate(said)]
+    return lines
 
 
 def _rows(plan: Plan) -> str:

@@ -143,6 +143,7 @@ def make_checkpoints(attempt: Attempt, stopping: StopBudget) -> Checkpoints:
         heartbeat=attempt.heartbeat,
         facts={
             "processes": plan.processes,
+            "sampling": plan.sampling.digest() if plan.sampling is not None else None,
             "train_rows": plan.train_rows,
             "spec_sha256": fingerprint(spec),
             "versions": versions(),

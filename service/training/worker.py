@@ -13,6 +13,7 @@ from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.initial_weights import InitialWeights, settled_weights
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import Step
+from service.data.loaders import require_batch
 from service.data.loading import test_batches, train_steps
 from service.data.task import Task, chosen_test_sets, files_may_have_moved, new_model, test_sets
 from service.distributed.agreed_stop import StopPoll
@@ -90,6 +91,7 @@ def run(
     heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
     require_measures(plan.spec, task)
     require_hooks(task, plan)
+    require_batch(task, plan)
     require_packages(plan.spec.tracking)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
     first = settled_weights(plan.spec, prepared.state.model, world, runs=runs, fresh=fresh)

@@ -1,0 +1,124 @@
+"""A DataLoader or sampler of torch's that a person hands over: understood, or refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any, NamedTuple, cast
+
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import default_convert
+
+from service.basics.errors import SpecError
+from service.plan.plan import Plan
+from service.plan.sampling import Sampling, weighted
+
+_DISTRIBUTED = ("DistributedSampler", "StatefulDistributedSampler")
+_WHOLE = ("SequentialSampler", "RandomSampler", *_DISTRIBUTED)
+
+
+class FromLoader(NamedTuple):
+    """What a task takes of a DataLoader."""
+
+    data: Any
+    collate: Callable[[list[Any]], Any] | None
+    """None where it is torch's own."""
+    sampling: Sampling | None
+    rows: int | None
+    """Of one batch."""
+
+
+def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
+    """The data set of a DataLoader, its collate function and what its sampler means here.
+
+    Workers and pinned memory are not taken: `loader.workers` in the spec.
+
+    Raises:
+        SpecError: its sampler means something else here; says what to write instead.
+    """
+    what = "test" if test else "train"
+    if loader.batch_sampler is None:  # a stream of rows, as a StatefulDataLoader can be
+        return FromLoader(loader, None, None, None)
+    if not _is(loader.batch_sampler, "BatchSampler"):
+        raise SpecError(
+            f"task.{what}: a DataLoader with the batch sampler "
+            f"{type(loader.batch_sampler).__name__} cannot be used: which rows make a step follows "
+            f"from the seed. Write {what}=loader.dataset, and in the spec batch.global_batch."
+        )
+    collates = (default_collate, default_convert)
+    collate = None if loader.collate_fn in collates else loader.collate_fn
+    is_stream = not hasattr(type(loader.dataset), "__getitem__")
+    sampling = None
+    if not is_stream:
+        if test:
+            _require_whole(loader)
+        else:
+            sampling = _of_trained(loader.sampler, loader.dataset)
+    return FromLoader(loader.dataset, collate, sampling, loader.batch_size)
+
+
+def _require_whole(loader: DataLoader[Any]) -> None:
+    sampler = loader.sampler
+    whole = _is(sampler, *_WHOLE)
+    if not whole or (_is(sampler, "RandomSampler") and _draws_otherwise(sampler)):
+        raise SpecError(
+            f"task.test: a DataLoader with a {type(sampler).__name__} does not test each row once. "
+            "Write test=loader.dataset, or a torch.utils.data.Subset of it."
+        )
+
+
+def _of_trained(sampler: Any, data: Any) -> Sampling | None:
+    if _is(sampler, "SequentialSampler"):
+        raise SpecError(
+            "task.train: this DataLoader has shuffle=False, but rows are shuffled anew in each "
+            "epoch. Write train=loader.dataset; or make a stream of it, which is read in order."
+        )
+    return sampling_of_sampler(sampler, rows=len(cast(Sized, data)))
+
+
+def sampling_of_sampler(sampler: Any, *, rows: int) -> Sampling | None:
+    """What a sampler of torch's over so many rows means; None for a plain shuffle.
+
+    Raises:
+        SpecError: it means something else here; says what to write instead.
+    """
+    if _is(sampler, *_DISTRIBUTED) and sampler.shuffle:
+        return None
+    if _is(sampler, "RandomSampler") and not _draws_otherwise(sampler):
+        return None
+    if _is(sampler, "WeightedRandomSampler") and sampler.replacement:
+        if sampler.num_samples != rows:
+            raise SpecError(
+                f"task.sampling: a WeightedRandomSampler of {sampler.num_samples:,} draws an epoch "
+                f"over {rows:,} rows cannot be used: an epoch is as many rows as there are. Write "
+                "sampling=weighted(weights), and give length.steps or length.epochs accordingly."
+            )
+        return weighted(sampler.weights)
+    raise SpecError(
+        f"task.sampling: a {type(sampler).__name__} cannot be used: which rows come is a function "
+        "of the seed and the step. Write sampling=weighted(weights), balanced(labels), "
+        "proportions({...}) or stages({...}) of service.task; or leave it out to shuffle."
+    )
+
+
+def _is(sampler: Any, *names: str) -> bool:
+    """Whether it is one of these samplers of torch's or torchdata's, and no class made of one."""
+    kind = type(sampler)
+    return kind.__name__ in names and kind.__module__.partition(".")[0] in ("torch", "torchdata")
+
+
+def _draws_otherwise(sampler: Any) -> bool:
+    return bool(sampler.replacement or sampler.num_samples != len(sampler.data_source))
+
+
+def require_batch(task: Any, plan: Plan) -> None:
+    """Check that the batches of a DataLoader that the task was given are those of the spec.
+
+    Raises:
+        SpecError: they are not.
+    """
+    rows = getattr(task, "loader_rows", None)
+    if rows not in (None, plan.global_batch):
+        raise SpecError(
+            f"batch.global_batch: {plan.global_batch} rows, but the task's DataLoader makes "
+            f"batches of {rows}. Make them equal, or write train=loader.dataset."
+        )
