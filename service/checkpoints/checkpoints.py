@@ -62,7 +62,7 @@ from service.checkpoints.shards import (
 )
 from service.checkpoints.snapshots import Content, content_of, load
 from service.distributed.devices import Arrival, use
-from service.distributed.world import World
+from service.distributed.world import World, Writers
 from service.health.heartbeat import WRITER, Heartbeat
 from service.health.stop_budget import StopBudget
 from service.optimization.train_state import TrainState
@@ -155,7 +155,6 @@ class Checkpoints:
         """
         self._directory = directory
         self._world = world
-        self._writers = world.writers()
         self._by_rows = False
         self._part_bytes = part_bytes
         self._spec = spec
@@ -164,8 +163,10 @@ class Checkpoints:
         self._rename = spec.rename
         self._heartbeat = heartbeat or Heartbeat()
         self._stopping = stopping or StopBudget((), say=say)
-        self._trainer = threading.get_ident()
-        self._writer = self._writers_beside(1)
+        self._trainer: int | None = None
+        self._writer = ThreadPoolExecutor(
+            1, WRITER, initializer=_begin_writing, initargs=(world.device,)
+        )
         self._snapshot = Snapshot(world.device)
         self._pending: Future[None] | None = None
         self._unsaved: EvenstepError | None = None
@@ -174,6 +175,11 @@ class Checkpoints:
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
         self._reserved: Future[None] | None = None
+
+    @property
+    def _writers(self) -> Writers:
+        """The processes that write together; all processes make the first access (a collective)."""
+        return self._world.writers(everyone=self._by_rows)
 
     def reserve(self, expected_bytes: int | None) -> None:
         """Allocate the buffer for copies during the first steps: this is slower than copying.
@@ -243,7 +249,6 @@ class Checkpoints:
         """Where each process holds some rows only, all of them write."""
         if not self._by_rows and holds_rows(state.model):
             self._by_rows = True
-            self._writers = self._world.writers(everyone=True)
 
     def _begin(
         self,
@@ -505,7 +510,7 @@ class Checkpoints:
 
         shares = shard.shares  # empty if there are more processes than parts
         digests: dict[Part, str] = {}
-        with self._writers_beside(max(1, len(shares) - 1)) as beside:
+        with _writer_threads(max(1, len(shares) - 1), self._world.device) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]
             for share in shares[:1]:
                 digests |= write(share)
@@ -513,11 +518,6 @@ class Checkpoints:
                 self._wait_for(written)
                 digests |= written.result()
         return digests
-
-    def _writers_beside(self, count: int) -> ThreadPoolExecutor:
-        """Threads that write; their default device is the device of this process."""
-        device = (self._world.device,)
-        return ThreadPoolExecutor(count, WRITER, initializer=_begin_writing, initargs=device)
 
     def _get_on(self) -> None:
         """Report the progress of a save."""
@@ -586,6 +586,7 @@ class Checkpoints:
             NoCheckpoint: there are checkpoints, but none is valid.
             SpecError: it does not fit the model, the optimizer or the data.
         """
+        self._trainer = threading.get_ident()
         self._know(state)
         chosen: tuple[str, int, str] | None = None
         failed: EvenstepError | None = None
@@ -674,11 +675,16 @@ class Checkpoints:
         load(chosen.path, state, index=self._world.index, rename=self._rename)
 
 
-def _begin_writing(device: torch.device) -> None:
-    """In a new thread of a writer: mean this device, and compute on this thread alone.
+def _writer_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
+    """Threads that write; `device` is their default device."""
+    return ThreadPoolExecutor(count, WRITER, initializer=_begin_writing, initargs=(device,))
 
-    Otherwise its first operation on a large tensor starts OpenMP threads of its own, beside those
-    that train.  libgomp then counts more threads than cores, and all of them sleep as soon as they
+
+def _begin_writing(device: torch.device) -> None:
+    """Prepare a new writer thread: it uses this device, and one thread for computing.
+
+    Otherwise its first operation on a large tensor starts more OpenMP threads beside those that
+    train.  libgomp then counts more threads than cores, and all of them sleep as soon as they
     wait: training on two threads became slower than on one.
     """
     use(device)

@@ -71,16 +71,15 @@ class WandB(Writer):
         self._name = name
         self._metrics = directory / "metrics.jsonl"
         self._logged = directory / "logged"
-        self._directory = Path(os.environ.get("WANDB_DIR") or directory).absolute()
+        self._directory = directory
         self._config = dict(config)
         self._tell = say
         self._is_silent = False
         self._resume_step = resume_step
         self._init_seconds = init_seconds
         self._close_seconds = spec.finish_seconds
-        self._mode: str = os.environ.get("WANDB_MODE") or spec.mode
-        # A wandb-core that another program has started is not killed here.
-        self._owns_core = "WANDB_SERVICE" not in os.environ
+        self._mode: str = spec.mode
+        self._owns_core = True
         self._rows: BackgroundQueue[Row] = BackgroundQueue()
         self._outcome: Outcome = "failed"
         self._received_rows = 0
@@ -95,6 +94,10 @@ class WandB(Writer):
 
     def start(self) -> Self:
         """Return at once; the thread imports wandb and connects."""
+        self._directory = Path(os.environ.get("WANDB_DIR") or self._directory).absolute()
+        self._mode = os.environ.get("WANDB_MODE") or self._mode
+        # A wandb-core that another program has started is not killed here.
+        self._owns_core = "WANDB_SERVICE" not in os.environ
         # At the interpreter's exit, wandb would wait for its exporter of error reports.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if self._mode != "disabled":

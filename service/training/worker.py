@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -87,12 +87,8 @@ def run(
         EvenstepError: it cannot continue; `exit_code` gives the kind of failure.
     """
     assert plan.spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
-    heartbeat, say = heartbeat or Heartbeat(rank=world.index), LeadOutput(speaks=world.is_lead)
-    heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
-    require_measures(plan.spec, task)
-    require_hooks(task, plan)
-    require_batch(task, plan)
-    require_packages(plan.spec.tracking)
+    heartbeat, say = observed(heartbeat, world), LeadOutput(speaks=world.is_lead)
+    require_possible(plan, task)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
     first = settled_weights(plan.spec, prepared.state.model, world, runs=runs, fresh=fresh)
 
@@ -103,19 +99,28 @@ def run(
         restore(checkpoints, prepared, attempt, first)
         learn_save_time(attempt, stopping, prepared.saved_bytes)
         if is_done(prepared.state, plan):
-            say(
-                f"Nothing to do: {attempt.directory.path} is done, after step "
-                f"{prepared.state.step:,}. Extend it with --change length.epochs=... or "
-                "length.steps=..., or begin again with --fresh."
-            )
-            together(world, attempt.enter_done)
-            return {}
+            return nothing_to_do(prepared.state, attempt)
         stop.has_started()
-        records = begin_records(attempt, prepared)
-        checkpoints.reserve(prepared.saved_bytes)
-        last = carry_out(prepared, task, stop, attempt, checkpoints, records)
-        say(closing(prepared.state, last, attempt.directory))
-        return last
+        return carry_out(prepared, task, stop, attempt, checkpoints)
+
+
+def require_possible(plan: Plan, task: Task) -> None:
+    """Check that the task has what the spec asks for, and that the trackers are installed.
+
+    Raises:
+        SpecError: something is missing.
+    """
+    require_measures(plan.spec, task)
+    require_hooks(task, plan)
+    require_batch(task, plan)
+    require_packages(plan.spec.tracking)
+
+
+def observed(heartbeat: Heartbeat | None, world: World) -> Heartbeat:
+    """The heartbeat of this process, with what it records of collectives and the device."""
+    heartbeat = heartbeat or Heartbeat(rank=world.index)
+    heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
+    return heartbeat
 
 
 def restore(
@@ -171,6 +176,16 @@ def take_changes(state: TrainState, asked: Options, attempt: Attempt) -> None:
         attempt.say(in_words(new, old=attempt.directory.read_spec(), plan=plan, step=state.step))
 
 
+def nothing_to_do(state: TrainState, attempt: Attempt) -> dict[str, float]:
+    """Report that the run was already finished, and record it; no values."""
+    attempt.say(
+        f"Nothing to do: {attempt.directory.path} is done, after step {state.step:,}. Extend it "
+        "with --change length.epochs=... or length.steps=..., or begin again with --fresh."
+    )
+    together(attempt.world, attempt.enter_done)
+    return {}
+
+
 def is_done(state: TrainState, plan: Plan) -> bool:
     """Whether all steps of the run are done, or early stopping has ended it."""
     return (state.step >= plan.steps and state.untested is None) or state.ended_early
@@ -182,7 +197,6 @@ def carry_out(
     stop: StopRequest,
     attempt: Attempt,
     checkpoints: Checkpoints,
-    records: Records,
 ) -> dict[str, float]:
     """Train to the end of the run or of the attempt, and record which one it was.
 
@@ -191,32 +205,10 @@ def carry_out(
         EvenstepError: it failed; on every process.
     """
     plan, world, state, heartbeat = attempt.plan, attempt.world, prepared.state, attempt.heartbeat
-    updates, receipt = prepared.updates, records.receipt
-    training = train_step(prepared, task, attempt, receipt)
-    after = AfterStep(
-        task,
-        world,
-        plan,
-        prepared.rows.tests,
-        updates,
-        training.named,
-        Hooks(
-            task,
-            plan=plan,
-            world=world,
-            heartbeat=heartbeat,
-            files=records.logged,
-            say=attempt.say,
-        ),
-        records.tracker,
-        receipt,
-        checkpoints,
-        stop,
-        StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps),
-        heartbeat,
-        prepared.throughput,
-        prepared.stragglers,
-    )
+    records = begin_records(attempt, prepared)
+    checkpoints.reserve(prepared.saved_bytes)
+    training = train_step(prepared, task, attempt, records.receipt)
+    after = after_step(prepared, task, stop, attempt, checkpoints, records, training.named)
     outcome: Outcome = "failed"
     unentered: EvenstepError | None = None
     try:
@@ -242,7 +234,45 @@ def carry_out(
         )
     # No process exits before all have finished: a peer that failed now would be alone.
     world.fail_together(unentered)
+    attempt.say(closing(state, last, attempt.directory))
     return last
+
+
+def after_step(
+    prepared: Prepared,
+    task: Task,
+    stop: StopRequest,
+    attempt: Attempt,
+    checkpoints: Checkpoints,
+    records: Records,
+    named: Callable[[], dict[str, float]],
+) -> AfterStep:
+    """What happens between two steps of this run: log, test, save, stop.
+
+    Args:
+        named: the losses of the task's own step by name.
+    """
+    plan, world, heartbeat = attempt.plan, attempt.world, attempt.heartbeat
+    hooks = Hooks(
+        task, plan=plan, world=world, heartbeat=heartbeat, files=records.logged, say=attempt.say
+    )
+    return AfterStep(
+        task,
+        world,
+        plan,
+        prepared.rows.tests,
+        prepared.updates,
+        named,
+        hooks,
+        records.tracker,
+        records.receipt,
+        checkpoints,
+        stop,
+        StopPoll(world, most_steps=plan.spec.faults.stop_poll_steps),
+        heartbeat,
+        prepared.throughput,
+        prepared.stragglers,
+    )
 
 
 def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receipt) -> TrainStep:
