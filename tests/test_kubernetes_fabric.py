@@ -58,7 +58,7 @@ def test_a_fabric_arrives(target: Any) -> None:
     admitted = objects[-1]["metadata"]["labels"]
     assert admitted["kueue.x-k8s.io/queue-name"] == "training"
     assert admitted["kueue.x-k8s.io/priority-class"] == "high"
-    assert notes(objects) == [], "nothing of it loosens the security"
+    assert notes(job(**FABRIC), objects, target=target) == [], "nothing of it loosens the security"
 
 
 @pytest.mark.parametrize("fabric", FABRICS)
@@ -140,7 +140,8 @@ def test_manifests_for_a_repository_have_no_secret_and_say_how_to_make_it(tmp_pa
 
 
 def test_root_alone_is_accepted_by_a_baseline_namespace() -> None:
-    found = notes(render(job(loosened_security={"root": True})))
+    spec = job(loosened_security={"root": True})
+    found = notes(spec, render(spec), target="job")
     assert found[-1] == "the namespace must accept Pod Security baseline"
 
 

@@ -525,6 +525,7 @@ def require_no_secret(spec: Spec) -> None:
         SpecError: names the key.
     """
     pods = dict(spec.kubernetes.env) if spec.kubernetes else {}
+    pods |= _named_values(spec.kubernetes.pod_template) if spec.kubernetes else {}
     pods |= spec.slurm.env if spec.slurm else {}
     for place, value in _texts(spec.model_dump(mode="json")):
         if is_secret(value, os.environ | pods):
@@ -544,6 +545,19 @@ def require_no_secret(spec: Spec) -> None:
                 f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "
                 f"run. {better}"
             )
+
+
+def _named_values(value: Any) -> dict[str, str]:
+    """The variables in a pod's template: each `{name: ..., value: ...}`, wherever it stands."""
+    if isinstance(value, list):
+        return {k: v for each in value for k, v in _named_values(each).items()}
+    if not isinstance(value, dict):
+        return {}
+    inner = {k: v for each in value.values() for k, v in _named_values(each).items()}
+    match value:
+        case {"name": str(name), "value": str(text)}:
+            return {**inner, name: text}
+    return inner
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

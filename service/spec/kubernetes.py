@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -56,6 +56,28 @@ class TolerationSpec(Part):
         return self
 
 
+Loosening = Literal[
+    "apparmor",
+    "capabilities",
+    "host_ipc",
+    "host_network",
+    "host_pid",
+    "host_ports",
+    "privilege_escalation",
+    "privileged",
+    "probe_hosts",
+    "proc_mount",
+    "root",
+    "seccomp",
+    "selinux",
+    "service_account_token",
+    "sysctls",
+    "volumes",
+    "writable_root",
+]
+"""What of a pod can be loosened, by name."""
+
+
 class SpreadSpec(Part):
     """A rule by which the pods are spread over the cluster's nodes."""
 
@@ -78,6 +100,8 @@ class LoosenedSecuritySpec(Part):
         default=(), strict=False
     )
     """Capabilities to add, such as IPC_LOCK; they need `root`."""
+    pod_template: tuple[Loosening, ...] = Field(default=(), strict=False)
+    """What `pod_template` may loosen, such as `volumes` for a hostPath."""
 
     @model_validator(mode="after")
     def _capabilities_take_effect(self) -> Self:
@@ -231,6 +255,8 @@ class KubernetesSpec(Part):
         default=(), strict=False
     )
     """Further gids of the processes, such as the group of a shared storage or of a device."""
+    pod_template: dict[str, Any] = Field(default={})
+    """Fields of Kubernetes' own pod template, merged over the rendered one; `null` removes."""
     loosened_security: LoosenedSecuritySpec = Field(default=LoosenedSecuritySpec())
     """What the pods may do that Pod Security `restricted` refuses. Default: nothing."""
     env: dict[Variable, str] = Field(default={})

@@ -50,7 +50,10 @@ class Kubernetes:
         from launch.engines.kubernetes.manifests import how_to_make_the_secret, notes, to_yaml
 
         objects = _objects(spec, target, without_secret=without_secret)
-        lines = [*(how_to_make_the_secret(spec) if without_secret else []), *notes(objects)]
+        lines = [
+            *(how_to_make_the_secret(spec) if without_secret else []),
+            *notes(spec, objects, target=target),
+        ]
         return "".join(f"# {line}\n" for line in lines) + to_yaml(objects)
 
     def submit(
@@ -69,7 +72,7 @@ class Kubernetes:
         from launch.engines.kubernetes.manifests import notes
 
         objects = _objects(spec, target, without_secret=without_secret)
-        for line in notes(objects):
+        for line in notes(spec, objects, target=target):
             complain(line)
         namespace = spec.kubernetes.namespace if spec.kubernetes else None
         with Api(namespace=namespace, say=complain) as api:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from launch.engines.kubernetes.pod_template import KEY, newer_fields, overrides
 from launch.engines.kubernetes.pods import (
     MEETING_SECRET,
     Manifest,
@@ -20,9 +21,9 @@ from launch.engines.kubernetes.pods import (
     own_pods,
 )
 from launch.engines.kubernetes.queues import pod_group
-from launch.engines.kubernetes.refusals import check
+from launch.engines.kubernetes.refusals import check, checked_template
 from launch.engines.kubernetes.security import level_of, loosenings
-from launch.engines.kubernetes.targets import TARGETS, template_of
+from launch.engines.kubernetes.targets import TARGETS, template_of, with_template
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret
 from service.spec.files import code_files, dump_values, with_code_files
@@ -62,6 +63,8 @@ def render(
         )
     check(spec, cluster)
     workload, needs_service = TARGETS[target](spec, cluster)
+    if cluster.pod_template:
+        workload = with_template(workload, checked_template(cluster, template_of(workload)))
     account = _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
     objects = [
         *([account] if cluster.service_account is None else []),
@@ -143,10 +146,21 @@ def how_to_make_the_secret(spec: Spec) -> list[str]:
     ]
 
 
-def notes(objects: list[Manifest]) -> list[str]:
-    """What of the pods Pod Security `restricted` would refuse, in lines for a person."""
-    found = loosenings(template_of(objects))
-    lines = [f"loosened security: {each.place} ({each.name})" for each in found]
+def notes(spec: Spec, objects: list[Manifest], *, target: Target) -> list[str]:
+    """What the spec's own template overrides, and what of the pods Pod Security `restricted`
+    would refuse: a line for each, for a person."""
+    cluster, made = spec.kubernetes, template_of(objects)
+    assert cluster is not None
+    lines = []
+    if cluster.pod_template:
+        rendered = template_of(TARGETS[target](spec, cluster)[0])
+        lines = [str(each) for each in overrides(rendered, made)]
+        lines += [
+            f"{KEY}.{place} is unknown to Kubernetes 1.31: it needs a newer one"
+            for place in newer_fields(cluster.pod_template)
+        ]
+    found = loosenings(made)
+    lines += [f"loosened security: {each.place} ({each.name})" for each in found]
     if found:
         lines.append(f"the namespace must accept Pod Security {level_of(found)}")
     return lines

@@ -24,6 +24,9 @@ SECRETS_DIRECTORY = "/var/run/secrets/evenstep"
 MEETING_SECRET = "secret"
 """The key, and so the file, of what the nodes of a run prove to each other."""
 
+MAIN = "trainer"
+"""What the spec calls the container that trains; a target may call it otherwise."""
+
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 

@@ -6,7 +6,9 @@ import os.path
 import re
 from collections.abc import Iterable
 
-from launch.engines.kubernetes.pods import own_mounts, world_variables
+from launch.engines.kubernetes.pod_template import KEY, merged_template
+from launch.engines.kubernetes.pods import Manifest, own_mounts, world_variables
+from launch.engines.kubernetes.security import loosenings
 from service.basics.errors import SpecError
 from service.health.stop_budget import LEAST_SECONDS
 from service.plan.plan import make_plan
@@ -35,6 +37,42 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     # Of more rows than there can be, what is refused is refused whatever their number.
     processes = cluster.nodes * cluster.processes_per_node
     make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
+
+
+def checked_template(cluster: KubernetesSpec, rendered: Manifest) -> Manifest:
+    """The rendered template of the pods with the spec's own over it.
+
+    Raises:
+        SpecError: the spec's own is wrong, loosens the security without leave, or mounts a volume
+            over what the image or Evenstep needs.
+    """
+    made = merged_template(rendered, cluster.pod_template)
+    allowed = set(cluster.loosened_security.pod_template)
+    before = set(loosenings(rendered))
+    for each in loosenings(made):
+        if each not in before and each.name not in allowed:
+            raise SpecError(
+                f"{KEY}: {each.place} loosens the security of the pods. If that is meant, write "
+                f"kubernetes.loosened_security.pod_template: [{each.name}]."
+            )
+    volumes = {volume["name"] for volume in made["spec"].get("volumes") or []}
+    for mount in (*_mounts_of(made, "initContainers"), *_mounts_of(made, "containers")):
+        if mount["name"] not in volumes:
+            raise SpecError(
+                f"{KEY}: {mount['mountPath']} mounts the volume {mount['name']}, which is not in "
+                f"spec.volumes ({', '.join(sorted(volumes))})."
+            )
+    known = {mount["mountPath"] for mount in _mounts_of(rendered, "containers")}
+    for mount in made["spec"]["containers"][0].get("volumeMounts") or []:
+        path = os.path.normpath("/" + mount["mountPath"].lstrip("/"))
+        if mount["mountPath"] not in known and _hides_what_is_needed(path, known):
+            raise SpecError(f"{KEY}: a mount at {path} hides what the image or Evenstep needs.")
+    return made
+
+
+def _mounts_of(template: Manifest, kind: str) -> list[Manifest]:
+    containers = template["spec"].get(kind) or []
+    return [mount for each in containers for mount in each.get("volumeMounts") or []]
 
 
 def require_name(name: str, nodes: int) -> None:

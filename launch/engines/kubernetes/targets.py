@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from launch.engines.kubernetes.pods import Manifest, labels, pod_template, world_variables
@@ -88,6 +89,14 @@ def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]
     }
     train_job = _workload(spec, cluster, "trainer.kubeflow.org/v1alpha1", "TrainJob", asked)
     return [runtime, train_job], False
+
+
+def with_template(objects: list[Manifest], template: Manifest) -> list[Manifest]:
+    """The objects with another template of the pods."""
+    objects = copy.deepcopy(objects)
+    template_of(objects).clear()
+    template_of(objects).update(template)
+    return objects
 
 
 def template_of(objects: list[Manifest]) -> Manifest:
