@@ -96,6 +96,14 @@ let_go = _hold_threads(2)
 cores = len(os.sched_getaffinity(0))
 while threads() < before + cores:  # with the one that starts them; the team's second is there
     time.sleep(0.01)
+def of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+while of_a_new_thread() != 2:
+    time.sleep(0.01)
 let_go.set()
 while threads() > before:
     time.sleep(0.01)

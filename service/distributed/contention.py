@@ -113,12 +113,12 @@ def _hold_threads(team: int) -> threading.Event:
     count = len(os.sched_getaffinity(0)) - team + 2  # the first of them is not one more
     let_go = threading.Event()
     if count <= _MOST_IDLE_THREADS:
-        threading.Thread(target=_hold, args=(count, let_go), name="idle", daemon=True).start()
+        threading.Thread(target=_hold, args=(count, team, let_go), name="idle", daemon=True).start()
     return let_go
 
 
-def _hold(count: int, let_go: threading.Event) -> None:
+def _hold(count: int, team: int, let_go: threading.Event) -> None:
     torch.set_num_threads(count)
     torch.zeros(2**17)  # large enough that torch shares it out, and so starts the threads
-    torch.set_num_threads(1)
+    torch.set_num_threads(team)  # threads that are started from now on take this number over
     let_go.wait()  # they end with this one

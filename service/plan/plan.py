@@ -243,12 +243,14 @@ def largest_micro_batch(global_batch: int, processes: int) -> int:
 
 
 def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_batch: int) -> str:
-    fix = f"Use at most {pieces} processes"
+    of, fix = f"{pieces} pieces", f"Use at most {pieces} processes"
+    if pieces == 1:
+        of, fix = "1 piece", "Use one process"
     if processes <= global_batch:
         fix += f", or batch.micro_batch={largest_micro_batch(global_batch, processes)}"
     return (
         f"batch.micro_batch: a global batch of {global_batch} rows in micro-batches of "
-        f"{micro_batch} is {pieces} pieces of work, too few for {processes} processes. {fix}."
+        f"{micro_batch} is {of} of work, too few for {processes} processes. {fix}."
     )
 
 
