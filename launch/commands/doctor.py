@@ -27,6 +27,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from service.basics.limits import limits, workers_each
+from service.basics.running_time import TimeLimit
 from service.health.stop_budget import estimated, grace_periods, longest_save, stop_in_words
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
@@ -225,12 +226,12 @@ def _reduced(count: int, *, on_cpu: bool) -> tuple[int | None, str, str]:
 
 def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
     """The number of the first that failed, or of one that had to be killed at the time limit."""
-    deadline = time.monotonic() + REDUCTION_SECONDS
+    limit = TimeLimit(REDUCTION_SECONDS)
     failed: list[int] = []
     try:
         while any(process.poll() is None for process in processes):
             failed = [n for n, process in enumerate(processes) if process.poll()]
-            if failed or time.monotonic() > deadline:
+            if failed or not limit.left:
                 break  # its peers would wait for it
             time.sleep(0.02)
     finally:

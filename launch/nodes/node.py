@@ -26,6 +26,7 @@ from launch.nodes.secret_file import secret_in
 from launch.processes.echo import echoed
 from launch.processes.signals import heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
+from service.basics.running_time import TimeLimit
 from service.runs.directory import RunDirectory
 from service.spec.files import dump_spec
 
@@ -147,7 +148,7 @@ class _Watch:
         return code
 
     def _when_lost(self) -> None:
-        if self._over.wait(_PATIENCE_SECONDS):
+        if TimeLimit(_PATIENCE_SECONDS).wait(self._over.wait):
             return
         self._killed = True
         for process in psutil.Process().children(recursive=True):

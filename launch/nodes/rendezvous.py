@@ -36,6 +36,7 @@ from launch.nodes.handshake import (
     answered,
 )
 from service.basics.errors import PeerLost, SpecError
+from service.basics.running_time import RunningClock, TimeLimit
 
 _CONNECT_SECONDS = 5.0
 _INTRODUCTION_SECONDS = 10.0
@@ -132,7 +133,7 @@ class Membership:
         for friend in self.friends:
             friend.say({"end": code})
         if code in GOOD_ENDS and self.lost is None:
-            self._gone.wait(_FAREWELL_SECONDS)
+            TimeLimit(_FAREWELL_SECONDS).wait(self._gone.wait)
         for friend in self.friends:
             friend.close()
 
@@ -222,6 +223,7 @@ class _Hall:
         say: Callable[[str], None],
     ) -> None:
         self._own, self._secret, self._say = own, secret, say
+        self._clock = RunningClock()
         self._door, self._events = door, events
         self._most_unknown = _room_for(own.nodes)
         self._unknown: dict[socket.socket, _Unknown] = {}  # the first to come is the first in it
@@ -249,7 +251,7 @@ class _Hall:
                 self._forget(key.data)
             elif key.fileobj in self._unknown:  # else it was dropped in this very round
                 self._hear(key.data)
-        now = time.monotonic()
+        now = self._clock()
         while self._unknown and next(iter(self._unknown.values())).until < now:
             self._drop(next(iter(self._unknown.values())))
 
@@ -284,7 +286,7 @@ class _Hall:
                 connection,
                 str(address[0]).removeprefix("::ffff:"),
                 Doorkeeper(self._secret),
-                time.monotonic() + _INTRODUCTION_SECONDS,
+                self._clock() + _INTRODUCTION_SECONDS,
             )
             self._unknown[connection] = unknown
             self._events.register(connection, selectors.EVENT_READ, unknown)
@@ -480,8 +482,8 @@ def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
     with selectors.DefaultSelector() as events:
         events.register(friend.connection, selectors.EVENT_READ)
         while waiting.left:
-            if not events.select(waiting.left):
-                break
+            if not events.select(waiting.look):
+                continue
             heard = friend.hear()
             if heard is None:
                 break
@@ -494,13 +496,17 @@ class _Patience:
     """A deadline, and one line for the log when it takes its time."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
-        self._began = time.monotonic()
+        self._limit = TimeLimit(seconds)
         self._seconds = seconds
         self._say: Callable[[str], None] | None = say
 
     @property
     def left(self) -> float:
-        return max(0.0, self._began + self._seconds - time.monotonic())
+        return self._limit.left
+
+    @property
+    def look(self) -> float:
+        return self._limit.look
 
     def goes_on(self, reason: str) -> bool:
         if self._say and reason and self._seconds - self.left > _TELL_AFTER_SECONDS:

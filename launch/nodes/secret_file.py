@@ -15,6 +15,7 @@ from service.basics.atomic_files import (
     told_when_unwritten,
 )
 from service.basics.errors import PeerLost
+from service.basics.running_time import TimeLimit
 
 FOLDER = ".meetings"
 """Among the runs, which every node sees."""
@@ -40,9 +41,9 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
         with told_when_unwritten(file):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             replace_file(file, secrets.token_hex(_BYTES), mode=0o600)
-    deadline = time.monotonic() + seconds
+    limit = TimeLimit(seconds)
     while not file.exists():
-        if time.monotonic() > deadline:
+        if not limit.left:
             raise PeerLost(
                 f"After {seconds:g} s node 0 has not written {file}. Look at its log; every node "
                 "must see the runs in the same place (--runs)."

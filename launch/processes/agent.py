@@ -40,6 +40,7 @@ from torch.distributed.elastic.rendezvous import (
 from launch.environment import RUN_OF_STORE
 from launch.rank.store import own_store
 from service.basics.errors import EvenstepError, Stopped
+from service.basics.running_time import RunningClock
 from service.health.stop_request import StopRequest
 
 PEERS_LEAVE_SECONDS = 5.0
@@ -147,7 +148,9 @@ class Agent(SimpleElasticAgent):
         """What the ranks were given to stop, once they were asked to."""
         self._forwarded = False
         self._failed = False
+        self._clock = RunningClock()
         self._deadline: float | None = None
+        """On this clock: what is stopped together with its agent is not late."""
         self.ranks: list[Rank] = []
         """In the order in which they were started, so by number."""
         self.first_ended: list[Rank] = []
@@ -200,8 +203,9 @@ class Agent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         reap_strangers()
         alive = self._look()
+        now = self._clock()
         if alive:
-            self._hurry(alive)
+            self._hurry(alive, now)
             return RunResult(WorkerState.HEALTHY)
         if any(rank.ended for rank in self.ranks):
             return RunResult(WorkerState.FAILED)
@@ -234,9 +238,8 @@ class Agent(SimpleElasticAgent):
                     self.first_ended.append(rank)
         return alive
 
-    def _hurry(self, alive: list[Rank]) -> None:
+    def _hurry(self, alive: list[Rank], now: float) -> None:
         """Hand on a request to stop, once; kill who has not followed it or its peers in time."""
-        now = time.monotonic()
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
             self.stop_budget_seconds = self._stop_budget()

@@ -29,6 +29,7 @@ from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import budget_seconds
 from service.health.stop_request import StopRequest, die_with_parent, stop_on_signals
+from service.health.watchdog import HUNG
 from service.runs.directory import RunDirectory, read_beat
 from service.runs.failure_reports import write_failure
 
@@ -182,6 +183,9 @@ def _attempt(
         agent.run_once()
     except NotStarted as error:
         return Cause(error.exit_code, f"error: {error}")
+    for rank in agent.ranks:
+        if _mark(notes, rank.number).exists():
+            rank.ended = HUNG  # by its sentinel, and not by whoever else kills
     _bring_reports(notes / "failures", job.directory())
     cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds, node_lost())
     return _explained(cause, agent, job, notes)
@@ -217,8 +221,15 @@ def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
         told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
         write_failure(directory.failures, {**known, **told})
     crashed = rank.killed_by in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
-    held = rank.ended == 1 and rank.killed_by is None and rank.number not in _noted(notes)
+    held = rank.ended == HUNG and rank.killed_by is None and rank.number not in _noted(notes)
+    if held and (mark := _mark(notes, rank.number)).exists():
+        cause = replace(cause, told=f"error: rank {rank.number}: {mark.read_text()}")
     return replace(cause, told=f"{stacks}\n{cause.told}") if crashed or held else cause
+
+
+def _mark(notes: Path, rank: int) -> Path:
+    """The file where the sentinel of a rank writes why it has killed it."""
+    return notes / f"{rank}.silent"
 
 
 def _noted(notes: Path) -> set[int]:
@@ -261,7 +272,7 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
         os._exit(code)
 
     heartbeat = Heartbeat(rank=place.rank, scratch=Path(notes), started=started)
-    here = RankContext(heartbeat, leave_hung)
+    here = RankContext(heartbeat, leave_hung, mark=_mark(Path(notes), place.rank))
     with stop_on_signals() as stop:
         if place.rank:
             heartbeat.speak_into_log()

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from launch.environment import Environment
@@ -49,6 +50,8 @@ class RankContext:
     heartbeat: Heartbeat
     leave: Leave
     """Kills it at once, if its main thread cannot exit."""
+    mark: Path | None = None
+    """Where it is written why it was killed, for a launcher that reads it."""
 
     def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
         """A context in which the watchdog reports and kills this process if it hangs."""
@@ -59,6 +62,7 @@ class RankContext:
             startup_timeout_seconds=spec.faults.startup_timeout_seconds,
             hook_timeout_seconds=spec.faults.hook_timeout_seconds,
             leave=self.leave,
+            mark=self.mark,
         )
 
 
@@ -85,6 +89,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
     spec = job.spec
     watched_here = here.watched(spec, environment)
     with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
+        world.leave_limits_to_the_watchdog()
         task = load_task(spec.task, spec.task_args, seed=spec.seed)
         spec = settled(
             spec,

@@ -9,11 +9,12 @@ import select
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+from service.basics.running_time import TimeLimit
+from service.health.sentinel import running
 from service.health.stop_request import STOP_SIGNALS
 
 LEAVING_SECONDS = 10.0
@@ -42,8 +43,8 @@ def end_in_time(code: int) -> None:
 
     Called in the main thread when its work has ended.  What is left then may wait for ever: a
     library's function for the exit, a worker that does not answer, a terminal that nobody reads.
-    A thread counts the time.  Where it cannot run, because the interpreter's lock is held,
-    faulthandler's own ends the process a little later, with code 1.
+    A thread counts the time. Where it cannot run, because the interpreter's lock is held, the
+    sentinel kills the process a little later. Where there is none, faulthandler ends it with 1.
     """
     if _ending.is_set():
         return
@@ -55,17 +56,20 @@ def end_in_time(code: int) -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _heard)
-    with suppress(ValueError, OSError):  # a standard error that is closed
-        faulthandler.dump_traceback_later(LEAVING_SECONDS + _LOCKED_SECONDS, exit=True, file=2)
+    locked_seconds = LEAVING_SECONDS + _LOCKED_SECONDS
+    watching = running()
+    if watching is None or not watching.alive(locked_seconds):
+        with suppress(ValueError, OSError):  # a standard error that is closed
+            faulthandler.dump_traceback_later(locked_seconds, exit=True, file=2)
     threading.Thread(target=_count, args=(heard, code), name="leaving", daemon=True).start()
 
 
 def _count(heard: int, code: int) -> NoReturn:
-    deadline = time.monotonic() + LEAVING_SECONDS
+    limit = TimeLimit(LEAVING_SECONDS)
     signals = select.poll()  # and not select, which knows no descriptor from 1,024 on
     signals.register(heard, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0:
-        if signals.poll(left * 1000) and set(os.read(heard, 512)) & _STOPS:
+    while look := limit.look:
+        if signals.poll(look * 1000) and set(os.read(heard, 512)) & _STOPS:
             os._exit(code)  # other signals are written there too, such as that of a child's end
     text = f"WARNING: this process had not let go of everything in {LEAVING_SECONDS:g} s: ended."
     teller = threading.Thread(target=_tell, args=(text,), daemon=True)

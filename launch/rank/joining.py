@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from datetime import timedelta
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
@@ -18,6 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from launch.environment import RUN_OF_STORE, Environment
 from launch.rank.store import LOOPBACK, own_store
 from service.basics.errors import PeerLost
+from service.basics.running_time import TimeLimit
 from service.distributed.world import CONNECT_SECONDS
 
 _LOOK_SECONDS = 1.0
@@ -69,7 +69,7 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
     most = store.add(_COUNT, 1)
     if most >= environment.world_size:
         store.set(_ALL, "1")
-    deadline = time.monotonic() + seconds
+    limit = TimeLimit(seconds)
     while not _is_there(store, _ALL):
         here = store.add(_COUNT, 0)
         if here < most or not store.check([own]) or store.get(own) != token.encode():
@@ -79,7 +79,7 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
             )
         if here >= environment.world_size:
             return
-        if time.monotonic() > deadline:
+        if not limit.left:
             raise PeerLost(
                 f"After {seconds:g} s only {here} of {environment.world_size} processes are there."
             )

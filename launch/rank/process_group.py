@@ -19,7 +19,7 @@ from launch.environment import Environment
 from launch.rank.joining import keep_to_loopback, on_one_node, store_of, wait_for_all
 from service.basics.errors import SpecError, Stopped
 from service.basics.limits import stay_near, threads_each
-from service.distributed.world import World, be_patient, connect_patience, unconnected
+from service.distributed.world import BOUNDED, World, be_patient, connect_patience, unconnected
 from service.optimization.precision import multiply_in
 
 # Groups that are done with stay until the process leaves. An exception's traceback may hold the
@@ -206,7 +206,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
         dist.init_process_group(backend, timeout=patience)
         return
     wait_for_all(store, environment, seconds=timeout_seconds)
-    bounded = backend in ("gloo", "nccl")  # torch can give these another limit later
+    bounded = backend in BOUNDED
     brief = connect_patience(environment.world_size)
     try:
         dist.init_process_group(

@@ -53,16 +53,25 @@ class Stopwatch:
         self._latest.append(now - self._begun if self._on_cpu else (self._begun, now))
 
     def seconds_a_pass(self) -> float:
-        """The mean of the latest passes; on a device it waits for the last one."""
+        """The mean of the latest passes but the longest; on a device it waits for the last one.
+
+        One that took very long is chance: this process may have been stopped and continued in it.
+        """
         if not self._latest:
             return 0.0
         if self._on_cpu:
-            return statistics.fmean(self._latest)
+            return _mean_but_longest(list(self._latest))
         self._latest[-1][1].synchronize()
-        return statistics.fmean(b.elapsed_time(e) for b, e in self._latest) / 1e3
+        return _mean_but_longest([b.elapsed_time(e) for b, e in self._latest]) / 1e3
 
     def _now(self) -> Any:
         return perf_counter() if self._on_cpu else moment(self._device, timing=True)
+
+
+def _mean_but_longest(seconds: list[float]) -> float:
+    if len(seconds) > 1:
+        seconds.remove(max(seconds))
+    return statistics.fmean(seconds)
 
 
 class StragglerDetector:

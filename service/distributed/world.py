@@ -36,8 +36,10 @@ T = TypeVar("T")
 # two threads take 0.66 of the time of one where they spin while they wait, and 1.0 to 1.1 where
 # they sleep, beside other programs; at 3.4 billion 0.75 where they spin.
 _SHARED_FROM = 2**27
-# Who stands still is found by others: this is only not to be what ends a save.
-_MOST_OF_A_SAVE = timedelta(days=1)
+# Where the watchdog finds who stands still, torch's own limits must not end a run: they compare two
+# times, and so have expired when a run that was stopped as a whole continues. In milliseconds it
+# fits into 32 bits.
+_WATCHED = timedelta(days=20)
 # By these words gloo, NCCL and torch's store say that another process is gone.  Source: torch 2.13,
 # torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL's lines as logs show them.
 _LOST = (
@@ -62,6 +64,8 @@ _BACKEND_ADVICE = (
         "(CUDA_VISIBLE_DEVICES), or start fewer processes.",
     ),
 )
+BOUNDED = ("gloo", "nccl")
+"""The backends whose limit for an operation torch can change later."""
 CONNECT_SECONDS = 60.0
 """What processes that are all there may take to connect; where somebody deletes the addresses that
 they give each other in their store, this ends the wait."""
@@ -117,6 +121,13 @@ class World:
             group = self._control or dist.group.WORLD
             assert group is not None, "there are several processes and no group of them"
             self._pairs = RecursiveDoubling(group)
+
+    def leave_limits_to_the_watchdog(self) -> None:
+        """From now on, torch and gloo wait for the other processes as long as it takes."""
+        if self.processes > 1:
+            for group in (dist.group.WORLD, self._control):
+                if group is not None and dist.get_backend(group) in BOUNDED:
+                    be_patient(_WATCHED, group)
 
     def suit_threads(self, flops: float | None) -> None:
         """Compute on one thread where a pass takes so few operations that sharing them costs more.
@@ -327,7 +338,7 @@ class Writers:
         """Make sure that they can speak; every one of them calls it, where all others wait too."""
         if self.processes > 1 and self._group is None:
             first = list(range(self.processes))
-            self._group = _connected(first, self.processes, _MOST_OF_A_SAVE)
+            self._group = _connected(first, self.processes, _WATCHED)
 
     def from_lead(self, value: T) -> T:
         """The lead's value, on each of them.

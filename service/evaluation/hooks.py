@@ -20,6 +20,7 @@ from torch import nn
 
 from service.basics import randomness
 from service.basics.errors import LINES, HookFailed, SpecError, printable
+from service.basics.running_time import TimeLimit
 from service.data.task import Task, TestSet
 from service.distributed.generators import generators_given_back, seed_generators
 from service.distributed.world import World, Writers
@@ -33,6 +34,7 @@ from service.runs.tracking import LoggedFile
 from service.sharding.sharding import holds_rows
 
 Hook = Callable[["HookContext"], object]
+_RING_SECONDS = 0.05
 
 
 class HookTimeout(Exception):
@@ -357,6 +359,7 @@ class _Limit:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._held = False
+        self._left = TimeLimit(seconds)
 
     @contextmanager
     def over(self) -> Iterator[None]:
@@ -365,7 +368,8 @@ class _Limit:
             yield
             return
         before = signal.signal(signal.SIGALRM, self._ring)
-        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        self._left = TimeLimit(self._seconds)  # the timer itself goes on while a run is stopped
+        self._ring_again()
         try:
             yield
         finally:
@@ -382,7 +386,10 @@ class _Limit:
             self._held = False
 
     def _ring(self, number: int, frame: object) -> None:
-        if self._held:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        if self._held or self._left.left:
+            self._ring_again()
             return
         raise HookTimeout(f"it took longer than faults.hook_timeout_seconds ({self._seconds:g} s)")
+
+    def _ring_again(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, max(self._left.look, _RING_SECONDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -89,6 +90,16 @@ class Trace:
         self.name, self.count = name, self.count + 1
 
 
+class _Seen(NamedTuple):
+    """What the watchdog saw when it looked last."""
+
+    place: Position
+    standing_seconds: float
+    time: float
+    """On the monotonic clock."""
+    most_seconds: float
+
+
 class Heartbeat:
     """What one process is doing, and the seconds spent on each kind of work.
 
@@ -115,6 +126,7 @@ class Heartbeat:
         self._writer_moved = 0.0
         """On the monotonic clock; counts only while training waits for the writer."""
         self._waits_for_the_writer = False
+        self._seen: _Seen | None = None
         since = monotonic() - (time.time() - self.started)
         self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
 
@@ -135,6 +147,23 @@ class Heartbeat:
         if self._waits_for_the_writer:
             since = max(since, self._writer_moved)
         return Position(work, step, micro_batch, since)
+
+    def look(self, most_seconds: float) -> tuple[Position, float]:
+        """Where this process is now, and how long it has made no progress; for the watchdog.
+
+        Of the time since the last look, at most `most_seconds` count: if it is longer, this process
+        was stopped, and perhaps all others with it.
+        """
+        place = self.place
+        standing = self._standing_seconds(place, most_seconds)
+        self._seen = _Seen(place, standing, monotonic(), most_seconds)
+        return place, standing
+
+    def _standing_seconds(self, place: Position, most_seconds: float) -> float:
+        seen, now = self._seen, monotonic()
+        if seen is None or seen.place != place:
+            return min(now - place.since, most_seconds)
+        return seen.standing_seconds + min(now - seen.time, most_seconds)
 
     @property
     def step(self) -> int:
@@ -226,6 +255,8 @@ class Heartbeat:
     def record(self) -> dict[str, Any]:
         """The identity and state of this process, for other processes."""
         place = self.place
+        most_seconds = self._seen.most_seconds if self._seen else math.inf  # inf: no watchdog
+        standing = self._standing_seconds(place, most_seconds)
         return {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -238,7 +269,7 @@ class Heartbeat:
             "work": place.work,
             "last_collective": self.trace.name,
             "collectives": self.trace.count,
-            "standing_seconds": round(monotonic() - place.since, 3),
+            "standing_seconds": round(standing, 3),
             "longest_save_seconds": round(self.longest_save_seconds, 3),
             "seconds": self.seconds(),
         }

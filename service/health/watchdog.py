@@ -18,7 +18,9 @@ from typing import IO, Any, NoReturn
 
 from service.basics.atomic_files import without_link
 from service.basics.errors import PeerLost
+from service.basics.running_time import RunningClock, TimeLimit
 from service.health.heartbeat import ORDER, WORDS, WRITER, Heartbeat, Position, Work, group
+from service.health.sentinel import sentinel
 from service.runs.directory import read_beat
 from service.runs.failure_reports import read_failures, write_failure
 
@@ -52,24 +54,32 @@ def watched(
     startup_timeout_seconds: float,
     hook_timeout_seconds: float,
     leave: Leave,
+    mark: Path | None = None,
 ) -> Iterator[None]:
     """A context that reports and kills this process when it makes no progress for too long.
 
-    A thread checks its heartbeat. If no thread can run, because the interpreter's lock is
-    held, the timer of faulthandler writes the stacks and exits with code 1.
+    A thread checks its heartbeat. If no thread can run, because the interpreter's lock is held, the
+    timer of faulthandler writes the stacks, and the sentinel kills this process. Where there can be
+    no sentinel, that timer also exits, with code 1.
+
+    Time in which this process was stopped does not count, so a run whose processes are all stopped
+    and continued (SIGSTOP and SIGCONT, a frozen container) goes on.
 
     Args:
         startup_timeout_seconds, hook_timeout_seconds: the limits before the first step, and of a
             hook of the task.
         leave: ends the process at once, with a code and a message.
+        mark: the file where the sentinel writes why it has killed; by default it tells standard
+            error.
     """
+    heartbeat.moved()  # what was before, nobody has watched
     ended = threading.Event()
     timeouts: dict[Work, float] = {
         "starting": startup_timeout_seconds,
         # The hook is interrupted at its limit; this is for one that cannot be.
         "hook": hook_timeout_seconds + min(hook_timeout_seconds, _UNINTERRUPTED_SECONDS),
     }
-    watch = _Watch(heartbeat, processes, timeout_seconds, timeouts, leave, ended)
+    watch = _Watch(heartbeat, processes, timeout_seconds, timeouts, leave, ended, mark)
     thread = threading.Thread(target=watch.run, name="hang watch", daemon=True)
     thread.start()
     try:
@@ -90,7 +100,7 @@ class _Awaited:
     """None if all other ranks are ahead."""
     beat_time: float
     until: float
-    """When it is checked again, on the monotonic clock."""
+    """When it is checked again, on the clock of the watchdog."""
 
 
 class _Watch:
@@ -102,6 +112,7 @@ class _Watch:
         timeouts: Mapping[Work, float],
         leave: Leave,
         ended: threading.Event,
+        mark: Path | None,
     ) -> None:
         self._heartbeat = heartbeat
         self._processes = processes
@@ -111,6 +122,11 @@ class _Watch:
         self._ended = ended
         self._main = threading.main_thread().ident
         self._look_seconds = min(_MOST_SECONDS_A_LOOK, timeout_seconds / 8)
+        # Longer than a busy machine or a held lock usually delays a look, so that this time still
+        # counts, and much shorter than the timeout.
+        self._most_seconds = max(2 * self._look_seconds, timeout_seconds / 8)
+        self._clock = RunningClock(self._most_seconds)
+        self._sentinel = sentinel(mark)
         self._stacks: IO[str] | None = None
         self._awaited: _Awaited | None = None
 
@@ -120,20 +136,32 @@ class _Watch:
                 self._look()
         finally:  # also if a check fails: without checks it would kill a healthy process
             faulthandler.cancel_dump_traceback_later()
+            if self._sentinel is not None:
+                self._sentinel.rest()
 
     def _look(self) -> None:
-        place = self._heartbeat.place
+        place, standing = self._heartbeat.look(self._most_seconds)
+        now = self._clock()
         timeout = self._timeouts.get(place.work, self._timeout)
-        # Each check restarts the timer, so it fires only if the checks have stopped.
-        faulthandler.dump_traceback_later(
-            timeout + 2 * self._look_seconds, exit=True, file=self._stacks_file()
-        )
+        self._expect_next_look(timeout + 2 * self._look_seconds)
         self._heartbeat.write()
-        standing = time.monotonic() - place.since
         if standing > timeout / 2 and (not self._awaited or self._awaited.place != place):
-            self._awaited = self._last_moved(place, until=place.since + timeout)
+            self._awaited = self._last_moved(place, until=now + timeout - standing)
         if standing > timeout and place == self._heartbeat.place and not self._may_wait(timeout):
             self._report(standing)
+
+    def _expect_next_look(self, seconds: float) -> None:
+        """From now on, no look in so many seconds ends this process, with its stacks on file."""
+        file = self._stacks_file()
+        if file is not sys.stderr and os.fstat(file.fileno()).st_size:
+            os.ftruncate(file.fileno(), 0)  # written while this process was stopped: no hang
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+        if self._sentinel is not None:
+            stacks = None if file is sys.stderr else Path(file.name)
+            if not self._sentinel.alive(seconds + 2 * self._look_seconds, stacks=stacks):
+                self._sentinel = None
+        # Each look restarts the timer, so it fires only if the looks have stopped.
+        faulthandler.dump_traceback_later(seconds, exit=self._sentinel is None, file=file)
 
     def _last_moved(self, place: Position, *, until: float) -> _Awaited:
         """The rank that this process may wait for, by the latest heartbeats."""
@@ -161,7 +189,7 @@ class _Watch:
             report.get("group") == group() for report in read_failures(self._heartbeat.failures)
         ):
             return False  # the hang is reported already, and its reporter waits for the others
-        now = time.monotonic()
+        now = self._clock()
         if now < awaited.until:
             return True
         beat = self._beat(awaited.rank)
@@ -231,9 +259,9 @@ class _Watch:
 
     def _reports(self, failures: Path) -> list[dict[str, Any]]:
         """The report of every rank about this hang, or else its last heartbeat."""
-        deadline = time.monotonic() + _REPORTS_SECONDS
+        limit = TimeLimit(_REPORTS_SECONDS)
         found: dict[int, dict[str, Any]] = {}
-        while len(found) < self._processes and time.monotonic() < deadline:
+        while len(found) < self._processes and limit.left:
             reports = list(read_failures(failures))
             found = {r["rank"]: r for r in reports if r.get("group") == group()}
             time.sleep(0.05)

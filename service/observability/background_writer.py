@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from service.basics.background_queue import BackgroundQueue
+from service.basics.running_time import joined
 from service.observability.logged_files import files_of_step
 from service.runs.tracking import LoggedFile, Outcome, Row, Writer, read_metrics
 
@@ -76,8 +77,7 @@ class BackgroundWriter(Writer):
     def close(self, outcome: Outcome) -> None:
         """Wait at most `close_seconds` for the tracker; report the number of missing rows."""
         self._rows.end()
-        self._thread.join(self._close_seconds)
-        if self._thread.is_alive():
+        if not joined(self._thread, self._close_seconds):
             self._error = f"it had not finished after {self._close_seconds:g} s"
         missing = self._received_rows - self._written_rows
         if missing or self._error:

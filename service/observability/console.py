@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from service.basics.background_queue import BackgroundQueue
+from service.basics.running_time import joined
 from service.runs.tracking import Outcome, Row, Writer
 
 if TYPE_CHECKING:  # at run time only where there is a terminal to draw on
@@ -127,8 +128,7 @@ class _Screen(Console, Protocol):
 
     def close(self, outcome: Outcome) -> None:
         self._queue.end()
-        self._thread.join(_LAST_WORDS_SECONDS)
-        if self._thread.is_alive() and self._stream is sys.stdout:
+        if not joined(self._thread, _LAST_WORDS_SECONDS) and self._stream is sys.stdout:
             # Nobody reads: what else is said would wait as well, up to the interpreter's own exit.
             self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the very end
 

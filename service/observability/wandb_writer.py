@@ -17,7 +17,6 @@ import os
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.basics.background_queue import BackgroundQueue
+from service.basics.running_time import TimeLimit, joined
 from service.observability.logged_files import files_of_step, read_histogram
 from service.runs.checkpoint_files import best_of, checkpoints_in
 from service.runs.tracking import LoggedFile, Outcome, Row, Writer, read_metrics
@@ -120,8 +120,7 @@ class WandB(Writer):
         self._closing = True
         self._outcome = outcome
         self._rows.end()
-        self._thread.join(self._close_seconds)
-        if self._thread.is_alive():
+        if not joined(self._thread, self._close_seconds):
             self._give_up()
         if self._mode != "disabled":
             self._report()
@@ -147,8 +146,8 @@ class WandB(Writer):
         """
         self._given_up = True
         self._trouble = f"it had not finished after {self._close_seconds:g} s"
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        limit = TimeLimit(_LAST_WORDS_SECONDS)
+        while self._thread.is_alive() and limit.left:
             for child in psutil.Process().children(recursive=True) if self._owns_core else ():
                 with suppress(psutil.Error):
                     if child.name().startswith("wandb-"):

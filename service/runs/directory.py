@@ -35,6 +35,7 @@ from service.basics.atomic_files import (
     without_link,
 )
 from service.basics.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean, printable
+from service.basics.running_time import TimeLimit
 from service.plan.changing import (
     NOTHING_ACCEPTED,
     Accepted,
@@ -649,12 +650,12 @@ def _require_free(directory: RunDirectory) -> None:
 
 def _locked_in_time(lock: IO[str]) -> bool:
     # The children of a killed process hold its lock until the kernel has killed them too.
-    deadline = time.monotonic() + _LOCK_SECONDS
+    limit = TimeLimit(_LOCK_SECONDS)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if not limit.left:
                 return False
             time.sleep(0.05)
         else:

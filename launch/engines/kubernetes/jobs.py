@@ -23,11 +23,13 @@ from launch.engines.kubernetes.states import (
 from launch.engines.kubernetes.targets import GROUP, QUEUE_OF
 from launch.processes.echo import spoken
 from service.basics.errors import SpecError
+from service.basics.running_time import RunningClock, TimeLimit
 
 KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
 _POLL_SECONDS = 2.0
 _GONE_SECONDS = 300.0
 _SILENCE_SECONDS = 600.0
+_MOST_SECONDS_A_LOOK = 60.0  # a cluster that does not answer; longer, and this command was stopped
 _ASKED_PODS = 3
 """Of more pods that wait, the events are the same."""
 
@@ -65,15 +67,17 @@ def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
     Raises:
         ClusterError: the job was deleted meanwhile, or the cluster is silent for ten minutes.
     """
+    clock = RunningClock(_MOST_SECONDS_A_LOOK)
     silent_since: float | None = None
     while True:
+        now = clock()
         try:
             work = api.get(kind, name)
         except ClusterUnreachable as error:
             if silent_since is None:
-                silent_since = time.monotonic()
+                silent_since = now
                 say(f"{error} The job does not need it; asking again for ten minutes.")
-            elif time.monotonic() - silent_since > _SILENCE_SECONDS:
+            elif now - silent_since > _SILENCE_SECONDS:
                 raise
         else:
             silent_since = None
@@ -165,9 +169,9 @@ def _missing(api: Api, kind: str, name: str) -> ClusterError:
 
 
 def _wait_until_gone(api: Api, kind: str, name: str) -> None:
-    deadline = time.monotonic() + _GONE_SECONDS
+    limit = TimeLimit(_GONE_SECONDS)
     while api.get(kind, name) is not None:
-        if time.monotonic() > deadline:
+        if not limit.left:
             raise ClusterError(f"{kind} {name} is not gone yet. Try again later.")
         time.sleep(_POLL_SECONDS / 4)
 

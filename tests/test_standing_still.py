@@ -1,0 +1,146 @@
+"""Processes that are all stopped for a while and continued go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from commands import CLEAN
+from injuring import (
+    DEADLINE_SECONDS,
+    descendants,
+    ended,
+    facts_of,
+    injured,
+    rows_of,
+    started,
+    until,
+)
+from processes import ProcessesOf
+
+from service.distributed.world import World, be_patient
+from service.runs.directory import RunDirectory
+from service.runs.verification import compare
+
+TIMEOUT_SECONDS = 2.0
+
+
+def stop_and_continue(processes: set[int], seconds: float) -> None:
+    """As `kill -STOP` and `kill -CONT` do, or a container that is frozen for a while."""
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    time.sleep(seconds)  # the fault itself
+    for process in processes:
+        os.kill(process, signal.SIGCONT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_stopped_and_continued_goes_on(tmp_path: Path, processes: int) -> None:
+    environ = injured(
+        tmp_path,
+        length={"steps": 80},
+        faults={"hang_timeout_seconds": TIMEOUT_SECONDS, "startup_timeout_seconds": 60},
+        checkpoint={"every_steps": 40},
+        test={"every_steps": 40},
+    )
+    words = ("--processes", processes)
+    with started(*words, cwd=tmp_path, **environ) as launcher:
+        until(lambda: rows_of(tmp_path) > 5, "five steps")
+        stop_and_continue({launcher.pid} | descendants(launcher.pid), 3 * TIMEOUT_SECONDS)
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 0, err
+    assert [attempt["outcome"] for attempt in facts_of(tmp_path)["attempts"]] == ["done"]
+    assert not list((tmp_path / "runs/job/failures").glob("*"))
+    assert not [f for f in (tmp_path / "runs/job/logs").glob("*.stacks") if f.stat().st_size]
+    assert ended(*words, "--name", "whole", cwd=tmp_path)[0] == 0
+    runs = (RunDirectory(tmp_path / "runs" / name) for name in ("job", "whole"))
+    compared = compare(*runs, level="bits", tolerance=0.0)
+    assert compared.equal, compared.lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="whether a process is stopped is in /proc")
+def test_one_process_that_is_stopped_without_its_sentinel_goes_on(tmp_path: Path) -> None:
+    environ = injured(tmp_path, faults={"hang_timeout_seconds": TIMEOUT_SECONDS})
+    with started(cwd=tmp_path, **environ) as run:
+        until(lambda: rows_of(tmp_path) > 1, "a step")
+        stop_and_continue({run.pid}, 3 * TIMEOUT_SECONDS)
+        _, err = run.communicate(timeout=DEADLINE_SECONDS)
+    assert run.returncode == 0, err
+
+
+@pytest.mark.parametrize(("processes", "code"), [(1, -signal.SIGKILL), (2, 1)])
+def test_a_process_that_holds_pythons_lock_is_killed(
+    tmp_path: Path, processes: int, code: int
+) -> None:
+    injury = ("hang, lock held", "forward", processes - 1, 40)
+    environ = injured(
+        tmp_path, injury, length={"steps": 80}, faults={"hang_timeout_seconds": TIMEOUT_SECONDS}
+    )
+    found, _, err = ended("--processes", processes, cwd=tmp_path, **environ)
+    assert found == code, err
+    told = re.findall(r"error: (.*)This process has not answered for \d s: (.*) Its stacks", err)
+    assert len(told) == 1, err
+    assert told[0][0] == ("" if processes == 1 else "rank 1: ")
+    stacks = (tmp_path / f"runs/job/logs/rank-{processes - 1}.stacks").read_text()
+    assert "in _hang_with_the_lock" in stacks
+
+
+def outlast(world: World) -> list[int]:
+    """What each process hears where one of them comes later than torch's own limit."""
+    be_patient(timedelta(seconds=1), None)
+    world.leave_limits_to_the_watchdog()
+    if world.index == 1:
+        time.sleep(2.5)  # the fault itself
+    return world.gather(world.index)
+
+
+def test_the_limit_of_a_collective_ends_no_run_that_is_watched(processes: ProcessesOf) -> None:
+    assert processes(2).run(outlast) == [[0, 1], [0, 1]]
+
+
+LOOKS = """
+import time
+looks = 0
+def look(seconds):
+    global looks
+    looks += 1
+    time.sleep(min(seconds, 0.2))
+print("waiting", flush=True)
+"""
+WAITS = {
+    "limit": """
+from service.basics.running_time import TimeLimit
+assert not TimeLimit(2.5).wait(look)
+""",
+    "hook": """
+from service.evaluation.hooks import HookTimeout, _Limit
+try:
+    with _Limit(2.5).over():
+        print("in the hook", flush=True)
+        while True:
+            look(1.0)
+except HookTimeout:
+    pass
+""",
+}
+
+
+@pytest.mark.parametrize("which", WAITS)
+def test_a_limit_does_not_count_the_time_in_which_its_process_is_stopped(which: str) -> None:
+    start = [sys.executable, "-c", f"{LOOKS}{WAITS[which]}print(looks)"]
+    with subprocess.Popen(start, env=CLEAN, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        if which == "hook":
+            assert process.stdout.readline() == "in the hook\n"
+        stop_and_continue({process.pid}, 4.0)
+        assert int(process.stdout.read()) >= 3, "each look counts for one second at most"
+    assert process.returncode == 0
