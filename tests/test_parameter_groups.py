@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from service.basics.errors import SpecError
 from service.checkpoints.snapshots import load
 from service.data.task import Task, supervised
 from service.optimization.learning_rates import Schedule
-from service.optimization.optimizers import layer_of_parameter, make_optimizer, parameter_groups
+from service.optimization.optimizers import (
+    frozen_until,
+    layer_of_parameter,
+    make_optimizer,
+    parameter_groups,
+)
 from service.optimization.train_state import TrainState
+from service.plan.plan import make_plan
 from service.plan.schedules import Length, multiplier
 from service.spec.files import load_spec
 
 HERE = Path(__file__)
+STREAM: dict[str, Any] = {"processes": 1, "train_rows": None, "test_rows": 1}
 
 
 class Net(nn.Module):
@@ -170,11 +178,20 @@ def test_plan_prints_the_groups_and_that_none_is_left_out(tmp_path):
 # ---- frozen
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_group_may_be_frozen_for_ever_or_until_a_step(processes, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "until", "first"),
+    # Two epochs end within the sixth step, so the seventh is the first without their rows.
+    [
+        (1, {"unfreeze_at_step": 6}, 6),
+        (3, {"unfreeze_at_epoch": 2}, math.ceil(2 * small.ROWS / 23)),
+    ],
+)
+def test_a_group_may_be_frozen_for_ever_or_until_a_step_or_an_epoch(
+    processes, tmp_path, count, until, first
+):
     adam = {"name": "adamw", "lr": 0.05}
     groups = [{"match": "base.weight", "freeze": True}, {"match": "base.bias"}, {"match": "*"}]
-    groups[1]["unfreeze_at_step"] = 6
+    groups[1] |= until
     spec = job(
         {**adam, "groups": groups}, checkpoint={"every_steps": 1, "keep": 10}, max_grad_norm=0.1
     )
@@ -188,8 +205,18 @@ def test_a_group_may_be_frozen_for_ever_or_until_a_step(processes, tmp_path, cou
         for name in by_step[0]
     }
     assert not any(moved["base.weight"])
-    assert moved["base.bias"] == [False] * 5 + [True] * 4
+    assert moved["base.bias"] == [False] * (first - 1) + [True] * (10 - first)
     assert all(moved["head.weight"])
+
+
+def test_a_group_is_unfrozen_by_steps_or_by_epochs():
+    both = {"match": "*", "unfreeze_at_step": 6, "unfreeze_at_epoch": 2}
+    with pytest.raises(SpecError, match="unfreeze_at_step or unfreeze_at_epoch, but has both"):
+        groups_of({"groups": [both]})
+    [group] = groups_of({"groups": [{"match": "*", "unfreeze_at_epoch": 0.5}]})
+    stream = make_plan(load_spec(job({"name": "sgd", "lr": 1.0})), **STREAM)
+    with pytest.raises(SpecError, match=r"'\*' has unfreeze_at_epoch, .* a stream"):
+        frozen_until(group, stream)
 
 
 # ---- by name

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from service.basics.errors import SpecError, did_you_mean
 from service.data.task import imported
+from service.plan.plan import Plan
 from service.sharding.sharding import is_sharded
 from service.spec.models import Spec
 from service.spec.optimizer import GroupSpec, OptimizerSpec
@@ -47,6 +50,8 @@ class ParameterGroup:
     """Never trained."""
     frozen_until_step: int = 0
     """Trained from this step on."""
+    frozen_until_epoch: float = 0.0
+    """Trained from the end of this epoch on."""
     companion: bool = False
     """Trained by the optimizer's companion."""
 
@@ -109,9 +114,9 @@ def _groups_of(
             options["lr"] = options.get("lr", spec.lr) * spec.layer_decay ** (last - layer)
         if spare:
             options["weight_decay"] = 0.0
-        until = pattern.unfreeze_at_step or 0
-        frozen = pattern.freeze and not until
-        groups.append(ParameterGroup(pattern.match, tuple(found), options, frozen, until))
+        step, epoch = pattern.unfreeze_at_step or 0, pattern.unfreeze_at_epoch or 0.0
+        frozen = pattern.freeze and not (step or epoch)
+        groups.append(ParameterGroup(pattern.match, tuple(found), options, frozen, step, epoch))
     return groups
 
 
@@ -276,7 +281,7 @@ def _made(
     sparse: Set[str],
 ) -> torch.optim.Optimizer:
     make = optimizer_class(spec.name)
-    if needs_closure(make) and len(groups) > 1:
+    if needs_closure(make) and len(groups) > 1 and not getattr(make, "takes_groups", False):
         raise SpecError(
             f"{where}.groups: {make.__name__} moves all parameters along one line, so it takes "
             "one group only. Freeze the others, or leave out groups, no_decay and layer_decay."
@@ -326,14 +331,36 @@ def _try_out(
         step_of(optimizer)()
 
 
-def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[Frozen]:
-    """The groups that are frozen until a later step."""
+def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup], plan: Plan) -> list[Frozen]:
+    """The groups that are frozen until a later step.
+
+    Raises:
+        SpecError: until an epoch, where the training data is a stream.
+    """
     parameters = dict(model.named_parameters())
     return [
-        Frozen(group.frozen_until_step, tuple(parameters[name] for name in group.names))
+        Frozen(until, tuple(parameters[name] for name in group.names))
         for group in groups
-        if group.frozen_until_step
+        if (until := frozen_until(group, plan))
     ]
+
+
+def frozen_until(group: ParameterGroup, plan: Plan) -> int:
+    """The number of steps for which a group is not trained; 0 if it is trained at once.
+
+    Raises:
+        SpecError: it is said in epochs, and the training data is a stream.
+    """
+    if not group.frozen_until_epoch:
+        return group.frozen_until_step
+    if plan.steps_per_epoch is None:
+        raise SpecError(
+            f"optimizer.groups: {group.match!r} has unfreeze_at_epoch, but the training data is a "
+            "stream, which has no epochs. Use unfreeze_at_step."
+        )
+    # The decimal as written; the step that has the first row of the next epoch is not trained yet
+    # if it has one of this epoch too.
+    return math.ceil(Fraction(str(group.frozen_until_epoch)) * plan.steps_per_epoch)
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -23,6 +23,7 @@ from service.optimization.buffers import buffers_besides_batchnorm
 from service.optimization.learning_rates import make_schedule
 from service.optimization.optimizers import (
     ParameterGroup,
+    frozen_until,
     make_optimizer,
     parameter_groups,
     require_its_loss,
@@ -62,7 +63,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     if spec.exchange.mode == "sharded":
         require_shardable(model, task, spec)
     groups = parameter_groups(model, spec.optimizer)
-    parameters = _parameters(model, groups, spec)
+    parameters = _parameters(model, groups, plan)
     optimizer = make_optimizer(model, spec.optimizer, groups)
     require_its_loss(optimizer, spec)
     size = expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
@@ -180,8 +181,9 @@ def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]
 
 
 def _parameters(
-    model: nn.Module, groups: Sequence[ParameterGroup], spec: Spec
+    model: nn.Module, groups: Sequence[ParameterGroup], plan: Plan
 ) -> list[tuple[str, ...]]:
+    spec = plan.spec
     table: list[tuple[str, ...]] = [("match", "tensors", "numbers", "lr", "options", "names")]
     parameters = dict(model.named_parameters())
     for group in groups:
@@ -192,8 +194,8 @@ def _parameters(
             options = {"optimizer": trainer.name, **options}
         rate = f"{options.pop('lr', trainer.lr):g}"
         rate = "frozen" if group.frozen else rate
-        if group.frozen_until_step:
-            options["trained_after_step"] = group.frozen_until_step
+        if until := frozen_until(group, plan):
+            options["trained_after_step"] = until
         table.append(_row(parameters, group.match, group.names, rate, options))
     kept = [name for name, p in parameters.items() if not p.requires_grad]
     if kept:

@@ -6,6 +6,8 @@
 A run is this recipe with another optimizer, which a person would write as
 
     evenstep run optimizers 'optimizer={name: adam, lr: 0.002}' --name optimizers-adam
+
+`SAM`, which takes two passes a step, is here as an example of an optimizer of one's own.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
 
 from service.recipes.digits import task
 
-__all__ = ["CLASSICS", "task"]
+__all__ = ["CLASSICS", "SAM", "task"]
 
 # Each at a rate that suits it; everything else is the same, the rows of every step too.
 CLASSICS: dict[str, dict[str, object]] = {
@@ -27,6 +33,55 @@ CLASSICS: dict[str, dict[str, object]] = {
     "rmsprop": {"name": "rmsprop", "lr": 0.001},
     "adam": {"name": "adam", "lr": 0.002},
 }
+
+
+class SAM(torch.optim.SGD):
+    """Sharpness-aware minimization: SGD along the gradients at the worst place near the weights.
+
+    A step computes the loss twice.  That place is `rho` away from the weights, along the gradients
+    of the whole step.
+    Source: Foret et al., arXiv:2010.01412, algorithm 1 and eq. 2 with p = 2.
+    """
+
+    takes_groups: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        rho: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
+        for group in self.param_groups:
+            group.setdefault("rho", rho)
+
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]  # it needs one
+        """Update the weights; the closure computes the loss and the gradients where they are."""
+        loss = closure()
+        with torch.no_grad():
+            moved = [
+                (parameter, parameter.clone(), group["rho"])
+                for group in self.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+            norms = [torch.linalg.vector_norm(parameter.grad) for parameter, _, _ in moved]
+            norm = torch.linalg.vector_norm(torch.stack(norms)) + 1e-12
+            for parameter, _, rho in moved:
+                parameter.add_(parameter.grad * (rho / norm))
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for parameter, before, _ in moved:
+                parameter.copy_(before)
+        super().step()
+        return loss
 
 
 def main(more: list[str]) -> int:

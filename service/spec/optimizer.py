@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, Strict, Tag, create_model
+from pydantic import ConfigDict, Discriminator, Field, Strict, Tag, create_model, model_validator
 
 from service.spec.optimizer_options import OPTIMIZERS
-from service.spec.part import CUSTOM, IMPORT_STRING, Part, tag_by_name
+from service.spec.part import CUSTOM, IMPORT_STRING, Part, tag_by_name, wrong
 
 
 class OptimizerSpec(Part):
@@ -41,10 +41,18 @@ class GroupSpec(Part):
     """Do not train these parameters."""
     unfreeze_at_step: Annotated[int, Field(ge=1)] | None = None
     """Do not train them for this many optimizer steps, then train them."""
+    unfreeze_at_epoch: Annotated[float, Field(gt=0)] | None = None
+    """The same in epochs; may be a fraction."""
+
+    @model_validator(mode="after")
+    def _unfrozen_once(self) -> Self:
+        if self.unfreeze_at_step is not None and self.unfreeze_at_epoch is not None:
+            raise wrong("must have unfreeze_at_step or unfreeze_at_epoch, but has both")
+        return self
 
     def options(self) -> dict[str, Any]:
         """The options of the optimizer that the user gave for this group."""
-        return _given(self, without={"match", "freeze", "unfreeze_at_step"})
+        return _given(self, without={"match", "freeze", "unfreeze_at_step", "unfreeze_at_epoch"})
 
 
 def _given(part: Part, *, without: set[str]) -> dict[str, Any]:

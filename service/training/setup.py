@@ -179,7 +179,7 @@ def build_optimizer(model: Model, plan: Plan) -> Optimization:
     optimizer = make_optimizer(model.module, spec.optimizer, groups)
     require_its_loss(optimizer, spec)
     schedule = make_schedule(optimizer, plan)
-    return Optimization(optimizer, schedule, frozen_for_now(model.module, groups))
+    return Optimization(optimizer, schedule, frozen_for_now(model.module, groups, plan))
 
 
 @dataclass(frozen=True)
