@@ -77,8 +77,16 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 @click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="Export the moving average of the weights.")
+@click.option("--trained", is_flag=True, help="Export only the parameters that the run trains.")
+@click.option("--merged", is_flag=True, help="Export what the task's `merged` makes of the model.")
 def export(
-    run: Path, overrides: tuple[str, ...], file: Path, checkpoint: str, average: bool
+    run: Path,
+    overrides: tuple[str, ...],
+    file: Path,
+    checkpoint: str,
+    average: bool,
+    trained: bool,
+    merged: bool,
 ) -> None:
     """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
     of a model of transformers, as a directory DIR that its from_pretrained reads.
@@ -91,18 +99,26 @@ def export(
             f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
             "for a model of transformers, named without an ending."
         )
-    if file.suffix and overrides:
+    if trained and (merged or not file.suffix):
+        other = "--merged" if merged else f"-o {file}"
+        raise SpecError(f"--trained: goes into a file of its own, so not with {other}.")
+    if file.suffix and overrides and not merged:
         raise SpecError(
             f"{overrides[0]}: the weights of a checkpoint alone need no task, so there is nothing "
             "to change. Leave it out, or name a directory."
         )
     chosen = find_checkpoint(found.checkpoints, checkpoint)
-    if file.suffix:
-        written = in_words(export_weights(chosen, file.absolute(), average=average))
+    place = file.absolute()
+    if file.suffix and not merged:
+        written = in_words(export_weights(chosen, place, average=average, trained=trained))
     else:
-        from service.checkpoints.pretrained import export_pretrained
+        from service.checkpoints.pretrained import export_merged, export_pretrained
 
         spec = found.read_spec(overrides)
-        written = export_pretrained(chosen, file.absolute(), spec=spec, average=average)
+        if file.suffix:
+            written = in_words(export_merged(chosen, place, spec=spec, average=average))
+        else:
+            written = export_pretrained(chosen, place, spec=spec, average=average, merged=merged)
     what = "averaged weights" if average else "weights"
+    what = f"trained {what}" if trained else f"merged {what}" if merged else what
     click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

@@ -62,6 +62,7 @@ class Task(Protocol):
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
     #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows;
     #   sampling                    which row comes when: service/plan/sampling.py;
+    #   merged(model) -> nn.Module  what `evenstep export --merged` writes;
     #   after_test, after_epoch     hooks: functions of a context (`Further`).
 
 
@@ -400,6 +401,8 @@ class Further(TypedDict, total=False):
 
     sampling: Any
     """Which row comes when, if not each once an epoch: docs/how-to/sampling.md."""
+    merged: Callable[[Any], nn.Module] | None
+    """The model to export of the trained one, by `evenstep export --merged`."""
     after_test: Callable[[Any], object] | None
     """Called after the test of each test set."""
     after_epoch: Callable[[Any], object] | None
@@ -522,7 +525,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
             length; it runs in the loader's workers where there are any.
         predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
             [B, ...].  Without it, their logits.
-        further: `sampling`, `after_test` and `after_epoch`, see `Further`.
+        further: `sampling`, `merged`, `after_test` and `after_epoch`, see `Further`.
     Raises:
         SpecError: a loss or measure nobody knows, or data that is no data set.
     """

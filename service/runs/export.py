@@ -24,11 +24,14 @@ from service.runs.checkpoint_files import (
 _PIECE_BYTES = 16 << 20
 
 
-def export_weights(checkpoint: Checkpoint, file: Path, *, average: bool = False) -> int:
+def export_weights(
+    checkpoint: Checkpoint, file: Path, *, average: bool = False, trained: bool = False
+) -> int:
     """Write the weights in safetensors, each under every name it has; returns their bytes.
 
     Args:
         average: their moving average instead of the latest.
+        trained: only the parameters that the run trains, such as adapters.
 
     Raises:
         SpecError: there is a file of that name, or it cannot be written.
@@ -47,9 +50,14 @@ def export_weights(checkpoint: Checkpoint, file: Path, *, average: bool = False)
     for entry in entries:
         places[entry.name] = (entry, begin)
         begin += entry.size_bytes
-    for alias, name in read_state(checkpoint.path)["aliases"].items():
+    state = read_state(checkpoint.path)
+    for alias, name in state["aliases"].items():
         entry, at = places[name]
         places[alias] = (Entry(alias, entry.dtype, entry.shape), at)
+    if trained:
+        optimized = {name for group in state["optimizer"]["groups"] for name in group["names"]}
+        optimized |= {alias for alias, name in state["aliases"].items() if name in optimized}
+        places = {name: place for name, place in places.items() if name in optimized}
     partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
     try:
         written = write_file(partial, _content(source, list(places.values()), checkpoint.step))
