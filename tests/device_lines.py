@@ -59,6 +59,8 @@ RAN = {
     "service/training/setup.py": SIM,
     "service/training/worker.py": SIM,
     "launch/engines/kubernetes/pods.py": CPU,
+    "launch/engines/kubernetes/fabrics.py": "CPU, which renders it",
+    "service/spec/kubernetes.py": CPU,
     "service/distributed/world.py": SIM,
     "launch/processes/agent.py": CPU,
     "launch/cli.py": CPU,
@@ -135,6 +137,18 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "launch/commands/doctor.py",
         'fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."',
     ): ("NCCL's own setting", ""),
+    ("launch/engines/kubernetes/fabrics.py", '"infiniband": {"NCCL_NET": "IB"},'): (
+        "NCCL's own setting, of a profile that the user names",
+        "; its effect: nothing yet",
+    ),
+    (
+        "launch/engines/kubernetes/fabrics.py",
+        '"efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_USE_HUGE_PAGE": "0"},',
+    ): ("as above", "; its effect: nothing yet"),
+    (
+        "launch/engines/kubernetes/fabrics.py",
+        '"tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},',
+    ): ("as above", "; its effect: nothing yet"),
     ("launch/nodes/node.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",

@@ -14,6 +14,7 @@ from test_kubernetes_manifests import FABRIC, IMAGE, JOB, LOOSENED, TARGETS, job
 
 from launch.engines.kubernetes.fabrics import FABRICS
 from launch.engines.kubernetes.manifests import notes, render
+from launch.engines.kubernetes.states import advised
 from launch.engines.kubernetes.targets import template_of
 from service.basics.errors import SpecError
 
@@ -38,7 +39,7 @@ def test_a_fabric_arrives(target: Any) -> None:
     assert "ServiceAccount" not in {made["kind"] for made in objects}, "it is there already"
     assert pod["automountServiceAccountToken"] is False
     context = pod["securityContext"]
-    assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (2345,) * 3
+    assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (23450,) * 3
     assert context["supplementalGroups"] == [44, 109]
     own = {"matchLabels": {"app.kubernetes.io/instance": "digits"}}
     hosts, zones = pod["topologySpreadConstraints"]
@@ -185,6 +186,14 @@ def test_a_job_has_its_nodes_to_itself(target: Any) -> None:
     for made in objects:
         if made["kind"] in known:
             assert known[made["kind"]].from_dict(made).to_dict() == made
+
+
+def test_the_status_says_where_a_fabric_is_asked_for() -> None:
+    for told in (
+        "0/5 nodes are available: 5 Insufficient rdma/hca_shared_devices_a",
+        "0/5 nodes are available: 5 node(s) didn't match pod topology spread constraints",
+    ):
+        assert re.search("resources, hugepages, .*topology_spread", advised(told))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

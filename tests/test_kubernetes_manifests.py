@@ -116,7 +116,7 @@ FABRIC: dict[str, Any] = {
     "annotations": {"k8s.v1.cni.cncf.io/networks": "fast-a, fast-b"},
     "runtime_class": "nvidia",
     "service_account": "reader",
-    "user": 2345,
+    "user": 23450,
     "supplemental_groups": [44, 109],
     "topology_spread": [
         {"key": "kubernetes.io/hostname", "required": True},

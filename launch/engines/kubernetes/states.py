@@ -21,9 +21,9 @@ _ADVICE = {
         "the claim has no volume: several nodes need a storage class that offers ReadWriteMany, "
         "see kubernetes.storage_class"
     ),
-    r"Insufficient|didn't match Pod's node|untolerated taint": (
+    r"Insufficient|didn't match Pod's node|untolerated taint|topology spread constraints": (
         "no machine has what one pod asks for: see kubernetes.device, processes_per_node, cpu, "
-        "memory, node_selector and tolerations"
+        "memory, resources, hugepages, node_selector, topology_spread and tolerations"
     ),
     r"CreateContainerConfigError|couldn't find key|non-existent (secret|config) key": (
         "make the Secret or ConfigMap, with its key, in this namespace: see kubernetes.env_from, "
