@@ -19,7 +19,8 @@ def main() -> None:
         outlive_readers("stderr")
         require_reader()
     if (told := out_of_place(sys.argv[1:], os.environ)) is not None:
-        print(f"error: {told}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of torchrun would say it
+            print(f"error: {told}", file=sys.stderr)
         sys.exit(SpecError.exit_code)
     warm_up(sys.argv[1:], os.environ)
     from launch.cli import main as command

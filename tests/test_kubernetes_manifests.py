@@ -342,9 +342,9 @@ def test_a_pod_reads_the_very_spec_that_was_rendered() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("My_Run", "Use --name my-run"),
-        ("7th", "Use --name th"),
-        ("x" * 60, f"Use --name {'x' * 54}"),
+        ("My_Run", "Use --name my-run-"),
+        ("7th", "Use --name th-"),
+        ("x" * 60, f"Use --name {'x' * 47}-"),
     ],
 )
 def test_a_name_that_no_host_could_have_is_refused(name: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """A machine that has little left of what a start needs says so, at once and in words."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -82,6 +83,66 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_told(tmp_path):
     assert out_of_place(["run", "digits"], {"TMPDIR": fits + "x"}) is None
     line = told("run", "digits", "--processes", "2", cwd=tmp_path, TMPDIR=fits + "x")
     assert line.startswith("error: TMPDIR has 76 bytes")
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "", "2,2"])
+def test_a_number_of_threads_that_is_none_is_told(tmp_path, threads):
+    line = told("run", "digits", "--processes", "2", cwd=tmp_path, OMP_NUM_THREADS=threads)
+    assert line.startswith(f"error: OMP_NUM_THREADS={threads}: must be a whole number from 1 up.")
+    assert line.count("\n") == 1
+
+
+def test_a_number_of_threads_that_is_none_is_told_once_under_torchrun(tmp_path):
+    start = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "-m", "launch")
+    run = (*start, "run", "digits")
+    done = command(*run, cwd=tmp_path, timeout=DEADLINE_SECONDS, OMP_NUM_THREADS="abc")
+    assert done.stderr.count("error: OMP_NUM_THREADS=abc: must be") == 1, done.stderr
+    assert "exitcode  : 64" in done.stderr
+
+
+SLOW_ROWS = """
+import torch
+from torch import nn
+from service.task import supervised
+
+class Rows:
+    def __len__(self):
+        return 64
+    def __getitem__(self, row):
+        return torch.full((200, 200), row / 64), row % 3
+
+def task():
+    model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(40_000, 3))
+    return supervised(model=model, train=Rows(), test=Rows(), loss="cross_entropy")
+"""
+
+
+def with_workers(place):
+    (place / "rows.py").write_text(SLOW_ROWS)
+    spec = "name: job\ntask: ./rows.py:task\nbatch: {global_batch: 32, micro_batch: 32}\n"
+    spec += "length: {steps: 2}\noptimizer: {name: sgd, lr: 0.01}\nloader: {workers: 1}\n"
+    (place / "job.yaml").write_text(spec)
+
+
+def test_a_temporary_directory_too_deep_for_the_socket_of_a_worker_is_told(tmp_path):
+    with_workers(tmp_path)
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    line = told("run", "job.yaml", cwd=tmp_path, TMPDIR=str(deep))
+    assert line.splitlines()[-1].startswith("error: loader.workers: workers pass rows through a")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts as root")
+def test_shared_memory_too_small_for_the_rows_of_a_worker_is_told(tmp_path):
+    with_workers(tmp_path)
+    mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
+    script = f'{mount} && exec "{BIN}/evenstep" run job.yaml'
+    words = ("unshare", "--mount", "sh", "-c", script)
+    done = command(*words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    assert done.returncode == 42, done.stderr
+    assert "/dev/shm, which has 0.2 MiB here" in done.stderr
+    assert "lower loader.workers or loader.prefetch" in done.stderr
 
 
 def test_an_override_with_dashes_is_told_without(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,6 @@ _PRELOAD = [
     "launch.processes.local",
 ]
 _PRELOAD += ["torch._dynamo"]  # every optimizer brings it in
-# The path of a socket may have 107 bytes; multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx.
-_LONGEST_TMPDIR = 107 - 32
 _begun_with: dict[str, str] = {}
 
 
@@ -55,18 +54,25 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
 
 
 def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | None:
-    """A problem with the working directory, reported before a library fails because of it."""
+    """A problem with the directories or variables of this command, found before a library fails."""
     try:
         os.getcwd()
     except OSError as error:
         return f"The current directory is gone: {error.strerror}. Change into one that is there."
-    size = len(os.fsencode(variables.get("TMPDIR", "")))
     starts = words[:1] in (["run"], ["test"]) and starts_processes(words, variables)
-    if starts and size > _LONGEST_TMPDIR:
-        return (
-            f"TMPDIR has {size} bytes, and processes meet at a socket in it, whose path leaves it "
-            f"{_LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
-        )
+    if starts and "TMPDIR" in variables:
+        from service.basics.limits import LONGEST_TMPDIR
+
+        size = len(os.fsencode(variables["TMPDIR"]))
+        if size > LONGEST_TMPDIR:
+            return (
+                f"TMPDIR has {size} bytes, and processes meet at a socket in it, whose path leaves "
+                f"it {LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
+            )
+    threads = variables.get("OMP_NUM_THREADS")
+    computes = words[:1] in (["run"], ["test"], ["check"])
+    if computes and threads is not None and not re.fullmatch(r"0*[1-9][0-9]*", threads.strip()):
+        return f"OMP_NUM_THREADS={threads}: must be a whole number from 1 up. Set or unset it."
     return None
 
 

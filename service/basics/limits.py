@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
+# The path of a socket may have 107 bytes; multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx.
+LONGEST_TMPDIR = 107 - 32
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 _MOST_WORKERS = 8  # more of them would wait for the disk, or for each other

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import math
 import multiprocessing
+import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from service.basics import randomness
 from service.basics.errors import DataBroken, EvenstepError, SpecError, with_place
-from service.basics.limits import memory_here
+from service.basics.limits import LONGEST_TMPDIR, memory_here
 from service.data.batches import (
     Batch,
     Step,
@@ -342,6 +344,21 @@ def _collated(
     return _in_our_words(loader)
 
 
+def _require_short_paths() -> None:
+    """Refuse a temporary directory in whose depth workers cannot open a socket: they would hang.
+
+    Raises:
+        SpecError: it is too deep.
+    """
+    place = tempfile.gettempdir()
+    if (size := len(os.fsencode(place))) > LONGEST_TMPDIR:
+        raise SpecError(
+            f"loader.workers: workers pass rows through a socket in the temporary directory, whose "
+            f"path may have {LONGEST_TMPDIR} bytes; {place} has {size}. Set TMPDIR to a shorter "
+            "path, such as TMPDIR=/tmp, or loader.workers to 0."
+        )
+
+
 def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
     """What workers bring; what they say of broken data comes without the traceback around it."""
     before = set(multiprocessing.active_children())
@@ -352,6 +369,21 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
     except DataBroken as error:
         told = str(error).rpartition("service.basics.errors.DataBroken: ")[2].strip()
         raise DataBroken(told) from error
+    except RuntimeError as error:
+        if "Bus error" not in str(error):  # a page of shared memory that there is no room for
+            raise
+        raise DataBroken(f"{error} {_shared_memory_advice()}") from error
+
+
+def _shared_memory_advice() -> str:
+    disk = os.statvfs("/dev/shm")
+    size, free = (blocks * disk.f_frsize / 2**20 for blocks in (disk.f_blocks, disk.f_bavail))
+    return (
+        f"Loader workers pass rows through /dev/shm, which has {size:,.1f} MiB here, {free:,.1f} "
+        "MiB of them free. Raise it (docker run --shm-size; on Kubernetes "
+        "kubernetes.shared_memory), or lower loader.workers or loader.prefetch; loader.workers=0 "
+        "needs none of it."
+    )
 
 
 def _held(data: Data | Stream, task: Task) -> InMemory | None:
@@ -377,9 +409,11 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
     """The data set with its rows as tensors, where `loader.in_memory` asks for it.
 
     Raises:
-        SpecError: it cannot be, or does not fit.
+        SpecError: it cannot be, or does not fit; or workers could not pass rows here.
         DataBroken: the data set failed on a row, or its rows have several shapes.
     """
+    if plan.spec.loader.workers and _held(data, task) is None:
+        _require_short_paths()
     if not plan.spec.loader.in_memory:
         return data
     if is_stream(data):
@@ -509,10 +543,12 @@ class _Reader(Dataset[tuple[Order, Any]]):
 
 
 def _remedy(error: Exception) -> str:
-    """What helps where torch cannot stack the rows, by the words in which it says so."""
+    """What helps, by torch's words: rows that it cannot stack, or shared memory that is full."""
     said = ("default_collate", "stack expects each tensor", "in list of batch should be of equal")
     if any(words in str(error) for words in said):
         return ". Give the task a collate that makes a batch of such rows."
+    if "unable to allocate shared memory" in str(error) and os.path.isdir("/dev/shm"):
+        return f". {_shared_memory_advice()}"
     return ""
 
 

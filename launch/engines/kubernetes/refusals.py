@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os.path
 import re
 from collections.abc import Iterable
@@ -83,10 +84,13 @@ def require_name(name: str, nodes: int) -> None:
     """
     longest = 63 - len(f"-node-0-{nodes - 1}")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
-        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:longest].strip("-")
+        # With a digest: `my_run` and `my.run` must not become one run.
+        mark = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:6]
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")
+        near = near[: longest - len(mark) - 1].strip("-") or "run"
         raise SpecError(
             f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
-            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near or 'run'}."
+            f"digits and -, beginning with a letter; but is {name!r}. Use --name {near}-{mark}."
         )
 
 
