@@ -14,6 +14,7 @@ from launch.commands.checkpoints import checkpoints, export
 from launch.commands.engines import ENGINES, commands_of, complain, load_named
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
+from launch.commands.overrides import overridden
 from launch.commands.runs import list_runs, report
 from launch.environment import (
     Environment,
@@ -36,11 +37,10 @@ from service.plan.plan import window_of
 from service.recipes import recipes
 from service.runs.directory import RunDirectory, check_run, find_run
 from service.runs.failure_reports import redacted
-from service.spec.files import spec_schema
+from service.spec.files import Override, spec_schema
 from service.spec.models import Spec
 
 _SPEC = click.argument("spec", metavar="SPEC")
-_OVERRIDES = click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
 _PROCESSES = click.option(
     "--processes",
     metavar="N|auto",
@@ -64,7 +64,7 @@ evenstep.add_command(export)
 
 @evenstep.command()
 @_SPEC
-@_OVERRIDES
+@overridden
 @_PROCESSES
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 @click.option("--name", help="Name of the run; the spec's own by default.")
@@ -90,7 +90,7 @@ evenstep.add_command(export)
 )
 def run(
     spec: str,
-    overrides: tuple[str, ...],
+    overrides: tuple[Override, ...],
     processes: str | None,
     runs: Path,
     name: str | None,
@@ -136,14 +136,14 @@ def run(
 
 @evenstep.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@_OVERRIDES
+@overridden
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
 @click.option("--data", metavar="NAME", help="Of several test sets this one; all by default.")
 @_PROCESSES
 def test(
     run: Path,
-    overrides: tuple[str, ...],
+    overrides: tuple[Override, ...],
     checkpoint: str,
     predictions: Path | None,
     data: str | None,
@@ -222,10 +222,10 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 
 @evenstep.command()
 @_SPEC
-@_OVERRIDES
+@overridden
 @_PROCESSES
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
-def plan(spec: str, overrides: tuple[str, ...], processes: str | None, runs: Path) -> None:
+def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs: Path) -> None:
     """Show what SPEC means: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = load_named(spec, overrides, None)
     from service.preview.plan import planned
@@ -263,7 +263,7 @@ for _engine in ENGINES:
     evenstep.add_command(commands_of(_engine))
 
 
-def _name_in_sweep(spec: str, overrides: tuple[str, ...]) -> str | None:
+def _name_in_sweep(spec: str, overrides: tuple[Override, ...]) -> str | None:
     """A name for each run of a W&B sweep: all share one spec, and none may resume another.
 
     The agent restarts a preempted run with the same id, so it gets the same name and resumes.
@@ -295,7 +295,7 @@ def _tell_allowance(directory: RunDirectory) -> None:
 
 
 def _accepted(
-    overrides: tuple[str, ...], *, fresh: bool, change: bool, accept_changes: bool
+    overrides: tuple[Override, ...], *, fresh: bool, change: bool, accept_changes: bool
 ) -> Accepted:
     if fresh and (change or accept_changes):
         which = "--change" if change else "--accept-changes"

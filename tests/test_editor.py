@@ -4,7 +4,7 @@ import pytest
 from commands import ROOT
 from language_server import Editor, needs_language_server
 
-from service.spec.new_job import SPEC, start
+from launch.commands.new_job import SPEC, start
 
 pytestmark = needs_language_server
 LINE = "# yaml-language-server: $schema=evenstep.schema.json\n"

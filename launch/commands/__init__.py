@@ -8,7 +8,9 @@ From top to bottom; a room imports only from rooms below it:
 * fork: `evenstep fork`: a new run that begins at a checkpoint of another one.
 * engines: the commands of every engine, made from its contract: render, submit, status, logs,
   cancel.
-* doctor: the checks of `evenstep doctor`: the machine, as a job would find it.
 * checkpoints: `evenstep checkpoints` and `evenstep export`: list, verify and export what a run
   has saved.
+* overrides: `KEY=VALUE` and `--set-file`, which every command with a spec takes.
+* new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
+* doctor: the checks of `evenstep doctor`: the machine, as a job would find it.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from launch.commands.overrides import overridden
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError, printable
 from service.runs.checkpoint_files import (
@@ -23,6 +24,7 @@ from service.runs.checkpoint_files import (
 )
 from service.runs.directory import LATEST_TIME, find_run, is_number
 from service.runs.export import export_weights
+from service.spec.files import Override
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 
@@ -73,7 +75,7 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 
 @click.command()
 @_RUN
-@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+@overridden
 @click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="Export the moving average of the weights.")
@@ -81,7 +83,7 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
 @click.option("--merged", is_flag=True, help="Export what the task's `merged` makes of the model.")
 def export(
     run: Path,
-    overrides: tuple[str, ...],
+    overrides: tuple[Override, ...],
     file: Path,
     checkpoint: str,
     average: bool,

@@ -9,18 +9,19 @@ from typing import Any
 
 import click
 
+from launch.commands.overrides import overrides_and_files, with_files
 from launch.engines.contract import Engine
 from launch.engines.kubernetes.engine import Kubernetes
 from launch.engines.slurm.engine import Slurm
 from service.recipes import find_recipe
-from service.spec.files import load_spec
+from service.spec.files import Override, load_spec
 from service.spec.models import Spec
 
 ENGINES: tuple[Engine, ...] = (Kubernetes(), Slurm())
 _FILES = (".yaml", ".yml", ".json", ".toml")
 
 
-def load_named(spec: str, overrides: Sequence[str], name: str | None) -> Spec:
+def load_named(spec: str, overrides: Sequence[Override], name: str | None) -> Spec:
     """The spec of a file or a recipe, under another name where one is given."""
     if name is not None:
         overrides = (*overrides, f"name={json.dumps(name)}")
@@ -36,16 +37,20 @@ def commands_of(engine: Engine) -> click.Group:
 
 
 def _render(engine: Engine) -> click.Command:
-    def render(spec: str, overrides: tuple[str, ...], name: str | None, **options: Any) -> None:
+    def render(
+        spec: str, overrides: tuple[Override, ...], name: str | None, **options: Any
+    ) -> None:
         click.echo(engine.render(load_named(spec, overrides, name), **options), nl=False)
 
     words = f"Print {engine.rendered}."
-    return click.Command("render", callback=render, params=_job_params(engine), help=words)
+    return click.Command(
+        "render", callback=with_files(render), params=_job_params(engine), help=words
+    )
 
 
 def _submit(engine: Engine) -> click.Command:
     def submit(
-        spec: str, overrides: tuple[str, ...], name: str | None, waits: bool, **options: Any
+        spec: str, overrides: tuple[Override, ...], name: str | None, waits: bool, **options: Any
     ) -> None:
         loaded = load_named(spec, overrides, name)
         engine.submit(loaded, waits=waits, say=click.echo, complain=complain, **options)
@@ -55,13 +60,13 @@ def _submit(engine: Engine) -> click.Command:
     )
     words = "Start SPEC on a cluster. Submit it again after it has ended to resume it."
     params = [*_job_params(engine), waits]
-    return click.Command("submit", callback=submit, params=params, help=words)
+    return click.Command("submit", callback=with_files(submit), params=params, help=words)
 
 
 def _job_params(engine: Engine) -> list[click.Parameter]:
     return [
         click.Argument(["spec"], metavar="SPEC"),
-        click.Argument(["overrides"], metavar="[KEY=VALUE ...]", nargs=-1),
+        *overrides_and_files(),
         *engine.job_options,
         click.Option(["--name"], help="Name of the run; the spec's own by default."),
     ]

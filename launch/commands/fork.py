@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from launch.commands.overrides import overridden
 from service.basics.atomic_files import (
     in_the_way,
     make_directory,
@@ -32,16 +33,16 @@ from service.runs.directory import (
 )
 from service.runs.receipt_file import ReceiptFile
 from service.runs.tracking import MetricsFile
-from service.spec.files import dump_spec
+from service.spec.files import Override, dump_spec
 from service.spec.models import Spec
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+@overridden
 @click.option("--at", "step", required=True, metavar="best|latest|STEP", help="Its checkpoint.")
 @click.option("--name", required=True, help="Of the new run, which lies beside RUN.")
-def fork(run: Path, overrides: tuple[str, ...], step: str, name: str) -> None:
+def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> None:
     """Begin a new run at a checkpoint of RUN, with KEY=VALUE changed from there on.
 
     RUN stays as it is. The new run has its own copy of the checkpoint, and of what was measured

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import click
 
+from launch.commands.overrides import overridden
 from service.recipes import find_recipe
-from service.spec.files import load_spec
+from service.spec.files import Override, load_spec
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def new(directory: Path) -> None:
     """Write a commented task and spec into DIRECTORY, as the start of your own job."""
-    from service.spec.new_job import SPEC, start
+    from launch.commands.new_job import SPEC, start
 
     for path in start(directory):
         click.echo(f"wrote {path}")
@@ -30,9 +31,9 @@ def new(directory: Path) -> None:
 
 @click.command()
 @click.argument("spec", metavar="SPEC")
-@click.argument("overrides", metavar="[KEY=VALUE ...]", nargs=-1)
+@overridden
 @click.option("--processes", metavar="N", type=click.IntRange(min=1), default=1)
-def check(spec: str, overrides: tuple[str, ...], processes: int) -> None:
+def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     """Run a small part of SPEC: task, one step, test, checkpoint, memory."""
     begin = time.perf_counter()
     loaded = load_spec(find_recipe(spec), overrides=overrides)

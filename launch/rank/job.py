@@ -12,7 +12,7 @@ from service.health.stop_budget import GracePeriod
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.plan import Window
 from service.runs.directory import RunDirectory
-from service.spec.files import load_spec
+from service.spec.files import Override, load_spec
 from service.spec.models import Spec
 
 
@@ -71,7 +71,7 @@ class TestJob:
     run: Path
     checkpoint: str
     predictions: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
     """Of the run's spec, `key=value`."""
     data: str | None = None
     """Which test set, where there are several."""

@@ -8,37 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from service.spec.documents import Steps, dotted
-from service.spec.files import on_one_line, plain_values, with_code_files, with_source
+from service.spec.extending import CANNOT_CHANGE_THE_RESULT, keys_in
+from service.spec.files import Override, on_one_line, plain_values, with_code_files, with_source
 from service.spec.models import Spec
-
-CANNOT_CHANGE_THE_RESULT = {
-    "name": "a word for people and for the run's directory",
-    "test": "the test loop leaves weights and random numbers as they were",
-    "checkpoint.every_steps": "saving only reads the state",
-    "checkpoint.every_epochs": "saving only reads the state",
-    "checkpoint.keep": "removing an old checkpoint does not touch the state",
-    "checkpoint.rename": "a weight stays what it is under another name",
-    "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
-    "checkpoint.asynchronous": "what is written is a copy",
-    "checkpoint.on_failure": "saving only reads the state",
-    "model.activation_checkpointing": "what is computed again comes to the same bits",
-    "exchange.mode": "where the rows of a parameter are, and the number of processes, are no part",
-    "exchange.reshard_after_forward": "it decides when parameters travel, and no number",
-    "exchange.units": "where the rows of a parameter are, and the number of processes, are no part",
-    "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
-    "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
-    "tracking": "what is recorded is a copy",
-    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.hook_timeout_seconds": "it only ends a hook, which changes nothing of the run",
-    "faults.on_hook_failure": "it only ends a run, and a run that ends resumes",
-    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
-    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
-    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
-    "slurm": "where it runs, and the number of processes, are not part of the experiment",
-}
-"""Free to change at every resume, and why. Everything else needs a person's word."""
 
 
 class Change(NamedTuple):
@@ -153,9 +125,14 @@ class Accepted:
     everything: bool = False
 
     @classmethod
-    def named(cls, overrides: Iterable[str]) -> Accepted:
-        """Those of `key=value` overrides."""
-        keys = (text.partition("=")[0].strip().removeprefix("--") for text in overrides)
+    def named(cls, overrides: Iterable[Override]) -> Accepted:
+        """Those of `key=value` overrides, and of files of overrides."""
+        keys: list[str] = []
+        for given in overrides:
+            if isinstance(given, str):
+                keys.append(given.partition("=")[0].strip().removeprefix("--"))
+            else:
+                keys += keys_in(given)
         return cls(tuple(keys))
 
     def covers(self, change: Change) -> bool:
@@ -225,6 +202,8 @@ def changes_page() -> str:
         *(f"| `{key}` | {why} |" for key, why in CANNOT_CHANGE_THE_RESULT.items()),
         "",
         "`test` is not free where the run waits for tests (early stopping, schedule `plateau`).\n",
+        "In these keys, but for `test`, a value may hold `${env:NAME}`, the text of an environment",
+        "variable where the spec is read ([how](../how-to/share-a-spec.md)).\n",
         "Not in a run, since its state cannot follow:\n",
         "| key | which change | why |\n|---|---|---|",
         *(f"| `{fixed.key}` | {fixed.when or 'any'} | {fixed.why} |" for fixed in FIXED),

@@ -46,7 +46,7 @@ from service.plan.changing import (
 )
 from service.runs.failure_reports import is_secret, redacted, redacted_code
 from service.runs.goodput import account_of, failures_in_a_row
-from service.spec.files import dump_spec, load_spec, with_files_where_they_are
+from service.spec.files import Override, dump_spec, load_spec, with_files_where_they_are
 from service.spec.models import Spec
 
 FORMAT = 1
@@ -132,7 +132,7 @@ class RunDirectory:
             raise SpecError(f"{self.facts} is damaged. Put a good copy back, or use --fresh.")
         return facts
 
-    def read_spec(self, overrides: Iterable[str] = ()) -> Spec:
+    def read_spec(self, overrides: Iterable[Override] = ()) -> Spec:
         """The spec of the run; paths of files that moved together with the run are corrected.
 
         Raises:

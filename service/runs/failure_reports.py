@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from service.basics.atomic_files import make_directory, read_json, replace_unsynced, told_of
+from service.basics.secret_names import is_secret_name
 
-_SECRET_NAME = re.compile(
-    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_(PASS|PWD|PAT)$|AUTH(?!OR(?!I))",
-    re.IGNORECASE,  # and GIT_AUTHOR_NAME is none
-)
-# The place where a secret lies is none, and a spec may well name it.
-_NAMES_A_PLACE = re.compile(
-    r"_(FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$|^XAUTHORITY$", re.IGNORECASE
-)
 # Keys that tell by their form what they are: of AWS, GitHub, GitLab, Hugging Face, OpenAI and
 # others alike, Slack and Google; a signed web token; a private key.
 _KEY = re.compile(
@@ -83,8 +76,7 @@ def line_of_secret(code: str) -> int | None:
 
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
-    named = {k: v for k, v in environ.items() if _SECRET_NAME.search(k)}
-    found = [v for k, v in named.items() if len(v) >= _SHORTEST and not _NAMES_A_PLACE.search(k)]
+    found = [v for k, v in environ.items() if len(v) >= _SHORTEST and is_secret_name(k)]
     return sorted(found, key=len, reverse=True)  # one may hold another
 
 

@@ -2,7 +2,6 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
 * files: A spec as a file: read with the position of every mistake, written, described.
 * models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
@@ -15,5 +14,6 @@ From top to bottom; a room imports only from rooms below it:
 * page: the reference page of the spec, made from the schema that editors use. Pure.
 * optimizer_options: the options of every optimizer of torch.optim as data, so that checking needs
   no torch.
+* extending: specs that share: `extends`, files of overrides, and `${env:NAME}`.
 * documents: A YAML, JSON or TOML file as plain values, with the position of each of them.
 """

@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -35,11 +35,13 @@ class SourcePosition(NamedTuple):
     """A position. Positions sort in reading order: the file, then the overrides."""
 
     override: int
-    """0 in the file, n in the n-th override."""
+    """0 in the file, n in the n-th override, -n in the n-th file that the file extends."""
     line: int
     column: int
     text: str
     """The printed form: `spec.yaml:5:3`, the override itself, or nothing for a mapping."""
+    folder: str = ""
+    """What relative paths there are relative to: the directory of the file."""
 
 
 NOWHERE = SourcePosition(0, 0, 0, "")
@@ -69,22 +71,34 @@ class Document:
         return self.contents.get(steps) or self.place_of_key(steps)
 
 
-def read_document(path: str | os.PathLike[str]) -> Document:
+def read_document(path: str | os.PathLike[str], *, rank: int = 0) -> Document:
     """The values of the file and their positions; JSON and TOML by suffix, YAML otherwise.
 
-    A `SpecError` names the place of the first thing that is not right.
+    Args:
+        rank: the `override` of its positions.
+    Raises:
+        SpecError: names the place of the first thing that is not right.
     """
     source = os.fspath(path) or "''"
     text = _decode(_read(source), source=source)
     match Path(source).suffix.lower():
         case ".toml":
-            return _read_toml(text, source=source)
+            document = _read_toml(text, source=source)
         case ".json":
             _check_json(text, source=source)
             # A tab between tokens is fine in JSON, and cannot be part of a string there.
-            return _read_yaml(text.replace("\t", " "), source=source)
+            document = _read_yaml(text.replace("\t", " "), source=source)
         case _:
-            return _read_yaml(text, source=source)
+            document = _read_yaml(text, source=source)
+    return document if rank == 0 else _ranked(document, rank)
+
+
+def _ranked(document: Document, rank: int) -> Document:
+    keys, contents = (
+        {steps: at._replace(override=rank) for steps, at in places.items()}
+        for places in (document.keys, document.contents)
+    )
+    return replace(document, keys=keys, contents=contents)
 
 
 def document_of(mapping: Mapping[str, Any]) -> Document:
@@ -132,9 +146,9 @@ def _read(source: str) -> bytes:
         with open(source, "rb") as file:
             content = file.read(LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise SpecError(f"{source}: there is no such file{_files_like(source)}") from None
+        raise SpecError(f"{source}: there is no such file{files_like(source)}") from None
     except IsADirectoryError:
-        raise SpecError(f"{source}: is a directory; name a file{_files_like(source)}") from None
+        raise SpecError(f"{source}: is a directory; name a file{files_like(source)}") from None
     except OSError as error:
         raise SpecError(f"{source}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL in the name
@@ -147,7 +161,8 @@ def _read(source: str) -> bytes:
     return content
 
 
-def _files_like(source: str) -> str:
+def files_like(source: str) -> str:
+    """What to say of a file that is not there: the one that was meant, perhaps."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     if not folder.is_dir():
         return f", and no directory {str(folder)!r}"
@@ -177,7 +192,8 @@ def _line_and_column(text: str, index: int) -> tuple[int, int]:
 
 def _in_file(source: str, line: int, column: int) -> SourcePosition:
     """`line` and `column` are counted from 0; messages count from 1."""
-    return SourcePosition(0, line + 1, column + 1, f"{source}:{line + 1}:{column + 1}")
+    text = f"{source}:{line + 1}:{column + 1}"
+    return SourcePosition(0, line + 1, column + 1, text, os.path.dirname(source))
 
 
 # ---- YAML

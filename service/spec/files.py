@@ -22,13 +22,19 @@ from service.spec.documents import (
     Document,
     SourcePosition,
     Steps,
-    document_of,
     dotted,
     find,
     override,
-    read_document,
     scalar,
     shown,
+)
+from service.spec.extending import (
+    EXTENDS,
+    read_as_scalars,
+    read_spec_file,
+    rivals_of,
+    with_environment,
+    with_set_file,
 )
 from service.spec.models import Spec
 from service.spec.part import CUSTOM, PATTERNS_IN_WORDS, Part
@@ -36,43 +42,80 @@ from service.spec.part import CUSTOM, PATTERNS_IN_WORDS, Part
 # ---- read
 
 
-def load_spec(
-    path: str | os.PathLike[str] | Mapping[str, Any], *, overrides: Iterable[str] = ()
-) -> Spec:
-    """The spec in a file, or in a mapping, with `key.sub=value` overrides applied in order.
+Override = str | Path
+"""`key.sub=value`, or a file of such values, in the form of a spec."""
 
-    Of a duration that the file has in one unit (`every_epochs`) and an override in another
-    (`every_steps`), the override's holds.
+
+def load_spec(
+    path: str | os.PathLike[str] | Mapping[str, Any], *, overrides: Iterable[Override] = ()
+) -> Spec:
+    """The spec in a file, or in a mapping, with overrides applied in order.
+
+    A file may extend another one, `extends: base.yaml`. An override is `key.sub=value`, or the
+    path of a file of such values. Of a duration that the file has in one unit (`every_epochs`) and
+    an override in another (`every_steps`), the override's holds.
 
     A `SpecError` lists every fault at once, as `file:line:column: key: what is wrong`. A task in a
     file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` or `init.from` are
-    relative to the spec's directory, and where given by an override or a mapping to the current
-    one; in the result such paths are absolute.
+    relative to the directory of the file where they stand, and where given by an override or a
+    mapping to the current one; in the result such paths are absolute.
     """
-    document = document_of(path) if isinstance(path, Mapping) else read_document(path)
+    document = read_spec_file(path)
     refused: list[str] = []
-    for text in overrides:
+    for given in overrides:
         try:
-            document = _without_rivals(override(document, text), text)
+            document = _overridden(document, given)
         except SpecError as error:
             refused.append(str(error))
-    try:
-        spec = Spec.model_validate(document.values)
-    except ValidationError as error:
-        faults = _faults(error.errors(include_url=False), document)
-        found = sorted(dict.fromkeys(faults), key=lambda fault: fault.place)
-        raise SpecError("\n".join([*map(str, found), *refused])) from None
-    if refused:
-        raise SpecError("\n".join(refused))
+    spec, document = _validated(document, refused)
 
     def folder(steps: Steps) -> str:
-        from_here = document.place_of_key(steps).override > 0
-        return "" if from_here else os.path.dirname(document.source)
+        return document.place_of_key(steps).folder
 
     arguments = _with_paths(spec.task_args, ("task_args",), lambda t, at: _joined(t, folder(at)))
     spec = spec.model_copy(update={"task_args": arguments})
     spec = with_source(spec, lambda text: _joined(text, folder(("init", "from"))))
     return with_code_files(spec, lambda file, at: _absolute(file, folder(at)))
+
+
+def _validated(document: Document, refused: list[str]) -> tuple[Spec, Document]:
+    """The spec of the document, and the document with the environment in it.
+
+    Raises:
+        SpecError: lists every fault, and what was refused before.
+    """
+    document, expanded, unset = with_environment(document)
+    errors = _errors(document)
+    if isinstance(errors, list) and expanded:
+        # Text from the environment is a number where only a number may stand.
+        wrong = expanded & {_spot(error["loc"]).steps for error in errors}
+        document = read_as_scalars(document, wrong)
+        errors = _errors(document)
+    found = [_Fault(*each) for each in unset]
+    known = {(fault.place, fault.key) for fault in found}
+    if isinstance(errors, list):
+        found += [f for f in _faults(errors, document) if (f.place, f.key) not in known]
+    found = sorted(dict.fromkeys(found), key=lambda fault: fault.place)
+    if found or refused:
+        raise SpecError("\n".join([*map(str, found), *refused]))
+    assert isinstance(errors, Spec)
+    return errors, document
+
+
+def _errors(document: Document) -> Spec | list[ErrorDetails]:
+    """The spec, or everything that is wrong with it."""
+    try:
+        return Spec.model_validate(document.values)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+
+
+def _overridden(document: Document, given: Override) -> Document:
+    if not isinstance(given, str):
+        return with_set_file(document, given)
+    if given.partition("=")[0].strip().removeprefix("--").partition(".")[0] == EXTENDS:
+        raise SpecError(f"{given}: {EXTENDS} stands in the file; use --set-file to add another one")
+    return _without_rivals(override(document, given), given)
 
 
 def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
@@ -83,20 +126,15 @@ def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
     return spec.model_copy(update={"init": init})
 
 
-_UNITS = ("steps", "epochs", "fraction")
-
-
 def _without_rivals(document: Document, text: str) -> Document:
     """The document without the file's own words for the duration that the override `text` sets."""
     *section, name = (part.strip() for part in text.partition("=")[0].split("."))
-    stem, _, unit = name.rpartition("_")
     held = find(document.values, tuple(section))
-    if unit not in _UNITS or not isinstance(held, dict) or held.get(name) is None:
+    if not isinstance(held, dict) or held.get(name) is None:
         return document
-    rivals = [f"{stem}_{other}" if stem else other for other in _UNITS if other != unit]
-    for rival in rivals:
+    for rival in rivals_of(name):
         place = document.place_of_key((*section, rival))
-        if rival in held and place.override == 0:
+        if rival in held and place.override <= 0:
             document = override(document, f"{'.'.join([*section, rival])}=")
     return document
 
@@ -231,8 +269,12 @@ def _fault(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
             document.place_of_key(steps), dotted(steps), _missing(name, spot.fields[name])
         )
     elif kind == "extra_forbidden":
-        sentence = f"unknown key{did_you_mean(name, spot.fields)}"
-        return _Fault(document.place_of_key(steps), dotted(steps), sentence)
+        place = document.place_of_key(steps)
+        known = spot.fields if len(steps) > 1 else [*spot.fields, EXTENDS]
+        sentence = f"unknown key{did_you_mean(name, known)}"
+        if place.override < 0:
+            sentence += f"; to leave it out, write null for it in {document.source}"
+        return _Fault(place, dotted(steps), sentence)
     elif kind == "evenstep":
         sentence = error["msg"]
     else:
@@ -473,7 +515,16 @@ def spec_schema() -> dict[str, Any]:
         if "const" in part["properties"].get("name", {}) and "name" not in required:
             part["required"] = ["name", *required]
     _describe(schema)
+    schema["properties"] = {EXTENDS: _EXTENDS_SCHEMA, **schema["properties"]}
+    schema |= {"if": {"required": [EXTENDS]}, "else": {"required": schema.pop("required")}}
     return schema
+
+
+_EXTENDS_SCHEMA = {
+    "description": "Another spec, relative to this file, whose values hold where this one has "
+    "none. Sections merge, other values are replaced, and `null` removes a key.",
+    "type": "string",
+}
 
 
 def _describe(schema: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ One YAML file describes the job. It is checked strictly: an unknown key, a wrong
 duplicate key are errors. All errors are reported together, each with its line and column.
 `key=value` on the command line replaces a value: `optimizer.lr=0.02`,
 `optimizer.groups.0.lr=1e-4`; `max_grad_norm=` clears it. Scalars follow YAML 1.2: `1e-3` is a
-number and `no` is text. A spec can also be a JSON or TOML file.
+number and `no` is text. A spec can also be a JSON or TOML file. Specs that share values:
+[how](../how-to/share-a-spec.md).
 
 `evenstep schema --page` prints this page. `evenstep schema` prints the JSON Schema for editors.
 """
@@ -86,7 +87,7 @@ def _shared(parts: list[Schema]) -> Schema:
 
 def _table(part: Schema, schema: Schema, *, prefix: str) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    required = part.get("required", [])
+    required = part.get("required") or part.get("else", {}).get("required", [])
     for key, value in part["properties"].items():
         default = "required" if key in required else _default(value, schema)
         words = _words(value) or next((_words(m) for m in _members(value, schema)), "")

@@ -1,0 +1,44 @@
+"""`KEY=VALUE` and `--set-file`, which every command with a spec takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def overrides_and_files() -> list[click.Parameter]:
+    """The parameters `overrides` and `set_files` of a command."""
+    return [
+        click.Argument(["overrides"], metavar="[KEY=VALUE ...]", nargs=-1),
+        click.Option(
+            ["--set-file", "set_files"],
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE",
+            help="A file of values in the form of a spec; KEY=VALUE comes after it.",
+        ),
+    ]
+
+
+def overridden(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take both as its argument `overrides`, the files first."""
+    taken = with_files(command)
+    held = taken.__dict__.setdefault("__click_params__", [])
+    held += reversed(overrides_and_files())
+    return taken
+
+
+def with_files(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the files of `set_files` as the first of its `overrides`."""
+
+    @wraps(command)
+    def taken(
+        *args: Any, overrides: tuple[str, ...], set_files: tuple[Path, ...], **more: Any
+    ) -> Any:
+        return command(*args, overrides=(*set_files, *overrides), **more)
+
+    return taken

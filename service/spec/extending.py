@@ -1,0 +1,295 @@
+"""Specs that share: `extends`, files of overrides, and `${env:NAME}`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from service.basics.errors import SpecError, did_you_mean
+from service.basics.secret_names import is_secret_name
+from service.spec.documents import (
+    NOWHERE,
+    Document,
+    SourcePosition,
+    Steps,
+    document_of,
+    dotted,
+    files_like,
+    find,
+    read_document,
+    scalar,
+    shown,
+)
+
+CANNOT_CHANGE_THE_RESULT = {
+    "name": "a word for people and for the run's directory",
+    "test": "the test loop leaves weights and random numbers as they were",
+    "checkpoint.every_steps": "saving only reads the state",
+    "checkpoint.every_epochs": "saving only reads the state",
+    "checkpoint.keep": "removing an old checkpoint does not touch the state",
+    "checkpoint.rename": "a weight stays what it is under another name",
+    "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
+    "checkpoint.asynchronous": "what is written is a copy",
+    "checkpoint.on_failure": "saving only reads the state",
+    "model.activation_checkpointing": "what is computed again comes to the same bits",
+    "exchange.mode": "where the rows of a parameter are, and the number of processes, are no part",
+    "exchange.reshard_after_forward": "it decides when parameters travel, and no number",
+    "exchange.units": "where the rows of a parameter are, and the number of processes, are no part",
+    "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
+    "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
+    "tracking": "what is recorded is a copy",
+    "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.hook_timeout_seconds": "it only ends a hook, which changes nothing of the run",
+    "faults.on_hook_failure": "it only ends a run, and a run that ends resumes",
+    "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
+    "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
+    "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
+    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
+    "slurm": "where it runs, and the number of processes, are not part of the experiment",
+}
+"""Free to change at every resume, and why. Everything else needs a person's word."""
+
+FROM_ENVIRONMENT = tuple(key for key in CANNOT_CHANGE_THE_RESULT if key != "test")
+"""Where `${env:NAME}` may stand. `test` decides the result where the run waits for tests."""
+
+EXTENDS = "extends"
+_VALUES_OF_ONES_OWN = "task_args"
+"""Here null is a value: it is an argument of the user's function."""
+UNITS = ("steps", "epochs", "fraction")
+"""How durations end: of `every_steps` and `every_epochs` only one is set."""
+
+# ---- extends
+
+
+def with_bases(document: Document) -> Document:
+    """The document merged over the one that its `extends` names, and that over its own.
+
+    Mappings merge, lists and other values replace, and null removes the key. Positions stay those
+    of the file where a value stands.
+
+    Raises:
+        SpecError: a file is missing, is not right, or extends itself.
+    """
+    chain = [document]
+    seen = {os.path.realpath(document.source): document.source} if document.source else {}
+    while (named := chain[-1].values.get(EXTENDS)) is not None:
+        where = _where(chain[-1])
+        base = _base(chain[-1], named, where)
+        if (known := os.path.realpath(base)) in seen:
+            way = " -> ".join([*seen.values(), base])
+            raise SpecError(f"{where}{EXTENDS}: a file cannot extend itself: {way}")
+        seen[known] = base
+        chain.append(read_document(base, rank=-len(chain)))
+    merged = _own(chain.pop())
+    while chain:
+        merged = _merged(merged, child := _own(chain.pop()))
+        merged = replace(merged, source=child.source)
+    return merged
+
+
+def _base(document: Document, named: Any, where: str) -> str:
+    """The path of the file that a document extends."""
+    if not isinstance(named, str) or not named:
+        raise SpecError(
+            f"{where}{EXTENDS}: must be the path of one spec, such as base.yaml, but is "
+            f"{shown(named)}"
+        )
+    path = os.path.join(os.path.dirname(document.source), os.path.expanduser(named))
+    if not os.path.isfile(path):
+        raise SpecError(f"{where}{EXTENDS}: there is no file {path}{files_like(path)}")
+    return path
+
+
+def _where(document: Document) -> str:
+    text = document.place_of_value((EXTENDS,)).text
+    return f"{text}: " if text else ""
+
+
+def _own(document: Document) -> Document:
+    """The document without the key that names what it extends."""
+    values = {key: value for key, value in document.values.items() if key != EXTENDS}
+    return replace(document, values=values)
+
+
+def with_set_file(document: Document, path: str | os.PathLike[str]) -> Document:
+    """The document with the values of a file of overrides, which count as given after it.
+
+    Raises:
+        SpecError: the file is not right.
+    """
+    given = read_document(path, rank=document.overrides + 1)
+    if EXTENDS in given.values:
+        raise SpecError(
+            f"{given.place_of_key((EXTENDS,)).text}: {EXTENDS}: belongs into the spec; of files of "
+            "overrides several may be given"
+        )
+    merged = _merged(document, given)
+    for places, before in ((merged.keys, document.keys), (merged.contents, document.contents)):
+        places[()] = before.get((), NOWHERE)
+    return replace(merged, overrides=document.overrides + 1)
+
+
+# ---- merge
+
+
+def _merged(base: Document, over: Document) -> Document:
+    """`over` laid over `base`. A section that both have is where `over` has it."""
+    keys, contents = _all_places(base)
+    of_over = _all_places(over)
+    for steps, value in _walk(over.values, ()):
+        held = find(base.values, steps)
+        if not (isinstance(held, dict) and isinstance(value, dict)):
+            for places in (keys, contents):
+                for other in [other for other in places if _is_inside(other, steps)]:
+                    del places[other]
+        keys[steps], contents[steps] = of_over[0][steps], of_over[1][steps]
+    values = _merged_values(base.values, over.values, ())
+    return replace(base, values=values, keys=keys, contents=contents)
+
+
+def _all_places(document: Document) -> tuple[dict[Steps, SourcePosition], ...]:
+    """The positions of every key and value; a file need not have those of each."""
+    found = [steps for steps, _ in _walk(document.values, ())]
+    keys = {steps: document.place_of_key(steps) for steps in found}
+    contents = {steps: document.place_of_value(steps) for steps in found}
+    return document.keys | keys, document.contents | contents
+
+
+def _walk(values: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
+    """Every value with its steps, an outer one before what is inside."""
+    yield steps, values
+    if isinstance(values, dict):
+        inside: Any = values.items()
+    else:
+        inside = enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        yield from _walk(value, (*steps, key))
+
+
+def _is_inside(steps: Steps, outer: Steps) -> bool:
+    return len(steps) > len(outer) and steps[: len(outer)] == outer
+
+
+def _merged_values(base: Any, over: Any, steps: Steps) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    merged = {key: value for key, value in base.items() if not _is_replaced(key, base, over)}
+    for key, value in over.items():
+        here = (*steps, key)
+        if value is None and key in base and here[0] != _VALUES_OF_ONES_OWN:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merged_values(merged.get(key), value, here)
+    return merged
+
+
+def _is_replaced(key: str, base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    """Whether `over` gives the same duration in another unit."""
+    if key in over or base[key] is None:
+        return False
+    return any(over.get(rival) is not None for rival in rivals_of(key))
+
+
+def rivals_of(name: str) -> list[str]:
+    """The names of the same duration in other units: `every_epochs` of `every_steps`."""
+    stem, _, unit = name.rpartition("_")
+    if unit not in UNITS:
+        return []
+    return [f"{stem}_{other}" if stem else other for other in UNITS if other != unit]
+
+
+# ---- environment
+
+_BEGIN = "${env:"
+_REFERENCE = re.compile(r"\$\{env:([^}]*)\}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def with_environment(
+    document: Document,
+) -> tuple[Document, set[Steps], list[tuple[SourcePosition, str, str]]]:
+    """The document with each `${env:NAME}` replaced.
+
+    Also the places of values that were one as a whole; and position, key and reason of those that
+    could not be replaced: the name is not set, or the key could change the result.
+    """
+    texts: dict[Steps, str] = {}
+    whole: set[Steps] = set()
+    faults = []
+    for steps, value in _walk(document.values, ()):
+        if not isinstance(value, str) or _BEGIN not in value:
+            continue
+        try:
+            texts[steps] = _expanded(steps, value)
+        except SpecError as error:
+            faults.append((document.place_of_value(steps), dotted(steps), str(error)))
+        if _REFERENCE.fullmatch(value):
+            whole.add(steps)
+    return with_values(document, texts), whole, faults
+
+
+def _expanded(steps: Steps, text: str) -> str:
+    if not any(dotted(steps[:n]) in FROM_ENVIRONMENT for n in range(1, len(steps) + 1)):
+        raise SpecError(
+            "${env:...} may only stand in keys that cannot change the result "
+            f"({', '.join(FROM_ENVIRONMENT)}), so that a spec means the same everywhere. Give it "
+            f'on the command line: {dotted(steps)}="$NAME"'
+        )
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if not _VARIABLE.fullmatch(name):
+            raise SpecError(f"{name!r} is not the name of an environment variable")
+        if is_secret_name(name):
+            raise SpecError(
+                f"{name} is the name of a secret, which would be written into the run's spec.yaml. "
+                "Secrets stay in the environment, where what needs them reads them"
+            )
+        if name not in os.environ:
+            near = did_you_mean(name, os.environ)
+            near = near if near.startswith("; did") else ""
+            raise SpecError(f"the environment variable {name} is not set{near}")
+        return os.environ[name]
+
+    expanded = _REFERENCE.sub(value_of, text)
+    if _BEGIN in expanded:
+        raise SpecError("what stands after ${env: is not NAME}, or a variable holds one itself")
+    return expanded
+
+
+def with_values(document: Document, values: Mapping[Steps, Any]) -> Document:
+    """The document with other values at places that it has."""
+
+    def replaced(value: Any, steps: Steps) -> Any:
+        if steps in values:
+            return values[steps]
+        if isinstance(value, dict):
+            return {key: replaced(inner, (*steps, key)) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner, (*steps, at)) for at, inner in enumerate(value)]
+        return value
+
+    return replace(document, values=replaced(document.values, ()))
+
+
+def read_as_scalars(document: Document, places: set[Steps]) -> Document:
+    """The document with the texts at `places` as YAML reads them: `8` is a number."""
+    return with_values(document, {steps: scalar(find(document.values, steps)) for steps in places})
+
+
+def read_spec_file(source: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
+    """The document of a file or a mapping, with what it extends."""
+    if isinstance(source, Mapping):
+        return with_bases(document_of(source))
+    return with_bases(read_document(source))
+
+
+def keys_in(path: str | os.PathLike[str]) -> list[str]:
+    """The keys that a file of overrides sets, as `optimizer.lr`."""
+    found = _walk(read_document(Path(path)).values, ())
+    return [dotted(steps) for steps, value in found if not isinstance(value, dict)]
