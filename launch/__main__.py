@@ -13,7 +13,7 @@ def main() -> None:
     """Listen for a request to stop first; what the command needs takes a while to load."""
     listen()
     open_descriptors()
-    if sys.argv[1:2] == ["run"]:
+    if sys.argv[1:2] in (["run"], ["sweep"]):
         outlive_readers("stdout", "stderr")
     else:  # it is asked for what it prints
         outlive_readers("stderr")

@@ -16,6 +16,7 @@ from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.overrides import overridden
 from launch.commands.runs import list_runs, report
+from launch.commands.sweep import sweep
 from launch.environment import (
     Environment,
     Node,
@@ -54,7 +55,7 @@ _PROCESSES = click.option(
 @click.pass_context
 def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
-    if context.invoked_subcommand not in ("run", "test"):
+    if context.invoked_subcommand not in ("run", "test", "sweep"):
         stop_listening()
 
 
@@ -255,7 +256,7 @@ def schema(page: bool) -> None:
         click.echo(json.dumps(spec_schema(), indent=2))
 
 
-for _command in (new, check, doctor, fork, list_runs, report):
+for _command in (new, check, doctor, fork, list_runs, report, sweep):
     evenstep.add_command(_command)
 
 

@@ -65,6 +65,7 @@ RAN = {
     "launch/processes/agent.py": CPU,
     "launch/cli.py": CPU,
     "launch/commands/doctor.py": SIM,
+    "launch/commands/sweep.py": "CPU; the shares of devices as a pure function",
     "launch/rank/joining.py": CPU,
     "launch/nodes/node.py": CPU,
     "launch/rank/process_group.py": SIM,
@@ -149,6 +150,18 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "launch/engines/kubernetes/fabrics.py",
         '"tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},',
     ): ("as above", "; its effect: nothing yet"),
+    ("launch/commands/sweep.py", '"cuda": "CUDA_VISIBLE_DEVICES",  # of NVIDIA and of AMD'): (
+        "each maker has a variable of its own for the devices that a process sees",
+        "; its effect: nothing yet",
+    ),
+    ("launch/commands/sweep.py", '"xpu": "ZE_AFFINITY_MASK",'): (
+        "as above",
+        "; its effect: nothing yet",
+    ),
+    ("launch/commands/sweep.py", '"npu": "ASCEND_RT_VISIBLE_DEVICES",'): (
+        "as above",
+        "; its effect: nothing yet",
+    ),
     ("launch/nodes/node.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",

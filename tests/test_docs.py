@@ -39,6 +39,7 @@ WITH_COMMANDS = [  # the transcript has a test of its own
 def test_every_command_of_a_page_works(page, tmp_path):
     text = (ROOT / "docs" / page).read_text()
     for name, content in FILE.findall(text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     for words, codes in commands_of(text):
         done = subprocess.run(

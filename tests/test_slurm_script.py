@@ -17,10 +17,10 @@ import yaml
 from commands import ROOT, evenstep
 
 from launch.commands.engines import ENGINES, commands_of
+from launch.engines.settings import settings_of
 from launch.engines.slurm.allowance import allowance
 from launch.engines.slurm.script import Script, render
 from launch.engines.slurm.states import state_in_words
-from launch.engines.slurm.sweep import settings_of
 from service.basics.errors import SpecError
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
@@ -285,8 +285,8 @@ def test_every_engine_has_the_same_commands_with_the_same_options() -> None:
     groups = {engine.name: commands_of(engine) for engine in ENGINES}
     assert groups.keys() == {"kubernetes", "slurm"}
     shared = {
-        "render": {"spec", "overrides", "name"},
-        "submit": {"spec", "overrides", "name", "waits"},
+        "render": {"spec", "overrides", "set_files", "name"},
+        "submit": {"spec", "overrides", "set_files", "name", "waits"},
         "status": {"name"},
         "logs": {"name", "rank", "node", "previous", "follow"},
         "cancel": {"name"},

@@ -2,6 +2,7 @@
 
 From top to bottom; a room imports only from rooms below it:
 
+* sweep: `evenstep sweep`: the product of several values, each setting a run on this machine.
 * runs: the commands that look at runs: `runs` and `report`.  No torch.
 * reduction: one process of a trial all-reduce: `python -m launch.commands.reduction BYTES`.
 * jobs: the commands that come before a run: `new`, `check` and `doctor`.

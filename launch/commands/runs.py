@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.basics.errors import printable
+from service.basics.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from service.runs.history import History
@@ -26,14 +26,36 @@ _WIDEST = 120  # characters of a cell: one run does not draw out the table of al
     show_default=True,
 )
 def report(runs: tuple[str, ...], output: Path) -> None:
-    """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network."""
+    """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
+
+    Of a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
     from service.observability.report import write_report
+    from service.observability.sweeps import in_lines, read_sweep, rows_of, table_of
     from service.runs.history import read_history
 
-    histories = [read_history(run) for run in runs]
-    write_report(histories, output)
+    places = [_sweep_at(Path(run)) or Path(run) for run in runs]
+    sweeps = [read_sweep(place) for place in places if _sweep_at(place)]
+    histories = [
+        history
+        for place in places
+        for history in (
+            read_sweep(place).histories() if _sweep_at(place) else [read_history(place)]
+        )
+    ]
+    if not histories:
+        raise SpecError(f"{places[0]}: no run of this sweep has begun yet.")
+    write_report(histories, output, sweeps=sweeps)
+    for sweep in sweeps:
+        click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))
     names = ", ".join(printable(history.name) for history in histories)
     click.echo(f"{printable(str(output))}: {names}")
+
+
+def _sweep_at(path: Path) -> Path | None:
+    """The directory of a sweep: this one, or the one of that name in `runs/`."""
+    from service.observability.sweeps import is_sweep
+
+    return next((place for place in (path, Path("runs") / path) if is_sweep(place)), None)
 
 
 @click.command(name="runs")

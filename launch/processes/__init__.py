@@ -7,6 +7,8 @@ From top to bottom; a room imports only from rooms below it:
 * warm_start: work that starts before the command is parsed, for an earlier first step.
 * terminal: standard output and standard error that survive the loss of their reader.
 * signals: records a request to stop from the start on, before torch, click or a spec is loaded.
+* side_by_side: several commands at a time on this machine: each in a process of its own, stopped
+  together.
 * echo: copies the log files of the other ranks into the launcher's own output.
 * agent: torch's elastic agent over processes that are forked warm, bound to us, and ended in
   time.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from service.basics.errors import SpecError
 from service.observability.charts import COLOURS, Line, chart, short, smoothed, step_axis
+from service.observability.sweeps import Sweep, rows_of, table_of
 from service.runs.directory import LATEST_TIME, change_in_words, is_number
 from service.runs.goodput import each_of
 from service.runs.history import Failure, History, differing
@@ -39,27 +40,28 @@ SMOOTHED_FROM = 120
 """Number of points from which a training curve is drawn smoothed, over the faint raw curve."""
 
 
-def write_report(histories: Sequence[History], file: Path) -> None:
-    """Write the page about these runs atomically.
+def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[Sweep] = ()) -> None:
+    """Write the page about these runs atomically, with the table of each sweep they are of.
 
     Raises:
         SpecError: the file cannot be written.
     """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
-        text = page(histories, now=time.time())
+        text = page(histories, now=time.time(), sweeps=sweeps)
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, file)
     except OSError as error:
         raise SpecError(f"-o: {file} cannot be written: {error.strerror}.") from error
 
 
-def page(histories: Sequence[History], *, now: float) -> str:
+def page(histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = ()) -> str:
     """The page as HTML; `now`, in seconds since 1970, is its creation time."""
     several = len(histories) > 1
     title = f"{len(histories)} runs" if several else histories[0].name
     body = [
         _header(title, histories, now),
+        *map(_of_sweep, sweeps),
         _comparison(histories) if several else _tiles(histories[0]),
         '<section class="charts">' + "".join(_charts(histories)) + "</section>",
         _timeline(histories),
@@ -169,6 +171,20 @@ def _comparison(histories: Sequence[History]) -> str:
         f"<thead><tr><th></th>{heads}</tr></thead>{_rows(rows)}"
         f"{_rows(specs or same, 'What differs in their specs')}"
         f"{_rows(facts, 'What they ran on') if facts else ''}</table></div></section>"
+    )
+
+
+def _of_sweep(sweep: Sweep) -> str:
+    """One line for each setting: what its runs measured, over the seeds."""
+    heads, lines = table_of(rows_of(sweep))
+    told = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
+    )
+    return (
+        f'<section class="card"><h2>{escape(sweep.path.name)}: mean and deviation over seeds</h2>'
+        f'<div class="scroll"><table class="compare"><thead><tr>{told}</tr></thead>'
+        f"<tbody>{cells}</tbody></table></div></section>"
     )
 
 

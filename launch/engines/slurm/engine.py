@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from launch.engines.contract import Say, code_in_words, progress_in
+from launch.engines.settings import settings_of
 from launch.engines.slurm.queue import (
     SlurmError,
     asked,
@@ -19,7 +20,6 @@ from launch.engines.slurm.queue import (
 )
 from launch.engines.slurm.script import Script, place_of, render
 from launch.engines.slurm.states import state_in_words
-from launch.engines.slurm.sweep import settings_of
 from launch.processes.echo import spoken
 from service.basics.errors import SpecError
 from service.health.stop_budget import budget_seconds

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.engines.slurm.sweep import Settings
+from launch.engines.settings import Settings
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.runs.failure_reports import is_secret
 from service.spec.files import dump_values

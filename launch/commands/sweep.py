@@ -1,0 +1,339 @@
+"""`evenstep sweep`: the product of several values, each setting a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from launch.commands.engines import load_named
+from launch.commands.overrides import overridden
+from launch.engines.contract import CODES
+from launch.engines.settings import Settings, settings_of
+from launch.environment import launched, node_here
+from launch.processes.side_by_side import Command, run_side_by_side
+from launch.processes.signals import heard
+from service.basics.atomic_files import in_the_way, is_there, make_directory
+from service.basics.errors import SpecError, Stopped, printable
+from service.basics.limits import limits
+from service.health.stop_request import stop_on_signals
+from service.observability.sweeps import (
+    Setting,
+    Sweep,
+    in_lines,
+    is_sweep,
+    read_sweep,
+    rows_of,
+    table_of,
+    write_sweep,
+)
+from service.runs.directory import RunDirectory, check_run
+from service.spec.documents import SUFFIXES, read_document
+from service.spec.extending import EXTENDS
+from service.spec.files import Override
+from service.spec.models import Spec
+
+VARIANT = "variant"
+_LOGS = "logs"
+_LONGEST_NAME = 63
+_LAST_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the sweep."""
+
+    name: str
+    spec: str
+    """The file or recipe."""
+    overrides: tuple[Override, ...]
+    setting: Setting
+    loaded: Spec
+
+
+@click.command()
+@click.argument("spec", metavar="SPEC|FOLDER")
+@overridden
+@click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="Runs at a time.")
+@click.option(
+    "--processes",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes of each run.",
+)
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--name", help="Of the sweep's directory; by default the spec's name and -sweep.")
+def sweep(
+    spec: str,
+    overrides: tuple[Override, ...],
+    jobs: int | None,
+    processes: int,
+    runs: Path,
+    name: str | None,
+) -> None:
+    """Run SPEC with every combination of the given values, each as a run of its own.
+
+    KEY=A,B takes several values, KEY=0..4 the whole numbers from 0 to 4. The specs in a FOLDER are
+    variants. The same command goes on: what is done is left, what was stopped resumes. By default
+    one run at a time, or one for each share of the GPUs."""
+    if launched() is not None or node_here() is not None:
+        raise SpecError("sweep: starts the processes itself, on one machine; start it alone.")
+    variants = _variants(spec)
+    title = name or f"{Path(spec).resolve().name if len(variants) > 1 else _name(spec)}-sweep"
+    place = (runs / _as_name(title)).absolute()
+    earlier = read_sweep(place)
+    named = {key for setting in earlier.settings.values() for key, _ in setting}
+    planned = _planned(variants, overrides, named)
+    for run in planned:
+        check_run(place, run.loaded, fresh=False)
+    places = _places(jobs, processes, len(planned))
+    known = _opened(earlier, planned)
+    left = [run for run in planned if _state(place, run) != "done"]
+    told = f"{len(planned)} runs in {place}, {len(places)} at a time"
+    click.echo(printable(f"{told}; {len(planned) - len(left)} are done" if known else told))
+    codes = _run_all(left, place, places, processes)
+    for line in in_lines(*table_of(rows_of(read_sweep(place)))):
+        click.echo(printable(line))
+    sys.exit(_code(codes, left))
+
+
+def _run_all(
+    left: Sequence[_Run], place: Path, places: Sequence[Mapping[str, str]], processes: int
+) -> dict[str, int]:
+    """The exit code of each run that was started, by name."""
+    codes: dict[str, int] = {}
+
+    def began(command: Command) -> None:
+        _say(f"{command.name}: starts")
+
+    def ended(command: Command, code: int) -> None:
+        codes[command.name] = code
+        _say(f"{command.name}: {_end_in_words(command, code)}")
+
+    commands = [_command(run, place, processes) for run in left]
+    with stop_on_signals(heard) as stop:
+        try:
+            run_side_by_side(commands, places=places, stop=stop, began=began, ended=ended)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            sys.exit(130)
+    return codes
+
+
+def _code(codes: Mapping[str, int], left: Sequence[_Run]) -> int:
+    """0 if all are done; that of the first failure; or that of a stop."""
+    failed = [code for code in codes.values() if code not in (0, Stopped.exit_code)]
+    if failed:
+        return failed[0]
+    return 0 if len(codes) == len(left) and not any(codes.values()) else Stopped.exit_code
+
+
+def _say(text: str) -> None:
+    click.echo(printable(text))
+    sys.stdout.flush()
+
+
+def _end_in_words(command: Command, code: int) -> str:
+    if code == 0:
+        return "done"
+    if code == Stopped.exit_code:
+        return "stopped, its state is saved"
+    words = f"failed with {code}" + (f" ({CODES[code]})" if code in CODES else "")
+    with command.log.open("rb") as log:
+        log.seek(max(0, log.seek(0, 2) - _LAST_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    said = f": {errors[-1].removeprefix('error: ')}" if errors else ""
+    return f"{words}{said} See {command.log}"
+
+
+def _command(run: _Run, place: Path, processes: int) -> Command:
+    files = [word for o in run.overrides if not isinstance(o, str) for word in ("--set-file", o)]
+    words = [sys.executable, "-P", "-m", "launch", "run", run.spec, *map(str, files)]
+    words += ["--name", run.name, "--runs", str(place)]
+    words += ["--processes", str(processes)] if processes > 1 else []
+    given = [override for override in run.overrides if isinstance(override, str)]
+    return Command(run.name, [*words, "--", *given], place / _LOGS / f"{run.name}.log")
+
+
+# ---- what is run
+
+
+def _variants(spec: str) -> list[tuple[str, str]]:
+    """(name, file) of each spec of a folder that no other one there extends; or the one spec.
+
+    Raises:
+        SpecError: there is none.
+    """
+    folder = Path(spec)
+    if not folder.is_dir():
+        return [("", spec)]
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    bases = {base for file in files for base in _base_of(file)}
+    files = [file for file in files if file.resolve() not in bases]
+    if not files:
+        raise SpecError(f"{folder}: holds no spec. A spec ends in {', '.join(SUFFIXES)}.")
+    names = [file.stem for file in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{folder}: two specs are called {twice}. Rename one of them.")
+    return [(file.stem, str(file)) for file in files]
+
+
+def _base_of(file: Path) -> list[Path]:
+    named = read_document(file).values.get(EXTENDS)
+    return [(file.parent / named).resolve()] if isinstance(named, str) else []
+
+
+def _planned(
+    variants: Sequence[tuple[str, str]], overrides: Sequence[Override], named: Set[str]
+) -> list[_Run]:
+    """Every run of the sweep.
+
+    Args:
+        named: keys that are in the names of its runs, as they had several values before.
+    Raises:
+        SpecError: lists what is wrong with any of them.
+    """
+    files = tuple(override for override in overrides if not isinstance(override, str))
+    words = [override for override in overrides if isinstance(override, str)]
+    choices = settings_of([word for word in words if not word.endswith("=")], option="sweep: ")
+    cleared = tuple(word for word in words if word.endswith("="))
+    several = _several(choices) | named
+    found: list[_Run] = []
+    taken = {_LOGS}
+    faults: dict[str, None] = {}
+    for variant, spec in variants:
+        for settings in choices or [()]:
+            pairs = [_pair(text) for text in settings]
+            setting = tuple(pair for pair in pairs if pair[0] in several)
+            setting = ((VARIANT, variant), *setting) if len(variants) > 1 else setting
+            name = _name_of(setting, taken)
+            given: tuple[Override, ...] = (*files, *cleared, *settings)
+            try:
+                loaded = load_named(spec, given, name)
+            except SpecError as error:
+                faults[str(error)] = None
+                continue
+            found.append(_Run(name, spec, given, setting, loaded))
+    if faults:
+        raise SpecError("\n".join(dict.fromkeys("\n".join(faults).split("\n"))))
+    return found
+
+
+def _several(choices: Sequence[Settings]) -> set[str]:
+    """The keys with more than one value."""
+    values: dict[str, set[str]] = {}
+    for key, value in (_pair(text) for settings in choices for text in settings):
+        values.setdefault(key, set()).add(value)
+    return {key for key, found in values.items() if len(found) > 1}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    return key.removeprefix("--"), value
+
+
+def _name_of(setting: Setting, taken: set[str]) -> str:
+    """`lr-0.1_seed-0`: the last word of each key and its value, unlike every other name.
+
+    A pure function of the settings in their order, so that the same command finds its runs.
+    """
+    ends = [key.rpartition(".")[2] for key, _ in setting]
+    words = [
+        value if key == VARIANT else f"{end if ends.count(end) == 1 else key}-{value}"
+        for end, (key, value) in zip(ends, setting, strict=True)
+    ]
+    stem = _as_name("_".join(words)) if words else "run"
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem[: _LONGEST_NAME - 5]}-{number}"
+    taken.add(name)
+    return name
+
+
+def _as_name(text: str) -> str:
+    """The text with what no name of a run may hold replaced."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:_LONGEST_NAME]
+    return name if name[:1].isalnum() else f"run{name}"[:_LONGEST_NAME]
+
+
+def _name(spec: str) -> str:
+    return load_named(spec, (), None).name
+
+
+def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:
+    """Make the sweep's directory, and record its runs; whether it was there already.
+
+    Raises:
+        SpecError: the directory is something else, or cannot be written.
+    """
+    place = earlier.path
+    there = is_sweep(place)
+    if is_there(place / "run.json"):
+        raise SpecError(f"--name: {place} is a run. Give the sweep another name.")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (place, place / _LOGS):
+            make_directory(directory)
+    except OSError as error:
+        raise SpecError(f"{place} cannot be written: {in_the_way(error)}.") from error
+    write_sweep(Sweep(place, {**earlier.settings, **{run.name: run.setting for run in planned}}))
+    return there
+
+
+def _state(place: Path, run: _Run) -> str | None:
+    directory = RunDirectory(place / run.name)
+    return str(directory.read_facts()["state"]) if is_there(directory.facts) else None
+
+
+# ---- on what it runs
+
+
+def _places(jobs: int | None, processes: int, runs: int) -> list[dict[str, str]]:
+    """The environment of each run that may run at a time: its share of the devices and cores."""
+    import torch
+
+    devices = torch.accelerator.device_count() if os.environ.get("EVENSTEP_DEVICE") != "cpu" else 0
+    kind = torch.accelerator.current_accelerator() if devices else None
+    variable = _VISIBLE.get(kind.type) if kind is not None else None
+    most = max(1, devices // processes)
+    count = min(jobs or most, runs)
+    threads = max(1, limits().cores // (count * processes))
+    own = os.environ.get(variable, "") if variable else ""
+    shares = shares_of(own.split(",") if own else list(map(str, range(devices))), count, processes)
+    places = []
+    for share in shares:
+        place = {} if variable is None or not share else {variable: ",".join(share)}
+        if count > 1 and "OMP_NUM_THREADS" not in os.environ:
+            place["OMP_NUM_THREADS"] = str(threads)
+        places.append(place)
+    return places
+
+
+_VISIBLE = {
+    "cuda": "CUDA_VISIBLE_DEVICES",  # of NVIDIA and of AMD
+    "xpu": "ZE_AFFINITY_MASK",
+    "npu": "ASCEND_RT_VISIBLE_DEVICES",
+}
+"""The variable by which a process is shown some of the devices of a kind."""
+
+
+def shares_of(devices: Sequence[str], count: int, each: int) -> list[list[str]]:
+    """The devices of each of `count` runs with `each` processes.
+
+    With more runs than there are devices for, several runs have the same ones.
+    """
+    here = len(devices)
+    return [
+        [devices[(run * each + process) % here] for process in range(min(each, here))]
+        for run in range(count)
+    ]

@@ -1,0 +1,102 @@
+"""Several commands at a time on this machine: each in a process of its own, stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from service.basics.atomic_files import told_when_unwritten
+from service.basics.errors import Stopped
+from service.health.stop_request import StopRequest, die_with_parent
+
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is to be run, and where its output goes."""
+
+    name: str
+    words: Sequence[str]
+    log: Path
+
+
+@dataclass
+class _Running:
+    command: Command
+    place: int
+    process: subprocess.Popen[bytes]
+    told: bool = False
+    """Whether it was handed the request to stop."""
+
+
+def run_side_by_side(
+    commands: Sequence[Command],
+    *,
+    places: Sequence[Mapping[str, str]],
+    stop: StopRequest,
+    began: Callable[[Command], None],
+    ended: Callable[[Command, int], None],
+) -> None:
+    """Run every command, as many at a time as there are places; a place is some of the environment.
+
+    A request to stop goes to each that runs, and no other one is started. They die with this
+    process, however it ends. The place of one that ends goes to the next.
+
+    Raises:
+        KeyboardInterrupt: a second Ctrl-C, after each has had it too and has ended.
+    """
+    waiting, running = list(commands), list[_Running]()
+    free = list(range(len(places)))
+    try:
+        while running or (waiting and not stop.requested):
+            while waiting and free and not stop.requested:
+                command, place = waiting.pop(0), free.pop(0)
+                began(command)
+                running.append(_Running(command, place, _started(command, places[place])))
+            if stop.requested:
+                _hand_on(running)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.place)
+                ended(one.command, _code_of(one))
+            time.sleep(_LOOK_SECONDS)
+    except KeyboardInterrupt:
+        for one in running:
+            one.process.send_signal(signal.SIGINT)
+            one.process.wait()
+        raise
+
+
+def _started(command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with told_when_unwritten(command.log), command.log.open("ab") as log:
+        return subprocess.Popen(
+            command.words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables},
+            start_new_session=True,  # Ctrl-C on the terminal reaches it once, from here
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+
+
+def _hand_on(running: Sequence[_Running]) -> None:
+    for one in running:
+        if not one.told:
+            one.process.send_signal(signal.SIGTERM)
+            one.told = True
+
+
+def _code_of(one: _Running) -> int:
+    """As a shell has it: 128 and the number of the signal that ended it."""
+    code = one.process.returncode
+    if one.told and code == -signal.SIGTERM:  # it came before the command could hear it
+        return Stopped.exit_code
+    return code if code >= 0 else 128 - code

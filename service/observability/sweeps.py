@@ -1,0 +1,151 @@
+"""A sweep: which runs it has, and each setting's mean and deviation over seeds. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.basics.atomic_files import is_there, read_json, replace_file, told_when_unwritten
+from service.basics.errors import SpecError
+from service.observability.charts import short
+from service.runs.history import History, read_history
+
+FORMAT = 1
+_FILE = "sweep.json"
+_LARGEST_BYTES = 8 << 20
+SEED = "seed"
+_MOST_MEASURES = 6
+
+Setting = tuple[tuple[str, str], ...]
+"""Keys with their values as text: `(("optimizer.lr", "0.1"),)`."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A directory of runs, with the setting of each by the run's name."""
+
+    path: Path
+    settings: Mapping[str, Setting]
+
+    def histories(self) -> list[History]:
+        """The runs that have begun."""
+        runs = [self.path / name for name in self.settings]
+        return [read_history(run) for run in runs if is_there(run / "run.json")]
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a sweep was run in this directory."""
+    return is_there(path / _FILE)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in a directory; without runs where none was started there.
+
+    Raises:
+        SpecError: its file is damaged.
+    """
+    file = path / _FILE
+    if not is_there(file):
+        return Sweep(path, {})
+    try:
+        told = read_json(file, at_most=_LARGEST_BYTES)
+        settings = {
+            str(name): tuple((str(key), str(value)) for key, value in pairs)
+            for name, pairs in told["runs"].items()
+        }
+        if told["format"] != FORMAT:
+            raise ValueError(f"its format is {told['format']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(
+            f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs stay."
+        ) from error
+    return Sweep(path, settings)
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """Record the settings of a sweep beside its runs."""
+    facts = {"format": FORMAT, "runs": {name: list(s) for name, s in sweep.settings.items()}}
+    with told_when_unwritten(sweep.path / _FILE):
+        replace_file(sweep.path / _FILE, json.dumps(facts, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: what was measured with it, over its seeds."""
+
+    setting: Setting
+    """Without the seed."""
+    runs: int
+    done: int
+    measured: Mapping[str, Sequence[float]]
+    """Values of the runs that are done, by measure."""
+
+
+def rows_of(sweep: Sweep) -> list[Row]:
+    """One row for each setting, in the order of the sweep."""
+    known = {history.directory.name: history for history in sweep.histories()}
+    of_setting: dict[Setting, list[History | None]] = {}
+    for name, setting in sweep.settings.items():
+        rest = tuple(pair for pair in setting if pair[0] != SEED)
+        of_setting.setdefault(rest, []).append(known.get(name))
+    found = []
+    for setting, histories in of_setting.items():
+        done = [h for h in histories if h is not None and h.state == "done"]
+        measured: dict[str, list[float]] = {}
+        for history in done:
+            for key, value in _measured(history).items():
+                measured.setdefault(key, []).append(value)
+        found.append(Row(setting, len(histories), len(done), measured))
+    return found
+
+
+def _measured(history: History) -> dict[str, float]:
+    """The best of the run, and the last value of each measure of the tests."""
+    best = history.best
+    found = {f"best {best.measure}": best.value} if best is not None else {}
+    for key in history.keys:
+        if key.startswith("test/"):
+            found[f"last {key}"] = history.series(key)[-1][1]
+    return found
+
+
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the cells of the table: settings, runs that are done, measures.
+
+    A measure is told as mean and sample standard deviation, `0.95 ± 0.01`; of one run, as itself.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key, _ in row.setting))
+    measures = list(dict.fromkeys(key for row in rows for key in row.measured))[:_MOST_MEASURES]
+    lines = []
+    for row in rows:
+        values = dict(row.setting)
+        cells = [values.get(key, "-") for key in keys]
+        cells.append(f"{row.done} of {row.runs}")
+        cells += [mean_and_deviation(row.measured.get(measure, ())) for measure in measures]
+        lines.append(cells)
+    return [*keys, "done", *measures], lines
+
+
+def mean_and_deviation(values: Iterable[float]) -> str:
+    """`0.95 ± 0.01`: the mean, and the sample standard deviation of several values."""
+    known = list(values)
+    if not known:
+        return "-"
+    mean = sum(known) / len(known)
+    if len(known) == 1:
+        return short(mean)
+    # By hand: `statistics` refuses what is not finite, and such a run is to be seen here.
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1))
+    return f"{short(mean)} ± {short(deviation)}"
+
+
+def in_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table as text, its columns aligned."""
+    rows = [heads, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    for row in rows:
+        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()

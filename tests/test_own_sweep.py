@@ -1,0 +1,192 @@
+"""`evenstep sweep`: every combination is a run of its own, on this machine."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from injuring import until
+
+from launch.cli import evenstep as command
+from launch.commands.sweep import shares_of
+from launch.engines.settings import settings_of
+from service.basics.errors import SpecError
+from service.observability.sweeps import mean_and_deviation, read_sweep, rows_of
+from service.runs.history import read_history
+
+QUICK = ("length.steps=4", "schedule.name=constant", "tracking.log_every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two rates, one of which diverges, over two seeds; two runs at a time."""
+    place = tmp_path_factory.mktemp("swept")
+    words = ("sweep", "digits", *QUICK, "optimizer.lr=0.02,1e30", "seed=3..4", "--jobs", 2)
+    return place, words, evenstep(*words, cwd=place)
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(swept):
+    _, _, done = swept
+    assert done.returncode == 42, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert "lr-0.02_seed-3: done" in lines
+    assert "lr-0.02_seed-4: done" in lines
+    failed = [line for line in lines if "failed with 42 (would fail again): " in line]
+    assert {line.partition(":")[0] for line in failed} == {"lr-1e30_seed-3", "lr-1e30_seed-4"}
+    assert all("logs/lr-1e30_seed-" in line for line in failed)
+    head, good, bad = (line.split() for line in lines[-3:])
+    assert head[:2] == ["optimizer.lr", "done"]
+    assert good[:4] == ["0.02", "2", "of", "2"]
+    assert bad[:4] == ["1e30", "0", "of", "2"]
+
+
+def test_the_table_has_mean_and_deviation_over_seeds(swept):
+    place, *_ = swept
+    row = rows_of(read_sweep(place / "runs/digits-sweep"))[0]
+    runs = [place / "runs/digits-sweep" / f"lr-0.02_seed-{seed}" for seed in (3, 4)]
+    losses = [read_history(run).last["test/loss"] for run in runs]
+    assert row.setting == (("optimizer.lr", "0.02"),)
+    assert row.measured["last test/loss"] == losses
+    assert losses[0] != losses[1]
+    assert mean_and_deviation([1.0, 3.0]) == "2 ± 1.414"
+    assert mean_and_deviation([float("inf"), 3.0]) == "∞ ± NaN"
+    assert mean_and_deviation([0.5]) == "0.5"
+
+
+def test_the_same_run_alone_has_the_same_bits(swept):
+    place, *_ = swept
+    words = ("digits", *QUICK, "optimizer.lr=0.02", "seed=4", "--name", "alone")
+    assert evenstep("run", *words, cwd=place).returncode == 0
+    done = evenstep(
+        *("verify", "alone", "runs/digits-sweep/lr-0.02_seed-4", "--level", "bits"), cwd=place
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_done_is_left_and_what_failed_is_tried_again(swept):
+    place, words, _ = swept
+    sweep = place / "runs/digits-sweep"
+    before = (sweep / "lr-0.02_seed-3/run.json").read_bytes()
+    done = evenstep(*words[:-3], "seed=3", cwd=place)  # one seed of the two
+    assert done.returncode == 42
+    assert "2 runs in" in done.stdout
+    assert "1 are done" in done.stdout
+    assert done.stdout.count(": starts") == 1
+    assert (sweep / "lr-0.02_seed-3/run.json").read_bytes() == before
+    assert len(read_sweep(sweep).settings) == 4  # those of before are still of the sweep
+
+
+def test_another_spec_is_refused_before_anything_starts(swept):
+    place, words, _ = swept
+    done = evenstep(*words, "batch.micro_batch=3", cwd=place)
+    assert done.returncode == 64
+    assert "batch.micro_batch" in done.stderr
+    assert "starts" not in done.stdout
+
+
+def test_a_report_of_the_sweep(swept):
+    place, *_ = swept
+    done = evenstep("report", "digits-sweep", "-o", "sweep.html", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("0.02")
+    page = (place / "sweep.html").read_text()
+    assert "mean and deviation over seeds" in page
+    assert "lr-1e30_seed-4" in page
+
+
+def has_steps(run):
+    file = run / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
+def test_a_request_to_stop_saves_all_and_the_same_command_resumes(tmp_path):
+    words = ("sweep", "digits", "length.steps=400", "optimizer.lr=0.01,0.02", "--jobs", "2")
+    rest = ("faults.stop_poll_steps=1", "tracking.log_every_steps=1")
+    sweep = tmp_path / "runs/digits-sweep"
+    runs = [sweep / "lr-0.01", sweep / "lr-0.02"]
+    with (tmp_path / "out").open("w") as out:
+        started = subprocess.Popen(
+            [BIN / "evenstep", *words, *rest],
+            cwd=tmp_path,
+            env=CLEAN,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            until(lambda: all(map(has_steps, runs)), "their first step")
+            started.send_signal(signal.SIGINT)
+            code = started.wait(DEADLINE_SECONDS)
+        finally:
+            started.kill()
+    said = (tmp_path / "out").read_text()
+    assert code == 75, said
+    assert said.count("stopped, its state is saved") == 2
+    stopped = [read_history(run) for run in runs]
+    assert [history.state for history in stopped] == ["stopped", "stopped"]
+    assert all(0 < history.step < 400 for history in stopped)
+    done = evenstep(*words, *rest, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run, before in zip(runs, stopped, strict=True):
+        first, second = read_history(run).attempts
+        assert second["from_step"] == first["to_step"] == before.step
+
+
+# ---- what is planned
+
+
+def settings_in(place):
+    found = json.loads((place / "sweep.json").read_text())["runs"]
+    return {name: dict(pairs) for name, pairs in found.items()}
+
+
+def test_a_folder_of_variants(tmp_path, monkeypatch):
+    """Each spec is a variant but the base of another; nothing is run, as all of them fail."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    base = "name: x\ntask: no_such_module:task\nbatch: {global_batch: 8}\nlength: {steps: 1}\n"
+    (folder / "base.yaml").write_text(base + "optimizer: {name: sgd, lr: 0.1}\n")
+    (folder / "large.yaml").write_text("extends: base.yaml\nbatch: {global_batch: 16}\n")
+    (folder / "small.toml").write_text('extends = "base.yaml"\n')
+    done = evenstep("sweep", "folder/", "seed=1,2", "--jobs", 4, cwd=tmp_path)
+    assert done.returncode == 64
+    assert done.stdout.count("failed with 64") == 4
+    assert settings_in(tmp_path / "runs/folder-sweep") == {
+        f"{variant}_seed-{seed}": {"variant": variant, "seed": str(seed)}
+        for variant in ("large", "small")
+        for seed in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["optimizer.lr=fast,0.1"], "optimizer.lr=fast: optimizer.lr: must be"),
+        (["optimizer.rate=1,2"], "optimizer.rate=1: optimizer.rate: unknown key"),
+        (["seed=1,2", "seed=3"], "seed is swept twice"),
+        (["seed=1,1"], "sweep: seed=1 is given twice"),
+        (["seed=5..2"], "the range 5..2 must go up"),
+        (["seed"], "must be KEY=VALUE,VALUE"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError) as caught:
+        CliRunner().invoke(command, ["sweep", "digits", *words], catch_exceptions=False)
+    assert told in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_ranges_and_commas_of_their_own():
+    assert settings_of(["seed=0..2"]) == [("seed=0",), ("seed=1",), ("seed=2",)]
+    assert settings_of(["a=-1..0,7"]) == [("a=-1",), ("a=0",), ("a=7",)]
+    assert settings_of(["a='x,y',[1,2]"]) == [("a='x,y'",), ("a=[1,2]",)]
+
+
+def test_devices_are_divided_among_the_runs():
+    devices = ["0", "1", "2", "3", "4"]
+    assert shares_of(devices, 2, 2) == [["0", "1"], ["2", "3"]]
+    assert shares_of(["3", "5"], 3, 1) == [["3"], ["5"], ["3"]]
+    assert shares_of([], 2, 1) == [[], []]
