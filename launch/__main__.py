@@ -7,11 +7,13 @@ from launch.processes.signals import listen
 from launch.processes.terminal import open_descriptors, outlive_readers, require_reader
 from launch.processes.warm_start import out_of_place, warm_up
 from service.basics.errors import SpecError
+from service.health.stop_request import die_with_follower
 
 
 def main() -> None:
     """Listen for a request to stop first; what the command needs takes a while to load."""
     listen()
+    die_with_follower()
     open_descriptors()
     if sys.argv[1:2] in (["run"], ["sweep"]):
         outlive_readers("stdout", "stderr")

@@ -139,7 +139,12 @@ def run(
 @click.argument("run", type=click.Path(path_type=Path))
 @overridden
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
-@click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE.npy|.safetensors")
+@click.option(
+    "--predictions",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write them as .npy, or with row ids and targets as .csv, .parquet or .safetensors.",
+)
 @click.option("--data", metavar="NAME", help="Of several test sets this one; all by default.")
 @_PROCESSES
 def test(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from service.data.task import Task, custom, load_task, supervised
     from service.in_place import run
     from service.plan.plan import Plan, make_plan
-    from service.runs.history import History, read_history
+    from service.results import History, read_history
     from service.runs.tracking import read_metrics
     from service.spec.files import load_spec
     from service.spec.models import Spec
@@ -41,8 +41,8 @@ _HOME = {
     "run": "in_place",
     "load_spec": "spec.files",
     "Spec": "spec.models",
-    "read_history": "runs.history",
-    "History": "runs.history",
+    "read_history": "results",
+    "History": "results",
     "read_metrics": "runs.tracking",
     "make_plan": "plan.plan",
     "Plan": "plan.plan",

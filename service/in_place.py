@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from service.data.task import load_task, sampling_of
 from service.distributed.generators import generators_given_back
 from service.distributed.world import in_place
 from service.health.stop_request import StopRequest, stop_on_signals
+from service.in_processes import run_in_processes
 from service.optimization.precision import multiplied_in
 from service.plan.changing import Accepted
 from service.plan.plan import make_plan
 from service.recipes import find_recipe
-from service.runs.history import History, read_history
+from service.results import History, read_history
 from service.spec.documents import document_of
 from service.spec.files import load_spec
 from service.spec.models import Spec
@@ -38,9 +40,12 @@ def run(
     runs: str | os.PathLike[str] = "runs",
     fresh: bool = False,
     accept_changes: bool = False,
+    processes: int = 1,
+    quiet: bool = False,
+    stop_at: int | None = None,
     **overrides: Any,
 ) -> History:
-    """Train and test `spec` in this process; what came of it, `rows` ready for a data frame.
+    """Train and test `spec`; what came of it, `rows` ready for a data frame, and `model()`.
 
     Run again, it resumes.  An interrupt saves and stops: `state` is `stopped` then.  Random
     generators, threads, precision and signal handlers are as before when this returns.
@@ -50,6 +55,10 @@ def run(
             `__main__:name`.
         fresh: put an earlier run of this name aside and begin anew.
         accept_changes: let `spec` change a run that has begun, which is recorded with it.
+        processes: more than one are started by the command, as `--processes` does; a task of a
+            notebook is not known to them.
+        quiet: print nothing of the run on standard output.
+        stop_at: save after this step, and stop.
         overrides: sections or keys of the spec, such as `seed=1, optimizer={"lr": 0.02}`.
     Raises:
         SpecError: a person's mistake, before anything is written; or another run trains in this
@@ -57,6 +66,17 @@ def run(
         EvenstepError: the run cannot go on.
     """
     _require_one_process()
+    for name, count in (("processes", processes), ("stop_at", stop_at)):
+        if count is not None and count < 1:
+            raise SpecError(f"{name}: must be a whole number from 1 up, but is {count}.")
+    place = Path(runs).absolute()
+    loaded = _loaded(spec, overrides)
+    if processes > 1:
+        options = ["--runs", str(place), *["--fresh"] * fresh]
+        options += ["--accept-changes"] * accept_changes
+        options += [] if stop_at is None else ["--stop-at", str(stop_at)]
+        run_in_processes(loaded, processes=processes, options=options, quiet=quiet)
+        return read_history(place / loaded.name)
     if not _ALONE.acquire(blocking=False):
         raise SpecError(
             "service.run: a run trains in this process already, and two would share its random "
@@ -65,25 +85,28 @@ def run(
         )
     try:
         accepted = Accepted(everything=accept_changes)
-        place = Path(runs).absolute()
-        return _run_alone(spec, place, fresh=fresh, accepted=accepted, overrides=overrides)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if quiet else sys.stdout):
+            _run_alone(loaded, place, fresh=fresh, accepted=accepted, stop_at=stop_at)
     finally:
         _ALONE.release()
+    return read_history(place / loaded.name)
+
+
+def _loaded(spec: Any, overrides: Mapping[str, Any]) -> Spec:
+    document_of(overrides)  # what no spec could hold is refused in words
+    return load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
 
 
 def _run_alone(
-    spec: Any, place: Path, *, fresh: bool, accepted: Accepted, overrides: Mapping[str, Any]
-) -> History:
-    document_of(overrides)  # what no spec could hold is refused in words
-    loaded = load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
+    loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted, stop_at: int | None
+) -> None:
     if loaded.exactness == "bitwise":
         raise SpecError(
             "exactness: bitwise changes how this whole process computes. "
             "Run it by `evenstep run`, which has a process of its own."
         )
     with _given_back(loaded):
-        _run(loaded, place, fresh=fresh, accepted=accepted)
-    return read_history(place / loaded.name)
+        _run(loaded, place, fresh=fresh, accepted=accepted, stop_at=stop_at)
 
 
 @contextmanager
@@ -97,7 +120,9 @@ def _given_back(spec: Spec) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _run(loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted) -> None:
+def _run(
+    loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted, stop_at: int | None
+) -> None:
     world = in_place(precision=loaded.model.precision)
     task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
     loaded = settled(
@@ -116,6 +141,7 @@ def _run(loaded: Spec, place: Path, *, fresh: bool, accepted: Accepted) -> None:
         test_rows=task.test_rows,
         accepted=accepted,
         sampling=sampling_of(task),
+        stop_at=stop_at,
     )
     # Only the main thread of an interpreter hears signals.
     hears = threading.current_thread() is threading.main_thread()

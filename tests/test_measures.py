@@ -1,12 +1,15 @@
 """The test loop's measures: each row once, the same at any number of processes."""
 
+import csv
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from commands import evenstep
+from commands import CLEAN, DEADLINE_SECONDS, evenstep
 from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
@@ -204,18 +207,50 @@ def test_the_test_command_writes_predictions_in_the_order_of_the_data(processes,
     three = load_file(tmp_path / "three.safetensors")["predictions"].numpy()
     assert one.shape == (517, 3)
     assert (one == three).all()
+    for kind, read in (("csv", csv_table), ("parquet", parquet_table)):
+        done = evenstep(
+            "test", "job", "--processes", 2, "--predictions", f"as.{kind}", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        table = read(tmp_path / f"as.{kind}")
+        assert list(table) == ["row", "prediction_0", "prediction_1", "prediction_2", "target"]
+        assert list(table["row"]) == list(range(517))
+        assert list(table["target"]) == [row % 3 for row in range(517)]
+        assert [np.float32(value) for value in table["prediction_1"]] == list(one[:, 1])
     weights = load_file(tmp_path / "job/checkpoints/step-00000003/model.safetensors")
     inputs = torch.full((4,), 400 / 517)
     by_hand = weights["weight"] @ inputs + weights["bias"]
     assert one[400] == pytest.approx(by_hand.numpy(), abs=1e-6)
 
 
+def csv_table(path):
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows] for key in rows[0]}
+
+
+def parquet_table(path):
+    return pytest.importorskip("pyarrow.parquet").read_table(path).to_pydict()
+
+
+def test_parquet_without_pyarrow_is_refused_before_the_test(tmp_path, processes):
+    """A directory of the path in which pyarrow is a module that cannot be found."""
+    processes(1).run(train_in_process, spec_of("plain_rows", length={"steps": 1}), tmp_path)
+    hiding = "import sys; sys.modules['pyarrow'] = None\nfrom launch.__main__ import main; main()"
+    words = [sys.executable, "-c", hiding, "test", "job", "--predictions", "out.parquet"]
+    told = subprocess.run(
+        words, cwd=tmp_path, env=CLEAN, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
+    assert told.returncode == 64
+    assert "out.parquet needs pyarrow, which is not installed" in told.stderr
+
+
 def test_a_place_for_predictions_that_cannot_be_is_told(tmp_path, processes):
     spec = spec_of("plain_rows", length={"steps": 1})
     processes(1).run(train_in_process, spec, tmp_path)
-    told = evenstep("test", "job", "--predictions", "out.csv", cwd=tmp_path)
+    told = evenstep("test", "job", "--predictions", "out.txt", cwd=tmp_path)
     assert told.returncode == 64
-    assert "must end in .npy or .safetensors" in told.stderr
+    assert "must end in .npy, .safetensors, .csv or .parquet" in told.stderr
     assert HERE.exists()
 
 

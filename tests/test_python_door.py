@@ -1,10 +1,12 @@
 """`from service import ...`: the same from a notebook or a script."""
 
 import json
+import signal
 import subprocess
 import sys
 
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from injuring import until
 
 from service.runs.tracking import read_metrics
 
@@ -41,6 +43,7 @@ def test_every_name_of_the_door_is_there(tmp_path):
 
 SCRIPT = """
 import json
+import signal
 from service import run, read_history, Spec, load_spec
 
 changed = {"length": {"epochs": 2}, "optimizer": {"lr": 0.05}, "tracking": {"wandb": None}}
@@ -250,3 +253,69 @@ def test_a_search_from_a_notebook_tries_what_it_draws_and_two_runs_at_once_are_r
     done = python(SEARCH, tmp_path, EVENSTEP_DEVICE="cpu")
     assert done.stdout.endswith("alone\n"), done.stdout + done.stderr
     assert not (tmp_path / "runs/second").exists()
+
+
+IN_PROCESSES = """
+import torch
+from service import load_task, read_history, run
+from service.basics.errors import SpecError
+
+best = {"measure": "test/accuracy", "mode": "max"}
+changed = {"length": {"steps": 12}, "test": {"every_steps": 4}, "checkpoint": {"best": best}}
+changed["checkpoint"]["every_steps"] = 4
+one = run("digits", name="one", quiet=True, stop_at=8, **changed)
+assert (one.state, one.step) == ("stopped", 8), one
+one = run("digits", name="one", quiet=True, **changed)
+two = run("digits", name="two", processes=2, quiet=True, **changed)
+assert (two.state, two.step, two.attempts[0]["processes"]) == ("done", 12, 2), two
+for mine, theirs in zip(one.rows, two.rows, strict=True):
+    assert abs(mine.get("train/loss", 0) - theirs.get("train/loss", 0)) < 1e-4
+
+task = load_task("service.recipes.digits:task", two.spec["task_args"])
+images, labels = task.test_data().tensors
+model = read_history("two").model()
+assert not model.training
+right = (model(images).argmax(1) == labels).double().mean().item()
+assert abs(right - two.last["test/accuracy"]) < 1e-6, (right, two.last)
+early = two.model(8)(images)
+assert not torch.equal(early, model(images))
+assert torch.isfinite(two.model("best")(images)).all()
+
+def refused(words, **more):
+    try:
+        run("digits", quiet=True, **more)
+    except SpecError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+
+refused("processes: must be a whole number from 1 up", processes=0)
+refused("__main__:x is a task of this notebook or script", processes=2, task="__main__:x")
+refused("optimizer.lr: 0.1 -> 0.3", name="two", processes=2, **changed | {"optimizer": {"lr": 0.3}})
+"""
+
+
+def test_several_processes_quietly_and_the_trained_model(tmp_path):
+    done = python(IN_PROCESSES, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupt_reaches_the_processes_of_a_run(tmp_path):
+    script = "from service import run; h = run('digits', processes=2, length={'steps': 5000}, "
+    script += "schedule={'name': 'constant'}, faults={'stop_poll_steps': 1}); print(repr(h))"
+    words = [sys.executable, "-c", script]
+    with (tmp_path / "out").open("w") as out:
+        started = subprocess.Popen(
+            words, cwd=tmp_path, env=CLEAN, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+        )
+        try:
+            metrics = tmp_path / "runs/digits/metrics.jsonl"
+            until(lambda: metrics.exists() and metrics.stat().st_size, "the first steps")
+            started.send_signal(signal.SIGINT)
+            code = started.wait(DEADLINE_SECONDS)
+        finally:
+            started.kill()
+    said = (tmp_path / "out").read_text()
+    assert code == 0, said
+    assert "<run digits: stopped, step " in said

@@ -23,7 +23,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
     "spec",
     "basics",
 )
-DOOR = ("__init__", "in_place", "task", "recipes")
+DOOR = ("__init__", "in_place", "in_processes", "results", "task", "recipes")
 """What a user imports: it stands above every wing."""
 WITH_TORCH = WINGS[: WINGS.index("observability")]
 LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank")

@@ -8,12 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from service.basics.atomic_files import told_when_unwritten
 from service.basics.errors import Stopped
-from service.health.stop_request import StopRequest, die_with_parent
+from service.health.stop_request import PARENT, StopRequest
 
 _LOOK_SECONDS = 0.05
 
@@ -81,9 +80,8 @@ def _started(command: Command, variables: Mapping[str, str]) -> subprocess.Popen
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
+            env={**os.environ, **variables, PARENT: str(os.getpid())},
             start_new_session=True,  # Ctrl-C on the terminal reaches it once, from here
-            preexec_fn=partial(die_with_parent, os.getpid()),
         )
 
 

@@ -2,6 +2,7 @@
 
 From top to bottom; a room imports only from rooms below it:
 
+* trained: the model of a run with the weights of one of its checkpoints, on the CPU.
 * checkpoints: saves and restores the checkpoints of a run, by all processes together.
 * shards: the shards of a checkpoint: which process writes which bytes, and the buffer they come
   from.

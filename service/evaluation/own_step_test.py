@@ -58,7 +58,7 @@ class CountedSteps:
             self._gathered.add(widened(taken.outputs), batch.targets)
         if self._predictions is not None:
             _require_outputs(taken.outputs, "--predictions")
-            self._predictions.add(widened(taken.outputs))
+            self._predictions.add(widened(taken.outputs), batch)
 
     def means(self) -> dict[str, float]:
         """The means over all processes; every process calls it.

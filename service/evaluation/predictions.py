@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
 from service.basics.atomic_files import told_when_unwritten
 from service.basics.errors import SpecError
+from service.data.batches import Batch
 from service.data.task import Task, logits
 from service.distributed.world import World
-
-KINDS = (".npy", ".safetensors")
 
 
 class Predictions:
@@ -27,12 +29,19 @@ class Predictions:
         """The predictions of a test set of so many rows.
 
         Args:
-            path: ends in .npy, or in .safetensors for one tensor named `predictions`.
+            path: its ending says what is written: the predictions alone (.npy), or with the ids of
+                the rows and their targets (.csv, .parquet, .safetensors).
         Raises:
-            SpecError: it does not, or its directory is missing.
+            SpecError: it has another ending, or its directory or pyarrow is missing.
         """
-        if path.suffix not in KINDS:
-            raise SpecError(f"--predictions: {path} must end in {' or '.join(KINDS)}.")
+        if path.suffix not in _KINDS:
+            *others, last = _KINDS
+            raise SpecError(f"--predictions: {path} must end in {', '.join(others)} or {last}.")
+        if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise SpecError(
+                f"--predictions: {path} needs pyarrow, which is not installed. Install it: pip "
+                "install pyarrow; or write .csv."
+            )
         if not path.absolute().parent.is_dir():
             raise SpecError(f"--predictions: there is no directory {path.absolute().parent}.")
         self._path = path
@@ -40,10 +49,16 @@ class Predictions:
         self._predict = getattr(task, "predict", logits)
         self._rows = rows
         self._kept: list[Tensor] = []
+        self._ids: list[Tensor] = []
+        self._targets: list[Tensor | None] = []
 
-    def add(self, outputs: Any) -> None:
+    def add(self, outputs: Any, batch: Batch) -> None:
         """Add the predictions of one micro-batch: [B, ...]."""
         self._kept.append(self._predict(outputs).cpu())
+        self._ids.append(torch.from_numpy(np.array(batch.rows)))
+        targets = batch.targets
+        fits = isinstance(targets, Tensor) and targets.shape[:1] == (len(batch.rows),)
+        self._targets.append(targets.cpu() if fits else None)
 
     def write(self) -> None:
         """Write the predictions of all processes, row by row as in the data set.
@@ -52,19 +67,23 @@ class Predictions:
             SpecError: they are not of one shape, or not one for each row; on every process.
         """
         # Each process tests a run of the rows, so its place among them is its place in the file.
-        parts = [part for kept in self._world.gather(self._kept) for part in kept]
-        rows = _in_one(parts, self._rows)
+        rows = _in_one(_joined(self._world.gather(self._kept)), self._rows)
+        ids = _joined(self._world.gather(self._ids))
+        targets = _joined(self._world.gather(self._targets))
         if not self._world.is_lead:
             return
+        tensors = {"rows": torch.cat(ids), "predictions": rows.contiguous()}
+        if None not in targets and len({part.shape[1:] for part in targets}) == 1:
+            tensors["targets"] = torch.cat(targets).contiguous()
         partial = self._path.with_name(f".{self._path.stem}.partial{self._path.suffix}")
         with told_when_unwritten(self._path):
             with partial.open("wb") as file:
-                if self._path.suffix == ".npy":
-                    of_numpy = rows.float() if rows.dtype == torch.bfloat16 else rows  # it has none
-                    np.save(file, of_numpy.numpy())
-                else:
-                    file.write(save({"predictions": rows.contiguous()}))
+                _KINDS[self._path.suffix](file, tensors)
             os.replace(partial, self._path)
+
+
+def _joined(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    return [each for part in parts for each in part]
 
 
 def _in_one(parts: Sequence[Tensor], rows: int) -> Tensor:
@@ -81,3 +100,53 @@ def _in_one(parts: Sequence[Tensor], rows: int) -> Tensor:
             f"[B, ...], but gave {given}."
         )
     return torch.cat(list(parts))
+
+
+# ---- the files
+
+
+def _npy(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    np.save(file, _of_numpy(tensors["predictions"]))
+
+
+def _safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    file.write(save(dict(tensors)))
+
+
+def _csv(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    columns = _columns(tensors)
+    file.write(f"{','.join(columns)}\n".encode())
+    texts = [values.astype(str) for values in columns.values()]  # the shortest that reads equal
+    file.writelines(f"{','.join(row)}\n".encode() for row in zip(*texts, strict=True))
+
+
+def _parquet(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    parquet.write_table(arrow.table(_columns(tensors)), file)
+
+
+def _columns(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """`row`, `prediction` and `target`; numbered from 0 where a row has several values."""
+    columns = {}
+    for name, values in tensors.items():
+        flat = _of_numpy(values.flatten(1) if values.dim() > 1 else values)
+        one = name.removesuffix("s")
+        if flat.ndim == 1:
+            columns[one] = flat
+        else:
+            columns |= {f"{one}_{at}": flat[:, at] for at in range(flat.shape[1])}
+    return columns
+
+
+def _of_numpy(values: Tensor) -> NDArray[Any]:
+    wide = values.float() if values.dtype == torch.bfloat16 else values  # it has none
+    found: NDArray[Any] = wide.numpy()
+    return found
+
+
+_KINDS: dict[str, Callable[[BinaryIO, Mapping[str, Tensor]], None]] = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -124,7 +124,7 @@ class Counted:
         self._tally.add(batch.number, losses, measured, batch.weight, rows=len(batch.rows))
         self._gathered.add(outputs, batch.targets)
         if self._predictions is not None:
-            self._predictions.add(outputs)
+            self._predictions.add(outputs, batch)
 
     def means(self) -> dict[str, float]:
         """The means over all processes; every process calls it."""

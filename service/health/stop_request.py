@@ -19,6 +19,8 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
 )
 _PR_SET_PDEATHSIG = 1
+PARENT = "EVENSTEP_PARENT"
+"""Set by what started this command and follows it: its process, with which the command dies."""
 
 
 class StoppedEarly(BaseException):
@@ -107,6 +109,13 @@ def _hear_nothing() -> None:
 
 
 os.register_at_fork(after_in_child=_hear_nothing)
+
+
+def die_with_follower() -> None:
+    """Have this process die with the one that started and follows it, if one does."""
+    parent = os.environ.pop(PARENT, "")
+    if parent.isdecimal():
+        die_with_parent(int(parent))
 
 
 def die_with_parent(parent: int | None = None) -> None:
