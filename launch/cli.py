@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from launch.commands.checkpoints import checkpoints, export
-from launch.commands.engines import ENGINES, commands_of, complain, load_named
+from launch.commands.engines import ENGINES, accepted_by, commands_of, complain, load_named
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.overrides import overridden
@@ -85,6 +85,9 @@ evenstep.add_command(export)
 @click.option(
     "--accept-changes", is_flag=True, help="The same for all that SPEC now says otherwise."
 )
+@click.option(
+    "--accept", multiple=True, metavar="KEY", help="The same for this key or section alone."
+)
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save, then stop.")
 @click.option(
     "--profile", metavar="START:STEPS", help="Trace these steps and show where the time is spent."
@@ -100,7 +103,7 @@ def run(
     elastic: bool,
     stop_at: int | None,
     profile: str | None,
-    **accepting: bool,
+    **accepting: Any,
 ) -> None:
     """Train and test SPEC: a file, or the name of a recipe. The same command resumes the run."""
     place = launched()
@@ -301,18 +304,18 @@ def _tell_allowance(directory: RunDirectory) -> None:
 
 
 def _accepted(
-    overrides: tuple[Override, ...], *, fresh: bool, change: bool, accept_changes: bool
+    overrides: tuple[Override, ...],
+    *,
+    fresh: bool,
+    change: bool,
+    accept_changes: bool,
+    accept: tuple[str, ...],
 ) -> Accepted:
-    if fresh and (change or accept_changes):
-        which = "--change" if change else "--accept-changes"
+    if fresh and (change or accept_changes or accept):
+        which = "--change" if change else "--accept-changes" if accept_changes else "--accept"
         raise SpecError(f"{which}: --fresh begins a new run, which nothing has to be changed in.")
-    if change and not overrides:
-        raise SpecError(
-            "--change: nothing is named to change. Add it as KEY=VALUE, such as length.epochs=20; "
-            "for what was changed in the file, use --accept-changes."
-        )
-    named = Accepted.named(overrides) if change else Accepted()
-    return Accepted(named.keys, everything=accept_changes)
+    asked = accepted_by(overrides, change=change, accept_changes=accept_changes)
+    return Accepted((*asked.keys, *accept), everything=asked.everything)
 
 
 def _process_count(asked: str | None) -> int:

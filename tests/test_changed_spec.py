@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -271,3 +273,49 @@ def test_a_change_that_was_entered_and_never_written_is_forgotten(place, tmp_pat
         assert opened.facts["changes"] == []
     finally:
         opened.close()
+
+
+def submitted_to_slurm(text, place):
+    """(spec file, words) of the script's `evenstep run`, but for its directory of runs."""
+    spec = place / "slurm.yaml"
+    spec.write_text(re.search(r"<<'END_OF_SPEC'\n(.*?)\nEND_OF_SPEC\n", text, re.DOTALL)[1])
+    line = next(line for line in text.splitlines() if "--name " in line and line.endswith(" &"))
+    words = shlex.split(line.removesuffix(" &").replace('"$name"', "digits"))
+    return spec, words
+
+
+def submitted_to_kubernetes(text, place):
+    objects = list(yaml.safe_load_all(text))
+    spec = place / "kubernetes.yaml"
+    spec.write_text(next(o for o in objects if o["kind"] == "ConfigMap")["data"]["spec.yaml"])
+    job = next(o for o in objects if o["kind"] == "Job")
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[:5] == ["evenstep", "run", "/etc/evenstep/spec.yaml", "--runs", "/runs"]
+    return spec, command[5:]
+
+
+def test_a_cluster_gets_the_changes_of_submit(tmp_path):
+    """What Slurm and the pods are given is run here: it changes the run, and only as asked."""
+    begun = ("digits", "length.steps=3", "schedule.name=constant")
+    assert evenstep("run", *begun, cwd=tmp_path).returncode == 0
+    cluster = ("slurm={nodes: 1, gpus_per_node: 0}", "kubernetes={image: e.com/x, device: cpu}")
+    for engine, submitted, steps in (
+        ("slurm", submitted_to_slurm, 4),
+        ("kubernetes", submitted_to_kubernetes, 5),
+    ):
+        words = (engine, "render", *begun[::2], f"length.steps={steps}", "--name", "digits")
+        plain = evenstep(*words, *cluster, cwd=tmp_path)
+        asked = evenstep(*words, "--change", *cluster, cwd=tmp_path)
+        assert asked.returncode == 0, asked.stderr
+        spec, without = submitted(plain.stdout, tmp_path)
+        refused = evenstep("run", spec, *without, cwd=tmp_path)
+        assert refused.returncode == 64
+        assert f"length.steps: {steps - 1} -> {steps}" in refused.stderr
+        spec, given = submitted(asked.stdout, tmp_path)
+        changed = evenstep("run", spec, *given, cwd=tmp_path)
+        assert changed.returncode == 0, changed.stderr
+    entries = read_history(tmp_path / "runs/digits").changes
+    assert [(e["step"], [k["key"] for k in e["keys"]]) for e in entries] == [
+        (3, ["length.steps"]),
+        (4, ["length.steps"]),
+    ]

@@ -284,9 +284,10 @@ def test_slurms_words_are_explained(told: tuple[Any, ...], words: str) -> None:
 def test_every_engine_has_the_same_commands_with_the_same_options() -> None:
     groups = {engine.name: commands_of(engine) for engine in ENGINES}
     assert groups.keys() == {"kubernetes", "slurm"}
+    changing = {"change", "accept_changes"}
     shared = {
-        "render": {"spec", "overrides", "set_files", "name"},
-        "submit": {"spec", "overrides", "set_files", "name", "waits"},
+        "render": {*changing, "spec", "overrides", "set_files", "name"},
+        "submit": {*changing, "spec", "overrides", "set_files", "name", "waits"},
         "status": {"name"},
         "logs": {"name", "rank", "node", "previous", "follow"},
         "cancel": {"name"},

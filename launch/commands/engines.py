@@ -13,6 +13,8 @@ from launch.commands.overrides import overrides_and_files, with_files
 from launch.engines.contract import Engine
 from launch.engines.kubernetes.engine import Kubernetes
 from launch.engines.slurm.engine import Slurm
+from service.basics.errors import SpecError
+from service.plan.changing import Accepted
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 from service.spec.models import Spec
@@ -38,9 +40,16 @@ def commands_of(engine: Engine) -> click.Group:
 
 def _render(engine: Engine) -> click.Command:
     def render(
-        spec: str, overrides: tuple[Override, ...], name: str | None, **options: Any
+        spec: str,
+        overrides: tuple[Override, ...],
+        name: str | None,
+        change: bool,
+        accept_changes: bool,
+        **options: Any,
     ) -> None:
-        click.echo(engine.render(load_named(spec, overrides, name), **options), nl=False)
+        accepted = accepted_by(overrides, change=change, accept_changes=accept_changes)
+        loaded = load_named(spec, overrides, name)
+        click.echo(engine.render(loaded, more=_words_of(accepted), **options), nl=False)
 
     words = f"Print {engine.rendered}."
     return click.Command(
@@ -50,10 +59,17 @@ def _render(engine: Engine) -> click.Command:
 
 def _submit(engine: Engine) -> click.Command:
     def submit(
-        spec: str, overrides: tuple[Override, ...], name: str | None, waits: bool, **options: Any
+        spec: str,
+        overrides: tuple[Override, ...],
+        name: str | None,
+        change: bool,
+        accept_changes: bool,
+        **options: Any,
     ) -> None:
+        accepted = accepted_by(overrides, change=change, accept_changes=accept_changes)
         loaded = load_named(spec, overrides, name)
-        engine.submit(loaded, waits=waits, say=click.echo, complain=complain, **options)
+        more = _words_of(accepted)
+        engine.submit(loaded, more=more, say=click.echo, complain=complain, **options)
 
     waits = click.Option(
         ["--wait", "waits"], is_flag=True, help="Wait until the job ends; exit 0 if it completed."
@@ -69,7 +85,38 @@ def _job_params(engine: Engine) -> list[click.Parameter]:
         *overrides_and_files(),
         *engine.job_options,
         click.Option(["--name"], help="Name of the run; the spec's own by default."),
+        click.Option(
+            ["--change"],
+            is_flag=True,
+            help="Let KEY=VALUE change a run that has begun; it is recorded.",
+        ),
+        click.Option(
+            ["--accept-changes"],
+            is_flag=True,
+            help="The same for all that SPEC now says otherwise.",
+        ),
     ]
+
+
+def accepted_by(overrides: Sequence[Override], *, change: bool, accept_changes: bool) -> Accepted:
+    """The changes of a run that a command accepts.
+
+    Raises:
+        SpecError: `--change` with nothing named to change.
+    """
+    if change and not overrides:
+        raise SpecError(
+            "--change: nothing is named to change. Add it as KEY=VALUE, such as length.epochs=20; "
+            "for what was changed in the file, use --accept-changes."
+        )
+    named = Accepted.named(overrides) if change else Accepted()
+    return Accepted(named.keys, everything=accept_changes)
+
+
+def _words_of(accepted: Accepted) -> list[str]:
+    """The same as words of `evenstep run`, for a spec that holds the new values already."""
+    words = ["--accept-changes"] if accepted.everything else []
+    return words + [word for key in accepted.keys for word in ("--accept", key)]
 
 
 def _of_a_run(engine: Engine) -> list[click.Command]:

@@ -37,6 +37,8 @@ class Engine(Protocol):
     def render(self, spec: Spec, *args: Any, **options: Any) -> str:
         """What the cluster is given, as text that can be kept and read.
 
+        Keyword of every engine, here and of `submit`: `more`, further words of `evenstep run`.
+
         Raises:
             SpecError: the spec has no section for the engine, or one that no cluster could run.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,11 +45,13 @@ class Kubernetes:
         click.Option(["-n", "--namespace"], help="Default: the one of the kubectl context."),
     )
 
-    def render(self, spec: Spec, *, target: Target, without_secret: bool) -> str:
+    def render(
+        self, spec: Spec, *, target: Target, without_secret: bool, more: Sequence[str] = ()
+    ) -> str:
         """See `Engine`."""
         from launch.engines.kubernetes.manifests import how_to_make_the_secret, notes, to_yaml
 
-        objects = _objects(spec, target, without_secret=without_secret)
+        objects = _objects(spec, target, more, without_secret=without_secret)
         lines = [
             *(how_to_make_the_secret(spec) if without_secret else []),
             *notes(spec, objects, target=target),
@@ -65,13 +67,14 @@ class Kubernetes:
         complain: Say,
         target: Target,
         without_secret: bool,
+        more: Sequence[str] = (),
     ) -> None:
         """See `Engine`."""
         from launch.engines.kubernetes import jobs
         from launch.engines.kubernetes.api import Api, ClusterError
         from launch.engines.kubernetes.manifests import notes
 
-        objects = _objects(spec, target, without_secret=without_secret)
+        objects = _objects(spec, target, more, without_secret=without_secret)
         for line in notes(spec, objects, target=target):
             complain(line)
         namespace = spec.kubernetes.namespace if spec.kubernetes else None
@@ -122,8 +125,11 @@ class Kubernetes:
             return jobs.cancel(api, jobs.KINDS[target], name)
 
 
-def _objects(spec: Spec, target: Target, *, without_secret: bool) -> list[Manifest]:
-    from launch.engines.kubernetes.manifests import code_beside, new_secret, render
+def _objects(
+    spec: Spec, target: Target, more: Sequence[str], *, without_secret: bool
+) -> list[Manifest]:
+    from launch.engines.kubernetes.manifests import code_beside, new_secret, render, with_words
 
     secret = None if without_secret else new_secret()
-    return render(spec, target=target, files=code_beside(spec), secret=secret)
+    objects = render(spec, target=target, files=code_beside(spec), secret=secret)
+    return [with_words(each, more) for each in objects]

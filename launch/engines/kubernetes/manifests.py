@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,16 @@ def render(
     if needs_service:
         objects.append(_object(spec, "v1", "Service", {"spec": _service(spec, cluster)}))
     return [*objects, *workload]
+
+
+def with_words(value: Any, more: Sequence[str]) -> Any:
+    """An object, or a part of one, with further words for every `evenstep run` in it."""
+    if isinstance(value, list):
+        words = [*value, *more] if value[:2] == ["evenstep", "run"] else value
+        return [with_words(each, more) for each in words]
+    if isinstance(value, dict):
+        return {key: with_words(inner, more) for key, inner in value.items()}
+    return value
 
 
 def new_secret() -> str:

@@ -55,11 +55,13 @@ class Slurm:
     )
     run_options: tuple[click.Option, ...] = (_RUNS,)
 
-    def render(self, spec: Spec, *, runs: Path, sweep: Sequence[str] = ()) -> str:
+    def render(
+        self, spec: Spec, *, runs: Path, sweep: Sequence[str] = (), more: Sequence[str] = ()
+    ) -> str:
         """See `Engine`."""
         runs = runs.absolute()
         budget = budget_seconds(spec, RunDirectory(runs / spec.name))
-        return render(Script(spec, runs, budget, settings_of(sweep)))
+        return render(Script(spec, runs, budget, settings_of(sweep), more))
 
     def submit(
         self,
@@ -70,9 +72,10 @@ class Slurm:
         complain: Say,
         runs: Path,
         sweep: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> None:
         """See `Engine`."""
-        text = self.render(spec, runs=runs, sweep=sweep)
+        text = self.render(spec, runs=runs, sweep=sweep, more=more)
         place = place_of(runs.absolute(), spec.name)
         there = jobs_of(place)
         if there:

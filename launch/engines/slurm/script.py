@@ -37,6 +37,8 @@ class Script:
     stop_budget_seconds: float
     """What a stop of this run takes, from its saves so far."""
     sweep: Sequence[Settings] = ()
+    more: Sequence[str] = ()
+    """Further words of `evenstep run`."""
 
     @property
     def place(self) -> Path:
@@ -259,6 +261,7 @@ def _step(script: Script, asked: SlurmSpec) -> str:
     options = f'--name "$name" --runs {quoted(str(script.runs))}'
     if asked.processes != max(1, asked.gpus_per_node):
         options += f" --processes {asked.processes}"
+    options = " ".join([options, *map(quoted, script.more)])
     return " \\\n    ".join([*words, options]) + " &"
 
 
