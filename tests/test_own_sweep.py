@@ -190,3 +190,14 @@ def test_devices_are_divided_among_the_runs():
     assert shares_of(devices, 2, 2) == [["0", "1"], ["2", "3"]]
     assert shares_of(["3", "5"], 3, 1) == [["3"], ["5"], ["3"]]
     assert shares_of([], 2, 1) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("words", "at", "offered"),
+    [("evenstep sw", 1, "sweep"), ("evenstep sweep digits --jo", 3, "--jobs")],
+)
+def test_tab_completion_knows_commands_and_options(words, at, offered, tmp_path):
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(at), "_EVENSTEP_COMPLETE": "bash_complete"}
+    done = evenstep(cwd=tmp_path, **asked)
+    assert done.returncode == 0, done.stderr
+    assert f"plain,{offered}" in done.stdout.splitlines()
