@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jobs import spec_of, train_in_process
 
 from service.basics.errors import SpecError
-from service.observability.charts import Axis, path, short, smoothed, thinned, value_axis
+from service.observability.charts import Axis, path, short, smoothed, step_axis, thinned, value_axis
 from service.observability.report import page
 from service.runs.history import differing, read_history
 
@@ -240,3 +240,9 @@ def test_numbers_are_short():
 def test_a_directory_without_a_run_is_a_mistake(tmp_path):
     with pytest.raises(SpecError, match=r"is not a run: it has no run\.json"):
         read_history(tmp_path)
+
+
+def test_an_axis_of_one_step_begins_at_0():
+    """A run that was logged once: `report` ended in a division by zero."""
+    assert step_axis([8.0, 8.0]) == Axis(0, 8)
+    assert step_axis([8.0, 10.0]) == Axis(8, 10)

@@ -82,9 +82,10 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
 
 
 def step_axis(steps: Iterable[float]) -> Axis:
-    """From the first of these steps to the last; from 0 where the first is near it."""
+    """From the first of these steps to the last; from 0 where it is near, or there is one only."""
     low, high = min(known := list(steps)), max(known)
-    return Axis(0 if low < 0.25 * high else low, high) if high > 0 else Axis(0, 1)
+    begin = 0 if low < 0.25 * high or low == high else low
+    return Axis(begin, high) if high > 0 else Axis(0, 1)
 
 
 def chart(
