@@ -2,8 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* running_time: limits of time in which only time counts that this process has run.
 * secret_names: which environment variables hold secrets, by their names. Pure.
+* running_time: limits of time in which only time counts that this process has run.
 * randomness: keys for random numbers: each is named by its purpose, so there is no stream to
   save.
 * multipart: large files in parts that several threads and processes write at the same time. No
