@@ -217,6 +217,14 @@ REFUSED: dict[str, tuple[str, str]] = {
         "spec: {volumes: [{emptyDir: {}}]}",
         ".spec.volumes.0.name: missing; items go by it",
     ),
+    "an item whose name is null": (
+        "spec: {imagePullSecrets: [{name: null}]}",
+        ".spec.imagePullSecrets.0.name: missing; items go by it",
+    ),
+    "the removal of what has no name": (
+        "spec: {volumes: [{name: {}, $patch: delete}]}",
+        ".spec.volumes.0.name: must be text, in quotes, but is {}",
+    ),
     "a port without its number": (
         "spec: {containers: [{name: trainer, livenessProbe: {tcpSocket: {host: a}}}]}",
         ".spec.containers[trainer].livenessProbe.tcpSocket.port: missing; Kubernetes requires it",

@@ -233,9 +233,10 @@ def _require_type(value: Any, kind: _Type, place: str) -> None:
             raise _wrong(place, "a list", value)
         for number, inner in enumerate(value):
             removes = isinstance(inner, dict) and inner.get("$patch") == "delete"
-            if kind.key is None or not removes:
-                _require_type(inner, _type(kind.item), f"{place}.{number}")
-            if kind.key is not None and kind.key not in inner:
+            if kind.key is not None and removes:
+                inner = {kind.key: inner.get(kind.key)}  # nothing else of it counts
+            _require_type(inner, _type(kind.item), f"{place}.{number}")
+            if kind.key is not None and inner.get(kind.key) is None:
                 raise SpecError(f"{KEY}.{place}.{number}.{kind.key}: missing; items go by it")
     elif not _fits(value, kind.kind):
         words = "text, in quotes" if kind.kind == "text" else f"of type {kind.kind}"
