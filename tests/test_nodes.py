@@ -26,9 +26,11 @@ from launch.environment import (
     node_here,
     read_secrets,
 )
+from launch.nodes import secret_file
 from launch.nodes.handshake import JoinRequest, answered
 from launch.nodes.node import check_interfaces, take_interface
 from launch.nodes.rendezvous import Membership, host, join
+from service.basics.atomic_files import replace_file
 from service.basics.errors import EvenstepError, PeerLost, SpecError
 
 PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
@@ -99,6 +101,35 @@ def test_the_secret_of_a_meeting_is_in_a_file_or_a_variable(tmp_path: Path) -> N
             meeting_secret(variables)
     with pytest.raises(SpecError, match=r"EVENSTEP_SECRET_FILE: /none cannot be read"):
         meeting_secret({"EVENSTEP_SECRET_FILE": "/none"})
+
+
+def test_node_0_keeps_the_secret_that_it_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a stranger may write among the runs, and puts another in its place at once."""
+
+    def replaced(path: Path, text: str, *, mode: int) -> None:
+        replace_file(path, text, mode=mode)
+        made.append(text)
+        path.unlink()
+        path.write_text("the secret of a stranger")
+
+    made: list[str] = []
+    monkeypatch.setattr(secret_file, "replace_file", replaced)
+    with secret_file.secret_in(tmp_path, "job", makes=True, seconds=1) as secret:
+        assert secret == made[0].encode()
+    assert not (tmp_path / ".meetings/job").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
+def test_a_pipe_or_a_link_in_the_place_of_a_secret_is_told(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / ".meetings").mkdir()
+    make(tmp_path / ".meetings/job")
+    waits = secret_file.secret_in(tmp_path, "job", makes=False, seconds=60)
+    with pytest.raises(EvenstepError, match="job"), waits:
+        pass
 
 
 def test_a_key_in_a_file_becomes_the_variable(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from service.basics.atomic_files import (
+    plain,
     remove_if_possible,
     replace_file,
     told_when_unread,
@@ -20,6 +21,7 @@ from service.basics.running_time import TimeLimit
 FOLDER = ".meetings"
 """Among the runs, which every node sees."""
 _BYTES = 32
+_MOST_BYTES = 1024
 _POLL_SECONDS = 0.1
 
 
@@ -38,9 +40,16 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
     """
     file = runs / FOLDER / name
     if makes:
+        # Never read again: where others may write among the runs, it might be theirs by then.
+        secret = secrets.token_hex(_BYTES)
         with told_when_unwritten(file):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            replace_file(file, secrets.token_hex(_BYTES), mode=0o600)
+            replace_file(file, secret, mode=0o600)
+        try:
+            yield secret.encode()
+        finally:
+            remove_if_possible(file)
+        return
     limit = TimeLimit(seconds)
     while not file.exists():
         if not limit.left:
@@ -49,10 +58,6 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
                 "must see the runs in the same place (--runs)."
             )
         time.sleep(_POLL_SECONDS)
-    try:
-        with told_when_unread(file):
-            secret = file.read_bytes()
-        yield secret
-    finally:
-        if makes:
-            remove_if_possible(file)
+    with told_when_unread(file), open(file, "rb", opener=plain) as found:
+        told = found.read(_MOST_BYTES)
+    yield told
