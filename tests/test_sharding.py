@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import train_in_process
@@ -24,6 +25,8 @@ from service.preview.plan import planned
 from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
+from service.sharding import deferred_init
+from service.sharding.deferred_init import NotDeferred, made_deferred
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
 from service.spec.models import ExchangeSpec
@@ -66,7 +69,7 @@ class Net(nn.Module):
 def shared(
     norm: str = "layer",
     weights: bool = False,
-    borrowing: bool = False,
+    net: str = "Net",
     infinite: bool = False,
     double: bool = True,
 ) -> Task:
@@ -75,9 +78,7 @@ def shared(
     following = (tokens[:, 0] + tokens[:, 3]) % 7
     following[30] = -1 if infinite else following[30]
     return supervised(
-        model=lambda: (Borrowing if borrowing else Net)(norm).to(
-            torch.float64 if double else torch.float32
-        ),
+        model=lambda: NETS[net](norm).to(torch.float64 if double else torch.float32),
         train=TensorDataset(tokens[21:], following[21:]),
         test=TensorDataset(tokens[:21], following[:21]),
         loss=_losses if infinite else "cross_entropy",
@@ -305,6 +306,94 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(processes, tmp_path, secti
     assert difference(tmp_path / "1", tmp_path / "2") == 0
 
 
+# ---- a model that is never whole on one process
+
+
+class Initialised(Net):
+    """Weights that are drawn again, cut, copied and tied after its layers have drawn theirs."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__(norm)
+        self.rows = nn.LSTM(10, 10)
+        self.register_buffer("mask", torch.ones(10, 10).tril())
+        self.apply(self._initialise)
+        with torch.no_grad():
+            nn.init.orthogonal_(self.head.weight)
+            self.embedding.weight[3].zero_()
+            self.blocks[0].outer.weight.copy_(self.blocks[1].outer.weight / 2)
+        self.blocks[1].inner.weight.requires_grad_(False)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + 0.0 * self.rows(self.embedding(tokens).double())[0].sum()
+
+
+def whole_weights(world: World, spec: dict[str, Any], least: int) -> tuple[dict[str, Tensor], str]:
+    """The weights that a run begins with, and what is said to the user on the way."""
+    deferred_init.LEAST_NUMBERS, before = least, deferred_init.LEAST_NUMBERS
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
+    plan = make_plan(
+        loaded, processes=world.processes, train_rows=task.train_rows, test_rows=task.test_rows
+    )
+    said: list[str] = []
+    prepared = prepare_training(plan, task, world, heartbeat=Heartbeat(), say=said.append)
+    deferred_init.LEAST_NUMBERS = before
+    weights = prepared.state.model.state_dict()
+    return {
+        name: value.full_tensor() if is_sharded(value) else value for name, value in weights.items()
+    }, " ".join(said)
+
+
+def test_weights_that_are_made_unit_by_unit_have_the_same_bits(processes):
+    spec = job(task_args={"net": "Initialised"})
+    [(whole, _)] = processes(1).run(whole_weights, spec, 1)
+    for weights, said in processes(3).run(whole_weights, spec, 16):
+        assert said == ""
+        assert weights.keys() == whole.keys()
+        assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+class Stubborn(nn.Module):
+    """What it does with a large tensor while it is made needs the tensor's memory."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        if how == "numpy":
+            self.layer.weight.detach().numpy()[:] = 1
+        elif how == "kept aside":
+            self.table = torch.zeros(8, 8)
+        else:
+            self.layer.weight.data = torch.from_numpy(np.ones((8, 8), np.float32))
+
+
+@pytest.mark.parametrize("how", ["numpy", "kept aside", "replaced"])
+def test_a_model_that_must_be_made_at_once_is_found_out(how):
+    with pytest.raises(NotDeferred):
+        made_deferred(lambda: Stubborn(how), least_numbers=16)
+
+
+def test_deferred_weights_take_no_memory_and_leave_the_generator_as_it_would_be():
+    torch.manual_seed(4)
+    whole, after = Initialised("layer"), torch.get_rng_state()
+    torch.manual_seed(4)
+    model, deferred = made_deferred(lambda: Initialised("layer"), least_numbers=16)
+    assert torch.equal(torch.get_rng_state(), after)
+    large = [p for p in model.parameters() if p.numel() >= 16]
+    assert len(large) > 10
+    assert all(p.is_meta and deferred.holds(p) for p in large)
+    for parameter, name in zip(model.parameters(), dict(whole.named_parameters()), strict=True):
+        expected = whole.get_parameter(name)
+        value = deferred.value(parameter) if parameter.is_meta else parameter
+        assert torch.equal(value, expected), name
+        assert parameter.requires_grad == expected.requires_grad
+    assert torch.equal(model.mask, whole.mask)
+
+
 # ---- what cannot be sharded
 
 
@@ -367,6 +456,9 @@ class Borrowing(Net):
         return super().forward(tokens) + self.blocks[1].inner.weight.sum()
 
 
+NETS = {"Net": Net, "Borrowing": Borrowing, "Initialised": Initialised}
+
+
 def test_a_torch_that_lacks_what_it_needs_is_refused(monkeypatch, alone):
     from torch.distributed.fsdp import FSDPModule
 
@@ -397,7 +489,7 @@ def test_each_process_holds_its_share(processes):
 
 
 def test_a_weight_that_is_used_outside_its_unit_is_told_by_name(processes, tmp_path):
-    spec = job(task_args={"borrowing": True})
+    spec = job(task_args={"net": "Borrowing"})
     with pytest.raises(ProcessesFailed) as failed:
         processes(2).run(train_in_process, spec, tmp_path)
     assert "SpecError: exchange.mode: sharded: the parameter blocks.1.inner.weight" in str(

@@ -402,19 +402,35 @@ def _load_optimizer(
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(members)}
     by_number = {
-        numbers[id(parameters[name])]: entries
+        numbers[id(parameters[name])]: _own_rows_of(entries, parameters[name])
         for name, entries in values.items()
         if id(parameters[name]) in numbers
     }
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
     windows: list[tuple[Tensor, Tensor]] = []
-    for number, entries in by_number.items():
+    whole = {
+        numbers[id(parameters[n])]: v for n, v in values.items() if id(parameters[n]) in numbers
+    }
+    for number, entries in whole.items():
         held = optimizer.state[members[number]]
         for key, value in entries.items():
             held[key] = _as_saved(held[key], value, members[number], windows)
     windows += _trained_on(state, tensors, renamed, directory)
     _fill(windows)
+
+
+def _own_rows_of(entries: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """What is kept beside a parameter; if that is sharded, this process's rows of it.
+
+    Torch moves all of it to the parameter's device, where the whole would not fit.
+    """
+    return {
+        key: sharded_like(parameter, value)
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in entries.items()
+    }
 
 
 def _trained_on(

@@ -28,6 +28,7 @@ from service.distributed.gradient_sync import GradientSync, Seed
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
+from service.sharding.deferred_init import Deferring
 from service.spec.models import ExchangeSpec
 
 T = TypeVar("T")
@@ -128,11 +129,21 @@ def held_bytes(parameter: nn.Parameter, processes: int) -> int:
     return parameter[:rows].nbytes
 
 
-def shard(model: nn.Module, world: World, *, spec: ExchangeSpec) -> None:
+def shard(
+    model: nn.Module,
+    world: World,
+    *,
+    spec: ExchangeSpec,
+    deferred: Deferring | None = None,
+    filled: bool = True,
+) -> None:
     """Keep of every parameter the rows of this process only; on the device, unit by unit.
 
     The lead's weights and buffers are everybody's, as DistributedDataParallel has it.
 
+    Args:
+        deferred: gives deferred parameters their values.
+        filled: whether the values matter; otherwise deferred parameters hold anything.
     Raises:
         SpecError: the model or this torch cannot be sharded, or the model is another one on
             another process.
@@ -150,8 +161,13 @@ def shard(model: nn.Module, world: World, *, spec: ExchangeSpec) -> None:
     parameters_by_unit(model, units)
     _require_alike(model, world)
     mesh = init_device_mesh(world.device.type, (world.processes,))
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for unit in [*units.values(), model]:
-        _give_all(unit, world)
+        _make(unit, deferred if filled and world.is_lead else None, made)
+        if filled:
+            _give_all(unit, world)
+        else:
+            unit.to(world.device)
         # What is in no block is needed last in the forward and first in the backward pass.
         goes = spec.reshard_after_forward and unit is not model
         fully_shard(unit, mesh=mesh, reshard_after_forward=goes)
@@ -185,6 +201,35 @@ def _require_alike(model: nn.Module, world: World) -> None:
             f"{differs}. Make the same one on every process."
         )
     world.fail_together(error)
+
+
+def _make(
+    unit: nn.Module,
+    deferred: Deferring | None,
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]],
+) -> None:
+    """Put parameters in main memory into the place of deferred ones.
+
+    Args:
+        deferred: gives them their values; None leaves them as the memory is.
+        made: by id, those that were made before (a shared one once), and what they were.
+    """
+    for module in unit.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or is_sharded(parameter) or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = (parameter, _made(parameter, deferred))
+            module._parameters[key] = made[id(parameter)][1]
+
+
+def _made(parameter: nn.Parameter, deferred: Deferring | None) -> nn.Parameter:
+    value = torch.empty_like(parameter, device="cpu", requires_grad=False)
+    if deferred is not None:
+        value = deferred.value(parameter)
+    real = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    return real
 
 
 @torch.no_grad()

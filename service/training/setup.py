@@ -48,6 +48,7 @@ from service.optimization.train_state import TrainState, require_measures
 from service.optimization.updates import Updates
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
+from service.sharding.deferred_init import Deferring, NotDeferred, made_deferred
 from service.sharding.sharding import (
     ShardedSync,
     holds_rows,
@@ -103,6 +104,8 @@ class Model:
     """Keeps its BatchNorm layers equal on all processes."""
     twin: nn.Module | None = None
     """The same model a second time, sharded alike, if there is a moving average to hold."""
+    made_whole: str | None = None
+    """Why a model that is sharded was first made whole on each process; None if it was not."""
 
 
 def build_model(plan: Plan, task: Task, world: World) -> Model:
@@ -112,19 +115,22 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         SpecError: the task does not provide one, or it cannot be trained as specified.
     """
     spec = plan.spec
-    key = randomness.key(randomness.WEIGHTS, spec.seed)
-    seed_generators(key)
-    torch.manual_seed(key)  # those of the devices too
-    module = new_model(task)
+    sharded = spec.exchange.mode == "sharded" and world.processes > 1
+    made_whole: str | None = None
+    deferred: Deferring | None = None
+    if sharded:
+        module, deferred, made_whole = unit_by_unit(spec, task)
+    else:
+        module = drawn_model(spec, task)
     checkpoint_activations(module, spec.model.activation_checkpointing)
     if spec.exchange.mode == "sharded":
         require_shardable(module, task, spec)
     twin: nn.Module | None = None
-    if spec.exchange.mode == "sharded" and world.processes > 1:
+    if sharded:
         twin = copy_for_average(module) if spec.model.moving_average else None
-        for model in (module, twin):
-            if model is not None:
-                shard(model, world, spec=spec.exchange)
+        shard(module, world, spec=spec.exchange, deferred=deferred)
+        if twin is not None:  # it gets its values from the other
+            shard(twin, world, spec=spec.exchange, filled=False)
     else:
         module.to(world.device)
     bitwise = spec.exactness == "bitwise"
@@ -133,7 +139,24 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         module.to(**nhwc)
     require_sparse_can_travel(module, spec, device=world.device.type, many=world.processes > 1)
-    return Model(module, normalization, twin)
+    return Model(module, normalization, twin, made_whole)
+
+
+def drawn_model(spec: Spec, task: Task) -> nn.Module:
+    """The task's model, its weights drawn from the seed."""
+    key = randomness.key(randomness.WEIGHTS, spec.seed)
+    seed_generators(key)
+    torch.manual_seed(key)  # those of the devices too
+    return new_model(task)
+
+
+def unit_by_unit(spec: Spec, task: Task) -> tuple[nn.Module, Deferring | None, str | None]:
+    """The same without its large weights, and what gives their values; or it, and why not."""
+    try:
+        module, deferred = made_deferred(lambda: drawn_model(spec, task))
+    except NotDeferred as reason:
+        return drawn_model(spec, task), None, str(reason)
+    return module, deferred, None
 
 
 def require_shardable(model: nn.Module, task: Task, spec: Spec) -> None:
@@ -335,6 +358,8 @@ def prepare_training(
     """
     rows = bring_rows(plan, task, world)
     model = build_model(plan, task, world)
+    if model.made_whole is not None:
+        say(f"Each process makes the whole model before it keeps its rows: {model.made_whole}.")
     optimization = build_optimizer(model, plan)
     rehearsal = rehearse(model, rows, plan=plan, task=task, world=world)
     throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
