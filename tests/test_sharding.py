@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,34 @@ def test_it_is_the_run_of_one_process(processes, tmp_path, feature):
     receipts = [read_receipt(tmp_path / n / "job" / "receipt.jsonl") for n in ("alone", "three")]
     assert receipts[0] == receipts[1]
     assert len(receipts[0]) == STEPS
+
+
+def on_nodes(world: World, spec: dict[str, Any], runs: Path, on_node: int, stop: Any) -> None:
+    """A run of processes that are on nodes of so many."""
+    before = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_node if world.index < on_node else min(on_node, 2))
+    try:
+        train_in_process(world, spec, runs, stop)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def test_hybrid_over_two_nodes_is_the_run_of_one_process(processes, tmp_path):
+    processes(1).run(train_in_process, job("ddp"), tmp_path / "alone")
+    place = tmp_path / "moved"
+    processes(4).run(on_nodes, job("hybrid"), place, 2, 5)
+    processes(3).run(train_in_process, job("sharded"), place, 8)
+    processes(4).run(on_nodes, job("hybrid"), place, 2, None)
+    assert difference(tmp_path / "alone", place) < 1e-9
+    [checkpoint] = [c for c in checkpoints_in(place / "job" / "checkpoints") if c.step == STEPS]
+    assert damage_of(checkpoint) is None
+
+
+def test_hybrid_wants_equally_many_processes_on_each_node(processes, tmp_path):
+    with pytest.raises(ProcessesFailed) as failed:
+        processes(4).run(on_nodes, job("hybrid"), tmp_path, 3, None)
+    assert "the nodes have different numbers of processes: 2, 3. Start" in str(failed.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_batchnorm_over_all_processes_is_that_of_ddp(processes, tmp_path):

@@ -23,7 +23,7 @@ from service.basics.multipart import Part, parts_of, shared_out
 from service.checkpoints.snapshots import Content
 from service.distributed.devices import Arrival, copies_late, moment
 from service.runs.checkpoint_files import OPTIMIZER, header
-from service.sharding.sharding import first_row, is_sharded, own_rows
+from service.sharding.sharding import first_row, is_sharded, own_rows, writes_rows
 
 # Of a share.  Measured: two processes write 120 MiB no sooner than one does, 1,140 MiB much sooner.
 _LEAST_PARTS = 4
@@ -159,7 +159,7 @@ def shard_by_rows(content: Content, *, index: int, processes: int, part_bytes: i
             rows, begin = own_rows(tensor), at
             if is_sharded(tensor) and rows.numel():
                 begin += first_row(tensor) * (tensor.nbytes // tensor.shape[0])
-            if rows.numel() and (index == 0 or is_sharded(tensor)):
+            if rows.numel() and (writes_rows(tensor) if is_sharded(tensor) else index == 0):
                 row.append(Segment(name, begin, begin + rows.nbytes, rows))
             at += tensor.nbytes
         stretches[file] = row

@@ -21,7 +21,13 @@ from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
 from service.optimization.optimizers import step_of
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
-from service.sharding.sharding import is_sharded, own_rows, rows_like, sharded_like
+from service.sharding.sharding import (
+    empty_like_rows,
+    is_sharded,
+    own_rows,
+    rows_like,
+    sharded_like,
+)
 
 DTYPES = {
     torch.float64: "F64",
@@ -421,12 +427,14 @@ def _load_optimizer(
 
 
 def _own_rows_of(entries: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """What is kept beside a parameter; if that is sharded, this process's rows of it.
+    """What is kept beside a parameter; if that is sharded, what has the size of its rows here.
 
     Torch moves all of it to the parameter's device, where the whole would not fit.
     """
+    if not is_sharded(parameter):
+        return dict(entries)
     return {
-        key: sharded_like(parameter, value)
+        key: own_rows(parameter)
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in entries.items()
@@ -557,9 +565,7 @@ def _as_saved(
         windows: takes the large ones that are still to be copied, with what they are copied from.
     """
     if isinstance(saved, Tensor) and saved.shape == parameter.shape:
-        fresh = torch.empty_like(
-            parameter, dtype=saved.dtype, device=loaded.device, requires_grad=False
-        )
+        fresh = empty_like_rows(parameter, dtype=saved.dtype, device=loaded.device)
         windows.append((own_rows(fresh), rows_like(fresh, saved)))
         return fresh
     if isinstance(saved, Tensor):

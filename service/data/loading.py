@@ -89,7 +89,7 @@ def train_steps(
         batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
     is_sync = plan.spec.model.batchnorm == "sync"
-    collective = is_sync or plan.spec.exchange.mode == "sharded"
+    collective = is_sync or plan.spec.exchange.shards
     empty_rounds = plan.rounds - per_step if collective else 0
     for step in range(start, plan.steps):
         taken = list(islice(batches, per_step))
@@ -125,7 +125,7 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
     rows = np.arange(first, stop)  # a share is one run of them
     for number, key, start, end in share:
         yield Order(0, number, key, start, rows[start - first : end - first])
-    if plan.spec.exchange.mode == "sharded":  # every forward pass is a collective
+    if plan.spec.exchange.shards:  # every forward pass is a collective
         some = np.arange(min(size, plan.test_rows))
         for _ in range(-(-plan.test_micro_batches // world.processes) - len(share)):
             yield Order(0, plan.test_micro_batches, 0, 0, some)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from service.basics.errors import EvenstepError, PeerLost, WillFailAgain
+from service.basics.errors import EvenstepError, PeerLost, SpecError, WillFailAgain
 from service.basics.limits import limits
 from service.distributed.devices import generators, ready
 from service.distributed.generators import Seeded
@@ -311,6 +311,22 @@ class World:
         if self.processes > 1:
             self.trace.begin("barrier")
             dist.barrier(group=self._control)
+
+    def processes_a_node(self) -> int:
+        """How many processes each node has.
+
+        Raises:
+            SpecError: not all nodes have equally many, side by side.
+        """
+        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+        counts = self.gather(on_node)
+        if len(set(counts)) > 1 or self.processes % on_node:
+            raise SpecError(
+                f"exchange.mode: hybrid shares the rows out within each node, and the nodes have "
+                f"different numbers of processes: {', '.join(map(str, sorted(set(counts))))}. "
+                "Start equally many on each, or use exchange.mode: sharded."
+            )
+        return on_node
 
     def writers(self, *, everyone: bool = False) -> Writers:
         """Those who can write to the lead's disk together: the processes of its node.

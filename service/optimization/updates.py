@@ -24,7 +24,7 @@ from service.optimization.optimizers import needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
-from service.sharding.sharding import OwnRows, holds_rows
+from service.sharding.sharding import OwnRows, copies_of_rows, holds_rows
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be checked
 _TOLD_AT_MOST = 8
@@ -79,6 +79,7 @@ class Updates:
         self._say = say
         trained = [p for p in state.model.parameters() if p.requires_grad]
         self._is_sharded = holds_rows(state.model)
+        self._copies = copies_of_rows(state.model)
         self._parameters: list[Any] = list(map(OwnRows, trained)) if self._is_sharded else trained
         self._skips = plan.spec.faults.on_non_finite == "skip"
         self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
@@ -145,6 +146,7 @@ class Updates:
         if not self._is_sharded:
             return norm
         square = norm.to(self._world.device, self._world.wide).square()
+        square /= self._copies
         return self._world.sum(square).sqrt().to(norm.dtype)
 
     def _clip(self, norm: Tensor | None) -> None:

@@ -65,7 +65,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     small = _plan(spec, task, plan.micro_batches)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
     model, seconds = _timed(lambda: new_model(task).to(world.device))
-    if spec.exchange.mode == "sharded":
+    if spec.exchange.shards:
         require_shardable(model, task, spec)
     checkpoint_activations(model, spec.model.activation_checkpointing)
     normalization = prepare(model, spec.model.batchnorm, world)

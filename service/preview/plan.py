@@ -60,7 +60,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     require_measures(spec, task)
     require_hooks(task, plan)
     model = new_model(task)
-    if spec.exchange.mode == "sharded":
+    if spec.exchange.shards:
         require_shardable(model, task, spec)
     groups = parameter_groups(model, spec.optimizer)
     parameters = _parameters(model, groups, plan)
@@ -256,7 +256,7 @@ def _checkpointed(model: nn.Module, spec: Spec) -> list[str]:
 
 def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
     """What each process holds of the units of a sharded model."""
-    if plan.spec.exchange.mode != "sharded":
+    if not plan.spec.exchange.shards:
         return []
     units = parameters_by_unit(model, units_of(model, plan.spec.exchange.units))
     table = [("unit", "tensors", "numbers", "whole", "a process holds")]
@@ -278,7 +278,10 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
         f"{in_words(trained)} of gradients and {state} of optimizer state; "
         f"and the largest unit whole at one time, {in_words(largest)}."
     )
-    return ["sharded over the processes\n" + _aligned(table, header=True) + "\n" + told]
+    over = "the processes"
+    if plan.spec.exchange.mode == "hybrid":
+        over = f"the processes of each node, if one has {plan.processes}"
+    return [f"sharded over {over}\n" + _aligned(table, header=True) + "\n" + told]
 
 
 def _counted(shares: Iterable[int]) -> str:

@@ -100,4 +100,4 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         scores: Tensor = self.head(self.norm(x))
-        return scores.transpose(1, 2)
+        return scores.transpose(1, 2).contiguous()  # torch warns of views from a sharded model

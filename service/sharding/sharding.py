@@ -10,6 +10,7 @@ Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Zhao et al., arXiv
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,20 @@ def held_bytes(parameter: nn.Parameter, processes: int) -> int:
     return parameter[:rows].nbytes
 
 
+def give_large_blocks_back() -> None:
+    """Have the C library give memory of a megabyte and more back to the system when it is freed.
+
+    Units come and go in every pass. glibc keeps what once was as large as they are for itself, in
+    pieces between other blocks: a process grew by 80 MiB in each of the first steps.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:  # other C libraries have none
+        adjust(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
+
+
 def shard(
     model: nn.Module,
     world: World,
@@ -160,7 +175,9 @@ def shard(
     units = units_of(model, spec.units)
     parameters_by_unit(model, units)
     _require_alike(model, world)
-    mesh = init_device_mesh(world.device.type, (world.processes,))
+    sizes = _mesh_of(world, spec)
+    names = ("nodes", "processes of a node")[-len(sizes) :]
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for unit in [*units.values(), model]:
         _make(unit, deferred if filled and world.is_lead else None, made)
@@ -178,6 +195,14 @@ def shard(
     for name, unit in {ROOT: model, **units}.items():
         _name_its_collective(name, unit, world.trace)
     model.register_forward_hook(_let_go_after_a_test)
+
+
+def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
+    """(processes that share the rows out), or before it (sets of processes that have all rows)."""
+    if spec.mode != "hybrid":
+        return (world.processes,)
+    on_node = world.processes_a_node()
+    return (on_node,) if on_node == world.processes else (world.processes // on_node, on_node)
 
 
 def _name_its_collective(name: str, unit: nn.Module, trace: Trace) -> None:
@@ -279,7 +304,23 @@ def own_rows(tensor: Tensor) -> Tensor:
 def first_row(tensor: Tensor) -> int:
     """The number of the first of `own_rows` in a sharded tensor; where there are none, any."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    return int(rows_of_first(tensor.shape[0], mesh.size()) * mesh.get_local_rank())
+    last = mesh.ndim - 1  # the dimension that shares rows out
+    return int(rows_of_first(tensor.shape[0], mesh.size(last)) * mesh.get_local_rank(last))
+
+
+def copies_of_rows(model: nn.Module) -> int:
+    """How many processes hold the same rows: as many as there are nodes in hybrid mode."""
+    first: Any = next(model.parameters(), None)
+    if not is_sharded(first):
+        return 1
+    mesh: Any = first.device_mesh
+    return int(mesh.size() // mesh.size(mesh.ndim - 1))
+
+
+def writes_rows(tensor: Tensor) -> bool:
+    """Whether this process is the first of those that hold its rows of a sharded tensor."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return bool(mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
 
 
 def rows_like(tensor: Tensor, whole: Tensor) -> Tensor:
@@ -295,9 +336,20 @@ def sharded_like(tensor: Tensor, whole: Tensor) -> Tensor:
     """`whole`, of which each process takes its own rows, as a tensor sharded as `tensor` is."""
     if not is_sharded(tensor):
         return whole
+    return _of_rows(tensor, rows_like(tensor, whole).to(own_rows(tensor).device))
+
+
+def empty_like_rows(tensor: Tensor, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor that lies, and is sharded, as `tensor` is."""
+    if not is_sharded(tensor):
+        return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
+    return _of_rows(tensor, torch.empty_like(own_rows(tensor), dtype=dtype, device=device))
+
+
+def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The tensor of which each process has these rows, sharded as `tensor` is."""
     kind: Any = type(tensor.data)
     like: Any = tensor
-    rows = rows_like(tensor, whole).to(own_rows(tensor).device)
     sharded: Tensor = kind.from_local(
         rows,
         like.device_mesh,

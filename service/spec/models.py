@@ -188,15 +188,22 @@ def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | Checkpo
 class ExchangeSpec(Part):
     """How several processes sum their gradients; not used by a single process."""
 
-    mode: Literal["ddp", "sharded"] = "ddp"
+    mode: Literal["ddp", "sharded", "hybrid"] = "ddp"
     """`ddp`: every process holds the whole model, its gradients and the optimizer's state.
-    `sharded`: each holds some rows of every parameter (FSDP2), for a model that does not fit."""
+    `sharded`: each holds some rows of every parameter (FSDP2), for a model that does not fit.
+    `hybrid`: the processes of a node share the rows out, and each node has all of them (HSDP), so
+    that parameters do not travel between nodes."""
     units: tuple[str, ...] = Field(default=(), strict=False, examples=[["blocks.*"]])
     """Of `sharded`: globs over the names of the modules whose parameters come together at one time.
     Default: the repeated blocks of the model's lists of modules. The rest is one more."""
     reshard_after_forward: bool = True
     """Of `sharded`: let the parameters of a unit go after its forward pass and bring them together
     again for its backward pass. `false` sends a third less, and holds all of them in between."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether a process holds some rows of each parameter only."""
+        return self.mode != "ddp"
 
     precision: Literal["full", "bf16"] = "full"
     """Number format in which gradients are sent. `bf16` halves the bytes and rounds each gradient
@@ -405,11 +412,12 @@ class Spec(Part):
         if self.exchange.mode == "ddp":
             for key in ("units", "reshard_after_forward"):
                 if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
-                    raise wrong(f"exchange.{key} belongs to exchange.mode: sharded")
+                    raise wrong(f"exchange.{key} belongs to exchange.mode: sharded or hybrid")
             return self
         for is_so, what, instead in _not_sharded(self):
             if is_so:
-                raise wrong(f"exchange.mode: sharded does not work with {what} yet: {instead}")
+                mode = self.exchange.mode
+                raise wrong(f"exchange.mode: {mode} does not work with {what} yet: {instead}")
         return self
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ from service.plan.plan import Plan
 from service.sharding.deferred_init import Deferring, NotDeferred, made_deferred
 from service.sharding.sharding import (
     ShardedSync,
+    give_large_blocks_back,
     holds_rows,
     parameters_by_unit,
     shard,
@@ -115,15 +116,16 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         SpecError: the task does not provide one, or it cannot be trained as specified.
     """
     spec = plan.spec
-    sharded = spec.exchange.mode == "sharded" and world.processes > 1
+    sharded = spec.exchange.shards and world.processes > 1
     made_whole: str | None = None
     deferred: Deferring | None = None
     if sharded:
+        give_large_blocks_back()
         module, deferred, made_whole = unit_by_unit(spec, task)
     else:
         module = drawn_model(spec, task)
     checkpoint_activations(module, spec.model.activation_checkpointing)
-    if spec.exchange.mode == "sharded":
+    if spec.exchange.shards:
         require_shardable(module, task, spec)
     twin: nn.Module | None = None
     if sharded:

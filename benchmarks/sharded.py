@@ -1,0 +1,244 @@
+"""What `exchange.mode: sharded` costs and saves: memory, time of a step, of a save, of a resume.
+
+python -m benchmarks.sharded [memory | step | save]      (all of them)
+
+A decoder of the recipe gpt with 25 million weights (100 MB, AdamW: 400 MB with gradients and state)
+on rows of 32 characters, over gloo:
+
+memory  how far the resident memory of the largest of 2 and 4 fresh processes rises, from before
+        the model is made to the end of the run, against one process that holds all of it.
+step    against a loop written by hand on torch's `fully_shard`, in pairs of runs in turn.
+save    how long a save holds training up, against torch.save of the whole state by one process; and
+        a resume against torch's DCP, that loads the same state into the same sharded model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import psutil
+import torch
+from jobs import train_in_process
+from processes import Processes
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from service.checkpoints.checkpoints import Checkpoints
+from service.data.task import Task, load_task, supervised
+from service.distributed.stragglers import peak_bytes
+from service.distributed.world import World
+from service.health.heartbeat import Heartbeat
+from service.plan.plan import make_plan
+from service.recipes import gpt
+from service.recipes.text import characters, nats
+from service.runs.tracking import read_metrics
+from service.sharding.sharding import units_of
+from service.spec.files import load_spec
+from service.training.setup import prepare_training
+
+SIZES = {"width": 512, "layers": 8, "heads": 8, "length": 32, "dropout": 0.0}
+ROWS, STEPS, WARM, PAIRS = 8, 24, 6, 3
+MIB = 1 << 20
+
+
+def task() -> Task:
+    """The decoder, some rows to train on, and so few to test on that it takes no time."""
+    book = gpt.task(**SIZES).train_data()
+    return supervised(
+        model=model,
+        train=TensorDataset(*book[: ROWS * STEPS]),
+        test=TensorDataset(*book[:8]),
+        loss=nats,
+        weight=characters,
+    )
+
+
+def model() -> nn.Module:
+    return gpt.task(**SIZES).model()
+
+
+def job_of(mode: str, **sections: Any) -> dict[str, Any]:
+    return {
+        "name": "job",
+        "task": f"{Path(__file__)}:task",
+        "batch": {"global_batch": ROWS, "micro_batch": 2},
+        "length": {"steps": STEPS},
+        "optimizer": {"name": "adamw", "lr": 0.0001},
+        "max_grad_norm": 1.0,
+        "tracking": {"log_every_steps": 6},
+        "exchange": {"mode": mode},
+        "test": {"micro_batch": 4},
+        **sections,
+    }
+
+
+# ---- memory
+
+
+def risen_bytes(world: World, job: dict[str, Any], runs: Path) -> int:
+    """How far this process's resident memory rises while it trains."""
+    import torch.distributed.fsdp  # what torch itself takes is no part of the model
+
+    assert torch.distributed.fsdp
+    before = psutil.Process().memory_info().rss
+    train_in_process(world, job, runs)
+    return peak_bytes(world.device) - before
+
+
+def memory() -> None:
+    job = {"length": {"steps": 3}, "checkpoint": {"asynchronous": False}}
+
+    def risen(count: int, mode: str) -> float:
+        with Processes(count) as fresh, tempfile.TemporaryDirectory() as place:
+            spec = job_of(mode, **job)
+            return max(fresh.run(risen_bytes, spec, Path(place), timeout_seconds=280)) / MIB
+
+    unit = max(sum(p.nbytes for p in u.parameters()) for u in units_of(model()).values()) / MIB
+    whole = risen(1, "ddp")
+    print(f"largest unit {unit:.0f} MiB; one process, whole: {whole:.0f} MiB")
+    print("| processes | MiB of largest | whole / W + largest unit | ratio |\n|--:|--:|--:|--:|")
+    for count in (2, 4):
+        found, goal = risen(count, "sharded"), whole / count + unit
+        print(f"| {count} | {found:.0f} | {goal:.0f} | {found / goal:.2f} |", flush=True)
+
+
+# ---- the step
+
+
+def seconds_by_hand(world: World) -> float:
+    """The median step of a loop on `fully_shard`, of the same rows, model and optimizer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)  # the same weights on both
+    decoder, rows = model(), task().train_data()
+    mesh = init_device_mesh("cpu", (world.processes,))
+    for block in decoder.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(decoder, mesh=mesh)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0001)
+    passes = ROWS // 2 // world.processes
+    seconds = []
+    for step in range(STEPS):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        for number in range(passes):
+            decoder.set_requires_gradient_sync(number == passes - 1)  # type: ignore[operator]
+            first = step * ROWS + (world.index * passes + number) * 2
+            read, following = rows[first : first + 2]
+            losses = nn.functional.cross_entropy(decoder(read), following, reduction="sum")
+            (losses * world.processes / (ROWS * SIZES["length"])).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM:])
+
+
+def seconds_of_a_run(pool: Processes) -> float:
+    with tempfile.TemporaryDirectory() as place:
+        pool.run(train_in_process, job_of("sharded"), Path(place), timeout_seconds=280)
+        rows = read_metrics(Path(place, "job", "metrics.jsonl"))
+    rates = [r["train/rows_per_second"] for r in rows if "train/rows_per_second" in r][1:]
+    return ROWS / statistics.median(rates)
+
+
+def step() -> None:
+    print("| processes | by hand, ms | Evenstep, ms | ratio of each pair |\n|--:|--:|--:|---|")
+    with Processes(2) as pool:
+        pairs = [
+            (max(pool.run(seconds_by_hand, timeout_seconds=280)), seconds_of_a_run(pool))
+            for _ in range(PAIRS)
+        ]
+    hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
+    told = ", ".join(f"{mine / theirs:.2f}" for theirs, mine in pairs)
+    print(f"| 2 | {hand:.0f} | {own:.0f} | {told} |", flush=True)
+
+
+# ---- saves and resumes
+
+
+def saved_and_read(world: World, place: Path) -> dict[str, float]:
+    """Seconds of this process: a save holds it up; a resume; DCP's save and load."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    spec = load_spec(job_of("sharded"))
+    made = load_task(spec.task, spec.task_args, seed=spec.seed)
+    plan = make_plan(
+        spec, processes=world.processes, train_rows=made.train_rows, test_rows=made.test_rows
+    )
+    prepared = prepare_training(plan, made, world, heartbeat=Heartbeat(), say=lambda text: None)
+    state = prepared.state
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    found: dict[str, float] = {}
+    checkpoints = Checkpoints(
+        place / "ours", world=world, spec=spec.checkpoint, facts={}, say=lambda text: None
+    )
+    checkpoints.reserve(prepared.saved_bytes)
+    for number in range(4):  # the first makes the buffer and the group of the writers
+        state.step = number
+        world.barrier()
+        checkpoints.save(state)
+        found["stall"] = min(found.get("stall", 1e9), checkpoints.timings()["save/stall_seconds"])
+        checkpoints.finish()
+    found["resume"] = min(_seconds(world, lambda: checkpoints.restore(state)) for _ in range(3))
+    checkpoints.close()
+    theirs = {
+        "model": state.model.state_dict(),
+        "optimizer": get_optimizer_state_dict(state.model, state.optimizer),
+    }
+    dcp.save(theirs, checkpoint_id=place / "dcp")
+    found["dcp"] = min(
+        _seconds(world, lambda: dcp.load(theirs, checkpoint_id=place / "dcp")) for _ in range(3)
+    )
+    return found
+
+
+def _seconds(world: World, act: Any) -> float:
+    world.barrier()
+    began = time.perf_counter()
+    act()
+    world.barrier()
+    return time.perf_counter() - began
+
+
+def seconds_of_torch_save(place: Path) -> float:
+    decoder = model()
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.save({"m": decoder.state_dict(), "o": optimizer.state_dict()}, place / "whole.pt")
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def save() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        whole = seconds_of_torch_save(place)
+        with Processes(2) as pool:
+            each = pool.run(saved_and_read, place, timeout_seconds=280)
+    stall, resume, theirs = (max(one[key] for one in each) for key in ("stall", "resume", "dcp"))
+    print("| | seconds | against | ratio |\n|---|--:|---|--:|")
+    print(f"| stall of a save | {stall:.4f} | {whole:.3f}, torch.save | {stall / whole:.2f} |")
+    print(f"| resume | {resume:.3f} | {theirs:.3f}, DCP's load | {resume / theirs:.2f} |")
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or ["memory", "step", "save"]
+    for what in asked:
+        print(f"\n{what}")
+        {"memory": memory, "step": step, "save": save}[what]()
