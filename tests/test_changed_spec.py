@@ -19,6 +19,10 @@ from service.runs.history import read_history
 from service.spec.files import load_spec
 
 RULES = {
+    "optimizers": (
+        "optimizers.a.optimizer.lr=0.2",
+        "optimizer=\nschedule={name: constant}\noptimizers={TURNS}",
+    ),
     "init": ("init.from=other", "init.from=first"),
     "batch.global_batch": ("batch.global_batch=60", ""),
     "exactness": ("exactness=bitwise", ""),
@@ -39,10 +43,11 @@ RULES = {
 }
 BEST = "measure: test/loss, mode: min"
 WORDS = {"PLATEAU": f"name: plateau, {BEST}", "WAITING": f"{BEST}, patience: 3", "BEST": BEST}
+WORDS["TURNS"] = "a: {optimizer: {name: sgd, lr: 0.1}}"
 
 
 def spec(*overrides):
-    held = [text for text in overrides if text]
+    held = [part for text in overrides for part in text.split("\n") if part]
     for word, meaning in WORDS.items():
         held = [text.replace(word, meaning) for text in held]
     return load_spec(spec_of("cut_of_digits"), overrides=held)

@@ -62,7 +62,7 @@ MISTAKES = [
     ("epoch: 3",
      "bad.yaml:6:1: epoch: unknown key; known: batch, checkpoint, early_stopping, exactness, "
      "exchange, extends, faults, init, kubernetes, length, loader, max_grad_norm, max_grad_value, "
-     "model, name, optimizer, schedule, seed, slurm, task, task_args, test, tracking"),
+     "model, name, optimizer, optimizers, schedule, seed, slurm, task, task_args, test, tracking"),
     ("optimiser: {}", "bad.yaml:6:1: optimiser: unknown key; did you mean 'optimizer'?"),
     ("batch: {global_batch: 1, micro: 1}",
      "bad.yaml:3:26: batch.micro: unknown key; did you mean 'micro_batch'?"),

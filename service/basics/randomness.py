@@ -26,6 +26,7 @@ TEST: Final = 6  # seed, micro_batch: what the model draws in testing
 TASK: Final = 7  # seed: what the task draws while it is made and brings its data
 HOOK: Final = 8  # seed, step: what a hook of the task draws
 SAMPLE: Final = 9  # seed, purpose, ...: rows by weight, from several sources, by stages
+UPDATE: Final = 10  # seed, step, turn: what a task draws after an update
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd

@@ -80,7 +80,8 @@ Losses = Mapping[str, Loss | Tensor]
 """By name; a tensor is `Loss.each` of it."""
 StepResult = Losses | tuple[Losses, Any]
 """What a step gives: its losses, or these and the outputs for measures and predictions."""
-OwnStep = Callable[[nn.Module, Batch, "StepContext"], StepResult]
+OwnStep = Callable[[Any, Batch, "StepContext"], StepResult]
+AfterUpdate = Callable[[Any, "StepContext"], None]
 
 Entry = tuple[Tensor | float, Tensor | float, float]
 """A sum, its weight, and its scale in the loss of the step."""
@@ -104,6 +105,9 @@ class StepContext:
     average: nn.Module | None = None
     """The moving average of the weights, where the spec has `model.moving_average`: a teacher that
     is equal on all processes and saved in every checkpoint. It takes no gradient."""
+    optimizer: str | None = None
+    """Whose turn it is, where the spec has `optimizers`: only its parameters take gradients. None
+    in a test."""
     logged: dict[str, Entry] = field(default_factory=dict, repr=False)
 
     def log(self, name: str, sum: Tensor | float, weight: Tensor | float) -> None:

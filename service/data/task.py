@@ -11,7 +11,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict, Unpack, cast, runtime_checkable
+from typing import (
+    Any,
+    NamedTuple,
+    Protocol,
+    Required,
+    TypedDict,
+    Unpack,
+    cast,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +32,7 @@ from service.basics import randomness
 from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_own_code, with_place
 from service.data.batches import Batch, forward, split
 from service.data.loaders import sampling_of_sampler, taken_from
-from service.data.losses import OwnStep, StepContext, StepResult
+from service.data.losses import AfterUpdate, OwnStep, StepContext, StepResult
 from service.data.streams import is_stream
 from service.distributed.generators import seed_generators
 from service.plan.sampling import Sampling
@@ -42,7 +51,7 @@ class Task(Protocol):
     test_rows: int
     measures: tuple[str, ...]
 
-    def model(self) -> nn.Module:
+    def model(self) -> nn.Module | Mapping[str, nn.Module]:
         """A new model; its random numbers are drawn from torch's generator, seeded by the spec."""
         ...
 
@@ -206,6 +215,12 @@ def step_of(task: Task) -> WithStep | None:
     return task if isinstance(task, WithStep) else None
 
 
+def after_update_of(task: Task) -> AfterUpdate | None:
+    """What the task does to the weights after each update, if anything."""
+    found: AfterUpdate | None = getattr(task, "after_update", None)
+    return found if step_of(task) is not None else None
+
+
 def with_loss(task: Task) -> WithLoss:
     """The task, which has no step of its own and so has a loss."""
     assert isinstance(task, WithLoss), "load_task takes no task with neither"
@@ -334,6 +349,8 @@ def new_model(task: Task) -> nn.Module:
                 "Write model=lambda: ..., so that each process and each test makes its own."
             ) from error
         raise SpecError(f"task.model: raised {with_place(error)}") from error
+    if isinstance(model, Mapping) and not isinstance(model, nn.Module):
+        model = _several(model, task)
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"task.model: must give an nn.Module, but gave a {type(model).__name__}. A class of "
@@ -341,6 +358,34 @@ def new_model(task: Task) -> nn.Module:
         )
     _give_sizes(model, task)
     return model
+
+
+def _several(models: Mapping[Any, object], task: Task) -> nn.ModuleDict:
+    """Several models by name as one, whose parameters are named `NAME.PARAMETER`.
+
+    Raises:
+        SpecError: they have no such names, are no models, or nothing says how they are called.
+    """
+    if step_of(task) is None:
+        raise SpecError(
+            f"task.model: gave several models ({', '.join(map(str, models))}), of which a loss of "
+            "outputs and targets knows none. Give the task a step of its own: service.task.custom."
+        )
+    named: dict[str, nn.Module] = {}
+    for name, model in models.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise SpecError(
+                f"task.model: a model is named by letters, digits and _, but one is {name!r}."
+            )
+        if not isinstance(model, nn.Module):
+            raise SpecError(
+                f"task.model: {name!r} must be an nn.Module, but is a {type(model).__name__}."
+            )
+        named[name] = model
+    try:
+        return nn.ModuleDict(named)
+    except KeyError as error:  # a name that torch's own class has, such as `keys`
+        raise SpecError(f"task.model: a model cannot be named so: {error.args[0]}.") from error
 
 
 def _give_sizes(model: nn.Module, task: Task) -> None:
@@ -415,7 +460,7 @@ class _FromParts:
     def __init__(
         self,
         *,
-        model: Callable[[], nn.Module],
+        model: Callable[[], nn.Module | Mapping[str, nn.Module]],
         train: Data,
         test: Data = None,
         measures: Sequence[str] | Mapping[str, Any] = (),
@@ -564,44 +609,45 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
         self.ignored = ignored
 
 
+class Parts(Further, total=False):
+    """What `custom` takes besides the step, as `supervised` does."""
+
+    model: Required[Callable[[], nn.Module | Mapping[str, nn.Module]]]
+    train: Required[Data]
+    test: Data
+    measures: Sequence[str] | Mapping[str, Any]
+    weight: Callable[[Any], Tensor] | None
+    collate: Callable[[list[Any]], Any] | None
+    predict: Callable[[Any], Tensor] | None
+
+
 class custom(_FromParts):  # reads as the function a user calls; it is a Task
     """A task with a step of its own, from parts.
 
     Args:
         step: a function of (model, batch, context) that gives losses by name, or these and the
             outputs for measures and predictions: see `Loss` and `StepContext`.
-        model, train, test, measures, collate, predict, further: as of `supervised`. A row may also
-            be what is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
+        model: makes a new model, or several: a mapping from their names. The step then gets an
+            `nn.ModuleDict`.
+        train, test, measures, collate, predict, further: as of `supervised`. A row may also be what
+            is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
         weight: what the batch counts, as a function of the targets: a tensor. Without it, its
             rows.
+        after_update: a function of (model, context) that is called after each update of an
+            optimizer, without gradients, on every process: for a teacher that follows, or weights
+            that are clipped. It may use the weights and the context only, so that every process
+            comes to the same.
     Raises:
         SpecError: a measure nobody knows, or data that is no data set.
     """
 
     def __init__(
-        self,
-        *,
-        step: OwnStep,
-        model: Callable[[], nn.Module],
-        train: Data,
-        test: Data = None,
-        measures: Sequence[str] | Mapping[str, Any] = (),
-        weight: Callable[[Any], Tensor] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
-        predict: Callable[[Any], Tensor] | None = None,
-        **further: Unpack[Further],
+        self, *, step: OwnStep, after_update: AfterUpdate | None = None, **parts: Unpack[Parts]
     ) -> None:
-        super().__init__(
-            model=model,
-            train=train,
-            test=test,
-            measures=measures,
-            weight=weight,
-            collate=collate,
-            predict=predict,
-            **further,
-        )
+        super().__init__(**parts)
         self.step = step
+        if after_update is not None:
+            self.after_update = after_update
 
 
 def _without_loader(test: Data) -> Data:

@@ -7,10 +7,10 @@ From top to bottom; a room imports only from rooms below it:
 * precision: the arithmetic of a forward pass, and the loss scaler of fp16.
 * optimizer_reference: the tables of the page of optimizers, made from the code: run this module
   to write them.
+* learning_rates: sets the optimizer's learning rates once per step, and keeps what that needs.
 * optimizers: optimizers by name, and parameter groups by pattern: every parameter is in exactly
   one.
 * moving_average: an exponential moving average of a model's weights, as a second model.
-* learning_rates: sets the optimizer's learning rates once per step, and keeps what that needs.
 * activation_checkpointing: activation checkpointing: chosen modules compute their activations
   again in the backward pass.
 * flops: floating-point operations: how many a pass takes, and how many a device can do.

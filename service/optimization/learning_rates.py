@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from service.basics.errors import SpecError, did_you_mean, with_place
 from service.data.task import imported
+from service.optimization.optimizers import Turns, told_of_turn
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
-from service.plan.schedules import Multiplier
-from service.spec.schedule import CustomScheduleSpec, PlateauSpec
+from service.plan.schedules import Multiplier, Pace
+from service.spec.schedule import CustomScheduleSpec, PlateauSpec, ScheduleSpec
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
@@ -25,12 +26,26 @@ def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
     Raises:
         SpecError: a scheduler by import string cannot be made.
     """
-    spec = plan.spec.schedule
+    if not isinstance(optimizer, Turns):
+        pace = Pace(plan.warmup, plan.rate)
+        return _of_one(optimizer, plan.spec.schedule, pace, steps=plan.steps)
+    each = {}
+    for name, turn in plan.spec.optimizers.items():
+        with told_of_turn(name):
+            each[name] = _of_one(
+                optimizer.by_name[name], turn.schedule, plan.paces[name], steps=plan.steps
+            )
+    return SchedulesOfTurns(optimizer, each)
+
+
+def _of_one(
+    optimizer: torch.optim.Optimizer, spec: ScheduleSpec, pace: Pace, *, steps: int
+) -> Schedule:
     if isinstance(spec, PlateauSpec):
-        return PlateauSchedule(optimizer, plan.rate, spec)
+        return PlateauSchedule(optimizer, pace.rate, spec)
     if isinstance(spec, CustomScheduleSpec):
-        return TorchSchedule(optimizer, spec, warmup=plan.warmup, steps=plan.steps)
-    return Schedule(optimizer, plan.rate)
+        return TorchSchedule(optimizer, spec, warmup=pace.warmup, steps=steps)
+    return Schedule(optimizer, pace.rate)
 
 
 class Schedule:
@@ -194,6 +209,41 @@ class TorchSchedule(Schedule):
     def remember(self, memory: Mapping[str, Any]) -> None:
         self._taken = memory["taken"]
         self._torch.load_state_dict({**self._built, **memory["scheduler"]})
+
+
+class SchedulesOfTurns(Schedule):
+    """The schedules of several optimizers, each by the steps of the run."""
+
+    def __init__(self, optimizer: Turns, each: Mapping[str, Schedule]) -> None:
+        self._each = dict(each)
+        super().__init__(optimizer, lambda step: 1.0)
+
+    def set(self, step: int) -> None:
+        for schedule in self._each.values():
+            schedule.set(step)
+
+    def restart(self, step: int) -> None:
+        for schedule in self._each.values():
+            schedule.restart(step)
+
+    def used(self) -> dict[str, float]:
+        """`train/lr/NAME` of each optimizer; one key per group if several."""
+        return {
+            f"train/lr/{name}{key.removeprefix('train/lr')}": rate
+            for name, schedule in self._each.items()
+            for key, rate in schedule.used().items()
+        }
+
+    def learn(self, values: Mapping[str, float], step: int) -> None:
+        for schedule in self._each.values():
+            schedule.learn(values, step)
+
+    def memory(self) -> dict[str, Any]:
+        return {name: schedule.memory() for name, schedule in self._each.items()}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        for name, schedule in self._each.items():
+            schedule.remember(memory[name])
 
 
 def _survives_json(value: Any) -> bool:

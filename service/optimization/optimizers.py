@@ -6,8 +6,9 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase, translate
 from fractions import Fraction
 from functools import partial
@@ -18,11 +19,11 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from service.basics.errors import SpecError, did_you_mean
-from service.data.task import imported
+from service.data.task import Task, WithStep, imported
 from service.plan.plan import Plan
 from service.sharding.sharding import is_sharded
 from service.spec.models import Spec
-from service.spec.optimizer import GroupSpec, OptimizerSpec
+from service.spec.optimizer import GroupSpec, OptimizerSpec, TurnSpec
 from service.spec.optimizer_options import OPTIMIZERS
 
 NORMS = (
@@ -54,6 +55,8 @@ class ParameterGroup:
     """Trained from the end of this epoch on."""
     companion: bool = False
     """Trained by the optimizer's companion."""
+    optimizer: str = ""
+    """The name of its optimizer, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -64,43 +67,152 @@ class Frozen:
     parameters: tuple[nn.Parameter, ...]
 
 
+# ---- one optimizer or several
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the spec trains of a model, and by what."""
+
+    groups: Sequence[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    """`Turns`, where there are several."""
+
+
+def trained_by(model: nn.Module, spec: Spec, task: Task) -> Trained:
+    """The optimizer of the spec, or its several ones, over their parameters of the model.
+
+    What none of several optimizers takes is frozen.
+
+    Raises:
+        SpecError: the spec and the model do not match, or the task has no turns to take.
+    """
+    if spec.optimizer is not None:
+        groups = parameter_groups(model, spec.optimizer)
+        return Trained(groups, make_optimizer(model, spec.optimizer, groups))
+    if not isinstance(task, WithStep):
+        raise SpecError(
+            "optimizers: a task with one loss has nothing to tell several optimizers. Give it a "
+            "step of its own (service.task.custom), which is told by context.optimizer whose turn "
+            "it is; or use the section optimizer, with groups."
+        )
+    taken = names_by_optimizer(model, spec.optimizers)
+    trained = {name for names in taken.values() for name in names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    all_groups: list[ParameterGroup] = []
+    made: dict[str, torch.optim.Optimizer] = {}
+    for name, turn in spec.optimizers.items():
+        with told_of_turn(name):
+            if needs_closure(optimizer_class(turn.optimizer.name)):
+                raise SpecError(
+                    f"optimizer.name: {turn.optimizer.name} evaluates a step several times, and "
+                    "so it trains alone. Use another, such as adamw."
+                )
+            groups = parameter_groups(model, turn.optimizer, taken[name])
+            made[name] = make_optimizer(model, turn.optimizer, groups)
+        all_groups += [replace(group, optimizer=name) for group in groups]
+    return Trained(all_groups, Turns(made))
+
+
+@contextmanager
+def told_of_turn(name: str) -> Iterator[None]:
+    """Say of a mistake within which of several optimizers it is."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"optimizers.{name}: {error}") from error
+
+
+def names_by_optimizer(
+    model: nn.Module, optimizers: Mapping[str, TurnSpec]
+) -> dict[str, list[str]]:
+    """The names of the parameters that each of several optimizers trains.
+
+    A whole model, or module at the top of one, that none of them takes is frozen.
+
+    Raises:
+        SpecError: a pattern chooses nothing, or two choose the same; or of a model some are taken
+            and some are left out, which would stay as they were drawn.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    home: dict[str, str] = {}
+    for optimizer, turn in optimizers.items():
+        for pattern in turn.patterns(optimizer):
+            found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found:
+                tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+                raise SpecError(
+                    f"optimizers.{optimizer}.match: {pattern!r} chooses no parameter that can be "
+                    f"trained. They are in {', '.join(tops)}."
+                )
+            twice = [name for name in found if home.get(name, optimizer) != optimizer]
+            if twice:
+                raise SpecError(
+                    f"optimizers.{optimizer}.match: {pattern!r} chooses {twice[0]}, which "
+                    f"{home[twice[0]]} trains already. Each parameter has one optimizer."
+                )
+            home |= dict.fromkeys(found, optimizer)
+    owner = {name.partition(".")[0]: optimizer for name, optimizer in home.items()}
+    left = [name for name in names if name not in home and name.partition(".")[0] in owner]
+    if left:
+        other = owner[left[0].partition(".")[0]]
+        raise SpecError(
+            f"optimizers: {_listed(left)} trained by none, while {other} trains others of "
+            "the same model. Choose them by a match too; or freeze them in the model by "
+            "requires_grad_(False)."
+        )
+    return {name: [n for n in names if home.get(n) == name] for name in optimizers}
+
+
 # ---- groups
 
 
-def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[ParameterGroup]:
+def parameter_groups(
+    model: nn.Module, spec: OptimizerSpec, among: Sequence[str] | None = None
+) -> list[ParameterGroup]:
     """Every trainable parameter of the model in exactly one group; the first match wins.
 
     A spec without groups has one group, `*`.  With groups, every parameter must match one.
 
+    Args:
+        among: names of the parameters that this optimizer trains; None for all of them.
     Raises:
         SpecError: a pattern matches nothing, a parameter is in no group, or it is in one that
             the optimizer cannot train; lists the names.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if among is not None:
+        names = list(among)
     if not names:
         raise SpecError("task: the model has no trainable parameter.")
     companion = getattr(spec, "companion", None)
     if companion is None:
-        groups = _groups_of(model, spec, names, "optimizer")
+        groups = _groups_of(model, spec, names, "optimizer", among)
         _require_trainable(model, spec, groups)
     else:
         others = _for_companion(model, spec, names)
         own = [name for name in names if name not in others]
-        groups = _groups_of(model, spec, own, "optimizer") if own else []
-        for group in _groups_of(model, companion, others, "optimizer.companion") if others else []:
-            groups.append(ParameterGroup(**{**vars(group), "companion": True}))
+        groups = _groups_of(model, spec, own, "optimizer", among) if own else []
+        where = "optimizer.companion"
+        for group in _groups_of(model, companion, others, where, among) if others else []:
+            groups.append(replace(group, companion=True))
     counted = Counter(name for group in groups for name in group.names)
     assert counted == Counter(names), "every trainable parameter is in exactly one group"
     return groups
 
 
 def _groups_of(
-    model: nn.Module, spec: OptimizerSpec, names: Sequence[str], where: str
+    model: nn.Module,
+    spec: OptimizerSpec,
+    names: Sequence[str],
+    where: str,
+    within: Sequence[str] | None,
 ) -> list[ParameterGroup]:
     patterns: Sequence[GroupSpec] = spec.groups or (GroupSpec(match="*"),)
     chosen = _chosen(patterns, names, where)
     spared, layers = _without_decay(model, spec), layer_of_parameter(model)
-    last = max(layers.values())
+    last = max(layers.values() if within is None else [layers[name] for name in within])
     parts: dict[tuple[int, bool, int], list[str]] = {}
     for number, found in enumerate(chosen):
         for name in found:
@@ -404,9 +516,16 @@ def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
 
     Source of the contract: Defazio et al., arXiv:2405.15682, and their `schedulefree`.
     """
-    members = optimizer.members if isinstance(optimizer, Together) else [optimizer]
+    members = _members(optimizer)
     ways = ("train", "eval")
     return [m for m in members if all(callable(getattr(m, way, None)) for way in ways)]
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers in it that are no others put together."""
+    if not isinstance(optimizer, Together):
+        return [optimizer]
+    return [inner for member in optimizer.members for inner in _members(member)]
 
 
 def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
@@ -454,11 +573,44 @@ class Together(torch.optim.Optimizer):
         for member in self.members:
             member.param_groups = [next(groups) for _ in member.param_groups]
             member.state = self.state
+            if isinstance(member, Together):
+                member._share()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
         """Take the step of each optimizer."""
         for member in self.members:
             member.step()
+
+
+class Turns(Together):
+    """Several optimizers that step in turn, each over its own parameters."""
+
+    def __init__(self, by_name: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.by_name = dict(by_name)
+        self.turn = next(iter(self.by_name))
+        """Whose step is taken."""
+        super().__init__(list(self.by_name.values()))
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
+        """Take the step of the optimizer whose turn it is."""
+        self.by_name[self.turn].step()
+
+    def begin(self, name: str) -> None:
+        """Let only the parameters of this optimizer take gradients, until the next turn.
+
+        Those of the others then cost no gradient, and no process waits to exchange one.
+        """
+        self.turn = name
+        for each, optimizer in self.by_name.items():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(each == name)
+
+    def end(self) -> None:
+        """Let the parameters of all of them take gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_()
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:

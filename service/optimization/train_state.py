@@ -200,9 +200,9 @@ def require_measured(spec: Spec, values: Mapping[str, float]) -> None:
 
 def _decided(spec: Spec) -> dict[str, BestSpec | PlateauSpec]:
     """The sections that decide something by a test measure, by their keys."""
-    asked = {
+    asked: dict[str, BestSpec | PlateauSpec | None] = {
         "checkpoint.best": spec.checkpoint.best,
         "early_stopping": spec.early_stopping,
-        "schedule": spec.schedule if isinstance(spec.schedule, PlateauSpec) else None,
     }
+    asked |= {key: part for key, part in spec.schedules.items() if isinstance(part, PlateauSpec)}
     return {where: part for where, part in asked.items() if part is not None}

@@ -42,6 +42,8 @@ class _Taken(NamedTuple):
     """The gradient norm before clipping, if it was computed."""
     broken: Tensor | None
     """1 if the step was skipped; None if steps cannot be skipped."""
+    turn: str | None
+    """Which of several optimizers took it."""
 
 
 class _Fault(NamedTuple):
@@ -51,6 +53,7 @@ class _Fault(NamedTuple):
     micro_batch: int
     rank: int
     value: float
+    turn: str | None
 
 
 class Updates:
@@ -65,8 +68,13 @@ class Updates:
         normalization: Normalization,
         buffers: Buffers | None = None,
         say: Callable[[str], None],
+        after_update: Callable[[str | None], None] | None = None,
     ) -> None:
-        """`say` reports the skipped steps.
+        """The updates of this run.
+
+        Args:
+            say: reports the skipped steps.
+            after_update: what the task does to the weights after each, given whose it was.
 
         Raises:
             SpecError: the spec asks for a skip that this optimizer or BatchNorm cannot do.
@@ -77,6 +85,7 @@ class Updates:
         self._normalization = normalization
         self._buffers = buffers
         self._say = say
+        self._after_update = after_update
         trained = [p for p in state.model.parameters() if p.requires_grad]
         self._is_sharded = holds_rows(state.model)
         self._copies = copies_of_rows(state.model)
@@ -104,6 +113,8 @@ class Updates:
         *,
         logging: bool,
         closure: Callable[[], Any] | None = None,
+        turn: str | None = None,
+        ends: bool = True,
     ) -> None:
         """Take the optimizer step for the current gradients, and count it.
 
@@ -114,6 +125,8 @@ class Updates:
             losses: this process's summed losses, by micro-batch.
             weight: weight of the whole step, over all processes.
             logging: whether the gradient norm is needed.
+            turn: the name of the optimizer, where there are several.
+            ends: whether the step ends with it; else another optimizer's turn follows.
         """
         state = self._state
         broken = None if state.scaler is None else state.scaler.unscale(state.optimizer)
@@ -128,12 +141,16 @@ class Updates:
         self._step(broken, closure)
         if state.scaler is not None:
             state.scaler.update()
+        if self._after_update is not None:
+            self._after_update(turn)
+        if len(self._held) >= _HELD_AT_MOST and self._held[-1].step <= state.step:
+            self.look()
+        self._held.append(_Taken(state.step + 1, losses, weight, norm, broken, turn))
+        if not ends:
+            return
         state.step += 1
         if state.average is not None:
             state.average.move(state.step)
-        if len(self._held) == _HELD_AT_MOST:
-            self.look()
-        self._held.append(_Taken(state.step, losses, weight, norm, broken))
 
     def forget(self) -> None:
         """Discard what a forward pass outside of a step has collected."""
@@ -196,12 +213,13 @@ class Updates:
             return {}
         losses = _by_place(held)
         faults = [
-            _Fault(step, number, self._world.index, value)
-            for (step, number), value in losses.items()
+            _Fault(held[at].step, number, self._world.index, value, held[at].turn)
+            for (at, number), value in losses.items()
             if number < self._plan.micro_batches and not math.isfinite(value)
         ]
         last = held[-1]
-        mine = {number: losses[last.step, number] for number in last.losses}
+        latest = [at for at, taken in enumerate(held) if taken.step == last.step]
+        mine = {number: sum(losses[at, number] for at in latest) for number in last.losses}
         own = stragglers.own() if stragglers is not None else []
         loss_sum, faulty, told = self._sum_over_processes(mine, len(faults), own)
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
@@ -212,7 +230,8 @@ class Updates:
             faults = [fault for found in self._world.gather(faults) for fault in found]
         if faulty or endless:
             self._answer(faults, endless)
-        values = {"train/loss": loss_sum / float(last.weight), **self._reading(last)}
+        values = {"train/loss": loss_sum / float(last.weight)}
+        values |= self._reading([held[at] for at in latest])
         return values if stragglers is None else values | stragglers.reading(told)
 
     def _sum_over_processes(
@@ -230,10 +249,12 @@ class Updates:
         by_rank = [all_told[at : at + width] for at in range(0, len(all_told), width or 1)]
         return loss, faulty, by_rank
 
-    def _reading(self, last: _Taken) -> dict[str, float]:
+    def _reading(self, latest: Sequence[_Taken]) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()
-        if last.norm is not None:
-            reading["train/grad_norm"] = float(last.norm)
+        for taken in latest:
+            if taken.norm is not None:
+                of_turn = "" if taken.turn is None else f"/{taken.turn}"
+                reading[f"train/grad_norm{of_turn}"] = float(taken.norm)
         if self._skips or state.scaler is not None:
             reading["train/skipped_steps"] = state.skipped_steps
         if state.scaler is not None:
@@ -251,9 +272,10 @@ class Updates:
         state, allowed = self._state, self._plan.spec.faults.skips_allowed
         steps = sorted({fault.step for fault in faults} | set(endless))
         if not self._skips:
+            rate = "optimizers.NAME.optimizer.lr" if self._plan.paces else "optimizer.lr"
             raise Diverged(
                 f"{self._told(steps[0], faults)} Look at train/grad_norm before it, lower "
-                "optimizer.lr or set max_grad_norm."
+                f"{rate} or set max_grad_norm."
             )
         for step in steps[:_TOLD_AT_MOST]:
             self._say(f"WARNING: {self._told(step, faults)} The step was skipped.")
@@ -273,12 +295,12 @@ class Updates:
         if not here:
             return f"The gradients of step {step} are not finite, though every loss is."
         told = "; ".join(
-            f"micro-batch {fault.micro_batch} on rank {fault.rank}: {fault.value}, "
-            f"rows {self._rows(fault)}"
+            f"micro-batch {fault.micro_batch} on rank {fault.rank}{_in_turn(fault.turn)}: "
+            f"{fault.value}, rows {self._rows(fault)}"
             for fault in here[:_TOLD_AT_MOST]
         )
         text = f"The loss is not finite at step {step} ({told})."
-        if len(here) == self._plan.micro_batches > 1:
+        if len({fault.micro_batch for fault in here}) == self._plan.micro_batches > 1:
             text += " It is so in every micro-batch: the weights were spoilt in the step before."
         return text
 
@@ -299,6 +321,10 @@ class Updates:
         )
 
 
+def _in_turn(turn: str | None) -> str:
+    return "" if turn is None else f" in the turn of {turn}"
+
+
 def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor]:
     """Every number in the gradients: of a sparse one those it holds, each place once."""
     for parameter in parameters:
@@ -311,8 +337,8 @@ def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor
 
 
 def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
-    """Every summed loss by step and micro-batch; one wait for the device."""
-    places = [(taken.step, number) for taken in held for number in taken.losses]
+    """Every summed loss by its place in `held` and its micro-batch; one wait for the device."""
+    places = [(at, number) for at, taken in enumerate(held) for number in taken.losses]
     losses = [loss for taken in held for loss in taken.losses.values()]
     return dict(zip(places, torch.stack(losses).tolist(), strict=True))
 

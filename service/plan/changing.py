@@ -53,7 +53,7 @@ def _is_switch(change: Change, old: Spec) -> bool:
 
 
 def _is_scheduled_by_torch(change: Change, old: Spec) -> bool:
-    return ":" in old.schedule.name
+    return any(":" in schedule.name for schedule in old.schedules.values())
 
 
 def _involves_torch_scheduler(change: Change, old: Spec) -> bool:
@@ -61,6 +61,7 @@ def _involves_torch_scheduler(change: Change, old: Spec) -> bool:
 
 
 FIXED = (
+    _Fixed("optimizers", "", "several optimizers cannot follow a changed spec yet"),
     _Fixed("init", "", "a run takes its first weights once"),
     _Fixed(
         "batch.global_batch",
@@ -168,10 +169,13 @@ def changes(old: Spec, new: Spec) -> list[Change]:
     before, after = _compared(old), _compared(new)
     if new.batch.micro_batch == "auto":
         after["batch"]["micro_batch"] = before["batch"].get("micro_batch", "auto")
-    groups = [values["optimizer"]["groups"] for values in (before, after)]
-    if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
-        after["optimizer"]["groups"] = groups[0]
-    return [
+    if old.optimizer is not None and new.optimizer is not None:
+        groups = [values["optimizer"]["groups"] for values in (before, after)]
+        if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
+            after["optimizer"]["groups"] = groups[0]
+    orders = [", ".join(values["optimizers"]) for values in (before, after)]
+    swapped = [Change("optimizers", *orders)] if orders[0] != orders[1] else []
+    return swapped + [
         Change(dotted(steps), was, now)
         for steps, was, now in _differences(before, after, ())
         if not _cannot_matter(steps, old)
@@ -225,7 +229,8 @@ def _compared(spec: Spec) -> Any:
 
 
 def _cannot_matter(steps: Steps, spec: Spec) -> bool:
-    waits_for_tests = spec.early_stopping is not None or spec.schedule.name == "plateau"
+    waits_for_rate = any(schedule.name == "plateau" for schedule in spec.schedules.values())
+    waits_for_tests = spec.early_stopping is not None or waits_for_rate
     if steps[0] == "test" and waits_for_tests:
         return False
     return any(dotted(steps[:n]) in CANNOT_CHANGE_THE_RESULT for n in range(1, len(steps) + 1))

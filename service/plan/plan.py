@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from service.basics.errors import SpecError
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.samplers import halved_share, rows_at, share_of
 from service.plan.sampling import Sampling
-from service.plan.schedules import Length, Multiplier, multiplier
+from service.plan.schedules import Length, Multiplier, Pace, multiplier, pace
 from service.spec.models import CheckpointSpec, Spec, TestSpec
 
 DEFAULT_MICRO_BATCH = 32
@@ -78,6 +79,8 @@ class Plan:
     """What chooses the training rows; None: each once an epoch."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
     """Learning-rate multiplier of the update after `step` finished steps."""
+    paces: Mapping[str, Pace] = field(repr=False, compare=False, default_factory=dict)
+    """The same of each optimizer, where there are several."""
 
     @property
     def micro_batches(self) -> int:
@@ -213,8 +216,7 @@ def make_plan(
     )
     if profile is not None and profile.first > steps:
         raise SpecError(f"--profile: the run ends after step {steps}, before step {profile.first}.")
-    per_epoch = None if train_rows is None else Fraction(train_rows, global_batch)
-    length = Length(steps, per_epoch)
+    length = Length(steps, None if train_rows is None else Fraction(train_rows, global_batch))
     return Plan(
         spec=spec,
         processes=processes,
@@ -231,6 +233,7 @@ def make_plan(
         accepted=accepted,
         sampling=sampling,
         rate=multiplier(spec.schedule, length),
+        paces={name: pace(turn.schedule, length) for name, turn in spec.optimizers.items()},
     )
 
 

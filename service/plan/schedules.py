@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.basics.errors import SpecError
 from service.spec.schedule import (
@@ -28,6 +28,14 @@ from service.spec.schedule import (
 )
 
 Multiplier = Callable[[int], float]
+
+
+class Pace(NamedTuple):
+    """How the learning rate of one of several optimizers moves."""
+
+    warmup: int
+    """Steps of its warmup."""
+    rate: Multiplier
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,11 @@ def multiplier(schedule: ScheduleSpec, length: Length) -> Multiplier:
         return (step + 1) / warmup if step < warmup else shape(step)
 
     return at
+
+
+def pace(schedule: ScheduleSpec, length: Length) -> Pace:
+    """The pace that a schedule sets for a run of this length."""
+    return Pace(length.whole(schedule, "warmup", default=0), multiplier(schedule, length))
 
 
 def _shape(schedule: ScheduleSpec, length: Length, warmup: int) -> Multiplier:

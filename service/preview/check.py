@@ -33,12 +33,12 @@ from service.optimization.activation_checkpointing import (
 )
 from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
 from service.optimization.learning_rates import make_schedule
-from service.optimization.optimizers import make_optimizer, needs_closure, parameter_groups
+from service.optimization.optimizers import Turns, needs_closure, trained_by
 from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
-from service.training.dry_run import DryRun, teacher_of
+from service.training.dry_run import DryRun, rehearsed, teacher_of, together_found
 from service.training.setup import require_shardable
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         require_shardable(model, task, spec)
     checkpoint_activations(model, spec.model.activation_checkpointing)
     normalization = prepare(model, spec.model.batchnorm, world)
-    state = _state(spec, model, small)
+    state = _state(spec, model, small, task)
     yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
     yield from _initial(spec, model)
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
@@ -125,7 +125,8 @@ def _planned(
 def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Finding, None, int]:
     """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
     model, world = state.model, dry_run.world
-    found, rule = dry_run.first(model), plan.spec.model.buffers
+    each, rule = rehearsed(dry_run, model, state.optimizer), plan.spec.model.buffers
+    found = together_found(each, plan.spec)
     if step_of(dry_run.task) is not None:
         require_measures(plan.spec, dry_run.task, known=found.tested)
     require_still_buffers(model, found.moving, plan.spec.model.activation_checkpointing)
@@ -138,10 +139,17 @@ def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Fin
         world=world,
         bitwise=plan.spec.exactness == "bitwise",
     )
-    activations = _saved_bytes(model, dry_run)
-    loss, seconds = _timed(lambda: _step(state, dry_run))
-    dry_run.normalization.finish_step()
-    yield "step", f"loss {loss:.4g} on {world.device.type} ({seconds:.2f} s for one micro-batch)"
+    activations = 0
+    for part in each:
+        if isinstance(state.optimizer, Turns):
+            state.optimizer.begin(str(part.turn))
+        activations = max(activations, _saved_bytes(model, part.dry_run))
+        loss, seconds = _timed(lambda part=part: _step(state, part.dry_run))  # type: ignore[misc]
+        dry_run.normalization.finish_step()
+        whose = "" if part.turn is None else f"{part.turn}: "
+        took = f"({seconds:.2f} s for one micro-batch)"
+        yield "step", f"{whose}loss {loss:.4g} on {world.device.type} {took}"
+    state.step += 1
     for line in buffers_in_words(model, found.moving, rule):
         yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
     if found.unreached:
@@ -177,18 +185,20 @@ def _plan(spec: Spec, task: Task, processes: int) -> Plan:
     )
 
 
-def _state(spec: Spec, model: nn.Module, plan: Plan) -> TrainState:
-    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+def _state(spec: Spec, model: nn.Module, plan: Plan, task: Task) -> TrainState:
+    optimizer = trained_by(model, spec, task).optimizer
     return TrainState(model, optimizer, make_schedule(optimizer, plan))
 
 
 def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     tensors = list(model.parameters())
-    groups = len(optimizer.param_groups)
-    return (
-        f"{sum(p.numel() for p in tensors):,} parameters in {len(tensors)} tensors, "
-        f"{groups} {'group' if groups == 1 else 'groups'} of {type(optimizer).__name__}"
+    each = optimizer.by_name.values() if isinstance(optimizer, Turns) else [optimizer]
+    groups = " and ".join(
+        f"{len(one.param_groups)} {'group' if len(one.param_groups) == 1 else 'groups'} of "
+        f"{type(one).__name__}"
+        for one in each
     )
+    return f"{sum(p.numel() for p in tensors):,} parameters in {len(tensors)} tensors, {groups}"
 
 
 def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
@@ -248,7 +258,6 @@ def _step(state: TrainState, dry_run: DryRun) -> float:
         state.optimizer.step(lambda: float(evaluate() / weight))
     else:
         state.optimizer.step()
-    state.step += 1
     mean = float(loss_sum / weight)
     if not math.isfinite(mean):
         raise Diverged(
@@ -281,7 +290,7 @@ def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
         checkpoints.save(state)
         model = new_model(task).to(world.device)
         prepare(model, plan.spec.model.batchnorm, world)
-        fresh = _state(plan.spec, model, plan)
+        fresh = _state(plan.spec, model, plan, task)
         checkpoints.restore(fresh)
         size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
     _require_equal(state, fresh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +24,10 @@ from service.optimization.buffers import buffers_besides_batchnorm
 from service.optimization.learning_rates import make_schedule
 from service.optimization.optimizers import (
     ParameterGroup,
+    Turns,
     frozen_until,
-    make_optimizer,
-    parameter_groups,
     require_its_loss,
+    trained_by,
 )
 from service.optimization.train_state import require_measures
 from service.plan.plan import Plan, make_plan
@@ -34,7 +35,6 @@ from service.runs.checkpoint_files import in_words, saving_in_words
 from service.runs.directory import RunDirectory
 from service.sharding.sharding import held_bytes, parameters_by_unit, units_of
 from service.spec.models import Spec
-from service.spec.optimizer import OptimizerSpec
 from service.spec.schedule import PlateauSpec
 from service.training.setup import require_shardable
 
@@ -62,9 +62,10 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     model = new_model(task)
     if spec.exchange.shards:
         require_shardable(model, task, spec)
-    groups = parameter_groups(model, spec.optimizer)
-    parameters = _parameters(model, groups, plan)
-    optimizer = make_optimizer(model, spec.optimizer, groups)
+    kept = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trained = trained_by(model, spec, task)
+    groups, optimizer = trained.groups, trained.optimizer
+    parameters = _parameters(model, groups, plan, kept)
     require_its_loss(optimizer, spec)
     size = expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
     takes = longest_save(RunDirectory(runs / spec.name)) or estimated(size, runs)
@@ -75,6 +76,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     return "\n\n".join(
         [
             _aligned([*_arithmetic(plan), *_data(plan, task), *saving]),
+            *_turns(plan, optimizer),
             "learning rate\n" + _aligned(_rates(plan, optimizer)),
             "parameters\n" + _aligned(parameters, header=True) + "\n  " + _each_in_one(groups),
             *_initial(model, plan.spec),
@@ -90,7 +92,7 @@ def checkpoint_bytes(spec: Spec) -> int | None:
     """What a checkpoint of the job takes; None where only a step can tell."""
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
     model = new_model(task)
-    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    optimizer = trained_by(model, spec, task).optimizer
     return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
 
 
@@ -146,10 +148,12 @@ def _micro_batch(plan: Plan) -> str:
 def _waiting(spec: Spec) -> list[tuple[str, str]]:
     """What depends on the measures to come."""
     told = []
-    plateau, stopping = spec.schedule, spec.early_stopping
-    if isinstance(plateau, PlateauSpec):
-        patience = f"has not improved in {plateau.patience} tests"
-        told.append(("rate", f"times {plateau.gamma:g} when {plateau.measure} {patience}"))
+    stopping = spec.early_stopping
+    for key, plateau in spec.schedules.items():
+        if isinstance(plateau, PlateauSpec):
+            patience = f"has not improved in {plateau.patience} tests"
+            rate = "rate" if spec.optimizer is not None else f"rate of {key.split('.')[1]}"
+            told.append((rate, f"times {plateau.gamma:g} when {plateau.measure} {patience}"))
     if stopping is not None:
         patience = f"has not improved in {stopping.patience} tests"
         told.append(("ends early", f"when {stopping.measure} {patience}"))
@@ -168,38 +172,62 @@ def _narrowed(plan: Plan) -> list[tuple[str, str]]:
 def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
     """The rate of every group at the first and last step, at the quarters and after the warmup."""
     last = plan.steps - 1
-    marks = {0, plan.warmup, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
+    warmups = [pace.warmup for pace in plan.paces.values()] or [plan.warmup]
+    marks = {0, *warmups, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
     schedule = make_schedule(optimizer, plan)
-    table: list[tuple[str, ...]] = []
+    several = isinstance(optimizer, Turns)
+    each = optimizer.by_name if isinstance(optimizer, Turns) else {"": optimizer}
+    table: list[tuple[str, ...]] = [("", *each)] if several else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that no optimizer steps beside its scheduler
         for step in sorted(marks):
             schedule.set(step)
-            rates = [f"{group['lr']:.6g}" for group in optimizer.param_groups]
-            table.append((f"step {step + 1:,}", ", ".join(dict.fromkeys(rates))))
+            rates = [
+                ", ".join(dict.fromkeys(f"{group['lr']:.6g}" for group in one.param_groups))
+                for one in each.values()
+            ]
+            table.append((f"step {step + 1:,}", *rates))
     return table
 
 
+def _turns(plan: Plan, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Who steps when, where there are several optimizers."""
+    if not isinstance(optimizer, Turns):
+        return []
+    table = [("turn", "optimizer", "steps", "trains")]
+    for name, turn in plan.spec.optimizers.items():
+        steps = plan.steps // turn.every
+        every = "every step" if turn.every == 1 else f"every {turn.every} steps"
+        match = ", ".join(turn.patterns(name))
+        table.append((name, turn.optimizer.name, f"{steps:,}, {every}", match))
+    return ["optimizers, in their order\n" + _aligned(table, header=True)]
+
+
 def _parameters(
-    model: nn.Module, groups: Sequence[ParameterGroup], plan: Plan
+    model: nn.Module, groups: Sequence[ParameterGroup], plan: Plan, kept: Sequence[str]
 ) -> list[tuple[str, ...]]:
     spec = plan.spec
     table: list[tuple[str, ...]] = [("match", "tensors", "numbers", "lr", "options", "names")]
     parameters = dict(model.named_parameters())
     for group in groups:
         options = dict(group.options)
-        trainer: OptimizerSpec = spec.optimizer
+        turn = spec.optimizers.get(group.optimizer)
+        trainer: Any = spec.optimizer if turn is None else turn.optimizer
+        match = group.match if turn is None else f"{group.optimizer}: {group.match}"
         if group.companion:
-            trainer = spec.optimizer.companion
+            trainer = trainer.companion
             options = {"optimizer": trainer.name, **options}
         rate = f"{options.pop('lr', trainer.lr):g}"
         rate = "frozen" if group.frozen else rate
         if until := frozen_until(group, plan):
             options["trained_after_step"] = until
-        table.append(_row(parameters, group.match, group.names, rate, options))
-    kept = [name for name, p in parameters.items() if not p.requires_grad]
+        table.append(_row(parameters, match, group.names, rate, options))
+    home = {name for group in groups for name in group.names}
+    left = [name for name in parameters if name not in home and name not in kept]
     if kept:
         table.append(_row(parameters, "-", kept, "frozen", {"by": "the task"}))
+    if left:
+        table.append(_row(parameters, "-", left, "frozen", {"taken_by": "no optimizer"}))
     return table
 
 

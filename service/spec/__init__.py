@@ -6,9 +6,9 @@ From top to bottom; a room imports only from rooms below it:
 * models: the spec: what the user wants, as frozen and strict models. `files` reads one from a
   file.
 * slurm: the section `slurm:`: what a job asks of Slurm, and how its script begins.
+* optimizer: the sections `optimizer:` and `optimizers:`; one model for each optimizer of
+  torch.optim.
 * schedule: the section `schedule:`, one model for each shape of the learning rate.
-* optimizer: the section `optimizer:`, one model for each optimizer of torch.optim and one for any
-  other.
 * kubernetes: the section `kubernetes:`: where a job runs on a cluster.
 * part: A section of a spec: frozen, strict, with the patterns that its fields share.
 * page: the reference page of the spec, made from the schema that editors use. Pure.

@@ -169,7 +169,8 @@ _CODE: tuple[Steps, ...] = (
 def code_files(spec: Spec) -> dict[Steps, str]:
     """The files of code that the spec names, by the place where it does."""
     found = {}
-    for steps in _CODE:
+    several = [("optimizers", name, *steps) for name in spec.optimizers for steps in _CODE[1:]]
+    for steps in (*_CODE, *several):
         named = _named_at(spec, steps)
         if named is not None and (file := named.rpartition(":")[0]).endswith(".py"):
             found[steps] = file
@@ -187,12 +188,15 @@ def with_code_files(spec: Spec, path: Callable[[str, Steps], str]) -> Spec:
 def _named_at(spec: Spec, steps: Steps) -> str | None:
     value: Any = spec
     for step in steps:
-        value = getattr(value, str(step), None)
+        inner = value.get(step) if isinstance(value, Mapping) else getattr(value, str(step), None)
+        value = inner
     return None if value is None else str(value)
 
 
 def _replaced(part: Any, steps: Steps, value: str) -> Any:
     key, *deeper = map(str, steps)
+    if isinstance(part, Mapping):
+        return {**part, key: _replaced(part[key], tuple(deeper), value)}
     inner = _replaced(getattr(part, key), tuple(deeper), value) if deeper else value
     return part.model_copy(update={key: inner})
 
@@ -407,7 +411,9 @@ def _spot(loc: tuple[str | int, ...]) -> _Spot:
 
 
 def _is_chosen_by_name(field: FieldInfo) -> bool:
-    by_function = any(isinstance(extra, Discriminator) for extra in field.metadata)
+    choices = [field, *get_args(field.annotation)]  # it may also be null
+    marks = [mark for choice in choices for mark in getattr(choice, "__metadata__", ())]
+    by_function = any(isinstance(extra, Discriminator) for extra in (*field.metadata, *marks))
     return by_function or field.discriminator is not None
 
 
@@ -451,6 +457,8 @@ def plain_values(value: Any) -> Any:
         return {key: plain_values(v) for key, v in (given | (value.model_extra or {})).items()}
     if isinstance(value, tuple | list):
         return [plain_values(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
     return value
 
 

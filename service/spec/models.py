@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, create_model, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from service.spec.kubernetes import KubernetesSpec
-from service.spec.optimizer import Optimizers
+from service.spec.optimizer import Optimizers, TurnSpec, in_lower_case
 from service.spec.part import RUN_NAME, TEST_MEASURE, Part, tag_by_name, wrong
-from service.spec.schedule import ConstantSpec, Schedules
+from service.spec.schedule import ConstantSpec, Schedules, ScheduleSpec, constant_unless_named
 from service.spec.slurm import SlurmSpec
 
 
@@ -311,9 +318,30 @@ BY_NUMBER = (
 )
 
 
+def _one_or_several(schema: dict[str, Any]) -> None:
+    """Let an editor ask for one of the sections `optimizer` and `optimizers`; none is null."""
+    optimizer = schema["properties"]["optimizer"]
+    [chosen, _] = optimizer.pop("anyOf")
+    optimizer |= chosen
+    schema["required"].remove("optimizer")
+    schema["anyOf"] = [{"required": ["optimizer"]}, {"required": ["optimizers"]}]
+
+
+def _not_in_turns(spec: Spec) -> list[tuple[bool, str, str]]:
+    """(whether the spec asks for it, what, what to do instead), where it has `optimizers`."""
+    return [
+        (spec.schedule != ConstantSpec(), "schedule", "each of them has a schedule of its own"),
+        (spec.model.compile, "model.compile", "leave it out"),
+        (spec.exchange.mode == "sharded", "exchange.mode: sharded", "use ddp"),
+        (spec.exchange.static_graph, "exchange.static_graph", "leave it out"),
+        (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
+    ]
+
+
 def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead) of all that is not sharded yet."""
-    model, exchange, name = spec.model, spec.exchange, spec.optimizer.name
+    model, exchange = spec.model, spec.exchange
+    name = spec.optimizer.name if spec.optimizer is not None else "several"
     return [
         (name not in BY_NUMBER, f"optimizer.name: {name}", f"use one of {', '.join(BY_NUMBER)}"),
         (model.compile, "model.compile", "leave it out"),
@@ -352,10 +380,13 @@ class Spec(Part):
     """How the model is computed."""
     init: InitSpec | None = None
     """Weights that the run begins with, in place of those drawn from the seed."""
-    optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] = Field(
+    optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] | None = Field(
         examples=[{"name": "sgd", "lr": 0.1}]
     )
     """The optimizer and its options."""
+    optimizers: dict[str, TurnSpec] = Field(default={})
+    """Several optimizers by name, in place of `optimizer` and `schedule`. In every step they take
+    their turns in this order. For a task with a step of its own."""
     schedule: Annotated[Schedules, Discriminator(tag_by_name)] = ConstantSpec()
     """Multiplier of the learning rate during the run."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -381,22 +412,48 @@ class Spec(Part):
     slurm: SlurmSpec | None = None
     """How the job runs on a Slurm cluster."""
 
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _any_case(cls, optimizer: Any) -> Any:
-        if not isinstance(optimizer, dict):
-            return optimizer
-        name = optimizer.get("name")
-        if isinstance(name, str) and ":" not in name:
-            optimizer = {**optimizer, "name": name.lower()}
-        if "companion" in optimizer:
-            optimizer = {**optimizer, "companion": cls._any_case(optimizer["companion"])}
-        return optimizer
+    model_config = ConfigDict(json_schema_extra=_one_or_several)
 
-    @field_validator("schedule", mode="before")
+    _any_case = field_validator("optimizer", mode="before")(in_lower_case)
+    _constant = field_validator("schedule", mode="before")(constant_unless_named)
+
+    @model_validator(mode="before")
     @classmethod
-    def _constant_unless_named(cls, schedule: Any) -> Any:
-        return {"name": "constant", **schedule} if isinstance(schedule, dict) else schedule
+    def _several_without_one(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("optimizers") and "optimizer" not in values:
+            return {**values, "optimizer": None}
+        return values
+
+    @field_validator("optimizers")
+    @classmethod
+    def _have_names(cls, optimizers: dict[str, TurnSpec]) -> dict[str, TurnSpec]:
+        for name in optimizers:
+            if not name.isidentifier():
+                raise wrong(f"a name must be letters, digits and _, but one is {name!r}")
+        if optimizers and all(turn.every > 1 for turn in optimizers.values()):
+            least = min(turn.every for turn in optimizers.values())
+            raise wrong(
+                f"one of them must step in every step, but the least `every` is {least}: take out "
+                "their common factor, as a step in which nothing steps trains nothing"
+            )
+        return optimizers
+
+    @model_validator(mode="after")
+    def _by_one_or_several(self) -> Self:
+        if (self.optimizer is None) == (not self.optimizers):
+            has = "both; remove one" if self.optimizers else "neither"
+            raise wrong(f"must have optimizer or optimizers, but has {has}")
+        for is_so, what, instead in _not_in_turns(self) if self.optimizers else ():
+            if is_so:
+                raise wrong(f"optimizers do not work with {what} yet: {instead}")
+        return self
+
+    @property
+    def schedules(self) -> dict[str, ScheduleSpec]:
+        """Every schedule of a learning rate, by its key."""
+        if not self.optimizers:
+            return {"schedule": self.schedule}
+        return {f"optimizers.{n}.schedule": turn.schedule for n, turn in self.optimizers.items()}
 
     @model_validator(mode="after")
     def _whole_to_the_bit(self) -> Self:
@@ -423,7 +480,8 @@ class Spec(Part):
     @model_validator(mode="after")
     def _tests_in_time(self) -> Self:
         waiting = "early_stopping" if self.early_stopping else None
-        waiting = waiting or ("schedule plateau" if self.schedule.name == "plateau" else None)
+        if any(schedule.name == "plateau" for schedule in self.schedules.values()):
+            waiting = waiting or "schedule plateau"
         if waiting and self.test.every_steps is None and self.test.every_epochs is None:
             raise wrong(f"{waiting} waits for tests: add test.every_epochs or test.every_steps")
         return self

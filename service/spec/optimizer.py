@@ -1,13 +1,23 @@
-"""The section `optimizer:`, one model for each optimizer of torch.optim and one for any other."""
+"""The sections `optimizer:` and `optimizers:`; one model for each optimizer of torch.optim."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, Strict, Tag, create_model, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from service.spec.optimizer_options import OPTIMIZERS
 from service.spec.part import CUSTOM, IMPORT_STRING, Part, tag_by_name, wrong
+from service.spec.schedule import ConstantSpec, Schedules, constant_unless_named
 
 
 class OptimizerSpec(Part):
@@ -132,3 +142,38 @@ _companion: dict[str, Any] = {
 }
 for _name in PICKY:
     Optimizers = Optimizers | Annotated[_optimizer_part(_name, **_companion), Tag(_name)]
+
+
+def in_lower_case(optimizer: Any) -> Any:
+    """The section with its name, and that of a companion, as torch.optim's are written here."""
+    if not isinstance(optimizer, dict):
+        return optimizer
+    name = optimizer.get("name")
+    if isinstance(name, str) and ":" not in name:
+        optimizer = {**optimizer, "name": name.lower()}
+    if "companion" in optimizer:
+        optimizer = {**optimizer, "companion": in_lower_case(optimizer["companion"])}
+    return optimizer
+
+
+class TurnSpec(Part):
+    """One of several optimizers, each of which trains its own parameters in its own turn."""
+
+    match: tuple[str, ...] = Field(default=(), strict=False, examples=[["critic.*"]])
+    """Globs over the names of the parameters that it trains. Default: `NAME.*`, all of the model
+    that has the optimizer's name."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """It steps in every step whose number is a multiple of this, counted from 1."""
+    optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] = Field(
+        examples=[{"name": "sgd", "lr": 0.1}]
+    )
+    """The optimizer and its options, as in the section `optimizer`."""
+    schedule: Annotated[Schedules, Discriminator(tag_by_name)] = ConstantSpec()
+    """Multiplier of its learning rate during the run, as in the section `schedule`."""
+
+    _any_case = field_validator("optimizer", mode="before")(in_lower_case)
+    _named = field_validator("schedule", mode="before")(constant_unless_named)
+
+    def patterns(self, name: str) -> tuple[str, ...]:
+        """The globs over what it trains, where its own name is `name`."""
+        return self.match or (f"{name}.*",)

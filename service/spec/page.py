@@ -32,6 +32,7 @@ def spec_page(schema: Schema) -> str:
 def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
     members = _members(value, schema)
     if not members:
+        yield from _by_name(name, value, schema)
         return
     yield f"\n## {name}\n\n{_words(value) or _words(members[0])}\n"
     if len(members) == 1:
@@ -54,6 +55,15 @@ def _sections_within(value: Schema, schema: Schema) -> Iterator[tuple[str, Schem
     found = [("0", value.get("items", {}))]
     found += [("NAME", each) for each in value.get("patternProperties", {}).values()]
     yield from ((place, each) for place, each in found if _members(each, schema))
+
+
+def _by_name(name: str, value: Schema, schema: Schema) -> Iterator[str]:
+    """A section of sections, each under a name of the user's."""
+    each = value.get("additionalProperties")
+    members = _members(each, schema) if isinstance(each, dict) else []
+    if members:
+        yield f"\n## {name}\n\n{_words(value)} Of each:\n"
+        yield _table(members[0], schema, prefix=f"{name}.NAME.")
 
 
 def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:

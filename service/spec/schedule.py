@@ -244,3 +244,8 @@ for _schedule in SCHEDULES:
         Schedules
         | Annotated[_schedule, Tag(get_args(_schedule.model_fields["name"].annotation)[0])]
     )
+
+
+def constant_unless_named(schedule: Any) -> Any:
+    """The section, whose name may be left out."""
+    return {"name": "constant", **schedule} if isinstance(schedule, dict) else schedule

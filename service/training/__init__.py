@@ -6,7 +6,8 @@ From top to bottom; a room imports only from rooms below it:
 * train_loop: the train loop. No rank appears in it: `world` is all processes as one.
 * attempt: one attempt at a run: opens its directory, starts its records, and records its end.
 * setup: builds what a run trains, part by part, in the order that its random numbers need.
-* own_train_step: one optimizer step of a task with a step of its own.
+* own_train_step: one optimizer step of a task with a step of its own, by one optimizer or by
+  several in turn.
 * batch_size_finder: the batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
 * dry_run: the dry run: one forward and backward pass before the first step, to find mistakes.
 * train_step: one optimizer step: its forward and backward passes, and the update.

@@ -25,7 +25,7 @@ from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
 from service.optimization.activation_checkpointing import checkpoint_activations
-from service.optimization.optimizers import make_optimizer, parameter_groups
+from service.optimization.optimizers import trained_by
 from service.plan.plan import Plan, largest_micro_batch, make_plan
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
@@ -138,7 +138,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
     model = new_model(task).to(world.device)
     checkpoint_activations(model, plan.spec.model.activation_checkpointing)
-    held = _held_besides(model, plan, processes=world.processes)
+    held = _held_besides(model, plan, task, processes=world.processes)
     on_cpu = world.device.type == "cpu"
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
     reserved = None
@@ -174,14 +174,14 @@ def _doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def _held_besides(model: nn.Module, plan: Plan, *, processes: int) -> int:
+def _held_besides(model: nn.Module, plan: Plan, task: Task, *, processes: int) -> int:
     """Bytes that training needs in addition to a trial pass.
 
     The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
     more: while DDP lays them out anew, the old ones are there too.
     """
     spec = plan.spec
-    optimizer = make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+    optimizer = trained_by(model, spec, task).optimizer
     averaged = spec.model.moving_average is not None
     weights = sum(p.nbytes for p in model.parameters())
     buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad) if processes > 1 else 0

@@ -7,10 +7,10 @@ without it a resumed run would add up its first step in another order than the u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ from service.evaluation.test_loop import in_eval_mode
 from service.optimization.buffers import BufferValues, Moving
 from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
+from service.optimization.optimizers import Turns, told_of_turn
 from service.optimization.precision import computed
 from service.spec.models import Spec
 from service.training.train_step import summed_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class DryRun:
     """For a batch of one row: of one row a shape that was broadcast is that of one that was not."""
     average: nn.Module | None = None
     """What a step of one's own gets for the moving average."""
+    turn: str | None = None
+    """Whose turn it is, of several optimizers."""
 
     def unreached_parameters(self, model: nn.Module) -> list[str]:
         """Names of the trainable parameters that the loss does not depend on.
@@ -186,7 +191,10 @@ class DryRun:
         return weighed, across, ["loss", *entries, *metrics_of(own)]
 
     def _taken(self, callee: nn.Module, *, training: bool) -> Pass:
-        context = StepContext(0, 0.0, training, self.batch.key, average=self.average)
+        turn = self.turn if training else None
+        context = StepContext(
+            0, 0.0, training, self.batch.key, average=self.average, optimizer=turn
+        )
         asked = Pass(self.batch, context)
         callee(asked)
         return asked
@@ -220,6 +228,61 @@ class DryRun:
         before.give_back()
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the passes before the first step have found of one optimizer, or of its turn."""
+
+    turn: str | None
+    """Its name, where there are several."""
+    dry_run: DryRun
+    found: FirstPass
+
+
+def rehearsed(
+    dry_run: DryRun, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Rehearsed]:
+    """The first pass of each turn; one where there is one optimizer.
+
+    Raises:
+        SpecError: as of `DryRun.first`.
+    """
+    if not isinstance(optimizer, Turns):
+        return [Rehearsed(None, dry_run, dry_run.first(model))]
+    each = []
+    for turn in optimizer.by_name:
+        optimizer.begin(turn)
+        of_turn = replace(dry_run, turn=turn)
+        with told_of_turn(turn):
+            each.append(Rehearsed(turn, of_turn, of_turn.first(model)))
+    optimizer.end()
+    return each
+
+
+def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
+    """The findings of all turns as those of one step."""
+    first = each[0].found
+    if len(each) == 1:
+        return first
+    every = [spec.optimizers[str(part.turn)].every for part in each]
+    flops = [part.found.flops_a_row for part in each]
+    counted = [count / n for count, n in zip(flops, every, strict=True) if count is not None]
+
+    def listed(names: Callable[[FirstPass], Sequence[T]]) -> list[T]:
+        return list(dict.fromkeys(name for part in each for name in names(part.found)))
+
+    return replace(
+        first,
+        unreached=listed(lambda found: found.unreached),
+        flops_a_row=sum(counted) if len(counted) == len(each) else None,
+        drawn=listed(lambda found: found.drawn),
+        moving=Moving(
+            listed(lambda found: found.moving.kept), listed(lambda found: found.moving.reshaped)
+        ),
+        own_weights=listed(lambda found: found.own_weights),
+        across=listed(lambda found: found.across),
+    )
 
 
 def teacher_of(model: nn.Module, task: Task, spec: Spec) -> nn.Module | None:

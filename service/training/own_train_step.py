@@ -1,20 +1,24 @@
-"""One optimizer step of a task with a step of its own."""
+"""One optimizer step of a task with a step of its own, by one optimizer or by several in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from service.basics import randomness
 from service.basics.errors import SpecError
 from service.data.batches import Batch, Step
 from service.data.losses import Across, LossPart, StepContext, values_across
 from service.data.own_step import Pass, SteppedModel, total_of
+from service.data.task import Task, after_update_of
 from service.distributed.batchnorm import Normalization
+from service.distributed.world import World
 from service.evaluation.named_sums import Ledger
+from service.optimization.optimizers import Turns
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
 from service.training.dry_run import FirstPass
@@ -44,6 +48,10 @@ class OwnTrainStep(TrainStep):
     """Names of those of all rows, likewise."""
     stepped: SteppedModel
     """The model within the task's step, not wrapped."""
+    turn: str | None = None
+    """The name of the optimizer, where there are several."""
+    place: int = 0
+    """Its place among them, which its random numbers depend on."""
     _latest: list[Ledger] = field(default_factory=lambda: [Ledger()])
 
     def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
@@ -81,10 +89,14 @@ class OwnTrainStep(TrainStep):
 
     def _begun(self, state: TrainState, batch: Batch) -> Pass:
         """A pass that is to be taken, with the random numbers that belong to it."""
-        self.world.seed(batch.key)
+        key = batch.key
+        if self.place:  # or each turn would draw the same
+            key = randomness.key(randomness.FORWARD, key, self.place)
+        self.world.seed(key)
         average = state.average.model if state.average is not None else None
         epoch = self.plan.epoch(state.step)
-        return Pass(batch, StepContext(state.step, epoch, True, batch.key, self._holds, average))
+        context = StepContext(state.step, epoch, True, key, self._holds, average, self.turn)
+        return Pass(batch, context)
 
     def _taken_before(
         self, state: TrainState, step: Step
@@ -173,11 +185,119 @@ class OwnTrainStep(TrainStep):
         What nothing counted in this step has no value.
         """
         totals = self._latest[0].totals(self.world)
-        return {
-            f"train/{name}": total.sum / total.weight
+        whole = "loss" if self.turn is None else f"loss/{self.turn}"
+        values = {
+            f"train/{whole if name == 'loss' else name}": total.sum / total.weight
             for name, total in totals.items()
-            if total.weight and name != "loss"
+            if total.weight
         }
+        values.pop("train/loss", None)  # that is the sum of them all
+        return values
+
+
+@dataclass(frozen=True)
+class TurnsTrainStep(TrainStep):
+    """One step of several optimizers: those that are due, one after the other, on the same rows.
+
+    Each has forward and backward passes of its own, with the weights that the one before has left.
+    """
+
+    turns: Sequence[OwnTrainStep]
+    """In their order; they share all parts but the exchange."""
+    optimizers: Turns
+    _due: list[OwnTrainStep] = field(default_factory=list)
+
+    def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
+        """Take the turns of this step, and of the last one all but its update.
+
+        Returns:
+            What each micro-batch adds to the loss of the last turn.
+        """
+        number, logging = state.step + 1, self.plan.logs_at(state.step + 1)
+        every = self.plan.spec.optimizers
+        self._due[:] = [turn for turn in self.turns if number % every[str(turn.turn)].every == 0]
+        *before, last = self._due
+        for turn in before:
+            losses = self._gradients(turn, state, step)
+            self.heartbeat.enter("update")
+            self.updates.apply(losses, 1.0, logging=logging, turn=turn.turn, ends=False)
+        return self._gradients(last, state, step)
+
+    def _gradients(self, turn: OwnTrainStep, state: TrainState, step: Step) -> dict[int, Tensor]:
+        self.optimizers.begin(str(turn.turn))
+        return turn.backpropagate(state, step)
+
+    def update(
+        self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
+    ) -> None:
+        """Take the update of the last turn and count the step; then set the learning rates."""
+        self.receipt.note(state.step, step.micro_batches)
+        self.heartbeat.enter("update")
+        self.updates.apply(losses, 1.0, logging=logging, turn=self._due[-1].turn)
+        state.schedule.set(state.step)
+
+    def named(self) -> dict[str, float]:
+        """The same of every turn of the latest step."""
+        values: dict[str, float] = {}
+        for turn in self._due:
+            own = turn.named()
+            if twice := sorted(set(own) & set(values)):
+                raise SpecError(
+                    f"task.step: {twice[0].removeprefix('train/')!r} is given in the turns of "
+                    "several optimizers. Give it another name in each."
+                )
+            values |= own
+        return values
+
+
+def after_update_by(
+    task: Task, state: TrainState, *, plan: Plan, world: World
+) -> Callable[[str | None], None] | None:
+    """What the task does after an update, as a function of whose it was; None if it does nothing.
+
+    After the first update of each optimizer it is checked that all processes have come to the same
+    weights.
+    """
+    act = after_update_of(task)
+    if act is None:
+        return None
+    places = {name: place for place, name in enumerate(plan.spec.optimizers)}
+    unchecked: set[str | None] = set(places or [None]) if world.processes > 1 else set()
+
+    def follow(turn: str | None) -> None:
+        step = state.step
+        key = randomness.key(randomness.UPDATE, plan.spec.seed, step, places.get(turn or "", 0))
+        world.seed(key)
+        average = state.average.model if state.average is not None else None
+        context = StepContext(step, plan.epoch(step), True, key, False, average, turn)
+        with torch.no_grad():
+            act(state.model, context)
+        if context.logged:
+            name = next(iter(context.logged))
+            raise SpecError(f"task.after_update: {name!r} cannot be logged here; log it in step.")
+        if turn in unchecked:
+            unchecked.remove(turn)
+            _require_equal(state, world)
+
+    return follow
+
+
+def _require_equal(state: TrainState, world: World) -> None:
+    """Check that all processes have the same parameters.
+
+    Raises:
+        SpecError: they do not; on every process.
+    """
+    named = dict(state.model.named_parameters())
+    sums = [p.detach().to(world.wide).sum() for p in named.values()]
+    found = world.stack(torch.stack(sums))  # [processes, parameters]
+    differs = ((found != found[0]) & ~(found.isnan() & found[0].isnan())).any(0).tolist()
+    if any(differs):
+        name = next(n for n, apart in zip(named, differs, strict=True) if apart)
+        raise SpecError(
+            f"task.after_update: it leaves {name} different on the processes. It may use the "
+            "weights and the context only, no rows and no numbers of this process."
+        )
 
 
 def require_own_step(

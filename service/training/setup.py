@@ -36,12 +36,12 @@ from service.optimization.learning_rates import Schedule, make_schedule
 from service.optimization.moving_average import MovingAverage, copy_for_average
 from service.optimization.optimizers import (
     Frozen,
+    Turns,
     frozen_for_now,
-    make_optimizer,
-    parameter_groups,
     require_its_loss,
     require_sparse_can_travel,
     sparse_parameters,
+    trained_by,
 )
 from service.optimization.precision import LossScaler
 from service.optimization.train_state import TrainState, require_measures
@@ -59,8 +59,15 @@ from service.sharding.sharding import (
     units_of,
 )
 from service.spec.models import Spec
-from service.training.dry_run import DryRun, FirstPass, teacher_of
-from service.training.own_train_step import require_own_step
+from service.training.dry_run import (
+    DryRun,
+    FirstPass,
+    Rehearsed,
+    rehearsed,
+    teacher_of,
+    together_found,
+)
+from service.training.own_train_step import after_update_by, require_own_step
 
 T = TypeVar("T")
 
@@ -191,33 +198,43 @@ class Optimization:
     """Parameters that are frozen until a later step."""
 
 
-def build_optimizer(model: Model, plan: Plan) -> Optimization:
+def build_optimizer(model: Model, plan: Plan, task: Task) -> Optimization:
     """The optimizer over the spec's parameter groups, and what sets its learning rates.
 
     Raises:
         SpecError: the spec names a part that this model or this optimizer does not have.
     """
     spec = plan.spec
-    groups = parameter_groups(model.module, spec.optimizer)
     if not spec.model.compile:
         spare_compiler()
-    optimizer = make_optimizer(model.module, spec.optimizer, groups)
+    trained = trained_by(model.module, spec, task)
+    optimizer = trained.optimizer
     require_its_loss(optimizer, spec)
     schedule = make_schedule(optimizer, plan)
-    return Optimization(optimizer, schedule, frozen_for_now(model.module, groups, plan))
+    return Optimization(optimizer, schedule, frozen_for_now(model.module, trained.groups, plan))
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """The result of the dry run before the first step."""
 
-    dry_run: DryRun
+    each: Sequence[Rehearsed]
+    """Of each optimizer that has turns of its own; one where there is one."""
     found: FirstPass
+    """Of all of them together."""
     buffers: Buffers | None
     """Buffers that change in training, except BatchNorm's; None if there are none."""
 
 
-def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) -> Rehearsal:
+def rehearse(
+    model: Model,
+    rows: Rows,
+    optimizer: torch.optim.Optimizer,
+    *,
+    plan: Plan,
+    task: Task,
+    world: World,
+) -> Rehearsal:
     """Run the first micro-batch once; then `world` chooses its threads to fit the model.
 
     Raises:
@@ -236,7 +253,8 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         average=teacher_of(model.module, task, plan.spec),
     )
     with told_as_used_outside(model.module) if holds_rows(model.module) else nullcontext():
-        found = dry_run.first(model.module)
+        each = rehearsed(dry_run, model.module, optimizer)
+    found = together_found(each, plan.spec)
     require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
@@ -249,9 +267,10 @@ def rehearse(model: Model, rows: Rows, *, plan: Plan, task: Task, world: World) 
         bitwise=plan.spec.exactness == "bitwise",
     )
     if step_of(task) is not None:
-        require_own_step(plan, found, model.normalization, moving=buffers is not None)
+        for part in each:
+            require_own_step(plan, part.found, model.normalization, moving=buffers is not None)
         require_measures(plan.spec, task, known=found.tested)
-    return Rehearsal(dry_run, found, buffers)
+    return Rehearsal(each, found, buffers)
 
 
 def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:
@@ -271,7 +290,17 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
     )
 
 
-def build_exchange(
+@dataclass(frozen=True)
+class Exchange:
+    """How the gradients of an optimizer are summed, and what its dry run has found."""
+
+    turn: str | None
+    """Its name, where there are several."""
+    sync: GradientSync
+    found: FirstPass
+
+
+def build_exchanges(
     state: TrainState,
     called: nn.Module,
     model: Model,
@@ -279,8 +308,11 @@ def build_exchange(
     *,
     plan: Plan,
     world: World,
-) -> tuple[GradientSync, Stopwatch]:
+) -> tuple[Sequence[Exchange], Stopwatch]:
     """The compiled and wrapped model for training, and the stopwatch of its passes.
+
+    Of several optimizers each has a wrapper of its own, over the parameters that it trains: in its
+    turn no process waits for gradients that do not come.
 
     Args:
         called: the model, or it within the task's own step.
@@ -288,13 +320,37 @@ def build_exchange(
     Raises:
         SpecError: torch cannot compile it.
     """
-    spec, unreached, buffers = plan.spec, rehearsal.found.unreached, rehearsal.buffers
-    if spec.model.compile:  # within what wraps it, which then exchanges while it computes
+    if plan.spec.model.compile:  # within what wraps it, which then exchanges while it computes
         compile_in_place(state.model, telling=world.is_lead)
         if state.average is not None:
             compile_in_place(state.average.model, telling=False)
     stopwatch = Stopwatch(world.device)
     timed = stopwatch if world.processes > 1 else None
+    exchanges = []
+    for part in rehearsal.each:
+        if isinstance(state.optimizer, Turns):
+            state.optimizer.begin(str(part.turn))
+        sync = _exchange(
+            state, called, model, part, rehearsal.buffers, timed, plan=plan, world=world
+        )
+        exchanges.append(Exchange(part.turn, sync, part.found))
+    if isinstance(state.optimizer, Turns):
+        state.optimizer.end()
+    return exchanges, stopwatch
+
+
+def _exchange(
+    state: TrainState,
+    called: nn.Module,
+    model: Model,
+    rehearsed: Rehearsed,
+    buffers: Buffers | None,
+    timed: Stopwatch | None,
+    *,
+    plan: Plan,
+    world: World,
+) -> GradientSync:
+    spec, unreached = plan.spec, rehearsed.found.unreached
     # If steps may be skipped, all processes must learn from the gradients that one is skipped.
     telling = spec.faults.on_non_finite == "skip" or state.scaler is not None
     if spec.exactness == "bitwise":
@@ -306,7 +362,7 @@ def build_exchange(
             telling=telling,
             stopwatch=timed,
         )
-        return kept_equal(ordered, buffers), stopwatch
+        return kept_equal(ordered, buffers)
     if holds_rows(state.model):
         sharded = ShardedSync(
             state.model,
@@ -317,7 +373,7 @@ def build_exchange(
             telling=telling,
             stopwatch=timed,
         )
-        return kept_equal(sharded, buffers), stopwatch
+        return kept_equal(sharded, buffers)
     overlapped = OverlappedSync(
         called,
         world,
@@ -327,9 +383,9 @@ def build_exchange(
         stopwatch=timed,
     )
     if spec.model.compile:
-        rehearsal.dry_run.compile(overlapped.model, state.model)
-    rehearsal.dry_run.settle_buckets(overlapped.model, state.model)
-    return kept_equal(overlapped, buffers), stopwatch
+        rehearsed.dry_run.compile(overlapped.model, state.model)
+    rehearsed.dry_run.settle_buckets(overlapped.model, state.model)
+    return kept_equal(overlapped, buffers)
 
 
 @dataclass(frozen=True)
@@ -338,7 +394,8 @@ class Prepared:
 
     rows: Rows
     state: TrainState
-    exchange: GradientSync
+    exchanges: Sequence[Exchange]
+    """One for each of several optimizers."""
     updates: Updates
     throughput: Throughput
     stragglers: StragglerDetector
@@ -362,14 +419,15 @@ def prepare_training(
     model = build_model(plan, task, world)
     if model.made_whole is not None:
         say(f"Each process makes the whole model before it keeps its rows: {model.made_whole}.")
-    optimization = build_optimizer(model, plan)
-    rehearsal = rehearse(model, rows, plan=plan, task=task, world=world)
+    optimization = build_optimizer(model, plan, task)
+    optimizer = optimization.optimizer
+    rehearsal = rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
     throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
     state = build_state(model, optimization, plan, world)
     own = step_of(task)
     stepped = SteppedModel(state.model, own, world) if own is not None else None
     called = stepped or state.model
-    exchange, stopwatch = build_exchange(state, called, model, rehearsal, plan=plan, world=world)
+    exchanges, stopwatch = build_exchanges(state, called, model, rehearsal, plan=plan, world=world)
     stragglers = StragglerDetector(
         world, rounds=plan.rounds, throughput=throughput, stopwatch=stopwatch, say=say
     )
@@ -380,14 +438,15 @@ def prepare_training(
         normalization=model.normalization,
         buffers=rehearsal.buffers,
         say=say,
+        after_update=after_update_by(task, state, plan=plan, world=world),
     )
     averaged = state.average is not None
-    saved_bytes = expected_bytes(model.module, optimization.optimizer, averaged=averaged)
+    saved_bytes = expected_bytes(model.module, optimizer, averaged=averaged)
     if is_stream(rows.train):
         state.stream = _stream(rows.train, plan, world)
     found = rehearsal.found
     return Prepared(
-        rows, state, exchange, updates, throughput, stragglers, found, saved_bytes, stepped
+        rows, state, exchanges, updates, throughput, stragglers, found, saved_bytes, stepped
     )
 
 

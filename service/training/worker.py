@@ -31,6 +31,7 @@ from service.health.stop_request import StopRequest
 from service.observability.console import LeadOutput
 from service.observability.other_writers import require_packages
 from service.optimization.buffers import buffers_in_words
+from service.optimization.optimizers import Turns
 from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
 from service.runs.checkpoint_files import find_checkpoint, saving_in_words
@@ -56,7 +57,7 @@ from service.training.changed_spec import (
     options_of,
     require_something_left,
 )
-from service.training.own_train_step import OwnTrainStep
+from service.training.own_train_step import OwnTrainStep, TurnsTrainStep
 from service.training.receipts import Receipt
 from service.training.setup import Prepared, drawn_alike, prepare_training, together
 from service.training.train_loop import train
@@ -278,21 +279,39 @@ def after_step(
 def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receipt) -> TrainStep:
     """The train step of this run: with a loss, or with the task's own step."""
     plan, world, heartbeat = attempt.plan, attempt.world, attempt.heartbeat
-    exchange, updates, stepped = prepared.exchange, prepared.updates, prepared.stepped
+    updates, stepped, optimizer = prepared.updates, prepared.stepped, prepared.state.optimizer
+    first = prepared.exchanges[0].sync
     if stepped is None:
-        return TrainStep(task, world, plan, exchange, updates, receipt, heartbeat)
-    found = prepared.found
-    return OwnTrainStep(
+        return TrainStep(task, world, plan, first, updates, receipt, heartbeat)
+    each = [
+        OwnTrainStep(
+            task,
+            world,
+            plan,
+            exchange.sync,
+            updates,
+            receipt,
+            heartbeat,
+            own_weights=exchange.found.own_weights,
+            across=sorted(exchange.found.across),
+            stepped=stepped,
+            turn=exchange.turn,
+            place=place,
+        )
+        for place, exchange in enumerate(prepared.exchanges)
+    ]
+    if not isinstance(optimizer, Turns):
+        return each[0]
+    return TurnsTrainStep(
         task,
         world,
         plan,
-        exchange,
+        first,
         updates,
         receipt,
         heartbeat,
-        own_weights=found.own_weights,
-        across=sorted(found.across),
-        stepped=stepped,
+        turns=each,
+        optimizers=optimizer,
     )
 
 
