@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
-from service.optimization.optimizers import step_of
+from service.optimization.optimizers import require_one_state, step_of
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
 from service.sharding.sharding import (
@@ -414,6 +414,7 @@ def _load_optimizer(
     }
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
+    require_one_state(optimizer)
     windows: list[tuple[Tensor, Tensor]] = []
     whole = {
         numbers[id(parameters[n])]: v for n, v in values.items() if id(parameters[n]) in numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from service.basics.errors import SpecError
 from service.distributed.devices import copies_late, module_of
 
 # The targets of a row that is a mapping stand under one of these keys.
@@ -138,5 +140,43 @@ def _of_its_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """The model's outputs; a mapping of inputs is passed by name."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """The model's outputs; a mapping of inputs is passed by name.
+
+    Raises:
+        SpecError: the model does not take what the rows hold, or takes what they do not.
+    """
+    if not isinstance(inputs, dict):
+        return model(inputs)
+    try:
+        return model(**inputs)
+    except TypeError as error:
+        told = _other_names(model, inputs)
+        if told is None:
+            raise
+        raise SpecError(told) from error
+
+
+def _other_names(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """What is wrong with the names of the inputs, and what to do; None where nothing is."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = [p.name for p in named]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    extra = [name for name in inputs if name not in known and not takes_all]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in inputs]
+    what = f"{type(model).__name__}.forward({', '.join(known)})"
+    told = []
+    if extra:
+        kept = [name for name in inputs if name in known]
+        told.append(
+            f"the rows hold {', '.join(map(repr, extra))}, which {what} does not take. Leave "
+            f"{'it' if len(extra) == 1 else 'them'} out of the rows, in the data set or in "
+            f"`collate` (of the inputs only {kept} would remain), or give forward a parameter of "
+            "that name."
+        )
+    if lacking:
+        told.append(
+            f"{what} needs {', '.join(map(repr, lacking))}, which the rows do not hold. A row has "
+            f"the inputs {sorted(inputs)}: add what is missing, or rename it."
+        )
+    return f"task: {' And '.join(told)}" if told else None

@@ -406,6 +406,8 @@ def _give_sizes(model: nn.Module, task: Task) -> None:
     try:
         with torch.no_grad():
             forward(model, split(first_row(task))[0])
+    except SpecError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

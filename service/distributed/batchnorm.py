@@ -135,8 +135,12 @@ class Normalization:
         """The sums of the layers between two steps: tensors summed over micro-batches."""
         return [tensor for layer in self._gathering for tensor in layer.sums]
 
-    def table(self, *, micro_batch: int, processes: int) -> list[tuple[str, str]]:
-        """A line for the user about these layers at `micro_batch` rows in each pass."""
+    def table(self, *, micro_batch: int, last: int, processes: int) -> list[tuple[str, str]]:
+        """Lines for the user about these layers at `micro_batch` rows in each pass.
+
+        Args:
+            last: rows of the last micro-batch of a step.
+        """
         if self.layers == 0:
             return [("BatchNorm layers", "none")]
         over, running = f"{micro_batch} rows, one micro-batch", "once per step, equal everywhere"
@@ -148,11 +152,17 @@ class Normalization:
             running = "once per micro-batch, apart on each process; the lead's are saved"
         if processes == 1 and self.mode != "micro":
             over, running = f"{micro_batch} rows, one micro-batch", "once per micro-batch"
-        return [
+        told = [
             ("BatchNorm layers", f"{self.layers}, batchnorm: {self.mode}"),
             ("normalised over", over),
             ("running statistics move", running),
         ]
+        if last < micro_batch:
+            shown = f"{last} {'row' if last == 1 else 'rows'}"
+            if last == 1:
+                shown += ": fails in a layer that has one value per channel and row"
+            told.append(("last micro-batch of a step", shown))
+        return told
 
     def _sums_of_the_step(self, skipped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(means times values [channels], variances times values [channels], values [layers])."""

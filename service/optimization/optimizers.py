@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase, translate
 from fractions import Fraction
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -414,10 +415,35 @@ def _made(
             for settings in _distinct([{**options, **group.options} for group in groups]):
                 for is_sparse in kinds:
                     _try_out(make, settings, like=members[0], sparse=is_sparse)
-        return make(trained, **options)
+        made = make(trained, **options)
+        if ":" in spec.name:
+            _find_out_closure(make, options, like=members[0])
     except Exception as error:  # whatever a class says of its options is for the user to read
         told = str(error).rstrip(".")
         raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {told}.") from error
+    require_one_state(made, where)
+    return made
+
+
+def require_one_state(optimizer: torch.optim.Optimizer, where: str = "optimizer") -> None:
+    """Check that an optimizer inside another has the same groups and the same state.
+
+    Otherwise no checkpoint would hold its state, and no schedule reach its learning rates.
+
+    Raises:
+        SpecError: it has others.
+    """
+    kind, own = type(optimizer).__name__, {id(group) for group in optimizer.param_groups}
+    for name, inner in vars(optimizer).items():
+        if not isinstance(inner, torch.optim.Optimizer):
+            continue
+        if inner.state is not optimizer.state or {id(g) for g in inner.param_groups} - own:
+            raise SpecError(
+                f"{where}.name: {kind} keeps another optimizer, {name}, whose state would be in no "
+                f"checkpoint, and whose learning rates no schedule would set. End {kind}.__init__ "
+                f"and {kind}.load_state_dict with self.{name}.param_groups = self.param_groups "
+                f"and self.{name}.state = self.state."
+            )
 
 
 def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -432,15 +458,26 @@ def _try_out(
     torch looks at some options in the first step only (`differentiable`, `line_search_fn`), at
     those of a group never, and says then whether it takes sparse gradients.
     """
-    probe = nn.Parameter(torch.zeros(2, 2, dtype=like.dtype, device=like.device))
-    probe.grad = torch.ones_like(probe)
-    if sparse:
-        probe.grad = probe.grad.to_sparse(1)
-    optimizer = make([probe], **options)
+    optimizer = _four_numbers(make, options, like=like, sparse=sparse)
     if needs_closure(make):
         optimizer.step(lambda: 0.0)
     else:
         step_of(optimizer)()
+
+
+def _four_numbers(
+    make: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    *,
+    like: nn.Parameter,
+    sparse: bool = False,
+) -> torch.optim.Optimizer:
+    """An optimizer of a test parameter that has a gradient."""
+    probe = nn.Parameter(torch.zeros(2, 2, dtype=like.dtype, device=like.device))
+    probe.grad = torch.ones_like(probe)
+    if sparse:
+        probe.grad = probe.grad.to_sparse(1)
+    return make([probe], **options)
 
 
 def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup], plan: Plan) -> list[Frozen]:
@@ -528,10 +565,48 @@ def _members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     return [inner for member in optimizer.members for inner in _members(member)]
 
 
+_REFUSES_WITHOUT: WeakSet[type[torch.optim.Optimizer]] = WeakSet()
+"""Classes whose step may be called without a closure, and then raises."""
+
+
 def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
-    """Whether a step of this class evaluates the loss several times, through a closure."""
+    """Whether a step of this class evaluates the loss several times, through a closure.
+
+    Of a class that does not say so by its signature it is known once `make_optimizer` has made one.
+    """
     closure = inspect.signature(make.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    if closure is None:
+        return False
+    return closure.default is inspect.Parameter.empty or make in _REFUSES_WITHOUT
+
+
+def asks_before_it_moves(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step calls the closure first at the weights that it was given.
+
+    A class says so by `asks_before_it_moves = True`.  Without it that point is computed once more.
+    """
+    says_so = getattr(optimizer, "asks_before_it_moves", False)
+    return isinstance(optimizer, torch.optim.LBFGS) or says_so is True
+
+
+def _find_out_closure(
+    make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter
+) -> None:
+    """See by two steps on test parameters whether a class raises without a closure alone.
+
+    SAM does: `def step(self, closure=None): assert closure is not None`.
+    """
+    if "closure" not in inspect.signature(make.step).parameters or needs_closure(make):
+        return
+    try:
+        _four_numbers(make, options, like=like).step()
+    except Exception:  # of whatever kind; what it does with a closure tells
+        optimizer = _four_numbers(make, options, like=like)
+        try:
+            optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]  # as a loss
+        except Exception:  # then it is another matter, and the first step of the run tells it
+            return
+        _REFUSES_WITHOUT.add(make)
 
 
 def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:

@@ -358,8 +358,12 @@ def _require_skippable(
     optimizer: torch.optim.Optimizer, normalization: Normalization, *, asked: bool
 ) -> None:
     what = "faults.on_non_finite: skip" if asked else "model.precision: fp16"
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise SpecError(f"{what} may skip a step, and LBFGS takes several at once. Use another.")
+    if needs_closure(type(optimizer)):
+        name = type(optimizer).__name__
+        raise SpecError(
+            f"{what} may skip a step, and {name} evaluates the loss several times in each. "
+            "Use another."
+        )
     if asked and normalization.layers and normalization.mode != "micro":
         raise SpecError(
             f"{what} needs model.batchnorm: micro. In {normalization.mode} the running statistics "

@@ -5,41 +5,46 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from service.basics import randomness
 from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mistake
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.initial_weights import initial_weights
 from service.data.batches import Batch
-from service.data.loading import train_steps
+from service.data.loading import train_steps, way_of_rows
 from service.data.streams import Stream, is_stream
-from service.data.task import Task, first_row, load_task, new_model, sampling_of, step_of, test_sets
-from service.distributed.batchnorm import prepare
+from service.data.task import Task, first_row, load_task, sampling_of, step_of, test_sets
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test_each
 from service.observability.other_writers import require_packages
-from service.optimization.activation_checkpointing import (
-    checkpoint_activations,
-    require_still_buffers,
-)
-from service.optimization.buffers import BufferValues, buffers_in_words, buffers_of
-from service.optimization.learning_rates import make_schedule
-from service.optimization.optimizers import Turns, needs_closure, trained_by
+from service.optimization.buffers import BufferValues, buffers_in_words
+from service.optimization.compilation import compile_in_place
+from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState, require_measures
+from service.optimization.updates import Updates
 from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
-from service.training.dry_run import DryRun, rehearsed, teacher_of, together_found
-from service.training.setup import require_shardable
+from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words
+from service.training.setup import (
+    Model,
+    Rehearsal,
+    Rows,
+    build_model,
+    build_optimizer,
+    build_state,
+    drawn_alike,
+    rehearse,
+)
 
 T = TypeVar("T")
 
@@ -61,33 +66,50 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     plan = yield from _planned(spec, task, world=world, processes=processes)
     spec = plan.spec
-    # As if there were a process for each micro-batch, so that a step brings one of them.
-    small = _plan(spec, task, plan.micro_batches)
-    torch.manual_seed(randomness.key(randomness.WEIGHTS, spec.seed))
-    model, seconds = _timed(lambda: new_model(task).to(world.device))
-    if spec.exchange.shards:
-        require_shardable(model, task, spec)
-    checkpoint_activations(model, spec.model.activation_checkpointing)
-    normalization = prepare(model, spec.model.batchnorm, world)
-    state = _state(spec, model, small, task)
-    yield "model", f"{_model(model, state.optimizer)} ({seconds:.2f} s)"
-    yield from _initial(spec, model)
+    model, seconds = _timed(lambda: build_model(plan, task, world))
+    optimization = build_optimizer(model, plan, task)
+    yield "model", f"{_model(model.module, optimization.optimizer)} ({seconds:.2f} s)"
+    yield from _initial(spec, model.module)
+    # As if there were a process for each micro-batch, so that a step brings one of them: also where
+    # the run could not have so many.
+    small = _plan(spec.model_copy(update={"exactness": "rounding"}), task, plan.micro_batches)
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
-    average = teacher_of(model, task, spec)
-    dry_run = DryRun(batch, task=task, world=world, normalization=normalization, average=average)
-    activations = yield from _stepped(state, dry_run, plan=plan)
+    rehearsal = _rehearsed(model, optimization.optimizer, plan, task, world)
+    state = build_state(model, optimization, plan, world)
+    # Refuses what an update cannot do.
+    Updates(state, plan=plan, world=world, normalization=model.normalization, say=_say_nothing)
+    each = [replace(p, dry_run=replace(p.dry_run, batch=batch)) for p in rehearsal.each]
+    activations = yield from _stepped(state, each, found=rehearsal.found, spec=spec)
     if task.test_rows:
         with state.evaluated():
-            means, seconds = _timed(lambda: _tested(model, task, spec, world))
+            means, seconds = _timed(lambda: _tested(state.model, task, spec, world))
         told = ", ".join(
             f"{name.removeprefix('test/')} {value:.4g}" for name, value in means.items()
         )
         yield "test", f"{told} ({seconds:.2f} s for one micro-batch)"
-    size, seconds = _timed(lambda: _round_trip(state, task, small, world))
+    size, seconds = _timed(lambda: _round_trip(state, plan, task, world))
     yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
+    if spec.model.compile:
+        yield from _compiled(state, each[0].dry_run)
     yield "memory", _memory(state, activations, world)
+
+
+def _rehearsed(
+    model: Model, optimizer: torch.optim.Optimizer, plan: Plan, task: Task, world: World
+) -> Rehearsal:
+    """The dry run of a run: over the smallest micro-batch of a step."""
+    train = drawn_alike(plan.spec, task.train_data)
+    rows = Rows(train, [], way_of_rows(train, task=task, spec=plan.spec.loader))
+    return rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
+
+
+def _compiled(state: TrainState, dry_run: DryRun) -> Iterator[Finding]:
+    """The model compiled in place, where the spec has it so; nothing else is computed after it."""
+    compile_in_place(state.model, telling=False)
+    _, seconds = _timed(lambda: dry_run.compile(state.model, state.model))
+    yield "compile", f"a forward and a backward pass ({seconds:.2f} s)"
 
 
 def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:
@@ -122,39 +144,29 @@ def _planned(
     return plan
 
 
-def _stepped(state: TrainState, dry_run: DryRun, *, plan: Plan) -> Generator[Finding, None, int]:
+def _stepped(
+    state: TrainState, each: Sequence[Rehearsed], *, found: FirstPass, spec: Spec
+) -> Generator[Finding, None, int]:
     """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
-    model, world = state.model, dry_run.world
-    each, rule = rehearsed(dry_run, model, state.optimizer), plan.spec.model.buffers
-    found = together_found(each, plan.spec)
-    if step_of(dry_run.task) is not None:
-        require_measures(plan.spec, dry_run.task, known=found.tested)
-    require_still_buffers(model, found.moving, plan.spec.model.activation_checkpointing)
-    # Refuses what bitwise cannot keep; one micro-batch alone needs no rule.
-    buffers_of(
-        model,
-        found.moving,
-        rule=rule,
-        micro_batches=plan.micro_batches,
-        world=world,
-        bitwise=plan.spec.exactness == "bitwise",
-    )
+    model = state.model
     activations = 0
     for part in each:
         if isinstance(state.optimizer, Turns):
             state.optimizer.begin(str(part.turn))
         activations = max(activations, _saved_bytes(model, part.dry_run))
         loss, seconds = _timed(lambda part=part: _step(state, part.dry_run))  # type: ignore[misc]
-        dry_run.normalization.finish_step()
+        part.dry_run.normalization.finish_step()
         whose = "" if part.turn is None else f"{part.turn}: "
         took = f"({seconds:.2f} s for one micro-batch)"
-        yield "step", f"{whose}loss {loss:.4g} on {world.device.type} {took}"
+        yield "step", f"{whose}loss {loss:.4g} on {part.dry_run.world.device.type} {took}"
     state.step += 1
-    for line in buffers_in_words(model, found.moving, rule):
+    for line in buffers_in_words(model, found.moving, spec.model.buffers):
         yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
     if found.unreached:
         names = ", ".join(found.unreached[:8])
         yield "warning", f"the loss does not depend on {names}: never trained"
+    if nested := nested_in_words(found, spec):
+        yield "warning", nested
     return activations
 
 
@@ -183,11 +195,6 @@ def _plan(spec: Spec, task: Task, processes: int) -> Plan:
         test_rows=task.test_rows,
         sampling=sampling_of(task),
     )
-
-
-def _state(spec: Spec, model: nn.Module, plan: Plan, task: Task) -> TrainState:
-    optimizer = trained_by(model, spec, task).optimizer
-    return TrainState(model, optimizer, make_schedule(optimizer, plan))
 
 
 def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -255,7 +262,8 @@ def _step(state: TrainState, dry_run: DryRun) -> float:
 
     loss_sum = evaluate()
     if needs_closure(type(state.optimizer)):
-        state.optimizer.step(lambda: float(evaluate() / weight))
+        again: Any = lambda: evaluate() / weight  # noqa: E731 - a tensor, where torch says float
+        state.optimizer.step(again)
     else:
         state.optimizer.step()
     mean = float(loss_sum / weight)
@@ -280,7 +288,7 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
     return values
 
 
-def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
+def _round_trip(state: TrainState, plan: Plan, task: Task, world: World) -> int:
     """Bytes of a checkpoint that was written, read into a new model, and found equal."""
     with tempfile.TemporaryDirectory(prefix="evenstep-check-") as place:
         waiting = CheckpointSpec(asynchronous=False)
@@ -288,9 +296,8 @@ def _round_trip(state: TrainState, task: Task, plan: Plan, world: World) -> int:
             Path(place), world=world, spec=waiting, facts={}, say=_say_nothing
         )
         checkpoints.save(state)
-        model = new_model(task).to(world.device)
-        prepare(model, plan.spec.model.batchnorm, world)
-        fresh = _state(plan.spec, model, plan, task)
+        model = build_model(plan, task, world)
+        fresh = build_state(model, build_optimizer(model, plan, task), plan, world)
         checkpoints.restore(fresh)
         size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
     _require_equal(state, fresh)

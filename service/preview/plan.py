@@ -253,7 +253,8 @@ def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
 
 def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
     layers = prepare(model, plan.spec.model.batchnorm, alone())
-    return layers.table(micro_batch=plan.micro_batch, processes=plan.processes)
+    last = plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
+    return layers.table(micro_batch=plan.micro_batch, last=last, processes=plan.processes)
 
 
 def _initial(model: nn.Module, spec: Spec) -> list[str]:

@@ -44,6 +44,7 @@ class SAM(torch.optim.SGD):
     """
 
     takes_groups: ClassVar[bool] = True
+    asks_before_it_moves: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ without it a resumed run would add up its first step in another order than the u
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +57,9 @@ class FirstPass:
     """Those that are of all rows of a step together."""
     tested: Sequence[str] | None = None
     """What such a step gives in a test, by name; None where the task says it."""
+    nested: Sequence[str] = ()
+    """Parameters whose gradients come from a backward pass within the backward pass, in a way that
+    DistributedDataParallel cannot follow without `exchange.static_graph`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class DryRun:
     """What a step of one's own gets for the moving average."""
     turn: str | None = None
     """Whose turn it is, of several optimizers."""
+    place: str = ""
+    """Where in a step the batch is, for messages; empty if it does not matter."""
 
     def unreached_parameters(self, model: nn.Module) -> list[str]:
         """Names of the trainable parameters that the loss does not depend on.
@@ -87,36 +93,44 @@ class DryRun:
         Raises:
             SpecError: as above.
         """
-        with self._undone(model) as before, noticing_draws() as drawn:
+        with (
+            self._undone(model) as before,
+            noticing_draws() as drawn,
+            _arrivals_of(model) as arrivals,
+        ):
             callee = self.callee(model)
-            flops = self._counted(callee)
-            if flops is None:  # a model that does not bear the counting is tried without it
+            counted = self._counted(callee)
+            if counted is None:  # a model that does not bear the counting is tried without it
                 model.zero_grad(set_to_none=True)
-                self._checked(callee)
-            self._shaped(model)
+                arrivals.clear()
+                counted = None, self._checked(callee)
+            flops, loss = counted
             missed = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            nested = _nested(model, loss, arrivals, unreached=missed)
+            self._shaped(model)
             moving = before.moved()
             own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
-        return FirstPass(missed, a_row, drawn, moving, own_weights, across, tested)
+        return FirstPass(missed, a_row, drawn, moving, own_weights, across, tested, nested)
 
-    def _counted(self, model: nn.Module) -> int | None:
-        """The operations of a pass, or None if the pass or the counting failed."""
+    def _counted(self, model: nn.Module) -> tuple[int | None, Tensor] | None:
+        """(the operations of a pass, its loss), or None if the pass or the counting failed."""
         try:
             with FlopCount() as count:  # type: ignore[no-untyped-call]
-                self._pass(model, checked=True)
+                loss = self._pass(model, checked=True)
         except EvenstepError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return None
-        return int(count.total)
+        return int(count.total), loss
 
-    def _checked(self, model: nn.Module) -> None:
+    def _checked(self, model: nn.Module) -> Tensor:
         rows = len(self.batch.rows)
-        with told_as_mistake(f"task: one forward and backward pass over {rows} rows failed"):
-            self._pass(model, checked=True)
+        over = f"{rows} {'row' if rows == 1 else 'rows'}{self.place}"
+        with told_as_mistake(f"task: one forward and backward pass over {over} failed"):
+            return self._pass(model, checked=True)
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Compile the model, by a call as in training.
@@ -136,8 +150,10 @@ class DryRun:
             self._pass(wrapped)  # its backward shows DDP the order in which gradients come
             self._pass(wrapped)  # and this one begins by laying the buckets out in that order
 
-    def _pass(self, callee: nn.Module, *, checked: bool = False) -> None:
-        self.loss(callee, checked=checked).backward()  # type: ignore[no-untyped-call]
+    def _pass(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
+        """The loss of a forward pass, after its backward pass."""
+        loss = self.loss(callee, checked=checked)
+        loss.backward()  # type: ignore[no-untyped-call]
         if checked:  # a device tells of an index out of range when it is waited for
             try:
                 synchronize(self.world.device)
@@ -145,6 +161,7 @@ class DryRun:
                 if "device-side assert" not in str(error):
                     raise
                 raise SpecError(_asserted(self.batch, error)) from error
+        return loss
 
     def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
         """The summed loss of the batch; of a task's own step, the loss of a step of it alone.
@@ -282,6 +299,82 @@ def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
         ),
         own_weights=listed(lambda found: found.own_weights),
         across=listed(lambda found: found.across),
+        nested=listed(lambda found: found.nested),
+    )
+
+
+@contextmanager
+def _arrivals_of(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each parameter has been given a gradient, while the context lasts."""
+    arrivals: Counter[str] = Counter()
+
+    def counter_of(name: str) -> Callable[[Tensor], None]:
+        return lambda _: arrivals.update([name])
+
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    register: Any = Tensor.register_post_accumulate_grad_hook  # which has no types
+    hooks = [register(p, counter_of(name)) for name, p in trained]
+    try:
+        yield arrivals
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nested(
+    model: nn.Module, loss: Tensor, arrivals: Counter[str], *, unreached: Sequence[str]
+) -> list[str]:
+    """Names of the parameters whose gradients DistributedDataParallel would not follow.
+
+    It takes one gradient of each parameter in a backward pass.  And where it looks for parameters
+    that the loss does not depend on (`unreached` are some), it takes those for such that are not in
+    the graph of the loss.  A reentrant checkpoint computes its part of the graph in the backward
+    pass: its parameters are not in the graph, and get a gradient for each checkpoint they are in.
+    """
+    twice = [name for name, _ in model.named_parameters() if arrivals[name] > 1]
+    if twice or not unreached:
+        return twice
+    in_graph = _parameters_in_graph(loss)
+    came = [(name, p) for name, p in model.named_parameters() if arrivals[name]]
+    return [name for name, parameter in came if id(parameter) not in in_graph]
+
+
+def _parameters_in_graph(loss: Tensor) -> set[int]:
+    """The ids of the parameters that the graph of the loss holds."""
+    parameters, seen, ahead = set[int](), set[Any](), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parameters.add(id(getattr(node, "variable", None)))
+        ahead += [following for following, _ in node.next_functions]
+    return parameters
+
+
+def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
+    """Check that DistributedDataParallel, if it exchanges the gradients, can follow them.
+
+    Raises:
+        SpecError: it cannot; says what to do.
+    """
+    told = nested_in_words(found, spec)
+    if told is not None and processes > 1:
+        raise SpecError(f"exchange.static_graph: {told}")
+
+
+def nested_in_words(found: FirstPass, spec: Spec) -> str | None:
+    """What keeps the job from several processes, and what to do; None where nothing does."""
+    by_ddp = not spec.exchange.shards and spec.exactness != "bitwise"
+    if not found.nested or not by_ddp or spec.exchange.static_graph:
+        return None
+    names = ", ".join(found.nested[:8])
+    return (
+        f"the gradients of {names} come from backward passes within the backward pass, as those of "
+        "reentrant activation checkpoints do (torch.utils.checkpoint with use_reentrant=True, "
+        "gradient_checkpointing of transformers). DistributedDataParallel cannot follow them on "
+        "several processes. Use use_reentrant=False, or model.activation_checkpointing of the spec "
+        "instead, or, if every step trains the same parameters, exchange.static_graph=true."
     )
 
 

@@ -64,6 +64,7 @@ from service.training.dry_run import (
     FirstPass,
     Rehearsed,
     rehearsed,
+    require_followed,
     teacher_of,
     together_found,
 )
@@ -147,7 +148,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     if spec.model.channels_last:
         nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
         module.to(**nhwc)
-    require_sparse_can_travel(module, spec, device=world.device.type, many=world.processes > 1)
+    require_sparse_can_travel(module, spec, device=world.device.type, many=plan.processes > 1)
     return Model(module, normalization, twin, made_whole)
 
 
@@ -251,10 +252,12 @@ def rehearse(
         normalization=model.normalization,
         two_rows=two_rows,
         average=teacher_of(model.module, task, plan.spec),
+        place=_last_of_a_step(plan, len(batch.rows)),
     )
     with told_as_used_outside(model.module) if holds_rows(model.module) else nullcontext():
         each = rehearsed(dry_run, model.module, optimizer)
     found = together_found(each, plan.spec)
+    require_followed(found, plan.spec, processes=plan.processes)
     require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
     world.seed_also(found.drawn)
@@ -271,6 +274,19 @@ def rehearse(
             require_own_step(plan, part.found, model.normalization, moving=buffers is not None)
         require_measures(plan.spec, task, known=found.tested)
     return Rehearsal(each, found, buffers)
+
+
+def _last_of_a_step(plan: Plan, rows: int) -> str:
+    """Words for the last micro-batch of each step, which may be too small for a model."""
+    if rows == plan.micro_batch:
+        return ""
+    even = -(-plan.global_batch // plan.micro_batches)
+    least = plan.global_batch - (plan.micro_batches - 1) * even
+    if least > rows:
+        advice = f"batch.micro_batch: {even} has none of fewer than {least}"
+    else:
+        advice = f"batch.global_batch: {plan.micro_batches * plan.micro_batch} makes all equal"
+    return f", the last micro-batch of each step ({advice}),"
 
 
 def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:

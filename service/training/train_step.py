@@ -17,6 +17,7 @@ from service.distributed.gradient_sync import GradientSync
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
 from service.optimization.buffers import BufferValues
+from service.optimization.optimizers import asks_before_it_moves
 from service.optimization.precision import computed
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
@@ -82,35 +83,36 @@ class TrainStep:
 
     def _closure(
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor]
-    ) -> Callable[[], float]:
-        """The closure with which LBFGS gets loss and gradients at each point that it tries.
+    ) -> Callable[[], Tensor]:
+        """The closure that gives an optimizer loss and gradients at each point that it tries.
 
-        The first point is the current weights, whose loss and gradients are known.  At every
-        other point the same micro-batches are computed with the same random numbers, and the
-        buffers that a forward pass changes (BatchNorm's statistics) keep the values of the first
-        one.  Loss and gradients are sums over all processes, so each process decides the same.
+        LBFGS asks first at the current weights, whose loss and gradients are known; others may have
+        moved the weights before they ask.  At every other point the same micro-batches are
+        computed with the same random numbers, and the buffers that a forward pass changes
+        (BatchNorm's statistics) keep the values of the first one.  Loss and gradients are sums over
+        all processes, so each process decides the same.
         """
-        known = [losses]
+        known = [losses] if asks_before_it_moves(state.optimizer) else []
 
-        def loss() -> float:
+        def loss() -> Tensor:
             if known:
                 return self._mean_loss(known.pop(), step)
-            with unmoved_buffers(state.model):
+            with unmoved_buffers(state.model), torch.enable_grad():
                 here = self.backpropagate(state, step)
             self.updates.forget()
             return self._mean_loss(here, step)
 
         return loss
 
-    def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> float:
-        """The mean loss of the step, summed in the order of its micro-batches."""
+    def _mean_loss(self, losses: Mapping[int, Tensor], step: Step) -> Tensor:
+        """The mean loss of the step, summed in the order of its micro-batches: a scalar."""
         world, count = self.world, self.plan.micro_batches
         each = torch.zeros(count, dtype=world.wide)  # 0 for micro-batches of other processes
         for number, loss in losses.items():
             if number < count:
                 each[number] = loss
         weight = step.weight if self.weighs else 1.0
-        return float(world.sum(each.to(world.device)).sum() / weight)
+        return world.sum(each.to(world.device)).sum() / weight
 
 
 def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
