@@ -83,7 +83,7 @@ evenstep.add_command(export)
     "--change", is_flag=True, help="Let KEY=VALUE change a run that has begun; it is recorded."
 )
 @click.option(
-    "--accept-changes", is_flag=True, help="The same for all that SPEC now says otherwise."
+    "--accept-changes", is_flag=True, help="The same for everything that differs in SPEC."
 )
 @click.option(
     "--accept", multiple=True, metavar="KEY", help="The same for this key or section alone."

@@ -57,7 +57,8 @@ def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise SpecError(
             f"RANK={rank} of WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} of "
-            f"LOCAL_WORLD_SIZE={local_world_size} cannot all be true. Start the job with torchrun."
+            f"LOCAL_WORLD_SIZE={local_world_size} contradict each other. Start the job with "
+            "torchrun."
         )
     return Environment(rank, world_size, local_rank, local_world_size)
 

@@ -139,7 +139,7 @@ def test_a_module_inside_a_chosen_one_is_not_chosen_again():
 @pytest.mark.parametrize(
     ("match", "counts", "words"),
     [
-        ("layers.*", False, "'layers.*' chooses no module. The model has first, blocks.0"),
+        ("layers.*", False, "'layers.*' matches no module. The model has first, blocks.0"),
         ("*.inner.1", False, "chooses blocks.0.inner.1 of class BatchNorm1d"),
         ("blocks.*", True, "the buffer blocks.0.seen changes in the forward pass"),
     ],

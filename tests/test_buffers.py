@@ -1,4 +1,4 @@
-"""Buffers that move in training besides BatchNorm's are the same at any number of processes."""
+"""Buffers that change in training besides BatchNorm's are the same at any number of processes."""
 
 import math
 from pathlib import Path

@@ -168,9 +168,9 @@ def test_the_same_again_records_nothing_more(place, processes):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--change"], "--change: nothing is named to change"),
-        (["--change", "seed=8", "--fresh"], "--change: --fresh begins a new run"),
-        (["seed=8"], "long was begun with another spec:\n  seed: 7 -> 8\nGo on with the old"),
+        (["--change"], "--change: no key to change is named"),
+        (["--change", "seed=8", "--fresh"], "--change: --fresh starts a new run"),
+        (["seed=8"], "long was started with another spec:\n  seed: 7 -> 8\nContinue with the old"),
         (["--change", "seed=8", "max_grad_norm=1", "batch.global_batch=60"], "counted in steps"),
         (["--change", "length.steps=5"], "has taken 9 steps, and would end after 5 steps, so no"),
     ],
@@ -239,7 +239,7 @@ def test_a_changed_option_is_the_one_that_trains(place, processes):
     [
         (["--at", "4", "--name", "x"], "there is no '4'"),
         (["--at", "6", "--name", "x", "optimizer.name=adagrad"], "optimizer.momentum: unknown"),
-        (["--at", "6", "--name", "x", "batch.global_batch=60"], "cannot go on from another with"),
+        (["--at", "6", "--name", "x", "batch.global_batch=60"], "cannot be forked with"),
         (["--at", "6", "--name", "a/b"], "name: must be"),
     ],
 )

@@ -485,7 +485,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_ones(small_disk, alone, asyn
         with pytest.raises(NotSaved, match=told) as caught:
             save_now(made, at_step(2))
         assert caught.value.exit_code == 42
-        assert "Earlier ones are untouched" in str(caught.value)
+        assert "Earlier ones are unchanged" in str(caught.value)
         assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "step-00000001"]
         assert damage_of(checkpoints_in(small_disk)[0]) is None
         (small_disk / "filler").unlink()
@@ -679,10 +679,10 @@ ATTACKS = {
     "a manifest that points outside": (manifest_with(escaping), "names the files"),
     "a file too many": (
         lambda d: (d / "extra.pkl").write_bytes(b"x"),
-        "holds what no checkpoint holds: 'extra.pkl'",
+        "holds files that are not of a checkpoint: 'extra.pkl'",
     ),
     "a link to a file": (link, "is not a plain file"),
-    "a link to a directory": (link_as_a_whole, "no directory of its own"),
+    "a link to a directory": (link_as_a_whole, "it is not a directory"),
     "a pipe": (pipe, "is not a plain file"),
     "a huge header": (
         replaced(MODEL, (1 << 62).to_bytes(8, "little") + b"{}"),
@@ -694,11 +694,11 @@ ATTACKS = {
     ),
     "tensors that share bytes": (
         replaced(MODEL, with_header({"a": one(0, 4), "b": one(0, 4)}, b"1234")),
-        "not where they go",
+        "not at their place",
     ),
     "a tensor of another size": (
         replaced(MODEL, with_header({"a": one(0, 4, [2])}, b"1234")),
-        "not where they go",
+        "not at their place",
     ),
     "a negative shape": (
         replaced(MODEL, with_header({"a": one(0, 4, [-1])}, b"1234")),
@@ -710,7 +710,7 @@ ATTACKS = {
     ),
     "a name that stands there twice": (
         replaced(MODEL, with_header(b'{"a":%b,"a":%b}' % ((json.dumps(one(0, 4)).encode(),) * 2))),
-        "stands there twice",
+        "occurs twice",
     ),
     "a header that is deep": (
         replaced(MODEL, with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)),
@@ -719,7 +719,7 @@ ATTACKS = {
     "a state that is deep": (replaced(STATE, b"[" * 1_000_000), "RecursionError"),
     "a state of another step": (replaced(STATE, b'{"step": 7}'), "is of step 7"),
     "a state without its sections": (replaced(STATE, b'{"step": 2}'), "lacks its sections"),
-    "a state that is a list": (replaced(STATE, b"[]"), "holds no object"),
+    "a state that is a list": (replaced(STATE, b"[]"), "is not a JSON object"),
     "a huge manifest": (
         lambda d: (d / MANIFEST).write_bytes(b" " * (1 << 25)),
         "more than it can have",

@@ -74,17 +74,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[EvenstepError], str]] = 
     "a receipt torn in its middle": (
         lambda run: wrong_line(run / "receipt.jsonl", b'{"from": 3, "t'),
         WillFailAgain,
-        'receipt.jsonl:3: this line is not of a receipt: b\'{"from": 3, "t\'',
+        'receipt.jsonl:3: this line is not a row of a receipt: b\'{"from": 3, "t\'',
     ),
     "a receipt with a digest too few": (
         lambda run: wrong_line(run / "receipt.jsonl", b'{"from": 3, "to": 4, "rows": ["aa"]}'),
         WillFailAgain,
-        "receipt.jsonl:3: this line is not of a receipt",
+        "receipt.jsonl:3: this line is not a row of a receipt",
     ),
     "a receipt of zeros": (
         lambda run: wrong_line(run / "receipt.jsonl", bytes(40)),
         WillFailAgain,
-        "receipt.jsonl:3: this line is not of a receipt",
+        "receipt.jsonl:3: this line is not a row of a receipt",
     ),
     "metrics torn in their middle": (
         lambda run: wrong_line(run / "metrics.jsonl", b'{"step": 3, "ep'),
@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[EvenstepError], str]] = 
     "checkpoints that are gone": (
         lambda run: shutil.rmtree(run / "checkpoints"),
         NoCheckpoint,
-        "job/checkpoints, but the run had one at step 9. Put it back",
+        "job/checkpoints, but the run had one at step 9. Restore it",
     ),
     "a file in the place of checkpoints": (
         lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
@@ -174,7 +174,7 @@ def test_nothing_is_written_through_a_link(
     assert (tmp_path / "precious").read_text() == "precious"
     assert code in (0, 42, 64), words
     if place == ".lock":
-        assert "a link stands in its place, and a run is not written through links" in words
+        assert "a symbolic link is in its place, and a run is not written through links" in words
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "logs", "failures", "profile", "wandb"])

@@ -221,7 +221,7 @@ def test_a_beat_that_cannot_be_written_ends_no_run(tmp_path):
 def test_a_rank_behind_that_failed_has_no_line_and_is_told_all_the_same():
     failed = {"rank": 1, "step": 4, "work": "forward", "micro_batch": 2, "message": "no such file"}
     told = _told(failed, 0, 3.0)
-    assert told.startswith("Rank 1 has stood still for 3 s at step 4, micro-batch 2,")
+    assert told.startswith("Rank 1 has made no progress for 3 s at step 4, micro-batch 2,")
     assert told.endswith(": no such file.")
 
 

@@ -126,13 +126,13 @@ def test_the_run_keeps_what_was_found(tmp_path):
     auto = ("run", "digits", "batch.micro_batch=auto", "tracking.wandb=")
     first = evenstep(*auto, "--processes", 2, "--stop-at", 3, cwd=tmp_path)
     assert first.returncode == 75, first.stderr
-    assert "batch.micro_batch: auto comes to 48 rows, for all of this run." in first.stdout
+    assert "batch.micro_batch: auto found 48 rows, for all of this run." in first.stdout
     assert "in micro-batches of 48" in first.stdout
     run = tmp_path / "runs/digits"
     assert load_spec(run / "spec.yaml").batch.micro_batch == 48
     alone = evenstep(*auto, "--stop-at", 5, cwd=tmp_path)
     assert alone.returncode == 75, alone.stderr
-    assert "auto comes to" not in alone.stdout
+    assert "auto found" not in alone.stdout
     assert "in micro-batches of 48" in alone.stdout
     larger = evenstep(*auto, "batch.global_batch=100", cwd=tmp_path)
     assert larger.returncode == 64
@@ -146,7 +146,7 @@ def test_the_run_keeps_what_was_found(tmp_path):
 
 def test_plan_and_check_say_what_it_comes_to(tmp_path):
     plan = plan_of("digits", "batch.micro_batch=auto", runs=tmp_path / "runs", processes=2)
-    assert "48 rows if so many fit in memory: the run finds out" in plan
+    assert "48 rows if they fit in memory: the run tries it" in plan
     check = evenstep("check", "digits", "batch.micro_batch=auto", cwd=tmp_path)
     assert check.returncode == 0, check.stderr
     assert "fitting     micro-batches of 96 rows" in check.stdout

@@ -47,7 +47,7 @@ def test_a_disk_without_room_stops_a_run_or_not_and_loses_no_row(small_disk: Pat
     assert code == 42, err
     assert err.count("error:") == 1, err
     assert "The checkpoint of step 10 could not be written to" in err
-    assert "are free. Earlier ones are untouched. Free some, or lower checkpoint.keep." in err
+    assert "are free. Earlier ones are unchanged. Free some, or lower checkpoint.keep." in err
     assert "Traceback" not in out + err, "it is no fault of the program"
     (small_disk / "runs/filler").unlink()
 
@@ -55,9 +55,9 @@ def test_a_disk_without_room_stops_a_run_or_not_and_loses_no_row(small_disk: Pat
     code, out, err = ended(*words, cwd=small_disk, **environ)
     assert code == 42, err
     assert out.count("metrics.jsonl could not be written: no space is left there") == 1
-    assert "Training goes on (checkpoint.on_failure: go_on)" in out
+    assert "Training continues (checkpoint.on_failure: go_on)" in out
     assert "run.json could not be written: no space is left there" in err
-    assert "The run is done and saved; the same command, run again, enters it there" in err
+    assert "The run is done and saved; run the same command again to record it there" in err
     assert err.count("error:") == 1, err
     assert "Traceback" not in out + err
     assert facts_of(small_disk)["state"] == "running"
@@ -137,7 +137,7 @@ def test_half_a_line_is_gone_on_with_where_it_was_cut(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "rows").read_bytes() == b"one\ntw"
-    assert "a file may not become that large there" in said[0]
+    assert "it would exceed the limit on the size of a file" in said[0]
     file.add(b"three\n")
     assert (tmp_path / "rows").read_bytes() == b"one\ntwo\nthree\n"
     file.close()

@@ -152,7 +152,7 @@ def test_a_failure_may_end_the_run_on_all_processes_with_its_state_saved(process
     told = processes(2).run(ends_for_its_hook, spec, tmp_path)
     assert told[0] == told[1]
     assert "no val today" in told[0]
-    assert "goes on after this step" in told[0]
+    assert "continues after this step" in told[0]
     assert weights(tmp_path, 6)
     (tmp_path / "mended").touch()
     processes(2).run(train_in_process, spec, tmp_path)

@@ -292,7 +292,9 @@ def test_a_line_that_is_not_of_a_receipt_is_named(tmp_path: Path, line: str) -> 
     good = '{"from": 1, "to": 1, "rows": ["0000000000000001"]}\n'
     (tmp_path / "receipt.jsonl").write_text(good + line + "\n" + good)
     for read in (read_receipt, read_digests):
-        with pytest.raises(WillFailAgain, match=r"receipt\.jsonl:2: this line is not of a receipt"):
+        with pytest.raises(
+            WillFailAgain, match=r"receipt\.jsonl:2: this line is not a row of a receipt"
+        ):
             read(tmp_path / "receipt.jsonl")
 
 

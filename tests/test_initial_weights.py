@@ -176,7 +176,11 @@ def test_a_directory_of_transformers_is_read_whole_or_in_parts(place, tmp_path):
     ("classes", "init", "told"),
     [
         (7, {}, r"does not fit the model: head.bias \[3\] there and \[7\] here; head.weight"),
-        (3, {"skip": ["haed.*"]}, r"init.skip: 'haed.\*' chooses no tensor, here or there"),
+        (
+            3,
+            {"skip": ["haed.*"]},
+            r"init.skip: 'haed.\*' matches no tensor of the model or the source",
+        ),
         (
             3,
             {"rename": {"head": "hat"}},
@@ -202,7 +206,7 @@ def test_what_is_no_source_is_told(place, tmp_path):
         (tmp_path / "none.safetensors", "init.from: there is no file"),
         (tmp_path / "weights.bin", "Files of pickles .* are not read: save them as safetensors"),
         (tmp_path / "nothing", "There is no run"),
-        (tmp_path, "is no .safetensors file, no run, and no directory of"),
+        (tmp_path, "is not a .safetensors file, a run, or a directory of"),
     ):
         with pytest.raises(SpecError, match=told):
             taken_by(Net(3), source)

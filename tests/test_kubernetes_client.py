@@ -74,7 +74,7 @@ def test_submit_refuses_to_overwrite_a_job_that_runs(place: Path) -> None:
     with serving({("GET", JOB): [recorded(14)]}, place / "config") as server:
         refused = kubernetes(place, "submit", "job.yaml")
     assert refused.returncode == 64
-    assert "is there already and has not ended" in refused.stderr
+    assert "exists already and has not ended" in refused.stderr
     assert "cancel ddp-train" in refused.stderr
     assert [r.method for r in server.requests] == ["GET"], "nothing was touched"
 
@@ -144,7 +144,7 @@ def test_one_that_stays_silent_is_not_waited_for_for_ever(
 REFUSALS = {
     7: (64, 'The cluster refuses: Job.batch "bad" is invalid: spec.completionMode: Unsupported'),
     22: (64, "can only be modified in tandem with spec.parallelism"),
-    3: (1, "The cluster does not know you (401): sign in again"),
+    3: (1, "The cluster did not accept your credentials (401): sign in again"),
     2: (
         1,
         "kubectl create role evenstep -n ml-train --verb=list --resource=jobs.batch; kubectl "
@@ -376,7 +376,7 @@ NOT_THERE = {
     "the namespace": (
         {"message": 'namespaces "ml-train" not found', "details": {"kind": "namespaces"}},
         64,
-        'namespaces "ml-train" not found. Set kubernetes.namespace to one that is there.',
+        'namespaces "ml-train" not found. Set kubernetes.namespace to one that exists.',
     ),
     "what the target needs": (
         {"message": "the server could not find the requested resource", "details": {}},
@@ -457,7 +457,7 @@ def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> N
 def test_without_a_kubeconfig_it_says_where_one_belongs(place: Path) -> None:
     ended = kubernetes(place, "status", "ddp-train")
     assert ended.returncode == 64, ended.stderr
-    assert "No way to a cluster" in ended.stderr
+    assert "No cluster can be reached" in ended.stderr
     assert "Set KUBECONFIG" in ended.stderr
 
 
@@ -486,7 +486,7 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
     "an authority that is none": (
         {"cluster": {"server": "https://127.0.0.1:1", "certificate-authority": "job.yaml"}},
         64,
-        "the context c leads nowhere: ",
+        "the context c cannot be used: ",
     ),
     "a certificate that is nowhere": (
         {"user": {"client-certificate": "/nowhere", "client-key": "/nowhere"}},
@@ -496,7 +496,7 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a way to sign in of long ago": (
         {"user": {"auth-provider": {"name": "gcp"}}},
         64,
-        "the context c leads nowhere: auth-provider not supported",
+        "the context c cannot be used: auth-provider not supported",
     ),
     "a command that fails": (
         {"user": command_to_sign_in("echo expired >&2; exit 3")},
@@ -540,7 +540,7 @@ def test_a_kubeconfig_that_is_none_is_told(
 ) -> None:
     (place / "config").write_text(text)
     monkeypatch.setenv("KUBECONFIG", str(place / "config"))
-    with pytest.raises(SpecError, match=r"No way to a cluster: .*config .*Set KUBECONFIG"):
+    with pytest.raises(SpecError, match=r"No cluster can be reached: .*config .*Set KUBECONFIG"):
         ask()
 
 

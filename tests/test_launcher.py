@@ -62,7 +62,9 @@ def test_out_of_memory_says_what_would_fit(tmp_path, moment):
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 137, err
     assert "error: rank 1: Out of memory: " in err
-    assert "batch.micro_batch=4 halves what the rows of one pass take (now 9 rows)" in err
+    assert (
+        "batch.micro_batch=4 halves the memory that the rows of one pass take (now 9 rows)" in err
+    )
 
 
 def test_a_crash_loop_ends_with_42(tmp_path):
@@ -144,7 +146,9 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     environ = injured(tmp_path, ("hang", "forward", 1, 5), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err
-    assert re.search(r"error: rank 1: This process has stood still for \d s at step \d+", err), err
+    assert re.search(
+        r"error: rank 1: This process has made no progress for \d s at step \d+", err
+    ), err
     assert "in _hang: time.sleep(3600)" in err
     found = [json.loads(p.read_text()) for p in (tmp_path / "runs/job/failures").glob("*.json")]
     assert {report["rank"] for report in found} == {0, 1}
@@ -173,7 +177,7 @@ def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous, 
     longest = facts_of(tmp_path)["attempts"][0]["longest_save_seconds"]
     assert longest > timeout
     assert not list((tmp_path / "runs/job/failures").glob("*"))
-    told = f"(two saves of {longest:.2g} s, as measured in this run, and 10 s to leave)"
+    told = f"(two saves of {longest:.2g} s, as measured in this run, and 10 s to exit)"
     budget = "faults.stop_budget_seconds gives it 11 s"
     assert f"{told}, but {budget}. Raise it to {math.ceil(2 * longest + 10)}" in out
     assert out.count("WARNING: a stop may take") == 1
@@ -186,7 +190,7 @@ def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path, rank
     environ = injured(tmp_path, ("hang", "disk", rank, count), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err
-    told = re.search(r"has stood still for \d s at step \d+, saving a checkpoint: (.*)", err)
+    told = re.search(r"has made no progress for \d s at step \d+, saving a checkpoint: (.*)", err)
     assert told, err
     assert f"error: rank {rank}: This process" in err
     assert "in _hang: time.sleep(3600)" in told[1], "where the writer stands, not who waits for it"

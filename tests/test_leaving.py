@@ -117,7 +117,7 @@ def test_a_request_to_stop_ends_at_once_what_is_leaving(tmp_path, words):
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, err
-    assert "had not let go" not in err
+    assert "did not release everything" not in err
 
 
 LINGERING = {

@@ -32,7 +32,7 @@ def test_a_process_that_cannot_be_forked_is_told_and_tried_again(tmp_path):
     preload = {"LD_PRELOAD": str(tmp_path / "fork.so")}
     done = command(*RUN, "--max-restarts", "1", cwd=tmp_path, timeout=DEADLINE_SECONDS, **preload)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("error: rank 0 could not be started: this machine lets no") == 2
+    assert done.stderr.count("error: rank 0 could not be started: this machine cannot start") == 2
     assert not (tmp_path / "runs").exists()
 
 
@@ -72,8 +72,8 @@ def test_a_current_directory_that_is_gone_is_told(tmp_path):
     told = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("sh: ")]
     assert (done.returncode, "".join(told)) == (
         64,
-        "error: The current directory is gone: No such file or directory. Change into one that is "
-        "there.\n",
+        "error: The current directory is gone: No such file or directory. Change into one that "
+        "exists.\n",
     )
 
 

@@ -133,4 +133,4 @@ def test_what_cannot_travel_ends_on_every_process_alike(processes: ProcessesOf) 
     first, second = processes(2).run(say_what_cannot_travel)
     assert first == second
     assert len(first) == 2
-    assert first[0].startswith("Object: it cannot travel between processes: only numbers")
+    assert first[0].startswith("Object: it cannot be sent between processes: only numbers")

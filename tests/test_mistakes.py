@@ -84,7 +84,7 @@ MISTAKES = {
     "a pattern that matches nothing": (
         GOOD,
         ["optimizer.groups=[{match: 'base.*'}, {match: '*'}]"],
-        r"optimizer.groups.0.match: 'base.\*' chooses no parameter.*0.weight",
+        r"optimizer.groups.0.match: 'base.\*' matches no parameter.*0.weight",
     ),
     "a parameter in no group": (
         GOOD,

@@ -278,9 +278,9 @@ def test_what_strangers_send_is_dropped_and_the_nodes_meet(meeting: Meeting) -> 
     ends = meeting.end()
     assert [friend.index for friend in ends[0].friends] == [1]
     assert ends[1][1] == ("127.0.0.1", 4321)
-    assert "A connection from 127.0.0.1 did not show in time" in meeting.said[0]
+    assert "A connection from 127.0.0.1 did not prove in time" in meeting.said[0]
     assert meeting.said[1:] == [
-        f"{len(SENT) + 1} connections came that were no node's; they were dropped."
+        f"{len(SENT) + 1} connections were not from nodes of this job; they were dropped."
     ]
     ends[0].part(1), ends[1][0].part(1)
     for each in (*strangers, knows_the_spec):
@@ -335,7 +335,9 @@ def test_a_node_with_another_secret_hears_what_to_look_at(meeting: Meeting) -> N
     ends = meeting.end()
     assert isinstance(ends[1], PeerLost)
     assert "has another secret: give all nodes the same EVENSTEP_SECRET_FILE" in str(ends[1])
-    assert re.search(r"node 1 of 2 did not come to port \d+ \(\d+ others came", str(ends[0]))
+    assert re.search(
+        r"node 1 of 2 did not connect to port \d+ \(\d+ others connected", str(ends[0])
+    )
 
 
 def test_who_listens_in_the_place_of_node_0_is_not_taken_for_it(meeting: Meeting) -> None:
@@ -383,7 +385,7 @@ def test_nodes_that_do_not_come_are_named(meeting: Meeting) -> None:
     meeting.host(seconds=1)
     ends = meeting.end()
     assert isinstance(ends[0], PeerLost)
-    assert "node 1, 2 of 3 did not come" in str(ends[0])
+    assert "node 1, 2 of 3 did not connect" in str(ends[0])
 
 
 def test_a_name_that_is_not_known_is_told(meeting: Meeting) -> None:

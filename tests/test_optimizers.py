@@ -177,7 +177,7 @@ def test_lbfgs_looks_at_each_point_with_the_same_dropout_and_moves_batchnorm_onc
         ({"model": {"precision": "fp16"}}, "model.precision: LBFGS cannot work with scaled losses"),
         (
             {"optimizer": {"name": "lbfgs", "lr": 1.0, "layer_decay": 0.5}},
-            "optimizer.groups: LBFGS moves all parameters along one line, so it takes one group",
+            "optimizer.groups: LBFGS moves all parameters along one search direction, so it takes",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_companion_works_as_the_optimizer_would_alone():
         (
             "dense",
             {"name": "muon", "companion": {"name": "sgd", "lr": 1.0}, "companion_takes": ["3.*"]},
-            r"companion_takes: '3.\*' chooses no parameter",
+            r"companion_takes: '3.\*' matches no parameter",
         ),
     ],
 )

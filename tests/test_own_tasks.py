@@ -347,13 +347,17 @@ def made_of(model: str) -> supervised:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("one", "task.model: must make a new model, but is one: a Linear. Write model=lambda"),
+        (
+            "one",
+            "task.model: must be a function that makes a new model, but is a model: a Linear. "
+            "Write model=lambda",
+        ),
         ("class", "task.model: must give an nn.Module, but gave a type"),
         ("raises", "task.model: raised TypeError: .*test_own_tasks.py:"),
         ("untested", r"over its first 7 rows: ValueError: only .*test_own_tasks.py:\d+\)"),
         (
             "matrix",
-            r"confusion must come to numbers: .* but MulticlassConfusionMatrix gives .*3, 3",
+            r"confusion must give numbers: .* but MulticlassConfusionMatrix gives .*3, 3",
         ),
     ],
 )

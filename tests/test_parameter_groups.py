@@ -150,7 +150,7 @@ def test_every_parameter_is_in_exactly_one_group_or_the_spec_is_wrong():
         SpecError, match=r"optimizer.groups: head.weight, head.bias are in no group"
     ):
         groups_of({"groups": [{"match": "base.*"}]})
-    with pytest.raises(SpecError, match=r"groups.1.match: 'head.bias' chooses no parameter"):
+    with pytest.raises(SpecError, match=r"groups.1.match: 'head.bias' matches no parameter"):
         groups_of({"groups": [{"match": "head.*"}, {"match": "head.bias"}, {"match": "*"}]})
 
 

@@ -48,7 +48,7 @@ def test_the_mistake_that_the_readme_shows(own_job):
 
 def test_the_first_five_minutes_are_as_the_tutorial_shows_them():
     shown = transcript.in_page(transcript.PAGE.read_text())
-    assert "error: runs/my_job was begun with another spec:" in shown
+    assert "error: runs/my_job was started with another spec:" in shown
     assert transcript.shape(transcript.transcript()) == transcript.shape(shown), (
         "python tests/transcript.py"
     )

@@ -287,7 +287,7 @@ def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
             "do not say how often 'b' comes",
         ),
         ({"train": {"a": iter([])}}, "'a' can only be iterated"),
-        ({"train": iter([]), "sampling": weighted([1])}, "a stream, whose rows come"),
+        ({"train": iter([]), "sampling": weighted([1])}, "a stream, whose rows cannot"),
     ],
 )
 def test_what_cannot_be_understood_is_refused_with_what_to_write(arguments, said):

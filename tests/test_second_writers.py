@@ -166,7 +166,7 @@ def test_a_place_that_breaks_is_told_once_and_lacks_what_came_after(tmp_path):
         tracker.log(step, {"a": step})
     tracker.close("done")
     assert said == [
-        "there stopped: OSError: the place is gone. The training goes on without it.",
+        "there stopped: OSError: the place is gone. Training continues without it.",
         "there lacks 3 of this attempt's 5 rows: OSError: the place is gone. "
         f"{tmp_path}/metrics.jsonl has them all.",
     ]

@@ -465,7 +465,7 @@ def test_units_are_the_repeated_blocks_unless_patterns_say_otherwise():
         "blocks.2.outer",
     ]
     assert units_of(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))) == {}
-    with pytest.raises(SpecError, match=r"'layers\.\*' chooses no module"):
+    with pytest.raises(SpecError, match=r"'layers\.\*' matches no module"):
         units_of(net, ("layers.*",))
 
 

@@ -369,12 +369,12 @@ FORGERIES = {
         lambda _, f: f.update(bytes=0, parts=[], sha256=hashlib.sha256(b"").hexdigest()),
         "tells of 0 parts",
     ),
-    "a part without a hash": (lambda _, f: f["parts"].__setitem__(3, None), "has two words"),
-    "a hash that is none": (lambda _, f: f["parts"].__setitem__(3, "zz"), "has two words"),
-    "parts in another order": (lambda _, f: f["parts"].reverse(), "has two words"),
+    "a part without a hash": (lambda _, f: f["parts"].__setitem__(3, None), "has two hashes"),
+    "a hash that is none": (lambda _, f: f["parts"].__setitem__(3, "zz"), "has two hashes"),
+    "parts in another order": (lambda _, f: f["parts"].reverse(), "has two hashes"),
     "the hash of the whole file": (
         lambda _, f: f.update(sha256=hashlib.sha256(b"").hexdigest()),
-        "has two words",
+        "has two hashes",
     ),
     "parts of another content": (
         lambda _, f: f.update(parts=f["parts"][::-1], sha256=digest_of(f["parts"][::-1])),

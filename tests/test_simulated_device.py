@@ -432,7 +432,7 @@ def test_the_commands_find_the_device_and_no_step_waits_for_it(with_sim, tmp_pat
     auto = on_sim(
         "run", "digits", *COMMON, "batch.micro_batch=auto", "--profile", "12:8", "--stop-at", 20
     )
-    assert "batch.micro_batch: auto comes to 96 rows" in auto
+    assert "batch.micro_batch: auto found 96 rows" in auto
     assert "1 process on sim" in auto
     assert waits_of(tmp_path / "runs/digits/profile/rank-0.json") == set()
     assert "convolution" in (tmp_path / "runs/digits/profile/rank-0.txt").read_text()

@@ -143,7 +143,7 @@ def test_a_job_whose_time_is_nearly_up_goes_on_where_it_was(place: Place) -> Non
     assert "  step 6 of 14, loss " in status
     assert f"log: {place.path}/runs/.slurm/job/log-{job}" in status
     again = place.ran("slurm", "submit", "job.yaml", code=64)
-    assert f"Job {job} of job is there already and has not ended" in again
+    assert f"Job {job} of job exists already and has not ended" in again
     place.cluster.done("scancel", "--batch", "--signal=TERM", job)
     until(lambda: "SIGUSR1: saving" in place.log(job), "the launchers have heard")
     place.let_go()
@@ -161,7 +161,7 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(place: Place) -> 
     job = place.submitted()
     place.until_held()
     told = place.ran("slurm", "cancel", "job.yaml")
-    assert "job is stopping with a checkpoint; submit it again to go on." in told
+    assert "job is stopping with a checkpoint; submit it again to continue." in told
     until(lambda: "SIGUSR1: saving" in place.log(job), "the launchers have heard")
     place.let_go()
     assert place.cluster.wait_for(job, "FAILED", "COMPLETED", "PENDING") == "FAILED"

@@ -198,11 +198,11 @@ REFUSED = {
     ),
     "a key where everybody reads it": (
         {"slurm.prolog": "['export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567']"},
-        "slurm: what looks like a secret stands in prolog or env",
+        "slurm: prolog or env holds what looks like a secret",
     ),
     "a password in an address": (
         {"slurm.env": "{STORE: 'https://me:word@example.com/data'}"},
-        "slurm: what looks like a secret stands in prolog or env",
+        "slurm: prolog or env holds what looks like a secret",
     ),
     "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name that Slurm knows"),
 }

@@ -104,7 +104,7 @@ def test_a_stop_does_not_wait_for_a_test_pass_which_is_done_anew_later(
     assert ends("whole", 0, NEVER) == "done"
     told = ends("job", 6 * 32 + 100)  # in the fourth micro-batch of rank 1, in the test of step 20
     assert "Stopped after step 20 of 40" in told
-    assert told.endswith("to continue, in its test, which is then done anew.")
+    assert told.endswith("to continue, in its test, which is then repeated.")
     assert rows() == [*range(1, 20)], "the row of a step is written once, and whole"
     assert [(c.step, c.untested) for c in checkpoints_in(job / "checkpoints")] == [(20, True)]
 

@@ -69,7 +69,7 @@ def test_a_slow_rank_is_named_in_the_record_and_once_on_the_screen(tmp_path):
     rows = read_metrics(tmp_path / "runs/slow/metrics.jsonl")
     assert [row["system/slowest_rank"] for row in rows] == [1] * 5
     assert min(row["system/slowest_ratio"] for row in rows) >= 1.3
-    (said,) = re.findall(r"^Rank 1 on \S+ keeps the others waiting: .*$", done.stdout, re.M)
+    (said,) = re.findall(r"^Rank 1 on \S+ is a straggler: .*$", done.stdout, re.M)
     assert "times as long" in said
     assert "--profile" in said
 

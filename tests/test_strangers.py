@@ -126,7 +126,7 @@ def test_a_process_that_waits_for_others_notices_who_deletes_its_word() -> None:
     stranger.set("here/0", "another's")
     waiting.join(30)
     assert told
-    assert "Somebody else has changed what the processes of this job told each other" in told[0]
+    assert "Another program has changed what the processes of this job exchange" in told[0]
 
 
 def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
@@ -150,4 +150,4 @@ def test_a_group_that_cannot_connect_ends_in_seconds_with_clear_words() -> None:
     with Processes(2) as own:  # whose groups no other test has
         told, _ = own.run(connect_alone)
     assert told.startswith("The processes of this job did not connect to each other within 0.5 s")
-    assert "somebody else has changed the addresses in their store" in told
+    assert "another program has changed the addresses in their store" in told

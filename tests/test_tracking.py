@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_rows_back_until_a_checkpoint_needs_them(tmp_path):
     command = [sys.executable, "-c", limited, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout.count("metrics.jsonl could not be written: a file may not become that") == 1
+    assert done.stdout.count("metrics.jsonl could not be written: it would exceed the limit") == 1
     assert "File too large: '" + str(path) in done.stderr
     assert steps_in(path) == [1]
 

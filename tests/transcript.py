@@ -56,7 +56,7 @@ def shape(text: str) -> str:
     text = re.sub(r"\b(s|min|h) ago", "# ago", text)
     # Of a row, what depends on where Ctrl-C has met the run, and on the machine.
     text = re.sub(r" (slowest_rank|slowest_ratio|test/\w+|save/\w+)=#", "", text)
-    text = text.replace(", in its test, which is then done anew", "")
+    text = text.replace(", in its test, which is then repeated", "")
     text = re.sub(r"[ -]{2,}", "  ", text)
     lines = [line for line in text.splitlines() if line != "..."]
     # And how many rows there are.
@@ -74,7 +74,7 @@ def _shown(command: str, place: Path) -> Iterator[str]:
         shutil.rmtree(place / "runs")
         output = _output(typed, place, interrupted=True)
     lines = output.replace(f"{place}/", "").rstrip().splitlines()
-    yield from _without_the_middle([line for line in lines if "keeps the others" not in line])
+    yield from _without_the_middle([line for line in lines if "is a straggler" not in line])
 
 
 def _hear_ctrl_c() -> None:

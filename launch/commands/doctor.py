@@ -76,7 +76,7 @@ def examined(asked: Asked) -> Iterator[Finding]:
         except Exception as error:
             name = check.__name__.strip("_").replace("_", " ")
             told = f"could not be checked: {type(error).__name__}: {error}"
-            yield Finding(name, "failed", told, "Report this as a fault of evenstep.")
+            yield Finding(name, "failed", told, "Report this as a bug of evenstep.")
 
 
 def exit_code(findings: list[Finding]) -> int:
@@ -180,7 +180,7 @@ def _all_reduce(asked: Asked) -> Iterator[Finding]:
     count = max(2, asked.processes if on_cpu else min(asked.processes, gpus))
     code, said, wrong = _reduced(count, on_cpu=on_cpu)
     if code is None:
-        told = f"{count} processes did not meet in {REDUCTION_SECONDS} s"
+        told = f"{count} processes did not connect within {REDUCTION_SECONDS} s"
         fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."
         yield Finding("all-reduce", "failed", told, fix)
     elif code:
@@ -250,9 +250,7 @@ def _host_name(asked: Asked) -> Iterator[Finding]:
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError as error:
-        told = (
-            f"{host} does not resolve ({error.strerror or error}); one machine works all the same"
-        )
+        told = f"{host} does not resolve ({error.strerror or error}); one machine works without it"
         yield Finding("host name", "warning", told, f"Add a line for {host} to /etc/hosts.")
         return
     with socket.socket() as free:
@@ -277,7 +275,9 @@ def _wandb(asked: Asked) -> Iterator[Finding]:
         told = (
             f"a key is set, but {place[0]}:{place[1]} is not reached in {REACH_SECONDS} s: {error}"
         )
-        fix = "Training is not hurt: the run stays offline.  Set WANDB_MODE=offline, or a proxy."
+        fix = (
+            "Training is not affected: the run stays offline.  Set WANDB_MODE=offline, or a proxy."
+        )
         yield Finding("W&B", "warning", told, fix)
     else:
         yield Finding("W&B", "ok", f"a key is set, and {place[0]} is reached")
@@ -467,8 +467,8 @@ def _tried_disk(place: Path) -> Iterator[Finding]:
     size = (place / "whole").stat().st_size
     if size != 8 << 20 or (place / "partial").exists():
         fix = "Choose a directory on another file system with --runs."
-        yield Finding("rename", "failed", "a file was not replaced in one piece", fix)
-    told = f"{rate / 1e6:.0f} MB/s written and fsynced; a file is replaced in one piece"
+        yield Finding("rename", "failed", "a file was not replaced atomically", fix)
+    told = f"{rate / 1e6:.0f} MB/s written and fsynced; files are replaced atomically"
     slow = rate < 20e6
     fix = "Checkpoints will take long: choose a faster disk with --runs." if slow else ""
     yield Finding("fsync", "warning" if slow else "ok", told, fix)
@@ -486,8 +486,8 @@ def _lock(path: Path) -> Finding:
         with suppress(BlockingIOError):  # which is what a lock is for
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fix = "Never start one run twice here, or choose another directory with --runs."
-            return Finding("lock", "warning", "a lock keeps nobody out here", fix)
-    return Finding("lock", "ok", "a run can be kept to one writer")
+            return Finding("lock", "warning", "a lock has no effect here", fix)
+    return Finding("lock", "ok", "a lock keeps a run to one writer")
 
 
 def _throughput(ours: float, theirs: float) -> Finding:

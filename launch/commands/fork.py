@@ -53,7 +53,7 @@ def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> No
     found = changes(held, spec)
     fixed = told_of_fixed(found, held)
     if fixed:
-        raise SpecError(f"A run cannot go on from another with this changed:{fixed}")
+        raise SpecError(f"A run cannot be forked with these changes:{fixed}")
     target = RunDirectory(source.path.parent / spec.name)
     if target.path.exists():
         raise SpecError(f"--name: {target.path} exists. Choose another name, or remove it.")
@@ -70,7 +70,9 @@ def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> No
         remove_if_possible(partial)
         raise
     click.echo(
-        printable(f"{target.path}: a fork of {source.path} after step {chosen.step:,}. Go on with:")
+        printable(
+            f"{target.path}: a fork of {source.path} after step {chosen.step:,}. Continue with:"
+        )
     )
     click.echo(printable(f"  evenstep run {target.spec}{_elsewhere(target)}"))
 

@@ -50,7 +50,7 @@ class Engine(Protocol):
         what is told and for what is warned of.
 
         Raises:
-            SpecError: it is there already and has not ended, or the cluster refuses it.
+            SpecError: it exists already and has not ended, or the cluster refuses it.
             EvenstepError: the cluster does not answer; or, waited for, the job has failed.
         """
 

@@ -113,7 +113,7 @@ def _meet_with(
 
 
 _OPEN = (
-    "WARNING: no secret is given, so whoever reaches port {port} of node 0 can take a node's seat. "
+    "WARNING: no secret is given, so whoever reaches port {port} of node 0 can join as a node. "
     "Give all nodes the same one: EVENSTEP_SECRET_FILE=<a file>, made by `openssl rand -hex 32`."
 )
 
@@ -202,7 +202,7 @@ def check_interfaces() -> None:
         if not any(n == name or (not exact and n.startswith(name)) for n in own for name in names):
             raise SpecError(
                 f"{variable}={asked}: this machine has no such network interface, but "
-                f"{', '.join(own)}. Leave it out: the one by which the nodes meet is taken."
+                f"{', '.join(own)}. Leave it out: the interface of the rendezvous is then used."
             )
 
 

@@ -237,8 +237,12 @@ class _Hall:
         """A description of the missing nodes."""
         missing = [str(n) for n in range(1, self._own.nodes) if n not in self.friends]
         several = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        told = f"node {', '.join(missing[:8])}{several} of {self._own.nodes} did not come to port "
-        dropped = f" ({self.strangers} others came, without its secret)" if self.strangers else ""
+        told = (
+            f"node {', '.join(missing[:8])}{several} of {self._own.nodes} did not connect to port "
+        )
+        dropped = (
+            f" ({self.strangers} others connected, without its secret)" if self.strangers else ""
+        )
         return f"{told}{port}{dropped}"
 
     def look(self) -> None:
@@ -266,7 +270,9 @@ class _Hall:
         for unknown in list(self._unknown.values()):
             self._drop(unknown)
         if self.strangers > 1:
-            self._say(f"{self.strangers} connections came that were no node's; they were dropped.")
+            self._say(
+                f"{self.strangers} connections were not from nodes of this job; they were dropped."
+            )
 
     def _let_in(self) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
@@ -300,7 +306,7 @@ class _Hall:
             piece = unknown.connection.recv(LINE_BYTES)
             lines = unknown.lines.fed(piece)
             if not piece or len(lines) > 1:
-                raise Foreign("it left, or said too much")
+                raise Foreign("it disconnected, or sent too much")
             if not lines:
                 return
             other, seal = unknown.doorkeeper.introduced(lines[0])
@@ -349,8 +355,8 @@ class _Hall:
         self.strangers += 1
         if self.strangers == 1:
             self._say(
-                f"A connection from {unknown.address} did not show in time that it is a node of "
-                "this job, with its secret; it was dropped. More of them are only counted."
+                f"A connection from {unknown.address} did not prove in time, with the secret, "
+                "that it is a node of this job; it was dropped. Further ones are only counted."
             )
 
 
@@ -451,7 +457,7 @@ def join(
             friend.close()
         reason = (
             f"node 0 at {address}:{port} closed the connection before all nodes were there. It "
-            "left, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
+            "exited, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
         )
         time.sleep(_POLL_SECONDS)
     raise PeerLost(f"After {seconds:g} s {reason}.")

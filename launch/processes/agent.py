@@ -194,7 +194,7 @@ class Agent(SimpleElasticAgent):
             ) as error:  # the fork server has ended of it
                 raise NotStarted(
                     f"rank {self._first + worker.global_rank} could not be started: this machine "
-                    "lets no further process begin. Its memory or the number of processes "
+                    "cannot start another process. Its memory or the number of processes "
                     "(ulimit -u, a container's pids) is used up."
                 ) from error
             self.ranks.append(Rank(self._first + worker.global_rank, process))
@@ -247,8 +247,8 @@ class Agent(SimpleElasticAgent):
             for rank in alive:
                 os.kill(rank.process.pid or 0, signal.SIGTERM)
             print(
-                f"{self._stop.signal_name}: saving the state after the step that is under way; "
-                "Ctrl-C ends at once.",
+                f"{self._stop.signal_name}: saving the state after the current step; Ctrl-C ends "
+                "at once.",
                 file=sys.stderr,
                 flush=True,
             )

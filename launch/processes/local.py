@@ -323,7 +323,7 @@ def root_cause(
         return Cause(
             128 + signal.SIGKILL,
             f"error: rank {late} had not stopped {budget_seconds:g} s after the request, so it was "
-            "killed; the newest checkpoint is as it was. Raise faults.stop_budget_seconds.",
+            "killed; the newest checkpoint is unchanged. Raise faults.stop_budget_seconds.",
             late,
         )
     lost = [f"error: rank {e.rank}: {e.message}" for e in endings if e.code == PEER_LOST]

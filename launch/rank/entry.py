@@ -172,14 +172,14 @@ def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
     """The message: what happened, and which size would fit."""
     smaller = max(1, plan.micro_batch // 2)
     advice = (
-        f"batch.micro_batch={smaller} halves what the rows of one pass take (now "
+        f"batch.micro_batch={smaller} halves the memory that the rows of one pass take (now "
         f"{plan.micro_batch} rows); a step stays {plan.global_batch} rows."
         if plan.micro_batch > 1
         else "A micro-batch is one row already: take a smaller model."
     )
     told = str(error).splitlines()[0]
     if plan.spec.model.precision == "fp32":
-        advice += " model.precision=bf16 halves what they take as well."
+        advice += " model.precision=bf16 halves this memory too."
     if resident := bytes_on_device():
         advice += (
             f" Rows kept on the device take {resident / 2**20:,.0f} MiB of it; rows whose data set "

@@ -71,7 +71,7 @@ def _count(heard: int, code: int) -> NoReturn:
     while look := limit.look:
         if signals.poll(look * 1000) and set(os.read(heard, 512)) & _STOPS:
             os._exit(code)  # other signals are written there too, such as that of a child's end
-    text = f"WARNING: this process had not let go of everything in {LEAVING_SECONDS:g} s: ended."
+    text = f"WARNING: this process did not release everything within {LEAVING_SECONDS:g} s: ended."
     teller = threading.Thread(target=_tell, args=(text,), daemon=True)
     teller.start()  # by itself: nobody may be reading what it writes
     teller.join(1.0)

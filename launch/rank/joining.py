@@ -74,14 +74,15 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
         here = store.add(_COUNT, 0)
         if here < most or not store.check([own]) or store.get(own) != token.encode():
             raise PeerLost(
-                "Somebody else has changed what the processes of this job told each other in their "
+                "Another program has changed what the processes of this job exchange in their "
                 "store: docs/explanation/reliability.md says who must not reach it."
             )
         if here >= environment.world_size:
             return
         if not limit.left:
             raise PeerLost(
-                f"After {seconds:g} s only {here} of {environment.world_size} processes are there."
+                f"After {seconds:g} s only {here} of {environment.world_size} processes have "
+                "connected."
             )
         most = here
 

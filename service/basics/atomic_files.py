@@ -21,12 +21,12 @@ _STANDING_IN_THE_WAY = {
     errno.ENOSPC: "no space is left there. Free some, or lower checkpoint.keep",
     errno.EDQUOT: "the disk quota is used up. Free some of it, or lower checkpoint.keep",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "it may not be written by this user",
-    errno.EPERM: "it may not be written by this user",
-    errno.EFBIG: "a file may not become that large there (ulimit -f)",
-    errno.ELOOP: "a link stands in its place, and a run is not written through links. Remove the "
-    "link",
-    errno.ENXIO: "a pipe stands in its place. Remove it",
+    errno.EACCES: "this user has no permission to write there",
+    errno.EPERM: "this user has no permission to write there",
+    errno.EFBIG: "it would exceed the limit on the size of a file (ulimit -f)",
+    errno.ELOOP: "a symbolic link is in its place, and a run is not written through links. "
+    "Remove the link",
+    errno.ENXIO: "a pipe is in its place. Remove it",
 }
 # Temporary errors of the machine or its storage, which say nothing about the file itself.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
@@ -218,7 +218,7 @@ class AppendOnlyFile:
                 if not is_told:
                     self._say(
                         f"WARNING: {told_of(self._path, error)} What belongs there is kept in "
-                        "memory; training goes on, up to the next checkpoint at most."
+                        "memory; training continues, but only until the next checkpoint."
                     )
 
     def sync(self) -> None:

@@ -330,7 +330,7 @@ class Checkpoints:
         except RuntimeError as error:  # torch raises this if memory is short
             raise NotSaved(
                 f"The state after step {content.rest['step']} could not be copied: {error}. "
-                f"It takes {in_words(content.size_bytes)} of main memory besides; "
+                f"It takes {in_words(content.size_bytes)} of additional main memory; "
                 "checkpoint.asynchronous=false takes none."
             ) from error
 
@@ -355,7 +355,7 @@ class Checkpoints:
         if self._spec.on_failure == "stop" or isinstance(failed, Diverged):
             raise failed
         self._unsaved = failed
-        self._say(f"WARNING: {failed} Training goes on (checkpoint.on_failure: go_on).")
+        self._say(f"WARNING: {failed} Training continues (checkpoint.on_failure: go_on).")
 
     def _wait_for(self, pending: Future[Any]) -> None:
         """Return when it is done; while the writer makes progress, this is not a hang."""
@@ -473,7 +473,7 @@ class Checkpoints:
             if job.is_shared:  # the other processes wait for this report
                 lost = PeerLost(
                     f"Process {self._world.index} could not write its share of the checkpoint of "
-                    f"step {job.step}: {with_place(error)}. Earlier ones are untouched."
+                    f"step {job.step}: {with_place(error)}. Earlier ones are unchanged."
                 )
                 self._writers.gather((lost, shard.layout, own))
             raise
@@ -533,7 +533,7 @@ class Checkpoints:
             raise NotSaved(
                 f"The checkpoint of step {job.step} could not be written to {self._directory}: it "
                 f"needs {in_words(needed)} and {in_words(free)} are free. Earlier ones are "
-                "untouched. Free some, or lower checkpoint.keep."
+                "unchanged. Free some, or lower checkpoint.keep."
             )
 
     def _prune(self, best: int | None) -> None:
@@ -647,7 +647,7 @@ class Checkpoints:
             # They are not renamed: the next attempt must not take this for a new run.
             raise NoCheckpoint(
                 f"None of the {len(found)} checkpoints in {self._directory} can be read. "
-                "Put a good copy back, or begin again with --fresh."
+                "Restore a good copy, or start over with --fresh."
             )
         return None
 
@@ -656,13 +656,13 @@ class Checkpoints:
         if before is not None and now is not None and before != now:
             raise SpecError(
                 f"{checkpoint.path} was trained on {before} rows, and the data set now has {now}. "
-                "Give it the data it began with, or begin again with --fresh."
+                "Give it the data it began with, or start over with --fresh."
             )
         if "sampling" in manifest and manifest["sampling"] != self._facts.get("sampling"):
             raise SpecError(
                 f"{checkpoint.path} was trained on rows that task.sampling chose in another way, "
-                "by other weights, say. Give it the sampling it began with, or begin again with "
-                "--fresh."
+                "for example by other weights. Give it the sampling it began with, or start over "
+                "with --fresh."
             )
 
     def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
@@ -711,5 +711,5 @@ def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
         where = f"{error.filename}, which belongs to it: "  # a record of the steps before it
     return kind_of(error)(
         f"The checkpoint of step {step} could not be written to {directory}: "
-        f"{where}{in_the_way(error)}. Earlier ones are untouched."
+        f"{where}{in_the_way(error)}. Earlier ones are unchanged."
     )

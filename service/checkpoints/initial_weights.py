@@ -88,7 +88,8 @@ def initial_weights(init: InitSpec, model: nn.Module) -> InitialWeights:
     if shapes and init.strict:
         raise SpecError(
             f"init: {source} does not fit the model: {'; '.join(sorted(shapes)[:_MOST_NAMES])}. "
-            "To begin these anew, name them in init.skip, or allow it by init.strict: false."
+            "To draw these from the seed, name them in init.skip, or allow it by init.strict: "
+            "false."
         )
     taken = {
         name: wanted[name]
@@ -103,7 +104,7 @@ def initial_weights(init: InitSpec, model: nn.Module) -> InitialWeights:
         near = did_you_mean(new[0], left) if new and left else "."
         raise SpecError(
             f"init: {source} has no tensor of this model. It has {_some(left)}, and the model has "
-            f"{_some(list(own))}{near} init.rename gives names of there other names here."
+            f"{_some(list(own))}{near} init.rename maps names of the source to names of the model."
         )
     return InitialWeights(source, taken, new, left)
 
@@ -166,7 +167,7 @@ def _read(init: InitSpec) -> tuple[str, dict[str, Tensor]]:
             return str(place), _tensors(place / _WHOLE)
         if place.is_file() or (place.is_dir() and not is_there(place / "run.json")):
             raise SpecError(
-                f"init.from: {place} is no .safetensors file, no run, and no directory of "
+                f"init.from: {place} is not a .safetensors file, a run, or a directory of "
                 f"transformers with {_WHOLE}. Files of pickles (.bin, .pt) are not read: "
                 "save them as safetensors."
             )
@@ -210,7 +211,9 @@ def _require_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = did_you_mean(pattern.rstrip(".*"), names)
-            raise SpecError(f"init.skip: {pattern!r} chooses no tensor, here or there{near or '.'}")
+            raise SpecError(
+                f"init.skip: {pattern!r} matches no tensor of the model or the source{near or '.'}"
+            )
 
 
 def _is_tied_to(taken: Mapping[str, Tensor], name: str, model: nn.Module) -> bool:
@@ -231,8 +234,8 @@ def _require_all(source: str, new: list[str], left: list[str], init: InitSpec) -
     if new and left:
         rename = f", rename by init.rename={{{json.dumps(left[0])}: {json.dumps(new[0])}}}"
     raise SpecError(
-        f"init: {source} is not all of the model: {', and '.join(told)}. Name in init.skip what "
-        f"is not to be taken{rename}, or take whatever fits by init.strict: false."
+        f"init: {source} does not match the model: {', and '.join(told)}. Name in init.skip what "
+        f"to leave out{rename}, or load only what fits by init.strict: false."
     )
 
 

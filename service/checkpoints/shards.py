@@ -273,7 +273,7 @@ def require_finite(shard: Shard) -> None:
 def _diverged(shard: Shard, what: str) -> Diverged:
     return Diverged(
         f"After step {shard.rest['step']}, {what} is not finite, so the state is not saved; "
-        "earlier checkpoints are as they were. Look at train/grad_norm before it, lower "
+        "earlier checkpoints are unchanged. Look at train/grad_norm before it, lower "
         "optimizer.lr or set max_grad_norm."
     )
 

@@ -315,7 +315,7 @@ def _how_to_rename(missing: list[str], strange: list[str]) -> str:
     if not (missing and strange):
         return ""
     return (
-        " If it was renamed, say so: "
+        " If it was renamed, add "
         f"checkpoint.rename={{{json.dumps(strange[0])}: {json.dumps(missing[0])}}}; the name of a "
         "module renames all that is in it."
     )
@@ -478,7 +478,7 @@ def _load_groups(
             raise SpecError(
                 f"The checkpoint {directory} was made with other parameter groups: "
                 f"{members[0]!r} shared its settings with other parameters than now. "
-                "Group them as they were, or begin again with --fresh."
+                "Group them as they were, or start over with --fresh."
             )
         group |= groups[number][1]
 

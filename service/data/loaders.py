@@ -89,13 +89,14 @@ def sampling_of_sampler(sampler: Any, *, rows: int) -> Sampling | None:
         if sampler.num_samples != rows:
             raise SpecError(
                 f"task.sampling: a WeightedRandomSampler of {sampler.num_samples:,} draws an epoch "
-                f"over {rows:,} rows cannot be used: an epoch is as many rows as there are. Write "
+                f"over {rows:,} rows cannot be used: an epoch has as many rows as the data set. "
+                "Write "
                 "sampling=weighted(weights), and give length.steps or length.epochs accordingly."
             )
         return weighted(sampler.weights)
     raise SpecError(
-        f"task.sampling: a {type(sampler).__name__} cannot be used: which rows come is a function "
-        "of the seed and the step. Write sampling=weighted(weights), balanced(labels), "
+        f"task.sampling: a {type(sampler).__name__} cannot be used: which rows are read is a "
+        "function of the seed and the step. Write sampling=weighted(weights), balanced(labels), "
         "proportions({...}) or stages({...}) of service.task; or leave it out to shuffle."
     )
 

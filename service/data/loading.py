@@ -432,7 +432,9 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
     try:
         return joined([parted(value) for _, value in _collated(reader, orders, plan, world)])
     except (RuntimeError, TypeError) as error:
-        raise DataBroken(f"loader.in_memory: the rows make no tensors: {error}") from error
+        raise DataBroken(
+            f"loader.in_memory: the rows cannot be converted to tensors: {error}"
+        ) from error
 
 
 def _require_room(reader: _Reader, rows: int) -> None:

@@ -178,7 +178,7 @@ def _part(name: str, given: object, batch: Batch, context: StepContext) -> LossP
     if context.training and not loss.sum.requires_grad:
         raise SpecError(
             f"{where} has no gradient: it does not depend on a parameter that is trained, or was "
-            "detached. A value that is only to be seen is logged by context.log."
+            "detached. To only log a value, use context.log."
         )
     wide = loss.sum if loss.sum.dtype.itemsize >= 4 else loss.sum.float()
     if loss.kind == "each":
@@ -273,7 +273,7 @@ def _weight(weight: object, where: str) -> Tensor | float:
         if value < 0 or not math.isfinite(value):
             raise SpecError(f"{where} must be a finite number from 0 up, but is {value}.")
     elif value.requires_grad:
-        raise SpecError(f"{where} has a gradient. What divides a sum is a count: detach it.")
+        raise SpecError(f"{where} has a gradient. The divisor of a sum is a count: detach it.")
     return value
 
 

@@ -47,8 +47,9 @@ class Stream:
         """
         if hasattr(data, "__next__"):
             raise SpecError(
-                f"task: the training data is a {type(data).__name__}, which can be read once only. "
-                "Give an object whose __iter__ begins anew, so that a run can go on and resume."
+                f"task: the training data is a {type(data).__name__}, which can be read only "
+                "once. Give an object whose __iter__ starts again from the beginning, so that a "
+                "run can continue and resume."
             )
         if getattr(data, "batch_size", None) is not None and hasattr(data, "dataset"):
             raise SpecError(
@@ -112,8 +113,8 @@ class Stream:
         """
         if self.mode == "split" and len(places) != self._of:
             raise SpecError(
-                f"loader.stream: split among {len(places)} processes so far, and that cannot "
-                f"be taken up by {self._of}. Use {len(places)} processes, or loader.stream=whole "
+                f"loader.stream: split among {len(places)} processes so far, and this cannot be "
+                f"continued by {self._of}. Use {len(places)} processes, or loader.stream=whole "
                 "from the beginning."
             )
         place = places[index] if self.mode == "split" else places[0]
@@ -209,7 +210,7 @@ def _pieces(value: Any) -> Iterator[bytes]:
 def _divided(data: Any, index: int, of: int) -> Any:
     if not hasattr(data, "shard"):
         raise SpecError(
-            f"loader.stream: split needs a stream that divides itself; {type(data).__name__} has "
+            f"loader.stream: split needs a stream that can be split; {type(data).__name__} has "
             "no shard(num_shards=, index=). Use loader.stream=whole."
         )
     return data.shard(num_shards=of, index=index)

@@ -345,7 +345,8 @@ def new_model(task: Task) -> nn.Module:
             raise
         if isinstance(task.model, nn.Module):  # which is called when it should be made
             raise SpecError(
-                f"task.model: must make a new model, but is one: a {type(task.model).__name__}. "
+                "task.model: must be a function that makes a new model, but is a model: a "
+                f"{type(task.model).__name__}. "
                 "Write model=lambda: ..., so that each process and each test makes its own."
             ) from error
         raise SpecError(f"task.model: raised {with_place(error)}") from error
@@ -667,7 +668,7 @@ def sampling_of(task: Any) -> Sampling | None:
         return None
     if task.train_rows is None:
         raise SpecError(
-            "task.sampling: the training data is a stream, whose rows come as they come. Leave "
+            "task.sampling: the training data is a stream, whose rows cannot be chosen. Leave "
             "sampling out, or give a data set with __len__ and __getitem__."
         )
     if isinstance(asked, Sampler):

@@ -225,9 +225,8 @@ def _behaviour(name: str, layer: _BatchNorm, mode: Mode, world: World) -> type[_
         return _MicroAround if writes_own else _Micro
     if mode == "sync" and writes_own:
         raise SpecError(
-            f"model.batchnorm: sync cannot see into the layer {name} of class "
-            f"{type(layer).__qualname__}, which has a forward pass of its own. "
-            "Use batchnorm: micro."
+            f"model.batchnorm: sync cannot be used with the layer {name} of class "
+            f"{type(layer).__qualname__}, which has its own forward pass. Use batchnorm: micro."
         )
     return _Sync if mode == "sync" and world.processes > 1 else None
 

@@ -96,7 +96,7 @@ def _plain_array(value: Any, blobs: list[bytes]) -> Any:
         form = "array" if isinstance(value, np.ndarray) else "scalar"
         return {_MARK: [form, [value.dtype.str, list(value.shape)]]}
     raise TypeError(
-        f"{type(value).__name__}: it cannot travel between processes: only numbers, text, bytes, "
+        f"{type(value).__name__}: it cannot be sent between processes: only numbers, text, bytes, "
         "tensors, arrays, and tuples, lists, sets and mappings of them can"
     )
 

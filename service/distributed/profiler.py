@@ -106,7 +106,10 @@ class Profile:
                 try:
                     self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
                 except OSError as error:  # a full disk takes the trace, and not the run
-                    self._say(f"WARNING: the trace is lost: {told_of(self._directory, error)}")
+                    self._say(
+                        "WARNING: the trace could not be written: "
+                        f"{told_of(self._directory, error)}"
+                    )
 
     def _write(self, trace: Any, begun: Sequence[int], seconds: dict[Any, float]) -> None:
         make_directory(self._directory)

@@ -131,8 +131,8 @@ class StragglerDetector:
         if self._slow_for == _SAID_AFTER and not self._said:
             self._said = True
             self._say(
-                f"Rank {rank} on {self._hosts[rank]} keeps the others waiting: its forward passes "
-                f"and their data take {ratio:.1f} times as long, {lost * 1e3:.3g} ms of every "
+                f"Rank {rank} on {self._hosts[rank]} is a straggler: its forward passes and their "
+                f"data take {ratio:.1f} times as long, {lost * 1e3:.3g} ms of every "
                 "step. system/slowest_rank in the record follows it; --profile START:STEPS shows "
                 "where its time goes."
             )

@@ -60,7 +60,7 @@ _BACKEND_ADVICE = (
     ),
     (
         "Duplicate GPU",
-        "Two processes compute on one GPU, or on two slices of one: give each a GPU of its own "
+        "Two processes compute on one GPU, or on two slices of one: give each its own GPU "
         "(CUDA_VISIBLE_DEVICES), or start fewer processes.",
     ),
 )
@@ -398,7 +398,7 @@ def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
         return None
     return PeerLost(
         f"The processes of this job did not connect to each other within {CONNECT_SECONDS:g} s "
-        f"({str(error).splitlines()[0]}). One of them is gone, or somebody else has changed the "
+        f"({str(error).splitlines()[0]}). One of them is gone, or another program has changed the "
         "addresses in their store: docs/explanation/reliability.md says who must not reach it."
     )
 

@@ -316,14 +316,15 @@ class Hooks:
         first, _, trace = failure.partition("\n")
         told = failure if trace != self._last_failure else f"{first} (as before)"
         self._last_failure = trace
-        self._say(f"WARNING: {told}\nThe run goes on (faults.on_hook_failure: go_on).")
+        self._say(f"WARNING: {told}\nThe run continues (faults.on_hook_failure: go_on).")
 
 
 def failed(failure: str, *, saved: bool) -> HookFailed:
     """The error that ends the run for a hook; `saved` is whether the steps so far are."""
-    told = "The state is saved: it goes on after this step." if saved else "No step is lost."
+    told = "The state is saved: it continues after this step." if saved else "No step is lost."
     return HookFailed(
-        f"{failure}\nThe run ends for it (faults.on_hook_failure: stop). Correct the hook, or set "
+        f"{failure}\nThe run ends because of it (faults.on_hook_failure: stop). Correct the hook, "
+        "or set "
         f"go_on, and run the same command again. {told}"
     )
 

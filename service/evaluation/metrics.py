@@ -193,9 +193,9 @@ def _numbers(name: str, value: Any, metric: Any) -> dict[str, float]:
     else:
         return {name: float(value)}
     raise SpecError(
-        f"task.measures: {name.removeprefix('test/')} must come to numbers: one, or a vector or a "
+        f"task.measures: {name.removeprefix('test/')} must give numbers: one, or a vector or a "
         f"mapping of them; but {type(metric).__name__} gives {kind}. Average it, such as by "
-        "average='macro', or measure its parts by themselves."
+        "average='macro', or measure its parts separately."
     )
 
 

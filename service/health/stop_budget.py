@@ -46,7 +46,7 @@ class StopTime:
     def words(self) -> str:
         return (
             f"{_rounded(self.seconds)} s (two saves of {self.save_seconds:.2g} s, {self.how}, and "
-            f"{LEAVING_SECONDS:g} s to leave)"
+            f"{LEAVING_SECONDS:g} s to exit)"
         )
 
     def too_long_for(self, grace: GracePeriod) -> str | None:

@@ -297,12 +297,13 @@ def _told(behind: dict[str, Any], rank: int, standing: float) -> str:
         where += f", {WORDS[behind['work']]}"
     if behind.get("silent"):
         return (
-            f"{who} has not answered for {standing:.0f} s while the others waited: it is stopped, "
-            f"or holds Python's lock, or its machine is gone. It was last seen {where}."
+            f"{who} has not answered for {standing:.0f} s while the others waited: it is "
+            "suspended, or holds the GIL, or its machine is gone. It was last seen "
+            f"{where}."
         )
     # A rank that failed has no line: its error message is the reason.
     what = behind.get("line") or behind.get("message", "it has failed")
-    return f"{who} has stood still for {standing:.0f} s {where}: {what}."
+    return f"{who} has made no progress for {standing:.0f} s {where}: {what}."
 
 
 def _line_of(frame: FrameType, *, on_device: bool = False) -> tuple[str, bool]:

@@ -98,7 +98,7 @@ class BackgroundWriter(Writer):
         except Exception as error:
             message = " ".join(str(error).split())[:200]
             self._error = f"{type(error).__name__}: {message}"
-            self._say(f"{self._name} stopped: {self._error}. The training goes on without it.")
+            self._say(f"{self._name} stopped: {self._error}. Training continues without it.")
 
     def _catch_up(self, backend: TrackerBackend) -> None:
         """Send the rows that earlier attempts could not send."""

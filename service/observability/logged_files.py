@@ -45,7 +45,7 @@ def require_name(name: object) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"what a hook logs is named by letters, digits and _ . - /, but one is named {name!r}"
+            f"a name that a hook logs consists of letters, digits and _ . - /, but one is {name!r}"
         )
     return name
 

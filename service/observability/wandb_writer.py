@@ -170,7 +170,7 @@ class WandB(Writer):
             if not self._given_up:
                 self._trouble = _one_line(error)
             if not self._closing:
-                self._say(f"W&B stopped: {self._trouble}. The training goes on without it.")
+                self._say(f"W&B stopped: {self._trouble}. Training continues without it.")
         finally:
             self._leave()
 
@@ -286,7 +286,7 @@ class WandB(Writer):
             try:
                 self._refer_to_checkpoints(run)
             except Exception as error:
-                self._say(f"W&B did not take the checkpoints: {_one_line(error)}.")
+                self._say(f"W&B did not accept the checkpoints: {_one_line(error)}.")
         run.summary["outcome"] = outcome
         exit_code = {"done": 0, "stopped": 75, "failed": 1}[outcome]
         if outcome == "stopped" and self.stop_requested:

@@ -47,7 +47,7 @@ def checkpoint_activations(model: nn.Module, spec: ActivationCheckpointingSpec |
     if not chosen:
         shown = [name for name, module in model.named_modules() if name and _has_forward(module)]
         raise SpecError(
-            f"{_WHERE}: {spec.match!r} chooses no module. The model has "
+            f"{_WHERE}: {spec.match!r} matches no module. The model has "
             f"{', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}."
         )
     kinds: dict[type, type] = {}
@@ -56,7 +56,7 @@ def checkpoint_activations(model: nn.Module, spec: ActivationCheckpointingSpec |
         if isinstance(module, _BatchNorm | torch.jit.ScriptModule):
             raise SpecError(
                 f"{_WHERE}: {spec.match!r} chooses {name} of class {kind.__qualname__}, which "
-                "cannot be computed twice. Choose the block that it is in."
+                "cannot be recomputed. Choose the block that contains it."
             )
         if not issubclass(kind, _Checkpointed):
             members = {"__module__": __name__}
@@ -80,8 +80,8 @@ def require_still_buffers(
     found = [name for name in [*moving.kept, *moving.reshaped] if name.startswith(inside)]
     if found:
         raise SpecError(
-            f"{_WHERE}: the buffer {found[0]} changes in the forward pass, and a module that is "
-            "computed twice would change it twice. Choose modules without it."
+            f"{_WHERE}: the buffer {found[0]} changes in the forward pass, and recomputing the "
+            "module would change it twice. Choose modules without it."
         )
 
 

@@ -122,14 +122,14 @@ def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
             "local": "are each process's own: they drift apart on several processes",
         }[rule]
         lines.append(
-            f"Buffers that move in training: {_listed(moving.kept)}. They {what} "
+            f"Buffers that change in training: {_listed(moving.kept)}. They {what} "
             f"(model.buffers: {rule})."
         )
     unsaved = [n for n in moving.kept if n not in model.state_dict(keep_vars=True)]
     if unsaved:
         lines.append(
-            f"WARNING: {_listed(unsaved)} moves in training and is not saved (persistent=False): "
-            "a run that resumes begins with its first value again."
+            f"WARNING: {_listed(unsaved)} changes in training and is not saved (persistent=False): "
+            "a resumed run starts with its initial value again."
         )
     if moving.reshaped:
         lines.append(

@@ -94,7 +94,8 @@ def cost_of_fp32(name: str) -> str | None:
     told = {precision: f"{value / 1e12:g}" for precision, value in sold.items() if value}
     tf32 = f"{told['tf32']} in tf32, " if "tf32" in told else ""
     return (
-        f"model.precision: fp32 (TF32 is off): this device is sold for {told['fp32']} TFLOP/s of "
+        f"model.precision: fp32 (TF32 is off): the nominal peak of this device is {told['fp32']} "
+        "TFLOP/s of "
         f"float32 products, {tf32}{told['bf16']} in bf16."
     )
 

@@ -269,5 +269,5 @@ def _made(spec: CustomScheduleSpec, optimizer: torch.optim.Optimizer) -> LRSched
     except Exception as error:  # whatever the user's own scheduler raises is for the user to read
         raise SpecError(f"schedule: {spec.name} says: {type(error).__name__}: {error}") from error
     if not isinstance(made, LRScheduler):
-        raise SpecError(f"schedule.name: {spec.name} gives no LRScheduler of torch's.")
+        raise SpecError(f"schedule.name: {spec.name} does not give an LRScheduler of torch.")
     return made

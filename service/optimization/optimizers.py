@@ -251,8 +251,8 @@ def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> 
     for number, (pattern, found) in enumerate(zip(patterns, chosen, strict=True)):
         if not found:
             raise SpecError(
-                f"{where}.groups.{number}.match: {pattern.match!r} chooses no parameter "
-                f"that an earlier group has not. There {_listed(names, verb=('is', 'are'))}."
+                f"{where}.groups.{number}.match: {pattern.match!r} matches no parameter that is "
+                f"not in an earlier group already. There {_listed(names, verb=('is', 'are'))}."
             )
     return chosen
 
@@ -276,7 +276,7 @@ def layer_of_parameter(model: nn.Module) -> dict[str, int]:
 def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
     """Names of the parameters without weight decay, by `no_decay`."""
     if spec.no_decay and "weight_decay" not in _signature(optimizer_class(spec.name)):
-        raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay to spare them.")
+        raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay.")
     spared = set()
     if "bias" in spec.no_decay:
         spared |= {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"}
@@ -302,7 +302,7 @@ def _for_companion(model: nn.Module, spec: OptimizerSpec, names: Sequence[str]) 
     given: tuple[str, ...] = getattr(spec, "companion_takes", ())
     for pattern in given:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise SpecError(f"optimizer.companion_takes: {pattern!r} chooses no parameter.")
+            raise SpecError(f"optimizer.companion_takes: {pattern!r} matches no parameter.")
     return [n for n in names if not can(n) or any(fnmatchcase(n, pattern) for pattern in given)]
 
 
@@ -348,7 +348,7 @@ def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many
         return
     by = "exactness: bitwise" if spec.exactness == "bitwise" else f"several processes on {device}"
     raise SpecError(
-        f"task: the gradients of {_listed(sparse)} sparse, and {by} can add up dense ones alone. "
+        f"task: the gradients of {_listed(sparse)} sparse, and {by} can sum only dense ones. "
         "Make the embeddings with sparse=False, or train in one process or on CPUs."
     )
 
@@ -378,8 +378,8 @@ def make_optimizer(
         companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
         if needs_closure(optimizer_class(companion.name)):
             raise SpecError(
-                f"optimizer.companion.name: {companion.name} evaluates a step several times, and "
-                "so it trains alone. Use another, such as adamw."
+                f"optimizer.companion.name: {companion.name} evaluates a step several times, so "
+                "it cannot be a companion. Use another, such as adamw."
             )
         made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
     return made[0] if len(made) == 1 else Together(made)
@@ -396,8 +396,9 @@ def _made(
     make = optimizer_class(spec.name)
     if needs_closure(make) and len(groups) > 1 and not getattr(make, "takes_groups", False):
         raise SpecError(
-            f"{where}.groups: {make.__name__} moves all parameters along one line, so it takes "
-            "one group only. Freeze the others, or leave out groups, no_decay and layer_decay."
+            f"{where}.groups: {make.__name__} moves all parameters along one search direction, so "
+            "it takes only one group. Freeze the others, or leave out groups, no_decay and "
+            "layer_decay."
         )
     trained: list[dict[str, Any]] = []
     for group in groups:
@@ -620,8 +621,7 @@ def require_its_loss(optimizer: torch.optim.Optimizer, spec: Spec) -> None:
     name = type(optimizer).__name__
     if spec.max_grad_norm is not None:
         raise SpecError(
-            f"max_grad_norm: {name} compares losses along the gradient; a clipped one is not "
-            "theirs. Leave it out."
+            f"max_grad_norm: {name} compares losses along the unclipped gradient. Leave it out."
         )
     if spec.model.precision == "fp16":
         raise SpecError(f"model.precision: {name} cannot work with scaled losses; use bf16.")

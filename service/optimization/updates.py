@@ -263,7 +263,7 @@ class Updates:
                 raise Diverged(
                     f"The gradients are not finite at any scale (it fell to {scale:.3g} by step "
                     f"{state.step}): this is not fp16's range. Try model.precision=bf16, or look "
-                    "for what has no gradient at 0 (a square root, a logarithm, a norm)."
+                    "for an operation without a gradient at 0 (a square root, a logarithm, a norm)."
                 )
         return reading
 
@@ -301,7 +301,7 @@ class Updates:
         )
         text = f"The loss is not finite at step {step} ({told})."
         if len({fault.micro_batch for fault in here}) == self._plan.micro_batches > 1:
-            text += " It is so in every micro-batch: the weights were spoilt in the step before."
+            text += " It is so in every micro-batch: the weights became invalid in the step before."
         return text
 
     def _rows(self, fault: _Fault) -> str:
@@ -367,5 +367,5 @@ def _require_skippable(
     if asked and normalization.layers and normalization.mode != "micro":
         raise SpecError(
             f"{what} needs model.batchnorm: micro. In {normalization.mode} the running statistics "
-            "move in the forward pass, before anybody knows whether the step will be skipped."
+            "move in the forward pass, before it is known whether the step will be skipped."
         )

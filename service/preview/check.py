@@ -314,11 +314,11 @@ def _require_equal(state: TrainState, read: TrainState) -> None:
     ]
     if changed:
         raise SpecError(
-            f"task.model: {', '.join(changed[:8])} did not come back from a checkpoint as it was. "
+            f"task.model: {', '.join(changed[:8])} was not restored unchanged from a checkpoint. "
             "What a model trains must be parameters or buffers of its state_dict()."
         )
     if _bytes(_optimizer_tensors(state)) != _bytes(_optimizer_tensors(read)):
-        raise EvenstepError("The optimizer's state did not come back from a checkpoint as it was.")
+        raise EvenstepError("The optimizer's state was not restored unchanged from a checkpoint.")
 
 
 def _optimizer_tensors(state: TrainState) -> list[Any]:

@@ -142,7 +142,7 @@ def _rows(plan: Plan) -> str:
 def _micro_batch(plan: Plan) -> str:
     if plan.spec.batch.micro_batch != "auto":
         return f"{plan.micro_batch} rows"
-    return f"{plan.micro_batch} rows if so many fit in memory: the run finds out when it is begun"
+    return f"{plan.micro_batch} rows if they fit in memory: the run tries it when it starts"
 
 
 def _waiting(spec: Spec) -> list[tuple[str, str]]:

@@ -281,12 +281,14 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     directory = checkpoint.path
     try:
         if directory.is_symlink() or not directory.is_dir():
-            return "it is no directory of its own, but a link or a file"
+            return "it is not a directory, but a link or a file"
         manifest = _manifest_of(directory, checkpoint.step)
         files = manifest["files"]
         strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
         if strangers:  # hidden ones come by themselves, from NFS or a file browser
-            return f"it holds what no checkpoint holds: {', '.join(sorted(strangers)[:3])!r}"
+            return (
+                f"it holds files that are not of a checkpoint: {', '.join(sorted(strangers)[:3])!r}"
+            )
         parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
         # A hash leaves the interpreter alone: two cores take half as long as one.
         with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
@@ -352,7 +354,7 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
         named = sorted(files) if isinstance(files, dict) else files
         raise _Damaged(f"{MANIFEST} names the files {str(named)[:200]}")
     if manifest.get("step") != step:
-        raise _Damaged(f"it is of step {manifest.get('step')!r}, and not of the step in its name")
+        raise _Damaged(f"it is of step {manifest.get('step')!r}, not of the step in its name")
     return manifest
 
 
@@ -377,7 +379,7 @@ def _parts_of(
     except (TypeError, ValueError):
         whole = None
     if whole != told.get("sha256"):
-        raise _Damaged(f"{MANIFEST} has two words for the content of {path.name}")
+        raise _Damaged(f"{MANIFEST} has two hashes for the content of {path.name}")
     yield from zip(parts_of(path.name, size, part_bytes), digests, strict=True)
 
 
@@ -431,7 +433,9 @@ def _header_of(path: Path) -> tuple[list[Entry], int]:
         (_entry(name, value, path) for name, value in told.items()), key=lambda pair: pair[1]
     ):
         if span != (at, at + entry.size_bytes):
-            raise _Damaged(f"{path.name}: the bytes of {entry.name!r:.100} are not where they go")
+            raise _Damaged(
+                f"{path.name}: the bytes of {entry.name!r:.100} are not at their place in the file"
+            )
         entries.append(entry)
         at = span[1]
     if begin + at != size:
@@ -472,12 +476,12 @@ def _object(raw: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _Damaged(f"{name} is not in JSON ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
-        raise _Damaged(f"{name} holds no object")
+        raise _Damaged(f"{name} is not a JSON object")
     return value
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return values

@@ -129,7 +129,7 @@ class RunDirectory:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise SpecError(f"{self.facts} is not a run of this version of evenstep.")
         if not _is_whole(facts):
-            raise SpecError(f"{self.facts} is damaged. Put a good copy back, or use --fresh.")
+            raise SpecError(f"{self.facts} is damaged. Restore a good copy, or use --fresh.")
         return facts
 
     def read_spec(self, overrides: Iterable[Override] = ()) -> Spec:
@@ -271,8 +271,8 @@ class OpenRun:
             if had_saved or attempt["from_step"]:
                 raise NoCheckpoint(
                     f"There is no checkpoint in {self.directory.checkpoints}, but the run had one "
-                    f"at step {attempt['to_step'] if had_saved else attempt['from_step']}. Put it "
-                    "back, or begin again with --fresh."
+                    f"at step {attempt['to_step'] if had_saved else attempt['from_step']}. "
+                    "Restore it, or start over with --fresh."
                 )
 
     def enter_done(self) -> None:
@@ -530,7 +530,7 @@ def require_no_secret(spec: Spec) -> None:
     pods |= spec.slurm.env if spec.slurm else {}
     for place, value in _texts(spec.model_dump(mode="json")):
         if is_secret(value, os.environ | pods):
-            better = "Let the task take it from the environment."
+            better = "Let the task read it from the environment."
             if place.startswith("kubernetes."):
                 better = (
                     "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
@@ -539,12 +539,12 @@ def require_no_secret(spec: Spec) -> None:
                 )
             if place.startswith("slurm."):
                 better = (
-                    "sbatch hands on what is set where the job is submitted; or keep it in a file "
-                    "that you alone can read, such as WANDB_API_KEY_FILE names."
+                    "sbatch passes on the environment in which the job is submitted; or keep it in "
+                    "a file that only you can read, such as WANDB_API_KEY_FILE names."
                 )
             raise SpecError(
-                f"{place} holds a secret, which spec.yaml would keep for everybody who reads the "
-                f"run. {better}"
+                f"{place} holds a secret, and spec.yaml would show it to everybody who can read "
+                f"the run. {better}"
             )
 
 
@@ -586,8 +586,8 @@ def _require_no_link(directory: RunDirectory) -> None:
     for part in (*parts, directory.wandb):
         if part.is_symlink():
             raise SpecError(
-                f"{part} is a link, and a run is not written through links. Put what it leads to "
-                "in its place, or the whole run elsewhere with --runs."
+                f"{part} is a link, and a run is not written through links. Replace it by what it "
+                "points to, or move the whole run elsewhere with --runs."
             )
 
 
@@ -631,7 +631,7 @@ def _claim(lock: IO[str], directory: RunDirectory) -> None:
         lock.close()
         raise SpecError(
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
-            "to begin a second run of this spec, give it a --name of its own."
+            "to begin a second run of this spec, give it its own --name."
         )
 
 
@@ -679,8 +679,8 @@ def _taken_up(
     fixed = told_of_fixed(found, held)
     if fixed:
         raise SpecError(
-            f"{directory.path} cannot be changed in this:{fixed}\n"
-            "Give a new run a --name of its own, or begin again with --fresh."
+            f"{directory.path} does not allow these changes:{fixed}\n"
+            "Give a new run its own --name, or start over with --fresh."
         )
     return facts, found
 
@@ -699,9 +699,9 @@ def _unasked_in_words(
     first = unasked[0]
     how = "name these keys too" if asked else f"change it from here on: --change {first.key}=..."
     return (
-        f"{directory.path} was begun with another spec{since}:{told_of_lines(unasked)}\n"
-        f"Go on with the old values; or {how}, or --accept-changes for all that is said now; or "
-        "give this run a --name of its own; or begin again with --fresh."
+        f"{directory.path} was started with another spec{since}:{told_of_lines(unasked)}\n"
+        f"Continue with the old values; or {how}, or --accept-changes for all of them; or "
+        "give this run its own --name; or start over with --fresh."
     )
 
 

@@ -125,6 +125,6 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, bool]]:
 def _require_short(path: Path, line_bytes: int) -> None:
     if line_bytes > LONGEST_LINE_BYTES:
         raise WillFailAgain(
-            f"{path}: a line has more than {LONGEST_LINE_BYTES:,} bytes, so this is no file of a "
-            "run. Put a good copy back, or start the run anew with --fresh."
+            f"{path}: a line has more than {LONGEST_LINE_BYTES:,} bytes, so this is not a file of "
+            "a run. Restore a good copy, or start over with --fresh."
         )

@@ -201,5 +201,5 @@ def _is_step(value: float) -> bool:
 def _no_row(path: Path, place: str, line: bytes) -> WillFailAgain:
     return WillFailAgain(
         f"{path}:{place}: this line is not a row of metrics: {line[:60]!r}. "
-        "Remove the line, or start the run anew with --fresh."
+        "Remove the line, or start over with --fresh."
     )

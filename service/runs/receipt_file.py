@@ -192,9 +192,8 @@ def _checked(block: Block, path: Path) -> list[dict[str, Any]]:
     for number, value in enumerate(block.values):
         if not _is_line(value):
             raise WillFailAgain(
-                f"{path}:{block.first + number}: this line is not of a receipt: "
-                f"{block.lines[number][:60]!r}. Remove the line, or start the run anew with "
-                "--fresh."
+                f"{path}:{block.first + number}: this line is not a row of a receipt: "
+                f"{block.lines[number][:60]!r}. Remove the line, or start over with --fresh."
             )
     return block.values
 

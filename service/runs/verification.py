@@ -62,7 +62,7 @@ def _rows(a: RunDirectory, b: RunDirectory) -> Compared:
     other = first[in_a] != second[in_b]
     if other.any():
         step = int(common[other.argmax()])
-        return Compared(False, [f"rows: step {step} is the first that consumed other rows"])
+        return Compared(False, [f"rows: step {step} is the first with different rows"])
     return Compared(True, [f"rows: the same in {_told(common)}"])
 
 

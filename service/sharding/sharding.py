@@ -65,7 +65,7 @@ def units_of(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, nn.Mod
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in chosen):
             raise SpecError(
-                f"exchange.units: {pattern!r} chooses no module that has parameters and is in no "
+                f"exchange.units: {pattern!r} matches no module that has parameters and is in no "
                 "other unit."
             )
     return chosen
@@ -111,8 +111,8 @@ def parameters_by_unit(
             )
         if not parameter.is_contiguous():
             raise SpecError(
-                f"exchange.mode: sharded splits parameters by rows, and those of {name} do not lie "
-                "one after the other. Make it contiguous()."
+                f"exchange.mode: sharded splits parameters by rows, and those of {name} are not "
+                "contiguous in memory. Make it contiguous()."
             )
         if first[0] == name:
             found[unit][name] = parameter
@@ -490,7 +490,7 @@ def told_as_used_outside(model: nn.Module) -> Iterator[None]:
         raise SpecError(
             f"exchange.mode: sharded: the parameter {', '.join(names) or 'of a unit'} is used "
             "outside the forward pass of its unit, where this process has only some of its rows. "
-            "Choose units by exchange.units so that whoever uses it is in the same one."
+            "Choose units by exchange.units so that the module that uses it is in the same unit."
         ) from error
 
 

@@ -60,7 +60,7 @@ class Attempt:
                 self.say(
                     f"WARNING: the task's code has changed since the last attempt of this run: "
                     f"{', '.join(changed[:8])}. The steps up to {step} were taken with the old "
-                    "code. To begin anew with the new one, use --fresh or another --name."
+                    "code. To start over with the new code, use --fresh or another --name."
                 )
             opened.enter_changes(self.plan.spec, step=step)
             opened.start_attempt(
@@ -100,7 +100,7 @@ class Attempt:
         except EvenstepError as error:
             what = "The run is done and saved" if outcome == "done" else f"This attempt {outcome}"
             unentered = type(error)(
-                f"{error} {what}; the same command, run again, enters it there."
+                f"{error} {what}; run the same command again to record it there."
             )
             if outcome != "done":
                 print(f"WARNING: {unentered}", file=sys.stderr, flush=True)
@@ -291,4 +291,4 @@ def closing(state: TrainState, last: dict[str, float], directory: RunDirectory) 
     if state.early_stopping is not None and state.ended_early:
         waited = state.early_stopping
         line += f" Ended early: {waited.spec.measure} did not improve in {waited.waited} tests."
-    return f"{line} All of it is in {directory.path}"
+    return f"{line} Everything is in {directory.path}"

@@ -74,7 +74,7 @@ def settled(
         spec, task=task, world=world, processes=world.processes, memory_bytes=memory
     )
     if world.is_lead:
-        say(f"batch.micro_batch: auto comes to {rows} rows, for all of this run.")
+        say(f"batch.micro_batch: auto found {rows} rows, for all of this run.")
     return with_micro_batch(spec, rows)
 
 

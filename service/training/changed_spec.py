@@ -68,8 +68,8 @@ def require_something_left(state: TrainState, plan: Plan, changes: Sequence[Chan
         return
     if state.ended_early and state.step < plan.steps:
         raise SpecError(
-            f"The run has ended early, after step {state.step:,}: a change of anything else would "
-            "change nothing. Raise early_stopping.patience, or remove it by early_stopping=."
+            f"The run has ended early, after step {state.step:,}: any other change would have no "
+            "effect. Raise early_stopping.patience, or remove it by early_stopping=."
         )
     if state.step >= plan.steps:
         key = "length.steps" if plan.spec.length.steps is not None else "length.epochs"

@@ -181,7 +181,7 @@ def nothing_to_do(state: TrainState, attempt: Attempt) -> dict[str, float]:
     """Report that the run was already finished, and record it; no values."""
     attempt.say(
         f"Nothing to do: {attempt.directory.path} is done, after step {state.step:,}. Extend it "
-        "with --change length.epochs=... or length.steps=..., or begin again with --fresh."
+        "with --change length.epochs=... or length.steps=..., or start over with --fresh."
     )
     together(attempt.world, attempt.enter_done)
     return {}
@@ -228,7 +228,7 @@ def carry_out(
         records.close(outcome)
         unentered = attempt.end(outcome, step=state.step)
     if outcome == "stopped":
-        due = "" if state.untested is None else ", in its test, which is then done anew"
+        due = "" if state.untested is None else ", in its test, which is then repeated"
         raise Stopped(
             f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
             f"{attempt.directory.path}. Run the same command again to continue{due}."

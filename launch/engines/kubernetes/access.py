@@ -29,7 +29,7 @@ def access() -> Any:
         from lightkube.core.exceptions import ConfigError
         from msgspec import MsgspecError
     except ImportError as error:
-        raise SpecError("Install evenstep[kubernetes] to speak to a cluster.") from error
+        raise SpecError("Install evenstep[kubernetes] to use a cluster.") from error
     files = _files()
     try:
         if not files and _ACCOUNT.is_dir() and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -52,7 +52,7 @@ def access() -> Any:
 
 def no_way(why: object) -> SpecError:
     return SpecError(
-        f"No way to a cluster: {why}. Set KUBECONFIG to the file that the cluster's "
+        f"No cluster can be reached: {why}. Set KUBECONFIG to the file that the cluster's "
         "administrator gave you, or put it at ~/.kube/config."
     )
 

@@ -63,7 +63,7 @@ class Api:
         try:
             self._client = Client(config, ConnectionParams())
         except (ConfigError, InvalidURL, OSError, ValueError) as error:
-            raise no_way(f"the context {config.context_name} leads nowhere: {error}") from error
+            raise no_way(f"the context {config.context_name} cannot be used: {error}") from error
         self.namespace = namespace or config.namespace or "default"
         self._server = config.cluster.server
         self._say = say
@@ -176,14 +176,16 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
     """What the server said, and what to do about it."""
     message = _status(text).get("message", text)
     if code == 401:
-        return ClusterError("The cluster does not know you (401): sign in again, as for kubectl.")
+        return ClusterError(
+            "The cluster did not accept your credentials (401): sign in again, as for kubectl."
+        )
     if code == 403:
         return ClusterError(f"{message}.{_role(message, namespace)}")
     if code == 404 and _details(text).get("kind") == "namespaces":
-        return SpecError(f"{message}. Set kubernetes.namespace to one that is there.")
+        return SpecError(f"{message}. Set kubernetes.namespace to one that exists.")
     if code == 404:
         return ClusterError(
-            f"The cluster does not know what to do with this ({message or 'not found'}): "
+            f"The cluster does not know this kind of object ({message or 'not found'}): "
             "what the target needs is not installed. Use --target job."
         )
     if code in (400, 409, 422):

@@ -50,8 +50,8 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
             say(f"{kind} {name} is still stopping; waiting until it is gone.")
         elif ending(earlier) is None:
             raise SpecError(
-                f"{kind} {name} is there already and has not ended. Stop it with evenstep "
-                f"kubernetes cancel {name}, or give this run a --name of its own."
+                f"{kind} {name} exists already and has not ended. Stop it with evenstep "
+                f"kubernetes cancel {name}, or give this run its own --name."
             )
         else:
             api.delete(kind, name)
@@ -82,7 +82,7 @@ def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
         else:
             silent_since = None
             if work is None:
-                raise ClusterError(f"{kind} {name} was deleted while it was waited for.")
+                raise ClusterError(f"{kind} {name} was deleted during the wait.")
             end = ending(work)
             if end is not None:
                 return end
@@ -154,7 +154,7 @@ def cancel(api: Api, kind: str, name: str) -> str:
     """
     if not api.delete(kind, name):
         raise _missing(api, kind, name)
-    return f"{name} is stopping with a checkpoint; submit it again to go on."
+    return f"{name} is stopping with a checkpoint; submit it again to continue."
 
 
 def _existing(api: Api, kind: str, name: str) -> dict[str, Any]:
@@ -231,6 +231,6 @@ def _queue(api: Api, work: dict[str, Any]) -> Iterator[str]:
     try:
         found = api.find("Workload", labelSelector=f"{QUEUE_OF}={work['metadata']['uid']}")
     except ClusterError as error:
-        yield f"  no word from the queue: {error}"
+        yield f"  the queue gives no status: {error}"
         return
     yield from (f"  {told}" for told in map(queued, found) if told is not None)

@@ -39,7 +39,7 @@ def write(directory: Path) -> None:
 
 
 def _overlay(place: str, base: dict[str, Manifest], objects: dict[str, Manifest]) -> dict[str, str]:
-    assert base.keys() <= objects.keys(), "an overlay adds to the base and takes nothing away"
+    assert base.keys() <= objects.keys(), "an overlay adds to the base and removes nothing"
     added = {kind: made for kind, made in objects.items() if kind not in base}
     files = {f"{place}/{kind.lower()}.yaml": to_yaml([made]) for kind, made in added.items()}
     patches = []

@@ -115,7 +115,8 @@ def code_beside(spec: Spec) -> dict[str, str]:
         name, key = Path(path).name, ".".join(map(str, steps))
         if paths.setdefault(name, path) != path:
             raise SpecError(
-                f"{key}: {path} and {paths[name]} have one name, and travel in one folder. Give "
+                f"{key}: {path} and {paths[name]} have the same name, and are mounted in one "
+                "folder. Give "
                 "one of them another name."
             )
         found[name] = _code(path, key)

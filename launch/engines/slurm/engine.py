@@ -80,8 +80,8 @@ class Slurm:
         there = jobs_of(place)
         if there:
             raise SpecError(
-                f"Job {there[0].number} of {spec.name} is there already and has not ended. Stop it "
-                f"with evenstep slurm cancel {spec.name}, or give this run a --name of its own."
+                f"Job {there[0].number} of {spec.name} exists already and has not ended. Stop it "
+                f"with evenstep slurm cancel {spec.name}, or give this run its own --name."
             )
         place.mkdir(parents=True, exist_ok=True)
         file = place / "job.sh"
@@ -158,16 +158,16 @@ class Slurm:
         if running:
             # Its script has as long as it needs: scancel itself would kill after KillWait.
             asked("scancel", "--batch", "--signal=USR2", *running)
-            return f"{name} is stopping with a checkpoint; submit it again to go on."
-        return f"{name} is out of the queue; submit it again to go on."
+            return f"{name} is stopping with a checkpoint; submit it again to continue."
+        return f"{name} is out of the queue; submit it again to continue."
 
 
 def _known(runs: Path, name: str) -> Path:
     place = place_of(runs.absolute(), name)
     if not place.is_dir():
         raise SlurmError(
-            f"{name} was never submitted from here: there is no {place}. Give --runs as submit got "
-            "it."
+            f"{name} was never submitted from here: there is no {place}. Give the same --runs as "
+            "to submit."
         )
     return place
 

@@ -98,9 +98,9 @@ def _check(script: Script, asked: SlurmSpec) -> None:
         set_here |= {name: value.strip("'\"") for name, value in _ASSIGNED.findall(line)}
     if any(is_secret(text, set_here) for text in (*asked.prolog, *asked.env.values())):
         raise SpecError(
-            "slurm: what looks like a secret stands in prolog or env, and so in the script. "
-            "sbatch hands on what is set where the job is submitted; or keep it in a file "
-            "that you alone can read."
+            "slurm: prolog or env holds what looks like a secret, and so would the script. "
+            "sbatch passes on the environment in which the job is submitted; or keep it in a file "
+            "that only you can read."
         )
     if " " in str(script.runs) or "%" in str(script.runs):
         raise SpecError(

@@ -24,7 +24,7 @@ _STATES = {
 }
 # Slurm's own words, and what they mean or what to do about them. The first that fits counts.
 _REASONS = {
-    r"Priority": "others are before it in the queue",
+    r"Priority": "other jobs are before it in the queue",
     r"Resources": "it is the next; it starts when enough nodes are free",
     r"BeginTime": "Slurm holds back a job that is queued again for about two minutes",
     r"Dependency|DependencyNeverSatisfied": "it waits for another job (sbatch --dependency)",
