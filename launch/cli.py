@@ -164,7 +164,7 @@ def test(
     place = launched()
     asked = _process_count(processes)
     found = find_run(run)
-    found.read_spec(overrides)  # a mistake is told here, once
+    found.read_spec(overrides)  # a mistake is reported here, once
     job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
     _start(job, place, processes=asked)
 

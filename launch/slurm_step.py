@@ -139,7 +139,7 @@ def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int
     variables = os.environ if variables is None else variables
     folder, task = variables.get("EVENSTEP_EXIT_CODES"), variables.get("SLURM_PROCID", "")
     if folder and task.isdecimal():
-        with suppress(OSError):  # the script takes srun's word then
+        with suppress(OSError):  # the script then uses srun's exit code
             Path(folder, task).write_text(f"{code}\n")
     return code
 
@@ -173,7 +173,7 @@ def _is_task(variables: Mapping[str, str]) -> bool:
 
 def _is_batch_script(task: int) -> bool:
     """Whether Slurm started the process as a job's script, by the title that its keeper has."""
-    with suppress(psutil.Error):  # the keeper is root's, and may be hidden: then it is no sign
+    with suppress(psutil.Error):  # the process is root's and may be hidden
         keeper = psutil.Process(task).parent()
         title = " ".join(keeper.cmdline()) if keeper is not None else ""
         return title.startswith("slurmstepd") and ".batch]" in title

@@ -47,7 +47,7 @@ def _listed(directory: Path) -> int:
     for checkpoint in checkpoints_in(directory):
         damage = damage_of(checkpoint)
         if not os.path.lexists(checkpoint.path):
-            continue  # the run goes on, and has removed it meanwhile
+            continue  # the run continues, and has removed it
         damaged += damage is not None
         told = "  ".join(_columns(checkpoint, damage, best=best_of(directory)))
         click.echo(printable(told))

@@ -483,7 +483,7 @@ def _lock(path: Path) -> Finding:
         except OSError as error:
             fix = "Mount the file system with locks, or choose another directory with --runs."
             return Finding("lock", "failed", f"no file can be locked: {error.strerror}", fix)
-        with suppress(BlockingIOError):  # which is what a lock is for
+        with suppress(BlockingIOError):  # a lock must prevent this
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fix = "Never start one run twice here, or choose another directory with --runs."
             return Finding("lock", "warning", "a lock has no effect here", fix)

@@ -140,4 +140,4 @@ def _with_the_best(chosen: Checkpoint, source: RunDirectory) -> list[Checkpoint]
     try:
         return [chosen, find_checkpoint(source.checkpoints, str(best["step"]))]
     except SpecError:
-        return [chosen]  # the run keeps it no more
+        return [chosen]  # the run has removed it

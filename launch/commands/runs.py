@@ -13,7 +13,7 @@ from service.basics.errors import SpecError, printable
 if TYPE_CHECKING:
     from service.runs.history import History
 
-_WIDEST = 120  # characters of a cell: one run does not draw out the table of all
+_WIDEST = 120  # characters of a cell, so that one run does not widen the whole table
 
 
 @click.command()

@@ -71,7 +71,7 @@ class Engine(Protocol):
         """Stop the job with a checkpoint; what to say of it."""
 
 
-# ---- the words that all of them use
+# ---- texts that all of them use
 
 CODES = {
     0: "done",

@@ -159,7 +159,7 @@ class Membership:
     def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:
         self.lost, self.lost_time = _loss(friend, end), time.time()
         self._gone.set()
-        for other in self.friends:  # they know of each other through node 0 alone
+        for other in self.friends:  # they know each other only through node 0
             other.hang_up()
         when_lost()
 
@@ -226,7 +226,7 @@ class _Hall:
         self._clock = RunningClock()
         self._door, self._events = door, events
         self._most_unknown = _room_for(own.nodes)
-        self._unknown: dict[socket.socket, _Unknown] = {}  # the first to come is the first in it
+        self._unknown: dict[socket.socket, _Unknown] = {}  # ordered by arrival
         self.friends: dict[int, Peer] = {}
         self.strangers = 0
         """How many connections were dropped."""
@@ -251,7 +251,7 @@ class _Hall:
             if key.fileobj is self._door:
                 self._let_in()
             elif isinstance(key.data, Peer):
-                # A friend that waits can say one thing, that it leaves.
+                # A waiting peer can send one thing: that it leaves.
                 self._forget(key.data)
             elif key.fileobj in self._unknown:  # else it was dropped in this very round
                 self._hear(key.data)
@@ -284,7 +284,7 @@ class _Hall:
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._unknown:
                     self._drop(next(iter(self._unknown.values())))
                     continue
-                return  # it went away again
+                return  # it has disconnected
             if len(self._unknown) >= self._most_unknown:
                 self._drop(next(iter(self._unknown.values())))
             connection.setblocking(False)
@@ -332,7 +332,7 @@ class _Hall:
             friend.close()
             self._count(unknown)
             return
-        if other.index in self.friends:  # who comes again has died
+        if other.index in self.friends:  # a node that connects again has restarted
             self._forget(self.friends[other.index])
         self.friends[other.index] = friend
         self._events.register(friend.connection, selectors.EVENT_READ, friend)

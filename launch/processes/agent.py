@@ -47,7 +47,7 @@ PEERS_LEAVE_SECONDS = 5.0
 """After one process has failed the others notice it at once; one that cannot is killed then."""
 _LOOK_SECONDS = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
-_SERVER_LOST = 255  # what multiprocessing says of a process whose fork server is gone
+_SERVER_LOST = 255  # what multiprocessing reports for a process whose fork server is gone
 
 
 class NotStarted(EvenstepError):
@@ -166,7 +166,7 @@ class Agent(SimpleElasticAgent):
             self._shutdown()
             self._worker_group.spec.rdzv_handler.shutdown()
 
-    # ---- what torch's agent would ask of its store, in which a stranger may have written
+    # ---- what torch's agent would ask of its store, which another program may have changed
 
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -191,7 +191,7 @@ class Agent(SimpleElasticAgent):
             except (
                 EOFError,
                 OSError,
-            ) as error:  # the fork server has ended of it
+            ) as error:  # this has ended the fork server
                 raise NotStarted(
                     f"rank {self._first + worker.global_rank} could not be started: this machine "
                     "cannot start another process. Its memory or the number of processes "
@@ -254,7 +254,7 @@ class Agent(SimpleElasticAgent):
             )
         failed = any(rank.ended not in (None, 0, Stopped.exit_code) for rank in self.ranks)
         if failed and not self._failed:
-            # Also while they stop: with one of them gone, the others have nothing to agree on.
+            # Also while they stop: if one is gone, the others cannot agree.
             self._failed = True
             self._deadline = min(now + PEERS_LEAVE_SECONDS, self._deadline or math.inf)
         if self._deadline is not None and now > self._deadline:
@@ -263,7 +263,7 @@ class Agent(SimpleElasticAgent):
                 rank.ended_by_us = True
                 rank.process.kill()
             if now > self._deadline + PEERS_LEAVE_SECONDS:
-                end_server()  # it stands still: it alone can tell that they are gone
+                end_server()  # it makes no progress, and only it can notice that they are gone
 
 
 def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
@@ -312,7 +312,7 @@ def end_strangers() -> None:
     ours = _our_own()
     for process in _children():
         if process not in ours:
-            os.kill(process, signal.SIGKILL)  # a child, reaped by nobody else: it cannot be gone
+            os.kill(process, signal.SIGKILL)  # a child that only we reap: its id is not reused
             _reap(process, 0)
 
 
@@ -322,7 +322,7 @@ def end_server() -> None:
 
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     if server is not None:
-        os.kill(server, signal.SIGKILL)  # a child that nobody reaps here: it cannot be another's
+        os.kill(server, signal.SIGKILL)  # a child, not reaped: its id is not reused
 
 
 def _reap(process: int, options: int) -> None:

@@ -45,7 +45,7 @@ class _Echo:
     def __init__(self, logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> None:
         self._say = say
         self._files = {rank: logs / f"rank-{rank}.log" for rank in ranks}
-        # What is there already is of earlier attempts, whose pods have told it.
+        # What exists already is of earlier attempts, whose pods have reported it.
         self._read = {rank: _size(file) for rank, file in self._files.items()}
 
     def look(self, *, last: bool = False) -> None:

@@ -18,7 +18,7 @@ PROCESS = os.getpid()
 
 if os.environ.get(LAUNCHER, "").isdecimal():
     die_with_parent(int(os.environ[LAUNCHER]))
-    os.setsid()  # what is sent to the launcher's process group reaches the ranks through it alone
-    # A rank starts with them held back, and lets them in where it can hear them.
+    os.setsid()  # signals to the launcher's process group reach the ranks only through it
+    # A rank starts with these signals blocked, and unblocks them when it can handle them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     gc.disable()  # until a rank has all it needs: what is imported stays

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from launch.processes.agent import Agent
 
 STOPPED, PEER_LOST = Stopped.exit_code, PeerLost.exit_code
-# Starting again cannot change these.
+# A restart cannot change these.
 FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
 # Open files of the launcher, or of a process with a connection to each of the others.
 _FILES, _FILES_A_PROCESS = 64, 4
@@ -251,14 +251,14 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     if isinstance(job, TestJob):
         require_reader()
     collect_garbage()
-    # In a session of its own: Ctrl-C on the terminal then reaches it once, from the launcher.
+    # In its own session: Ctrl-C on the terminal then reaches it once, from the launcher.
     os.setsid()
     os.environ.update(environment)
-    # Its data-loader workers are its own children, as under torchrun, and not the fork server's.
+    # Its data-loader workers are its children, as under torchrun, not the fork server's.
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
     place = launched()
     group = getattr(job, "group", None)
-    if group is not None:  # the agent knows this node alone
+    if group is not None:  # the agent knows only this node
         os.environ.update(group.variables(place))
         place = launched()
     assert place is not None, "the agent sets RANK and its kin"
@@ -277,7 +277,7 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
         if place.rank:
             heartbeat.speak_into_log()
         faulthandler.enable(all_threads=True)
-        # That a peer was lost is told by the launcher, after the reason why.
+        # The launcher reports a lost peer, after the reason.
         end = outcome_of(
             lambda: work(job, place, stop=stop, here=here), here=here, silent=(PeerLost,)
         )
@@ -302,7 +302,7 @@ def root_cause(
     """
     own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
     killed = [rank for rank in agent.first_ended if rank.killed_by is not None]
-    # NCCL's watchdog aborts a process whose peer is gone: no other signal comes of a loss.
+    # NCCL's watchdog aborts a process whose peer is gone: a loss causes no other signal.
     killed.sort(key=lambda rank: rank.killed_by == signal.SIGABRT)
     if killed and killed[0].killed_by == signal.SIGABRT:
         before = min((ending.time for ending in own), default=math.inf)

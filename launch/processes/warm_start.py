@@ -36,7 +36,7 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
     """Start what a command line of these `words` will need; in doubt nothing."""
     if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
         return
-    # What is loaded stays: to look for garbage in it meanwhile was a fifth of the time.
+    # Imported objects stay: the garbage collector took a fifth of the time to visit them.
     gc.disable()
     # Read when torch is loaded.  `service.distributed.contention` decides during training when the
     # threads of GNU's OpenMP spin and when they sleep.  It cannot do so for LLVM's and Intel's,
@@ -44,12 +44,12 @@ def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("KMP_BLOCKTIME", "0")
     if any(word.partition("=")[0] == "--profile" for word in words):
-        # So is this: torch's profiler tells stderr of each start.
+        # So is this: torch's profiler writes to stderr at each start.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if starts_processes(words, variables):
         begin_server()
     else:
-        # No daemon: a command that ends in the midst of it waits for it, a moment.
+        # Not a daemon thread: a command that ends meanwhile waits for it briefly.
         threading.Thread(target=_load_libraries, name="torch's libraries").start()
 
 
@@ -114,7 +114,7 @@ def begin_server() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     _begun_with.update(os.environ)
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    # The server holds them back from its first moment on, and so do the ranks, until they hear.
+    # The server blocks them from its start, and so do the ranks until they can handle them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # the server would start it within; it lets signals in

@@ -32,7 +32,7 @@ def leave(code: int) -> NoReturn:
     """
     end_in_time(code)
     atexit._run_exitfuncs()
-    with suppress(OSError):  # who reads it is gone, or its disk is full: the code still counts
+    with suppress(OSError):  # its reader is gone, or its disk is full: the exit code still counts
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
@@ -51,7 +51,7 @@ def end_in_time(code: int) -> None:
     _ending.set()
     heard, hears = os.pipe()
     os.set_blocking(hears, False)
-    # The system's part of a handler writes there, also while the main thread stands in a library.
+    # The C-level signal handler writes there, also while the main thread is in a library.
     signal.set_wakeup_fd(hears, warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -27,7 +27,7 @@ from service.optimization.precision import multiply_in
 # with the interpreter's lock held, and wait there for gloo's threads to end, of which one may wait
 # for that lock to free a tensor. Now and then a run that was stopped hung so.
 _KEPT: list[object] = []
-# By these a process is shown some of the devices of its machine.
+# These variables restrict the devices that a process sees.
 _VISIBLE = (
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
@@ -65,7 +65,7 @@ def process_group(
     accelerator = _accelerator(environment, device, timeout_seconds)
     own = _own(environment, device, accelerator)
     world = World(accelerator, device=own, precision=precision, may_set_threads=free)
-    # Left to itself under torchrun on CPU, accelerate trains every rank alone, and says nothing.
+    # By default, accelerate under torchrun on CPU silently trains every rank alone.
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"
     assert world.device.type == device, "accelerate chose another device"
@@ -173,19 +173,19 @@ def _share_cores(environment: Environment) -> None:
 
 
 def _compute_in_one_order() -> None:
-    # Threads divide a sum among themselves, so their number is in its bits.
+    # Threads divide a sum, so its bits depend on their number.
     torch.set_num_threads(1)
     # cuBLAS reads it when it is loaded, and torch refuses its other ways of working.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # It would write NaN into all new memory first, which helps who reads what nobody wrote.
+    # It would first fill all new memory with NaN, which only helps to find uninitialized reads.
     kept: Any = torch.utils.deterministic  # whose types do not tell its property
     kept.fill_uninitialized_memory = False
 
 
 def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:
     with warnings.catch_warnings():
-        # A notice that it takes the CPU, which is what it was told.
+        # It warns that it uses the CPU, which is what it was asked to do.
         warnings.simplefilter("ignore", UserWarning)
         if not environment.is_alone and not dist.is_initialized():
             _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
@@ -216,7 +216,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
             world_size=environment.world_size,
             timeout=brief if bounded else patience,
         )
-        if backend == "gloo":  # who stands in another's place is silent here
+        if backend == "gloo":  # a process in the place of another does not answer here
             dist.barrier()
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)

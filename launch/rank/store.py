@@ -27,5 +27,5 @@ def own_store(address: str, port: int = 0) -> TCPStore:
         port,
         is_master=True,
         wait_for_workers=False,
-        master_listen_fd=listening.detach(),  # left to itself it listens everywhere
+        master_listen_fd=listening.detach(),  # by default it listens on all interfaces
     )

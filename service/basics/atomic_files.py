@@ -28,10 +28,10 @@ _STANDING_IN_THE_WAY = {
     "Remove the link",
     errno.ENXIO: "a pipe is in its place. Remove it",
 }
-# Temporary errors of the machine or its storage, which say nothing about the file itself.
+# Temporary errors of the machine or its storage, which do not mean that the file is damaged.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
-# Small enough to be in the cache when it is hashed, large enough that a writing thread
-# asks for the interpreter only some hundred times a gigabyte.
+# Small enough to be in the cache when it is hashed, large enough that a writing thread takes the
+# GIL only some hundred times a gigabyte.
 _CHUNK_BYTES = 4 << 20
 _READ_BYTES = 1 << 18  # as hashlib.file_digest reads
 SYNC_BYTES = 64 << 20

@@ -50,5 +50,5 @@ class BackgroundQueue(Generic[T]):
         """Items since the last look (may be none), at intervals; after `end`, the rest at once."""
         ended = False
         while not ended:
-            ended = self._ended.wait(look_seconds)  # asked first: what was left before is found
+            ended = self._ended.wait(look_seconds)  # checked first, so that earlier rows are found
             yield [self._things.popleft() for _ in range(len(self._things))]

@@ -189,7 +189,7 @@ class Checkpoints:
         if not self._spec.asynchronous or expected_bytes is None:
             return
         processes = self._writers_of(expected_bytes)
-        if processes > 1:  # nobody's share is larger by more than a part, and what it cuts in two
+        if processes > 1:  # a share exceeds the mean by at most two parts
             expected_bytes = expected_bytes // processes + 2 * self._part_bytes
         if self._world.index < processes:
             self._reserved = self._writer.submit(self._snapshot.reserve, expected_bytes)
@@ -495,7 +495,7 @@ class Checkpoints:
 
     def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         """Nothing, when the rows that this process holds are on disk."""
-        if not self._world.is_lead:  # who has looked already, before there was a place
+        if not self._world.is_lead:  # rank 0 has checked before it created the directory
             _require_fit(job, shard)
         pieces = shard.pieces(with_heads=self._world.is_lead)
         write_pieces(partial, pieces, moved=self._get_on)

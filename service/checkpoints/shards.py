@@ -201,17 +201,17 @@ class Snapshot:
     """A reused buffer in main memory with the layout of the files, for a copy of the state."""
 
     def __init__(self, device: torch.device) -> None:
-        # Into pinned memory a GPU copies by itself, in the order of its other work: the copy is
-        # of the state as it is now, and nobody waits for it but who writes it.
+        # A GPU copies to pinned memory asynchronously, in stream order: the copy is
+        # of the state as it is now, and only the writer waits for it.
         self._device = device
         self._pinned = copies_late(device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size_bytes: int) -> None:
         """Allocate memory for tensors of this size, and touch all of it."""
-        size_bytes += 1024  # the numbers of a file begin where their width wants it
+        size_bytes += 1024  # the numbers of a file are aligned to their width
         if self._buffer.numel() < size_bytes:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # released before more is allocated
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffer.zero_()
 
@@ -295,6 +295,6 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:
-        tensor = tensor.float()  # nobody has written aminmax for eight bits
+        tensor = tensor.float()  # torch has no aminmax for eight bits
     low, high = torch.aminmax(tensor)  # both are nan where any number is
     return float(low), float(high)

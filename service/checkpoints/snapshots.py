@@ -82,7 +82,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
     """
     with state.evaluated():
         weights, aliases = weights_of(state.model)
-        if state.is_modal:  # they are there only as long as this lasts
+        if state.is_modal:  # they exist only inside this context
             weights = {name: tensor.clone() for name, tensor in weights.items()}
     held, described = optimizer_state(state)
     files = {MODEL: weights, OPTIMIZER: held}
@@ -98,7 +98,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
         "faulty_steps": state.faulty_steps,
         "untested": state.untested,
     }
-    # To copy what is made anew as well would cost as much as to copy a small model.
+    # Values that are new are not copied: this would cost as much as to copy a small model.
     rest = copy.deepcopy(rest) | {"optimizer": described, "aliases": aliases}
     trained = frozenset(name for name, _ in state.model.named_parameters())
     ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
@@ -122,7 +122,7 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"task: the model's state holds {name!r}, a {kind}; a checkpoint cannot hold "
                 "that. Register it as a buffer of another type, or with persistent=False."
             )
-        if is_sharded(tensor):  # of which a process may hold no row, so it has no place
+        if is_sharded(tensor):  # a process may hold no row of it, so it has no address
             place: tuple[Any, ...] = (parameters[name],)
         else:
             place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -160,7 +160,7 @@ def expected_bytes(
     """
     weights = sum(tensor.nbytes for tensor in weights_of(model)[0].values())
     if type(optimizer).__module__.partition(".")[0] != "torch":
-        return None  # another's copy might share what it counts in with the one that trains
+        return None  # a copy might share its counters with the optimizer that trains
     groups = [[(_small(p), p) for p in group["params"]] for group in optimizer.param_groups]
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
@@ -236,7 +236,7 @@ def load(
         if state.stream is not None and rest["stream"] is not None:
             state.stream.move_to(rest["stream"], index)
         state.step = rest["step"]
-        state.untested = rest.get("untested")  # none in those of before
+        state.untested = rest.get("untested")  # checkpoints of earlier versions have none
         state.best = Best(**rest["best"]) if rest["best"] else None
         state.remember(rest["memory"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -339,7 +339,7 @@ class Renaming:
 
     def __call__(self, name: str) -> str:
         parts = name.split(".")
-        for length in range(len(parts), 0, -1):  # the longest path that was given wins
+        for length in range(len(parts), 0, -1):  # the longest matching path wins
             new = self._names.get(".".join(parts[:length]))
             if new is not None:
                 return ".".join([new, *parts[length:]])
@@ -550,7 +550,7 @@ def _in_order(
 
     if not values:
         return {}
-    (entries,) = values.values()  # it keeps all of it with its first parameter
+    (entries,) = values.values()  # it keeps its whole state with its first parameter
     return {order[0]: {key: ordered(value) for key, value in entries.items()}}
 
 
@@ -593,7 +593,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
     if not (alike and target.device.type == "cpu" and target.dim()):
         target.copy_(source)
         return
-    # By numpy, which takes no further threads for it: these are as many as there are cores.
+    # With numpy, which starts no more threads for it: these are as many as there are cores.
     into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
     np.copyto(into, of)
 

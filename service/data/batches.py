@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service.basics.errors import SpecError
 from service.distributed.devices import copies_late, module_of
 
-# The targets of a row that is a mapping stand under one of these keys.
+# A row that is a mapping has its targets under one of these keys.
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -98,7 +98,7 @@ def carrier(device: torch.device) -> Callable[[Any], Any]:
             brought = to_device(value, device)
         work = module.current_stream()
         work.wait_stream(stream)
-        # Its memory is the copies' own: it must not be written to again while it is computed with.
+        # The copies own this memory: it must not be written to while the batch is in use.
         each_tensor(brought, lambda tensor: tensor.record_stream(work))
         return brought
 

@@ -19,7 +19,7 @@ from service.distributed.devices import free_bytes
 _SHARE_OF_FREE = 0.25
 
 
-@dataclass(frozen=True, eq=False)  # one data set is another's equal only where it is the same
+@dataclass(frozen=True, eq=False)  # data sets are compared by identity
 class InMemory:
     """All rows of a data set as tensors, or nests of them, whose first dimension is the row."""
 

@@ -98,7 +98,7 @@ def train_steps(
         # or with some that count for nothing (many models cannot compute none).
         if empty_rounds:
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, plan.micro_batches)
-            # With its own key: what is not finite is so in the one that counts too.
+            # With its own key, so that it is not finite only if the pass that counts is.
             empty = taken[0]._replace(number=plan.micro_batches)
             if is_sync:
                 empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
@@ -241,7 +241,7 @@ def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
     if batches[0].weight is None:
-        return plan.global_batch  # each row counts 1: known beforehand, nothing to ask
+        return plan.global_batch  # each row counts 1: known in advance, without communication
     # One place for each micro-batch, 0 for what others have: added up in one order everywhere.
     each = torch.zeros(plan.micro_batches + 1, dtype=world.wide, device=world.device)
     for batch in batches:
@@ -477,7 +477,7 @@ def _copied_from_memory(
     send = _sender(data, world)
     weigh = _weigher(task, data.targets)
     for _, number, key, first, rows in orders:
-        # Memory of its own, as above; and a model that works on its inputs in place spoils no row.
+        # Its own memory, as above, so that a model that changes its inputs in place changes no row.
         aims = send(targets(first, len(rows)))
         weight = None if weigh is None else weigh(aims)
         yield Batch(number, rows, send(inputs(first, len(rows))), aims, weight, key)
@@ -532,7 +532,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
     def _rows(self, order: Order) -> list[Any]:
         rows = order.rows.tolist()
         if hasattr(self._data, "__getitems__"):
-            # Rows that come together draw together: keyed by what is the same at any world size.
+            # Rows that are read together share a key, which is the same at any world size.
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
             return list(self._data.__getitems__(rows))
         brought = []
@@ -563,7 +563,7 @@ def _as_it_is(value: Any) -> Any:
 _WORKERS: WeakSet[BaseProcess] = WeakSet()
 
 
-@atexit.register  # so before multiprocessing, which asks them to end by SIGTERM and waits for ever
+@atexit.register  # before multiprocessing, which sends SIGTERM and waits without a limit
 def _end_workers() -> None:
     """Make a worker ignore requests to stop, so that it never blocks its training process."""
     left = _WORKERS & set(multiprocessing.active_children())
@@ -575,8 +575,8 @@ def _end_workers() -> None:
 
 def _outlive_signals(worker: int) -> None:
     # A request to stop goes to the whole process group.  The workers serve until the loop
-    # has taken its last step; they leave when the training process lets them go or is gone.
+    # has taken its last step; they end when the training process releases them or is gone.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # At once, and not when it next looks: it holds the run's lock open as long as it lives.
+    # Immediately, not at its next check: it holds the lock of the run as long as it lives.
     die_with_parent()

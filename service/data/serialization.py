@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# What JSON has no word for stands in a mapping with this one key: [kind, what it is made of].
+# Values that JSON does not have are a mapping with this one key: [kind, what it is made of].
 _MARK = "$"
 
 

@@ -123,7 +123,7 @@ class Stream:
             self._data.load_state_dict(from_plain(place["state"]))
             self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
             return
-        # No state of its own: read up to there again; all passes where one may depend on another.
+        # It has no state: read up to there again; all passes if one may depend on another.
         if hasattr(self._data, "set_epoch"):
             self._begin(place["passes"])
             self._taken = place["taken"] - place["rows"]
@@ -179,7 +179,7 @@ def _content(row: Any) -> int:
 
 
 def _checksum(data: bytes | memoryview) -> bytes:
-    # CRC-32, at five times the pace of a hash: who reads an image should not wait for its digest.
+    # CRC-32, five times as fast as a hash: reading an image should not wait for its digest.
     return zlib.crc32(data).to_bytes(4, "little")
 
 
@@ -203,7 +203,7 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield _checksum(value)
     elif isinstance(value, str | int | float | bool | np.generic | None):
         yield repr(value).encode()
-    else:  # an object that nothing is known of, such as an image: its kind
+    else:  # an object of an unknown class, such as an image: its kind
         yield type(value).__qualname__.encode()
 
 

@@ -40,8 +40,8 @@ class StopPoll:
         now = time.monotonic()
         steps = step - self._asked_step
         fitting = int(POLL_SECONDS * steps / max(now - self._asked_at, 1e-9))
-        fitting = min(fitting, 2 * steps)  # what a few quick ones promise, the next may not keep
-        # The most hurried of them decides: told as a number that grows with the hurry.
+        fitting = min(fitting, 2 * steps)  # after a few quick steps the next may be slow
+        # The shortest interval of all processes decides, so a larger number is more urgent.
         hurry = self._most_steps - min(max(fitting, 1), self._most_steps)
         stop, hurry = self._world.highest([int(wanted), hurry])
         self._asked_at, self._asked_step = now, step

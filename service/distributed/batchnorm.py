@@ -25,7 +25,7 @@ from service.distributed.world import World
 
 Mode = Literal["micro", "sync", "local"]
 
-# torch.nn.SyncBatchNorm is not among them: whoever writes it into a model means it.
+# not torch.nn.SyncBatchNorm: a model that contains it wants it.
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -105,7 +105,7 @@ class Normalization:
         Args:
             skipped: a scalar that is 1 where the step is not taken and nothing shall move.
         """
-        if self._gathering:  # asked here: the other modes pay nothing for a step
+        if self._gathering:  # checked here, so that the other modes have no cost in a step
             self._finish_step(skipped)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Normalization:
         tracked = [_present(layer.num_batches_tracked) for layer in self._gathering]
         torch._foreach_add_(tracked, used.long().unbind())
         share = (self._momentum_of(tracked, counts) * used).index_select(0, self._owners)
-        # An unused layer divides 0 by 1, and moves towards that by nothing at all.
+        # An unused layer divides 0 by 1, and its momentum is 0.
         values = counts.clamp(min=1).index_select(0, self._owners)  # [channels]
         targets = self._per_layer(means / values) + self._per_layer(variances / values)
         running = [_present(layer.running_mean) for layer in self._gathering]
@@ -170,7 +170,7 @@ class Normalization:
         own = torch.cat(list(itertools.chain.from_iterable(by_kind)))
         channels = len(self._owners)
         total = own if self._exchanged else self._world.sum(own)
-        if skipped is not None:  # as if no layer had been used, whatever is in the sums
+        if skipped is not None:  # as if no layer had been used, even if the sums are not finite
             total = torch.where(skipped > 0, torch.zeros_like(total), total)
         return total[:channels], total[channels : 2 * channels], total[2 * channels :]
 
@@ -233,10 +233,10 @@ def _behaviour(name: str, layer: _BatchNorm, mode: Mode, world: World) -> type[_
 
 def _mixed(extra: type[_BatchNorm], plain: type[_BatchNorm], mode: Mode, world: World) -> type:
     """The class `plain` with the mixin `extra`."""
-    # The world belongs to the class: a deep copy of a layer must not copy the processes.
+    # The world is an attribute of the class: a deep copy of a layer must not copy it.
     members: dict[str, Any] = {"world": world, "__module__": __name__}
     if untraced := getattr(extra, "untraced", None):
-        # Here and not as a decorator: it loads the compiler, a second of every start.
+        # Here and not as a decorator: it loads the compiler, which takes a second at every start.
         disable = cast(Callable[[Any], Any], torch.compiler.disable)
         members[untraced] = disable(getattr(extra, untraced))
     return type(f"{mode.title()}{plain.__name__}", (extra, plain), members)
@@ -453,7 +453,7 @@ class _Normalise(torch.autograd.Function):
                 grad, input, wide_weight, mean, variance, None, None, False, eps, [True] * 3
             )
             sums = torch.stack(own)  # [2, C]: of dy * (x - mean) / std, of dy
-        else:  # torch's kernel would divide by zero, and the process with it
+        else:  # torch's kernel would divide by zero, which ends the process
             grad_input, sums = torch.empty_like(input), mean.new_zeros(2, len(mean))
         if ctx.needs_input_grad[0]:
             means = ctx.world.sum(sums) / ctx.values

@@ -85,7 +85,7 @@ def waited_for_cores() -> dict[str, float]:
         try:
             text = (TASKS / task / "schedstat").read_text()
         except OSError:
-            continue  # it has ended meanwhile, or this kernel does not count
+            continue  # the thread has ended, or this kernel does not count
         found[task] = int(text.split()[1]) / 1e9
     return found
 

@@ -30,7 +30,7 @@ def generators_given_back() -> Iterator[None]:
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     kind = torch.accelerator.current_accelerator()
     module: Any = None if kind is None else torch.get_device_module(kind)
-    # Where no device was used yet there is nothing to give back, and asking would start it.
+    # If no device was used yet, there is nothing to restore, and a query would initialize it.
     in_use = module is not None and getattr(module, "is_initialized", lambda: False)()
     devices = module.get_rng_state_all() if in_use else None
     try:

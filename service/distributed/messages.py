@@ -19,7 +19,7 @@ import torch
 from service.basics.errors import EvenstepError, PeerLost, WillFailAgain
 
 _LENGTH_BYTES = 8
-# What JSON has no word for stands in a mapping with this one key: [kind, what it is made of].
+# Values that JSON does not have are a mapping with this one key: [kind, what it is made of].
 _MARK = "$"
 _ARRAY_KINDS = "biufcSUmM"  # numbers, truths, text, times; no objects
 
@@ -50,7 +50,7 @@ def from_bytes(message: bytes) -> Any:
         header = json.loads(message[_LENGTH_BYTES : _LENGTH_BYTES + length])
         return _whole(header, _Bytes(message, _LENGTH_BYTES + length))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        # RuntimeError: torch's own word for bytes that do not fit, and that of a deep nest
+        # RuntimeError: torch raises it for bytes that do not fit; deep nesting raises it too
         raise PeerLost(
             "What came from another process of this job is not what one of ours sends "
             f"({type(error).__name__}): somebody else is on the network between them. "

@@ -105,7 +105,7 @@ class Profile:
                 trace.stop()
                 try:
                     self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
-                except OSError as error:  # a full disk takes the trace, and not the run
+                except OSError as error:  # a full disk costs the trace, not the run
                     self._say(
                         "WARNING: the trace could not be written: "
                         f"{told_of(self._directory, error)}"

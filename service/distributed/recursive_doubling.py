@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 # Above it a ring is quicker: it sends everything about twice, and pairs log2(W) times.
 # Measured with 2, 3 and 4 processes on one machine: from there on as quick as pairs or quicker.
 MOST_BYTES = 1 << 19
-_TO_FIRST, _BACK, _BETWEEN = 1001, 1002, 1003  # tags: no message is taken for another
+_TO_FIRST, _BACK, _BETWEEN = 1001, 1002, 1003  # tags that keep messages apart
 
 Combine = Callable[..., Tensor]
 """`torch.add`, `torch.maximum`, ...: of two tensors, into `out`; the same either way round."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _NOTABLE_RATIO = 1.3
 _NOTABLE_PART = 0.05  # of a step, that the others wait for it
-_SAID_AFTER = 3  # logged steps in a row: a single one is chance
+_SAID_AFTER = 3  # consecutive logged steps: a single one may be chance
 _PASSES_HELD = 64
 
 
@@ -118,7 +118,7 @@ class StragglerDetector:
         """The slowest rank and its factor, if the others wait for it noticeably."""
         most, others = max(seconds), min(seconds)
         rank = seconds.index(most)
-        if most >= _NOTABLE_RATIO * others:  # nearly always it is not, and needs no median
+        if most >= _NOTABLE_RATIO * others:  # it rarely is; otherwise no median is needed
             others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
         lost = (most - others) * self._rounds
         notable = lost > _NOTABLE_PART * self._throughput.seconds_a_step

@@ -51,7 +51,7 @@ _LOST = (
     "ncclRemoteError",
     "remote process exited",
 )
-# What NCCL says of a mistake, and what helps.
+# What NCCL reports for a user's mistake, and what helps.
 _BACKEND_ADVICE = (
     (
         "shared memory segment",
@@ -111,7 +111,8 @@ class World:
         self.trace = Trace()
         self._own_generators = generators(self.device)
         self._generators: list[Seeded] = list(self._own_generators)
-        # Flags and objects travel between CPUs: a question to the GPU would wait for the step.
+        # Flags and objects are sent between CPUs: reading them from the GPU would wait for the
+        # step.
         self._control: dist.ProcessGroup | None = None
         self._pairs: RecursiveDoubling | None = None
         self._writers: dict[bool, Writers] = {}
@@ -151,9 +152,9 @@ class World:
             find_unused: look after each forward pass for parameters the loss does not depend on.
         """
         if self.processes == 1:
-            return model  # wrapped all the same, a step would take 1.3 times as long
+            return model  # if it were wrapped, a step would take 1.3 times as long
         with warnings.catch_warnings():
-            # torch 2.13 renames broadcast_buffers, and 2.11 knows the old name alone.
+            # torch 2.13 renames broadcast_buffers; 2.11 has only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             # accelerate would name the device by the local rank: of a process that sees its own
             # device only, that one has the number 0.
@@ -162,10 +163,10 @@ class World:
                 device_ids=None if self.device.type == "cpu" else [self.device.index],
                 find_unused_parameters=find_unused and not spec.static_graph,
                 static_graph=spec.static_graph,
-                # Buffers are not DDP's business: `normalization` keeps BatchNorm's equal.
+                # DDP does not handle buffers: `normalization` keeps BatchNorm's equal.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                # Told nothing, torch lets the first bucket, of 1 MiB, leave early.
+                # By default, torch sends the first bucket of 1 MiB early.
                 bucket_cap_mb=None if spec.bucket_mib == _USUAL_BUCKET_MIB else spec.bucket_mib,
             )
         if spec.precision == "bf16":
@@ -392,7 +393,7 @@ def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
 def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
     """Why the processes of a job, all of them there, are not connected, where `error` says that."""
     words = ["connectFullMesh", "timed out", "timeout", "Timed out", "Timeout"]
-    words += ["basic_string", "vector"]  # of an address that is none
+    words += ["basic_string", "vector"]  # for an invalid address
     of_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
     if not of_store and not any(word in str(error) for word in words):
         return None
@@ -414,7 +415,7 @@ def _connected(
             backend="gloo",
             use_local_synchronization=ranks is not None,
         )
-        dist.barrier(group)  # who stands in another's place is silent here
+        dist.barrier(group)  # a process in the place of another does not answer here
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
         if lost is None:
@@ -542,7 +543,7 @@ def in_place(*, precision: str) -> World:
     if device is None or os.environ.get("EVENSTEP_DEVICE") == "cpu":
         device = torch.device("cpu")
     with warnings.catch_warnings():
-        # A notice that it takes the CPU, which is what it was told.
+        # It warns that it uses the CPU, which is what it was asked to do.
         warnings.simplefilter("ignore", UserWarning)
         accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=1)
     return World(accelerator, device=device, precision=precision, may_set_threads=free)

@@ -219,7 +219,7 @@ class Hooks:
         self._failures = 0
         self._last_failure = ""
         self.has_epochs = self._after_epoch is not None
-        # A group of their own: what the others wait for may take longer than any collective.
+        # Their own group: the others may wait here longer than for any collective.
         self._all = Writers(world.index, world.processes)
         if self._after_test is not None or self.has_epochs:
             self._all.meet()

@@ -40,7 +40,7 @@ class Tally:
         self._names = ("loss", *measures)
         # float64 [micro-batches, loss and measures, then weight and rows]
         columns = len(self._names) + 2
-        # Apple's GPUs have no float64; their sums are merged on the CPU like everybody's.
+        # Apple's GPUs have no float64; their sums are merged on the CPU, as on all devices.
         self._on = torch.device("cpu") if device.type == "mps" else device
         self._lines = torch.zeros(micro_batches, columns, dtype=torch.float64, device=self._on)
         self._held: list[_Line] = []
@@ -78,7 +78,7 @@ class Tally:
         parts = [sums.view(len(held), -1), _weights_and_rows(held, self._on)]
         numbers = [line.number for line in held]
         run = range(numbers[0], numbers[-1] + 1)
-        # They nearly always come as a run, for which no index has to be made.
+        # They are nearly always consecutive, and then need no index.
         place = slice(run.start, run.stop) if numbers == [*run] else numbers
         self._lines[place] = torch.cat(parts, dim=1)
 
@@ -127,7 +127,7 @@ class Gathered:
         self._kept: list[tuple[Any, Any]] = []
         for metric in self._metrics.values():
             metric.reset()
-            # By itself it would add up the states of all processes, and count everything twice.
+            # By default it would sum the states of all processes, and count everything twice.
             for part in metric.modules():  # a wrapper's own metrics too
                 part.distributed_available_fn = _alone
         self._empty = copy.deepcopy(self._metrics)

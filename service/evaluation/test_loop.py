@@ -115,7 +115,7 @@ class Counted:
             SpecError: the task gave another shape than it promises.
         """
         outputs = computed(model, batch.inputs, self._world)
-        if batch.number >= self._count:  # others still compute, and a pass takes all of them
+        if batch.number >= self._count:  # other processes still compute, and a pass is a collective
             return
         losses = self._task.loss(outputs, batch.targets)  # [B] or [B, T]
         measured = self._task.measure(outputs, batch.targets)  # [B, measures]

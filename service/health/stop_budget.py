@@ -119,14 +119,14 @@ def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
     place = next((p for p in (directory, *directory.parents) if p.is_dir()), None)
     if size_bytes is None or place is None:
         return None
-    piece = os.urandom(1 << 20)  # zeros would cost some file systems nothing
+    piece = os.urandom(1 << 20)  # some file systems store zeros at no cost
     trial = place / f".evenstep-trial-{secrets.token_hex(4)}"
     pieces = math.ceil(min(max(size_bytes, 1), _TRIAL_BYTES) / len(piece))
     begin = time.perf_counter()
     try:
         written = write_file(trial, [piece] * pieces)
     except OSError:
-        return None  # what cannot be written is told by who needs it
+        return None  # the code that needs the file reports that it cannot be written
     finally:
         remove_if_possible(trial)
     rate = written.size_bytes / (time.perf_counter() - begin)

@@ -15,7 +15,7 @@ STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGHUP,
-    signal.SIGUSR1,  # by these two a batch system tells that the time is up, or the node wanted
+    signal.SIGUSR1,  # batch systems send these two when the time is nearly up or the node is needed
     signal.SIGUSR2,
 )
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +45,7 @@ class StopRequest:
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """Take a signal: the handler itself."""
-        # Only a flag: a collective in a signal handler would come out of order.
+        # Only a flag: a collective in a signal handler would be out of order.
         if self.interrupt or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
@@ -72,7 +72,7 @@ class StopRequest:
         self._starting = False
 
     def _leave(self) -> NoReturn:
-        self._starting = False  # the next signal must not come in the way of this one
+        self._starting = False  # the next signal must not interrupt this one
         raise StoppedEarly(f"Stopped by {self.signal_name} before the first step of this attempt.")
 
 
@@ -87,7 +87,7 @@ def stop_on_signals(stop: StopRequest | None = None) -> Iterator[StopRequest]:
     heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, stop.hear)
-    # Held back since before this process was forked, so that none came too early to be heard.
+    # Blocked since before this process was forked, so that no early signal was lost.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield stop
@@ -103,7 +103,8 @@ def _hear_nothing() -> None:
     """
     for number in STOP_SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest):
-            # One to the whole group finds its parent too, which lets it go when the state is saved.
+            # A signal to the whole group reaches its parent too, which ends it when the state is
+            # saved.
             default = number == signal.SIGTERM
             signal.signal(number, signal.SIG_DFL if default else signal.SIG_IGN)
 

@@ -73,7 +73,7 @@ class Throughput:
     def stopped(self) -> Iterator[None]:
         """Time that is neither training nor waiting; for who brings the steps, between two."""
         begin = perf_counter()
-        self._heartbeat.enter("log")  # and so it is not waited for data
+        self._heartbeat.enter("log")  # this is not time spent waiting for data
         yield
         self._since += perf_counter() - begin
         self._heartbeat.enter("data")

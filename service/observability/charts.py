@@ -73,11 +73,11 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
         return Axis(low / air, high * air, log=True)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), _LEAST):
         half = abs(low) * 0.1
-        if half < _LEAST:  # nothing but zero: an axis that shows it as such
+        if half < _LEAST:  # only zeros: an axis that shows this
             return Axis(-1.0, 1.0)
         return Axis(low - half, high + half)
     air = 0.06 * (high - low)
-    bottom = 0.0 if 0 <= low < 3 * air else low - air  # zero is worth showing where it is near
+    bottom = 0.0 if 0 <= low < 3 * air else low - air  # the axis includes zero if it is near
     return Axis(bottom, high + air)
 
 
@@ -133,7 +133,7 @@ def _curve(line: Line, x: Axis, y: Axis) -> str:
     if dots:
         drawn = f'<path class="thin {colour}" d="{path(line.points, x, y)}"/>{drawn}'
     broken = [step for step, value in line.points if not _is_drawn(value)]
-    if broken:  # a loss that became NaN is the one thing a curve must not leave out
+    if broken:  # a curve must show where a loss became NaN
         rules = "".join(f"M{_across(v, x)} 0V{SIZE}" for v in broken[:1])
         drawn += f'<path class="broken" d="{rules}"/>'
     return drawn

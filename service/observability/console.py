@@ -90,7 +90,7 @@ def console(
     """
     stream = sys.stdout if stream is None else stream
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")  # a letter that the terminal lacks ends no training
+        stream.reconfigure(errors="replace")  # a missing character must not end the training
     time_left = _TimeLeft(
         total_steps,
         step=resume_step or 0,
@@ -189,7 +189,7 @@ class LiveConsole(_Screen):
         self._rich = RichConsole(
             file=stream, force_terminal=True, highlight=False, markup=False, _environ=environ
         )
-        # No redirection of sys.stdout: a forked loader's print would meet rich's lock in there.
+        # No redirection of sys.stdout: a print of a forked loader could block on rich's lock.
         self._live = Live(
             self._bar,
             console=self._rich,
@@ -283,7 +283,7 @@ class _Bar:
         self._facts: dict[str, str] = {}
 
     def take(self, row: Row, seconds_left: float | None) -> None:
-        # Testing does not measure training: what a row does not tell stays as it was.
+        # A test does not measure training: values that a row lacks stay as they were.
         facts = self._facts | _shown({k: v for k, v in row.values.items() if k[:5] != "test/"})
         facts["epoch"] = f"{row.epoch:.4g}"
         if seconds_left is not None:

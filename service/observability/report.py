@@ -71,7 +71,7 @@ def page(histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        # Whatever a run's name or message holds, this page loads nothing and sends nothing.
+        # Whatever a run's name or message contains, this page makes no request.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)} - evenstep</title><style>{_shipped('report.css')}</style></head>"

@@ -229,11 +229,11 @@ class WandB(Writer):
                 finish_timeout_raises=True,
                 x_service_wait=_CORE_SECONDS,
                 x_transaction_log_flush_interval=_ON_DISK_SECONDS,
-                # wandb copies its settings deeply: a function stands that, our lock does not.
+                # wandb deep-copies its settings, which works for a function but not for our lock.
                 stop_fn=lambda: self._stop.set(),
             ),
         )
-        # A column of our own: to wandb's `step=` a row that comes late is a row to drop.
+        # Our own column: with wandb's `step=`, rows that arrive late are dropped.
         run.define_metric("*", step_metric="step")
         return run
 

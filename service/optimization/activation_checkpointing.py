@@ -107,7 +107,7 @@ class _Checkpointed(nn.Module):
         forward = super().forward
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # which traces both passes, and knows no contexts
+        if torch.compiler.is_compiling():  # which traces both passes, and does not support contexts
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return checkpoint(
             forward, *args, use_reentrant=False, context_fn=lambda: _contexts(self), **kwargs

@@ -25,7 +25,7 @@ def spare_compiler() -> None:
             setattr(bare, _KEPT_OUT, bare)
 
 
-# Where torch._disable_dynamo remembers the method that it calls in the place of this one.
+# Where torch._disable_dynamo keeps the method that it calls instead of this one.
 _KEPT_OUT = "__dynamo_disable"
 
 
@@ -37,7 +37,7 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     Args:
         telling: have torch say on stderr why it compiles something again.
     """
-    # Here and not above: loading the compiler is a second of every start.
+    # Imported here, because loading the compiler takes a second at every start.
     from torch._logging._internal import set_logs
 
     if telling:
@@ -52,7 +52,7 @@ def uncompiled_copy(model: nn.Module) -> nn.Module:
     compiled = vars(model).get("forward")
     copied = copy.deepcopy(model, {id(compiled): compiled})
     if hasattr(compiled, "_torchdynamo_orig_callable"):
-        del copied.forward  # the one of its class is in its place again
+        del copied.forward  # the method of its class is back
     return copied
 
 

@@ -139,7 +139,7 @@ class PlateauSchedule(Schedule):
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         if "lowered" not in memory:
-            return  # another schedule's: a person has changed it in the run
+            return  # of another schedule: the user has changed it in the run
         self._lowered, self._resting = memory["lowered"], memory["resting"]
         self._early_stopping.remember(memory["patience"])
 
@@ -180,7 +180,7 @@ class TorchSchedule(Schedule):
         while self._taken < step - self._warmup:
             try:
                 self._torch.step()
-            except Exception as error:  # as when it is made: whatever it raises is for the user
+            except Exception as error:  # as when it is created: the user must see it
                 raise SpecError(
                     f"schedule: {self._name} says at step {step}: {with_place(error)}"
                 ) from error
@@ -266,7 +266,7 @@ def _made(spec: CustomScheduleSpec, optimizer: torch.optim.Optimizer) -> LRSched
             raise SpecError(f"schedule.{option}: {attribute} has no such option{near}")
     try:
         made = make(optimizer, **spec.options())
-    except Exception as error:  # whatever the user's own scheduler raises is for the user to read
+    except Exception as error:  # the user must see whatever the scheduler raises
         raise SpecError(f"schedule: {spec.name} says: {type(error).__name__}: {error}") from error
     if not isinstance(made, LRScheduler):
         raise SpecError(f"schedule.name: {spec.name} does not give an LRScheduler of torch.")

@@ -35,7 +35,7 @@ NORMS = (
     nn.LocalResponseNorm,
 )
 
-# Options that choose an implementation, of which torch takes one at a time.
+# Options that choose an implementation; torch accepts one at a time.
 _LAYOUT = {"fused", "foreach", "differentiable"}
 
 

@@ -26,7 +26,7 @@ def multiply_in(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision != "tf32":
-        for operations in _IN_CUDNN:  # else they do as `torch.backends.fp32_precision` says
+        for operations in _IN_CUDNN:  # otherwise `torch.backends.fp32_precision` decides
             operations.fp32_precision = "ieee"
 
 
@@ -35,7 +35,7 @@ def multiplied_in(precision: str) -> Iterator[None]:
     """The same while it lasts; afterwards the process multiplies as it did before."""
     before = [operations.fp32_precision for operations in (*_PRODUCTS, *_IN_CUDNN)]
     products, in_cudnn = None, None
-    with suppress(RuntimeError):  # torch does not say, where somebody has set it by its newer names
+    with suppress(RuntimeError):  # torch raises if it was set by its newer names
         products, in_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     multiply_in(precision)
     try:

@@ -145,7 +145,7 @@ class TrainState:
         """Whether `values` contains a new best measure; if so, store it."""
         if wanted is None or wanted.measure not in values:
             return False
-        # Of another measure, where a person has changed it in the run, it is no rival.
+        # If the user has changed the measure in the run, the old value cannot be compared.
         rival = self.best if self.best and self.best.measure == wanted.measure else None
         value, before = values[wanted.measure], rival.value if rival else None
         if not is_better(value, before, mode=wanted.mode):

@@ -35,7 +35,7 @@ from service.basics.multipart import Part, digest_of, parts_of, told_of
 from service.spec.models import CheckpointSpec
 
 FORMAT = 2
-FORMATS = (1, 2)  # the first knows no parts
+FORMATS = (1, 2)  # format 1 has no parts
 MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
     "average.safetensors",
@@ -269,7 +269,7 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**body, "sha256": sha256}, indent=1) + "\n"
 
 
-# ---- read, and believe nothing
+# ---- read, and check everything
 
 
 def damage_of(checkpoint: Checkpoint) -> str | None:
@@ -285,12 +285,12 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         manifest = _manifest_of(directory, checkpoint.step)
         files = manifest["files"]
         strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
-        if strangers:  # hidden ones come by themselves, from NFS or a file browser
+        if strangers:  # NFS and file browsers create hidden files
             return (
                 f"it holds files that are not of a checkpoint: {', '.join(sorted(strangers)[:3])!r}"
             )
         parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
-        # A hash leaves the interpreter alone: two cores take half as long as one.
+        # Hashing releases the GIL: two cores take half as long as one.
         with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
             checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
         for check in checks:
@@ -346,7 +346,7 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
     manifest = _object(raw, MANIFEST)
     if manifest.get("format") not in FORMATS:
         raise _Damaged(f"its format is {manifest.get('format')!r} and not {FORMAT}")
-    # Compared as bytes: a change that means the same is a change all the same.
+    # Compared as bytes: any change counts, even one without a meaning.
     if _sealed(manifest).encode() != raw:
         raise _Damaged(f"the content of {MANIFEST} has changed")
     files = manifest.get("files")
@@ -451,7 +451,7 @@ def _entry(name: str, told: Any, path: Path) -> tuple[Entry, tuple[int, int]]:
         if entry.dtype in _SIZES and all(type(n) is int and n >= 0 for n in numbers):
             return entry, (begin, end)
     except (TypeError, ValueError, KeyError):
-        pass  # told below, as for every other header that is none
+        pass  # reported below, as for every other invalid header
     raise _Damaged(f"{path.name}: {name!r:.100} is no tensor")
 
 

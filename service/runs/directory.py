@@ -301,7 +301,8 @@ class OpenRun:
             known.append(change_entry(self.changed, step=step, text=text))
         if known == changes_in(self.facts):
             return
-        # In this order: killed between the two, the entry is known by its hash to be of no effect.
+        # In this order: if it is killed between the two, the hash shows that the entry has no
+        # effect.
         self.facts["changes"] = known
         self.directory.write_facts(self.facts)
         if self.changed:
@@ -389,7 +390,7 @@ def _person() -> str:
     """Who runs this process, and where."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user of no name
+    except (KeyError, OSError):  # a container's user without a name
         user = f"user {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 

@@ -32,8 +32,8 @@ _ASSIGNED = re.compile(
 _LOOKS_LIKE_A_KEY = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.-]{20,}")
 _IN_AN_ADDRESS = re.compile(r"(\w+://)[^/\s:@]*:[^/\s@]+@")
 LARGEST_REPORT_BYTES = 4 << 20
-_SHORTEST = 8  # characters; what is shorter would blank out innocent text
-_NO_WORD = 16  # as long as this, it stands in no innocent text by chance
+_SHORTEST = 8  # characters; shorter ones would redact harmless text
+_NO_WORD = 16  # a text of this length does not occur by chance
 
 
 def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-# What the pulse tells apart, as a person reads it.
+# The states of the heartbeat, in words.
 KINDS = {
     "start-up": ("starting",),
     "training": ("forward", "exchange", "update", "log", "agree"),

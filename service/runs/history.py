@@ -185,7 +185,7 @@ def read_history(path: Path | str) -> History:
     with told_when_unread(Path(path)):
         directory = find_run(Path(path))
         facts = directory.read_facts()
-        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a plain file, and no pipe
+        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a plain file, not a pipe
         spec = read_document(directory.spec).values
         return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
@@ -254,7 +254,7 @@ def _writer_is_gone(directory: RunDirectory) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False  # it is there, and another person's
+        return False  # it exists, and belongs to another user
     return False
 
 

@@ -82,7 +82,7 @@ def last_lines(path: Path) -> tuple[list[bytes], bool]:
             if begin == 0 or len(lines) > 3 or length >= LONGEST_LINE_BYTES:
                 break
             length *= 4
-    whole = lines if begin == 0 else lines[1:]  # the first of these has lost its beginning
+    whole = lines if begin == 0 else lines[1:]  # the first of these lacks its beginning
     is_torn = bool(whole and whole[-1])
     return (whole if is_torn else whole[:-1])[-2:], is_torn
 
@@ -95,7 +95,7 @@ def values_of(lines: Sequence[bytes]) -> list[Any]:
         if len(values) == len(lines):
             return values
     except ValueError:
-        pass  # one of them is none; which, the next line tells
+        pass  # one of them is not JSON; the next line finds which
     return [_value_of(line) for line in lines]
 
 

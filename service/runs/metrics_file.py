@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# JSON has no word for these, and strict readers stop at Python's bare NaN. Strings rather than
+# JSON does not have these values, and strict readers reject Python's bare NaN. Strings rather than
 # null: which of them a loss became is what one wants to know afterwards, and Python's float(),
 # JavaScript's Number() and pandas.to_numeric read all three of them back.
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -68,7 +68,7 @@ def read_curves(path: Path | None, wanted: Callable[[str], bool] = lambda key: T
         try:
             gathered.add([row for row in block.values if row is not None or not block.is_torn])
         except (TypeError, KeyError, OverflowError, AttributeError):
-            # Something in it is no number: a NaN is written as a word, and all else is told.
+            # Something in it is not a number: a NaN is written as text, anything else is an error.
             gathered.add(_rows_of(block, path))
     steps = np.frombuffer(gathered.steps) if gathered.steps else np.zeros(0)
     return Curves(

@@ -158,7 +158,7 @@ def _keep_up_to(path: Path, step: int, changes: list[dict[str, Any]]) -> None:
     held = [_cut(line, step) for line in _lines(path) if _begins(line) <= step]
     kept = [line for line in held if "changed" not in line or line in changes]
     kept += [line for line in changes if line not in kept]
-    # On disk before it takes the old one's place: what a checkpoint rests on must not be lost.
+    # On disk before it replaces the old one: a checkpoint depends on it.
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

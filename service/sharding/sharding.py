@@ -284,7 +284,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether each process holds some of its rows only."""
-    found = sys.modules.get("torch.distributed.tensor")  # no tensor is one before it is imported
+    found = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor exists
     return found is not None and isinstance(tensor, found.DTensor)
 
 
@@ -414,7 +414,7 @@ class ShardedSync(GradientSync):
         self._expected = {name for name, _ in trained if name not in unreached}
         self._unreached = [p for name, p in trained if name in unreached]
         self._reached: set[str] = set()
-        # What one process's rows do not reach and another's do travels as zeros.
+        # A gradient that only other processes have is sent as zeros.
         self._sharded.set_reduce_scatter_unused_params(True)
         for module in _sharded_modules(model):
             self._watch(module)

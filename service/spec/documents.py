@@ -210,7 +210,7 @@ def _read_yaml(text: str, *, source: str) -> Document:
     return Document(values, reader.keys, reader.contents, source)
 
 
-# How PyYAML begins its commonest complaints, and what a person can do about them.
+# How PyYAML's most common errors begin, and what the user can do about them.
 _PROBLEMS = {
     "found character '\\t'": "a tab stands where only spaces may; indent with spaces",
     "mapping values are not allowed": "this ':' begins a second value; check the indentation, "
@@ -486,7 +486,7 @@ def _plain_entries(mapping: Mapping[Any, Any], *, steps: Steps) -> dict[str, Any
 
 def _override_value(text: str, *, place: SourcePosition) -> Any:
     if text.startswith(("[", "{", "'", '"')):
-        # On one line there is no column worth naming: the override itself is the place.
+        # An override is one line: it is shown itself instead of a column.
         return _YamlReader(text, place=lambda *_: place, none=("None",)).read()
     try:
         return scalar(text, none=("None",))

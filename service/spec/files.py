@@ -347,7 +347,7 @@ def _allowed(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
         return PATTERNS_IN_WORDS.get(context["pattern"], f"text like {context['pattern']}")
     words = _ALLOWED.get(error["type"])
-    if words is None:  # pydantic's own sentence, where we have none
+    if words is None:  # pydantic's own message where we have none
         return f"right ({error['msg']})"
     return words.format(**{key: _bare(value) for key, value in context.items()})
 
@@ -478,7 +478,7 @@ _Dumper.add_representer(str, _text_node)
 
 
 def _yaml(value: Any, *, flow: bool | None = None) -> str:
-    # Lines of any length: a folded string is the one thing hard to read back by eye.
+    # Lines of any length, because folded strings are hard to read.
     return yaml.dump(
         value,
         Dumper=_Dumper,

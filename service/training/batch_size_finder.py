@@ -32,7 +32,7 @@ from service.spec.files import load_spec
 from service.spec.models import Spec
 from service.training.dry_run import DryRun, teacher_of
 
-_USED_AT_MOST = 0.8  # of the main memory that there is: others live there too
+_USED_AT_MOST = 0.8  # of the main memory, which other programs use too
 
 
 def settled(
@@ -143,7 +143,8 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
     reserved = None
     if not on_cpu:
-        # On a device it is taken away, so that a pass fails here where it would fail in training.
+        # On a device this memory is reserved, so that a pass fails here if it would fail in
+        # training.
         held += _resident_bytes(task, world)
         reserved = torch.empty(held, dtype=torch.uint8, device=world.device)
     before, found = peak_bytes(world.device), 0
@@ -186,7 +187,7 @@ def _held_besides(model: nn.Module, plan: Plan, task: Task, *, processes: int) -
     weights = sum(p.nbytes for p in model.parameters())
     buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad) if processes > 1 else 0
     size = expected_bytes(model, optimizer, averaged=averaged)
-    # Of an optimizer that cannot tell before its first step: as much as Adam's.
+    # For an optimizer whose state is unknown before its first step: as much as Adam's.
     return buckets + (2 * weights if size is None else max(0, size - weights))
 
 

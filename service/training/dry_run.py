@@ -147,8 +147,8 @@ class DryRun:
         if self.world.processes == 1:
             return
         with self._undone(bare):
-            self._pass(wrapped)  # its backward shows DDP the order in which gradients come
-            self._pass(wrapped)  # and this one begins by laying the buckets out in that order
+            self._pass(wrapped)  # its backward pass shows DDP the order of the gradients
+            self._pass(wrapped)  # and this pass begins by arranging the buckets in that order
 
     def _pass(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
         """The loss of a forward pass, after its backward pass."""

@@ -130,7 +130,7 @@ class OwnTrainStep(TrainStep):
         """
         parts = {number: asked.part(name) for number, asked in taken.items()}
         found = {number: part.across for number, part in parts.items() if part and part.across}
-        if len(found) < len(taken):  # the others wait for these rows, and end with this process
+        if len(found) < len(taken):  # the others wait for these rows, and end if this process ends
             raise SpecError(
                 f"task.step: the loss {name!r} is of all rows, so each micro-batch has to give it."
             )
@@ -160,7 +160,7 @@ class OwnTrainStep(TrainStep):
         table = one.new_zeros(self.plan.global_batch, *one.shape[1:])
         for number, across in found.items():
             table[self._rows(number)] = across.features[place].detach()
-        table += 0.0  # -0 becomes 0, as it does where others add their zeros
+        table += 0.0  # -0 becomes 0, as when other processes add their zeros
         return self.world.sum(table).requires_grad_(one.requires_grad)
 
     def _divisors(

@@ -68,7 +68,7 @@ class TrainStep:
     ) -> None:
         """Update the weights, count the step, and set the learning rates of the next one."""
         consumed = step.micro_batches
-        if consumed[-1].number >= self.plan.micro_batches:  # for the sake of a collective alone
+        if consumed[-1].number >= self.plan.micro_batches:  # only for a collective
             consumed = consumed[:-1]
         self.receipt.note(state.step, consumed)
         again = self._closure(state, step, losses) if self.updates.asks_again else None

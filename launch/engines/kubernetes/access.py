@@ -105,7 +105,7 @@ def _complete(content: dict[str, Any], file: Path) -> dict[str, Any]:
         version = command.get("apiVersion")
         told = {"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": False}}
         known = {"name": "KUBERNETES_EXEC_INFO", "value": json.dumps(told)}
-        # Of v1 lightkube has not heard; what it asks for, and is told, is the same.
+        # lightkube does not know v1, whose request and answer are the same.
         version = f"{_EXEC}/v1beta1" if version == f"{_EXEC}/v1" else version
         variables = [*(command.get("env") or []), known]
         content["exec"] = command | {"apiVersion": version, "env": variables}

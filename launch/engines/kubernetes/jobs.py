@@ -222,7 +222,7 @@ def _complaints(api: Api, name: str, *, since: str) -> Iterator[str]:
 
 def _is_trouble(event: dict[str, Any], since: str) -> bool:
     when = event.get("lastTimestamp") or event.get("eventTime") or since
-    # The endpoints of a Service complain while pods come and go, and mean nothing by it.
+    # Events of a Service's endpoints while pods start and stop have no meaning.
     other = event["involvedObject"]["kind"] in ("Endpoints", "EndpointSlice")
     return bool(event["type"] == "Warning" and when >= since and not other)
 

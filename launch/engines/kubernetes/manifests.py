@@ -193,7 +193,7 @@ def _object(spec: Spec, version: str, kind: str, content: Manifest) -> Manifest:
 def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
     # Beside the spec, as it is in a person's directory.
     spec = with_code_files(spec, lambda file, at: f"./{Path(file).name}")
-    # What was given and no default: an image of another version reads that too.
+    # Only what was given, without defaults: an image of another version can read it too.
     given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     data = {"spec.yaml": dump_values(given), **files}
     size = sum(len(text.encode()) for text in data.values())

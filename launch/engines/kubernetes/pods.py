@@ -250,7 +250,7 @@ def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
         {"name": "shared-memory", "emptyDir": shared},
         {"name": "wandb", "secret": key},
     ]
-    if cluster.nodes > 1:  # not optional: a pod waits for it, and none meets the others without it
+    if cluster.nodes > 1:  # not optional: a pod waits for it, and cannot join the others without it
         meeting = {"secretName": meeting_secret_name(spec), "defaultMode": 0o440}
         own.append({"name": "meeting", "secret": meeting})
     own += [volume for _, volume in _storage_keys(cluster)]

@@ -35,7 +35,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     _check_mounts(cluster)
     _check_variables(cluster)
     _check_grace(spec, cluster)
-    # Of more rows than there can be, what is refused is refused whatever their number.
+    # With more rows than can exist, so that only what no number of rows can change is refused.
     processes = cluster.nodes * cluster.processes_per_node
     make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
 
@@ -107,7 +107,7 @@ def _check_mounts(cluster: KubernetesSpec) -> None:
     )
     for number, mount in enumerate(cluster.mounts):
         path = os.path.normpath("/" + mount.path.lstrip("/"))
-        # No place for a mount can be made in what can only be read.
+        # A mount point cannot be created in a read-only directory.
         if _hides_what_is_needed(path, taken) or path.startswith(only_read):
             whose = taken.get(path, "the image's own or Evenstep's")
             raise SpecError(

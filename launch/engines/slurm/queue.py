@@ -66,7 +66,7 @@ def ending_of(number: str) -> tuple[str, int] | None:
     try:
         told = asked("scontrol", "--oneliner", "show", "job", number)
     except SlurmError:
-        return None  # it is forgotten some minutes after its end
+        return None  # Slurm forgets it some minutes after its end
     facts = dict(word.partition("=")[::2] for word in told.split())
     code = facts.get("ExitCode", "").partition(":")[0]
     return facts.get("JobState", ""), int(code) if code.isdecimal() else 0
