@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_never_better_and_never_stays(mode):
     assert not is_better(0.5, 0.5, mode=mode)
 
 
-def test_early_stopping_goes_on_from_an_infinity_that_an_older_version_took_for_the_best():
+def test_early_stopping_continues_from_an_infinity_that_an_older_version_took_for_the_best():
     patience = EarlyStopping(EarlyStoppingSpec(measure="test/a", mode="max", patience=2))
     patience.remember({"best": INF, "waited": 1})
     assert patience.tested({"test/a": 0.1})

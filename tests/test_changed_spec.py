@@ -175,7 +175,7 @@ def test_the_same_again_records_nothing_more(place, processes):
         (["--change", "length.steps=5"], "has taken 9 steps, and would end after 5 steps, so no"),
     ],
 )
-def test_a_change_that_cannot_be_is_told_and_changes_nothing(place, words, told):
+def test_an_impossible_change_is_reported_and_changes_nothing(place, words, told):
     run = place / "runs/long"
     before = {path: path.read_bytes() for path in (run / "run.json", run / "spec.yaml")}
     refused = evenstep("run", "job.yaml", *words, cwd=place)
@@ -201,7 +201,7 @@ def test_only_what_is_named_is_accepted(place):
     )
 
 
-def test_a_fork_goes_on_from_its_step_and_leaves_the_run_as_it_was(place, processes):
+def test_a_fork_continues_from_its_step_and_leaves_the_run_as_it_was(place, processes):
     run = place / "runs/long"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     words = ("fork", "long", "--at", "6", "--name", "forked", "optimizer.weight_decay=0.5")
@@ -243,7 +243,7 @@ def test_a_changed_option_is_the_one_that_trains(place, processes):
         (["--at", "6", "--name", "a/b"], "name: must be"),
     ],
 )
-def test_a_fork_that_cannot_be_is_told_and_leaves_nothing(place, words, told):
+def test_an_impossible_fork_is_reported_and_leaves_nothing(place, words, told):
     before = sorted((place / "runs").iterdir())
     refused = evenstep("fork", "long", *words, cwd=place)
     assert refused.returncode == 64, refused.stdout
@@ -251,7 +251,7 @@ def test_a_fork_that_cannot_be_is_told_and_leaves_nothing(place, words, told):
     assert sorted((place / "runs").iterdir()) == before
 
 
-def test_a_schedule_that_depends_on_the_length_is_told(tmp_path, processes):
+def test_a_schedule_that_depends_on_the_length_is_reported(tmp_path, processes):
     job = JOB | {"schedule": {"name": "cosine"}, "length": {"steps": 6}}
     processes(1).run(train_in_process, job, tmp_path / "runs", 3)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"length": {"steps": 12}}))

@@ -52,7 +52,7 @@ def resumed(place, **files):
         ({"rows": ROWS.replace("% 3", "% 2")}, "rows.py."),
     ],
 )
-def test_a_changed_file_of_the_task_is_told(tmp_path, files, told):
+def test_a_changed_file_of_the_task_is_reported(tmp_path, files, told):
     said = resumed(tmp_path, **files)
     assert f"has changed since the last attempt of this run: {told} The steps up to 2" in said
     attempts = json.loads((tmp_path / "runs/job/run.json").read_text())["attempts"]

@@ -32,7 +32,7 @@ def without_figures(text):
     return re.sub(r"((?:loss|accuracy|activations|about|checkpoint) +)[\d.e+-]+", r"\1#", text)
 
 
-def test_check_tells_what_a_run_would_do_and_writes_nothing(tmp_path):
+def test_check_shows_what_a_run_would_do_and_writes_nothing(tmp_path):
     done = evenstep("check", "digits", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert without_figures(done.stdout) == GOLDEN

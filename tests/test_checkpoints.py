@@ -72,7 +72,7 @@ def save_now(made, state):
 
 
 @BOTH
-def test_everything_comes_back_with_the_same_bits(tmp_path, alone, asynchronous):
+def test_everything_is_restored_with_the_same_bits(tmp_path, alone, asynchronous):
     saved(tmp_path, alone, 3, asynchronous=asynchronous)
     state = new_state(seed=5)
     assert checkpoints(tmp_path, alone).restore(state)
@@ -141,7 +141,7 @@ def test_the_size_is_known_before_the_first_step(name):
     assert told == content_of(state).size_bytes
 
 
-def test_the_snapshot_is_of_its_moment_while_training_goes_on(tmp_path, alone):
+def test_the_snapshot_does_not_change_while_training_continues(tmp_path, alone):
     state, made, wanted = new_state(), checkpoints(tmp_path, alone, keep=50), {}
     for _ in range(30):
         take_step(state)
@@ -476,7 +476,7 @@ def small_disk(tmp_path):
 
 
 @BOTH
-def test_a_full_disk_is_told_and_leaves_the_earlier_ones(small_disk, alone, asynchronous):
+def test_a_full_disk_is_reported_and_leaves_the_earlier_ones(small_disk, alone, asynchronous):
     made = saved(small_disk, alone, 1, keep=2, asynchronous=asynchronous)
     free = shutil.disk_usage(small_disk).free
     # Room for the weights alone; then the check beforehand sees it, and then only the write does.
@@ -494,7 +494,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_ones(small_disk, alone, asyn
     assert steps_in(small_disk) == [1, 2]
 
 
-def test_a_read_only_disk_is_told(small_disk, alone):
+def test_a_read_only_disk_is_reported(small_disk, alone):
     saved(small_disk, alone, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(NotSaved, match=r"the file system is read-only\. Earlier"):
@@ -542,7 +542,7 @@ def test_a_failed_save_fails_on_all_processes_together(tmp_path, processes, asyn
 
 
 @BOTH
-def test_or_the_run_goes_on_and_counts_it(tmp_path, processes, asynchronous):
+def test_the_run_continues_after_a_failed_save_and_counts_it(tmp_path, processes, asynchronous):
     told = processes(3).run(save_while_the_lead_cannot, tmp_path, "go_on", asynchronous)
     assert told == [([1, 2, 3], 1, [1, 3])] * 3
 
@@ -764,7 +764,7 @@ def test_a_link_in_place_of_a_leftover_leads_nowhere(tmp_path, alone):
     assert sorted(os.listdir(tmp_path / "all")) == ["best", "step-00000001"]
 
 
-def test_weights_of_another_model_are_told_apart(tmp_path, alone):
+def test_weights_of_another_model_are_refused(tmp_path, alone):
     saved(tmp_path, alone, 1)
     place = tmp_path / "step-00000001"
     weights = load_file(place / MODEL)
@@ -833,7 +833,7 @@ def test_tied_weights_are_exported_under_both_names(tmp_path, alone):
         (["-o", "w.safetensors", "--checkpoint", "../step-00000020"], "there is no '../step"),
     ],
 )
-def test_an_export_that_cannot_be_is_told(run_of_20, tmp_path, words, told):
+def test_an_impossible_export_is_reported(run_of_20, tmp_path, words, told):
     (tmp_path / "there.safetensors").write_text("mine")
     ended = evenstep("export", run_of_20, *words, cwd=tmp_path)
     assert ended.returncode == 64, ended.stderr

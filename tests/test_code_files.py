@@ -95,7 +95,7 @@ def test_they_move_along_with_a_run(folder):
         ("optimizer.name=./job/rates.py:Halved", "is not a torch.optim.Optimizer"),
     ],
 )
-def test_what_is_none_is_told(folder, override, message):
+def test_what_is_none_is_reported(folder, override, message):
     told = evenstep("check", "job/job.yaml", override, cwd=folder)
     assert told.returncode == 64, told.stderr
     assert message in told.stderr

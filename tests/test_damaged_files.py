@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[EvenstepError], str]] = 
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_mended_is_told_and_nothing_is_lost(
+def test_what_cannot_be_mended_is_reported_and_nothing_is_lost(
     run_of_9: Path, tmp_path: Path, processes: ProcessesOf, what: str
 ) -> None:
     damage, kind, told = REFUSED[what]
@@ -193,7 +193,7 @@ def test_a_part_that_lies_elsewhere_is_refused(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_pipe_in_the_place_of_a_file_of_a_run_blocks_nobody(
+def test_a_pipe_in_the_place_of_a_file_of_a_run_blocks_nothing(
     run_of_9: Path, tmp_path: Path, processes: ProcessesOf
 ) -> None:
     for name in ("run.json", "metrics.jsonl", "receipt.jsonl", ".lock"):

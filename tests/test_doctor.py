@@ -38,7 +38,7 @@ def test_every_check_is_made_and_real_processes_add_up(tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-def test_what_is_wrong_is_told_with_its_fix(tmp_path):
+def test_what_is_wrong_is_reported_with_its_fix(tmp_path):
     """A torchvision of another torch, a W&B nobody reaches, a file for a directory, a dead rank."""
     broken = tmp_path / "site"
     (broken / "torchvision").mkdir(parents=True)

@@ -157,7 +157,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("text", "fault"), FAULTS)
-def test_a_file_that_is_not_right_is_told_with_its_place(text: str | bytes, fault: str) -> None:
+def test_a_file_that_is_not_right_is_reported_with_its_place(text: str | bytes, fault: str) -> None:
     assert fault_in(text) == fault
 
 
@@ -179,7 +179,7 @@ def test_json_and_toml_tell_their_own_faults(name: str, text: str, fault: str) -
     assert fault_in(text, name=name) == fault
 
 
-def test_a_file_that_is_not_there_is_told_with_the_ones_that_are(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_reported_with_the_ones_that_are(tmp_path: Path) -> None:
     Path("digits.yaml").write_text("a: 1")
     for path, fault in [
         ("digit.yaml", "digit.yaml: there is no such file; did you mean 'digits.yaml'?"),
@@ -246,7 +246,7 @@ def test_an_override_leaves_the_document_it_was_given_as_it_was() -> None:
         ("a=[*x]", "a=[*x]: anchors and aliases (& and *) are not read; write the value out"),
     ],
 )
-def test_an_override_that_is_not_right_is_told_with_its_text(text: str, fault: str) -> None:
+def test_an_override_that_is_not_right_is_reported_with_its_text(text: str, fault: str) -> None:
     document = document_of({"a": [1], "n": 3})
     assert fault_of(partial(override, document, text)) == fault
 

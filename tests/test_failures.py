@@ -50,14 +50,14 @@ NAMED = ["DB_PASS", "PGPWD_PWD", "GITHUB_PAT", "HTTP_AUTH", "AUTHORIZATION", "GP
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_what_a_telling_name_holds_is_secret(name):
+def test_the_value_of_a_name_like_password_is_secret(name):
     assert redacted("it was correct horse", {name: "correct horse"}) == "it was ***"
 
 
 @pytest.mark.parametrize(
     "name", ["PWD", "OLDPWD", "GIT_AUTHOR_NAME", "PATH", "SSH_AUTH_SOCK", "XAUTHORITY", "COMPASS"]
 )
-def test_what_a_harmless_name_holds_is_not(name):
+def test_the_value_of_a_harmless_name_is_not_secret(name):
     assert redacted("it was correct horse", {name: "correct horse"}) == "it was correct horse"
 
 
@@ -218,7 +218,7 @@ def test_a_beat_that_cannot_be_written_ends_no_run(tmp_path):
     assert read_beat(tmp_path, 0) is None
 
 
-def test_a_rank_behind_that_failed_has_no_line_and_is_told_all_the_same():
+def test_a_rank_behind_that_failed_has_no_line_and_is_reported_anyway():
     failed = {"rank": 1, "step": 4, "work": "forward", "micro_batch": 2, "message": "no such file"}
     told = _told(failed, 0, 3.0)
     assert told.startswith("Rank 1 has made no progress for 3 s at step 4, micro-batch 2,")
@@ -249,7 +249,7 @@ def test_a_step_taken_twice_counts_once():
     assert math.isclose(account["goodput"], (10 * 8 / 10 + 6) / 40)
 
 
-def test_of_each_attempt_the_steps_that_counted_and_the_time_by_kind_are_told():
+def test_each_attempt_shows_the_steps_that_counted_and_the_time_by_kind():
     first, running = (
         attempt(100, 120, 0, 10, "lost", starting=8, forward=9, data=2),
         {
@@ -295,7 +295,7 @@ def test_an_attempt_that_was_killed_is_closed_by_the_next_one(tmp_path):
 
 
 @pytest.mark.parametrize("killed_before", ["spec.yaml", "logs", "run.json"])
-def test_a_run_killed_in_its_first_moment_begins_anew(tmp_path: Path, killed_before):
+def test_a_run_killed_in_its_first_moment_starts_over(tmp_path: Path, killed_before):
     spec = load_spec(SPEC)
     open_run(tmp_path, spec, fresh=False).close()
     directory = tmp_path / "job"

@@ -101,7 +101,7 @@ def says_no(world, spec):
     return True
 
 
-def test_a_model_too_large_for_one_row_is_told(processes):
+def test_a_model_too_large_for_one_row_is_reported(processes):
     spec = spec_of(
         "huge", task=f"{__file__}:huge", batch={"global_batch": 10, "micro_batch": "auto"}
     )
@@ -144,7 +144,7 @@ def test_the_run_keeps_what_was_found(tmp_path):
     assert [attempt["processes"] for attempt in attempts] == [2, 1]
 
 
-def test_plan_and_check_say_what_it_comes_to(tmp_path):
+def test_plan_and_check_report_the_result(tmp_path):
     plan = plan_of("digits", "batch.micro_batch=auto", runs=tmp_path / "runs", processes=2)
     assert "48 rows if they fit in memory: the run tries it" in plan
     check = evenstep("check", "digits", "batch.micro_batch=auto", cwd=tmp_path)

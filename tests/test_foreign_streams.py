@@ -99,7 +99,7 @@ def test_a_stream_of_a_library_gives_the_same_run_and_resumes(
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-def test_a_loader_of_batches_is_told_from_a_stream_of_rows(kind):
+def test_a_loader_of_batches_is_distinguished_from_a_stream_of_rows(kind):
     loader = kind(TensorDataset(INPUTS, TARGETS), batch_size=4)
     with pytest.raises(SpecError, match=r"gives batches\. Give its data set"):
         Stream(loader, mode="whole", index=0, of=1)
@@ -173,7 +173,7 @@ def test_rows_without_ids_are_named_by_what_they_hold():
     ],
     ids=repr,
 )
-def test_a_foreign_state_comes_back_as_it_was(value):
+def test_a_foreign_state_is_restored_unchanged(value):
     import json
 
     back = from_plain(json.loads(json.dumps(plain(value))))

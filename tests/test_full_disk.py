@@ -102,7 +102,7 @@ def refused(world: World, runs: Path, name: str, nth: int) -> tuple[str, int]:
         (".run.json.partial", 3),
     ],
 )
-def test_what_cannot_be_begun_or_ended_fails_on_all_processes_in_the_same_words(
+def test_what_cannot_be_started_or_ended_fails_on_all_processes_with_the_same_message(
     processes: ProcessesOf, tmp_path: Path, name: str, nth: int
 ) -> None:
     (told,) = set(processes(3).run(refused, tmp_path, name, nth))

@@ -84,7 +84,7 @@ def test_hooks_change_no_bit_of_a_run(processes, tmp_path, model):
         assert "system/hook_failures" not in with_hooks[STEPS]
 
 
-def test_a_hook_is_told_what_was_measured_and_gets_the_model_that_was(seen):
+def test_a_hook_is_reported_what_was_measured_and_gets_the_model_that_was(seen):
     rows = rows_of(seen)
     for step in (0, 6, STEPS):
         for name in ("val", "ood"):
@@ -125,7 +125,7 @@ def test_what_a_lost_step_has_logged_is_removed(seen):
     assert not list((seen / "job/logged").rglob(".*"))
 
 
-def test_a_failure_is_told_with_its_traceback_and_the_run_goes_on(processes, tmp_path, capfd):
+def test_a_failure_is_reported_with_its_traceback_and_the_run_continues(processes, tmp_path, capfd):
     train_in_process(alone(), job("failing"), tmp_path)
     told = capfd.readouterr().out
     assert "WARNING: task.after_test of the test set 'val' failed at step 6.\nTraceback" in told

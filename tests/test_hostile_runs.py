@@ -186,7 +186,7 @@ def test_a_damaged_run_is_one_line_and_takes_nothing_down(sound: Path, data: st.
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("number", range(len(IN_PLACE)))
-def test_what_is_no_plain_file_keeps_nobody_waiting(
+def test_a_special_file_blocks_no_command(
     sound: Path, tmp_path: Path, file: str, number: int
 ) -> None:
     shutil.copytree(sound, tmp_path / "runs/torn")
@@ -298,7 +298,7 @@ def test_a_line_that_is_not_of_a_receipt_is_named(tmp_path: Path, line: str) -> 
             read(tmp_path / "receipt.jsonl")
 
 
-def test_a_run_that_is_a_link_to_itself_is_told(tmp_path: Path) -> None:
+def test_a_run_that_is_a_link_to_itself_is_reported(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/loop").symlink_to("loop")
     called("runs", tmp_path / "runs")

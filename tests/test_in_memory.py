@@ -140,7 +140,7 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
     assert "Leave in_memory out" in done.stderr
 
 
-def test_rows_of_several_shapes_are_told(tmp_path):
+def test_rows_of_several_shapes_are_reported(tmp_path):
     done = refused(tmp_path, "ragged", "test={}")
     assert done.returncode == 42, done.stderr
     assert done.stderr.count("error:") == 1

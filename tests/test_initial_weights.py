@@ -67,7 +67,7 @@ def taken_by(model, source, **init):
     return initial_weights(spec.init, model)
 
 
-def test_a_run_begins_with_the_weights_of_another_at_any_number_of_processes(place, processes):
+def test_a_run_starts_with_the_weights_of_another_at_any_number_of_processes(place, processes):
     still = {"optimizer": {"name": "sgd", "lr": 0.0}, "model": {"batchnorm": "local"}}
     init = {"from": str(place / "runs/first"), "skip": ["head.*"]}
     for count in (1, 2):
@@ -92,7 +92,7 @@ def test_a_run_that_has_a_checkpoint_needs_the_source_no_more(place, processes):
     assert weights_of(place / "runs/resumed", 2).exists()
 
 
-def test_a_wrong_source_is_told_before_anything_is_written(place):
+def test_a_wrong_source_is_reported_before_anything_is_written(place):
     spec = load_spec(job("wrong", init={"from": str(place / "first.safetensors")}))
     (place / "wrong.yaml").write_text(dump_spec(spec))
     told = evenstep("run", "wrong.yaml", "task_args={classes: 7}", cwd=place)
@@ -101,7 +101,7 @@ def test_a_wrong_source_is_told_before_anything_is_written(place):
     assert not (place / "runs/wrong").exists()
 
 
-def test_check_tells_what_is_taken_and_what_does_not_fit(place):
+def test_check_shows_what_is_taken_and_what_does_not_fit(place):
     world = alone()
     spec = load_spec(job("x", init={"from": str(place / "first.safetensors")}))
     found = dict(checked(spec, world=world))
@@ -189,7 +189,7 @@ def test_a_directory_of_transformers_is_read_whole_or_in_parts(place, tmp_path):
         (3, {"rename": {".": "x"}, "strict": False}, r"has no tensor of this model. It has x.base"),
     ],
 )
-def test_what_does_not_fit_is_told(place, classes, init, told):
+def test_what_does_not_fit_is_reported(place, classes, init, told):
     with pytest.raises(SpecError, match=told):
         taken_by(Net(classes), place / "first.safetensors", **init)
 
@@ -200,7 +200,7 @@ def test_not_strict_takes_whatever_fits(place):
     assert set(found.left) == {"head.weight", "head.bias"}
 
 
-def test_what_is_no_source_is_told(place, tmp_path):
+def test_what_is_not_a_source_of_weights_is_reported(place, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     for source, told in (
         (tmp_path / "none.safetensors", "init.from: there is no file"),

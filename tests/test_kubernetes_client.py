@@ -154,7 +154,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("number", REFUSALS)
-def test_a_refusal_is_told_with_what_to_do(place: Path, number: int) -> None:
+def test_a_refusal_is_reported_with_what_to_do(place: Path, number: int) -> None:
     code, words = REFUSALS[number]
     with serving({("GET", JOB): [NONE], **applied(recorded(number))}, place / "config"):
         ended = kubernetes(place, "submit", "job.yaml")
@@ -163,7 +163,7 @@ def test_a_refusal_is_told_with_what_to_do(place: Path, number: int) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_status_tells_pods_step_and_loss(place: Path) -> None:
+def test_status_shows_pods_step_and_loss(place: Path) -> None:
     answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods_that(phase="Running")]}
     answers |= {("GET", EVENTS): [recorded(28)], ("GET", "/log"): [LOG]}
     with serving(answers, place / "config"):
@@ -240,7 +240,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_status_tells_why_a_job_does_not_start(place: Path, reason: str) -> None:
+def test_status_shows_why_a_job_does_not_start(place: Path, reason: str) -> None:
     pods, events, words = REASONS[reason]
     answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", EVENTS): [events()]}
     with serving(answers | {("GET", "/log"): [recorded(18)]}, place / "config") as server:
@@ -260,7 +260,7 @@ def test_status_does_not_complain_of_what_an_earlier_job_met(place: Path) -> Non
         assert "quota" not in kubernetes(place, "status", "ddp-train").stdout
 
 
-def test_status_tells_how_often_a_node_was_restarted_and_why(place: Path) -> None:
+def test_status_shows_how_often_a_node_was_restarted_and_why(place: Path) -> None:
     pods = pods_that(phase="Running")
     for n, (code, reason) in enumerate(((137, "OOMKilled"), (76, "Error"))):
         before = copy.deepcopy(pods.body["items"][0])
@@ -281,7 +281,7 @@ def test_status_tells_how_often_a_node_was_restarted_and_why(place: Path) -> Non
     assert lines[2].strip() == "node 1  ddp-train-1-84gxd  running"
 
 
-def test_status_tells_what_the_queue_says(place: Path) -> None:
+def test_status_shows_what_the_queue_says(place: Path) -> None:
     job = copy.deepcopy(recorded(20))
     job.body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
     message = (
@@ -349,7 +349,7 @@ def test_logs_of_a_rank_are_those_lines_of_its_nodes_pod(place: Path) -> None:
     assert "has not had a pod of node 4" in beyond.stderr
 
 
-def test_a_log_that_is_not_to_be_had_is_told(place: Path) -> None:
+def test_a_log_that_is_not_available_is_reported(place: Path) -> None:
     answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)]}
     with serving({**answers, ("GET", "/log"): [recorded(18)]}, place / "config"):
         ended = kubernetes(place, "logs", "ddp-train")
@@ -518,7 +518,7 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("way", NO_WAYS)
-def test_a_kubeconfig_that_leads_nowhere_is_told(
+def test_an_unusable_kubeconfig_is_reported(
     place: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, code, words = NO_WAYS[way]
@@ -535,7 +535,7 @@ def ask() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "}{:", "clusters: 3", "users: [3]", "\0"])
-def test_a_kubeconfig_that_is_none_is_told(
+def test_a_file_that_is_not_a_kubeconfig_is_reported(
     place: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "config").write_text(text)
@@ -545,7 +545,7 @@ def test_a_kubeconfig_that_is_none_is_told(
 
 
 @pytest.mark.parametrize("version", ["v1", "v1beta1"])
-def test_a_command_signs_in_and_is_told_what_for(
+def test_a_command_signs_in_and_is_reported_what_for(
     place: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of the large clouds do."""
@@ -590,7 +590,7 @@ def test_submit_waits_for_a_job_that_is_stopping(place: Path) -> None:
     assert "DELETE" not in [request.method for request in server.requests]
 
 
-def test_a_cluster_that_does_not_answer_is_told(place: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_reported(place: Path) -> None:
     with serving({}, place / "config"):
         pass
     ended = kubernetes(place, "status", "ddp-train")

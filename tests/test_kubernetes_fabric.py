@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_mistake_is_told_with_its_place(mistake: str) -> None:
+def test_a_mistake_is_reported_with_its_place(mistake: str) -> None:
     options, message = REFUSED[mistake]
     with pytest.raises(SpecError, match=re.escape(message)):
         render(job(**options))

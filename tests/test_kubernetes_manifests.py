@@ -524,7 +524,7 @@ def test_render_as_a_command_carries_a_task_that_is_a_file(tmp_path: Path) -> No
         assert again.returncode == 0, again.stderr
 
 
-def test_a_spec_that_does_not_speak_of_a_cluster_is_told_what_to_add(tmp_path: Path) -> None:
+def test_a_spec_that_does_not_speak_of_a_cluster_is_reported_what_to_add(tmp_path: Path) -> None:
     ended = evenstep("kubernetes", "render", "digits", cwd=tmp_path)
     assert ended.returncode == 64
     assert "kubernetes: missing; add kubernetes: {image: " in ended.stderr

@@ -80,7 +80,7 @@ def test_a_crash_loop_ends_with_42(tmp_path):
     assert err.count("was killed by SIGKILL") == 3
 
 
-def test_an_elastic_run_goes_on_with_one_process_fewer(tmp_path):
+def test_an_elastic_run_continues_with_one_process_fewer(tmp_path):
     environ = injured(tmp_path, ("kill one", "forward", 2, 11))
     words = ("--processes", 3, "--max-restarts", 1)
     code, _, err = ended(*words, "--elastic", cwd=tmp_path, **environ)
@@ -186,7 +186,7 @@ def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous, 
 
 
 @pytest.mark.parametrize(("rank", "count"), [(0, 8), (1, 2)])
-def test_a_save_that_stands_still_is_a_hang_and_its_line_is_named(tmp_path, rank, count):
+def test_a_save_that_hangs_is_reported_with_its_line(tmp_path, rank, count):
     environ = injured(tmp_path, ("hang", "disk", rank, count), faults={"hang_timeout_seconds": 2.0})
     code, _, err = ended("--processes", 2, cwd=tmp_path, **environ)
     assert code == 1, err

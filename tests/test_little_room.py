@@ -25,7 +25,7 @@ pid_t fork(void) { errno = EAGAIN; return -1; }
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="needs a compiler on Linux")
-def test_a_process_that_cannot_be_forked_is_told_and_tried_again(tmp_path):
+def test_a_process_that_cannot_be_forked_is_reported_and_tried_again(tmp_path):
     (tmp_path / "fork.c").write_text(NO_FORK)
     build = (COMPILER, "-shared", "-fPIC", "-o", "fork.so", "fork.c")
     assert command(*build, cwd=tmp_path, timeout=DEADLINE_SECONDS).returncode == 0
@@ -36,7 +36,7 @@ def test_a_process_that_cannot_be_forked_is_told_and_tried_again(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_few_open_files_are_told_before_anything_is_started(tmp_path):
+def test_too_few_open_files_are_reported_before_anything_is_started(tmp_path):
     done = subprocess.run(
         [str(word) for word in RUN],
         cwd=tmp_path,
@@ -59,13 +59,13 @@ def told(*words, cwd, **environ):
     return done.stderr
 
 
-def test_a_place_that_torchrun_did_not_set_is_told_in_a_line(tmp_path):
+def test_a_place_that_torchrun_did_not_set_is_reported_in_a_line(tmp_path):
     line = told("run", "digits", cwd=tmp_path, RANK="0", WORLD_SIZE="1")
     assert line.startswith("error: The environment sets RANK but not LOCAL_RANK, LOCAL_WORLD_SIZE.")
     assert line.count("\n") == 1
 
 
-def test_a_current_directory_that_is_gone_is_told(tmp_path):
+def test_a_current_directory_that_is_gone_is_reported(tmp_path):
     script = f'mkdir gone; cd gone; rmdir ../gone; exec "{BIN}/evenstep" run digits'
     done = command("sh", "-c", script, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     # Where the path of its Python has spaces or is long, pip starts a command by way of a shell.
@@ -77,7 +77,7 @@ def test_a_current_directory_that_is_gone_is_told(tmp_path):
     )
 
 
-def test_a_temporary_directory_too_deep_for_a_socket_is_told(tmp_path):
+def test_a_temporary_directory_too_deep_for_a_socket_is_reported(tmp_path):
     fits = "/tmp/" + "x" * 70
     assert out_of_place(["run", "digits", "--processes", "2"], {"TMPDIR": fits}) is None
     assert out_of_place(["run", "digits"], {"TMPDIR": fits + "x"}) is None

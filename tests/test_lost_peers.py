@@ -53,7 +53,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_loss_of_a_peer_is_told_as_such(loss: str) -> None:
+def test_the_loss_of_a_peer_is_reported_as_such(loss: str) -> None:
     lost = lost_peer(LOSSES[loss])
     assert lost is not None
     assert lost.exit_code == 76

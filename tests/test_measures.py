@@ -146,7 +146,7 @@ def test_they_are_what_one_pass_over_all_rows_gives(processes):
     assert found["test/accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
 
 
-def test_a_collection_is_measures_and_what_is_no_metric_is_told():
+def test_a_collection_is_measures_and_what_is_no_metric_is_reported():
     def task(measures):
         return supervised(model=nn.Identity, train=[(0.0, 0)], measures=measures)
 

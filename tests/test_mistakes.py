@@ -138,7 +138,7 @@ def misfit(width, dropout):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path, mistake):
+def test_a_mistake_is_reported_once_and_leaves_nothing(tmp_path, mistake):
     spec, words, message = MISTAKES[mistake]
     (tmp_path / "job.yaml").write_text(spec)
     (tmp_path / "my_task.py").write_text(TASKS)
@@ -168,7 +168,7 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     assert os.listdir(tmp_path / "runs/digits") == ["thesis.txt"]
 
 
-def test_a_run_directory_that_cannot_be_read_is_told(tmp_path):
+def test_a_run_directory_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "runs").write_text("a file")
     ended = evenstep("run", "digits", cwd=tmp_path)
     assert ended.returncode == 64

@@ -141,7 +141,7 @@ def test_a_key_in_a_file_becomes_the_variable(tmp_path: Path) -> None:
     assert read_secrets({}) == {}
 
 
-def test_an_interface_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_that_is_not_there_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")
     check_interfaces()
@@ -209,7 +209,7 @@ def meeting() -> Meeting:
     return Meeting(port)
 
 
-def test_nodes_meet_in_any_order_and_learn_where_the_store_is(meeting: Meeting) -> None:
+def test_nodes_connect_in_any_order_and_learn_where_the_store_is(meeting: Meeting) -> None:
     meeting.join(replace(OWN, index=2))  # nobody listens yet
     meeting.host()
     meeting.join(replace(OWN, index=1))
@@ -260,7 +260,7 @@ SENT = {
 }
 
 
-def test_what_strangers_send_is_dropped_and_the_nodes_meet(meeting: Meeting) -> None:
+def test_other_connections_are_dropped_and_the_nodes_connect(meeting: Meeting) -> None:
     meeting.secret = SECRET
     two = replace(OWN, nodes=2)
     meeting.host(two)
@@ -340,7 +340,7 @@ def test_a_node_with_another_secret_hears_what_to_look_at(meeting: Meeting) -> N
     )
 
 
-def test_who_listens_in_the_place_of_node_0_is_not_taken_for_it(meeting: Meeting) -> None:
+def test_another_listener_is_not_mistaken_for_node_0(meeting: Meeting) -> None:
     with socket.create_server(("127.0.0.1", meeting.port)) as door:
         meeting.secret = SECRET
         meeting.join(replace(OWN, nodes=2, index=1), seconds=1)
@@ -388,12 +388,12 @@ def test_nodes_that_do_not_come_are_named(meeting: Meeting) -> None:
     assert "node 1, 2 of 3 did not connect" in str(ends[0])
 
 
-def test_a_name_that_is_not_known_is_told(meeting: Meeting) -> None:
+def test_a_name_that_is_not_known_is_reported(meeting: Meeting) -> None:
     with pytest.raises(PeerLost, match=r"run-0\.invalid is not known.*headless Service"):
         join(OWN, address="run-0.invalid", port=1, seconds=0.5, say=meeting.said.append)
 
 
-def test_a_port_in_use_is_told(meeting: Meeting) -> None:
+def test_a_port_in_use_is_reported(meeting: Meeting) -> None:
     with (
         socket.create_server(("", meeting.port)),
         pytest.raises(SpecError, match=f"another program listens on port {meeting.port}"),

@@ -408,7 +408,7 @@ def _sync_in_eval(world: World) -> bool:
     return True
 
 
-def test_sync_asks_nobody_in_eval(processes: ProcessesOf) -> None:
+def test_sync_communicates_only_in_training(processes: ProcessesOf) -> None:
     assert processes(2).run(_sync_in_eval, timeout_seconds=120) == [True, True]
 
 

@@ -323,7 +323,7 @@ def test_any_optimizer_by_import_string_resumes_with_what_its_groups_remember(al
         ({"name": "rprop", "no_decay": ["bias"]}, "optimizer.no_decay: rprop has no weight_decay"),
     ],
 )
-def test_a_wrong_optimizer_is_told(optimizer, message):
+def test_a_wrong_optimizer_is_reported(optimizer, message):
     spec = load_spec(small.spec_for({"name": "test_optimizers:Strange", "lr": 0.1} | optimizer))
     model = small.dense().model()
     with pytest.raises(SpecError, match=message):
@@ -341,7 +341,7 @@ def test_a_wrong_optimizer_is_told(optimizer, message):
         ),
     ],
 )
-def test_what_torch_finds_in_the_first_step_is_told_before_it(optimizer, message):
+def test_what_torch_finds_in_the_first_step_is_reported_before_it(optimizer, message):
     spec = load_spec(small.spec_for({"lr": 0.1} | optimizer))
     model = small.dense().model()
     with pytest.raises(SpecError, match=message):
@@ -370,7 +370,7 @@ def test_an_optimizer_without_sparse_gradients_is_refused_them():
         make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
 
 
-def test_lbfgs_is_nobodys_companion():
+def test_lbfgs_cannot_be_a_companion():
     muon = {"name": "muon", "lr": 0.1, "companion": {"name": "lbfgs", "lr": 1.0}}
     spec = load_spec(small.spec_for(muon))
     model = small.dense().model()

@@ -102,7 +102,7 @@ def test_a_named_value_is_that_of_all_test_rows_at_once(hard_runs):
     assert rows_of(hard_runs[3])[-1]["test/hard"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_stopped_on_three_processes_it_goes_on_on_one(processes, tmp_path, hard_runs):
+def test_stopped_on_three_processes_it_continues_on_one(processes, tmp_path, hard_runs):
     assert processes(3).run(train_in_process, job("hard"), tmp_path, 5) == [None] * 3
     processes(1).run(train_in_process, job("hard"), tmp_path)
     assert difference(hard_runs[1], tmp_path) < 1e-12

@@ -88,7 +88,7 @@ def test_what_the_task_predicts_is_written(processes, tmp_path):
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_outputs_without_logits_are_told_where_logits_are_needed(processes, tmp_path):
+def test_outputs_without_logits_are_reported_where_logits_are_needed(processes, tmp_path):
     processes(1).run(train_in_process, job("two_losses"), tmp_path / "runs")
     told = evenstep("test", "job", "--predictions", "out.npy", cwd=tmp_path)
     assert told.returncode == 64
@@ -154,7 +154,7 @@ def test_rows_that_torch_cannot_stack_ask_for_a_collate(processes, tmp_path):
     assert "Traceback" not in told.stderr
 
 
-def test_predictions_of_unequal_shapes_are_told(processes, tmp_path):
+def test_predictions_of_unequal_shapes_are_reported(processes, tmp_path):
     text = job("texts", test={"micro_batch": 2})
     processes(1).run(train_in_process, text, tmp_path / "runs")
     told = evenstep("test", "job", "--predictions", "out.npy", "--processes", 2, cwd=tmp_path)
@@ -361,7 +361,7 @@ def made_of(model: str) -> supervised:
         ),
     ],
 )
-def test_a_model_that_is_none_is_told(alone, model, message):
+def test_a_value_that_is_not_a_model_is_reported(alone, model, message):
     spec = load_spec(job("made_of", task_args={"model": model}))
     with pytest.raises(SpecError, match=message):
         list(checked(spec, world=alone))
@@ -410,7 +410,7 @@ def test_a_task_needs_no_test():
 # ---- where a person's own code failed
 
 
-def test_an_error_is_told_with_the_line_of_the_persons_own_code():
+def test_an_error_is_reported_with_the_line_of_the_persons_own_code():
     def own() -> None:
         torch.stack([])
 
@@ -437,7 +437,7 @@ def test_the_packages_of_the_system_are_not_the_persons_own_code(tmp_path, packa
     assert with_place(raised.value).endswith(f"({HERE}:{line})")
 
 
-def test_an_error_of_nobodys_code_has_no_place():
+def test_an_error_outside_the_users_code_has_no_place():
     assert with_place(ValueError("no")) == "ValueError: no"
 
 

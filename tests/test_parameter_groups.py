@@ -257,7 +257,7 @@ def test_an_order_that_puts_parameters_elsewhere_is_refused(alone, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adam", "lbfgs"])
-def test_a_renamed_module_is_told_and_can_be_mapped(alone, tmp_path, name):
+def test_a_renamed_module_is_reported_and_can_be_mapped(alone, tmp_path, name):
     spec = job({"name": name, "lr": 0.1})
     train_in_process(alone, spec, tmp_path / "whole")
     train_in_process(alone, spec, tmp_path / "parts", 6)
@@ -275,7 +275,7 @@ def test_a_renamed_module_is_told_and_can_be_mapped(alone, tmp_path, name):
     assert same(whole, {key.replace("trunk", "base"): value for key, value in parts.items()})
 
 
-def test_a_parameter_that_is_missing_is_told(alone, tmp_path):
+def test_a_parameter_that_is_missing_is_reported(alone, tmp_path):
     spec = job({"name": "adam", "lr": 0.1})
     train_in_process(alone, spec, tmp_path, 6)
     (step,) = (tmp_path / "job/checkpoints").glob("step-*")

@@ -170,7 +170,7 @@ def test_a_node_whose_processes_notice_nothing_leaves_all_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("indexes", [(1,), (0,), (0, 1)], ids=["worker", "index 0", "all"])
-def test_an_evicted_pod_saves_and_the_run_goes_on(
+def test_an_evicted_pod_saves_and_the_run_continues(
     undisturbed: Cluster, tmp_path: Path, indexes: tuple[int, ...]
 ) -> None:
     def evict(cluster: Cluster) -> None:
@@ -186,7 +186,7 @@ def test_an_evicted_pod_saves_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_job_that_its_queue_suspends_saves_and_goes_on_later(
+def test_a_job_that_its_queue_suspends_saves_and_continues_later(
     undisturbed: Cluster, tmp_path: Path
 ) -> None:
     suspended_at = 0

@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_is_named_though_every_loss_is(processes, 
         assert all(t.isfinite().all() for t in weights(tmp_path, second - 1).values())
 
 
-def test_fp16_whose_gradients_are_never_finite_does_not_go_on_for_ever(processes, tmp_path):
+def test_fp16_whose_gradients_are_never_finite_ends(processes, tmp_path):
     spec = job(
         "root_of_zero",
         model={"precision": "fp16"},

@@ -120,7 +120,7 @@ for wrong in (
 """
 
 
-def test_what_no_spec_can_hold_is_told_in_a_notebook_too(tmp_path):
+def test_what_no_spec_can_hold_is_reported_in_a_notebook_too(tmp_path):
     done = python(WRONG, tmp_path)
     assert done.returncode == 0, done.stderr
     of_task, of_folder, of_rate = done.stdout.splitlines()

@@ -63,7 +63,7 @@ def test_runs_lists_the_latest_news_first(place):
     assert re.fullmatch(r"test/accuracy 0\.\d+ at step [24]0", rows[2][3])
 
 
-def test_runs_tells_what_it_cannot_read_and_lists_the_rest(place, tmp_path):
+def test_runs_reports_what_it_cannot_read_and_lists_the_rest(place, tmp_path):
     broken = tmp_path / "runs" / "torn"
     broken.mkdir(parents=True)
     (broken / "run.json").write_text("{")
@@ -74,7 +74,7 @@ def test_runs_tells_what_it_cannot_read_and_lists_the_rest(place, tmp_path):
     assert evenstep("runs", "nowhere", cwd=tmp_path).returncode == 64
 
 
-def test_a_run_whose_process_is_gone_is_told_as_lost(place, tmp_path):
+def test_a_run_whose_process_is_gone_is_reported_as_lost(place, tmp_path):
     run = tmp_path / "gone"
     run.mkdir()
     for name in ("run.json", "spec.yaml", "metrics.jsonl", ".lock"):
@@ -90,7 +90,7 @@ def test_a_run_whose_process_is_gone_is_told_as_lost(place, tmp_path):
     assert [outcome for _, _, outcome in read_history(run).spans()] == ["stopped", "lost"]
 
 
-def test_a_name_that_is_no_run_is_told_with_what_is_near(place):
+def test_a_name_that_is_no_run_is_reported_with_what_is_near(place):
     told = evenstep("report", "frist", cwd=place)
     assert told.returncode == 64
     assert "There is no run frist; did you mean 'first'?" in told.stderr

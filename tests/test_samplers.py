@@ -107,7 +107,7 @@ def test_a_long_list_of_positions_is_worked_through_in_blocks():
     assert np.array_equal(np.sort(whole[:30_000]), np.arange(30_000))
 
 
-def test_the_sequence_goes_on_beyond_position_two_to_the_62():
+def test_the_sequence_continues_beyond_position_two_to_the_62():
     first = 2**62 - 2**62 % 517
     rows = rows_at(np.arange(first, first + 517), rows=517, seed=0)
 
@@ -282,7 +282,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", [*STATISTICS, *LARGE])
-def test_the_shuffle_cannot_be_told_from_a_perfect_one(name):
+def test_the_shuffle_cannot_be_distinguished_from_a_perfect_one(name):
     deviate = (STATISTICS | LARGE)[name](quality.ours)
 
     assert abs(deviate) < PASSED

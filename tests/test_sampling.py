@@ -172,7 +172,7 @@ def test_a_run_is_not_continued_with_other_weights(tmp_path):
             train_in_process(alone(), other, tmp_path)
 
 
-def test_a_row_that_comes_twice_in_an_epoch_draws_anew():
+def test_a_row_that_comes_twice_in_an_epoch_draws_again():
     class Drawing:
         def __len__(self):
             return 2

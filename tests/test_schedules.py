@@ -295,7 +295,7 @@ def test_what_a_schedule_remembers_is_in_the_checkpoint_at_any_number_of_process
         ),
     ],
 )
-def test_a_wrong_scheduler_is_told(schedule, message):
+def test_a_wrong_scheduler_is_reported(schedule, message):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -307,7 +307,7 @@ def failing_at_the_third(optimizer: torch.optim.Optimizer) -> lr_scheduler.Lambd
     return lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5][step])
 
 
-def test_a_scheduler_that_fails_on_its_way_is_told_with_the_step_and_the_line():
+def test_a_scheduler_that_fails_in_the_run_is_reported_with_the_step_and_the_line():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = make_schedule(optimizer, plan_of({"name": f"{__name__}:failing_at_the_third"}))
     optimizer.step()
@@ -362,7 +362,7 @@ def test_a_small_improvement_does_not_count():
         ),
     ],
 )
-def test_a_measure_that_is_not_measured_is_told(alone, tmp_path, sections, message):
+def test_a_measure_that_is_not_measured_is_reported(alone, tmp_path, sections, message):
     spec = small.spec_for({"name": "sgd", "lr": 0.1}, test={"every_steps": 1}) | sections
     with pytest.raises(SpecError, match=message):
         train_in_process(alone, spec, tmp_path)

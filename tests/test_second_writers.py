@@ -97,7 +97,7 @@ def test_trackio_holds_exactly_the_rows_of_both_attempts(kept):
     assert found["config"]["spec_sha256"]
 
 
-def test_what_is_not_installed_is_told_before_anything_is_started(tmp_path):
+def test_what_is_not_installed_is_reported_before_anything_is_started(tmp_path):
     (tmp_path / "site").mkdir()
     hide = "import sys; sys.modules.update(tensorboard=None, trackio=None)"
     (tmp_path / "site/sitecustomize.py").write_text(hide)
@@ -160,7 +160,7 @@ def test_a_resume_hands_over_what_is_lacking_and_repeats_nothing(tmp_path):
         assert said == []
 
 
-def test_a_place_that_breaks_is_told_once_and_lacks_what_came_after(tmp_path):
+def test_a_place_that_breaks_is_reported_once_and_lacks_what_came_after(tmp_path):
     tracker, said = tracked(tmp_path, lambda: Kept(fails_at=3))
     for step in range(1, 6):
         tracker.log(step, {"a": step})
@@ -172,7 +172,7 @@ def test_a_place_that_breaks_is_told_once_and_lacks_what_came_after(tmp_path):
     ]
 
 
-def test_a_place_that_never_opens_holds_nobody(tmp_path):
+def test_a_tracker_that_never_opens_blocks_nothing(tmp_path):
     never = threading.Event()
     tracker, said = tracked(tmp_path, lambda: Kept(opens=never), close_seconds=0.2)
     beside = tracker._writers[1]

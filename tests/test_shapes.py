@@ -165,7 +165,7 @@ def test_a_loss_that_compares_each_row_with_every_other_is_refused_before_anythi
         ("two", r"all of them the same shape, but they give size \[1\], mean \[\]"),
     ],
 )
-def test_a_shape_that_only_some_micro_batches_have_is_told_when_one_has_it(
+def test_a_shape_that_only_some_micro_batches_have_is_reported_when_one_has_it(
     alone, tmp_path, kind, told
 ):
     with pytest.raises(SpecError, match=told):
@@ -183,6 +183,6 @@ def dropping() -> supervised:
     return supervised(model=lambda: nn.Linear(4, 3), train=rows, test=rows[:9], collate=keep)
 
 
-def test_a_collate_that_drops_rows_is_told_and_not_divided_by_those_it_dropped(alone, tmp_path):
+def test_a_collate_that_drops_rows_is_refused(alone, tmp_path):
     with pytest.raises(DataBroken, match=r"Of \d rows that were asked for, \d have come \(step 0"):
         train_in_process(alone, job("dropping"), tmp_path)

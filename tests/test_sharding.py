@@ -310,7 +310,7 @@ def test_a_checkpoint_does_not_tell_how_many_processes_saved_it(processes, tmp_p
         assert damage_of(checkpoint) is None
 
 
-def test_a_run_goes_on_in_any_mode_at_any_number_of_processes(processes, tmp_path):
+def test_a_run_continues_in_any_mode_at_any_number_of_processes(processes, tmp_path):
     processes(1).run(train_in_process, job("ddp"), tmp_path / "alone")
     place = tmp_path / "moved"
     for count, mode, stop in (
@@ -517,7 +517,7 @@ def test_each_process_holds_its_share(processes):
     assert processes(1).run(held_numbers, job()) == [(whole, whole)]
 
 
-def test_a_weight_that_is_used_outside_its_unit_is_told_by_name(processes, tmp_path):
+def test_a_weight_that_is_used_outside_its_unit_is_reported_by_name(processes, tmp_path):
     spec = job(task_args={"net": "Borrowing"})
     with pytest.raises(ProcessesFailed) as failed:
         processes(2).run(train_in_process, spec, tmp_path)
@@ -527,7 +527,7 @@ def test_a_weight_that_is_used_outside_its_unit_is_told_by_name(processes, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_plan_tells_what_each_process_holds(tmp_path):
+def test_plan_shows_what_each_process_holds(tmp_path):
     told = planned(load_spec(job()), processes=3, runs=tmp_path)
     assert "sharded over the processes" in told
     row = next(line for line in told.splitlines() if line.strip().startswith("blocks.1 "))

@@ -83,7 +83,7 @@ def save_and_tell(world, directory, asynchronous, part_bytes):
 
 
 @BOTH
-def test_the_bytes_are_the_same_whoever_writes_them(tmp_path, alone, processes, asynchronous):
+def test_the_bytes_do_not_depend_on_who_writes_them(tmp_path, alone, processes, asynchronous):
     saved(tmp_path / "whole", alone, 1, 2, keep=9)
     for count in (1, 2, 3, 4):
         place = tmp_path / str(count)
@@ -106,7 +106,7 @@ def test_the_bytes_are_the_same_whoever_writes_them(tmp_path, alone, processes, 
     ("cores", "training", "asynchronous", "streams"),
     [(2, 2, False, 2), (1, 1, False, 1), (2, 1, True, 1), (3, 1, True, 2), (8, 8, True, 1)],
 )
-def test_a_process_alone_writes_two_shares_at_a_time_where_training_needs_no_core_for_it(
+def test_a_single_process_writes_two_shares_at_a_time_if_a_core_is_free(
     tmp_path, alone, monkeypatch, cores, training, asynchronous, streams
 ):
     monkeypatch.setattr(
@@ -203,7 +203,7 @@ def save_a_step_twice(world, directory):
     made.close()
 
 
-def test_what_is_there_already_is_written_by_nobody(tmp_path, processes):
+def test_an_existing_checkpoint_is_not_written_again(tmp_path, processes):
     processes(3).run(save_a_step_twice, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -256,7 +256,7 @@ def reserved_bytes(world, directory, size_bytes):
     return made._snapshot._buffer.numel()
 
 
-def test_nobody_takes_more_memory_than_the_whole_state_needs(tmp_path, alone, processes):
+def test_no_process_takes_more_memory_than_the_whole_state_needs(tmp_path, alone, processes):
     size = 8 * PART_BYTES
     most = reserved_bytes(alone, tmp_path, size)
     told = processes(3).run(reserved_bytes, tmp_path, size)
@@ -468,7 +468,7 @@ def save_while_one_cannot(world, directory, who, on_failure, asynchronous, injur
 @BOTH
 @pytest.mark.parametrize("who", [0, 1, 2])
 @pytest.mark.parametrize("injury", ["write", "fsync"])
-def test_where_one_cannot_write_all_are_told_so(tmp_path, processes, who, asynchronous, injury):
+def test_all_fail_where_one_process_cannot_write(tmp_path, processes, who, asynchronous, injury):
     run = processes(3).run
     told = run(save_while_one_cannot, tmp_path, who, "stop", asynchronous, injury)
     assert told[0] == told[1] == told[2]
@@ -482,7 +482,7 @@ def test_where_one_cannot_write_all_are_told_so(tmp_path, processes, who, asynch
 
 
 @BOTH
-def test_or_all_go_on_with_the_next(tmp_path, processes, asynchronous):
+def test_all_continue_with_the_next_save_after_a_failure(tmp_path, processes, asynchronous):
     told = processes(3).run(save_while_one_cannot, tmp_path, 1, "go_on", asynchronous, "write")
     assert told == [([1, 2, 3], 1, [])] * 3
     assert [c.step for c in checkpoints_in(tmp_path) if damage_of(c) is None] == [1, 3]
@@ -530,7 +530,7 @@ def save_while_memory_is_short(world, directory, who):
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_where_one_has_no_memory_for_its_copy_all_are_told_so(tmp_path, processes, who):
+def test_all_fail_where_one_process_has_no_memory_for_its_copy(tmp_path, processes, who):
     told = processes(2).run(save_while_memory_is_short, tmp_path, who)
     assert told[0] == told[1]
     assert told[0][0] == "NotSaved"

@@ -324,7 +324,7 @@ def told_of_label(world, runs):
         simulated_device.ASSERTED.clear()
 
 
-def test_a_label_out_of_range_is_told_before_the_first_step(simulated, tmp_path):
+def test_a_label_out_of_range_is_reported_before_the_first_step(simulated, tmp_path):
     [told] = simulated(1).run(told_of_label, tmp_path)
     assert "device-side assert triggered" in told
     assert "a label that is no class" in told
@@ -370,7 +370,7 @@ def test_the_largest_micro_batch_is_what_the_device_holds(simulated):
     ],
     ids=lambda error: str(error)[:40],
 )
-def test_out_of_memory_is_known_in_all_its_words(error):
+def test_every_message_for_out_of_memory_is_recognized(error):
     assert is_out_of_memory(error)
 
 
@@ -396,7 +396,7 @@ def test_a_host_that_reads_a_value_waits_for_the_device():
         reader.join()
 
 
-def test_pinned_memory_is_told_as_what_it_takes():
+def test_pinned_memory_is_reported_as_what_it_takes():
     told = saving_in_words(1100 * 2**20, CheckpointSpec(), pinned=True)
     assert "1.07 GiB each on disk" in told
     assert "the next power of two, 2 GiB, once in pinned main memory" in told

@@ -134,7 +134,7 @@ def place(tmp_path: Path, cluster: Cluster, plain: Path) -> Iterator[Place]:
     cluster.wait_until_idle()
 
 
-def test_a_job_whose_time_is_nearly_up_goes_on_where_it_was(place: Place) -> None:
+def test_a_job_whose_time_is_nearly_up_continues_where_it_was(place: Place) -> None:
     """As Slurm asks it by --signal=B:TERM@, here by hand."""
     job = place.submitted()
     place.until_held()
@@ -208,7 +208,7 @@ def test_a_sweep_is_a_run_for_each_setting(place: Place) -> None:
     assert "  job-0: done\n  job-1: done\n" in status
 
 
-def test_what_slurm_refuses_is_told_in_words(place: Place) -> None:
+def test_what_slurm_refuses_is_reported_in_words(place: Place) -> None:
     told = place.ran("slurm", "submit", "job.yaml", "slurm.partition=none", code=64)
     assert "Invalid partition name specified. See slurm.partition; sinfo lists them." in told
 

@@ -302,7 +302,7 @@ def test_every_engine_has_the_same_commands_with_the_same_options() -> None:
             assert mine == shared[name] | {option.name for option in own}
 
 
-def test_the_time_left_and_whether_the_run_fits_are_told(tmp_path: Path) -> None:
+def test_the_time_left_and_whether_the_run_fits_are_reported(tmp_path: Path) -> None:
     done = evenstep("run", "digits", "length={steps: 6}", "--stop-at", 3, cwd=tmp_path)
     assert done.returncode == 75, done.stderr
     run = RunDirectory(tmp_path / "runs/digits")

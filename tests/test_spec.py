@@ -199,11 +199,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("line", "told"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_told_with_its_place_and_what_to_do(line: str, told: str) -> None:
+def test_a_mistake_is_reported_with_its_place_and_what_to_do(line: str, told: str) -> None:
     assert faults_with(line) == told
 
 
-def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
+def test_every_mistake_is_reported_at_once_in_the_order_of_the_file() -> None:
     Path("bad.yaml").write_text(
         "batch:\n  global_batch: none\n"
         "optimizer:\n  name: sgd\n  learning_rate: 0.1\n"
@@ -225,7 +225,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
     ]
 
 
-def test_a_mapping_is_told_without_a_place() -> None:
+def test_a_mapping_is_reported_without_a_place() -> None:
     with pytest.raises(SpecError, match=r".") as caught:
         load_spec({"name": "a", "task": "b:c", "length": {"steps": 1}, "optimizer": {"lr": 1}})
     assert str(caught.value).splitlines() == [

@@ -108,7 +108,7 @@ def test_a_process_that_trains_loads_the_libraries_before_the_spec_is_read(tmp_p
     assert process.returncode == 64, err
 
 
-def test_a_fault_in_a_spec_is_told_before_anything_is_loaded_to_the_end(tmp_path):
+def test_a_fault_in_a_spec_is_reported_before_anything_is_loaded_to_the_end(tmp_path):
     environ = watched(tmp_path, job(tmp_path))
     refused = evenstep("run", "job.yaml", "batch.rows=3", cwd=tmp_path, **environ)
     assert refused.returncode == 64
@@ -155,7 +155,7 @@ def test_a_process_that_compiles_nothing_does_without_the_compiler(tmp_path):
         "kubernetes render digits kubernetes.image=registry.example.com/evenstep:1",
     ],
 )
-def test_what_only_tells_something_never_loads_torch(tmp_path, words):
+def test_what_only_prints_never_loads_torch(tmp_path, words):
     ended = evenstep(*words.split(), cwd=tmp_path, **watched(tmp_path, {}))
     assert ended.returncode == 0, ended.stderr
     (modules,) = modules_of(tmp_path).values()
@@ -163,7 +163,7 @@ def test_what_only_tells_something_never_loads_torch(tmp_path, words):
     assert not modules & {"torch", "accelerate", "wandb"}
 
 
-def test_what_is_set_after_the_server_was_begun_reaches_the_ranks(tmp_path):
+def test_what_is_set_after_the_server_was_started_reaches_the_ranks(tmp_path):
     (tmp_path / "key").write_text("k" * 40 + "\n")
     environ = job(tmp_path) | {"WANDB_API_KEY_FILE": str(tmp_path / "key")}
     ended = evenstep("run", "job.yaml", "--processes", 2, cwd=tmp_path, **environ)
@@ -173,7 +173,7 @@ def test_what_is_set_after_the_server_was_begun_reaches_the_ranks(tmp_path):
 
 
 @pytest.mark.skipif("EVENSTEP_DEVICE" in os.environ, reason="counts this machine's devices")
-def test_a_server_that_was_begun_for_nothing_is_ended(tmp_path):
+def test_a_server_that_was_started_for_nothing_is_ended(tmp_path):
     environ = job(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
     ended = evenstep("run", "job.yaml", "--processes", "auto", cwd=tmp_path, **environ)
     assert ended.returncode == 0, ended.stderr
@@ -197,5 +197,5 @@ def test_a_server_that_was_begun_for_nothing_is_ended(tmp_path):
         ("test runs/digits --processes 2", {}, True),
     ],
 )
-def test_who_will_start_processes_is_told_by_the_words(words, variables, starts):
+def test_the_arguments_say_who_starts_the_processes(words, variables, starts):
     assert starts_processes(words.split(), variables) is starts

@@ -88,7 +88,7 @@ def ending(
     return "done"
 
 
-def test_a_stop_does_not_wait_for_a_test_pass_which_is_done_anew_later(
+def test_a_stop_does_not_wait_for_a_test_pass_which_is_repeated_later(
     processes: ProcessesOf, tmp_path: Path
 ) -> None:
     job, three = tmp_path / "job", processes(3)
@@ -175,7 +175,7 @@ def test_before_that_it_is_estimated_or_said_to_be_unknown(tmp_path: Path) -> No
     ], "each once, as soon as it is too little"
 
 
-def test_the_word_of_a_foreign_torchrun_is_taken_for_its_grace(tmp_path: Path) -> None:
+def test_a_foreign_torchrun_says_how_long_its_grace_period_is(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text(
         "from launch.environment import torchrun_grace\nprint(torchrun_grace().seconds)"
     )

@@ -172,7 +172,7 @@ def test_the_peak_of_a_device_is_known_by_its_name():
     assert peak_flops(torch.device("cpu"), "fp32") is None
 
 
-def test_what_full_float32_costs_is_told_where_it_is_known():
+def test_what_full_float32_costs_is_reported_where_it_is_known():
     told = cost_of_fp32("NVIDIA H100 80GB HBM3")
     assert told.endswith("67 TFLOP/s of float32 products, 494 in tf32, 989 in bf16.")
     assert cost_of_fp32("Tesla T4").endswith("8.1 TFLOP/s of float32 products, 65 in bf16.")

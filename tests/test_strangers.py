@@ -44,7 +44,7 @@ def as_stranger(port: int) -> TCPStore:
     return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
 
 
-def test_one_node_listens_on_loopback_alone_and_runs_nothing_that_lies_in_its_store(
+def test_one_node_listens_only_on_loopback_and_runs_nothing_from_its_store(
     tmp_path: Path,
 ) -> None:
     environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
@@ -67,7 +67,7 @@ def test_one_node_listens_on_loopback_alone_and_runs_nothing_that_lies_in_its_st
     assert {address for address, _ in found} <= LOOPBACK, found
 
 
-def test_two_nodes_listen_where_they_meet_and_nowhere_else(tmp_path: Path) -> None:
+def test_two_nodes_listen_only_at_the_address_of_the_rendezvous(tmp_path: Path) -> None:
     environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -146,7 +146,7 @@ def connect_alone(world: World) -> str:
     return ""
 
 
-def test_a_group_that_cannot_connect_ends_in_seconds_with_clear_words() -> None:
+def test_a_group_that_cannot_connect_ends_in_seconds_with_a_clear_message() -> None:
     with Processes(2) as own:  # whose groups no other test has
         told, _ = own.run(connect_alone)
     assert told.startswith("The processes of this job did not connect to each other within 0.5 s")

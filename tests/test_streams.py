@@ -110,7 +110,7 @@ def test_what_a_stream_does_not_know_is_asked_in_steps():
         make_plan(spec, processes=1, train_rows=None, test_rows=40)
 
 
-def test_a_stream_without_rows_is_told():
+def test_a_stream_without_rows_is_reported():
     with pytest.raises(DataBroken, match="gave no row in a whole pass"):
         Stream(Lines(rows=0), mode="whole", index=0, of=1).take(1)
 

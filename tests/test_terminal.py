@@ -108,7 +108,7 @@ def test_a_stop_is_followed_where_nothing_can_be_said(tmp_path, reader):
             assert saved[-1].step == attempt["to_step"]
 
 
-def test_a_run_goes_on_and_restarts_when_its_reader_has_read_enough(tmp_path):
+def test_a_run_continues_and_restarts_when_its_reader_has_read_enough(tmp_path):
     injured(tmp_path, ("kill one", "forward", 1, 6))
     read, write = os.pipe()
     words = ("--processes", 2, "--max-restarts", 1)
@@ -148,7 +148,7 @@ def test_what_a_task_prints_ends_no_run_either(tmp_path):
     assert b"caf\xe9 \\u4e2d x" in (tmp_path / "said").read_bytes()
 
 
-def test_what_was_asked_for_and_could_not_be_written_is_told(tmp_path):
+def test_what_was_asked_for_and_could_not_be_written_is_reported(tmp_path):
     done = command(
         "sh", "-c", f"'{BIN}/evenstep' schema > /dev/full", cwd=tmp_path, timeout=DEADLINE_SECONDS
     )

@@ -39,7 +39,7 @@ def node(place: Path, name: str, port: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_an_elastic_job_goes_on_with_the_nodes_that_are_left_and_stops_with_its_state(tmp_path):
+def test_an_elastic_job_continues_with_the_nodes_that_are_left_and_stops_with_its_state(tmp_path):
     job = spec_of("plain_rows", length={"steps": 3000}, checkpoint={"every_steps": 10})
     (tmp_path / "job.yaml").write_text(json.dumps(job | {"test": {"every_steps": 1000}}))
     directory = RunDirectory(tmp_path / "runs/job")

@@ -89,7 +89,7 @@ def test_a_fresh_run_starts_empty(tmp_path):
     assert steps_in(path) == [1, 2, 3]
 
 
-def test_a_resume_finds_no_file_and_begins_one(tmp_path):
+def test_a_resume_finds_no_file_and_creates_one(tmp_path):
     log_steps(tmp_path / "metrics.jsonl", 7, 8, resume_step=6)
     assert steps_in(tmp_path / "metrics.jsonl") == [7, 8]
 

@@ -121,7 +121,7 @@ def test_no_test_and_no_save_and_no_resume_changes_a_bit_of_what_is_trained(
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_a_run_goes_on_at_another_number_of_processes_and_is_tested_and_exported_by_itself(
+def test_a_run_continues_at_another_number_of_processes_and_is_tested_and_exported_by_itself(
     processes, tmp_path
 ):
     runs = tmp_path / "runs"

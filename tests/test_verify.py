@@ -54,7 +54,7 @@ def test_one_swapped_row_is_found_at_its_step(runs, tmp_path):
     assert "rows: step 8 is the first" in done.stdout
 
 
-def test_what_is_no_run_is_told(runs):
+def test_a_directory_that_is_not_a_run_is_reported(runs):
     told = evenstep("verify", "one", "nothing", cwd=runs)
     assert told.returncode == 64
     assert "error: There is no run nothing" in told.stderr
@@ -115,7 +115,9 @@ def _with_gaps(run, place, gaps):
         ((1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 2e-3, 2e-2), False),  # never of the size of rounding
     ],
 )
-def test_a_difference_that_grew_from_rounding_is_told_from_others(runs, tmp_path, gaps, grew):
+def test_a_difference_that_grew_from_rounding_is_distinguished_from_others(
+    runs, tmp_path, gaps, grew
+):
     _with_gaps(runs / "one", tmp_path / "apart", gaps)
     done = evenstep("verify", runs / "one", "apart", "--tolerance", "1e-3", cwd=tmp_path)
     assert done.returncode == 1, done.stdout

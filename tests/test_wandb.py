@@ -230,7 +230,7 @@ def test_an_offline_run_holds_exactly_what_was_logged(
     assert found["stderr"] == ""
 
 
-def test_no_step_comes_twice_over_the_attempts_of_an_offline_run(jobs: Jobs) -> None:
+def test_each_step_is_logged_once_over_the_attempts_of_an_offline_run(jobs: Jobs) -> None:
     jobs.run(9, outcome="failed")
     jobs.run(12, first=6)
     first, second = read_segments(jobs.directory)
@@ -269,7 +269,7 @@ def test_a_sweep_names_the_run_and_a_variable_the_directory(jobs: Jobs, tmp_path
     assert log.rows == expected_rows(1, 2, 3)
 
 
-def test_an_online_run_goes_on_where_the_server_has_it(jobs: Jobs, server: WandBServer) -> None:
+def test_an_online_run_continues_where_the_server_has_it(jobs: Jobs, server: WandBServer) -> None:
     first = jobs.run(9, outcome="stopped", environment=server.environment())
     run = server.runs["digits-07"]
     assert run.steps == list(range(1, 10))

@@ -71,7 +71,7 @@ def test_the_test_measures_agree(runs, count, precision):
     assert (loss, accuracy) == pytest.approx(measures(runs[1]), abs=1e-4)
 
 
-def test_stopped_on_one_process_it_goes_on_on_three(runs, precision, processes, tmp_path):
+def test_stopped_on_one_process_it_continues_on_three(runs, precision, processes, tmp_path):
     spec = spec_of("cut_of_digits", task_args={"double": precision == "float64"})
     assert processes(1).run(train_in_process, spec, tmp_path, 13) == [None]
     processes(3).run(train_in_process, spec, tmp_path)
