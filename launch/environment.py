@@ -191,9 +191,9 @@ _SHORTEST_SECRET = 16
 
 
 def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
-    """What the nodes of a job prove to each other that they know; empty where none is given.
+    """The secret that the nodes of a job share; empty if none is given.
 
-    In the file that EVENSTEP_SECRET_FILE names, or itself in EVENSTEP_SECRET.
+    It is read from the file EVENSTEP_SECRET_FILE or from the variable EVENSTEP_SECRET.
 
     Raises:
         SpecError: the file cannot be read, or the secret is too short to be one.

@@ -44,10 +44,10 @@ class Engine(Protocol):
         """
 
     def submit(self, spec: Spec, *args: Any, **options: Any) -> None:
-        """Start the job. Submitted again after its end, it resumes.
+        """Start the job. If it is submitted again after its end, it resumes.
 
-        Keywords of every engine: `waits`, to stay until it has ended; `say` and `complain`, for
-        what is told and for what is warned of.
+        Keywords of every engine: `waits`, to stay until it has ended; `say` and `complain`,
+        functions that print messages and warnings.
 
         Raises:
             SpecError: it exists already and has not ended, or the cluster refuses it.

@@ -430,7 +430,7 @@ def join(
     say: Callable[[str], None],
     secret: bytes = b"",
 ) -> tuple[Membership, tuple[str, int]]:
-    """Any other node: find node 0, and wait with it for the rest; and where its store is.
+    """Connect to node 0 and wait for the other nodes; return where its store is.
 
     Raises:
         SpecError: the nodes disagree on what they are to run.

@@ -99,7 +99,7 @@ class _Static(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Nobody else could come."""
+        """Does nothing: no other node can join."""
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -294,7 +294,7 @@ def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
 
 
 def adopt_strangers() -> None:
-    """Become the parent of whatever a rank leaves behind, as PID 1 of a container is anyway."""
+    """Become the parent of orphaned processes of a rank, as PID 1 of a container is already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -317,7 +317,7 @@ def end_strangers() -> None:
 
 
 def end_server() -> None:
-    """Kill the fork server, and so every process that it has started."""
+    """Kill the fork server and every process that it has started."""
     from multiprocessing import forkserver
 
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]

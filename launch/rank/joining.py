@@ -28,7 +28,7 @@ def store_of(environment: Environment, *, seconds: float) -> Store | None:
     """The store of this job; None if torchrun has it and torch finds it.
 
     Args:
-        seconds: what the process that keeps it may take to be there.
+        seconds: how long to wait for the process that keeps it.
     """
     run = os.environ.get(RUN_OF_STORE)
     if run is not None:

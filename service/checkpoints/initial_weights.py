@@ -114,7 +114,7 @@ def settled_weights(
 ) -> InitialWeights | None:
     """The initial weights of a run that has no checkpoint yet, the same on every process.
 
-    A run that has one goes on from there, and the source of its first weights may be gone.
+    A run that has one continues from it, and the source of its first weights may be gone.
 
     Raises:
         EvenstepError: see `initial_weights`; or processes find other weights; on every process.

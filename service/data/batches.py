@@ -69,7 +69,7 @@ def split(collated: Any) -> tuple[Any, Any]:
 
 
 def split_or_whole(collated: Any) -> tuple[Any, Any]:
-    """The same for a step of one's own, which also takes rows of another kind: whole, and None."""
+    """The same for a task's own step, which also accepts other rows: these whole, and None."""
     try:
         return split(collated)
     except TypeError:

@@ -111,7 +111,7 @@ def picker(value: Any) -> Callable[[Tensor], Any]:
 
 
 def run_copier(value: Any) -> Callable[[int, int], Any]:
-    """Copies so many rows from a first one on."""
+    """Copies the given number of rows from a first row on."""
     if isinstance(value, Tensor):
         return partial(value.narrow_copy, 0)
     return lambda first, count: each_tensor(value, lambda t: t.narrow_copy(0, first, count))

@@ -69,7 +69,7 @@ class SteppedModel(nn.Module):
         return asked
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own, by the names that a person knows."""
+        """The parameters of the model, by their names without the wrapper."""
         return self.model.named_parameters(*args, **kwargs)
 
 

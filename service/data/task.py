@@ -436,7 +436,7 @@ def first_row(task: Task) -> Any:
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
-    """What makes a batch of a list of rows: the task's own `collate`, or torch's stacking."""
+    """What makes a batch from a list of rows: the task's `collate`, or torch's default function."""
     return getattr(task, "collate", default_collate)
 
 

@@ -35,8 +35,8 @@ def prepare(
     """Make the BatchNorm layers of `model` work as `mode` says; return their running statistics.
 
     The layers, the root too, change their class and nothing else, as torch's lazy layers do:
-    parameters, buffers, hooks, `isinstance` and the keys of the state dict stay what they
-    were.  Call it before the model is wrapped or compiled; it may be called again.
+    parameters, buffers, hooks, `isinstance` and the keys of the state dict do not change.  Call it
+    before the model is wrapped or compiled; it may be called again.
 
     Args:
         exchanged: the sums gathered in a step are summed over the processes by somebody else,

@@ -88,7 +88,7 @@ def moment(device: torch.device, *, timing: bool = False) -> Any:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work of the device; what failed there is raised here."""
+    """Wait for all work of the device; raises the errors of that work."""
     if device.type != "cpu":
         module_of(device).synchronize()
 
@@ -103,9 +103,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that nobody holds; None where it does not say, or has none of its own.
+    """Free memory of the device in bytes; None if it is unknown, or is the main memory.
 
-    What torch keeps for itself without using it counts as free.
+    Memory that torch has cached counts as free.
     """
     module = module_of(device)
     if device.type == "cpu" or not hasattr(module, "mem_get_info"):

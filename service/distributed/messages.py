@@ -25,9 +25,9 @@ _ARRAY_KINDS = "biufcSUmM"  # numbers, truths, text, times; no objects
 
 
 def to_bytes(value: Any) -> bytes:
-    """The value as it travels; `from_bytes` gives an equal one back, with its tensors on the CPU.
+    """The value as bytes; `from_bytes` returns an equal one, with its tensors on the CPU.
 
-    What cannot travel travels as a refusal, so that all processes end by it and none waits.
+    A value that cannot be sent is replaced by an error, so that all processes fail and none waits.
     """
     blobs: list[bytes] = []
     try:

@@ -184,8 +184,8 @@ class World:
     def require_exchanged(self, model: nn.Module) -> None:
         """Check, after a backward pass, that no gradient of it still waits to be exchanged.
 
-        Left alone, DDP would not say so before the next forward pass, and whatever the processes
-        ask each other until then would be answered with a gradient.
+        DDP itself would report it only in the next forward pass, and a collective before
+        it would receive a gradient.
 
         Raises:
             WillFailAgain: the loss did not depend on some parameters; names them.
@@ -198,7 +198,7 @@ class World:
             raise _left_out(model, error) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The forward pass's arithmetic, as the spec's precision says."""
+        """A context for the forward pass in the precision of the spec."""
         if self.narrow is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.narrow)
@@ -298,7 +298,7 @@ class World:
         return _from_each(value, self.processes, self._control)
 
     def fail_together(self, error: EvenstepError | None) -> None:
-        """Raise on every process when any of them has an error: the first one's, in its own words.
+        """Raise the first process's error on every process, if any of them has an error.
 
         Everything that can go wrong on one process alone and is followed by a collective
         ends here; otherwise the others would wait for a process that has left.
@@ -512,9 +512,9 @@ def alone() -> World:
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
-    """`error` read as the loss of another process, where that is what it says.
+    """`error` as a `PeerLost`, if its text says that another process is gone.
 
-    The type says nothing: NCCL's `DistBackendError` also means a small /dev/shm, two processes on
+    The type is not enough: NCCL's `DistBackendError` also means a small /dev/shm, two processes on
     one GPU, or no memory. Those stay after a restart, and are this process's own failure.
     """
     if not isinstance(error, RuntimeError) or not any(word in str(error) for word in _LOST):

@@ -75,9 +75,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def known_peak(name: str, precision: str) -> float | None:
-    """Operations in a second that a device of this name is sold for, as in `NVIDIA L4`.
+    """Nominal peak of a device of this name, such as `NVIDIA L4`, in operations per second.
 
-    A MIG slice (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`) does a part of it that its name does not tell.
+    A MIG slice (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`) has an unknown part of it.
     """
     if "MIG" in name.split():
         return None

@@ -514,10 +514,10 @@ def frozen_until(group: ParameterGroup, plan: Plan) -> int:
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any] | None:
-    """`step` as its class defines it, from within what torch wraps it in; None if it is not so.
+    """`step` as its class defines it, without torch's wrappers; None if it cannot be found.
 
     The wrapper labels the step for torch's profiler and calls hooks: a tenth of the time of a
-    fused AdamW on a small model.  A scheduler of torch's may have put its own in the place of both.
+    fused AdamW on a small model.  A torch scheduler may have replaced both.
     A second one within says where a compiled step may be cut, and imports the compiler to say it.
     """
     step = type(optimizer).step

@@ -314,7 +314,7 @@ def proportions(parts: Mapping[str, float]) -> Sampling:
     """Rows of named data sets in these proportions: `{"web": 0.7, "books": 0.3}`.
 
     Raises:
-        SpecError: they are no numbers from 0 up, or too fine.
+        SpecError: they are not numbers from 0 up, or have too many digits.
     """
     if not parts or not all(_is_share(part) for part in parts.values()):
         raise SpecError(
@@ -345,7 +345,7 @@ def stages(each: Mapping[int, Sampling]) -> Sampling:
     """A curriculum: from which step on which sampling chooses the rows, from step 0 on.
 
     Raises:
-        SpecError: a step is none, or the first is not 0.
+        SpecError: a step is not a whole number, or the first is not 0.
     """
     steps = sorted(each)
     if not steps or steps[0] != 0 or not all(type(step) is int for step in steps):

@@ -157,7 +157,7 @@ def checkpoints_in(directory: Path) -> list[Checkpoint]:
 
 
 def best_of(directory: Path) -> int | None:
-    """The step that the file `best` names, where there is such a file and it names one."""
+    """The step that the file `best` names; None if there is none."""
     path = directory / BEST
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 100:
         return None

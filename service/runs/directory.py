@@ -726,7 +726,7 @@ def _put_aside(directory: RunDirectory) -> None:
 
 
 def first_facts(spec: Spec, directory: RunDirectory) -> dict[str, Any]:
-    """What run.json says of a run that begins here and now."""
+    """The content of run.json for a new run."""
     return {
         "format": FORMAT,
         "id": os.environ.get("WANDB_RUN_ID") or f"{spec.name}-{secrets.token_hex(4)}",

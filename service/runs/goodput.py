@@ -45,7 +45,7 @@ def account_of(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def each_of(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Of each attempt that ended: its steps, how many of them were taken again later, seconds."""
+    """For each finished attempt: its steps, how many were repeated later, and its seconds."""
     ended = [attempt for attempt in attempts if "to_step" in attempt]
     return [
         {

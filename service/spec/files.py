@@ -140,10 +140,9 @@ def _without_rivals(document: Document, text: str) -> Document:
 
 
 def with_files_where_they_are(spec: Spec, *, old: str, new: str) -> Spec:
-    """The spec of a run that was begun in directory `old` and is in `new`.
+    """The spec of a run that was started in directory `old` and is now in `new`.
 
-    A file that has gone from its place but lies as before, seen from the run's directory, has
-    moved along with it.
+    A file that is gone, but exists at the same path relative to the run, has moved with it.
     """
 
     def found(path: str) -> str:

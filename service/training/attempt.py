@@ -84,9 +84,9 @@ class Attempt:
             self.opened.require_never_saved()
 
     def end(self, outcome: Outcome, *, step: int) -> EvenstepError | None:
-        """Enter how it ended; what kept it from being entered.
+        """Record how the attempt ended; return the error if that failed.
 
-        The state is saved by then, or something worse is being told: it takes nobody's place.
+        It is not raised: the state is already saved, or a more important error is being raised.
         """
         if self.opened is None:
             return None

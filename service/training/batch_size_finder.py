@@ -94,7 +94,7 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
     """Rows of the largest micro-batch that fits in every process, in equal parts of the batch.
 
     Args:
-        processes: how many the run is meant for; each gets one micro-batch a step at least.
+        processes: how many the run is for; each gets at least one micro-batch of a step.
         memory_bytes: main memory that this process may take.
     """
     plan = make_plan(

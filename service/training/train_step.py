@@ -130,7 +130,7 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
 
 @contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """A context at whose end the buffers get back the values that they had at its start."""
+    """A context that restores the values of the buffers at its end."""
     before = BufferValues(model)
     yield
     before.give_back()

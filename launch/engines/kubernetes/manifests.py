@@ -103,11 +103,11 @@ def new_secret() -> str:
 
 
 def code_beside(spec: Spec) -> dict[str, str]:
-    """The files of code that the spec names, by their names; empty where all is in modules.
+    """The files of code that the spec names, by file name; empty if it names modules only.
 
     Raises:
-        SpecError: one cannot be read, holds a secret, has the name of another, or a name under
-            which it cannot travel with the spec.
+        SpecError: one cannot be read, holds a secret, has the same name as another, or a name that
+        a ConfigMap cannot hold.
     """
     found: dict[str, str] = {}
     paths: dict[str, str] = {}

@@ -227,7 +227,7 @@ def _resources(cluster: KubernetesSpec) -> Manifest:
 
 
 def own_mounts(cluster: KubernetesSpec) -> list[Manifest]:
-    """Where a pod finds what is Evenstep's own."""
+    """The mounts of Evenstep's own volumes in a pod."""
     return [
         {"name": "runs", "mountPath": RUNS_DIRECTORY},
         {"name": "spec", "mountPath": SPEC_DIRECTORY, "readOnly": True},

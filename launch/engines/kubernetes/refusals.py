@@ -41,11 +41,11 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
 
 
 def checked_template(cluster: KubernetesSpec, rendered: Manifest) -> Manifest:
-    """The rendered template of the pods with the spec's own over it.
+    """The rendered template of the pods, merged with the template in the spec.
 
     Raises:
-        SpecError: the spec's own is wrong, loosens the security without leave, or mounts a volume
-            over what the image or Evenstep needs.
+        SpecError: the template in the spec is wrong, loosens security without permission, or mounts
+            a volume over what the image or Evenstep needs.
     """
     made = merged_template(rendered, cluster.pod_template)
     allowed = set(cluster.loosened_security.pod_template)

@@ -46,7 +46,7 @@ def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
 
 
 def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
-    """A JobSet: its controller starts the whole group again, and makes the Service."""
+    """A JobSet: its controller restarts the whole group, and creates the Service."""
     address = f"{spec.name}-{GROUP}-0-0.{spec.name}" if cluster.nodes > 1 else None
     world = world_variables(cluster, address=address)
     template = pod_template(spec, cluster, container="trainer", world=world, subdomain=False)
