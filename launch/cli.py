@@ -313,7 +313,7 @@ def _accepted(
 ) -> Accepted:
     if fresh and (change or accept_changes or accept):
         which = "--change" if change else "--accept-changes" if accept_changes else "--accept"
-        raise SpecError(f"{which}: --fresh begins a new run, which nothing has to be changed in.")
+        raise SpecError(f"{which}: --fresh starts a new run, in which nothing has to be changed.")
     asked = accepted_by(overrides, change=change, accept_changes=accept_changes)
     return Accepted((*asked.keys, *accept), everything=asked.everything)
 

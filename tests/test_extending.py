@@ -100,7 +100,7 @@ def test_a_chain_of_files_of_three_kinds(place):
     }
 
 
-def test_a_fault_is_told_where_it_stands(place):
+def test_a_fault_is_reported_where_it_stands(place):
     wrong = BASE.replace("keep: 2", "keep: none").replace("lr: 0.1", "lr: 0.1\n  mementum: 1")
     (place / "shared/base.yaml").write_text(wrong)
     told = faults(

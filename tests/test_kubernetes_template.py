@@ -98,7 +98,7 @@ def test_the_result_is_strictly_valid_and_restricted(version: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_each_field_that_it_overrides_is_told(target: Any) -> None:
+def test_each_field_that_it_overrides_is_reported(target: Any) -> None:
     spec = job(**OPTIONS)
     objects = render(spec, target=target)
     trainer = "spec.containers[trainer]"
@@ -136,7 +136,7 @@ spec:
     assert user.keys() == {"name", "valueFrom"}
 
 
-def test_a_field_that_1_31_does_not_know_is_told() -> None:
+def test_a_field_that_1_31_does_not_know_is_reported() -> None:
     spec = job(pod_template={"spec": {"hostnameOverride": "a"}})
     assert notes(spec, render(spec), target="job") == [
         "kubernetes.pod_template.spec.hostnameOverride is unknown to Kubernetes 1.31: it needs a "

@@ -86,13 +86,13 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("threads", ["abc", "0", "", "2,2"])
-def test_a_number_of_threads_that_is_none_is_told(tmp_path, threads):
+def test_a_number_of_threads_that_is_none_is_reported(tmp_path, threads):
     line = told("run", "digits", "--processes", "2", cwd=tmp_path, OMP_NUM_THREADS=threads)
     assert line.startswith(f"error: OMP_NUM_THREADS={threads}: must be a whole number from 1 up.")
     assert line.count("\n") == 1
 
 
-def test_a_number_of_threads_that_is_none_is_told_once_under_torchrun(tmp_path):
+def test_a_number_of_threads_that_is_none_is_reported_once_under_torchrun(tmp_path):
     start = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "-m", "launch")
     run = (*start, "run", "digits")
     done = command(*run, cwd=tmp_path, timeout=DEADLINE_SECONDS, OMP_NUM_THREADS="abc")
@@ -124,7 +124,7 @@ def with_workers(place):
     (place / "job.yaml").write_text(spec)
 
 
-def test_a_temporary_directory_too_deep_for_the_socket_of_a_worker_is_told(tmp_path):
+def test_a_temporary_directory_too_deep_for_the_socket_of_a_worker_is_reported(tmp_path):
     with_workers(tmp_path)
     deep = tmp_path / ("x" * 90)
     deep.mkdir()
@@ -134,7 +134,7 @@ def test_a_temporary_directory_too_deep_for_the_socket_of_a_worker_is_told(tmp_p
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts as root")
-def test_shared_memory_too_small_for_the_rows_of_a_worker_is_told(tmp_path):
+def test_shared_memory_too_small_for_the_rows_of_a_worker_is_reported(tmp_path):
     with_workers(tmp_path)
     mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
     script = f'{mount} && exec "{BIN}/evenstep" run job.yaml'
@@ -145,7 +145,7 @@ def test_shared_memory_too_small_for_the_rows_of_a_worker_is_told(tmp_path):
     assert "lower loader.workers or loader.prefetch" in done.stderr
 
 
-def test_an_override_with_dashes_is_told_without(tmp_path):
+def test_an_override_with_dashes_is_reported_without(tmp_path):
     line = told("run", "digits", "--optimizer.lr=0.02", cwd=tmp_path)
     hint = "To change a key of the spec, write optimizer.lr=VALUE, without dashes."
     assert line == f"error: No such option '--optimizer.lr'. {hint}\n"

@@ -245,7 +245,7 @@ def test_parquet_without_pyarrow_is_refused_before_the_test(tmp_path, processes)
     assert "out.parquet needs pyarrow, which is not installed" in told.stderr
 
 
-def test_a_place_for_predictions_that_cannot_be_is_told(tmp_path, processes):
+def test_an_impossible_path_for_predictions_is_reported(tmp_path, processes):
     spec = spec_of("plain_rows", length={"steps": 1})
     processes(1).run(train_in_process, spec, tmp_path)
     told = evenstep("test", "job", "--predictions", "out.txt", cwd=tmp_path)

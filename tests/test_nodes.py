@@ -122,7 +122,7 @@ def test_node_0_keeps_the_secret_that_it_has_made(
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
-def test_a_pipe_or_a_link_in_the_place_of_a_secret_is_told(
+def test_a_pipe_or_a_link_in_the_place_of_a_secret_is_reported(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     (tmp_path / ".meetings").mkdir()

@@ -27,7 +27,7 @@ def swept(tmp_path_factory):
     return place, words, evenstep(*words, cwd=place)
 
 
-def test_a_failed_run_is_told_and_the_others_go_on(swept):
+def test_a_failed_run_is_reported_and_the_others_go_on(swept):
     _, _, done = swept
     assert done.returncode == 42, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -171,7 +171,7 @@ def test_a_folder_of_variants(tmp_path, monkeypatch):
         (["seed"], "must be KEY=VALUE,VALUE"),
     ],
 )
-def test_a_mistake_is_told_and_nothing_is_written(words, told, tmp_path, monkeypatch):
+def test_a_mistake_is_reported_and_nothing_is_written(words, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError) as caught:
         CliRunner().invoke(command, ["sweep", "digits", *words], catch_exceptions=False)

@@ -43,7 +43,7 @@ def stop_and_continue(processes: set[int], seconds: float) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_stopped_and_continued_goes_on(tmp_path: Path, processes: int) -> None:
+def test_a_run_that_is_stopped_and_continued_continues(tmp_path: Path, processes: int) -> None:
     environ = injured(
         tmp_path,
         length={"steps": 80},
@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_and_continued_goes_on(tmp_path: Path, processes: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="whether a process is stopped is in /proc")
-def test_one_process_that_is_stopped_without_its_sentinel_goes_on(tmp_path: Path) -> None:
+def test_one_process_that_is_stopped_without_its_sentinel_continues(tmp_path: Path) -> None:
     environ = injured(tmp_path, faults={"hang_timeout_seconds": TIMEOUT_SECONDS})
     with started(cwd=tmp_path, **environ) as run:
         until(lambda: rows_of(tmp_path) > 1, "a step")

@@ -93,7 +93,7 @@ def _job_params(engine: Engine) -> list[click.Parameter]:
         click.Option(
             ["--accept-changes"],
             is_flag=True,
-            help="The same for all that SPEC now says otherwise.",
+            help="The same for everything that differs in SPEC.",
         ),
     ]
 
@@ -106,7 +106,7 @@ def accepted_by(overrides: Sequence[Override], *, change: bool, accept_changes: 
     """
     if change and not overrides:
         raise SpecError(
-            "--change: nothing is named to change. Add it as KEY=VALUE, such as length.epochs=20; "
+            "--change: no key to change is named. Add it as KEY=VALUE, such as length.epochs=20; "
             "for what was changed in the file, use --accept-changes."
         )
     named = Accepted.named(overrides) if change else Accepted()

@@ -58,7 +58,7 @@ def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | No
     try:
         os.getcwd()
     except OSError as error:
-        return f"The current directory is gone: {error.strerror}. Change into one that is there."
+        return f"The current directory is gone: {error.strerror}. Change into one that exists."
     starts = words[:1] in (["run"], ["test"]) and starts_processes(words, variables)
     if starts and "TMPDIR" in variables:
         from service.basics.limits import LONGEST_TMPDIR
@@ -66,8 +66,8 @@ def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | No
         size = len(os.fsencode(variables["TMPDIR"]))
         if size > LONGEST_TMPDIR:
             return (
-                f"TMPDIR has {size} bytes, and processes meet at a socket in it, whose path leaves "
-                f"it {LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
+                f"TMPDIR has {size} bytes, but processes connect by a socket in it, so it can have "
+                f"at most {LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
             )
     threads = variables.get("OMP_NUM_THREADS")
     computes = words[:1] in (["run"], ["test"], ["check"])
