@@ -237,12 +237,10 @@ def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> 
     """The names that each pattern matches, without those of earlier patterns."""
     chosen: list[list[str]] = [[] for _ in patterns]
     left_out: list[str] = []
-    # One expression for all of them, which tries them in their order.
-    any_of = re.compile("|".join(f"({translate(group.match)})" for group in patterns))
+    home_of = _first_of([group.match for group in patterns])
     for name in names:
-        match = any_of.match(name)
-        home = match.lastindex if match else None
-        (left_out if home is None else chosen[home - 1]).append(name)
+        home = home_of(name)
+        (left_out if home is None else chosen[home]).append(name)
     if left_out:
         raise SpecError(
             f"{where}.groups: {_listed(left_out)} in no group. "
@@ -255,6 +253,33 @@ def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> 
                 f"not in an earlier group already. There {_listed(names, verb=('is', 'are'))}."
             )
     return chosen
+
+
+def _first_of(patterns: Sequence[str]) -> Callable[[str], int | None]:
+    """A function that gives the number of the first glob that matches a name.
+
+    Of thousands of globs a name is compared only with those that begin as it does.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, pattern in enumerate(patterns):
+        alike.setdefault(re.split(r"[*?\[]", pattern, maxsplit=1)[0], []).append(number)
+    # One expression for all that begin alike, which tries them in their order.
+    compiled = {
+        begin: (re.compile("|".join(f"({translate(patterns[n])})" for n in numbers)), numbers)
+        for begin, numbers in alike.items()
+    }
+    lengths = sorted({len(begin) for begin in alike})
+
+    def first(name: str) -> int | None:
+        found = []
+        for length in lengths:
+            any_of, numbers = compiled.get(name[:length], (None, ()))
+            match = any_of.match(name) if any_of is not None else None
+            if match is not None and match.lastindex is not None:
+                found.append(numbers[match.lastindex - 1])
+        return min(found, default=None)
+
+    return first
 
 
 def layer_of_parameter(model: nn.Module) -> dict[str, int]:
@@ -448,7 +473,7 @@ def require_one_state(optimizer: torch.optim.Optimizer, where: str = "optimizer"
 
 
 def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for number, one in enumerate(settings) if one not in settings[:number]]
+    return list({repr(sorted(one.items())): one for one in settings}.values())
 
 
 def _try_out(
