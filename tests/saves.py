@@ -105,7 +105,7 @@ def saved(directory: Path, world: World, *steps: int, **options: Any) -> Checkpo
 
 
 def best(state: TrainState, value: float) -> TrainState:
-    state.best = Best(step=state.step, measure="test/accuracy", value=value)
+    state.bests = [Best(step=state.step, measure="test/accuracy", value=value)]
     return state
 
 

@@ -85,6 +85,21 @@ def test_the_best_checkpoint_is_that_of_the_best_number_and_is_kept(
         assert f"{measure} {history.best.value:.4g} at step 5" in listed
 
 
+def test_several_of_the_best_are_kept_and_a_resumed_run_knows_them(processes, tmp_path):
+    wanted = {"measure": "test/found", "mode": "max"}
+    spec = job("", "", checkpoint={"keep": 1, "keep_best": 2, "best": wanted})
+    directory = tmp_path / "job/checkpoints"
+    # By step: 0.3 is the best at 4, 0.7 at 5; 0.5 at 8 then takes the place of 0.3.
+    processes(2).run(train_in_process, spec, tmp_path, 6)
+    assert {checkpoint.step for checkpoint in checkpoints_in(directory)} == {4, 5, 6}
+    assert best_of(directory) == 5
+    processes(1).run(train_in_process, spec, tmp_path, 7)
+    assert {checkpoint.step for checkpoint in checkpoints_in(directory)} == {4, 5, 7}
+    processes(1).run(train_in_process, spec, tmp_path)
+    assert {checkpoint.step for checkpoint in checkpoints_in(directory)} == {5, 8}
+    assert best_of(directory) == 5
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_measure_that_is_no_number_is_no_improvement_for_who_waits_for_one(
     processes, tmp_path, count

@@ -260,9 +260,9 @@ def test_to_prune_as_one_goes_leaves_what_pruning_once_would(steps, newest, ever
     best_step = data.draw(st.none() | st.sampled_from(sorted(steps)))
     there = set()
     for step in sorted(steps):
-        best_now = best_step if best_step is not None and best_step <= step else None
+        best_now = {best_step} if best_step is not None and best_step <= step else set()
         there = kept(sorted(there | {step}), newest=newest, every=every, best=best_now)
-    assert there <= kept(sorted(steps), newest=newest, every=every, best=best_step)
+    assert there <= kept(sorted(steps), newest=newest, every=every, best={best_step})
     assert set(sorted(steps)[-newest:]) <= there
     if every is not None:
         assert {s // every for s in there} - {0} == {s // every for s in steps} - {0}

@@ -450,6 +450,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "checkpoint.every_steps": "7",
         "checkpoint.every_epochs": "7",
         "checkpoint.keep": "9",
+        "checkpoint.keep_best": "9",
         "checkpoint.rename": "{a: b}",
         "checkpoint.keep_every_steps": "9",
         "checkpoint.asynchronous": "false",
@@ -473,8 +474,9 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
     }
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
+        sharded, best = "exchange.mode=sharded", "checkpoint.best={measure: test/a, mode: max}"
         of_sharded = key in ("exchange.units", "exchange.reshard_after_forward")
-        needs = ("exchange.mode=sharded",) if of_sharded else ()
+        needs = (sharded,) if of_sharded else (best,) if key == "checkpoint.keep_best" else ()
         other = good(f"{key}={value}", *needs)
         assert other != good(*needs)
         assert told(good(*needs), other) == []

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +129,13 @@ class _Job:
 
     @property
     def best(self) -> int | None:
+        return next(iter(self.bests), None)
+
+    @property
+    def bests(self) -> list[int]:
+        """The steps of the best measures, the best one first."""
         best = self.rest["best"]
-        return best["step"] if best else None
+        return [each["step"] for each in (best, *self.rest["runners_up"])] if best else []
 
 
 class Checkpoints:
@@ -402,7 +407,7 @@ class Checkpoints:
                 raise
             sync_directory(self._directory)
             self._get_on()
-        self._prune(job.best)
+        self._prune(job.bests)
         self._mark_best(job.best)
 
     def _prepared(self, job: _Job, shard: Shard, target: Checkpoint) -> Path | None:
@@ -536,7 +541,7 @@ class Checkpoints:
                 "unchanged. Free some, or lower checkpoint.keep."
             )
 
-    def _prune(self, best: int | None) -> None:
+    def _prune(self, best: Collection[int]) -> None:
         found = checkpoints_in(self._directory)
         stay = kept(
             [checkpoint.step for checkpoint in found],

@@ -91,6 +91,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
     rest = {
         "step": state.step,
         "best": asdict(state.best) if state.best else None,
+        "runners_up": [asdict(other) for other in state.bests[1:]],
         "memory": state.memory(),
         "stream": places,
         "scaler": state.scaler.state_dict() if state.scaler else None,
@@ -237,7 +238,8 @@ def load(
             state.stream.move_to(rest["stream"], index)
         state.step = rest["step"]
         state.untested = rest.get("untested")  # checkpoints of earlier versions have none
-        state.best = Best(**rest["best"]) if rest["best"] else None
+        found = [rest["best"], *rest.get("runners_up", [])] if rest["best"] else []
+        state.bests = [Best(**best) for best in found]
         state.remember(rest["memory"])
     except (KeyError, TypeError, AttributeError) as error:
         raise NoCheckpoint(

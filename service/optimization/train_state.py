@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class TrainState:
     """Optimizer steps finished."""
     stream: Stream | None = None
     """The position in the training data, if they are a stream."""
-    best: Best | None = None
-    """The best test measure so far, if the spec names one."""
+    bests: list[Best] = field(default_factory=list)
+    """The best test measures so far, the best one first, if the spec names one."""
     early_stopping: EarlyStopping | None = None
     frozen: Sequence[Frozen] = ()
     """Parameters that are frozen until a later step."""
@@ -141,16 +141,26 @@ class TrainState:
         """The model to test: the moving average of the weights if there is one."""
         return self.model if self.average is None else self.average.model
 
-    def improves(self, values: Mapping[str, float], wanted: BestSpec | None) -> bool:
-        """Whether `values` contains a new best measure; if so, store it."""
+    @property
+    def best(self) -> Best | None:
+        """The best measure so far; of equal ones the earliest."""
+        return self.bests[0] if self.bests else None
+
+    def improves(
+        self, values: Mapping[str, float], wanted: BestSpec | None, *, among: int = 1
+    ) -> bool:
+        """Whether `values` has a measure among so many best ones; if so, store it."""
         if wanted is None or wanted.measure not in values:
             return False
-        # If the user has changed the measure in the run, the old value cannot be compared.
-        rival = self.best if self.best and self.best.measure == wanted.measure else None
-        value, before = values[wanted.measure], rival.value if rival else None
-        if not is_better(value, before, mode=wanted.mode):
+        value = values[wanted.measure]
+        # If the user has changed the measure in the run, old values cannot be compared.
+        rivals = [rival for rival in self.bests if rival.measure == wanted.measure]
+        beaten = [is_better(value, rival.value, mode=wanted.mode) for rival in rivals]
+        place = beaten.index(True) if any(beaten) else len(rivals)
+        if place >= among or not is_better(value, None, mode=wanted.mode):
             return False
-        self.best = Best(step=self.step, measure=wanted.measure, value=value)
+        new = Best(step=self.step, measure=wanted.measure, value=value)
+        self.bests = [*rivals[:place], new, *rivals[place:]][:among]
         return True
 
 

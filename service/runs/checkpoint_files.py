@@ -16,7 +16,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,13 +198,15 @@ def _found(directory: Path, which: str) -> Checkpoint:
     raise SpecError(f"{directory}: there is no {which!r}; there are best, latest, {steps}.")
 
 
-def kept(steps: Sequence[int], *, newest: int, every: int | None, best: int | None) -> set[int]:
+def kept(
+    steps: Sequence[int], *, newest: int, every: int | None, best: Collection[int]
+) -> set[int]:
     """Which of the steps stay: the newest, the best, and the first at or after each `every` steps.
 
     Asked again after others have gone, the answer for those that stayed is the same.
     """
     ordered = sorted(set(steps))
-    stay = {*ordered[-newest:], *(step for step in ordered if step == best)}
+    stay = {*ordered[-newest:], *(step for step in ordered if step in best)}
     if every is not None:
         first_of: dict[int, int] = {}
         for step in ordered:

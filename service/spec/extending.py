@@ -31,6 +31,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "checkpoint.every_steps": "saving only reads the state",
     "checkpoint.every_epochs": "saving only reads the state",
     "checkpoint.keep": "removing an old checkpoint does not touch the state",
+    "checkpoint.keep_best": "removing an old checkpoint does not touch the state",
     "checkpoint.rename": "a weight stays what it is under another name",
     "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
     "checkpoint.asynchronous": "what is written is a copy",

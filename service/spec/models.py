@@ -169,7 +169,9 @@ class CheckpointSpec(Part):
     every_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs."""
     keep: Annotated[int, Field(ge=1)] = 3
-    """How many of the newest to keep; the best one is kept in addition."""
+    """How many of the newest to keep; the best ones are kept in addition."""
+    keep_best: Annotated[int, Field(ge=1)] = 1
+    """How many of the best to keep, by the measure of `best`."""
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
     """In addition, never delete the first checkpoint at or after every multiple of this step."""
     best: BestSpec | None = None
@@ -184,6 +186,12 @@ class CheckpointSpec(Part):
     checkpoint of a run must succeed in both cases."""
 
     _one_interval = model_validator(mode="after")(lambda self: _at_most_one_interval(self))
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> CheckpointSpec:
+        if self.keep_best > 1 and self.best is None:
+            raise wrong("must have best, whose measure decides which are the best, for keep_best")
+        return self
 
 
 def _at_most_one_interval(part: TestSpec | CheckpointSpec) -> TestSpec | CheckpointSpec:

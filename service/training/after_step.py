@@ -92,7 +92,8 @@ class AfterStep:
         self.heartbeat.enter("agree", state.step)
         stopping = state.untested is not None or self.poll.agreed(state.step, self._wanted())
         stopping |= self.plan.stops_at(state.step)
-        best = state.improves(values, self.plan.spec.checkpoint.best)
+        kept = self.plan.spec.checkpoint
+        best = state.improves(values, kept.best, among=kept.keep_best)
         state.learn(values)
         stopping |= state.ended_early or self.hooks.ends(hooked.failure)
         saving = self.plan.saves_at(state.step) or best or stopping
