@@ -38,7 +38,10 @@ class Sweep:
 
 def is_sweep(path: Path) -> bool:
     """Whether a sweep was run in this directory."""
-    return is_there(path / _FILE)
+    try:
+        return is_there(path / _FILE)
+    except OSError:  # whoever reads it as a run says why
+        return False
 
 
 def read_sweep(path: Path) -> Sweep:
