@@ -70,7 +70,7 @@ def test_they_travel_with_the_spec(folder):
         folder / "job" / "job.yaml", overrides=[f"optimizer.name={folder}/mine.py:Doubled"]
     )
     with pytest.raises(
-        SpecError, match=r"optimizer\.name: .*mine\.py and .*mine\.py have one name"
+        SpecError, match=r"optimizer\.name: .*mine\.py and .*mine\.py have the same name"
     ):
         code_beside(other)
 

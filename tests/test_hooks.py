@@ -273,8 +273,8 @@ def test_wandb_shows_everything_once(shown):
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda c: c.log("a b", 1), "is named 'a b'"),
-        (lambda c: c.log("../a", 1), r"is named '\.\./a'"),
+        (lambda c: c.log("a b", 1), "but one is 'a b'"),
+        (lambda c: c.log("../a", 1), r"but one is '\.\./a'"),
         (lambda c: (c.log("a", 1), c.log_text("a", "")), "'a' was logged before at step 2"),
         (lambda c: c.log("a", torch.ones(2)), "must be one number"),
         (lambda c: c.log_text("a", 5), "must be a str"),

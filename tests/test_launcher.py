@@ -274,7 +274,7 @@ def test_loader_workers_serve_until_the_state_is_saved(tmp_path):
         "from jobs import plain_rows\ndef task():\n    return plain_rows(rows=103, test_rows=7)\n"
     )
     spec = spec_of("job", steps=100_000, hang_seconds=60)
-    spec |= {"task": "./slow.py:task", "loader": {"workers": 2}}
+    spec |= {"task": "./slow.py:task", "task_args": {}, "loader": {"workers": 2}}
     del spec["checkpoint"]["best"], spec["test"]
     (tmp_path / "job.yaml").write_text(json.dumps(spec))
     tests = str(Path(__file__).parent)

@@ -587,7 +587,7 @@ def test_micro_is_compiled_whole_and_only_once(alone: World) -> None:
 
 
 def test_the_table_says_over_how_many_rows(alone: World) -> None:
-    sizes = {"micro_batch": 17, "processes": 3}
+    sizes = {"micro_batch": 17, "last": 17, "processes": 3}
     told = {mode: dict(prepare(_conv_net(), mode, alone).table(**sizes)) for mode in MODES}
     assert told["micro"]["normalised over"] == "17 rows, one micro-batch"
     assert told["sync"]["normalised over"].startswith("51 rows")

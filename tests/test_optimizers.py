@@ -173,7 +173,10 @@ def test_lbfgs_looks_at_each_point_with_the_same_dropout_and_moves_batchnorm_onc
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"max_grad_norm": 1.0}, "max_grad_norm: LBFGS compares losses along the gradient"),
+        (
+            {"max_grad_norm": 1.0},
+            "max_grad_norm: LBFGS compares losses along the unclipped",
+        ),
         ({"model": {"precision": "fp16"}}, "model.precision: LBFGS cannot work with scaled losses"),
         (
             {"optimizer": {"name": "lbfgs", "lr": 1.0, "layer_decay": 0.5}},
@@ -273,7 +276,8 @@ def test_what_an_optimizer_cannot_train_is_named(factory, optimizer, message):
 def test_sparse_gradients_that_cannot_be_added_up_are_refused(alone, tmp_path):
     spec = small.spec_for({"name": "sparseadam", "lr": 0.1}, factory="sparse")
     spec["batch"] = {"global_batch": 24, "micro_batch": 6}
-    with pytest.raises(SpecError, match=r"words.weight is sparse, and exactness: bitwise can add"):
+    message = r"words.weight is sparse in the gradient, and exactness: bitwise can sum only"
+    with pytest.raises(SpecError, match=message):
         train_in_process(alone, spec | {"exactness": "bitwise"}, tmp_path)
 
 

@@ -315,7 +315,7 @@ def test_what_has_no_length_is_no_data():
 
 def test_what_can_be_read_once_only_is_no_stream():
     rows = ((torch.zeros(4), 0) for _ in range(9))
-    with pytest.raises(SpecError, match="a generator, which can be read once only"):
+    with pytest.raises(SpecError, match="a generator, which can be read only once"):
         Stream(rows, mode="whole", index=0, of=1)
 
 

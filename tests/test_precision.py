@@ -200,7 +200,7 @@ def test_fp16_whose_gradients_are_never_finite_ends(processes, tmp_path):
         ),
         (
             {"optimizer": {"name": "lbfgs", "lr": 1.0}, "faults": {"on_non_finite": "skip"}},
-            "faults.on_non_finite: skip may skip a step, and LBFGS takes several",
+            "faults.on_non_finite: skip may skip a step, and LBFGS evaluates the loss several",
         ),
     ],
 )

@@ -201,7 +201,7 @@ def test_check_and_plan_take_the_same_optimizer(alone, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"max_grad_norm": 1.0}, "max_grad_norm: Sam compares losses along the gradient"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm: Sam compares losses along the unclipped gradient"),
         ({"faults": {"on_non_finite": "skip"}}, "may skip a step, and Sam evaluates the loss"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_process_that_waits_for_others_notices_who_deletes_its_word() -> None:
 
 
 def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
-    with pytest.raises(PeerLost, match=r"After 0\.1 s only 1 of 2 processes are there"):
+    with pytest.raises(PeerLost, match=r"After 0\.1 s only 1 of 2 processes have connected"):
         wait_for_all(own_store("127.0.0.1"), Environment(0, 2, 0, 2), seconds=0.1)
 
 

@@ -373,7 +373,7 @@ def require_sparse_can_travel(model: nn.Module, spec: Spec, *, device: str, many
         return
     by = "exactness: bitwise" if spec.exactness == "bitwise" else f"several processes on {device}"
     raise SpecError(
-        f"task: the gradients of {_listed(sparse)} sparse, and {by} can sum only dense ones. "
+        f"task: {_listed(sparse)} sparse in the gradient, and {by} can sum only dense ones. "
         "Make the embeddings with sparse=False, or train in one process or on CPUs."
     )
 
