@@ -41,7 +41,7 @@ SPEC = """
 name: whole
 task: benchmarks.jobs:task
 task_args: {{name: {name}}}
-batch: {{global_batch: {rows}}}
+batch: {{global_batch: {rows}, micro_batch: {each}}}
 length: {{steps: {steps}}}
 optimizer: {{name: adamw, lr: 0.001}}
 loader: {{workers: {workers}}}
@@ -117,7 +117,9 @@ def ours(name: str, processes: int, variables: Mapping[str, str], workers: int =
     job = (JOBS | OF_FILES)[name]
     with tempfile.TemporaryDirectory() as place:
         spec = Path(place, "job.yaml")
-        text = SPEC.format(name=name, rows=job.batch * processes, steps=job.steps, workers=workers)
+        text = SPEC.format(
+            name=name, rows=job.batch * processes, each=job.batch, steps=job.steps, workers=workers
+        )
         spec.write_text(text, encoding="utf-8")
         words = [str(BIN / "evenstep"), "run", str(spec), "--runs", place]
         many = ["--processes", str(processes)] if processes > 1 else []
