@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -320,3 +321,40 @@ def test_the_time_left_and_whether_the_run_fits_are_reported(tmp_path: Path) -> 
     fresh = allowance(RunDirectory(tmp_path / "runs/new"), {"EVENSTEP_ENDS": "1"})
     assert fresh is not None
     assert "The time of a step is known once an attempt has ended" in fresh
+
+
+@pytest.mark.parametrize(
+    ("states", "asked"),
+    [
+        (["RUNNING"], 1),
+        (["COMPLETING"], 0),  # by scancel, or as Slurm has seen that a node is lost
+        (["PENDING"], 0),
+        (["RUNNING refused", "PENDING"], 1),  # it has seen it between the two
+        (["RUNNING refused", "RUNNING"], 2),  # the controller was restarting
+    ],
+)
+def test_a_job_that_slurm_queues_again_is_not_queued_twice(
+    states: list[str], asked: int, tmp_path: Path
+) -> None:
+    """With commands in place of Slurm's that answer one state after the other."""
+    function = re.search(r"^again\(\) \{\n.*?^\}\n", script(), re.MULTILINE | re.DOTALL)
+    assert function is not None
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
+    commands = {
+        "squeue": "head -n 1 states | cut -d ' ' -f 1",
+        "scontrol": "echo x >>asked; head -n 1 states | grep -qv refused",
+        "sleep": "sed -i 1d states",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(
+        ["bash", "-uc", f"{function[0]}\nstopped=no code=76 SLURM_JOB_ID=7\nagain"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    file = tmp_path / "asked"
+    assert (file.read_text().count("x") if file.exists() else 0) == asked
