@@ -217,6 +217,23 @@ def test_hybrid_over_two_nodes_is_the_run_of_one_process(processes, tmp_path):
     assert damage_of(checkpoint) is None
 
 
+def held_on_nodes(world: World, spec: dict[str, Any], on_node: int) -> tuple[int, int]:
+    """As `held_numbers`, with so many processes on each node."""
+    before = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_node)
+    try:
+        return held_numbers(world, spec)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def test_hybrid_holds_all_rows_on_each_node(processes):
+    held = processes(6).run(held_on_nodes, job("hybrid"), 3)
+    for node in (held[:3], held[3:]):
+        assert sum(numbers for numbers, _ in node) >= node[0][1]
+        assert all(numbers < whole / 2 for numbers, whole in node)
+
+
 def test_hybrid_wants_equally_many_processes_on_each_node(processes, tmp_path):
     with pytest.raises(ProcessesFailed) as failed:
         processes(4).run(on_nodes, job("hybrid"), tmp_path, 3, None)

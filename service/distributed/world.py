@@ -116,6 +116,7 @@ class World:
         self._control: dist.ProcessGroup | None = None
         self._pairs: RecursiveDoubling | None = None
         self._writers: dict[bool, Writers] = {}
+        self._is_watched = False
         if self.processes > 1:
             if dist.get_backend() != "gloo":
                 self._control = _connected(None, self.processes, _COLLECTIVES)
@@ -125,10 +126,16 @@ class World:
 
     def leave_limits_to_the_watchdog(self) -> None:
         """From now on, torch and gloo wait for the other processes as long as it takes."""
+        self._is_watched = True
         if self.processes > 1:
             for group in (dist.group.WORLD, self._control):
-                if group is not None and dist.get_backend(group) in BOUNDED:
-                    be_patient(_WATCHED, group)
+                if group is not None:
+                    self.watch_over(group)
+
+    def watch_over(self, group: dist.ProcessGroup) -> None:
+        """The same for one group, also one that was made later; nothing without a watchdog."""
+        if self._is_watched and dist.get_backend(group) in BOUNDED:
+            be_patient(_WATCHED, group)
 
     def suit_threads(self, flops: float | None) -> None:
         """Compute on one thread where a pass takes so few operations that sharing them costs more.

@@ -38,7 +38,8 @@ class Sentinel:
             stacks: where the stacks of this process will be by then.
         """
         try:
-            os.write(self._pipe.fileno(), b"%r %s\n" % (seconds, os.fsencode(stacks or "")))
+            told = os.fsencode(stacks or "").replace(b"\n", b"?")  # a line is one sign of life
+            os.write(self._pipe.fileno(), b"%r %s\n" % (seconds, told))
         except BlockingIOError:
             return True  # it has not read for a long time: it is stopped, and will find them
         except OSError:

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -153,9 +153,10 @@ class _Watch:
     def _expect_next_look(self, seconds: float) -> None:
         """From now on, no look in so many seconds ends this process, with its stacks on file."""
         file = self._stacks_file()
-        if file is not sys.stderr and os.fstat(file.fileno()).st_size:
-            os.ftruncate(file.fileno(), 0)  # written while this process was stopped: no hang
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
+        with suppress(OSError):  # a disk that fails: old stacks cost less than the watch
+            if file is not sys.stderr and os.fstat(file.fileno()).st_size:
+                os.ftruncate(file.fileno(), 0)  # written while this process was stopped: no hang
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
         if self._sentinel is not None:
             stacks = None if file is sys.stderr else Path(file.name)
             if not self._sentinel.alive(seconds + 2 * self._look_seconds, stacks=stacks):

@@ -178,9 +178,10 @@ def shard(
     sizes = _mesh_of(world, spec)
     names = ("nodes", "processes of a node")[-len(sizes) :]
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
+        world.watch_over(group)
     for unit in [*units.values(), model]:
-        _make(unit, deferred if filled and world.is_lead else None, made)
+        _make(unit, deferred if filled and world.is_lead else None)
         if filled:
             _give_all(unit, world)
         else:
@@ -228,17 +229,15 @@ def _require_alike(model: nn.Module, world: World) -> None:
     world.fail_together(error)
 
 
-def _make(
-    unit: nn.Module,
-    deferred: Deferring | None,
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]],
-) -> None:
+def _make(unit: nn.Module, deferred: Deferring | None) -> None:
     """Put parameters in main memory into the place of deferred ones.
 
     Args:
         deferred: gives them their values; None leaves them as the memory is.
-        made: by id, those that were made before (a shared one once), and what they were.
     """
+    # Of this unit alone: torch frees a whole parameter with the last reference to it. By id, as a
+    # shared one is made once; no two units share one.
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in unit.modules():
         for key, parameter in module._parameters.items():
             if parameter is None or is_sharded(parameter) or not parameter.is_meta:
