@@ -98,7 +98,7 @@ def test_an_elastic_run_continues_with_one_process_fewer(tmp_path):
 def test_nothing_outlives_or_writes_after_a_killed_launcher(tmp_path):
     environ = injured(tmp_path, length={"steps": 100_000})
     with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
-        until(lambda: rows_of(tmp_path) > 5, "five steps")
+        until(lambda: rows_of(tmp_path) > 5, "five steps", of=launcher)
         below = descendants(launcher.pid)
         assert len(below) >= 3, "a fork server and two ranks"
         launcher.kill()

@@ -116,7 +116,7 @@ def test_a_request_to_stop_saves_all_and_the_same_command_resumes(tmp_path):
             stdin=subprocess.DEVNULL,
         )
         try:
-            until(lambda: all(map(has_steps, runs)), "their first step")
+            until(lambda: all(map(has_steps, runs)), "their first step", of=started)
             started.send_signal(signal.SIGINT)
             code = started.wait(DEADLINE_SECONDS)
         finally:
@@ -160,6 +160,25 @@ def test_a_folder_of_variants(tmp_path, monkeypatch):
     }
 
 
+def test_a_folder_with_one_variant_and_what_only_the_command_gives(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    base = "name: only\ntask: no_such_module:task\nbatch: {global_batch: 8}\nlength: {steps: 1}\n"
+    (folder / "base.yaml").write_text(base + "optimizer: {name: sgd}\n")
+    (folder / "child.yaml").write_text("extends: base.yaml\n")
+    done = evenstep("sweep", "folder", "optimizer.lr=0.1,0.2", "--jobs", 2, cwd=tmp_path)
+    assert done.returncode == 64
+    assert settings_in(tmp_path / "runs/only-sweep") == {
+        f"lr-{lr}": {"optimizer.lr": lr} for lr in ("0.1", "0.2")
+    }
+
+
+def test_a_mean_and_deviation_of_numbers_of_any_size():
+    assert mean_and_deviation([0.9, 0.92]) == "0.91 ± 0.01414"
+    assert mean_and_deviation([1e200, 3e200]) == "2e+200 ± 1.414e+200"
+    assert mean_and_deviation([1.0, float("nan")]) == "NaN ± NaN"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -169,6 +188,8 @@ def test_a_folder_of_variants(tmp_path, monkeypatch):
         (["seed=1,1"], "sweep: seed=1 is given twice"),
         (["seed=5..2"], "the range 5..2 must go up"),
         (["seed"], "must be KEY=VALUE,VALUE"),
+        (["seed=1,,2"], "seed=1,,2: a value is empty. Remove the comma, or write null."),
+        (["seed=1,2,"], "a value is empty"),
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_written(words, told, tmp_path, monkeypatch):

@@ -86,7 +86,9 @@ def sweep(
     if launched() is not None or node_here() is not None:
         raise SpecError("sweep: starts the processes itself, on one machine; start it alone.")
     variants = _variants(spec)
-    title = name or f"{Path(spec).resolve().name if len(variants) > 1 else _name(spec)}-sweep"
+    several = len(variants) > 1
+    own = Path(spec).resolve().name if several else _name(variants[0][1], overrides)
+    title = name or f"{own}-sweep"
     place = (runs / _as_name(title)).absolute()
     earlier = read_sweep(place)
     named = {key for setting in earlier.settings.values() for key, _ in setting}
@@ -150,7 +152,7 @@ def _end_in_words(command: Command, code: int) -> str:
         log.seek(max(0, log.seek(0, 2) - _LAST_BYTES))
         lines = log.read().decode(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
-    said = f": {errors[-1].removeprefix('error: ')}" if errors else ""
+    said = f": {errors[-1].removeprefix('error: ')}" if errors else "."
     return f"{words}{said} See {command.log}"
 
 
@@ -202,21 +204,18 @@ def _planned(
     Raises:
         SpecError: lists what is wrong with any of them.
     """
-    files = tuple(override for override in overrides if not isinstance(override, str))
-    words = [override for override in overrides if isinstance(override, str)]
-    choices = settings_of([word for word in words if not word.endswith("=")], option="sweep: ")
-    cleared = tuple(word for word in words if word.endswith("="))
+    fixed, choices = _fixed(overrides), _choices(overrides)
     several = _several(choices) | named
     found: list[_Run] = []
     taken = {_LOGS}
     faults: dict[str, None] = {}
     for variant, spec in variants:
-        for settings in choices or [()]:
+        for settings in choices:
             pairs = [_pair(text) for text in settings]
             setting = tuple(pair for pair in pairs if pair[0] in several)
             setting = ((VARIANT, variant), *setting) if len(variants) > 1 else setting
             name = _name_of(setting, taken)
-            given: tuple[Override, ...] = (*files, *cleared, *settings)
+            given: tuple[Override, ...] = (*fixed, *settings)
             try:
                 loaded = load_named(spec, given, name)
             except SpecError as error:
@@ -226,6 +225,17 @@ def _planned(
     if faults:
         raise SpecError("\n".join(dict.fromkeys("\n".join(faults).split("\n"))))
     return found
+
+
+def _fixed(overrides: Sequence[Override]) -> tuple[Override, ...]:
+    """Files, and keys that are cleared: the same in every run."""
+    return tuple(o for o in overrides if not isinstance(o, str) or o.endswith("="))
+
+
+def _choices(overrides: Sequence[Override]) -> list[Settings]:
+    """Every combination of the other values; one without any where there are none."""
+    words = [o for o in overrides if isinstance(o, str) and not o.endswith("=")]
+    return settings_of(words, option="sweep: ") or [()]
 
 
 def _several(choices: Sequence[Settings]) -> set[str]:
@@ -266,8 +276,9 @@ def _as_name(text: str) -> str:
     return name if name[:1].isalnum() else f"run{name}"[:_LONGEST_NAME]
 
 
-def _name(spec: str) -> str:
-    return load_named(spec, (), None).name
+def _name(spec: str, overrides: Sequence[Override]) -> str:
+    """The spec's own, with what all runs have and the values of the first: some must be given."""
+    return load_named(spec, (*_fixed(overrides), *_choices(overrides)[0]), None).name
 
 
 def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:

@@ -33,6 +33,8 @@ def settings_of(sweep: Sequence[str], *, option: str = "--sweep: ") -> list[Sett
             raise SpecError(f"{option}must be KEY=VALUE,VALUE, but is {text!r}.")
         if key in choices:
             raise SpecError(f"{option}{key} is swept twice; give all its values at once.")
+        if not all(part.strip() for part in _values(values)):
+            raise SpecError(f"{option}{text}: a value is empty. Remove the comma, or write null.")
         found = [value for part in _values(values) for value in _range(part.strip(), text, option)]
         choices[key] = [f"{key}={value}" for value in found]
     count = 1

@@ -74,7 +74,7 @@ def run_side_by_side(
 
 
 def _started(command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    with told_when_unwritten(command.log), command.log.open("ab") as log:
+    with told_when_unwritten(command.log), command.log.open("wb") as log:
         return subprocess.Popen(
             command.words,
             stdin=subprocess.DEVNULL,

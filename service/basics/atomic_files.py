@@ -174,11 +174,11 @@ def _write_whole(descriptor: int, chunk: memoryview) -> None:
         chunk = chunk[os.write(descriptor, chunk) :]
 
 
-def replace_file(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Replace a file by `text`: at every moment either the old or the new file exists."""
+def replace_file(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+    """Replace a file by `content`: at every moment either the old or the new file exists."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    write_file(partial, [text.encode()], mode=mode)
+    write_file(partial, [content.encode() if isinstance(content, str) else content], mode=mode)
     os.replace(partial, path)
     sync_directory(path.parent)
 

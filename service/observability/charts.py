@@ -234,17 +234,15 @@ def _pairs(table: NDArray[np.float64]) -> list[Point]:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 0.0634, 1.2e-05, 14.8k, 3.1M."""
+    """A number in few characters: 0.0634, 1.2e-05, 14.8k, 3.1M, 2e+20."""
     if not math.isfinite(value):
         return {"nan": "NaN", "inf": "\N{INFINITY}"}.get(str(value), "-\N{INFINITY}")
     size = abs(value)
     for least, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= least:
+        if least <= size < 1e15:
             scale = 1e3 if unit == "k" else least
             return f"{value / scale:.3g}{unit}"
-    if 0 < size < 1e-3:
-        return f"{value:.3g}"
-    return f"{value:.4g}"
+    return f"{value:.3g}" if 0 < size < 1e-3 else f"{value:.4g}"
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:

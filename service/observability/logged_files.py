@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import struct
 import zlib
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.basics.atomic_files import make_directory, remove, sync_directory, write_file
+from service.basics.atomic_files import make_directory, remove, replace_file
 from service.runs.tracking import Kind, LoggedFile
 
 _PREFIX = "step-"
@@ -58,11 +56,9 @@ class LoggedFiles:
         after it is removed, and logged again.
 
         Raises:
-            OSError: it cannot be, or a link stands in the place of the directory.
+            OSError: it cannot be.
         """
         self._directory = directory
-        if directory.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
         for path in self._steps():
             if _step_of(path) > (-1 if resume_step is None else resume_step):
                 remove(path)
@@ -75,11 +71,7 @@ class LoggedFiles:
             OSError: it cannot be written.
         """
         path = self._path(step, kind, require_name(name))
-        partial = path.with_name(f".{path.name}.partial")
-        partial.unlink(missing_ok=True)
-        write_file(partial, [content])
-        os.replace(partial, path)
-        sync_directory(path.parent)
+        replace_file(path, content)
         return LoggedFile(f"hook/{name}", kind, path)
 
     def _steps(self) -> list[Path]:

@@ -140,8 +140,10 @@ def mean_and_deviation(values: Iterable[float]) -> str:
     mean = sum(known) / len(known)
     if len(known) == 1:
         return short(mean)
-    # By hand: `statistics` refuses what is not finite, and such a run is to be seen here.
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1))
+    if not math.isfinite(mean):
+        return f"{short(mean)} ± {short(math.nan)}"
+    # `hypot` squares no value, so large values do not overflow.
+    deviation = math.hypot(*(value - mean for value in known)) / math.sqrt(len(known) - 1)
     return f"{short(mean)} ± {short(deviation)}"
 
 

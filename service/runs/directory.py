@@ -584,7 +584,7 @@ def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
 def _require_no_link(directory: RunDirectory) -> None:
     """Refuse a run with a link as one of its parts: its target may belong to something else."""
     parts = (directory.checkpoints, directory.logs, directory.failures, directory.profile)
-    for part in (*parts, directory.wandb):
+    for part in (*parts, directory.wandb, directory.logged):
         if part.is_symlink():
             raise SpecError(
                 f"{part} is a link, and a run is not written through links. Replace it by what it "
