@@ -54,6 +54,10 @@ def test_a_fault_is_found_where_it_is_and_as_one(editor, wrong, line, told):
     assert line in [fault["range"]["start"]["line"] for fault in found], found
 
 
+def test_a_spec_that_extends_another_asks_for_nothing(editor):
+    assert editor.open("child.yaml", LINE + "extends: base.yaml\nseed: 3\n") == []
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lbfgs", "muon"])
 def test_an_unfinished_section_does_not_match_several(editor, name):
     text = GOOD.replace("name: sgd\n  lr: 0.1\n", f"name: {name}\n")

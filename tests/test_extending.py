@@ -6,12 +6,13 @@ import re
 import pytest
 import yaml
 from commands import evenstep
+from jsonschema import Draft202012Validator
 from test_mistakes import GOOD
 
 from service.basics.errors import SpecError
 from service.plan.changing import CANNOT_CHANGE_THE_RESULT
 from service.spec.extending import FROM_ENVIRONMENT
-from service.spec.files import load_spec
+from service.spec.files import load_spec, spec_schema
 
 BASE = """\
 name: base
@@ -154,11 +155,25 @@ def test_a_file_of_overrides_counts_between_the_spec_and_the_words(place):
     assert (spec.length.steps, spec.length.epochs) == (9, None)
     assert (spec.optimizer.lr, spec.optimizer.momentum) == (0.8, None)
     assert spec.task_args["root"] == str(place / "there")
+    # Where it gives a duration, that of the words in another unit replaces it; and what it clears
+    # need not be there.
+    (place / "more.yaml").write_text("test: {every_epochs: 2}\nslurm: null\n")
+    spec = loaded(place, BASE, [place / "more.yaml", "test.every_steps=5"])
+    assert (spec.test.every_steps, spec.test.every_epochs, spec.slurm) == (5, None, None)
     (place / "more.yaml").write_text("extends: shared/base.yaml\nseed: 1\n")
     assert faults(place, BASE, given)[0].startswith("more.yaml:1:1: extends: belongs into the spec")
     (place / "more.yaml").write_text("seed: one\nfoo: 1\n")
     told = faults(place, BASE, given)
     assert [line.partition(": ")[0] for line in told] == ["more.yaml:1:7", "more.yaml:2:1"]
+
+
+def test_an_editor_asks_only_a_spec_of_its_own_for_an_optimizer():
+    schema = Draft202012Validator(spec_schema())
+    whole = yaml.safe_load(BASE)
+    assert schema.is_valid({"extends": "base.yaml", "seed": 3})
+    assert schema.is_valid(whole)
+    del whole["optimizer"]
+    assert not schema.is_valid(whole)
 
 
 # ---- the environment

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from service.spec.documents import Steps, dotted
-from service.spec.extending import CANNOT_CHANGE_THE_RESULT, keys_in
+from service.spec.extending import CANNOT_CHANGE_THE_RESULT, UNITS, keys_in
 from service.spec.files import Override, on_one_line, plain_values, with_code_files, with_source
 from service.spec.models import Spec
 
@@ -156,7 +156,7 @@ def _covers(named: str, key: str) -> bool:
 def _without_unit(key: str) -> str:
     section, _, last = key.rpartition(".")
     stem, _, unit = last.rpartition("_")
-    return f"{section}.{stem}" if unit in ("steps", "epochs", "fraction") else key
+    return f"{section}.{stem}" if unit in UNITS else key
 
 
 def changes(old: Spec, new: Spec) -> list[Change]:

@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from service.basics.errors import SpecError
+from service.spec.extending import UNITS
 from service.spec.schedule import (
-    UNITS,
     ConstantSpec,
     CosineRestartsSpec,
     CosineSpec,

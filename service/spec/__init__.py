@@ -14,6 +14,7 @@ From top to bottom; a room imports only from rooms below it:
 * page: the reference page of the spec, made from the schema that editors use. Pure.
 * optimizer_options: the options of every optimizer of torch.optim as data, so that checking needs
   no torch.
-* extending: specs that share: `extends`, files of overrides, and `${env:NAME}`.
+* extending: specs that share: `extends`, files of overrides, `${env:NAME}`; which keys change no
+  result.
 * documents: A YAML, JSON or TOML file as plain values, with the position of each of them.
 """

@@ -1,4 +1,4 @@
-"""Specs that share: `extends`, files of overrides, and `${env:NAME}`."""
+"""Specs that share: `extends`, files of overrides, `${env:NAME}`; which keys change no result."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ FROM_ENVIRONMENT = tuple(key for key in CANNOT_CHANGE_THE_RESULT if key != "test
 """Where `${env:NAME}` may stand. `test` decides the result where the run waits for tests."""
 
 EXTENDS = "extends"
-_VALUES_OF_ONES_OWN = "task_args"
-"""Here null is a value: it is an argument of the user's function."""
+_VALUES_OF_ONES_OWN = (("task_args",), ("kubernetes", "pod_template"))
+"""Here null is a value: an argument of the user's function, or a field to be removed from a pod."""
 UNITS = ("steps", "epochs", "fraction")
 """How durations end: of `every_steps` and `every_epochs` only one is set."""
 
@@ -182,7 +182,7 @@ def _merged_values(base: Any, over: Any, steps: Steps) -> Any:
     merged = {key: value for key, value in base.items() if not _is_replaced(key, base, over)}
     for key, value in over.items():
         here = (*steps, key)
-        if value is None and key in base and here[0] != _VALUES_OF_ONES_OWN:
+        if value is None and not any(here[: len(own)] == own for own in _VALUES_OF_ONES_OWN):
             merged.pop(key, None)
         else:
             merged[key] = _merged_values(merged.get(key), value, here)

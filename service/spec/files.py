@@ -134,7 +134,7 @@ def _without_rivals(document: Document, text: str) -> Document:
         return document
     for rival in rivals_of(name):
         place = document.place_of_key((*section, rival))
-        if rival in held and place.override <= 0:
+        if rival in held and (place.override <= 0 or place.line):  # it stands in a file
             document = override(document, f"{'.'.join([*section, rival])}=")
     return document
 
@@ -523,7 +523,8 @@ def spec_schema() -> dict[str, Any]:
             part["required"] = ["name", *required]
     _describe(schema)
     schema["properties"] = {EXTENDS: _EXTENDS_SCHEMA, **schema["properties"]}
-    schema |= {"if": {"required": [EXTENDS]}, "else": {"required": schema.pop("required")}}
+    asked = {key: schema.pop(key) for key in ("required", "anyOf")}  # the base may have it
+    schema |= {"if": {"required": [EXTENDS]}, "else": asked}
     return schema
 
 

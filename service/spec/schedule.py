@@ -6,10 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, Tag, model_validator
 
+from service.spec.extending import UNITS
 from service.spec.part import CUSTOM, IMPORT_STRING, TEST_MEASURE, Part, wrong
-
-UNITS = ("steps", "epochs", "fraction")
-"""What a duration of a schedule may be given in: `warmup_steps`, `warmup_epochs`, ..."""
 
 
 class ScheduleSpec(Part):
