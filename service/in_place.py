@@ -67,7 +67,7 @@ def run(
     """
     _require_one_process()
     for name, count in (("processes", processes), ("stop_at", stop_at)):
-        if count is not None and count < 1:
+        if count is not None and (type(count) is not int or count < 1):
             raise SpecError(f"{name}: must be a whole number from 1 up, but is {count}.")
     place = Path(runs).absolute()
     loaded = _loaded(spec, overrides)

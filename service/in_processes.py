@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -41,8 +40,8 @@ def run_in_processes(spec: Spec, *, processes: int, options: Sequence[str], quie
         code, last = _followed([*words, "--processes", str(processes), *options], quiet)
     if code in (0, Stopped.exit_code):
         return
-    found = re.findall(r"^error: (.*?)\Z", last, re.MULTILINE | re.DOTALL)
-    told = found[-1].strip() if found else f"The run ended with code {code}:\n{last.strip()}"
+    _, error, told = f"\n{last}".rpartition("\nerror: ")
+    told = told.strip() if error else f"The run ended with code {code}:\n{last.strip()}"
     kinds = {SpecError.exit_code: SpecError, WillFailAgain.exit_code: WillFailAgain}
     raise kinds.get(code, EvenstepError)(told)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
-from injuring import until
+from injuring import descendants, is_alive, until
 
 from service.runs.tracking import read_metrics
 
@@ -290,6 +290,8 @@ def refused(words, **more):
         raise AssertionError(words)
 
 refused("processes: must be a whole number from 1 up", processes=0)
+refused("processes: must be a whole number from 1 up, but is auto", processes="auto")
+refused("stop_at: must be a whole number from 1 up", stop_at=2.5)
 refused("__main__:x is a task of this notebook or script", processes=2, task="__main__:x")
 refused("optimizer.lr: 0.1 -> 0.3", name="two", processes=2, **changed | {"optimizer": {"lr": 0.3}})
 """
@@ -299,6 +301,27 @@ def test_several_processes_quietly_and_the_trained_model(tmp_path):
     done = python(IN_PROCESSES, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_a_run_dies_with_the_program_that_follows_it(tmp_path):
+    script = "from service import run; run('digits', processes=2, length={'steps': 100_000}, "
+    script += "schedule={'name': 'constant'}, faults={'stop_poll_steps': 1}, quiet=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=CLEAN,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    ) as started:
+        try:
+            metrics = tmp_path / "runs/digits/metrics.jsonl"
+            begun = lambda: metrics.exists() and metrics.stat().st_size  # noqa: E731
+            until(begun, "the first steps", of=started)
+            below = descendants(started.pid)
+        finally:
+            started.kill()
+    until(lambda: not any(map(is_alive, below)), "they die with it")
 
 
 def test_an_interrupt_reaches_the_processes_of_a_run(tmp_path):
@@ -311,7 +334,8 @@ def test_an_interrupt_reaches_the_processes_of_a_run(tmp_path):
         )
         try:
             metrics = tmp_path / "runs/digits/metrics.jsonl"
-            until(lambda: metrics.exists() and metrics.stat().st_size, "the first steps")
+            begun = lambda: metrics.exists() and metrics.stat().st_size  # noqa: E731
+            until(begun, "the first steps", of=started)
             started.send_signal(signal.SIGINT)
             code = started.wait(DEADLINE_SECONDS)
         finally:

@@ -1,5 +1,6 @@
 """Weights, balanced classes, mixtures and a curriculum: functions of the seed and the place."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -163,13 +164,12 @@ def test_the_rows_are_the_same_at_any_number_of_processes_and_after_a_resume(
     assert same_bits(tmp_path / "3", tmp_path / "again")
 
 
-def test_a_run_is_not_continued_with_other_weights(tmp_path):
-    train_in_process(alone(), job("task", task_args={"kind": "weighted"}), tmp_path, 5)
-    other = job("task", task_args={"kind": "weighted"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.plan.sampling.Weighted.digest", lambda self: "of other weights")
-        with pytest.raises(SpecError, match=r"task\.sampling chose in another way"):
-            train_in_process(alone(), other, tmp_path)
+def test_a_run_is_not_continued_with_other_weights(tmp_path, monkeypatch):
+    spec = job("task", task_args={"kind": "weighted"})
+    train_in_process(alone(), spec, tmp_path, 5)
+    monkeypatch.setenv("SAMPLED", "lighter")  # as if what the task reads had changed
+    with pytest.raises(SpecError, match=r"task\.sampling chose in another way"):
+        train_in_process(alone(), spec, tmp_path)
 
 
 def test_a_row_that_comes_twice_in_an_epoch_draws_again():
@@ -308,8 +308,20 @@ def test_what_cannot_be_understood_is_refused_with_what_to_write(arguments, said
         (lambda: proportions({"a": 0}), "all 0"),
         (lambda: proportions({"a": 1.0, "b": 0.123456789}), "Round them"),
         (lambda: stages({5: shuffled()}), "the first one is 0"),
+        (lambda: stages({0: shuffled(), "5": shuffled()}), "the first one is 0"),
+        (lambda: weighted(["much"]), "one number a row"),
+        (lambda: weighted([[1], [1, 2]]), "one number a row"),
+        (lambda: balanced([None, "a"]), "one label for each row, all of one kind"),
+        (lambda: balanced([[1, 2]]), r"but has \[1, 2\]"),
+        (lambda: proportions([1, 2]), r"but are \[1, 2\]"),
     ],
 )
 def test_a_mistake_in_a_sampling_is_one_sentence(make, said):
     with pytest.raises(SpecError, match=said):
         make()
+
+
+def test_a_sampling_can_go_to_the_workers_of_a_loader():
+    there = pickle.loads(pickle.dumps(weighted([1, 2, 3])))
+    positions = np.arange(20)
+    assert (drawn(there, positions, rows=3) == drawn(weighted([1, 2, 3]), positions, rows=3)).all()

@@ -220,6 +220,7 @@ def test_a_mistake_in_a_job_is_one_sentence(tmp_path, factory, sections, said):
         ({"optimizer": None, "model": {"compile": True}}, "do not work with model.compile yet"),
         ({"optimizer": None, "exchange": {"static_graph": True}}, "with exchange.static_graph yet"),
         ({"optimizer": None, "exchange": {"mode": "sharded"}}, "with exchange.mode: sharded yet"),
+        ({"optimizer": None, "exchange": {"mode": "hybrid"}}, "with exchange.mode: hybrid yet"),
         (
             {"optimizer": None, "batch": {"global_batch": 4, "micro_batch": "auto"}},
             "with batch.micro_batch: auto yet",

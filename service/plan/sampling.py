@@ -95,9 +95,6 @@ class Weighted(Sampling):
     """Of balanced classes: that of each row.  They are cumulated one after the other, so that each
     class comes equally often in every epoch, rounded down or up."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cumulated", lru_cache(maxsize=2)(self._cumulate))
-
     def over(self, rows: int, sources: Mapping[str, int]) -> Weighted:
         if len(self.weights) != rows:
             what = "balanced has the labels" if self.labels else "weighted has the weights"
@@ -120,7 +117,7 @@ class Weighted(Sampling):
 
     def _of_epoch(self, places: NDArray[np.int64], epoch: int, *, seed: int) -> NDArray[np.int64]:
         rows = len(self.weights)
-        order, ends = self._cumulated(epoch, seed)  # type: ignore[attr-defined]  # set above
+        order, ends = _cumulated(self, epoch, seed)
         mixed = permuted(places, rows=rows, keys=_one(_WEIGHTS, seed, epoch, 1))
         start = key(SAMPLE, seed, _WEIGHTS, epoch, 2) / 2**63
         at = (mixed + start) * (ends[-1] / rows)
@@ -128,13 +125,6 @@ class Weighted(Sampling):
         chosen = np.searchsorted(ends, np.minimum(at, np.nextafter(ends[-1], 0)), side="right")
         found: NDArray[np.int64] = order[chosen]
         return found
-
-    def _cumulate(self, epoch: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        numbers = np.arange(len(self.weights), dtype=np.int64)
-        order = permuted(numbers, rows=len(numbers), keys=_one(_WEIGHTS, seed, epoch, 0))
-        if self.classes is not None:
-            order = order[np.argsort(self.classes[order], kind="stable")]
-        return order, np.cumsum(self.weights[order])
 
     def in_words(self, drawn: int, *, global_batch: int) -> list[str]:
         times = self.weights * (drawn / self.weights.sum())
@@ -155,6 +145,18 @@ class Weighted(Sampling):
     def digest(self) -> str:
         of_classes = b"" if self.classes is None else self.classes.tobytes()
         return _digest("weighted", self.weights.tobytes(), of_classes)
+
+
+@lru_cache(maxsize=4)
+def _cumulated(
+    sampling: Weighted, epoch: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The order of the rows in this epoch, and where each one's weight ends."""
+    numbers = np.arange(len(sampling.weights), dtype=np.int64)
+    order = permuted(numbers, rows=len(numbers), keys=_one(_WEIGHTS, seed, epoch, 0))
+    if sampling.classes is not None:
+        order = order[np.argsort(sampling.classes[order], kind="stable")]
+    return order, np.cumsum(sampling.weights[order])
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,10 @@ def weighted(weights: Any) -> Sampling:
     Raises:
         SpecError: they are no such numbers.
     """
-    values = np.asarray(weights, dtype=np.float64)
+    try:
+        values = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"task.sampling: weighted takes one number a row ({error}).") from error
     if values.ndim != 1:
         raise SpecError(
             f"task.sampling: weighted takes one weight for each row, but has {list(values.shape)}."
@@ -300,12 +305,17 @@ def balanced(labels: Any) -> Sampling:
     Raises:
         SpecError: they are no list of labels.
     """
-    values = np.asarray(labels)
+    try:
+        values = np.asarray(labels)
+        names, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    except (TypeError, ValueError) as error:  # lists of unequal lengths, or texts beside None
+        raise SpecError(
+            f"task.sampling: balanced takes one label for each row, all of one kind ({error})."
+        ) from error
     if values.ndim != 1 or not values.size:
         raise SpecError(
             f"task.sampling: balanced takes one label for each row, but has {list(values.shape)}."
         )
-    names, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     told = [(str(n), int(c), 1 / int(c)) for n, c in zip(names, counts, strict=True)]
     return Weighted((1 / counts)[which], tuple(told), which.astype(np.int64))
 
@@ -316,10 +326,11 @@ def proportions(parts: Mapping[str, float]) -> Sampling:
     Raises:
         SpecError: they are not numbers from 0 up, or have too many digits.
     """
-    if not parts or not all(_is_share(part) for part in parts.values()):
+    is_known = isinstance(parts, Mapping) and bool(parts)
+    if not is_known or not all(_is_share(part) for part in parts.values()):
         raise SpecError(
             "task.sampling: proportions must be finite numbers from 0 up by the names of data "
-            f"sets, but are {dict(parts)!r}."
+            f"sets, but are {parts!r}."
         )
     exact = {name: Fraction(str(part)) for name, part in parts.items()}
     scale = lcm(*(part.denominator for part in exact.values()))
@@ -347,8 +358,8 @@ def stages(each: Mapping[int, Sampling]) -> Sampling:
     Raises:
         SpecError: a step is not a whole number, or the first is not 0.
     """
-    steps = sorted(each)
-    if not steps or steps[0] != 0 or not all(type(step) is int for step in steps):
+    steps = sorted(step for step in each if type(step) is int)
+    if len(steps) != len(each) or not steps or steps[0] != 0:
         raise SpecError(
             "task.sampling: stages are samplings by the finished steps from which on they hold, "
             f"and the first one is 0, but they are {list(each)!r}."
