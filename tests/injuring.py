@@ -57,10 +57,17 @@ def ended(*words: object, cwd: Path, **environ: str) -> tuple[int, str, str]:
         return process.returncode, out, err
 
 
-def until(happened: Callable[[], Any], what: str, seconds: float = DEADLINE_SECONDS) -> Any:
-    """Wait for a condition; its first true value."""
+def until(
+    happened: Callable[[], Any],
+    what: str,
+    seconds: float = DEADLINE_SECONDS,
+    *,
+    of: subprocess.Popen[Any] | None = None,
+) -> Any:
+    """Wait for a condition; its first true value. It may need the process `of` to be alive."""
     deadline = time.monotonic() + seconds
     while not (value := happened()):
+        assert of is None or of.poll() is None, f"ended with {of.returncode} before: {what}"
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.01)
     return value

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import default_convert
 
 from service.basics.errors import SpecError
+from service.data.streams import is_stream
 from service.plan.plan import Plan
 from service.plan.sampling import Sampling, weighted
 
@@ -46,18 +47,19 @@ def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
         )
     collates = (default_collate, default_convert)
     collate = None if loader.collate_fn in collates else loader.collate_fn
-    is_stream = not hasattr(type(loader.dataset), "__getitem__")
+    # Not those of the loader: beside a batch sampler of one's own they are torch's defaults.
+    batches = cast(Any, loader.batch_sampler)
+    sampler, rows = batches.sampler, batches.batch_size
     sampling = None
-    if not is_stream:
+    if not is_stream(loader.dataset):
         if test:
-            _require_whole(loader)
+            _require_whole(sampler)
         else:
-            sampling = _of_trained(loader.sampler, loader.dataset)
-    return FromLoader(loader.dataset, collate, sampling, loader.batch_size)
+            sampling = _of_trained(sampler, loader.dataset)
+    return FromLoader(loader.dataset, collate, sampling, rows)
 
 
-def _require_whole(loader: DataLoader[Any]) -> None:
-    sampler = loader.sampler
+def _require_whole(sampler: Any) -> None:
     whole = _is(sampler, *_WHOLE)
     if not whole or (_is(sampler, "RandomSampler") and _draws_otherwise(sampler)):
         raise SpecError(

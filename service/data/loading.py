@@ -344,12 +344,14 @@ def _collated(
     return _in_our_words(loader)
 
 
-def _require_short_paths() -> None:
+def require_short_paths(data: Data, *, task: Task, plan: Plan) -> None:
     """Refuse a temporary directory in whose depth workers cannot open a socket: they would hang.
 
     Raises:
-        SpecError: it is too deep.
+        SpecError: it is too deep, and rows are read by workers.
     """
+    if not plan.spec.loader.workers or is_stream(data) or _held(data, task) is not None:
+        return
     place = tempfile.gettempdir()
     if (size := len(os.fsencode(place))) > LONGEST_TMPDIR:
         raise SpecError(
@@ -370,7 +372,8 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
         told = str(error).rpartition("service.basics.errors.DataBroken: ")[2].strip()
         raise DataBroken(told) from error
     except RuntimeError as error:
-        if "Bus error" not in str(error):  # a page of shared memory that there is no room for
+        # A page of shared memory that there is no room for.
+        if "Bus error" not in str(error) or not os.path.isdir("/dev/shm"):
             raise
         raise DataBroken(f"{error} {_shared_memory_advice()}") from error
 
@@ -412,8 +415,7 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
         SpecError: it cannot be, or does not fit; or workers could not pass rows here.
         DataBroken: the data set failed on a row, or its rows have several shapes.
     """
-    if plan.spec.loader.workers and _held(data, task) is None:
-        _require_short_paths()
+    require_short_paths(data, task=task, plan=plan)
     if not plan.spec.loader.in_memory:
         return data
     if is_stream(data):

@@ -343,7 +343,7 @@ def new_model(task: Task) -> nn.Module:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if isinstance(task.model, nn.Module):  # a class or function that would have to be called
+        if isinstance(task.model, nn.Module):  # calling it ran a forward pass
             raise SpecError(
                 "task.model: must be a function that makes a new model, but is a model: a "
                 f"{type(task.model).__name__}. "
@@ -475,11 +475,13 @@ class _FromParts:
         self.model = model
         self._train = self._brought(train() if callable(train) else train)
         test = test() if callable(test) else test
-        self._test: Data = () if test is None else _without_loader(test)
+        if collate is not None:
+            self.collate = collate
+        self._test: Data = () if test is None else self._without_loader(test)
         self.train_rows = None if is_stream(self._train) else _length(self._train, "training")
         if isinstance(test, Mapping):
             made = {name: data() if callable(data) else data for name, data in test.items()}
-            self._test = {name: _without_loader(data) for name, data in made.items()}
+            self._test = {name: self._without_loader(data) for name, data in made.items()}
             self.tests = tuple(self._test)
         self.test_rows = sum(part.rows for part in test_sets(self, self._test))
         if _is_collection(measures):
@@ -496,8 +498,6 @@ class _FromParts:
         self.measures = tuple(sums)
         if weight is not None:
             self.weight = weight
-        if collate is not None:
-            self.collate = collate
         if predict is not None:
             self.predict = predict
         for name, value in further.items():
@@ -506,6 +506,18 @@ class _FromParts:
             if value is not None:
                 setattr(self, name, value)
         sampling_of(self)  # a mistake in it is found here
+
+    def _without_loader(self, test: Data) -> Data:
+        """The rows of a test set, which may be handed over as a DataLoader."""
+        if not isinstance(test, DataLoader):
+            return test
+        taken = taken_from(test, test=True)
+        if taken.collate is not None and taken.collate != getattr(self, "collate", None):
+            raise SpecError(
+                "task.test: its DataLoader has another collate_fn than the training data. A task "
+                "has one for both: give it as collate=, and write test=loader.dataset."
+            )
+        return taken.data
 
     def _brought(self, train: Data) -> Data:
         """The training rows of a data set, of several by name, or of a DataLoader."""
@@ -651,10 +663,6 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
         self.step = step
         if after_update is not None:
             self.after_update = after_update
-
-
-def _without_loader(test: Data) -> Data:
-    return taken_from(test, test=True).data if isinstance(test, DataLoader) else test
 
 
 def sampling_of(task: Any) -> Sampling | None:

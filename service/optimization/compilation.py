@@ -50,9 +50,10 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
 def uncompiled_copy(model: nn.Module) -> nn.Module:
     """A deep copy, which computes with its own weights also where the model was compiled."""
     compiled = vars(model).get("forward")
+    if not hasattr(compiled, "_torchdynamo_orig_callable"):
+        return copy.deepcopy(model)
     copied = copy.deepcopy(model, {id(compiled): compiled})
-    if hasattr(compiled, "_torchdynamo_orig_callable"):
-        del copied.forward  # the method of its class is back
+    del copied.forward  # the method of its class is back
     return copied
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,12 +180,21 @@ class TorchSchedule(Schedule):
             return
         while self._taken < step - self._warmup:
             try:
-                self._torch.step()
+                self._step()
             except Exception as error:  # as when it is created: the user must see it
                 raise SpecError(
                     f"schedule: {self._name} says at step {step}: {with_place(error)}"
                 ) from error
             self._taken += 1
+
+    def _step(self) -> None:
+        if self._taken > 0:
+            self._torch.step()
+            return
+        with warnings.catch_warnings():
+            # Of several optimizers this one may not have taken a turn yet: torch warns of that.
+            warnings.filterwarnings("ignore", "Detected call of")
+            self._torch.step()
 
     def restart(self, step: int) -> None:
         if step <= self._warmup:

@@ -105,13 +105,13 @@ def trained_by(model: nn.Module, spec: Spec, task: Task) -> Trained:
     made: dict[str, torch.optim.Optimizer] = {}
     for name, turn in spec.optimizers.items():
         with told_of_turn(name):
+            groups = parameter_groups(model, turn.optimizer, taken[name])
+            made[name] = make_optimizer(model, turn.optimizer, groups)
             if needs_closure(optimizer_class(turn.optimizer.name)):
                 raise SpecError(
                     f"optimizer.name: {turn.optimizer.name} evaluates a step several times, and "
                     "so it trains alone. Use another, such as adamw."
                 )
-            groups = parameter_groups(model, turn.optimizer, taken[name])
-            made[name] = make_optimizer(model, turn.optimizer, groups)
         all_groups += [replace(group, optimizer=name) for group in groups]
     return Trained(all_groups, Turns(made))
 
@@ -401,12 +401,12 @@ def make_optimizer(
     made = [_made(parameters, spec, own, "optimizer", sparse=sparse)] if own else []
     if others:
         companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
-        if needs_closure(optimizer_class(companion.name)):
+        made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
+        if needs_closure(optimizer_class(companion.name)):  # known of some once one is made
             raise SpecError(
                 f"optimizer.companion.name: {companion.name} evaluates a step several times, so "
                 "it cannot be a companion. Use another, such as adamw."
             )
-        made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
     return made[0] if len(made) == 1 else Together(made)
 
 
@@ -419,7 +419,7 @@ def _made(
     sparse: Set[str],
 ) -> torch.optim.Optimizer:
     make = optimizer_class(spec.name)
-    if needs_closure(make) and len(groups) > 1 and not getattr(make, "takes_groups", False):
+    if _must_have_closure(make) and len(groups) > 1 and not getattr(make, "takes_groups", False):
         raise SpecError(
             f"{where}.groups: {make.__name__} moves all parameters along one search direction, so "
             "it takes only one group. Freeze the others, or leave out groups, no_decay and "
@@ -600,10 +600,13 @@ def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
 
     Of a class that does not say so by its signature it is known once `make_optimizer` has made one.
     """
+    return _must_have_closure(make) or make in _REFUSES_WITHOUT
+
+
+def _must_have_closure(make: type[torch.optim.Optimizer]) -> bool:
+    """Whether its step says by its signature that it needs a closure."""
     closure = inspect.signature(make.step).parameters.get("closure")
-    if closure is None:
-        return False
-    return closure.default is inspect.Parameter.empty or make in _REFUSES_WITHOUT
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def asks_before_it_moves(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,23 +18,23 @@ from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.initial_weights import initial_weights
 from service.data.batches import Batch
-from service.data.loading import train_steps, way_of_rows
+from service.data.loading import require_short_paths, train_steps, way_of_rows
 from service.data.streams import Stream, is_stream
 from service.data.task import Task, first_row, load_task, sampling_of, step_of, test_sets
 from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test_each
-from service.observability.other_writers import require_packages
 from service.optimization.buffers import BufferValues, buffers_in_words
 from service.optimization.compilation import compile_in_place
 from service.optimization.optimizers import Turns, needs_closure
-from service.optimization.train_state import TrainState, require_measures
+from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
 from service.plan.plan import Plan, make_plan
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
 from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words
+from service.training.own_train_step import after_update_by
 from service.training.setup import (
     Model,
     Rehearsal,
@@ -45,6 +45,7 @@ from service.training.setup import (
     drawn_alike,
     rehearse,
 )
+from service.training.worker import require_possible
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     # Refuses what an update cannot do.
     Updates(state, plan=plan, world=world, normalization=model.normalization, say=_say_nothing)
     each = [replace(p, dry_run=replace(p.dry_run, batch=batch)) for p in rehearsal.each]
-    activations = yield from _stepped(state, each, found=rehearsal.found, spec=spec)
+    activations = yield from _stepped(state, each, found=rehearsal.found, plan=plan)
     if task.test_rows:
         with state.evaluated():
             means, seconds = _timed(lambda: _tested(state.model, task, spec, world))
@@ -108,7 +109,7 @@ def _rehearsed(
 def _compiled(state: TrainState, dry_run: DryRun) -> Iterator[Finding]:
     """The model compiled in place, where the spec has it so; nothing else is computed after it."""
     compile_in_place(state.model, telling=False)
-    _, seconds = _timed(lambda: dry_run.compile(state.model, state.model))
+    _, seconds = _timed(lambda: dry_run.compile(dry_run.callee(state.model), state.model))
     yield "compile", f"a forward and a backward pass ({seconds:.2f} s)"
 
 
@@ -125,8 +126,7 @@ def _planned(
 ) -> Generator[Finding, None, Plan]:
     """The plan of the run, with the micro-batch that `auto` finds."""
     plan = _plan(spec, task, processes)
-    require_measures(spec, task)
-    require_packages(spec.tracking)
+    require_possible(plan, task)
     if spec.batch.micro_batch == "auto":
         memory = memory_each(processes)
         rows, seconds = _timed(
@@ -145,10 +145,10 @@ def _planned(
 
 
 def _stepped(
-    state: TrainState, each: Sequence[Rehearsed], *, found: FirstPass, spec: Spec
+    state: TrainState, each: Sequence[Rehearsed], *, found: FirstPass, plan: Plan
 ) -> Generator[Finding, None, int]:
     """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
-    model = state.model
+    model, spec = state.model, plan.spec
     activations = 0
     for part in each:
         if isinstance(state.optimizer, Turns):
@@ -156,10 +156,15 @@ def _stepped(
         activations = max(activations, _saved_bytes(model, part.dry_run))
         loss, seconds = _timed(lambda part=part: _step(state, part.dry_run))  # type: ignore[misc]
         part.dry_run.normalization.finish_step()
+        follow = after_update_by(part.dry_run.task, state, plan=plan, world=part.dry_run.world)
+        if follow is not None:
+            follow(part.turn)
         whose = "" if part.turn is None else f"{part.turn}: "
         took = f"({seconds:.2f} s for one micro-batch)"
         yield "step", f"{whose}loss {loss:.4g} on {part.dry_run.world.device.type} {took}"
     state.step += 1
+    if isinstance(state.optimizer, Turns):
+        state.optimizer.end()
     for line in buffers_in_words(model, found.moving, spec.model.buffers):
         yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
     if found.unreached:
@@ -211,6 +216,7 @@ def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
     """The first micro-batch of the run, through the spec's own loader and its workers."""
     data = task.train_data()
+    require_short_paths(data, task=task, plan=plan)
     if is_stream(data):
         data = Stream(data, mode=plan.spec.loader.stream, index=0, of=1)
     steps = train_steps(data, task=task, plan=plan, world=world, start=0)

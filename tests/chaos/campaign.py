@@ -206,7 +206,7 @@ def run(
         words = [EVENSTEP, "run", spec, "--processes", count, "--max-restarts", 1000]
         code = _command([*words, f"exchange.mode={moved}"] if moved else words, place, chaos)
         if code == 0:
-            return list(seen((chaos / "log").read_text(), injuries, processes))
+            return list(seen((chaos / "log").read_text(), injuries))
         assert f"exit {code}" in EXPECTED.values(), f"exit code {code}; see {chaos / 'output'}"
     raise AssertionError(f"the run did not end; see {chaos / 'output'}")
 
@@ -247,7 +247,7 @@ class Event(NamedTuple):
     what: str
 
 
-def seen(log: str, injuries: Sequence[Injury], processes: int) -> Iterator[Seen]:
+def seen(log: str, injuries: Sequence[Injury]) -> Iterator[Seen]:
     """What each injury did, in their order."""
     lines = [line.split(maxsplit=4) for line in log.splitlines()]
     events = [Event(float(at), *words) for at, *words in lines]
@@ -265,7 +265,7 @@ def seen(log: str, injuries: Sequence[Injury], processes: int) -> Iterator[Seen]
             True,
             followed,
             followed in {EXPECTED[other.kind] for other in together},
-            *_lost(strike, events, attempts, processes),
+            *_lost(strike, events, attempts),
         )
 
 
@@ -278,7 +278,7 @@ def _followed(strike: Event, events: Sequence[Event], attempts: Sequence[str]) -
 
 
 def _lost(
-    strike: Event, events: Sequence[Event], attempts: Sequence[str], processes: int
+    strike: Event, events: Sequence[Event], attempts: Sequence[str]
 ) -> tuple[int | None, float | None]:
     """Steps taken again, and seconds until all ranks took one."""
     was_stepping = any(e.attempt == strike.attempt and e.what[:5] == "steps" for e in events)
@@ -290,7 +290,8 @@ def _lost(
                 return None, None  # it is the next one's doing
             undisturbed = False  # on its way back: it is the next one's time that counts
         stepping = [e for e in events if e.attempt == event.attempt and e.what[:5] == "steps"]
-        if event.attempt in after and len(stepping) == processes:
+        ranks = {e.rank for e in events if e.attempt == event.attempt and e.what == "start"}
+        if event.attempt in after and len(stepping) == len(ranks):
             start, at = int(stepping[0].what.split()[1]), int(strike.what.split()[2])
             back = max(e.at for e in stepping) - strike.at
             return max(0, at - start) if was_stepping else None, back if undisturbed else None
