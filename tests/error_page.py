@@ -1,4 +1,4 @@
-"""Prints docs/reference/errors.md: each kind of mistake with the message it really gets.
+"""Prints docs/reference/errors.md: each kind of user error with its real message.
 
 python tests/error_page.py > docs/reference/errors.md
 """
@@ -19,12 +19,12 @@ from test_mistakes import TASKS
 HEAD = """\
 # Errors by message
 
-What `evenstep check` and `evenstep run` say of a mistake: one message, exit code 64, no traceback,
-and nothing written. (Data that breaks, and a loss that is no number, end with 42.) Each message
-below is what the test of that mistake gets; `python tests/error_page.py >
-docs/reference/errors.md` writes this page.
+The messages of `evenstep check` and `evenstep run` for user errors: one message, exit code 64, no
+traceback, and nothing is written. (Broken data, and a loss that is not finite, end with 42.) Each
+message below is the output of a test; `python tests/error_page.py > docs/reference/errors.md`
+writes this page.
 
-Look for the words of yours: names and numbers differ.
+Search for the words of your message: names and numbers differ.
 """
 
 
