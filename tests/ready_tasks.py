@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from service.data.task import Task, supervised
+from service.data.batches import Batch
+from service.data.losses import Losses
+from service.data.task import Task, custom, supervised
 
 
 def rows(count: int = 103) -> TensorDataset:
@@ -139,3 +141,37 @@ class Sam(torch.optim.Optimizer):
 
 def plain() -> Task:
     return task_of(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+
+
+def from_loader() -> Task:
+    return supervised(model=lambda: nn.Linear(4, 3).double(), train=loader())
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(rows(), batch_size=20, shuffle=True)
+
+
+def hooked_without_tests() -> Task:
+    return supervised(model=lambda: nn.Linear(4, 3).double(), train=rows(), after_test=print)
+
+
+def own_step(**more: Any) -> Task:
+    return custom(
+        step=lambda model, batch, context: each_row(model, batch),
+        model=lambda: nn.Linear(4, 3).double(),
+        train=rows(),
+        **more,
+    )
+
+
+def each_row(model: nn.Module, batch: Batch) -> Losses:
+    return {
+        "loss": nn.functional.cross_entropy(model(batch.inputs), batch.targets, reduction="none")
+    }
+
+
+def broken_after_update() -> Task:
+    def follow(model: nn.Module, context: Any) -> None:
+        raise KeyError("a name that is none")
+
+    return own_step(after_update=follow)

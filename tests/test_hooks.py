@@ -329,6 +329,26 @@ def test_the_copy_of_a_compiled_model_computes_with_its_own_weights():
         assert copied(torch.ones(2, 6).double()).abs().max() == 0
 
 
+class ChoosesItsForward(torch.nn.Linear):
+    """A model that has `forward` as an attribute, as many that pick a fast path have."""
+
+    def __init__(self):
+        super().__init__(6, 3, dtype=torch.float64)
+        self.forward = self.fast
+
+    def fast(self, rows):
+        return torch.nn.functional.linear(rows, self.weight, self.bias)
+
+
+def test_the_copy_of_a_model_with_its_own_forward_computes_with_its_own_weights():
+    model = ChoosesItsForward()
+    copied = uncompiled_copy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert copied(torch.ones(2, 6).double()).abs().max() > 0
+
+
 def test_an_unknown_hook_is_refused():
     with pytest.raises(TypeError, match="unknown argument 'after_tests'"):
         own_steps.two_tests(after_tests=print)

@@ -211,6 +211,49 @@ def test_what_such_an_optimizer_cannot_do_is_refused_everywhere(alone, tmp_path,
     assert message in refused_by_run(alone, spec, tmp_path)
 
 
+ALONE = "Sam evaluates a step several times"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {
+                "optimizers": {
+                    "all": {"match": ["*"], "optimizer": {"name": f"{TASKS}:Sam", "lr": 1}}
+                },
+                "task": f"{TASKS}:own_step",
+            },
+            ALONE,
+        ),
+        (
+            {
+                "optimizer": {
+                    "name": "muon",
+                    "lr": 0.02,
+                    "companion": {"name": f"{TASKS}:Sam", "lr": 0.3},
+                }
+            },
+            ALONE,
+        ),
+    ],
+    ids=["of several", "companion"],
+)
+def test_one_that_only_its_step_shows_to_need_the_loss_is_refused_beside_others(
+    alone, tmp_path, sections, message
+):
+    spec = {key: value for key, value in sam().items() if key != "optimizer"} | sections
+    told = refused_by_check(alone, spec, 1)
+    assert message in told
+    assert told == refused_by_run(alone, spec, tmp_path)
+
+
+def test_it_takes_groups_the_second_time_as_the_first(alone, tmp_path):
+    grouped = sam(groups=[{"match": "0.*", "lr": 0.1}, {"match": "*"}])
+    for runs in (tmp_path / "first", tmp_path / "second"):
+        assert train_in_process(alone, grouped, runs) is not None
+
+
 def test_an_inner_optimizer_that_no_checkpoint_would_hold_is_refused(alone, tmp_path):
     spec = sam(share=False)
     told = refused_by_check(alone, spec, 1)
@@ -223,3 +266,44 @@ def test_the_losses_of_such_a_run_are_those_before_the_move(processes, tmp_path)
     processes(1).run(train_in_process, sam(), tmp_path)
     first, *_, last = read_metrics(tmp_path / "job/metrics.jsonl")
     assert last["train/loss"] < first["train/loss"]
+
+
+# ---- what the check builds as a run does
+
+
+def test_a_loader_of_other_batches_is_refused_by_check_as_by_run(alone, tmp_path):
+    spec = job("from_loader", batch={"global_batch": 17})
+    told = refused_by_check(alone, spec, 1)
+    assert told.startswith("batch.global_batch: 17 rows, but the task's DataLoader makes batches")
+    assert told == refused_by_run(alone, spec, tmp_path)
+
+
+def test_a_hook_that_no_test_calls_is_refused_by_check_as_by_run(alone, tmp_path):
+    spec = job("hooked_without_tests")
+    told = refused_by_check(alone, spec, 1)
+    assert "has no test rows" in told
+    assert told == refused_by_run(alone, spec, tmp_path)
+
+
+def test_a_temporary_directory_too_deep_for_workers_is_refused_by_check_as_by_run(
+    alone, tmp_path, monkeypatch
+):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    spec = job("without_text", loader={"workers": 1})
+    told = refused_by_check(alone, spec, 1)
+    assert "Set TMPDIR to a shorter" in told
+    assert told == refused_by_run(alone, spec, tmp_path)
+
+
+def test_what_follows_an_update_is_called_by_check_as_by_run(alone, tmp_path):
+    told = refused_by_check(alone, job("broken_after_update"), 1)
+    assert "task.after_update" in told
+    assert told == refused_by_run(alone, job("broken_after_update"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own
+def test_a_step_of_ones_own_with_a_compiled_model_is_ready(alone):
+    found = dict(findings(job("own_step", model={"compile": True}), alone))
+    assert "forward and a backward pass" in found["compile"]

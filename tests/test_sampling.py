@@ -11,7 +11,9 @@ import torch
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -245,6 +247,26 @@ def test_a_loader_gives_its_data_its_collate_and_its_weights():
     assert sampling_of(plain) is None
 
 
+class Lines(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+def test_a_loader_of_a_stream_gives_the_stream():
+    lines = Lines()
+    made = of(train=DataLoader(lines, batch_size=23))
+    assert made.train_data() is lines
+    assert made.loader_rows == 23
+    assert made.train_rows is None
+
+
+def test_a_batch_sampler_of_rows_in_batches_is_understood_by_its_own_sampler():
+    batches = BatchSampler(RandomSampler(DATA), 23, drop_last=False)
+    made = of(train=DataLoader(DATA, batch_sampler=batches))
+    assert made.loader_rows == 23
+    assert sampling_of(made) is None
+
+
 def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
     spec = load_spec(job("task"))
     plan = make_plan(spec, processes=1, train_rows=71, test_rows=0)
@@ -276,6 +298,19 @@ def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
         (
             {"train": DATA, "test": DataLoader(DATA, sampler=SubsetRandomSampler([1]))},
             "does not test each row once",
+        ),
+        (
+            {
+                "train": DATA,
+                "test": DataLoader(
+                    DATA, batch_sampler=BatchSampler(SubsetRandomSampler([1]), 1, drop_last=False)
+                ),
+            },
+            "SubsetRandomSampler does not test each row once",
+        ),
+        (
+            {"train": DATA, "test": DataLoader(DATA, collate_fn=list)},
+            "another collate_fn than the training data",
         ),
         ({"train": DATA, "sampling": weighted([1, 2])}, "weights of 2 rows, .* has 71"),
         ({"train": DATA, "sampling": balanced([1, 2])}, "labels of 2 rows"),

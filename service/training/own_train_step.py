@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.basics import randomness
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, told_as_mistake
 from service.data.batches import Batch, Step
 from service.data.losses import Across, LossPart, StepContext, values_across
 from service.data.own_step import Pass, SteppedModel, total_of
@@ -256,13 +257,13 @@ def after_update_by(
     """What the task does after an update, as a function of whose it was; None if it does nothing.
 
     After the first update of each optimizer it is checked that all processes have come to the same
-    weights.
+    weights; what fails there is a mistake in the task.
     """
     act = after_update_of(task)
     if act is None:
         return None
     places = {name: place for place, name in enumerate(plan.spec.optimizers)}
-    unchecked: set[str | None] = set(places or [None]) if world.processes > 1 else set()
+    unchecked: set[str | None] = set(places or [None])
 
     def follow(turn: str | None) -> None:
         step = state.step
@@ -270,13 +271,15 @@ def after_update_by(
         world.seed(key)
         average = state.average.model if state.average is not None else None
         context = StepContext(step, plan.epoch(step), True, key, False, average, turn)
-        with torch.no_grad():
+        first = turn in unchecked
+        failing = told_as_mistake("task.after_update: failed") if first else nullcontext()
+        with torch.no_grad(), failing:
             act(state.model, context)
         if context.logged:
             name = next(iter(context.logged))
             raise SpecError(f"task.after_update: {name!r} cannot be logged here; log it in step.")
-        if turn in unchecked:
-            unchecked.remove(turn)
+        unchecked.discard(turn)
+        if first and world.processes > 1:
             _require_equal(state, world)
 
     return follow
