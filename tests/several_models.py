@@ -61,10 +61,19 @@ def clip(models: Any, context: StepContext) -> None:
             parameter.clamp_(-0.5, 0.5)
 
 
-def gan(after: bool = True) -> Task:
+def plain_step(models: Any, batch: Batch, context: StepContext) -> Losses:
+    """The same without the penalty, which differentiates a gradient."""
+    [real] = batch.inputs
+    fake = models["generator"](torch.randn(len(real), 3, dtype=real.dtype))
+    if context.optimizer == "generator":
+        return {"generator": -models["critic"](fake).flatten()}
+    return {"distance": (models["critic"](fake) - models["critic"](real)).flatten()}
+
+
+def gan(after: bool = True, penalty: bool = True) -> Task:
     rows = points().double()
     return custom(
-        step=gan_step,
+        step=gan_step if penalty else plain_step,
         model=gan_models,
         train=TensorDataset(rows[:ROWS]),
         test=TensorDataset(rows[ROWS:]),
@@ -137,6 +146,43 @@ def gan_by_hand(steps: int, *, max_norm: float | None = None) -> dict[str, Tenso
                 (-critic(fake).sum() / GLOBAL).backward()
             update(of_generator, generator)
     return models.state_dict()
+
+
+def wide_critic() -> Task:
+    """A generator of little memory, and a critic that takes 8 MB a row."""
+
+    def step(models: Any, batch: Batch, context: StepContext) -> Losses:
+        if context.optimizer == "generator":
+            return {"generator": models["generator"](batch.inputs).flatten()}
+        return {"critic": models["critic"](batch.inputs).mean(1)}
+
+    rows = torch.randn(256, 1)
+    return custom(
+        step=step,
+        model=lambda: {
+            "critic": nn.Sequential(nn.Linear(1, 10**6), nn.ReLU(), nn.AdaptiveAvgPool1d(9)),
+            "generator": nn.Linear(1, 1),
+        },
+        train=TensorDataset(rows, rows),
+    )
+
+
+def by_parts() -> Task:
+    """A model that the step calls in its parts only."""
+
+    def step(model: Any, batch: Batch, context: StepContext) -> Losses:
+        [rows] = batch.inputs
+        return {"loss": model.last(model.first(rows)).flatten()}
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 1)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.last(self.first(rows))
+
+    return custom(step=step, model=Parts, train=TensorDataset(points()))
 
 
 # ---- a frozen teacher

@@ -87,6 +87,14 @@ def test_nor_where_only_the_forward_pass_shows_the_weights(hard_runs):
     ].keys()
 
 
+def test_nor_with_a_static_graph(processes, tmp_path, hard_runs):
+    """It waits for gradients of what the wrapped model returns: the losses have to be those."""
+    spec = job("hard", exchange={"static_graph": True})
+    for stop in (5, None):
+        processes(2).run(train_in_process, spec, tmp_path, stop)
+    assert difference(hard_runs[1], tmp_path) < 1e-12
+
+
 def test_the_loss_of_a_test_is_its_parts_by_their_scales(hard_runs):
     last = rows_of(hard_runs[3])[-1]
     parts = last["test/hard"] + 0.01 * last["test/size"] + 0.5 * last["test/first"]

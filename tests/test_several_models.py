@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import several_models
 from jobs import plan_of, spec_of, train_in_process
 from processes import ProcessesFailed
+from test_fitting import rows_that_fit
 from test_own_steps import assert_same_rows, difference, rows_of, weights
 
 from service.basics.errors import SpecError
 from service.distributed.world import alone
+from service.runs.tracking import read_metrics
 from service.spec.files import dump_spec, load_spec
 
 HERE = Path(several_models.__file__)
@@ -90,6 +93,60 @@ def test_bitwise_is_bitwise_in_turns(processes, tmp_path):
         spec = job("gan", exactness="bitwise", model={"moving_average": 0.9})
         processes(count).run(train_in_process, spec, tmp_path / str(count))
     assert difference(tmp_path / "1", tmp_path / "2") == 0
+
+
+def test_a_static_graph_is_static_in_each_turn(processes, tmp_path, gans):
+    spec = job("gan", exchange={"static_graph": True})
+    for stop in (7, None):
+        processes(3).run(train_in_process, spec, tmp_path, stop)
+    assert difference(gans[3], tmp_path) < 1e-12
+
+
+COMPILES = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own
+@pytest.mark.parametrize("factory", ["distillation", "gan"])
+def test_each_model_is_compiled(processes, tmp_path, factory):
+    args = {"task_args": {"penalty": False}} if factory == "gan" else {}
+    processes(1).run(train_in_process, job(factory, **args), tmp_path / "eager")
+    for count in (1, 2):
+        spec = job(factory, model={"compile": True}, **args)
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+        assert difference(tmp_path / "eager", tmp_path / str(count)) < 1e-12
+        last = read_metrics(tmp_path / str(count) / "job/metrics.jsonl")[-1]
+        assert last["train/compiled_graphs"] >= 2
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        pytest.param(
+            "gan",
+            r"optimizers\.critic: model\.compile: torch cannot .* double backward",
+            marks=pytest.mark.slow,
+        ),
+        ("by_parts", "model.compile: the task's step does not call the model, but parts of it"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_sentence(tmp_path, factory, said):
+    spec = job(factory, model={"compile": True})
+    if factory == "by_parts":
+        spec |= TASKS["byol"][0]
+    with pytest.raises(SpecError, match=said):
+        train_in_process(alone(), spec, tmp_path)
+
+
+def test_micro_batches_are_found_for_the_turn_that_takes_the_most(processes):
+    """A row takes 8 MB in the critic's turn, and next to nothing in the generator's."""
+    spec = job("wide_critic", batch={"global_batch": 200, "micro_batch": "auto"})
+    spec |= {"optimizers": several_models.GAN}
+    [rows] = processes(1).run(rows_that_fit, spec, [700])
+    assert 4 <= rows <= 60
 
 
 def test_each_turn_is_clipped_by_itself(processes, tmp_path):
@@ -217,14 +274,8 @@ def test_a_mistake_in_a_job_is_one_sentence(tmp_path, factory, sections, said):
             {"optimizer": None, "schedule": {"name": "linear"}},
             "each of them has a schedule of its own",
         ),
-        ({"optimizer": None, "model": {"compile": True}}, "do not work with model.compile yet"),
-        ({"optimizer": None, "exchange": {"static_graph": True}}, "with exchange.static_graph yet"),
         ({"optimizer": None, "exchange": {"mode": "sharded"}}, "with exchange.mode: sharded yet"),
         ({"optimizer": None, "exchange": {"mode": "hybrid"}}, "with exchange.mode: hybrid yet"),
-        (
-            {"optimizer": None, "batch": {"global_batch": 4, "micro_batch": "auto"}},
-            "with batch.micro_batch: auto yet",
-        ),
         ({"optimizers": {"a-b": SGD}}, "optimizers: a name must be letters, digits and _"),
         (
             {"optimizers": {"a": {"every": 2, **SGD}}},

@@ -25,6 +25,19 @@ class Pass:
     """What the step gave, once it was taken."""
     outputs: Any = None
 
+    def through(self, callee: nn.Module) -> Mapping[str, LossPart]:
+        """The losses by name, of a forward pass of `callee`: what it gives, not what it was given.
+
+        Args:
+            callee: a `SteppedModel`, or what wraps it. With a static graph DDP waits for a gradient
+                of the very tensors that its forward pass returns.
+        """
+        sums = callee(self)
+        assert self.parts is not None, "a forward pass takes the step"
+        pairs = zip(self.parts.items(), sums, strict=True)
+        self.parts = {name: part._replace(sum=passed) for (name, part), passed in pairs}
+        return self.parts
+
     def part(self, name: str) -> LossPart | None:
         """The loss of this name, where the step gave it."""
         return (self.parts or {}).get(name)

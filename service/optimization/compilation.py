@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from service.basics.errors import SpecError
 
 
 def spare_compiler() -> None:
@@ -32,7 +38,8 @@ _KEPT_OUT = "__dynamo_disable"
 def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     """Let torch compile the model's forward and backward pass when it is first called.
 
-    A plain copy made of the model afterwards would still call this one: see `uncompiled_copy`.
+    Of several models each is compiled. A plain copy made of the model afterwards would still call
+    this one: see `uncompiled_copy`.
 
     Args:
         telling: have torch say on stderr why it compiles something again.
@@ -42,19 +49,67 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
 
     if telling:
         set_logs(recompiles=True)
-    # Not Module.compile: where the outermost class is torch's own (nn.Sequential), that compiles
-    # nothing but the layers which are not.
-    model.forward = torch.compile(model.forward)
+    for part in called_parts(model):
+        # Not Module.compile: where the outermost class is torch's own (nn.Sequential), that
+        # compiles nothing but the layers which are not.
+        part.forward = torch.compile(part.forward)
+
+
+# What torch.compile gives every function that it has made.
+_COMPILED = "_torchdynamo_orig_callable"
+
+
+def called_parts(model: nn.Module) -> list[nn.Module]:
+    """The model; or where it is only a container, as of several models, what is called in it."""
+    if type(model).forward is not nn.Module.forward:
+        return [model]
+    return [part for child in model.children() for part in called_parts(child)]
 
 
 def uncompiled_copy(model: nn.Module) -> nn.Module:
     """A deep copy, which computes with its own weights also where the model was compiled."""
-    compiled = vars(model).get("forward")
-    if not hasattr(compiled, "_torchdynamo_orig_callable"):
-        return copy.deepcopy(model)
-    copied = copy.deepcopy(model, {id(compiled): compiled})
-    del copied.forward  # the method of its class is back
+    parts = [vars(part).get("forward") for part in called_parts(model)]
+    compiled = [forward for forward in parts if hasattr(forward, _COMPILED)]
+    copied = copy.deepcopy(model, {id(forward): forward for forward in compiled})
+    for part in called_parts(copied):
+        if hasattr(vars(part).get("forward"), _COMPILED):
+            del part.forward  # the method of its class is back
     return copied
+
+
+@contextmanager
+def require_compiled(model: nn.Module) -> Iterator[None]:
+    """A context in which a compiled part of the model has to be called.
+
+    Raises:
+        SpecError: at its end, if none was.
+    """
+    called: list[nn.Module] = []
+    compiled = [(part, part.forward) for part in called_parts(model)]
+    for part, forward in compiled:
+        part.forward = partial(_noting, called.append, part, forward)
+    try:
+        yield
+    finally:
+        for part, forward in compiled:
+            part.forward = forward
+    if not called:
+        raise SpecError(
+            "model.compile: the task's step does not call the model, but parts of it, and then "
+            "nothing is compiled. Let the task give its parts as several models by name "
+            "(model=lambda: {...}), of which each is compiled; or leave model.compile out."
+        )
+
+
+def _noting(
+    note: Callable[[nn.Module], None],
+    part: nn.Module,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    note(part)
+    return forward(*args, **kwargs)
 
 
 def compiled_graphs() -> int:

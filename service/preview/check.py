@@ -93,7 +93,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     size, seconds = _timed(lambda: _round_trip(state, plan, task, world))
     yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
     if spec.model.compile:
-        yield from _compiled(state, each[0].dry_run)
+        yield from _compiled(state, each)
     yield "memory", _memory(state, activations, world)
 
 
@@ -106,11 +106,19 @@ def _rehearsed(
     return rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
 
 
-def _compiled(state: TrainState, dry_run: DryRun) -> Iterator[Finding]:
+def _compiled(state: TrainState, each: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The model compiled in place, where the spec has it so; nothing else is computed after it."""
     compile_in_place(state.model, telling=False)
-    _, seconds = _timed(lambda: dry_run.compile(dry_run.callee(state.model), state.model))
-    yield "compile", f"a forward and a backward pass ({seconds:.2f} s)"
+    for part in each:
+        if isinstance(state.optimizer, Turns):
+            state.optimizer.begin(str(part.turn))
+
+        def compiled(dry_run: DryRun = part.dry_run) -> None:
+            dry_run.compile(dry_run.callee(state.model), state.model)
+
+        _, seconds = _timed(compiled)
+        whose = "" if part.turn is None else f"{part.turn}: "
+        yield "compile", f"{whose}a forward and a backward pass ({seconds:.2f} s)"
 
 
 def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:

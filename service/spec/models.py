@@ -339,10 +339,7 @@ def _not_in_turns(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead), where it has `optimizers`."""
     return [
         (spec.schedule != ConstantSpec(), "schedule", "each of them has a schedule of its own"),
-        (spec.model.compile, "model.compile", "leave it out"),
         (spec.exchange.shards, f"exchange.mode: {spec.exchange.mode}", "use ddp"),
-        (spec.exchange.static_graph, "exchange.static_graph", "leave it out"),
-        (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
     ]
 
 

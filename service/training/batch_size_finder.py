@@ -30,7 +30,7 @@ from service.plan.plan import Plan, largest_micro_batch, make_plan
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec
-from service.training.dry_run import DryRun, teacher_of
+from service.training.dry_run import DryRun, rehearsed, teacher_of
 
 _USED_AT_MOST = 0.8  # of the main memory, which other programs use too
 
@@ -138,7 +138,8 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
     model = new_model(task).to(world.device)
     checkpoint_activations(model, plan.spec.model.activation_checkpointing)
-    held = _held_besides(model, plan, task, processes=world.processes)
+    optimizer = trained_by(model, plan.spec, task).optimizer
+    held = _held_besides(model, optimizer, plan, processes=world.processes)
     on_cpu = world.device.type == "cpu"
     room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
     reserved = None
@@ -152,7 +153,7 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
         took = peak_bytes(world.device) - before
         if on_cpu and found and took * rows / found > room:
             break  # the kernel would end a process that takes more
-        if not _fits(rows, model, plan, task=task, world=world):
+        if not _fits(rows, model, optimizer, plan, task=task, world=world):
             break
         found = rows
     del reserved, model
@@ -175,15 +176,15 @@ def _doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def _held_besides(model: nn.Module, plan: Plan, task: Task, *, processes: int) -> int:
+def _held_besides(
+    model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, *, processes: int
+) -> int:
     """Bytes that training needs in addition to a trial pass.
 
     The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
     more: while DDP lays them out anew, the old ones are there too.
     """
-    spec = plan.spec
-    optimizer = trained_by(model, spec, task).optimizer
-    averaged = spec.model.moving_average is not None
+    averaged = plan.spec.model.moving_average is not None
     weights = sum(p.nbytes for p in model.parameters())
     buckets = sum(p.nbytes for p in model.parameters() if p.requires_grad) if processes > 1 else 0
     size = expected_bytes(model, optimizer, averaged=averaged)
@@ -191,7 +192,16 @@ def _held_besides(model: nn.Module, plan: Plan, task: Task, *, processes: int) -
     return buckets + (2 * weights if size is None else max(0, size - weights))
 
 
-def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) -> bool:
+def _fits(
+    rows: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    *,
+    task: Task,
+    world: World,
+) -> bool:
+    """Whether so many rows fit in a pass; of several optimizers in that of each turn."""
     alone = replace(plan, global_batch=rows, micro_batch=rows)
     try:
         batch = sample(task.train_data(), task=task, plan=alone, world=world)
@@ -200,7 +210,7 @@ def _fits(rows: int, model: nn.Module, plan: Plan, *, task: Task, world: World) 
         dry_run = DryRun(
             batch, task=task, world=world, normalization=normalization, average=average
         )
-        dry_run.unreached_parameters(model)
+        rehearsed(dry_run, model, optimizer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

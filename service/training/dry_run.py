@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from service.distributed.world import World
 from service.evaluation.own_step_test import entries_of_test
 from service.evaluation.test_loop import in_eval_mode
 from service.optimization.buffers import BufferValues, Moving
+from service.optimization.compilation import require_compiled
 from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Turns, told_of_turn
@@ -79,19 +80,11 @@ class DryRun:
     place: str = ""
     """Where in a step the batch is, for messages; empty if it does not matter."""
 
-    def unreached_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the trainable parameters that the loss does not depend on.
-
-        Raises:
-            SpecError: the model, the loss or a measure fails or gives another shape than it should.
-        """
-        return self.first(model).unreached
-
     def first(self, model: nn.Module) -> FirstPass:
         """What the first pass brings to light.
 
         Raises:
-            SpecError: as above.
+            SpecError: the model, the loss or a measure fails or gives another shape than it should.
         """
         with (
             self._undone(model) as before,
@@ -139,7 +132,8 @@ class DryRun:
             SpecError: it cannot be.
         """
         said = told_as_mistake("model.compile: torch cannot compile this model here")
-        with self._undone(bare), said:
+        whose = nullcontext() if self.turn is None else told_of_turn(self.turn)
+        with whose, self._undone(bare), said, require_compiled(bare):
             self._pass(wrapped)
 
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
@@ -213,7 +207,7 @@ class DryRun:
             0, 0.0, training, self.batch.key, average=self.average, optimizer=turn
         )
         asked = Pass(self.batch, context)
-        callee(asked)
+        asked.through(callee)
         return asked
 
     def callee(self, model: nn.Module) -> nn.Module:

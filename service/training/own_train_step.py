@@ -73,9 +73,8 @@ class OwnTrainStep(TrainStep):
             if asked is None:
                 asked = self._begun(state, batch)
             enter("exchange" if batch is last else "forward", state.step, batch.number)
-            exchange.model(asked)
-            assert asked.parts is not None, "a forward pass takes the step"
-            total = total_of(asked.parts, divisors=self._divisors(asked.parts, step, weights))
+            parts = asked.through(exchange.model)
+            total = total_of(parts, divisors=self._divisors(parts, step, weights))
             exchange.backward(total, divisor)
             losses[batch.number] = total.detach()
             ledger.add(asked.entries())
