@@ -77,5 +77,12 @@ def test_what_cannot_be_exported_is_one_sentence(run):
     without = evenstep("export", "lora", *words, cwd=run)
     assert without.returncode == 64
     assert "--merged: " in without.stderr
+    # Told before the model is made: here it would be another one, which the weights do not fit.
+    (run / "wider.py").write_text(
+        text.replace(", merged=merged)", ")").replace("nn.Linear(8, 32)", "nn.Linear(8, 33)")
+    )
+    wider = evenstep("export", "lora", *words[:-1], "task=./wider.py:task", cwd=run)
+    assert wider.returncode == 64
+    assert "does not say how" in wider.stderr
     assert "does not say how. Give the task merged=" in without.stderr
     assert not (run / "a.safetensors").exists()

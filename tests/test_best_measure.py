@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from commands import evenstep
 from jobs import spec_of, train_in_process
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from launch.commands.checkpoints import checkpoints
 from service.data.task import supervised
 from service.observability.report import page
 from service.plan.early_stopping import EarlyStopping, is_better
@@ -98,6 +101,9 @@ def test_several_of_the_best_are_kept_and_a_resumed_run_knows_them(processes, tm
     processes(1).run(train_in_process, spec, tmp_path)
     assert {checkpoint.step for checkpoint in checkpoints_in(directory)} == {5, 8}
     assert best_of(directory) == 5
+    listed = CliRunner().invoke(checkpoints, [str(tmp_path / "job")])
+    ranks = [re.search(r"step +(\d+) .*good(.*)", line) for line in listed.output.splitlines()]
+    assert [found.groups() for found in ranks] == [("5", ", best"), ("8", ", 2nd best")]
 
 
 @pytest.mark.parametrize("count", [1, 3])

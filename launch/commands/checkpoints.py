@@ -15,11 +15,11 @@ from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError, printable
 from service.runs.checkpoint_files import (
     Checkpoint,
-    best_of,
     checkpoints_in,
     damage_of,
     find_checkpoint,
     in_words,
+    ranks_of,
     read_manifest,
 )
 from service.runs.directory import LATEST_TIME, find_run, is_number
@@ -43,13 +43,13 @@ def checkpoints(run: Path) -> None:
 
 def _listed(directory: Path) -> int:
     """Print the checkpoints; return how many of them are damaged."""
-    damaged = 0
+    damaged, ranks = 0, ranks_of(directory)
     for checkpoint in checkpoints_in(directory):
         damage = damage_of(checkpoint)
         if not os.path.lexists(checkpoint.path):
             continue  # the run continues, and has removed it
         damaged += damage is not None
-        told = "  ".join(_columns(checkpoint, damage, best=best_of(directory)))
+        told = "  ".join(_columns(checkpoint, damage, rank=ranks.get(checkpoint.step)))
         click.echo(printable(told))
     for aside in sorted(directory.glob(".damaged-*")):
         click.echo(
@@ -58,7 +58,7 @@ def _listed(directory: Path) -> int:
     return damaged
 
 
-def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) -> Iterator[str]:
+def _columns(checkpoint: Checkpoint, damage: str | None, *, rank: int | None) -> Iterator[str]:
     yield f"step {checkpoint.step:>8,}"
     if damage is not None:
         yield f"damaged: {damage}"
@@ -69,8 +69,13 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, best: int | None) ->
     yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)) if known else "at no known time"
     yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
     yield f"{processes} process{'es' if processes != 1 else ''}"
-    told = "good, best" if checkpoint.step == best else "good"
+    told = "good" if rank is None else "good, best" if rank == 1 else f"good, {_ordinal(rank)} best"
     yield f"{told}, stopped in its test, which is due" if checkpoint.untested else told
+
+
+def _ordinal(number: int) -> str:
+    teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 @click.command()

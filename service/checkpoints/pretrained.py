@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from service.basics.atomic_files import (
-    in_the_way,
-    remove_if_possible,
-    sync_directory,
-    sync_file,
-    write_file,
-)
+from service.basics.atomic_files import sync_directory, sync_file, write_file
 from service.basics.errors import SpecError, told_as_mistake
 from service.checkpoints.snapshots import load_weights
-from service.data.task import files_may_have_moved, load_task, new_model
+from service.data.task import Task, files_may_have_moved, load_task, new_model
 from service.runs.checkpoint_files import Checkpoint
+from service.runs.export import require_new, written_new
 from service.spec.models import Spec
 
 
@@ -45,25 +38,21 @@ def export_pretrained(
         SpecError: the job's model is none of transformers, or the directory cannot be written.
         NoCheckpoint: the checkpoint cannot be read.
     """
-    if os.path.lexists(directory):
-        raise SpecError(f"-o: {directory} exists. Choose another name, or remove it.")
-    model, merge = _model_and_merge(spec)
-    if not merged:
+    require_new(directory)
+    with files_may_have_moved():
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        merge = _merging(task, spec) if merged else None
+        model = new_model(task)
+    if merge is None:
         _of_transformers(model, spec)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
-    pretrained = _of_transformers(merge(model) if merged else model, spec)
-    partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")
-    try:
+    pretrained = _of_transformers(model if merge is None else merge(model), spec)
+    with written_new(directory) as partial:
         partial.mkdir()
         pretrained.save_pretrained(partial)
         for file in partial.iterdir():
             sync_file(file)
         sync_directory(partial)
-        os.rename(partial, directory)
-        sync_directory(directory.parent)
-    except OSError as error:
-        remove_if_possible(partial)
-        raise SpecError(f"-o: {directory} cannot be written: {in_the_way(error)}.") from error
     return type(pretrained).__name__
 
 
@@ -74,36 +63,33 @@ def export_merged(checkpoint: Checkpoint, file: Path, *, spec: Spec, average: bo
         SpecError: the task has no `merged`, or the file cannot be written.
         NoCheckpoint: the checkpoint cannot be read.
     """
-    if os.path.lexists(file):
-        raise SpecError(f"-o: {file} exists. Choose another name, or remove it.")
-    model, merge = _model_and_merge(spec)
+    require_new(file)
+    with files_may_have_moved():
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        merge = _merging(task, spec)
+        model = new_model(task)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
     weights = {n: t.detach().clone().contiguous() for n, t in merge(model).state_dict().items()}
     metadata = {"format": "pt", "evenstep.step": str(checkpoint.step)}
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
+    with written_new(file) as partial:
         written = write_file(partial, [save(weights, metadata)])
-        os.rename(partial, file)
-        sync_directory(file.parent)
-    except OSError as error:
-        remove_if_possible(partial)
-        raise SpecError(f"-o: {file} cannot be written: {in_the_way(error)}.") from error
     return written.size_bytes
 
 
-def _model_and_merge(spec: Spec) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """A new model of the job's task, and its `merged`."""
-    with files_may_have_moved():
-        task = load_task(spec.task, spec.task_args, seed=spec.seed)
-        model = new_model(task)
+def _merging(task: Task, spec: Spec) -> Callable[[nn.Module], nn.Module]:
+    """The task's `merged`, with what it raises and gives checked.
+
+    Raises:
+        SpecError: it has none.
+    """
+    merged = getattr(task, "merged", None)
+    if merged is None:
+        raise SpecError(
+            f"--merged: {spec.task} does not say how. Give the task merged=..., a function of "
+            "the trained model that gives the one to export."
+        )
 
     def merge(model: nn.Module) -> nn.Module:
-        merged = getattr(task, "merged", None)
-        if merged is None:
-            raise SpecError(
-                f"--merged: {spec.task} does not say how. Give the task merged=..., a function of "
-                "the trained model that gives the one to export."
-            )
         with told_as_mistake("task.merged raised"), torch.no_grad():
             made: object = merged(model)
         if not isinstance(made, nn.Module):
@@ -112,7 +98,7 @@ def _model_and_merge(spec: Spec) -> tuple[nn.Module, Callable[[nn.Module], nn.Mo
             )
         return made
 
-    return model, merge
+    return merge
 
 
 def _of_transformers(model: nn.Module, spec: Spec) -> Any:

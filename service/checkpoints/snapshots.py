@@ -409,18 +409,16 @@ def _load_optimizer(
     _load_groups(state, groups, directory)
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(members)}
-    by_number = {
-        numbers[id(parameters[name])]: _own_rows_of(entries, parameters[name])
+    whole = {
+        numbers[id(parameters[name])]: entries
         for name, entries in values.items()
         if id(parameters[name]) in numbers
     }
+    by_number = {n: _own_rows_of(entries, members[n]) for n, entries in whole.items()}
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
     require_one_state(optimizer)
     windows: list[tuple[Tensor, Tensor]] = []
-    whole = {
-        numbers[id(parameters[n])]: v for n, v in values.items() if id(parameters[n]) in numbers
-    }
     for number, entries in whole.items():
         held = optimizer.state[members[number]]
         for key, value in entries.items():

@@ -326,7 +326,7 @@ class World:
         Raises:
             SpecError: not all nodes have equally many, side by side.
         """
-        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+        on_node = self._on_node()
         counts = self.gather(on_node)
         if len(set(counts)) > 1 or self.processes % on_node:
             raise SpecError(
@@ -336,6 +336,10 @@ class World:
             )
         return on_node
 
+    def _on_node(self) -> int:
+        """Processes on this node, as its launcher says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+
     def writers(self, *, everyone: bool = False) -> Writers:
         """Those who can write to the lead's disk together: the processes of its node.
 
@@ -343,8 +347,8 @@ class World:
             everyone: all processes, where each holds what no other does.
         """
         if everyone not in self._writers:
-            on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
-            count = self.processes if everyone else self.from_lead(min(on_node, self.processes))
+            here = min(self._on_node(), self.processes)
+            count = self.processes if everyone else self.from_lead(here)
             self._writers[everyone] = Writers(self.index, count)
         return self._writers[everyone]
 

@@ -18,6 +18,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,20 @@ def best_of(directory: Path) -> int | None:
         return None
     match = _NAME.fullmatch(path.read_text(errors="replace").strip())
     return int(match[1]) if match else None
+
+
+def ranks_of(directory: Path) -> dict[int, int]:
+    """The rank of each step that is one of the best, from 1: as the newest readable state has it.
+
+    The first is the one that the file `best` names.
+    """
+    best = best_of(directory)
+    ranks = {} if best is None else {best: 1}
+    for checkpoint in reversed(checkpoints_in(directory)):
+        with suppress(NoCheckpoint, KeyError, TypeError, ValueError):  # of another version
+            others = [int(other["step"]) for other in read_state(checkpoint.path)["runners_up"]]
+            return {**dict(zip(others, range(2, len(others) + 2), strict=True)), **ranks}
+    return ranks
 
 
 def find_checkpoint(directory: Path, which: str) -> Checkpoint:

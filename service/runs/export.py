@@ -6,10 +6,16 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from service.basics.atomic_files import remove_if_possible, sync_directory, write_file
+from service.basics.atomic_files import (
+    in_the_way,
+    remove_if_possible,
+    sync_directory,
+    write_file,
+)
 from service.basics.errors import SpecError
 from service.runs.checkpoint_files import (
     AVERAGE,
@@ -37,8 +43,7 @@ def export_weights(
         SpecError: there is a file of that name, or it cannot be written.
         NoCheckpoint: the checkpoint cannot be read.
     """
-    if os.path.lexists(file):
-        raise SpecError(f"-o: {file} exists. Choose another name, or remove it.")
+    require_new(file)
     source = checkpoint.path / (AVERAGE if average else MODEL)
     if average and not source.exists():
         raise SpecError(
@@ -58,15 +63,39 @@ def export_weights(
         optimized = {name for group in state["optimizer"]["groups"] for name in group["names"]}
         optimized |= {alias for alias, name in state["aliases"].items() if name in optimized}
         places = {name: place for name, place in places.items() if name in optimized}
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
-    try:
+    with written_new(file) as partial:
         written = write_file(partial, _content(source, list(places.values()), checkpoint.step))
-        os.rename(partial, file)
-        sync_directory(file.parent)
-    except OSError as error:
-        remove_if_possible(partial)
-        raise SpecError(f"-o: {file} cannot be written: {error.strerror or error}.") from error
     return written.size_bytes
+
+
+def require_new(place: Path) -> None:
+    """Check that an export overwrites nothing.
+
+    Raises:
+        SpecError: there is a file or a directory of that name.
+    """
+    if os.path.lexists(place):
+        raise SpecError(f"-o: {place} exists. Choose another name, or remove it.")
+
+
+@contextmanager
+def written_new(place: Path) -> Iterator[Path]:
+    """A context with a path beside `place` to write to; its file or directory then becomes `place`.
+
+    If writing fails, nothing is left.
+
+    Raises:
+        SpecError: it cannot be written.
+    """
+    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        os.rename(partial, place)
+        sync_directory(place.parent)
+    except OSError as error:
+        raise SpecError(f"-o: {place} cannot be written: {in_the_way(error)}.") from error
+    finally:
+        remove_if_possible(partial)
 
 
 def _content(source: Path, places: Sequence[tuple[Entry, int]], step: int) -> Iterator[bytes]:
