@@ -1,6 +1,6 @@
-"""What a job is and how one process trains it.  Importing this imports nothing else.
+"""What a job is, and how one process trains it.  Importing this package imports nothing else.
 
-For a notebook or a script, each name is brought when it is first asked for:
+For a notebook or a script; each name is imported on first use:
 
     from service import run
 

@@ -1,4 +1,4 @@
-"""A run from Python: in this process, with the same screen, record and checkpoints as a command."""
+"""A run from Python: in this process, with the console, files and checkpoints of the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from service.training.batch_size_finder import settled
 from service.training.worker import run as run_to_the_end
 
 _ALONE = threading.Lock()
-"""Held by the run of this process: threads, random numbers and precision belong to all of it."""
+"""Locked by the run of this process: threads, random numbers and precision are process-wide."""
 
 
 def run(
@@ -45,30 +45,30 @@ def run(
     stop_at: int | None = None,
     **overrides: Any,
 ) -> History:
-    """Train and test `spec`; what came of it, `rows` ready for a data frame, and `model()`.
+    """Train and test `spec`; return its history, with `rows` for a data frame, and `model()`.
 
-    Run again, it resumes.  An interrupt saves and stops: `state` is `stopped` then.  Random
-    generators, threads, precision and signal handlers are as before when this returns.
+    Called again, it resumes.  An interrupt saves and stops: then `state` is `stopped`.  Random
+    generators, threads, precision and signal handlers are restored when this returns.
 
     Args:
-        spec: a file, the name of a recipe, plain values, or a `Spec`.  A task of a notebook is
+        spec: a file, the name of a recipe, plain values, or a `Spec`.  The task of a notebook is
             `__main__:name`.
-        fresh: put an earlier run of this name aside and begin anew.
-        accept_changes: let `spec` change a run that has begun, which is recorded with it.
-        processes: more than one are started by the command, as `--processes` does; a task of a
-            notebook is not known to them.
-        quiet: print nothing of the run on standard output.
+        fresh: set an earlier run of this name aside, and start a new one.
+        accept_changes: accept changes of the spec in a run that has begun; they are recorded.
+        processes: with more than one, the command starts them, as with `--processes`; they cannot
+            use a task that is defined in a notebook.
+        quiet: print nothing on standard output.
         stop_at: save after this step, and stop.
         overrides: sections or keys of the spec, such as `seed=1, optimizer={"lr": 0.02}`.
     Raises:
-        SpecError: a person's mistake, before anything is written; or another run trains in this
+        SpecError: an error of the user, before anything is written; or another run trains in this
             process.
-        EvenstepError: the run cannot go on.
+        EvenstepError: the run cannot continue.
     """
     _require_one_process()
     for name, count in (("processes", processes), ("stop_at", stop_at)):
         if count is not None and (type(count) is not int or count < 1):
-            raise SpecError(f"{name}: must be a whole number from 1 up, but is {count}.")
+            raise SpecError(f"{name}: must be a whole number, at least 1, but is {count}.")
     place = Path(runs).absolute()
     loaded = _loaded(spec, overrides)
     if processes > 1:
@@ -79,9 +79,10 @@ def run(
         return read_history(place / loaded.name)
     if not _ALONE.acquire(blocking=False):
         raise SpecError(
-            "service.run: a run trains in this process already, and two would share its random "
-            "numbers, threads and precision. Wait for its end, or start each in a process of its "
-            "own: `evenstep run`, or multiprocessing with the start method spawn."
+            "service.run: this process already trains a run, and two runs would share its random "
+            "numbers, threads and precision. Wait for its end, or start each run in its own "
+            "process: "
+            "with `evenstep run`, or with multiprocessing and the start method spawn."
         )
     try:
         accepted = Accepted(everything=accept_changes)
@@ -93,7 +94,7 @@ def run(
 
 
 def _loaded(spec: Any, overrides: Mapping[str, Any]) -> Spec:
-    document_of(overrides)  # what no spec could hold is refused in words
+    document_of(overrides)  # refuses values that no spec can contain
     return load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
 
 
@@ -103,7 +104,7 @@ def _run_alone(
     if loaded.exactness == "bitwise":
         raise SpecError(
             "exactness: bitwise changes how this whole process computes. "
-            "Run it by `evenstep run`, which has a process of its own."
+            "Use `evenstep run`, which starts its own process."
         )
     with _given_back(loaded):
         _run(loaded, place, fresh=fresh, accepted=accepted, stop_at=stop_at)
@@ -111,7 +112,7 @@ def _run_alone(
 
 @contextmanager
 def _given_back(spec: Spec) -> Iterator[None]:
-    """Compute as the spec says; afterwards the caller's process computes as it did before."""
+    """Compute as the spec requires; afterwards restore the settings of the caller's process."""
     threads = torch.get_num_threads()
     with multiplied_in(spec.model.precision), generators_given_back():
         try:
@@ -143,7 +144,7 @@ def _run(
         sampling=sampling_of(task),
         stop_at=stop_at,
     )
-    # Only the main thread of an interpreter hears signals.
+    # Only the main thread can receive signals.
     hears = threading.current_thread() is threading.main_thread()
     with stop_on_signals() if hears else nullcontext(StopRequest()) as stop:
         try:
@@ -159,7 +160,7 @@ def _source(spec: Any) -> Path | Mapping[str, Any]:
 
 
 def _as_text(values: Mapping[str, Any], steps: tuple[str, ...]) -> Iterator[str]:
-    """`optimizer.lr=0.02`, as the command line has it; a section keeps what it does not name."""
+    """`optimizer.lr=0.02`, as on the command line; keys that a section does not name are kept."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _as_text(value, (*steps, key))

@@ -1,4 +1,4 @@
-"""A run from Python in several processes: the command, started and followed from here."""
+"""A run from Python in several processes: starts the command and follows it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LAST_LINES = 200
 
 
 def run_in_processes(spec: Spec, *, processes: int, options: Sequence[str], quiet: bool) -> None:
-    """Run `evenstep run` with these options; its output comes out here, unless it is quiet.
+    """Run `evenstep run` with these options; its output is printed here, unless `quiet`.
 
-    An interrupt is handed on: the run saves and stops.
+    An interrupt is passed on: the run saves and stops.
 
     Raises:
-        SpecError: a person's mistake.
-        EvenstepError: the run has failed; the message is its own.
+        SpecError: an error of the user.
+        EvenstepError: the run has failed; the message is that of the run.
     """
     if spec.task.startswith("__main__:"):
         raise SpecError(
@@ -48,7 +48,7 @@ def run_in_processes(spec: Spec, *, processes: int, options: Sequence[str], quie
 
 def _followed(words: Sequence[str], quiet: bool) -> tuple[int, str]:
     """The exit code of a command, and its last lines."""
-    here = os.path.abspath(sys.path[0] or ".")  # where this process finds the user's modules
+    here = os.path.abspath(sys.path[0] or ".")  # the import path of the user's modules
     known = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([here, *([known] if known else [])])
     started = subprocess.Popen(
@@ -57,7 +57,7 @@ def _followed(words: Sequence[str], quiet: bool) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches it once, from here
+        start_new_session=True,  # so that Ctrl-C reaches it only once, from here
         text=True,
         errors="replace",
     )

@@ -1,4 +1,4 @@
-"""What came of a run, for a notebook or a script: its history, and its trained model."""
+"""The results of a run, for a notebook or a script: its history, and its trained model."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class History(history.History):
-    """One run: its facts, its spec as plain values, its metrics, and its trained model."""
+    """One run: its metadata, its spec as plain values, its metrics, and its trained model."""
 
     def model(self, checkpoint: str | int = "latest", *, average: bool | None = None) -> nn.Module:
         """The trained model on the CPU, in evaluation mode.
 
         Args:
             checkpoint: `latest`, `best`, or a step.
-            average: the moving average of the weights. Default: where the spec has one.
+            average: load the moving average of the weights. Default: if the spec has one.
         Raises:
             SpecError: there is no such checkpoint, or it belongs to another model.
             NoCheckpoint: it is damaged.
         """
-        trained = import_module("service.checkpoints.trained")  # torch, when it is asked for
+        trained = import_module("service.checkpoints.trained")  # imports torch only when needed
         model: nn.Module = trained.trained_model(self.directory, str(checkpoint), average=average)
         return model
 
 
 def read_history(run: str | Path) -> History:
-    """What is known of a run, a directory or a name in `runs/`; nothing of it is changed.
+    """The history of a run: a directory, or a name in `runs/`; no file is changed.
 
     Raises:
         SpecError: there is no such run.

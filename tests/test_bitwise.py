@@ -56,5 +56,5 @@ def test_without_it_the_bits_differ(processes, alone, tmp_path):
 
 
 def test_three_processes_are_refused_with_the_nearest_that_work():
-    with pytest.raises(SpecError, match=r"and not for 3\. Use 2\."):
+    with pytest.raises(SpecError, match=r"not for 3\. Use 2\."):
         make_plan(load_spec(JOB), processes=3, train_rows=389, test_rows=131)

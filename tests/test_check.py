@@ -159,7 +159,7 @@ MORE_MISTAKES = {
     "what waits for tests that never come": (
         wrong("test", "early_stopping: {measure: test/loss, mode: min, patience: 3}"),
         [],
-        r"early_stopping waits for tests: add test.every_epochs or test.every_steps",
+        r"early_stopping needs tests: add test.every_epochs or test.every_steps",
     ),
     "a name that is no directory's": (
         GOOD,

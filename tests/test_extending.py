@@ -142,7 +142,7 @@ def test_what_cannot_be_extended(place, text, told):
 def test_extends_is_no_override(place):
     told = faults(place, "extends: shared/base.yaml\n", ["extends=other.yaml"])
     assert told == [
-        "extends=other.yaml: extends stands in the file; use --set-file to add another one"
+        "extends=other.yaml: extends belongs in the file; use --set-file to add another one"
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_file_of_overrides_counts_between_the_spec_and_the_words(place):
     spec = loaded(place, BASE, [place / "more.yaml", "test.every_steps=5"])
     assert (spec.test.every_steps, spec.test.every_epochs, spec.slurm) == (5, None, None)
     (place / "more.yaml").write_text("extends: shared/base.yaml\nseed: 1\n")
-    assert faults(place, BASE, given)[0].startswith("more.yaml:1:1: extends: belongs into the spec")
+    assert faults(place, BASE, given)[0].startswith("more.yaml:1:1: extends: belongs in the spec")
     (place / "more.yaml").write_text("seed: one\nfoo: 1\n")
     told = faults(place, BASE, given)
     assert [line.partition(": ")[0] for line in told] == ["more.yaml:1:7", "more.yaml:2:1"]
@@ -206,7 +206,7 @@ def test_the_environment_gives_nothing_else(place, monkeypatch):
     assert 'command line: optimizer.lr="$NAME"' in found
     assert "child.yaml:4:29: tracking.wandb.project: SOME_TOKEN is the name of a secret" in found
     assert "child.yaml:5:18: slurm.account: '' is not the name of an environment" in found
-    assert "child.yaml:6:21: test.every_steps: ${env:...} may only stand in keys" in found
+    assert "child.yaml:6:21: test.every_steps: ${env:...} is only allowed in keys" in found
 
 
 def test_the_keys_of_the_environment_are_those_that_change_no_result():

@@ -146,7 +146,7 @@ def test_the_run_keeps_what_was_found(tmp_path):
 
 def test_plan_and_check_report_the_result(tmp_path):
     plan = plan_of("digits", "batch.micro_batch=auto", runs=tmp_path / "runs", processes=2)
-    assert "48 rows if they fit in memory: the run tries it" in plan
+    assert "48 rows if they fit in memory: the run tests this" in plan
     check = evenstep("check", "digits", "batch.micro_batch=auto", cwd=tmp_path)
     assert check.returncode == 0, check.stderr
     assert "fitting     micro-batches of 96 rows" in check.stdout

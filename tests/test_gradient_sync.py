@@ -122,4 +122,4 @@ def test_it_has_no_place_beside_bitwise(tmp_path):
     words = ("exactness=bitwise", "exchange.precision=bf16")
     done = evenstep("plan", "digits", *words, cwd=tmp_path)
     assert done.returncode == 64
-    assert "exactness: bitwise sums gradients in a fixed order of its own" in done.stderr
+    assert "exactness: bitwise sums gradients in its own fixed order" in done.stderr

@@ -199,23 +199,23 @@ def test_the_status_says_where_a_fabric_is_asked_for() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a capability that nobody gets": (
         {"loosened_security": {"capabilities": ["IPC_LOCK"]}},
-        "kubernetes.loosened_security: must have root: true for IPC_LOCK, since Kubernetes gives",
+        "kubernetes.loosened_security: must have root: true for IPC_LOCK, because Kubernetes gives",
     ),
     "a capability by its kernel's name": (
         {"loosened_security": {"capabilities": ["ipc_lock"]}},
-        "must be a capability of Linux without CAP_, such as IPC_LOCK, but is 'ipc_lock'",
+        "must be a Linux capability without CAP_, such as IPC_LOCK, but is 'ipc_lock'",
     ),
     "a fabric on CPUs": (
         {"device": "cpu", "fabric": "tcp"},
-        "kubernetes: must have a device with fabric, as on CPUs gloo exchanges data over TCP",
+        "kubernetes: must have a device with fabric, because on CPUs gloo exchanges data over TCP",
     ),
     "the devices twice": (
         {"resources": {"nvidia.com/gpu": 8}},
-        "kubernetes: must have nvidia.com/gpu in device, whose number is processes_per_node",
+        "kubernetes: must have nvidia.com/gpu in device, and its number in processes_per_node",
     ),
     "a resource without a vendor": (
         {"resources": {"efa": 4}},
-        "kubernetes.resources: must be a resource as the cluster calls it, such as rdma/hca_sh",
+        "kubernetes.resources: must be the cluster's name of a resource, such as rdma/hca_sh",
     ),
     "a part of a device": (
         {"resources": {"rdma/hca": "0.5"}},
@@ -223,11 +223,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half a huge page": (
         {"hugepages": {"2Mi": "3Mi"}},
-        "kubernetes.hugepages: must have whole pages, but 3Mi are no pages of 2Mi",
+        "kubernetes.hugepages: must be a multiple of the page size, but 3Mi is not a multiple",
     ),
     "a label that is ours": (
         {"labels": {"app.kubernetes.io/instance": "x"}},
-        "kubernetes.labels: must leave app.kubernetes.io/instance to Evenstep, which finds its",
+        "kubernetes.labels: must not set app.kubernetes.io/instance, which Evenstep uses",
     ),
     "a priority without a queue": (
         {"queue_priority": "high"},
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a queue of another scheduler": (
         {"gang": "coscheduling", "gang_queue": "q"},
-        "must have gang: volcano with gang_queue; the queue of Kueue is queue",
+        "must have gang: volcano with gang_queue; the key for a Kueue queue is queue",
     ),
     "exclusive placement of a Job": (
         {"exclusive_topology": "example.com/rack"},

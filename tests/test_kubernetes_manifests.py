@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an image with a capital": ({"image": "Team/e:1"}, "kubernetes.image: must be a container"),
     "a device without a vendor": (
         {"device": "gpu"},
-        "kubernetes.device: must be cpu, or a device as the cluster calls it, such as nvidia.com",
+        "kubernetes.device: must be cpu, or the cluster's name of a device, such as nvidia.com",
     ),
     "an image by its address": (
         {"image": "https://r.io/e"},
@@ -370,7 +370,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a class that none can be": (
         {"priority_class": "Batch Jobs"},
-        "kubernetes.priority_class: must be a name of Kubernetes: lower-case letters, digits",
+        "kubernetes.priority_class: must be a Kubernetes name: lower-case letters, digits",
     ),
     "a taint's value that does not matter": (
         {"tolerations": [{"key": "team", "value": "ml"}]},
@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an address that is no block": (
         {"egress": ["10.1.2.3"]},
-        "kubernetes.egress: must be blocks of addresses, such as 10.1.2.3/32, but has '10.1.2.3'",
+        "kubernetes.egress: must be address blocks, such as 10.1.2.3/32, but has '10.1.2.3'",
     ),
     "a block that is none": ({"egress": ["10.1.2.3/8"]}, "10.1.2.3/8 has host bits set"),
     "a label in words": (
@@ -429,9 +429,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"grace_seconds": 60},
         "killed 60 s after it is asked to stop, but may take faults.stop_budget_seconds=120",
     ),
-    "more processes than pieces of work": (
+    "more processes than micro-batches": (
         {"nodes": 4, "processes_per_node": 2},
-        "is 6 pieces of work, too few for 8 processes. Use at most 6 processes, or batch.micro_ba",
+        "has 6 micro-batches of 16, too few for 8 processes. Use at most 6 processes, or "
+        "batch.micro_ba",
     ),
 }
 

@@ -243,7 +243,7 @@ finally:
     refused.append("")
 thread.join(60)
 assert first == ["done"], first
-told = "SpecError: service.run: a run trains in this process already"
+told = "SpecError: service.run: this process already trains a run"
 assert refused[0].startswith(told), refused
 print("alone")
 """
@@ -289,9 +289,9 @@ def refused(words, **more):
     else:
         raise AssertionError(words)
 
-refused("processes: must be a whole number from 1 up", processes=0)
-refused("processes: must be a whole number from 1 up, but is auto", processes="auto")
-refused("stop_at: must be a whole number from 1 up", stop_at=2.5)
+refused("processes: must be a whole number, at least 1", processes=0)
+refused("processes: must be a whole number, at least 1, but is auto", processes="auto")
+refused("stop_at: must be a whole number, at least 1", stop_at=2.5)
 refused("__main__:x is a task of this notebook or script", processes=2, task="__main__:x")
 refused("optimizer.lr: 0.1 -> 0.3", name="two", processes=2, **changed | {"optimizer": {"lr": 0.3}})
 """

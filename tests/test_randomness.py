@@ -86,7 +86,7 @@ def test_numpy_integers_make_the_same_key():
 
 
 def test_a_negative_part_is_refused():
-    with pytest.raises(ValueError, match="from 0 up, not of -1"):
+    with pytest.raises(ValueError, match="nonnegative integers, not of -1"):
         key(SHUFFLE, 0, -1)
 
 

@@ -272,7 +272,7 @@ def test_a_mistake_in_a_job_is_one_sentence(tmp_path, factory, sections, said):
         ),
         (
             {"optimizer": None, "schedule": {"name": "linear"}},
-            "each of them has a schedule of its own",
+            "each of them has its own schedule",
         ),
         ({"optimizer": None, "exchange": {"mode": "sharded"}}, "with exchange.mode: sharded yet"),
         ({"optimizer": None, "exchange": {"mode": "hybrid"}}, "with exchange.mode: hybrid yet"),

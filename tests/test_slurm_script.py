@@ -187,7 +187,7 @@ REFUSED = {
     ),
     "an option that is ours": (
         {"slurm.options": "[--nodes=3]"},
-        "slurm.options: --nodes is set by slurm.nodes: leave it out here",
+        "slurm.options: --nodes is set by slurm.nodes: do not set it here",
     ),
     "an option with a command in it": (
         {"slurm.options": "['--comment=x y']"},
@@ -205,7 +205,7 @@ REFUSED = {
         {"slurm.env": "{STORE: 'https://me:word@example.com/data'}"},
         "slurm: prolog or env holds what looks like a secret",
     ),
-    "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name that Slurm knows"),
+    "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name in Slurm"),
 }
 
 

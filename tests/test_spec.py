@@ -118,11 +118,11 @@ MISTAKES = [
      "bad.yaml:6:1: kubernetes.image: missing; add "
      "image: registry.example.com/team/evenstep:0.1.0"),
     ("kubernetes: {image: a, memory: 16GB}",
-     "bad.yaml:6:32: kubernetes.memory: must be a quantity of Kubernetes, such as 500m, 4 or 16Gi, "
+     "bad.yaml:6:32: kubernetes.memory: must be a Kubernetes quantity, such as 500m, 4 or 16Gi, "
      "but is '16GB'"),
     ("kubernetes: {image: a, memory: 2Gi}",
-     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which is a part "
-     "of it, but is 2Gi"),
+     "bad.yaml:6:13: kubernetes: memory must be more than shared_memory (2Gi), which it "
+     "includes, but is 2Gi"),
     ("kubernetes: {image: a, mounts: [{path: /data, claim: c, secret: s}]}",
      "bad.yaml:6:33: kubernetes.mounts.0: must have one of claim, secret and config_map, "
      "but has claim and secret"),
@@ -498,7 +498,7 @@ def test_when_it_is_tested_is_a_change_where_the_run_waits_for_tests() -> None:
     ):
         old, new = good(waiting, "test.every_epochs=1"), good(waiting, "test.every_epochs=2")
         assert told(old, new) == ["test.every_epochs: 1.0 -> 2.0"]
-        with pytest.raises(SpecError, match=r"waits for tests: add test.every_epochs or test"):
+        with pytest.raises(SpecError, match=r"needs tests: add test.every_epochs or test"):
             good(waiting)
 
 

@@ -119,4 +119,4 @@ def test_the_plan_says_which_promise_holds(tmp_path):
     whole = planned(load_spec(JOB), processes=1, runs=tmp_path)
     assert "the same rows at any number of processes" in whole
     split = planned(load_spec(JOB | {"loader": {"stream": "split"}}), processes=1, runs=tmp_path)
-    assert "depends on their number" in split
+    assert "depend on their number" in split

@@ -1,9 +1,9 @@
-"""What everything above may need: errors, files, limits, keys of random numbers.  No torch.
+"""Common parts of all wings: errors, files, limits, keys of random numbers.  No torch.
 
 From top to bottom; a room imports only from rooms below it:
 
 * secret_names: which environment variables hold secrets, by their names. Pure.
-* running_time: limits of time in which only time counts that this process has run.
+* running_time: time limits that count only the time in which this process has run.
 * randomness: keys for random numbers: each is named by its purpose, so there is no stream to
   save.
 * multipart: large files in parts that several threads and processes write at the same time. No

@@ -30,8 +30,8 @@ _STANDING_IN_THE_WAY = {
 }
 # Temporary errors of the machine or its storage, which do not mean that the file is damaged.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
-# Small enough to be in the cache when it is hashed, large enough that a writing thread takes the
-# GIL only some hundred times a gigabyte.
+# Small enough to stay in the cache while it is hashed, large enough that a writing thread takes the
+# GIL only some hundred times per gigabyte.
 _CHUNK_BYTES = 4 << 20
 _READ_BYTES = 1 << 18  # as hashlib.file_digest reads
 SYNC_BYTES = 64 << 20
@@ -52,7 +52,7 @@ def write_file(
     """Write a new file and sync it; call `sync_directory` for its directory.
 
     Raises:
-        OSError: also where `path` exists, be it as a link.
+        OSError: also if `path` exists, even as a link.
     """
     with opened_to_write(path, os.O_EXCL, mode) as descriptor:
         written = put(descriptor, pieces)
@@ -63,8 +63,8 @@ def write_file(
 def without_link(path: str | Path, flags: int, mode: int = 0o644) -> int:
     """Open a file in a run's directory to write to it: `open(path, "w", opener=without_link)`.
 
-    A link at `path` is an error: whoever may write to the directory, but not to what the link
-    names, would have this process write there. A pipe that nobody reads is an error too, where
+    A link at `path` is an error: a user who may write to the directory, but not to the target of
+    the link, could make this process write there. A pipe without a reader is an error too, because
     `open` would wait for a reader.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -75,13 +75,13 @@ def plain(path: str | Path, flags: int) -> int:
 
     Raises:
         OSError: it is a link, a directory, a pipe or a device. A link might lead anywhere, and
-            the others would never end or never begin.
+            reading the others might block, or never end.
     """
     try:
         descriptor = without_link(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a link and not a plain file", str(path)) from error
+            raise OSError(errno.ELOOP, "it is a link and not a regular file", str(path)) from error
         raise
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
@@ -89,14 +89,14 @@ def plain(path: str | Path, flags: int) -> int:
     os.close(descriptor)
     if stat.S_ISDIR(kind):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def is_there(path: Path) -> bool:
     """Whether a name exists, also as a broken link.
 
     Raises:
-        OSError: that may not be asked here.
+        OSError: permission denied.
     """
     try:
         os.lstat(path)
@@ -109,7 +109,7 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: it cannot be read, is none, or has more than `at_most` bytes.
+        OSError: it cannot be read, is not a regular file, or has more than `at_most` bytes.
     """
     with open(path, "rb", opener=plain) as file:
         content = file.read(at_most + 1)
@@ -128,7 +128,7 @@ def read_json(path: Path, *, at_most: int) -> Any:
     try:
         return json.loads(read_bytes(path, at_most=at_most))
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 @contextmanager
@@ -195,8 +195,8 @@ def replace_unsynced(path: Path, text: str) -> None:
 class AppendOnlyFile:
     """A file to which any thread appends lines, each line by one system call.
 
-    What the disk does not take is kept in memory, and written before the next line or by `sync`:
-    who adds lines need not end because a disk was full for a while.
+    Lines that the disk cannot take are kept in memory, and written before the next line or by
+    `sync`: so a disk that is full for a while does not end the program.
     """
 
     def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
@@ -217,8 +217,8 @@ class AppendOnlyFile:
             except OSError as error:
                 if not is_told:
                     self._say(
-                        f"WARNING: {told_of(self._path, error)} What belongs there is kept in "
-                        "memory; training continues, but only until the next checkpoint."
+                        f"WARNING: {told_of(self._path, error)} Its lines are kept in memory; "
+                        "training continues, but only until the next checkpoint."
                     )
 
     def sync(self) -> None:
@@ -277,8 +277,8 @@ def told_when_unread(path: Path) -> Iterator[None]:
     """A context in which a failed read raises a readable error.
 
     Raises:
-        SpecError: what is there may not be read, or is of another kind.
-        EvenstepError: it could not be read just now.
+        SpecError: permission is denied, or it is not a regular file.
+        EvenstepError: it cannot be read at the moment.
     """
     try:
         yield
@@ -303,10 +303,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Make the directory, and have its name on disk; its parent is there.
+    """Make the directory and sync its name; the parent must exist.
 
     Raises:
-        OSError: also where a link to one stands in its place.
+        OSError: also if there is a link in its place.
     """
     if directory.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
@@ -324,7 +324,7 @@ def remove(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """The same while another failure is reported: the next attempt removes the rest."""
+    """The same while another failure is handled: an error is ignored."""
     with suppress(OSError):
         remove(path)
 

@@ -16,9 +16,8 @@ _LOOK_SECONDS = 0.1
 class BackgroundQueue(Generic[T]):
     """Items that several threads put, and one thread takes in order.
 
-    The one that takes looks for them ten times a second by itself. To wake it for each would cost
-    the thread that leaves it some 30 microseconds: a call of the kernel, and then the fight for
-    the interpreter's lock.
+    The consumer polls ten times a second. To wake it for each item would cost the producer
+    some 30 microseconds: a system call, and then the contention for the interpreter's lock.
     """
 
     def __init__(self) -> None:
@@ -36,6 +35,7 @@ class BackgroundQueue(Generic[T]):
 
     @property
     def ended(self) -> bool:
+        """Whether no more items come."""
         return self._ended.is_set()
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class BackgroundQueue(Generic[T]):
             yield from found
 
     def looks(self, look_seconds: float) -> Iterator[list[T]]:
-        """Items since the last look (may be none), at intervals; after `end`, the rest at once."""
+        """Items since the last poll (maybe none), at intervals; after `end`, the remaining ones."""
         ended = False
         while not ended:
             ended = self._ended.wait(look_seconds)  # checked first, so that earlier rows are found

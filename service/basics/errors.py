@@ -1,19 +1,19 @@
 """The errors that end a run, as one tree, with their exit codes.
 
     EvenstepError            1
-    ├── SpecError           64   a person's mistake: the spec, the task, the command line
+    ├── SpecError           64   an error of the user: the spec, the task, the command line
     ├── WillFailAgain       42   running the same thing again cannot help
     │   ├── Diverged             the loss or a gradient is not finite
-    │   ├── DataBroken           the rows are not the rows the plan counted on
-    │   ├── NotSaved             a checkpoint cannot be written: no space, no right, no memory
-    │   ├── HookFailed           a hook of the task failed, and faults.on_hook_failure is stop
+    │   ├── DataBroken           the number of rows is not the one that the plan expects
+    │   ├── NotSaved             a checkpoint cannot be written: disk full, permissions, memory
+    │   ├── HookFailed           a hook of the task failed, with faults.on_hook_failure: stop
     │   ├── NoCheckpoint         there are checkpoints, and none of them can be read
-    │   └── NoProgress           attempt after attempt failed without a new checkpoint
+    │   └── NoProgress           several consecutive attempts failed without a new checkpoint
     ├── Stopped             75   stopped on request, state saved: run again to continue
-    ├── PeerLost            76   another process went away; not this one's fault
-    └── OutOfMemory        137   as a process that the machine kills for it
+    ├── PeerLost            76   another process was lost; not the fault of this one
+    └── OutOfMemory        137   the code of a process that the kernel kills for memory
 
-0 is a finished run. Every other code is the root cause's own (137 killed, 139 crashed, 1 ...).
+0 is a finished run. Every other code is that of the root cause (137 killed, 139 crashed, 1 ...).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NotSaved(WillFailAgain):
 
 
 class HookFailed(WillFailAgain):
-    """A hook of the task failed, where the user wants the run to end for it."""
+    """A hook of the task failed, and `faults.on_hook_failure` is `stop`."""
 
 
 class NoCheckpoint(WillFailAgain):
@@ -88,9 +88,9 @@ class OutOfMemory(EvenstepError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'lr'?`, or the names that exist, or nothing where there are none.
+    """`; did you mean 'lr'?`, or the known names, or nothing if there are none.
 
-    Initials count as a likeness too: `learning_rate` is close to `lr`.
+    Initials count as similar too: `learning_rate` is close to `lr`.
     """
     names = sorted(set(known))
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
@@ -114,11 +114,11 @@ LINES = "\n\t"
 def printable(text: str, *, keep: str = "") -> str:
     """The text with every non-printable character escaped: `\\x1b`, `\\u202e`.
 
-    A name or a word from a file may hold codes that a terminal obeys, such as to hide a line, and
-    characters that turn the order of what follows.
+    A name or a word from a file may contain terminal control codes, for example to hide a line, and
+    characters that change the text direction.
 
     Args:
-        keep: characters that stay, such as the ends of lines.
+        keep: characters that are not escaped, such as line ends.
     """
     if text.isprintable():
         return text
@@ -127,8 +127,8 @@ def printable(text: str, *, keep: str = "") -> str:
     )
 
 
-# How torch, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL say it: the names that their
-# documents give to it.  None of those of a device was seen in a run of ours yet.
+# The texts of torch, cuBLAS, cuSOLVER, cuDNN, CUDA, Level Zero and NCCL, according to their
+# documentation.  No device error has been observed yet.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|_ALLOC_FAILED|ALLOCATION_FAILED"
     r"|OUT_OF_(DEVICE|HOST)_MEMORY|Failed to CUDA (calloc|host alloc|malloc)"
@@ -145,7 +145,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def with_place(error: BaseException) -> str:
     """`ValueError: width must be even (my_task.py:12)`: the error and the line it came from.
 
-    That is the last line of the person's own code that it came through, where there is one.
+    The line is the last one of the user's own code in the traceback, if there is one.
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if is_own_code(frame.filename)]
@@ -157,7 +157,7 @@ _SERVICE = Path(__file__).parents[1]
 _OURS = (_SERVICE, _SERVICE.with_name("launch"))
 _RECIPES = _SERVICE / "recipes"
 _PYTHON = sysconfig.get_path("stdlib")
-# By name: a virtual environment may see the packages of the system or of the user too.
+# By name: a virtual environment may also include the packages of the system or of the user.
 _OF_PACKAGES = {"site-packages", "dist-packages"}
 
 
@@ -165,7 +165,7 @@ def is_own_code(file: str) -> bool:
     """Whether a source file belongs to the user: not to Python, a package, or this project."""
     place = Path(file)
     is_ours = any(place.is_relative_to(package) for package in _OURS)
-    is_ours = is_ours and not place.is_relative_to(_RECIPES)  # what ships as a task is a task
+    is_ours = is_ours and not place.is_relative_to(_RECIPES)  # a recipe is a task like the user's
     is_a_packages = not _OF_PACKAGES.isdisjoint(place.parts)
     return not (is_ours or is_a_packages or file.startswith(("<frozen ", _PYTHON)))
 
@@ -174,7 +174,7 @@ def is_own_code(file: str) -> bool:
 def told_as_mistake(what: str) -> Iterator[None]:
     """Turn any exception of the user's code into a `SpecError`: `what`, and its message.
 
-    An error of ours, and memory that ran out, stay what they are.
+    Our own errors and out-of-memory errors are not changed.
     """
     try:
         yield

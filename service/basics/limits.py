@@ -1,8 +1,8 @@
 """The cores and the memory that this process may use, as a container limits them. No torch.
 
-A container sees all the cores of its node; how much of them it gets stands in its cgroup alone.
-A thread for each core it sees then means to be stopped by the kernel for most of every tenth of
-a second.
+A container sees all cores of its node, but only its cgroup says how many of them it may use.
+With one thread per visible core, the kernel would suspend them for most of each scheduling
+period (a tenth of a second).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 LONGEST_TMPDIR = 107 - 32
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
-_MOST_WORKERS = 8  # more of them would wait for the disk, or for each other
+_MOST_WORKERS = 8  # more workers would only wait for the disk or each other
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Limits:
 
     @property
     def cores(self) -> int:
-        """Threads that can run at once without the kernel stopping one of them."""
+        """Threads that can run at the same time without being suspended by the kernel."""
         return self.affinity if self.quota is None else max(1, min(self.affinity, int(self.quota)))
 
 
@@ -51,7 +51,7 @@ def limits(cgroups: Path = CGROUPS, own: Path = OWN) -> Limits:
 def cores_near(pci: str, system: Path = Path("/sys")) -> set[int]:
     """Cores of the NUMA node that a PCI device (`0000:dc:00.0`) belongs to.
 
-    Empty where the machine has one node only, or does not say.
+    Empty if the machine has only one node, or does not say.
     """
     nodes = system / "devices/system/node"
     number = _text(system / "bus/pci/devices" / pci / "numa_node").strip()
@@ -68,13 +68,13 @@ def cores_near(pci: str, system: Path = Path("/sys")) -> set[int]:
 def stay_near(pci: str, system: Path = Path("/sys")) -> None:
     """Bind this process, and the processes that it starts later, to the cores near a PCI device.
 
-    Of the cores that it may use; where none of these is near, nothing changes.
+    Only cores that it may use; if none of them is near, nothing changes.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
     near = cores_near(pci, system) & os.sched_getaffinity(0)
     for thread in os.listdir("/proc/self/task") if near else ():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
+        with suppress(ProcessLookupError):  # it has ended in the meantime
             os.sched_setaffinity(int(thread), near)
 
 
@@ -91,14 +91,15 @@ def _places(controller: str, cgroups: Path, own: Path) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         root = cgroups / controller if controllers else cgroups
-        # In a container the path may be that of the host and not exist: the limit is at the root.
+        # In a container the path may be that of the host and not exist: then the limit is at the
+        # root.
         inner = root / path.lstrip("/")
         yield from (place for place in (inner, *inner.parents) if place.is_relative_to(root))
 
 
 def _quota(place: Path) -> Iterator[float]:
     words = _text(place / "cpu.max").split()  # v2: "150000 100000", or "max 100000"
-    if not words:  # v1: -1 is no limit
+    if not words:  # v1: -1 means no limit
         words = [_text(place / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
     if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
         yield int(words[0]) / int(words[1])
@@ -112,7 +113,7 @@ def _memory(place: Path) -> Iterator[int]:
 
 
 def workers_each(processes: int) -> int:
-    """Loader workers beside each of `processes` training processes of this machine."""
+    """Loader workers for each of `processes` training processes on this machine."""
     return min(_MOST_WORKERS, limits().cores // processes - 1) if limits().cores > processes else 0
 
 
@@ -146,7 +147,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
-        return ""  # no cgroups here, or not this file: then there is no such limit
+        return ""  # no cgroups, or no such file: then there is no limit
 
 
 def threads_each(processes: int) -> int:

@@ -1,7 +1,7 @@
 """Large files in parts that several threads and processes write at the same time. No torch.
 
-A file of one part has its own SHA-256.  A larger one has the SHA-256 of its parts' SHA-256s in a
-row: what S3 calls a composite checksum, and nobody need read the file from end to end for it.
+A file with one part has its own SHA-256.  A larger one has the SHA-256 of the concatenated SHA-256s
+of its parts (a composite checksum, as in S3), so no process must read it from end to end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shared_out(parts: Sequence[Part], shares: int, *, first: Iterable[Part]) -> 
     """The parts in shares of nearly equal number, each with as many adjacent parts as possible.
 
     Args:
-        first: these are in the first share.
+        first: parts that belong to the first share.
     """
     bound = set(first)
     free = [part for part in parts if part not in bound]
@@ -55,13 +55,13 @@ def write_parts(
     *,
     moved: Callable[[], None],
 ) -> dict[Part, str]:
-    """Write these parts at their positions, and sync them: SHA-256 by part.
+    """Write these parts at their positions, and sync them; return the SHA-256 of each part.
 
-    Others may write the others meanwhile: the directory is new, and the files are whoever's comes
-    first.
+    Other processes may write other parts at the same time: the directory is new, and the first
+    writer creates the files.
 
     Args:
-        moved: called whenever a few megabytes more are written or synced.
+        moved: called after every few megabytes that are written or synced.
     """
     digests = {}
     for file, of_file in groupby(sorted(parts), key=lambda part: part.file):
@@ -85,7 +85,7 @@ def write_pieces(
     *,
     moved: Callable[[], None],
 ) -> None:
-    """Write pieces, (file, where it begins, its bytes), and sync them; likewise beside others."""
+    """Write pieces (file, start, bytes) and sync them; others may write at the same time."""
     for file, of_file in groupby(pieces, key=lambda piece: piece[0]):
         with opened_to_write(directory / file) as descriptor:
             for _, begin, content in of_file:
@@ -98,7 +98,7 @@ def write_pieces(
 def hash_parts(
     directory: Path, parts: Iterable[Part], *, moved: Callable[[], None]
 ) -> dict[Part, str]:
-    """SHA-256 of parts as they lie on disk, where all that is in them has been written."""
+    """SHA-256 of parts on disk, after all of their bytes have been written."""
     digests = {}
     for part in sorted(parts):
         digests[part] = sha256_of(directory / part.file, part.begin, part.end)
@@ -122,7 +122,7 @@ def digest_of(digests: Sequence[str]) -> str:
     """SHA-256 of a file, from the hashes of its parts.
 
     Raises:
-        ValueError: they are no digests.
+        ValueError: they are not hex digests.
     """
     if len(digests) == 1:
         return digests[0]

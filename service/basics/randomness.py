@@ -4,7 +4,7 @@ Everything here is SplitMix64: output `n` of the generator that starts at `seed`
 of `seed + (n + 1) * GAMMA`, so it costs the same at any `n` and is a bijection of `n`.
 
 Source: Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014;
-constants of Vigna's splitmix64.c (Stafford's variant 13). The tests hold its published outputs.
+constants of Vigna's splitmix64.c (Stafford's variant 13). The tests check its published outputs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Final, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-# What a number is for, with the parts that name it. A domain keeps its value for ever: a changed
-# one changes every run that is resumed or repeated.
+# The purpose of a number, and the parts of its key. A domain never changes its value: that
+# would change every run that is resumed or repeated.
 SHUFFLE: Final = 1  # seed, epoch: the order of the training rows
-FORWARD: Final = 2  # seed, step, micro_batch: what the model draws in training, above all dropout
+FORWARD: Final = 2  # seed, step, micro_batch: the model in training, mainly dropout
 ROW: Final = 3  # seed, epoch, row: the augmentation of one row
 WEIGHTS: Final = 4  # seed: initial weights
-BATCH: Final = 5  # seed, step, micro_batch: what rows that are read together draw together
-TEST: Final = 6  # seed, micro_batch: what the model draws in testing
-TASK: Final = 7  # seed: what the task draws while it is made and brings its data
-HOOK: Final = 8  # seed, step: what a hook of the task draws
+BATCH: Final = 5  # seed, step, micro_batch: rows that are read in one call
+TEST: Final = 6  # seed, micro_batch: the model in testing
+TASK: Final = 7  # seed: the task, while it is built and its data are loaded
+HOOK: Final = 8  # seed, step: a hook of the task
 SAMPLE: Final = 9  # seed, purpose, ...: rows by weight, from several sources, by stages
-UPDATE: Final = 10  # seed, step, turn: what a task draws after an update
+UPDATE: Final = 10  # seed, step, turn: the task's after_update
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd
@@ -36,13 +36,13 @@ _WORD: Final = 0xFFFFFFFFFFFFFFFF
 
 
 def key(domain: int, *parts: SupportsIndex) -> int:
-    """A uniformly distributed integer in [0, 2**63), the same for ever for the same arguments.
+    """A uniformly distributed integer in [0, 2**63), always the same for the same arguments.
 
-    Each part is any integer from 0 up and picks an output of the generator that the domain, the
-    number of parts and the parts before it have seeded. So order and count matter, two keys that
-    differ in one part differ before the last bit is dropped, and others meet by chance only:
-    one pair in 2**63, or in 2**32 for torch's CPU generator, which reads the low 32 bits of its
-    seed. All bits are mixed alike.
+    Each part is a nonnegative integer and selects an output of the generator that is seeded by the
+    domain, the number of parts and the previous parts. So order and count matter. Two keys that
+    differ in one part differ before the last bit is dropped, and others collide by chance only:
+    one pair in 2**63, or in 2**32 for torch's CPU generator, which uses the low 32 bits of its
+    seed. All bits are mixed equally well.
     """
     return _chained(domain, parts, count=len(parts)) >> 1
 
@@ -73,7 +73,7 @@ def output(seed: int, number: int) -> int:
 def outputs(seeds: NDArray[np.uint64], numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """`output` of every seed and number, broadcast together, neither of them a scalar.
 
-    An array wraps around at 2**64 in silence; for a scalar numpy warns.
+    An array wraps around at 2**64 silently; for a scalar numpy warns.
     """
     z = numbers * _GAMMA
     z = z + (seeds + _GAMMA)
@@ -87,16 +87,16 @@ def outputs(seeds: NDArray[np.uint64], numbers: NDArray[np.uint64]) -> NDArray[n
 
 
 def _chained(domain: int, parts: tuple[SupportsIndex, ...], *, count: int) -> int:
-    # Small multiples of GAMMA lie far apart, so no count turns one domain into another.
+    # Small multiples of GAMMA are far apart, so no count turns one domain into another.
     state = output(count, domain)
     for part in parts:
-        number = index(part)  # numpy's integers too, whose product would overflow
+        number = index(part)  # also for numpy integers, whose product would overflow
         state = output(state, number if 0 <= number <= _WORD else _shortened(number))
     return state
 
 
 def _shortened(number: int) -> int:
     if number < 0:
-        raise ValueError(f"a key is made of integers from 0 up, not of {number}")
+        raise ValueError(f"a key consists of nonnegative integers, not of {number}")
     words = range(0, number.bit_length(), 64)
     return key(_LONG, *((number >> shift) & _WORD for shift in words))

@@ -1,9 +1,9 @@
-"""Limits of time in which only time counts that this process has run.
+"""Time limits that count only the time in which this process has run.
 
 A stopped process (SIGSTOP, Ctrl-Z, a frozen container or machine) does not run, but the monotonic
-clock goes on. A limit that compares two readings of the clock has then expired when the process
-continues, although nothing has failed. So a limit here is a count of looks, and each look counts
-for a bounded time.
+clock continues. A limit that compares two readings of the clock has then expired when the process
+continues, although nothing has failed. So a limit here counts checks, and each check adds at most
+a fixed time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from threading import Thread
 from time import monotonic
 
 LOOK_SECONDS = 1.0
-"""A wait looks at its limit at least this often."""
+"""A wait checks its limit at least this often."""
 
 
 class RunningClock:
-    """Seconds since it was made, without the time in which this process was stopped.
+    """Seconds since its creation, without the time in which this process was stopped.
 
-    Whoever uses it looks at it regularly: of the time between two looks, at most `most_seconds`
+    Read it regularly: of the time between two readings, at most `most_seconds`
     count.
     """
 
@@ -36,7 +36,7 @@ class RunningClock:
 
 
 class TimeLimit:
-    """A limit of `seconds` for one wait, in looks that are at most `LOOK_SECONDS` apart."""
+    """A limit of `seconds` for one wait, with checks at most `LOOK_SECONDS` apart."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -49,11 +49,11 @@ class TimeLimit:
 
     @property
     def look(self) -> float:
-        """How long to wait until the next look."""
+        """How long to wait until the next check."""
         return min(self.left, LOOK_SECONDS)
 
     def wait(self, happens: Callable[[float], object]) -> bool:
-        """Whether `happens(seconds)`, which waits at most so long, becomes true in time."""
+        """Whether `happens(seconds)`, which waits at most that long, becomes true in time."""
         while not happens(self.look):
             if not self.left:
                 return False
@@ -61,7 +61,7 @@ class TimeLimit:
 
 
 def joined(thread: Thread, seconds: float) -> bool:
-    """Wait for the end of a thread; whether it came in time."""
+    """Wait for the end of a thread; return whether it ended in time."""
 
     def has_ended(look_seconds: float) -> bool:
         thread.join(look_seconds)

@@ -1,10 +1,10 @@
-"""What follows from the spec by arithmetic alone: rows, steps, rates.  Pure; no torch.
+"""Everything that follows from the spec by arithmetic: rows, steps, rates.  Pure; no torch.
 
 From top to bottom; a room imports only from rooms below it:
 
 * plan: the plan of a run: sizes, and at which step something is due. Pure arithmetic.
 * schedules: learning-rate schedules: pure functions of the step.
-* sampling: which row comes when, if not each once an epoch: weights, mixtures, a curriculum.
+* sampling: which row is used when, if not each once per epoch: weights, mixtures, a curriculum.
   Pure.
 * samplers: which rows belong to which step and micro-batch, and which micro-batches to which
   process.

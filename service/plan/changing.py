@@ -30,12 +30,12 @@ _NOTHING = (NOT_SET, "0", "0.0")
 
 @dataclass(frozen=True)
 class _Fixed:
-    """A change that the state of a run cannot follow."""
+    """A change that the state of a run does not support."""
 
     key: str
-    """The key, or the section. One of the optimizer holds for its groups and companion too."""
+    """The key, or the section. A key of the optimizer also applies to its groups and companion."""
     when: str
-    """Which of its changes, in words; empty for all of them."""
+    """The kinds of change, in words; empty for every change."""
     why: str
     applies: Callable[[Change, Spec], bool] = lambda change, old: True
 
@@ -61,50 +61,50 @@ def _involves_torch_scheduler(change: Change, old: Spec) -> bool:
 
 
 FIXED = (
-    _Fixed("optimizers", "", "several optimizers cannot follow a changed spec yet"),
-    _Fixed("init", "", "a run takes its first weights once"),
+    _Fixed("optimizers", "", "not supported with several optimizers yet"),
+    _Fixed("init", "", "the initial weights are loaded only once"),
     _Fixed(
         "batch.global_batch",
         "",
-        "a place in the data is counted in steps of so many rows",
+        "the position in the data is counted in steps of this size",
     ),
-    _Fixed("exactness", "", "it is a promise about all steps of a run"),
-    _Fixed("loader.stream", "", "the place in the stream was kept for the other way of reading"),
-    _Fixed("optimizer.name", "", "what one optimizer remembers means nothing to another"),
-    _Fixed("optimizer.groups", "in number", "a checkpoint knows who shares a group with whom"),
+    _Fixed("exactness", "", "it is a guarantee for all steps of a run"),
+    _Fixed("loader.stream", "", "the saved position belongs to the other way of reading"),
+    _Fixed("optimizer.name", "", "a different optimizer cannot use its state"),
+    _Fixed("optimizer.groups", "in number", "a checkpoint stores which parameters share a group"),
     _Fixed(
         "optimizer.*",
         "true or false",
-        "such a switch decides what the optimizer has to remember",
+        "such an option decides which state the optimizer keeps",
         _is_switch,
     ),
     _Fixed(
         "optimizer.momentum",
         "from 0, or to 0",
-        "without momentum the optimizer has remembered none",
+        "without momentum the optimizer has no momentum state",
         lambda change, old: (change.was in _NOTHING) != (change.now in _NOTHING),
     ),
     _Fixed(
         "optimizer.lr",
-        "under a scheduler of torch's",
-        "the scheduler keeps its rates in the checkpoint",
+        "with a scheduler of torch",
+        "the scheduler's rates are in the checkpoint",
         _is_scheduled_by_torch,
     ),
     _Fixed(
         "schedule",
-        "to or within a scheduler of torch's",
-        "the scheduler keeps its rates and options in the checkpoint",
+        "to or between schedulers of torch",
+        "the scheduler's rates and options are in the checkpoint",
         _involves_torch_scheduler,
     ),
-    _Fixed("schedule.measure", "", "the tests so far counted the other measure", _has_both),
-    _Fixed("schedule.mode", "", "the tests so far counted the other way round", _has_both),
-    _Fixed("early_stopping.measure", "", "the tests so far counted the other measure", _has_both),
-    _Fixed("early_stopping.mode", "", "the tests so far counted the other way round", _has_both),
-    _Fixed("checkpoint.best.mode", "", "the best so far was found the other way round"),
+    _Fixed("schedule.measure", "", "earlier tests counted the other measure", _has_both),
+    _Fixed("schedule.mode", "", "earlier tests compared in the other direction", _has_both),
+    _Fixed("early_stopping.measure", "", "earlier tests counted the other measure", _has_both),
+    _Fixed("early_stopping.mode", "", "earlier tests compared in the other direction", _has_both),
+    _Fixed("checkpoint.best.mode", "", "the best one was chosen in the other direction"),
     _Fixed(
         "model.moving_average",
-        "to begin or end one",
-        "an average is taken from the first step on, or not at all",
+        "to add or remove it",
+        "an average starts at the first step, or not at all",
         _begins_or_ends(NOT_SET),
     ),
     _Fixed(
@@ -118,11 +118,11 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Accepted:
-    """The changes of a run's spec that a person has asked for."""
+    """The changes of a run's spec that the user has requested."""
 
     keys: tuple[str, ...] = ()
-    """Keys and sections; with `length.epochs` also `length.steps`, and with `schedule.name` all
-    of `schedule`, whose other keys it may decide."""
+    """Keys and sections; `length.epochs` includes `length.steps`, and `schedule.name` includes all
+    of `schedule`, because the other keys depend on it."""
     everything: bool = False
 
     @classmethod
@@ -137,7 +137,7 @@ class Accepted:
         return cls(tuple(keys))
 
     def covers(self, change: Change) -> bool:
-        """Whether this change was asked for."""
+        """Whether this change was requested."""
         return self.everything or any(_covers(key, change.key) for key in self.keys)
 
 
@@ -160,11 +160,11 @@ def _without_unit(key: str) -> str:
 
 
 def changes(old: Spec, new: Spec) -> list[Change]:
-    """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, but for those that cannot matter.
+    """The keys that differ, as `optimizer.lr: 0.1 -> 0.2`, except those without effect.
 
-    A task's file and the source of `init` may lie in another directory: only their own names count.
-    Parameter groups may stand in another order: a checkpoint knows them by their parameters' names.
-    A micro-batch that is to be found is the one that was found.
+    A task's file and the source of `init` may be in another directory: only their own names count.
+    Parameter groups may be in another order: a checkpoint stores them by their parameters' names.
+    `micro_batch: auto` equals the number that was found.
     """
     before, after = _compared(old), _compared(new)
     if new.batch.micro_batch == "auto":
@@ -183,7 +183,7 @@ def changes(old: Spec, new: Spec) -> list[Change]:
 
 
 def why_not(change: Change, old: Spec) -> str | None:
-    """Why the state of a run cannot follow this change of its spec `old`; None where it can."""
+    """Why the state of a run does not support this change of its spec `old`; None if it does."""
     for fixed in FIXED:
         if _is_of(change.key, fixed.key) and fixed.applies(change, old):
             return fixed.why
@@ -192,7 +192,7 @@ def why_not(change: Change, old: Spec) -> str | None:
 
 def _is_of(key: str, pattern: str) -> bool:
     section, _, last = pattern.partition(".")
-    if section == "optimizer":  # of the optimizer itself, of its groups and of its companion
+    if section == "optimizer":  # of the optimizer, its groups or its companion
         return key.startswith("optimizer.") and last in ("*", key.rpartition(".")[2])
     return key == pattern or key.startswith(f"{pattern}.")
 
@@ -201,25 +201,27 @@ def changes_page() -> str:
     """Markdown: which keys may change in a run, from the tables above."""
     lines = [
         "\n## What may change in a run that has begun\n",
-        "Free at every resume, since it cannot change the result:\n",
+        "These may change at every resume, because they cannot change the result:\n",
         "| key | why |\n|---|---|",
         *(f"| `{key}` | {why} |" for key, why in CANNOT_CHANGE_THE_RESULT.items()),
         "",
-        "`test` is not free where the run waits for tests (early stopping, schedule `plateau`).\n",
-        "In these keys, but for `test`, a value may hold `${env:NAME}`, the text of an environment",
-        "variable where the spec is read ([how](../how-to/share-a-spec.md)).\n",
-        "Not in a run, since its state cannot follow:\n",
+        "`test` may not change if the run depends on tests (early stopping, schedule `plateau`).\n",
+        "In these keys, except `test`, a value may contain `${env:NAME}`, the value of an "
+        "environment",
+        "variable when the spec is read ([how](../how-to/share-a-spec.md)).\n",
+        "These may not change in a run, because its state does not support it:\n",
         "| key | which change | why |\n|---|---|---|",
         *(f"| `{fixed.key}` | {fixed.when or 'any'} | {fixed.why} |" for fixed in FIXED),
         "",
-        "Everything else may change by `evenstep run SPEC --change key=value`, `--accept-changes`",
+        "Everything else may change with `evenstep run SPEC --change key=value`, "
+        "`--accept-changes`",
         "or `evenstep fork`, and is recorded with the run ([how](../how-to/change-a-run.md)).",
     ]
     return "\n".join(lines) + "\n"
 
 
 def told_of_lines(found: Sequence[Change]) -> str:
-    """The changes for a person, one a line."""
+    """The changes as text for the user, one per line."""
     return "".join(f"\n  {change}" for change in found)
 
 
@@ -237,7 +239,7 @@ def _cannot_matter(steps: Steps, spec: Spec) -> bool:
 
 
 class _Absent:
-    """Where one of two specs has nothing."""
+    """Marks a key that one of the two specs does not have."""
 
 
 def _differences(old: Any, new: Any, steps: Steps) -> Iterator[tuple[Steps, str, str]]:

@@ -54,6 +54,7 @@ class EarlyStopping:
 
     @property
     def ran_out(self) -> bool:
+        """Whether the patience is used up."""
         return self.waited >= self.spec.patience
 
     def memory(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Window(NamedTuple):
 
     @property
     def last(self) -> int:
+        """The last step of the window."""
         return self.first + self.steps - 1
 
 
@@ -40,7 +41,7 @@ def window_of(text: str) -> Window:
     """`20:5` as the steps 20 to 24.
 
     Raises:
-        SpecError: it is something else.
+        SpecError: it has another form.
     """
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
@@ -52,7 +53,7 @@ def window_of(text: str) -> Window:
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of one run at one number of processes; equal on every process of it."""
+    """The arithmetic of one run with one number of processes; equal on every process."""
 
     spec: Spec
     processes: int
@@ -62,7 +63,7 @@ class Plan:
     global_batch: int
     """Rows of one optimizer step."""
     micro_batch: int
-    """Rows of one forward pass; the last micro-batch of a step may hold fewer."""
+    """Rows of one forward pass; the last micro-batch of a step may have fewer."""
     steps: int
     """Optimizer steps of the whole run."""
     warmup: int
@@ -74,13 +75,13 @@ class Plan:
     profile: Window | None = None
     """The steps to profile."""
     accepted: Accepted = NOTHING_ACCEPTED
-    """What may be changed of a run that has begun."""
+    """Changes that are accepted in a run that has begun."""
     sampling: Sampling | None = field(repr=False, compare=False, default=None)
-    """What chooses the training rows; None: each once an epoch."""
+    """Chooses the training rows; None: each row once per epoch."""
     rate: Multiplier = field(repr=False, compare=False, default=lambda step: 1.0)
     """Learning-rate multiplier of the update after `step` finished steps."""
     paces: Mapping[str, Pace] = field(repr=False, compare=False, default_factory=dict)
-    """The same of each optimizer, where there are several."""
+    """The same for each optimizer, if there are several."""
 
     @property
     def micro_batches(self) -> int:
@@ -98,21 +99,21 @@ class Plan:
         return self.test_micro_batches // self.processes
 
     def share(self, process: int) -> range:
-        """The numbers of the micro-batches that `process` computes: a contiguous run."""
+        """The numbers of the micro-batches that `process` computes: a contiguous range."""
         if self.spec.exactness == "bitwise":
             return halved_share(self.micro_batches, index=process, of=self.processes)
         return share_of(self.micro_batches, index=process, of=self.processes)
 
     def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The training rows at any positions of the endless sequence.  # [P]"""
-        assert self.train_rows is not None, "a stream is not asked for rows"
+        assert self.train_rows is not None, "a stream has no row numbers"
         if self.sampling is None:
             return rows_at(positions, rows=self.train_rows, seed=self.spec.seed)
         return self.sampling.rows_at(positions, seed=self.spec.seed, global_batch=self.global_batch)
 
     @property
     def rounds(self) -> int:
-        """Micro-batches of the process with most of them: they determine the time of a step."""
+        """Micro-batches of the process that has most of them: they determine the time of a step."""
         return max(len(self.share(process)) for process in (0, self.processes - 1))
 
     def epoch(self, step: int) -> float:
@@ -127,29 +128,33 @@ class Plan:
         return None if self.train_rows is None else Fraction(self.train_rows, self.global_batch)
 
     def ends_epoch_at(self, step: int) -> bool:
-        """Whether the last row of a pass over the training rows is one of this step's."""
+        """Whether this step uses the last row of an epoch."""
         return step > 0 and _passes_multiple(self.steps_per_epoch, step)
 
     def next_epoch_end(self, step: int) -> int:
-        """The first step after `step` that ends a pass; the last one of the run for a stream."""
+        """The first step after `step` that ends an epoch; the last step of the run for a stream."""
         return min([self.steps, *_next_multiple(self.steps_per_epoch, step)])
 
     def logs_at(self, step: int) -> bool:
+        """Whether this step is logged."""
         return step % self.spec.tracking.log_every_steps == 0 or step == self.steps
 
     def tests_at(self, step: int) -> bool:
+        """Whether a test follows this step."""
         if self.test_rows == 0:
             return False
         return step == self.steps or _passes_multiple(self.test_every, step)
 
     def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint follows this step."""
         return step == self.steps or _passes_multiple(self.save_every, step)
 
     def stops_at(self, step: int) -> bool:
+        """Whether the run stops after this step before its end."""
         return step == self.stop_at and step < self.steps
 
     def next_due(self, step: int) -> int:
-        """The first step after `step` at which anything of the above is due."""
+        """The first step after `step` at which any of these is due."""
         every = self.spec.tracking.log_every_steps
         due = [self.steps, (step // every + 1) * every]
         if self.test_rows:
@@ -196,7 +201,7 @@ def make_plan(
     asked = spec.batch.global_batch
     global_batch = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
     micro_batch = spec.batch.micro_batch or min(DEFAULT_MICRO_BATCH, global_batch)
-    if micro_batch == "auto":  # a run has chosen it; here it is the largest possible one
+    if micro_batch == "auto":  # a run finds it; here: the largest possible one
         micro_batch = largest_micro_batch(global_batch, processes)
     if micro_batch > global_batch:
         raise SpecError(
@@ -207,7 +212,7 @@ def make_plan(
     if spec.exactness == "bitwise" and processes & (processes - 1):
         raise SpecError(
             f"exactness: bitwise sums in a fixed order for 1, 2, 4, 8, ... processes, "
-            f"and not for {processes}. Use {1 << (processes.bit_length() - 1)}."
+            f"not for {processes}. Use {1 << (processes.bit_length() - 1)}."
         )
     if processes > pieces:
         raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
@@ -238,7 +243,7 @@ def make_plan(
 
 
 def largest_micro_batch(global_batch: int, processes: int) -> int:
-    """Rows of the largest micro-batch that leaves one for each process; 1 for too many of them."""
+    """Rows of the largest micro-batch that leaves one for each process; 1 if there are too many."""
     largest = max(1, math.ceil(global_batch / processes))
     while largest > 1 and math.ceil(global_batch / largest) < processes:
         largest -= 1
@@ -246,14 +251,14 @@ def largest_micro_batch(global_batch: int, processes: int) -> int:
 
 
 def _too_many_processes(processes: int, pieces: int, global_batch: int, micro_batch: int) -> str:
-    of, fix = f"{pieces} pieces", f"Use at most {pieces} processes"
+    of, fix = f"{pieces} micro-batches", f"Use at most {pieces} processes"
     if pieces == 1:
-        of, fix = "1 piece", "Use one process"
+        of, fix = "1 micro-batch", "Use one process"
     if processes <= global_batch:
         fix += f", or batch.micro_batch={largest_micro_batch(global_batch, processes)}"
     return (
-        f"batch.micro_batch: a global batch of {global_batch} rows in micro-batches of "
-        f"{micro_batch} is {of} of work, too few for {processes} processes. {fix}."
+        f"batch.micro_batch: a global batch of {global_batch} rows has {of} of "
+        f"{micro_batch}, too few for {processes} processes. {fix}."
     )
 
 
@@ -274,5 +279,5 @@ def _interval(
 
 
 def _as_steps(epochs: float, rows: int, global_batch: int) -> Fraction:
-    # The decimal as written: 0.1 epochs of 30 rows is 3 rows, and not 3.0000000000000004.
+    # The decimal number as written: 0.1 epochs of 30 rows is 3 rows, not 3.0000000000000004.
     return Fraction(str(epochs)) * rows / global_batch

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from service.basics.randomness import SHUFFLE, keys, outputs
 
 _BIAS: Final = 2**30  # the shuffle's worst known bias of pairs is at most chance divided by this
-_BLOCK: Final = 2**14  # positions at a time: their words stay in a core's cache, at half the time
+_BLOCK: Final = 2**14  # positions at a time: fits into a core's cache, twice as fast
 
 
 class MicroBatch(NamedTuple):
     """One forward pass of a step or of a test: its number, and the positions of its rows."""
 
     number: int  # counted from 0 over all processes
-    span: range  # places in the step's global batch, or row numbers of the test set
+    span: range  # positions in the step's global batch, or row numbers of the test set
 
 
 def rows_of(step: int, *, rows: int, global_batch: int, seed: int) -> NDArray[np.int64]:
@@ -36,7 +36,7 @@ def epochs_at(positions: NDArray[np.int64], *, rows: int) -> NDArray[np.int64]:
 
 
 def rows_at(positions: NDArray[np.int64], *, rows: int, seed: int) -> NDArray[np.int64]:
-    """The endless sequence, one permutation of 0..rows-1 per epoch, at any positions of it.  # [P]
+    """The endless sequence, one permutation of 0..rows-1 per epoch, at any positions.  # [P]
 
     A position is an integer in [0, 2**63); the cost does not depend on it.
     """
@@ -55,7 +55,7 @@ def _rows_of_block(positions: NDArray[np.int64], *, rows: int, seed: int) -> NDA
 def share_of(count: int, *, index: int, of: int) -> range:
     """The contiguous share of `count` items for process `index` of `of`.
 
-    Sizes differ by at most one, the longer ones come first, and a share may be empty.
+    Sizes differ by at most one, larger shares come first, and a share may be empty.
     """
     assert 0 <= index < of, f"process {index} of {of}"
     size, longer = divmod(count, of)
@@ -66,8 +66,8 @@ def share_of(count: int, *, index: int, of: int) -> range:
 def halved_share(count: int, *, index: int, of: int) -> range:
     """The share of process `index` of `of`, a power of two, by repeated halving of `count` items.
 
-    The first half of an odd number is the longer one.  Every process's share is then one whole
-    branch of the same binary tree, whatever their number.
+    The first half of an odd number is the larger one.  So the share of every process is one
+    complete branch of the same binary tree, for any number of processes.
     """
     assert of & (of - 1) == 0, f"{of} processes"
     start, stop, parts = 0, count, of
@@ -79,10 +79,10 @@ def halved_share(count: int, *, index: int, of: int) -> range:
 
 
 def micro_batches(rows: int, *, micro_batch: int, index: int = 0, of: int = 1) -> list[MicroBatch]:
-    """The micro-batches of `rows` rows in order, or the run of them that process `index` takes.
+    """The micro-batches of `rows` rows in order, or the range of them that process `index` takes.
 
     They are formed before they are distributed, so each has the same rows at any world size;
-    the last one may be shorter and nothing is padded. `rows` is a global batch in training and
+    the last one may be smaller and nothing is padded. `rows` is a global batch in training and
     the whole test set in testing.
     """
     numbers = share_of(-(-rows // micro_batch), index=index, of=of)
@@ -97,13 +97,13 @@ def permuted(
     keys: NDArray[np.int64],
     rounds: int | None = None,
 ) -> NDArray[np.int64]:
-    """Where keyed permutations of 0..rows-1 send each position, without listing them.  # [P]
+    """The image of each position under keyed permutations of 0..rows-1.  # [P]
 
-    `keys` holds one key for all positions, or one each; any key names a permutation. Fewer
-    `rounds` than it takes are for showing that tests notice.
+    `keys` has one key for all positions, or one each; any key names a permutation. Fewer
+    `rounds` than needed are for tests of the statistics only.
 
-    A Feistel network over Z_a x Z_b with a * b just above `rows`, walked again from wherever it
-    lands outside. Source: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+    A Feistel network over Z_a x Z_b with a * b just above `rows`, repeated while the result is
+    not a row. Source: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
     sides = sides_of(rows)
     rounds = rounds_for(sides) if rounds is None else rounds
@@ -115,10 +115,10 @@ def permuted(
 
 
 def sides_of(rows: int) -> tuple[int, int]:
-    """Sides (a, b) of a nearly square grid of at least `rows` cells, and as few more as it can.
+    """Sides (a, b) of a nearly square grid of at least `rows` cells, with few unused ones.
 
     `a` is even: with two odd sides every round is an even permutation, and half of the orders
-    could never come out. Cells to spare cost a second walk through the network.
+    could never occur. Unused cells cost a second pass through the network.
     """
     assert 1 <= rows < 2**63, f"{rows} rows"
     root = isqrt(rows - 1) + 1
@@ -128,11 +128,12 @@ def sides_of(rows: int) -> tuple[int, int]:
 
 
 def rounds_for(sides: tuple[int, int]) -> int:
-    """Rounds after which pairs of rows fall as in a perfect shuffle, within a part in 2**30.
+    """Rounds after which pairs of rows are distributed as in a perfect shuffle, within 2**-30.
 
-    The worst known bias of pairs is of the size of chance itself after four rounds, and each two
-    more divide it by the shorter side: Patarin, "Generic Attacks on Feistel Schemes", ASIACRYPT
-    2001; benchmarks/shuffle_quality.py counts it. At 2**-30 it takes 2**60 rows to be seen.
+    The worst known bias of pairs is as large as chance itself after four rounds, and each two
+    more rounds divide it by the shorter side: Patarin, "Generic Attacks on Feistel Schemes",
+    ASIACRYPT 2001; benchmarks/shuffle_quality.py counts it. At 2**-30 it takes 2**60 rows to be
+    seen.
     """
     shorter = max(2, min(sides))
     pairs = 4
@@ -147,7 +148,8 @@ def _feistel(
     a, b = sides
     left, right = at % a, at // a
     for number in range(rounds):
-        # Round r reads outputs r * 2**32 onwards of its key's generator: no two rounds share one.
+        # Round r reads outputs r * 2**32 onwards of its key's generator: no two rounds share an
+        # output.
         offset = number << 32
         if number % 2 == 0:
             left = _shifted(left, by=outputs(keys, right + offset), modulus=a)
@@ -159,9 +161,9 @@ def _feistel(
 def _shifted(
     half: NDArray[np.uint64], *, by: NDArray[np.uint64], modulus: int
 ) -> NDArray[np.uint64]:
-    # A product and a shift bring 32 random bits into range without a division (Lemire,
-    # arXiv:1805.10941): a side is below 2**32. One round's bias is at most modulus / 2**32, and
-    # those of several rounds multiply.
+    # A product and a shift map 32 random bits into the range without a division (Lemire,
+    # arXiv:1805.10941): a side is below 2**32. The bias of one round is at most modulus / 2**32,
+    # and those of several rounds multiply.
     total = half + ((by >> 32) * modulus >> 32)
-    reduced: NDArray[np.uint64] = np.minimum(total, total - modulus)  # below 0 wraps to huge
+    reduced: NDArray[np.uint64] = np.minimum(total, total - modulus)  # below 0 wraps around
     return reduced

@@ -1,6 +1,6 @@
-"""Which row comes when, if not each once an epoch: weights, mixtures, a curriculum.  Pure.
+"""Which row is used when, if not each once per epoch: weights, mixtures, a curriculum.  Pure.
 
-Everything is a function of (seed, position), as the plain shuffle is: so the rows are the same at
+Everything is a function of (seed, position), as in the plain shuffle: so the rows are the same at
 any number of processes, and no state is kept.  No torch.
 """
 
@@ -21,19 +21,19 @@ from service.basics.errors import SpecError, did_you_mean
 from service.basics.randomness import SAMPLE, key, keys
 from service.plan.samplers import permuted, rows_at
 
-_BLOCKS, _SOURCE, _WEIGHTS, _STAGE = range(4)  # what a key of this domain is for
+_BLOCKS, _SOURCE, _WEIGHTS, _STAGE = range(4)  # the purposes of keys in this domain
 _LONGEST_BLOCK = 2**20
 _SHOWN = 8
 
 
 class Sampling(Protocol):
-    """What chooses the training rows."""
+    """Chooses the training rows."""
 
     def over(self, rows: int, sources: Mapping[str, int]) -> Sampling:
-        """The same for a data set of so many rows, and so many of each named source in it.
+        """The same for a data set with this many rows, and this many of each named source in it.
 
         Raises:
-            SpecError: it does not fit them.
+            SpecError: it does not match them.
         """
         ...
 
@@ -44,11 +44,11 @@ class Sampling(Protocol):
         ...
 
     def in_words(self, drawn: int, *, global_batch: int) -> list[str]:
-        """How often rows come among the first `drawn` ones, for a person: lines."""
+        """How often rows are used among the first `drawn` ones: lines of text for the user."""
         ...
 
     def digest(self) -> str:
-        """The same for samplings that choose the same rows."""
+        """Equal for samplings that choose the same rows."""
         ...
 
 
@@ -58,7 +58,7 @@ def _digest(kind: str, *parts: bytes) -> str:
 
 @dataclass(frozen=True)
 class Shuffled(Sampling):
-    """Each row once an epoch, as without a sampling."""
+    """Each row once per epoch, as without a sampling."""
 
     rows: int = 0
 
@@ -81,19 +81,19 @@ class Shuffled(Sampling):
 class Weighted(Sampling):
     """Rows in proportion to their weights.
 
-    In an epoch of N rows a row of weight w comes N * w / sum(w) times, rounded down or up: the
-    places of the N draws in the cumulated weights are evenly spaced from one random start.  So
-    equal weights give each row once.  The order in which weights are cumulated, the start and the
+    In an epoch of N rows a row of weight w is used N * w / sum(w) times, rounded down or up: the
+    N draws are evenly spaced positions in the cumulative weights, from one random start.  So
+    equal weights use each row once.  The order in which weights are cumulated, the start and the
     order of the draws are new in each epoch.
     Source: systematic sampling, Madow, Annals of Mathematical Statistics 20 (1949), 333-354.
     """
 
     weights: NDArray[np.float64]
     labels: Sequence[tuple[str, int, float]] = ()
-    """Of balanced classes: name, rows and the weight of one row of each."""
+    """With balanced classes: name, rows and the weight of one row of each."""
     classes: NDArray[np.int64] | None = None
-    """Of balanced classes: that of each row.  They are cumulated one after the other, so that each
-    class comes equally often in every epoch, rounded down or up."""
+    """With balanced classes: the class of each row.  Classes are cumulated one after the other, so
+    that each class is used equally often in every epoch, rounded down or up."""
 
     def over(self, rows: int, sources: Mapping[str, int]) -> Weighted:
         if len(self.weights) != rows:
@@ -121,7 +121,7 @@ class Weighted(Sampling):
         mixed = permuted(places, rows=rows, keys=_one(_WEIGHTS, seed, epoch, 1))
         start = key(SAMPLE, seed, _WEIGHTS, epoch, 2) / 2**63
         at = (mixed + start) * (ends[-1] / rows)
-        # Below the end, which rounding could reach: there is no row behind it.
+        # Below the end, which rounding could reach: there is no row after it.
         chosen = np.searchsorted(ends, np.minimum(at, np.nextafter(ends[-1], 0)), side="right")
         found: NDArray[np.int64] = order[chosen]
         return found
@@ -151,7 +151,7 @@ class Weighted(Sampling):
 def _cumulated(
     sampling: Weighted, epoch: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The order of the rows in this epoch, and where each one's weight ends."""
+    """The order of the rows in this epoch, and the cumulative weight at the end of each."""
     numbers = np.arange(len(sampling.weights), dtype=np.int64)
     order = permuted(numbers, rows=len(numbers), keys=_one(_WEIGHTS, seed, epoch, 0))
     if sampling.classes is not None:
@@ -161,21 +161,22 @@ def _cumulated(
 
 @dataclass(frozen=True)
 class Proportions(Sampling):
-    """Rows of several sources in stated proportions; those of each in passes of their own."""
+    """Rows of several sources in given proportions; each source has its own epochs."""
 
     parts: Mapping[str, int]
-    """Of each source, how many of `total` rows one after the other are its own."""
+    """For each source, how many of `total` successive rows belong to it."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Rows of each source, in the order in which they lie in the data set."""
+    """Rows of each source, in their order in the data set."""
 
     @property
     def total(self) -> int:
+        """The length of one block of positions, in which the proportions are exact."""
         return sum(self.parts.values())
 
     def over(self, rows: int, sources: Mapping[str, int]) -> Proportions:
         if not sources:
             raise SpecError(
-                "task.sampling: proportions are those of named data sets. Give them as train="
+                "task.sampling: proportions need named data sets. Give them as train="
                 f"{{{', '.join(f'{name!r}: ...' for name in self.parts)}}}."
             )
         for name in self.parts:
@@ -187,7 +188,7 @@ class Proportions(Sampling):
         missing = [name for name in sources if name not in self.parts]
         if missing:
             raise SpecError(
-                f"task.sampling: proportions do not say how often {missing[0]!r} comes. "
+                f"task.sampling: proportions do not include {missing[0]!r}. "
                 "Give it a number; 0 leaves it out."
             )
         return replace(self, sizes=dict(sources))
@@ -195,8 +196,8 @@ class Proportions(Sampling):
     def rows_at(
         self, positions: NDArray[np.int64], *, seed: int, global_batch: int
     ) -> NDArray[np.int64]:
-        # Every block of `total` positions has the rows of each source that it must have, and its
-        # own order of them.
+        # Every block of `total` positions has the required number of rows of each source, in its
+        # own order.
         blocks, places = np.divmod(positions, self.total)
         mixed = permuted(places, rows=self.total, keys=keys(SAMPLE, seed, _BLOCKS, numbers=blocks))
         found = np.empty_like(positions)
@@ -252,7 +253,7 @@ class Stages(Sampling):
         for (step, part), end in zip(self.each, ends, strict=True):
             rows = min(end, drawn) - step * global_batch
             if rows <= 0:
-                lines.append(f"from step {step:,}: never, the run ends before")
+                lines.append(f"from step {step:,}: never, because the run ends earlier")
                 continue
             said = part.in_words(rows, global_batch=global_batch)
             lines += [f"from step {step:,}, {said[0]}", *said[1:]]
@@ -267,11 +268,11 @@ def _one(*parts: int) -> NDArray[np.int64]:
     return np.array([key(SAMPLE, seed, purpose, *rest)], np.int64)
 
 
-# ---- what a task says
+# ---- the functions for tasks
 
 
 def shuffled() -> Sampling:
-    """Each row once an epoch; the last stage of a curriculum, say."""
+    """Each row once per epoch; for a stage of a curriculum."""
     return Shuffled()
 
 
@@ -279,12 +280,14 @@ def weighted(weights: Any) -> Sampling:
     """Rows in proportion to these weights, one for each training row, from 0 up.
 
     Raises:
-        SpecError: they are no such numbers.
+        SpecError: they are not such numbers.
     """
     try:
         values = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"task.sampling: weighted takes one number a row ({error}).") from error
+        raise SpecError(
+            f"task.sampling: weighted takes one number for each row ({error})."
+        ) from error
     if values.ndim != 1:
         raise SpecError(
             f"task.sampling: weighted takes one weight for each row, but has {list(values.shape)}."
@@ -303,12 +306,12 @@ def balanced(labels: Any) -> Sampling:
     """Every class equally often, by the label of each training row.
 
     Raises:
-        SpecError: they are no list of labels.
+        SpecError: they are not a list of labels.
     """
     try:
         values = np.asarray(labels)
         names, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    except (TypeError, ValueError) as error:  # lists of unequal lengths, or texts beside None
+    except (TypeError, ValueError) as error:  # lists of unequal lengths, or texts mixed with None
         raise SpecError(
             f"task.sampling: balanced takes one label for each row, all of one kind ({error})."
         ) from error
@@ -329,7 +332,7 @@ def proportions(parts: Mapping[str, float]) -> Sampling:
     is_known = isinstance(parts, Mapping) and bool(parts)
     if not is_known or not all(_is_share(part) for part in parts.values()):
         raise SpecError(
-            "task.sampling: proportions must be finite numbers from 0 up by the names of data "
+            "task.sampling: proportions must be finite numbers from 0 up, by the names of data "
             f"sets, but are {parts!r}."
         )
     exact = {name: Fraction(str(part)) for name, part in parts.items()}
@@ -337,12 +340,12 @@ def proportions(parts: Mapping[str, float]) -> Sampling:
     whole = {name: int(part * scale) for name, part in exact.items()}
     common = gcd(*whole.values())
     if not common:
-        raise SpecError("task.sampling: proportions are all 0, so there is no row to take.")
+        raise SpecError("task.sampling: proportions are all 0, so no row can be chosen.")
     whole = {name: part // common for name, part in whole.items()}
     if sum(whole.values()) > _LONGEST_BLOCK:
         raise SpecError(
-            f"task.sampling: the proportions {dict(parts)!r} come out only after "
-            f"{sum(whole.values()):,} rows. Round them, to 0.001 say."
+            f"task.sampling: the proportions {dict(parts)!r} are exact only after "
+            f"{sum(whole.values()):,} rows. Round them, for example to 0.001."
         )
     return Proportions(whole)
 
@@ -353,7 +356,7 @@ def _is_share(part: object) -> bool:
 
 
 def stages(each: Mapping[int, Sampling]) -> Sampling:
-    """A curriculum: from which step on which sampling chooses the rows, from step 0 on.
+    """A curriculum: the sampling that applies from each step on, starting with step 0.
 
     Raises:
         SpecError: a step is not a whole number, or the first is not 0.
@@ -361,7 +364,8 @@ def stages(each: Mapping[int, Sampling]) -> Sampling:
     steps = sorted(step for step in each if type(step) is int)
     if len(steps) != len(each) or not steps or steps[0] != 0:
         raise SpecError(
-            "task.sampling: stages are samplings by the finished steps from which on they hold, "
-            f"and the first one is 0, but they are {list(each)!r}."
+            "task.sampling: stages must be samplings by the finished steps from which on they "
+            "apply, "
+            f"and the first one must be 0, but they are {list(each)!r}."
         )
     return Stages(tuple((step, each[step]) for step in steps))

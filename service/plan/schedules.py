@@ -31,7 +31,7 @@ Multiplier = Callable[[int], float]
 
 
 class Pace(NamedTuple):
-    """How the learning rate of one of several optimizers moves."""
+    """How the learning rate of one of several optimizers changes."""
 
     warmup: int
     """Steps of its warmup."""
@@ -40,21 +40,21 @@ class Pace(NamedTuple):
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, so that durations in epochs and fractions become steps."""
+    """The length of a run, to convert durations in epochs and fractions to steps."""
 
     steps: int
     steps_per_epoch: Fraction | None = None
     """None for a stream, which has no number of rows."""
 
     def exactly(self, schedule: ScheduleSpec, word: str) -> Any:
-        """Steps of the duration `word`, such as `warmup`; a list of them where it is a list.
+        """Steps of the duration `word`, such as `warmup`; a list if the duration is a list.
 
-        None where the user gave none.  An epoch need not be a whole number of steps.
+        None if the user did not set it.  An epoch need not be a whole number of steps.
 
         Raises:
             SpecError: it is in epochs, and the data is a stream.
         """
-        # The decimal as written: 0.1 of 30 steps are 3, and not 3.0000000000000004.
+        # The decimal number as written: 0.1 of 30 steps is 3, not 3.0000000000000004.
         steps = (Fraction(1), self.steps_per_epoch, Fraction(self.steps))
         for unit, each in zip(UNITS, steps, strict=True):
             given = getattr(schedule, f"{word}_{unit}", None)
@@ -79,8 +79,8 @@ class Length:
 def multiplier(schedule: ScheduleSpec, length: Length) -> Multiplier:
     """Learning-rate multiplier of the optimizer step, counted from 0 to `length.steps` - 1.
 
-    The first step of a warmup already moves (1 / warmup).  What `plateau` and a scheduler of
-    torch's do besides is not a function of the step: see `service.optimization.learning_rates`.
+    The first step of a warmup already trains (1 / warmup).  What `plateau` and a scheduler of
+    torch add is not a function of the step: see `service.optimization.learning_rates`.
     """
     warmup = length.whole(schedule, "warmup", default=0)
     shape = _shape(schedule, length, warmup)
@@ -92,7 +92,7 @@ def multiplier(schedule: ScheduleSpec, length: Length) -> Multiplier:
 
 
 def pace(schedule: ScheduleSpec, length: Length) -> Pace:
-    """The pace that a schedule sets for a run of this length."""
+    """The pace of a schedule for a run of this length."""
     return Pace(length.whole(schedule, "warmup", default=0), multiplier(schedule, length))
 
 
@@ -129,7 +129,7 @@ def _shape(schedule: ScheduleSpec, length: Length, warmup: int) -> Multiplier:
             return lambda step: inverse_sqrt(step - warmup, timescale=scale)
         case WarmupStableDecaySpec(shape=bend, final=final):
             wanted = length.whole(schedule, "decay", default=0.2 * length.steps)
-            decay = max(min(wanted, rest), 1)  # it begins at the whole rate, after the warmup
+            decay = max(min(wanted, rest), 1)  # it begins at the full rate, after the warmup
             begin = length.steps - decay
             return lambda step: decayed(max(step - begin, 0) / decay, bend=bend, final=final)
     raise AssertionError(f"no shape for {schedule.name!r}")
@@ -178,8 +178,8 @@ def _straight(progress: float, *, final: float) -> float:
 def inverse_sqrt(step: int, *, timescale: int) -> float:
     """1 / sqrt(1 + (step + 1) / timescale), `step` counted from the end of the warmup.
 
-    With the warmup for its timescale this is sqrt(warmup / n) at the n-th step of the run.
-    Source: Vaswani et al., arXiv:1706.03762, eq. 3, without the factor that is the base rate.
+    If the timescale is the warmup, this is sqrt(warmup / n) at the n-th step of the run.
+    Source: Vaswani et al., arXiv:1706.03762, eq. 3, without its constant factor (the base rate).
     """
     return math.sqrt(timescale / (timescale + step + 1))
 

@@ -1,4 +1,4 @@
-"""`evenstep check`: everything that a run does, once and small."""
+"""`evenstep check`: every part of a run, once and with little data."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ from service.training.worker import require_possible
 T = TypeVar("T")
 
 Finding = tuple[str, str]
-"""What was tried, and how it came out."""
+"""What was checked, and the result."""
 
 
 def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding]:
-    """Try every part of a run in this one process, each as soon as the one before went well.
+    """Check every part of a run in this process, each after the previous one has succeeded.
 
     Args:
-        processes: how many the run is meant for; only the arithmetic is done for them.
+        processes: the intended number of processes; used for the arithmetic only.
     Raises:
-        SpecError: what would have ended the run before its first step.
-        EvenstepError: what would have ended it at its first step, test or checkpoint.
+        SpecError: an error that would end the run before its first step.
+        EvenstepError: an error that would end it at its first step, test or checkpoint.
     """
     spec = with_workers(spec, workers_each(processes))
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
@@ -71,15 +71,15 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     optimization = build_optimizer(model, plan, task)
     yield "model", f"{_model(model.module, optimization.optimizer)} ({seconds:.2f} s)"
     yield from _initial(spec, model.module)
-    # As if there were a process for each micro-batch, so that a step brings one of them: also where
-    # the run could not have so many.
+    # As with one process for each micro-batch, so that a step loads one of them: also if the run
+    # cannot have so many processes.
     small = _plan(spec.model_copy(update={"exactness": "rounding"}), task, plan.micro_batches)
     batch, seconds = _timed(lambda: _first_batch(task, small, world))
     read = _size(_bytes((batch.inputs, batch.targets)))
     yield "data", f"{len(batch.rows)} rows, {read} ({seconds:.2f} s)"
     rehearsal = _rehearsed(model, optimization.optimizer, plan, task, world)
     state = build_state(model, optimization, plan, world)
-    # Refuses what an update cannot do.
+    # Refuses what an update does not support.
     Updates(state, plan=plan, world=world, normalization=model.normalization, say=_say_nothing)
     each = [replace(p, dry_run=replace(p.dry_run, batch=batch)) for p in rehearsal.each]
     activations = yield from _stepped(state, each, found=rehearsal.found, plan=plan)
@@ -107,7 +107,7 @@ def _rehearsed(
 
 
 def _compiled(state: TrainState, each: Sequence[Rehearsed]) -> Iterator[Finding]:
-    """The model compiled in place, where the spec has it so; nothing else is computed after it."""
+    """The model compiled in place, if the spec says so; nothing else is computed after it."""
     compile_in_place(state.model, telling=False)
     for part in each:
         if isinstance(state.optimizer, Turns):
@@ -122,7 +122,7 @@ def _compiled(state: TrainState, each: Sequence[Rehearsed]) -> Iterator[Finding]
 
 
 def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:
-    """The weights that the model begins with, where the spec names them."""
+    """The weights with which the model starts, if the spec names them."""
     if spec.init is not None:
         first = initial_weights(spec.init, model)
         first.apply(model)
@@ -132,7 +132,7 @@ def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:
 def _planned(
     spec: Spec, task: Task, *, world: World, processes: int
 ) -> Generator[Finding, None, Plan]:
-    """The plan of the run, with the micro-batch that `auto` finds."""
+    """The plan of the run, with the micro-batch size that `auto` finds."""
     plan = _plan(spec, task, processes)
     require_possible(plan, task)
     if spec.batch.micro_batch == "auto":
@@ -155,7 +155,7 @@ def _planned(
 def _stepped(
     state: TrainState, each: Sequence[Rehearsed], *, found: FirstPass, plan: Plan
 ) -> Generator[Finding, None, int]:
-    """One step on the micro-batch of the dry run; the bytes that its forward pass keeps."""
+    """One step on the micro-batch of the dry run; returns the bytes that its forward pass keeps."""
     model, spec = state.model, plan.spec
     activations = 0
     for part in each:
@@ -222,7 +222,7 @@ def _model(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
-    """The first micro-batch of the run, through the spec's own loader and its workers."""
+    """The first micro-batch of the run, from the spec's own loader and its workers."""
     data = task.train_data()
     require_short_paths(data, task=task, plan=plan)
     if is_stream(data):
@@ -232,9 +232,9 @@ def _first_batch(task: Task, plan: Plan, world: World) -> Batch:
 
 
 def _saved_bytes(model: nn.Module, dry_run: DryRun) -> int:
-    """Bytes that one forward pass keeps for its backward pass, parameters left out."""
+    """Bytes that one forward pass keeps for its backward pass, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, tuple[int, int]] = {}  # by storage: from which byte of it to which
+    kept: dict[int, tuple[int, int]] = {}  # by storage: its first and last byte
 
     def keep(tensor: Tensor) -> Tensor:
         where = tensor.untyped_storage().data_ptr()
@@ -252,7 +252,7 @@ def _saved_bytes(model: nn.Module, dry_run: DryRun) -> int:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor spans: a micro-batch is a part of what was picked."""
+    """The bytes of its storage that a tensor spans, which may be a part of a larger tensor."""
     start = tensor.storage_offset()
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = start + last + 1 if tensor.numel() else start
@@ -260,13 +260,13 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _step(state: TrainState, dry_run: DryRun) -> float:
-    """One update from one micro-batch; it gives the optimizer the state that a checkpoint holds."""
+    """One update with one micro-batch; creates the optimizer state that a checkpoint contains."""
     batch, world = dry_run.batch, dry_run.world
     called = dry_run.callee(state.model)
     exchange = OverlappedSync(called, world, find_unused=False, spec=ExchangeSpec())
     weight: float | Tensor = len(batch.rows) if batch.weight is None else batch.weight.sum()
     if step_of(dry_run.task) is not None:
-        weight = 1.0  # its losses are divided
+        weight = 1.0  # its losses are already divided
 
     def evaluate() -> Tensor:
         state.optimizer.zero_grad()
@@ -283,14 +283,14 @@ def _step(state: TrainState, dry_run: DryRun) -> float:
     mean = float(loss_sum / weight)
     if not math.isfinite(mean):
         raise Diverged(
-            f"The training loss is {mean} at step 1. Look at the data, at the loss, or lower "
+            f"The training loss is {mean} at step 1. Check the data and the loss, or lower "
             "optimizer.lr."
         )
     return mean
 
 
 def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str, float]:
-    """The test loop over its first micro-batch: that it works, not how good the model is."""
+    """The test loop over its first micro-batch: it must run; the values do not matter."""
     values: dict[str, float] = {}
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     for part in test_sets(task, task.test_data()):
@@ -303,7 +303,7 @@ def _tested(model: nn.Module, task: Task, spec: Spec, world: World) -> dict[str,
 
 
 def _round_trip(state: TrainState, plan: Plan, task: Task, world: World) -> int:
-    """Bytes of a checkpoint that was written, read into a new model, and found equal."""
+    """Bytes of a checkpoint that was written, read into a new model, and compared."""
     with tempfile.TemporaryDirectory(prefix="evenstep-check-") as place:
         waiting = CheckpointSpec(asynchronous=False)
         checkpoints = Checkpoints(
@@ -329,7 +329,7 @@ def _require_equal(state: TrainState, read: TrainState) -> None:
     if changed:
         raise SpecError(
             f"task.model: {', '.join(changed[:8])} was not restored unchanged from a checkpoint. "
-            "What a model trains must be parameters or buffers of its state_dict()."
+            "All trained values of a model must be parameters or buffers in its state_dict()."
         )
     if _bytes(_optimizer_tensors(state)) != _bytes(_optimizer_tensors(read)):
         raise EvenstepError("The optimizer's state was not restored unchanged from a checkpoint.")
@@ -340,7 +340,7 @@ def _optimizer_tensors(state: TrainState) -> list[Any]:
 
 
 def _memory(state: TrainState, activations: int, world: World) -> str:
-    """What one process needs at least, by its parts."""
+    """The memory that one process needs at least, by its parts."""
     weights = _bytes([*state.model.parameters(), *state.model.buffers()])
     gradients = _bytes([p for p in state.model.parameters() if p.requires_grad])
     parts = {
@@ -357,7 +357,7 @@ def _memory(state: TrainState, activations: int, world: World) -> str:
 
 
 def _bytes(value: Any) -> int:
-    """Bytes of all tensors in a nest."""
+    """Bytes of all tensors in a nested value."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
@@ -374,4 +374,4 @@ def _size(count: int) -> str:
 
 
 def _say_nothing(text: str) -> None:
-    """A check tells its findings, and not how they came about."""
+    """A check prints its findings only, and not the messages of its parts."""

@@ -43,10 +43,11 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     """The plan of `spec` on `processes` processes, as text.
 
     Args:
-        runs: where the run is, or would be; how long saves take is looked up or tried there.
+        runs: the directory of runs; the duration of saves is read from the run, or tested on this
+            disk.
 
     Raises:
-        SpecError: the task cannot be loaded, or does not go together with the spec.
+        SpecError: the task cannot be loaded, or does not match the spec.
     """
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
     plan = make_plan(
@@ -89,7 +90,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
 
 
 def checkpoint_bytes(spec: Spec) -> int | None:
-    """What a checkpoint of the job takes; None where only a step can tell."""
+    """The size of a checkpoint of the job; None if it is known only after a step."""
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
     model = new_model(task)
     optimizer = trained_by(model, spec, task).optimizer
@@ -130,23 +131,24 @@ def _rows(plan: Plan) -> str:
         return f"{plan.train_rows:,} to train on"
     if plan.spec.loader.stream == "whole":
         return (
-            "a stream to train on, read whole by every process: the same rows at any number of "
+            "a stream to train on, read completely by every process: the same rows at any number "
+            "of "
             "processes, resumed exactly at any other"
         )
     return (
-        "a stream to train on, split among the processes: which rows meet in a step depends on "
-        "their number, and so does the result; resumed exactly at the same number only"
+        "a stream to train on, split among the processes: the rows of a step, and so the result, "
+        "depend on their number; resumed exactly at the same number only"
     )
 
 
 def _micro_batch(plan: Plan) -> str:
     if plan.spec.batch.micro_batch != "auto":
         return f"{plan.micro_batch} rows"
-    return f"{plan.micro_batch} rows if they fit in memory: the run tries it when it starts"
+    return f"{plan.micro_batch} rows if they fit in memory: the run tests this when it starts"
 
 
 def _waiting(spec: Spec) -> list[tuple[str, str]]:
-    """What depends on the measures to come."""
+    """What depends on future measures."""
     told = []
     stopping = spec.early_stopping
     for key, plateau in spec.schedules.items():
@@ -179,7 +181,7 @@ def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]
     each = optimizer.by_name if isinstance(optimizer, Turns) else {"": optimizer}
     table: list[tuple[str, ...]] = [("", *each)] if several else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that no optimizer steps beside its scheduler
+        warnings.simplefilter("ignore")  # torch's: a scheduler steps without its optimizer
         for step in sorted(marks):
             schedule.set(step)
             rates = [
@@ -191,7 +193,7 @@ def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]
 
 
 def _turns(plan: Plan, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Who steps when, where there are several optimizers."""
+    """The turns of the optimizers, if there are several."""
     if not isinstance(optimizer, Turns):
         return []
     table = [("turn", "optimizer", "steps", "trains")]
@@ -245,7 +247,7 @@ def _row(
 
 
 def _each_in_one(groups: Sequence[ParameterGroup]) -> str:
-    # `parameter_groups` has counted them.
+    # `parameter_groups` has checked this.
     tensors = sum(len(group.names) for group in groups)
     places = "1 group" if len(groups) == 1 else f"{len(groups)} groups, each in exactly one"
     return f"{tensors} tensors in {places}"
@@ -258,24 +260,24 @@ def _normalization(model: nn.Module, plan: Plan) -> list[tuple[str, str]]:
 
 
 def _initial(model: nn.Module, spec: Spec) -> list[str]:
-    """What the model takes from elsewhere before the first step."""
+    """The weights that the model loads before the first step."""
     if spec.init is None:
         return []
     return [_aligned(initial_weights(spec.init, model).table(), header=True)]
 
 
 def _buffers(model: nn.Module, spec: Spec) -> list[str]:
-    """What is done with buffers besides BatchNorm's: a plan computes nothing, so all are named."""
+    """The rule for buffers besides BatchNorm's: a plan computes nothing, so all are listed."""
     names = buffers_besides_batchnorm(model)
     if not names:
         return []
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    how = f"{spec.model.buffers}; `evenstep check` and the start of the run tell which move"
-    return ["other buffers\n" + _aligned([("names", shown), ("where they move", how)])]
+    how = f"{spec.model.buffers}; `evenstep check` and the start of the run list those that change"
+    return ["other buffers\n" + _aligned([("names", shown), ("those that change", how)])]
 
 
 def _checkpointed(model: nn.Module, spec: Spec) -> list[str]:
-    """Which modules compute their activations again in the backward pass."""
+    """The modules that recompute their activations in the backward pass."""
     names = checkpoint_activations(model, spec.model.activation_checkpointing)
     if not names:
         return []
@@ -284,7 +286,7 @@ def _checkpointed(model: nn.Module, spec: Spec) -> list[str]:
 
 
 def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
-    """What each process holds of the units of a sharded model."""
+    """The units of a sharded model, and what each process has of them."""
     if not plan.spec.exchange.shards:
         return []
     units = parameters_by_unit(model, units_of(model, plan.spec.exchange.units))
@@ -301,7 +303,7 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
         table.append((name, str(len(parameters)), numbers, in_words(whole), in_words(held)))
     weights = sum(p.nbytes for p in model.parameters())
     kept = 0 if saved_bytes is None else max(0, saved_bytes - weights) * held_of_all // weights
-    state = "as the optimizer keeps" if saved_bytes is None else in_words(kept)
+    state = "as much as the optimizer keeps" if saved_bytes is None else in_words(kept)
     told = (
         f"  Of all units a process holds at most {in_words(held_of_all)} of weights, "
         f"{in_words(trained)} of gradients and {state} of optimizer state; "

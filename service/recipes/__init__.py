@@ -1,4 +1,4 @@
-"""The jobs that ship: each one file and one spec."""
+"""The included jobs: each one is a file and a spec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.basics.errors import SpecError, did_you_mean
 
 
 def recipes() -> dict[str, str]:
-    """The name of each recipe, and the first line of its spec: what it is about."""
+    """The name of each recipe, and the first line of its spec, which describes it."""
     found = {}
     for path in sorted(_directory().glob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -18,10 +18,10 @@ def recipes() -> dict[str, str]:
 
 
 def find_recipe(spec: str) -> Path:
-    """The file that `spec` means: itself, or a recipe's where it is only a name.
+    """The file that `spec` names: a path, or a recipe if it is only a name.
 
     Raises:
-        SpecError: it is the name of no recipe.
+        SpecError: there is no recipe of this name.
     """
     if "/" in spec or "." in spec:
         return Path(spec)

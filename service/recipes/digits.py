@@ -1,6 +1,6 @@
-"""Handwritten digits: a small convolutional network on the 1,797 images that ship.
+"""Handwritten digits: a small convolutional network on the 1,797 images in this package.
 
-Copy this file and digits.yaml to begin a job of your own.
+Copy this file and digits.yaml to start your own job.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fashion-MNIST: ten kinds of clothing in 28x28 pixels, or any folder of IDX files like it.
 
-Copy this file and fashion.yaml to begin a job of your own.
+Copy this file and fashion.yaml to start your own job.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def task(folder: str = DEBIAN, width: int = 16, dropout: float = 0.2) -> Task:
     """Kinds of 28x28 images; Fashion-MNIST has 60,000 to train on and 10,000 to test on.
 
     Args:
-        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
-            t10k-labels-idx1-ubyte, each plain or with .gz.
+        folder: contains train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
+            and t10k-labels-idx1-ubyte, each plain or with .gz.
     """
     train, test = images_in(Path(folder), "train"), images_in(Path(folder), "t10k")
     kinds = int(train.tensors[1].max()) + 1
@@ -59,7 +59,7 @@ def images_in(folder: Path, part: str) -> TensorDataset:
     """Images float32 [N, 1, H, W], about -1 to 1, and labels int64 [N].
 
     Raises:
-        SpecError: they are not there, or are not what they should be.
+        SpecError: they do not exist, or have other shapes.
     """
     images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"))
     labels = read_idx(_find(folder, f"{part}-labels-idx1-ubyte"))
@@ -89,7 +89,7 @@ def read_idx(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     two zeros, 8 for bytes, the number of dimensions; each dimension in 4 bytes, the largest
     byte first; the values.
     Raises:
-        SpecError: it is no such file.
+        SpecError: it is not such a file.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -1,8 +1,8 @@
-"""A decoder of the GPT kind, trained from scratch on the characters of the book of Genesis.
+"""A GPT-like decoder, trained from scratch on the characters of the book of Genesis.
 
 Small by default.  `task_args={width: 768, layers: 12, heads: 12}` has the blocks of the smallest
 GPT-2 (124M parameters).  The same spec trains it with the whole model on every process, or, with
-`exchange.mode=sharded`, with some rows of each parameter on each.
+`exchange.mode=sharded`, with some rows of each parameter on each process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from service.task import Task, supervised
 def task(
     width: int = 64, layers: int = 3, heads: int = 4, length: int = 64, dropout: float = 0.1
 ) -> Task:
-    """Guess the next character; the last tenth of the book is for testing.
+    """Predict the next character; the last tenth of the book is for testing.
 
     Args:
-        width: numbers that describe a place in the text; a multiple of `heads`.
-        length: characters of a row, and so the most that a guess can look back on.
+        width: size of the vector of each position; a multiple of `heads`.
+        length: characters in a row: the longest context of a prediction.
     """
     book = genesis()
     alphabet = sorted(set(book))
@@ -43,14 +43,14 @@ def task(
 
 
 def rows(codes: Tensor, length: int) -> TensorDataset:
-    """The text cut into rows [N, T], and the character after each [N, T]; a rest is not used."""
+    """The text cut into rows [N, T], and the next characters [N, T]; the remainder is not used."""
     count = (len(codes) - 1) // length
     read = codes[: count * length].view(count, length)
     return TensorDataset(read, codes[1 : count * length + 1].view(count, length))
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, pre-norm: [B, T, width] to the same."""
+    """Causal self-attention and a feed-forward layer, pre-norm: [B, T, width] to the same shape."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

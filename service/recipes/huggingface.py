@@ -1,7 +1,7 @@
 """A transformers model and a datasets table, each named by an import string; no glue.
 
-A row of the table is a mapping: `labels` is the target, and everything else goes to the model by
-its name.  Copy this file and huggingface.yaml to begin a job of your own.
+A row of the table is a mapping: `labels` is the target, and everything else is passed to the model
+by name.  Copy this file and huggingface.yaml to start your own job.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def task(
     """Classify the rows of a table.
 
     Args:
-        model: a class of transformers; it is made new, from its configuration.
-        config: what its configuration is to hold.
-        table: a function that gives a datasets.DatasetDict with the splits train and test, or a
-            folder that its save_to_disk has written.
+        model: a class of transformers; the model is newly initialized, from its configuration.
+        config: the values of its configuration.
+        table: a function that returns a datasets.DatasetDict with the splits train and test, or a
+            folder written by its save_to_disk.
     """
     kind = _named(model)
     splits = _table(table)
@@ -43,7 +43,7 @@ def task(
 
 
 def digits_table() -> Any:
-    """The digits that ship as a datasets.DatasetDict: pixel_values [1, 8, 8] and labels."""
+    """The included digits as a datasets.DatasetDict: pixel_values [1, 8, 8] and labels."""
     datasets = _package("datasets")
     splits = zip(("train", "test"), digits.split_by_class(*digits.load()), strict=True)
     return datasets.DatasetDict(
@@ -71,7 +71,7 @@ def _table(table: str) -> Any:
 
 
 def _named(where: str) -> Any:
-    """What `package.module:name` names."""
+    """The object that `package.module:name` names."""
     module, _, name = where.partition(":")
     found = getattr(_package(module), name, None)
     if found is None:

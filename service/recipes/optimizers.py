@@ -1,13 +1,13 @@
-"""The classic optimizers side by side: the digits network, one run for each of them.
+"""A comparison of the classic optimizers: the digits network, one run for each of them.
 
     python -m service.recipes.optimizers
     evenstep report runs/optimizers-*
 
-A run is this recipe with another optimizer, which a person would write as
+A run is this recipe with another optimizer, like this command:
 
     evenstep run optimizers 'optimizer={name: adam, lr: 0.002}' --name optimizers-adam
 
-`SAM`, which takes two passes a step, is here as an example of an optimizer of one's own.
+`SAM`, which takes two passes per step, is an example of a custom optimizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.recipes.digits import task
 
 __all__ = ["CLASSICS", "SAM", "task"]
 
-# Each at a rate that suits it; everything else is the same, the rows of every step too.
+# Each with a suitable rate; everything else is the same, including the rows of every step.
 CLASSICS: dict[str, dict[str, object]] = {
     "sgd": {"name": "sgd", "lr": 0.1},
     "momentum": {"name": "sgd", "lr": 0.03, "momentum": 0.9},
@@ -36,10 +36,10 @@ CLASSICS: dict[str, dict[str, object]] = {
 
 
 class SAM(torch.optim.SGD):
-    """Sharpness-aware minimization: SGD along the gradients at the worst place near the weights.
+    """Sharpness-aware minimization: SGD along the gradients at the worst point near the weights.
 
-    A step computes the loss twice.  That place is `rho` away from the weights, along the gradients
-    of the whole step.
+    A step computes the loss twice.  The second point is `rho` away from the weights, along the
+    gradients of the whole step.
     Source: Foret et al., arXiv:2010.01412, algorithm 1 and eq. 2 with p = 2.
     """
 
@@ -63,7 +63,7 @@ class SAM(torch.optim.SGD):
             group.setdefault("rho", rho)
 
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]  # it needs one
-        """Update the weights; the closure computes the loss and the gradients where they are."""
+        """Update the weights; the closure computes loss and gradients at the current weights."""
         loss = closure()
         with torch.no_grad():
             moved = [
@@ -86,10 +86,10 @@ class SAM(torch.optim.SGD):
 
 
 def main(more: list[str]) -> int:
-    """Run them one after the other; `more` are words for each, such as `--processes 2`.
+    """Run them one after the other; `more` are arguments for each, such as `--processes 2`.
 
     Returns:
-        The exit code of the first that fails, or 0.
+        The exit code of the first run that fails, or 0.
     """
     for name, optimizer in CLASSICS.items():
         words = ["optimizers", f"optimizer={json.dumps(optimizer)}", "--name", f"optimizers-{name}"]

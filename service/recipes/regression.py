@@ -1,7 +1,7 @@
 """Regression on a table: the weight of a penguin from its bill, flipper, sex and species.
 
-A base that makes features of a row, and a regression head on top of them: the spec trains each
-at a rate of its own.  Copy this file and regression.yaml to begin a job on a table of your own.
+A base computes features of a row, with a regression head on top of it: the spec trains each part
+with its own rate.  Copy this file and regression.yaml to start a job with your own table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = {"species": ("Adelie", "Chinstrap", "Gentoo"), "sex": ("female", "male")
 
 
 class Regressor(nn.Module):
-    """[B, columns] to [B]; its two parts are called as the patterns of the spec say."""
+    """[B, columns] to [B]; its two parts have the names in the patterns of the spec."""
 
     def __init__(self, columns: int, width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def task(width: int = 16) -> Task:
     """Kilograms from eight columns; 266 penguins to train on and 67 to test on."""
     columns, kilograms = load()
     held_out = torch.arange(len(kilograms)) % 5 == 0
-    # What a column is measured by comes from the training rows alone.
+    # The scale of a column comes from the training rows only.
     center, spread = columns[~held_out].mean(0), columns[~held_out].std(0)
     columns = (columns - center) / spread
     return supervised(
@@ -51,7 +51,7 @@ def task(width: int = 16) -> Task:
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """Columns float32 [333, 8] and kilograms float32 [333], of the penguins with all of them."""
+    """Columns float32 [333, 8] and kilograms float32 [333], of penguins without missing values."""
     path = Path(__file__).with_name("regression.csv")
     with path.open(encoding="utf-8", newline="") as file:
         penguins = [row for row in csv.DictReader(file) if "NA" not in row.values()]

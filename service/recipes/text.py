@@ -1,7 +1,7 @@
-"""A small language model of characters, on the book of Genesis, which ships.
+"""A small character language model on the book of Genesis, which is included.
 
-A row is a verse, and verses are of unequal length: what counts is the character, so a row weighs
-as many as it has.  Copy this file and text.yaml to begin a job of your own.
+A row is a verse, and verses have unequal lengths: each character counts once, so the weight of a
+row is its number of characters.  Copy this file and text.yaml to start your own job.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.utils.data import TensorDataset
 
 from service.task import Task, supervised
 
-END = "\n"  # every verse ends with it and begins after it
+END = "\n"  # the end of every verse
 NOTHING = -100  # the target past the end of a verse
 
 
 def task(width: int = 128, longest: int = 120, dropout: float = 0.1) -> Task:
-    """Guess the next character; every tenth verse is for testing.
+    """Predict the next character; every tenth verse is for testing.
 
     Args:
-        longest: characters of a verse that are read, at most.
+        longest: the number of characters of a verse that are read, at most.
     """
     verses = genesis().splitlines()
     alphabet = sorted({END, *"".join(verses)})
@@ -46,7 +46,7 @@ def genesis() -> str:
 
 
 def rows(verses: list[str], alphabet: list[str], longest: int) -> TensorDataset:
-    """The characters of each verse [N, T], and the one that follows each [N, T]."""
+    """The characters of each verse [N, T], and the next ones [N, T]."""
     number = {character: at for at, character in enumerate(alphabet)}
     read = torch.full((len(verses), longest), number[END])
     following = torch.full((len(verses), longest), NOTHING)
@@ -58,7 +58,7 @@ def rows(verses: list[str], alphabet: list[str], longest: int) -> TensorDataset:
 
 
 class Reader(nn.Module):
-    """What may come next, after each character: [B, T] to [B, characters, T]."""
+    """Scores of the next character, after each one: [B, T] to [B, characters, T]."""
 
     def __init__(self, characters: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ class Reader(nn.Module):
 
 
 def nats(guesses: Tensor, following: Tensor) -> Tensor:
-    """Surprise at each character, 0 past the end: [B, T]."""
+    """Negative log-likelihood in nats of each character, 0 after the end: [B, T]."""
     return F.cross_entropy(guesses, following, ignore_index=NOTHING, reduction="none")
 
 
 def characters(following: Tensor) -> Tensor:
-    """What each place counts: 1 for a character, nothing past the end of the verse: [B, T]."""
+    """The weight of each position: 1 for a character, 0 after the end of the verse: [B, T]."""
     return following.ne(NOTHING).float()

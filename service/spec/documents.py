@@ -1,7 +1,7 @@
 """A YAML, JSON or TOML file as plain values, with the position of each of them.
 
-Scalars are those of YAML 1.2 (its core schema): `1e-3` is a number, `no` and `12:30` are text,
-`012` is twelve. What would make two readers disagree is refused: a duplicate key, a tag, an alias.
+Scalars follow the core schema of YAML 1.2: `1e-3` is a number, `no` and `12:30` are text,
+`012` is twelve. Ambiguous input is refused: a duplicate key, a tag, an alias.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class SourcePosition(NamedTuple):
     line: int
     column: int
     text: str
-    """The printed form: `spec.yaml:5:3`, the override itself, or nothing for a mapping."""
+    """The printed form: `spec.yaml:5:3`, the override itself, or empty for a mapping."""
     folder: str = ""
-    """What relative paths there are relative to: the directory of the file."""
+    """The directory of the file, to which its relative paths refer."""
 
 
 NOWHERE = SourcePosition(0, 0, 0, "")
@@ -77,7 +77,7 @@ def read_document(path: str | os.PathLike[str], *, rank: int = 0) -> Document:
     Args:
         rank: the `override` of its positions.
     Raises:
-        SpecError: names the place of the first thing that is not right.
+        SpecError: names the position of the first error.
     """
     source = os.fspath(path) or "''"
     text = _decode(_read(source), source=source)
@@ -86,7 +86,7 @@ def read_document(path: str | os.PathLike[str], *, rank: int = 0) -> Document:
             document = _read_toml(text, source=source)
         case ".json":
             _check_json(text, source=source)
-            # A tab between tokens is fine in JSON, and cannot be part of a string there.
+            # A tab between tokens is valid in JSON, and cannot occur inside a string there.
             document = _read_yaml(text.replace("\t", " "), source=source)
         case _:
             document = _read_yaml(text, source=source)
@@ -102,7 +102,7 @@ def _ranked(document: Document, rank: int) -> Document:
 
 
 def document_of(mapping: Mapping[str, Any]) -> Document:
-    """A copy of a mapping made in Python, tuples as lists; anything but plain values is refused."""
+    """A copy of a mapping from Python, with tuples as lists; only plain values are accepted."""
     values: dict[str, Any] = _plain(mapping, steps=())
     return Document(values)
 
@@ -110,8 +110,8 @@ def document_of(mapping: Mapping[str, Any]) -> Document:
 def override(document: Document, text: str) -> Document:
     """`document` with the value of `key.sub.0=value` set; its position is `text` itself.
 
-    A value is what YAML would make of it; text that does not begin with a quote or a bracket is
-    one scalar whatever it holds, so that `match=*.bias` needs no quotes. `key=` is null, and so is
+    A value is parsed as YAML; text that does not begin with a quote or a bracket is always
+    one scalar, so that `match=*.bias` needs no quotes. `key=` is null, and so is
     Python's None, which W&B's sweep agents write.
     """
     key, equals, content = text.partition("=")
@@ -162,7 +162,7 @@ def _read(source: str) -> bytes:
 
 
 def files_like(source: str) -> str:
-    """What to say of a file that is not there: the one that was meant, perhaps."""
+    """A suggestion for a missing file: a similar name, perhaps."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     if not folder.is_dir():
         return f", and no directory {str(folder)!r}"
@@ -186,7 +186,7 @@ def _decode(content: bytes, *, source: str) -> str:
 
 
 def _line_and_column(text: str, index: int) -> tuple[int, int]:
-    """Both counted from 0, as PyYAML counts them."""
+    """Both counted from 0, as in PyYAML."""
     return text.count("\n", 0, index), index - (text.rfind("\n", 0, index) + 1)
 
 
@@ -210,18 +210,18 @@ def _read_yaml(text: str, *, source: str) -> Document:
     return Document(values, reader.keys, reader.contents, source)
 
 
-# How PyYAML's most common errors begin, and what the user can do about them.
+# The beginnings of PyYAML's most common errors, and what the user can do about them.
 _PROBLEMS = {
-    "found character '\\t'": "a tab stands where only spaces may; indent with spaces",
+    "found character '\\t'": "a tab where only spaces are allowed; indent with spaces",
     "mapping values are not allowed": "this ':' begins a second value; check the indentation, "
-    "and put text that holds ': ' in quotes",
-    "expected <block end>": "this does not belong to what is above it; check the indentation",
+    "and put text that contains ': ' in quotes",
+    "expected <block end>": "this does not match the lines above it; check the indentation",
     "could not find expected ':'": "a key without its ':'",
 }
 
 
 class _YamlReader:
-    """Builds values from PyYAML's events, so that nothing is expanded or nested unseen."""
+    """Builds values from PyYAML's events, so that nothing is expanded, and nesting is limited."""
 
     def __init__(
         self, text: str, *, place: Callable[[int, int], SourcePosition], none: tuple[str, ...] = ()
@@ -257,9 +257,11 @@ class _YamlReader:
         if len(steps) > DEEPEST_NESTING:
             self._fault(event, f"nested deeper than {DEEPEST_NESTING} levels")
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            self._fault(event, "anchors and aliases (& and *) are not read; write the value out")
+            self._fault(
+                event, "anchors and aliases (& and *) are not supported; write the value out"
+            )
         if event.tag is not None:
-            self._fault(event, f"tags ({event.tag}) are not read; write the plain value")
+            self._fault(event, f"tags ({event.tag}) are not supported; write the plain value")
 
     def _items(self, steps: Steps) -> list[Any]:
         items: list[Any] = []
@@ -312,7 +314,7 @@ class _YamlReader:
             where = self._place(*_line_and_column(self._text, error.position)).text
             wrong = f"U+{error.character:04X}"
             raise SpecError(f"{where}: the character {wrong} is not text") from None
-        except (ValueError, OverflowError):  # "\UFFFFFFFF", which PyYAML hands to chr()
+        except (ValueError, OverflowError):  # "\UFFFFFFFF", which PyYAML passes to chr()
             self._fault(self._last, "an escape in a string after this is not a character")
         return self._last
 
@@ -334,9 +336,9 @@ _WORDS: dict[str, bool | None] = {
 
 
 def scalar(text: str, *, none: tuple[str, ...] = ()) -> Any:
-    """What unquoted `text` is in YAML 1.2's core schema; the words in `none` are null besides.
+    """The value of unquoted `text` in YAML 1.2's core schema; the words in `none` are also null.
 
-    Source: https://yaml.org/spec/1.2.2/#103-core-schema. A ValueError says what cannot be read.
+    Source: https://yaml.org/spec/1.2.2/#103-core-schema. A ValueError says what cannot be parsed.
     """
     if text in none:
         return None
@@ -358,7 +360,7 @@ def _whole_text(text: str) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise ValueError("the text holds half a character (a lone surrogate)") from None
+        raise ValueError("the text contains half a character (a lone surrogate)") from None
 
 
 # ---- JSON and TOML
@@ -366,7 +368,7 @@ def _whole_text(text: str) -> str:
 
 def _check_json(text: str, *, source: str) -> None:
     def refuse(word: str) -> NoReturn:
-        raise SpecError(f"{source}: not valid JSON: {word} is no number there")
+        raise SpecError(f"{source}: not valid JSON: {word} is not a number in JSON")
 
     try:
         json.loads(text, parse_int=str, parse_float=str, parse_constant=refuse)
@@ -388,7 +390,7 @@ def _read_toml(text: str, *, source: str) -> Document:
         raise SpecError(f"{where}: not valid TOML: {problem}") from None
     except RecursionError:
         raise SpecError(f"{source}: nested deeper than {DEEPEST_NESTING} levels") from None
-    except ValueError:  # Python's own limit, before ours
+    except ValueError:  # Python's own limit
         raise SpecError(f"{source}: a whole number is too long") from None
     except SpecError as error:
         raise SpecError(f"{source}: {error}") from None
@@ -408,7 +410,7 @@ def _only_its_lines(found: re.Match[str]) -> str:
 
 
 def _with_toml_places(values: dict[str, Any], text: str, *, source: str) -> Document:
-    """Places of the tables and of the keys that begin a line; what is inside takes theirs."""
+    """Positions of the tables and of the keys at the start of a line; inner values take theirs."""
     top = _in_file(source, 0, 0)
     keys: dict[Steps, SourcePosition] = {(): top}
     contents: dict[Steps, SourcePosition] = {(): top}
@@ -434,7 +436,7 @@ def _toml_names(text: str) -> list[str]:
 
 
 def _toml_table(found: re.Match[str], values: dict[str, Any], begun: Counter[Steps]) -> Steps:
-    """The steps to a table; in a list of tables each `[[name]]` begins the next one."""
+    """The steps to a table; in a list of tables each `[[name]]` starts the next one."""
     steps: Steps = ()
     for name in _toml_names(found["table"]):
         steps = (*steps, name)
@@ -445,7 +447,7 @@ def _toml_table(found: re.Match[str], values: dict[str, Any], begun: Counter[Ste
 
 
 def _plain(value: Any, *, steps: Steps) -> Any:
-    """A copy of `value` of plain types only; a SpecError names what is not."""
+    """A copy of `value` with plain types only; a SpecError names any other."""
     key = dotted(steps)
     if len(steps) > DEEPEST_NESTING:
         raise SpecError(f"{key}: nested deeper than {DEEPEST_NESTING} levels")
@@ -486,7 +488,7 @@ def _plain_entries(mapping: Mapping[Any, Any], *, steps: Steps) -> dict[str, Any
 
 def _override_value(text: str, *, place: SourcePosition) -> Any:
     if text.startswith(("[", "{", "'", '"')):
-        # An override is one line: it is shown itself instead of a column.
+        # An override is one line: it is shown completely, without a column.
         return _YamlReader(text, place=lambda *_: place, none=("None",)).read()
     try:
         return scalar(text, none=("None",))

@@ -1,4 +1,4 @@
-"""Specs that share: `extends`, files of overrides, `${env:NAME}`; which keys change no result."""
+"""Specs that share values: `extends`, override files, `${env:NAME}`; keys free to change."""
 
 from __future__ import annotations
 
@@ -26,55 +26,55 @@ from service.spec.documents import (
 )
 
 CANNOT_CHANGE_THE_RESULT = {
-    "name": "a word for people and for the run's directory",
-    "test": "the test loop leaves weights and random numbers as they were",
+    "name": "it is only a label, and the name of the directory",
+    "test": "the test loop does not change weights and random numbers",
     "checkpoint.every_steps": "saving only reads the state",
     "checkpoint.every_epochs": "saving only reads the state",
     "checkpoint.keep": "removing an old checkpoint does not touch the state",
     "checkpoint.keep_best": "removing an old checkpoint does not touch the state",
-    "checkpoint.rename": "a weight stays what it is under another name",
+    "checkpoint.rename": "only the names change, not the weights",
     "checkpoint.keep_every_steps": "removing an old checkpoint does not touch the state",
-    "checkpoint.asynchronous": "what is written is a copy",
+    "checkpoint.asynchronous": "a copy is written",
     "checkpoint.on_failure": "saving only reads the state",
-    "model.activation_checkpointing": "what is computed again comes to the same bits",
-    "exchange.mode": "where the rows of a parameter are, and the number of processes, are no part",
-    "exchange.reshard_after_forward": "it decides when parameters travel, and no number",
-    "exchange.units": "where the rows of a parameter are, and the number of processes, are no part",
-    "loader.workers": "rows are keyed by seed, epoch and row, not by who reads them",
+    "model.activation_checkpointing": "recomputed values have the same bits",
+    "exchange.mode": "which process has which rows of a parameter does not matter",
+    "exchange.reshard_after_forward": "it decides when parameters are sent, not their values",
+    "exchange.units": "which process has which rows of a parameter does not matter",
+    "loader.workers": "rows are keyed by seed, epoch and row, not by the process that reads them",
     "loader.prefetch": "rows are keyed by seed, epoch and row, not by when they are read",
-    "tracking": "what is recorded is a copy",
+    "tracking": "only copies are recorded",
     "faults.hang_timeout_seconds": "it only ends a run, and a run that ends resumes",
     "faults.startup_timeout_seconds": "it only ends a run, and a run that ends resumes",
-    "faults.hook_timeout_seconds": "it only ends a hook, which changes nothing of the run",
+    "faults.hook_timeout_seconds": "it only ends a hook, which cannot change the run",
     "faults.on_hook_failure": "it only ends a run, and a run that ends resumes",
     "faults.stop_poll_steps": "it only ends a run, and a run that ends resumes",
     "faults.stop_budget_seconds": "it only ends a run, and a run that ends resumes",
     "faults.attempts_without_progress": "it only ends a run, and a run that ends resumes",
-    "kubernetes": "where it runs, and the number of processes, are not part of the experiment",
-    "slurm": "where it runs, and the number of processes, are not part of the experiment",
+    "kubernetes": "the place, and the number of processes, are not part of the experiment",
+    "slurm": "the place, and the number of processes, are not part of the experiment",
 }
-"""Free to change at every resume, and why. Everything else needs a person's word."""
+"""May change at every resume, and the reason. All other changes need the user's consent."""
 
 FROM_ENVIRONMENT = tuple(key for key in CANNOT_CHANGE_THE_RESULT if key != "test")
-"""Where `${env:NAME}` may stand. `test` decides the result where the run waits for tests."""
+"""Where `${env:NAME}` is allowed. `test` affects the result if the run depends on tests."""
 
 EXTENDS = "extends"
 _VALUES_OF_ONES_OWN = (("task_args",), ("kubernetes", "pod_template"))
-"""Here null is a value: an argument of the user's function, or a field to be removed from a pod."""
+"""Here null is a value: an argument of the user's function, or a pod field to be removed."""
 UNITS = ("steps", "epochs", "fraction")
-"""How durations end: of `every_steps` and `every_epochs` only one is set."""
+"""Suffixes of durations: of `every_steps` and `every_epochs` only one is set."""
 
 # ---- extends
 
 
 def with_bases(document: Document) -> Document:
-    """The document merged over the one that its `extends` names, and that over its own.
+    """The document merged over the one that its `extends` names, recursively.
 
-    Mappings merge, lists and other values replace, and null removes the key. Positions stay those
-    of the file where a value stands.
+    Mappings merge, lists and other values replace, and null removes the key. A position refers to
+    the file that contains the value.
 
     Raises:
-        SpecError: a file is missing, is not right, or extends itself.
+        SpecError: a file is missing, is not valid, or extends itself.
     """
     chain = [document]
     seen = {os.path.realpath(document.source): document.source} if document.source else {}
@@ -112,22 +112,22 @@ def _where(document: Document) -> str:
 
 
 def _own(document: Document) -> Document:
-    """The document without the key that names what it extends."""
+    """The document without the key `extends`."""
     values = {key: value for key, value in document.values.items() if key != EXTENDS}
     return replace(document, values=values)
 
 
 def with_set_file(document: Document, path: str | os.PathLike[str]) -> Document:
-    """The document with the values of a file of overrides, which count as given after it.
+    """The document with the values of a file of overrides, as if given after it.
 
     Raises:
-        SpecError: the file is not right.
+        SpecError: the file is not valid.
     """
     given = read_document(path, rank=document.overrides + 1)
     if EXTENDS in given.values:
         raise SpecError(
-            f"{given.place_of_key((EXTENDS,)).text}: {EXTENDS}: belongs into the spec; of files of "
-            "overrides several may be given"
+            f"{given.place_of_key((EXTENDS,)).text}: {EXTENDS}: belongs in the spec; "
+            "instead, give several files of overrides"
         )
     merged = _merged(document, given)
     for places, before in ((merged.keys, document.keys), (merged.contents, document.contents)):
@@ -139,7 +139,7 @@ def with_set_file(document: Document, path: str | os.PathLike[str]) -> Document:
 
 
 def _merged(base: Document, over: Document) -> Document:
-    """`over` laid over `base`. A section that both have is where `over` has it."""
+    """`over` merged over `base`. A section in both keeps its position in `over`."""
     keys, contents = _all_places(base)
     of_over = _all_places(over)
     for steps, value in _walk(over.values, ()):
@@ -154,7 +154,7 @@ def _merged(base: Document, over: Document) -> Document:
 
 
 def _all_places(document: Document) -> tuple[dict[Steps, SourcePosition], ...]:
-    """The positions of every key and value; a file need not have those of each."""
+    """The positions of every key and value; a file need not have all of them."""
     found = [steps for steps, _ in _walk(document.values, ())]
     keys = {steps: document.place_of_key(steps) for steps in found}
     contents = {steps: document.place_of_value(steps) for steps in found}
@@ -162,7 +162,7 @@ def _all_places(document: Document) -> tuple[dict[Steps, SourcePosition], ...]:
 
 
 def _walk(values: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
-    """Every value with its steps, an outer one before what is inside."""
+    """Every value with its steps, an outer value before its inner ones."""
     yield steps, values
     if isinstance(values, dict):
         inside: Any = values.items()
@@ -190,14 +190,14 @@ def _merged_values(base: Any, over: Any, steps: Steps) -> Any:
 
 
 def _is_replaced(key: str, base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
-    """Whether `over` gives the same duration in another unit."""
+    """Whether `over` sets the same duration in another unit."""
     if key in over or base[key] is None:
         return False
     return any(over.get(rival) is not None for rival in rivals_of(key))
 
 
 def rivals_of(name: str) -> list[str]:
-    """The names of the same duration in other units: `every_epochs` of `every_steps`."""
+    """The names of the same duration in other units: `every_epochs` for `every_steps`."""
     stem, _, unit = name.rpartition("_")
     if unit not in UNITS:
         return []
@@ -216,8 +216,9 @@ def with_environment(
 ) -> tuple[Document, set[Steps], list[tuple[SourcePosition, str, str]]]:
     """The document with each `${env:NAME}` replaced.
 
-    Also the places of values that were one as a whole; and position, key and reason of those that
-    could not be replaced: the name is not set, or the key could change the result.
+    Also returns the positions of values that were a reference as a whole; and position, key and
+    reason of those that could not be replaced: the variable is not set, or the key could change
+    the result.
     """
     texts: dict[Steps, str] = {}
     whole: set[Steps] = set()
@@ -237,7 +238,7 @@ def with_environment(
 def _expanded(steps: Steps, text: str) -> str:
     if not any(dotted(steps[:n]) in FROM_ENVIRONMENT for n in range(1, len(steps) + 1)):
         raise SpecError(
-            "${env:...} may only stand in keys that cannot change the result "
+            "${env:...} is only allowed in keys that cannot change the result "
             f"({', '.join(FROM_ENVIRONMENT)}), so that a spec means the same everywhere. Give it "
             f'on the command line: {dotted(steps)}="$NAME"'
         )
@@ -249,7 +250,7 @@ def _expanded(steps: Steps, text: str) -> str:
         if is_secret_name(name):
             raise SpecError(
                 f"{name} is the name of a secret, which would be written into the run's spec.yaml. "
-                "Secrets stay in the environment, where what needs them reads them"
+                "Secrets stay in the environment; the code that needs them reads them there"
             )
         if name not in os.environ:
             near = did_you_mean(name, os.environ)
@@ -259,12 +260,14 @@ def _expanded(steps: Steps, text: str) -> str:
 
     expanded = _REFERENCE.sub(value_of, text)
     if _BEGIN in expanded:
-        raise SpecError("what stands after ${env: is not NAME}, or a variable holds one itself")
+        raise SpecError(
+            "the text after ${env: is not NAME}, or the value of a variable contains ${env: itself"
+        )
     return expanded
 
 
 def with_values(document: Document, values: Mapping[Steps, Any]) -> Document:
-    """The document with other values at places that it has."""
+    """The document with other values at existing positions."""
 
     def replaced(value: Any, steps: Steps) -> Any:
         if steps in values:
@@ -279,18 +282,18 @@ def with_values(document: Document, values: Mapping[Steps, Any]) -> Document:
 
 
 def read_as_scalars(document: Document, places: set[Steps]) -> Document:
-    """The document with the texts at `places` as YAML reads them: `8` is a number."""
+    """The document with the texts at `places` parsed as YAML: `8` is a number."""
     return with_values(document, {steps: scalar(find(document.values, steps)) for steps in places})
 
 
 def read_spec_file(source: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
-    """The document of a file or a mapping, with what it extends."""
+    """The document of a file or a mapping, merged with the files that it extends."""
     if isinstance(source, Mapping):
         return with_bases(document_of(source))
     return with_bases(read_document(source))
 
 
 def keys_in(path: str | os.PathLike[str]) -> list[str]:
-    """The keys that a file of overrides sets, as `optimizer.lr`."""
+    """The keys that a file of overrides sets, such as `optimizer.lr`."""
     found = _walk(read_document(Path(path)).values, ())
     return [dotted(steps) for steps, value in found if not isinstance(value, dict)]

@@ -1,4 +1,4 @@
-"""A spec as a file: read with the position of every mistake, written, described."""
+"""A spec as a file: read with the position of every error, written, described."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from service.spec.part import CUSTOM, PATTERNS_IN_WORDS, Part
 
 
 Override = str | Path
-"""`key.sub=value`, or a file of such values, in the form of a spec."""
+"""`key.sub=value`, or a file of such values, in the format of a spec."""
 
 
 def load_spec(
@@ -52,12 +52,12 @@ def load_spec(
     """The spec in a file, or in a mapping, with overrides applied in order.
 
     A file may extend another one, `extends: base.yaml`. An override is `key.sub=value`, or the
-    path of a file of such values. Of a duration that the file has in one unit (`every_epochs`) and
-    an override in another (`every_steps`), the override's holds.
+    path of a file of such values. If the file sets a duration in one unit (`every_epochs`) and
+    an override in another (`every_steps`), the override applies.
 
-    A `SpecError` lists every fault at once, as `file:line:column: key: what is wrong`. A task in a
-    file, `./my_task.py:task`, and what begins with `./` or `../` in `task_args` or `init.from` are
-    relative to the directory of the file where they stand, and where given by an override or a
+    A `SpecError` lists all errors together, as `file:line:column: key: what is wrong`. A task in a
+    file, `./my_task.py:task`, and texts that begin with `./` or `../` in `task_args` or `init.from`
+    are relative to the directory of the file that contains them, and in an override or a
     mapping to the current one; in the result such paths are absolute.
     """
     document = read_spec_file(path)
@@ -79,15 +79,15 @@ def load_spec(
 
 
 def _validated(document: Document, refused: list[str]) -> tuple[Spec, Document]:
-    """The spec of the document, and the document with the environment in it.
+    """The spec of the document, and the document with environment variables replaced.
 
     Raises:
-        SpecError: lists every fault, and what was refused before.
+        SpecError: lists every error, and those in `refused`.
     """
     document, expanded, unset = with_environment(document)
     errors = _errors(document)
     if isinstance(errors, list) and expanded:
-        # Text from the environment is a number where only a number may stand.
+        # Text from the environment becomes a number if the key only accepts numbers.
         wrong = expanded & {_spot(error["loc"]).steps for error in errors}
         document = read_as_scalars(document, wrong)
         errors = _errors(document)
@@ -103,7 +103,7 @@ def _validated(document: Document, refused: list[str]) -> tuple[Spec, Document]:
 
 
 def _errors(document: Document) -> Spec | list[ErrorDetails]:
-    """The spec, or everything that is wrong with it."""
+    """The spec, or all of its errors."""
     try:
         return Spec.model_validate(document.values)
     except ValidationError as error:
@@ -114,12 +114,14 @@ def _overridden(document: Document, given: Override) -> Document:
     if not isinstance(given, str):
         return with_set_file(document, given)
     if given.partition("=")[0].strip().removeprefix("--").partition(".")[0] == EXTENDS:
-        raise SpecError(f"{given}: {EXTENDS} stands in the file; use --set-file to add another one")
+        raise SpecError(
+            f"{given}: {EXTENDS} belongs in the file; use --set-file to add another one"
+        )
     return _without_rivals(override(document, given), given)
 
 
 def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
-    """The spec with what `path` makes of the place of its first weights."""
+    """The spec with the source of its initial weights replaced by `path(source)`."""
     if spec.init is None:
         return spec
     init = spec.init.model_copy(update={"from": path(spec.init.source)})
@@ -127,14 +129,14 @@ def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
 
 
 def _without_rivals(document: Document, text: str) -> Document:
-    """The document without the file's own words for the duration that the override `text` sets."""
+    """The document without the file's own value for the duration that the override `text` sets."""
     *section, name = (part.strip() for part in text.partition("=")[0].split("."))
     held = find(document.values, tuple(section))
     if not isinstance(held, dict) or held.get(name) is None:
         return document
     for rival in rivals_of(name):
         place = document.place_of_key((*section, rival))
-        if rival in held and (place.override <= 0 or place.line):  # it stands in a file
+        if rival in held and (place.override <= 0 or place.line):  # it is in a file
             document = override(document, f"{'.'.join([*section, rival])}=")
     return document
 
@@ -162,11 +164,11 @@ _CODE: tuple[Steps, ...] = (
     ("optimizer", "companion", "name"),
     ("schedule", "name"),
 )
-"""Where a spec may name code of the user's own, as `./file.py:name`."""
+"""Keys that may name the user's code, as `./file.py:name`."""
 
 
 def code_files(spec: Spec) -> dict[Steps, str]:
-    """The files of code that the spec names, by the place where it does."""
+    """The code files that the spec names, by key."""
     found = {}
     several = [("optimizers", name, *steps) for name in spec.optimizers for steps in _CODE[1:]]
     for steps in (*_CODE, *several):
@@ -177,7 +179,7 @@ def code_files(spec: Spec) -> dict[Steps, str]:
 
 
 def with_code_files(spec: Spec, path: Callable[[str, Steps], str]) -> Spec:
-    """The spec with each such file replaced by what `path` makes of it, given its place."""
+    """The spec with each such file replaced by `path(file, key)`."""
     for steps, file in code_files(spec).items():
         name = str(_named_at(spec, steps)).rpartition(":")[2]
         spec = _replaced(spec, steps, f"{path(file, steps)}:{name}")
@@ -201,7 +203,7 @@ def _replaced(part: Any, steps: Steps, value: str) -> Any:
 
 
 def _with_paths(value: Any, steps: Steps, path: Callable[[str, Steps], str]) -> Any:
-    """Plain values with each text replaced by what `path` makes of it, given its place."""
+    """Plain values with each text replaced by `path(text, key)`."""
     if isinstance(value, str):
         return path(value, steps)
     if isinstance(value, Mapping):
@@ -214,7 +216,7 @@ def _with_paths(value: Any, steps: Steps, path: Callable[[str, Steps], str]) -> 
 
 def _joined(text: str, folder: str) -> str:
     if not text.startswith(("./", "../")):
-        return text  # a path of the current directory, or no path at all: a name, an address
+        return text  # relative to the current directory, or not a path: a name, a URL
     return os.path.abspath(os.path.join(folder, text))
 
 
@@ -235,13 +237,13 @@ class _Fault(NamedTuple):
 
 
 class _Spot(NamedTuple):
-    """Where one of pydantic's errors is, in the user's own keys."""
+    """The position of one of pydantic's errors, in the user's own keys."""
 
     steps: Steps
     fields: dict[str, FieldInfo]
-    """The keys that may stand beside the last one."""
+    """The valid keys next to the last one."""
     one_of_several: bool
-    """One of the reasons why no member of a union fits; the others are at the same steps."""
+    """One of the reasons why no member of a union matches; the others have the same steps."""
 
 
 def _faults(errors: list[ErrorDetails], document: Document) -> Iterator[_Fault]:
@@ -286,7 +288,7 @@ def _fault(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
 
 
 def _wrong_member(error: ErrorDetails, spot: _Spot, document: Document) -> _Fault:
-    """The `name` that chooses among several sections is missing, or none of theirs."""
+    """The `name` that selects one of several sections is missing or unknown."""
     field = spot.fields[str(spot.steps[-1])]
     steps = (*spot.steps, "name")
     given = find(document.values, steps)
@@ -346,7 +348,7 @@ def _allowed(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
         return PATTERNS_IN_WORDS.get(context["pattern"], f"text like {context['pattern']}")
     words = _ALLOWED.get(error["type"])
-    if words is None:  # pydantic's own message where we have none
+    if words is None:  # pydantic's own message as a fallback
         return f"right ({error['msg']})"
     return words.format(**{key: _bare(value) for key, value in context.items()})
 
@@ -378,13 +380,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _near(word: str, names: list[str]) -> str:
-    """A suggestion, but no list: the sentence has it already."""
+    """A suggestion, without the list of names, which the sentence has already."""
     hint = did_you_mean(word, names)
     return hint if hint.startswith("; did") else ""
 
 
 def _spot(loc: tuple[str | int, ...]) -> _Spot:
-    """`loc` followed through the models, without the marks that pydantic leaves at unions."""
+    """`loc` followed through the models, without the marks that pydantic adds at unions."""
     steps: Steps = ()
     parts: list[type[Part]] = [Spec]
     fields = dict(Spec.model_fields)
@@ -417,7 +419,7 @@ def _is_chosen_by_name(field: FieldInfo) -> bool:
 
 
 def _parts(annotation: Any) -> list[type[Part]]:
-    """The sections an annotation speaks of."""
+    """The sections in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return [annotation]
     return [part for inner in get_args(annotation) for part in _parts(inner)]
@@ -431,7 +433,7 @@ def _tuple_length(annotation: Any) -> int:
 
 
 def _names(part: type[Part]) -> tuple[str, ...]:
-    """What `name` may be for a section to be chosen by it."""
+    """The values of `name` that select a section."""
     return get_args(part.model_fields["name"].annotation) or (CUSTOM,)
 
 
@@ -439,12 +441,12 @@ def _names(part: type[Part]) -> tuple[str, ...]:
 
 
 def dump_spec(spec: Spec) -> str:
-    """The spec as YAML, defaults included, which `load_spec` reads back equal."""
+    """The spec as YAML, including defaults; `load_spec` reads back an equal one."""
     return _yaml(plain_values(spec))
 
 
 def dump_values(values: Mapping[str, Any]) -> str:
-    """Plain values of a spec as YAML, such as those of a run's `spec.yaml`."""
+    """Plain values of a spec as YAML, such as those in a run's `spec.yaml`."""
     return _yaml(dict(values))
 
 
@@ -462,7 +464,7 @@ def plain_values(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that YAML 1.1 or 1.2 would take for something else."""
+    """Quotes every string that YAML 1.1 or 1.2 would parse as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -489,14 +491,14 @@ def _yaml(value: Any, *, flow: bool | None = None) -> str:
 
 
 def on_one_line(value: Any) -> str:
-    """A plain value as YAML in one line."""
+    """A plain value as YAML on one line."""
     if isinstance(value, dict | list):
         return _yaml(value, flow=True).strip()
     return _yaml([value], flow=False).strip().removeprefix("- ")
 
 
 def fingerprint(spec: Spec) -> str:
-    """SHA-256 of the spec as resolved."""
+    """SHA-256 of the resolved spec."""
     return hashlib.sha256(dump_spec(spec).encode()).hexdigest()
 
 
@@ -504,7 +506,7 @@ def fingerprint(spec: Spec) -> str:
 
 
 class _Schema(GenerateJsonSchema):
-    """Without a title at every key, which an editor would show in place of the description."""
+    """Without a title for every key, which an editor would show instead of the description."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -513,8 +515,8 @@ class _Schema(GenerateJsonSchema):
 def spec_schema() -> dict[str, Any]:
     """The JSON Schema of a spec, for editors.
 
-    In a choice of sections each one requires its own `name`: where it were optional, an editor
-    would find that an unfinished section matches several.
+    In a choice of sections each one requires its own `name`: if it were optional, an editor
+    would match an unfinished section with several of them.
     """
     schema = Spec.model_json_schema(schema_generator=_Schema)
     for part in schema["$defs"].values():
@@ -523,22 +525,22 @@ def spec_schema() -> dict[str, Any]:
             part["required"] = ["name", *required]
     _describe(schema)
     schema["properties"] = {EXTENDS: _EXTENDS_SCHEMA, **schema["properties"]}
-    asked = {key: schema.pop(key) for key in ("required", "anyOf")}  # the base may have it
+    asked = {key: schema.pop(key) for key in ("required", "anyOf")}  # the base file may have them
     schema |= {"if": {"required": [EXTENDS]}, "else": asked}
     return schema
 
 
 _EXTENDS_SCHEMA = {
-    "description": "Another spec, relative to this file, whose values hold where this one has "
-    "none. Sections merge, other values are replaced, and `null` removes a key.",
+    "description": "Another spec, relative to this file. Its values apply if this one has "
+    "none. Sections are merged, other values are replaced, and `null` removes a key.",
     "type": "string",
 }
 
 
 def _describe(schema: dict[str, Any]) -> None:
-    """Give each key the words below it in the source.
+    """Give each key the text below it in the source code as its description.
 
-    pydantic can do so by itself, wherever a spec is read: that was a third of the time it took.
+    pydantic could do this by itself whenever it builds a model: that took a third of the time.
     """
     parts: set[type[Part]] = {Spec, *_sections(Spec)}
     homes = {base for part in parts for base in part.__mro__ if issubclass(base, Part)}
@@ -556,7 +558,7 @@ def _describe(schema: dict[str, Any]) -> None:
 
 
 def _sections(part: type[Part]) -> Iterator[type[Part]]:
-    """Every section that may stand in this one, however deep."""
+    """Every section that may occur in this one, at any depth."""
     for field in part.model_fields.values():
         for inner in _parts(field.annotation):
             yield inner
@@ -564,7 +566,7 @@ def _sections(part: type[Part]) -> Iterator[type[Part]]:
 
 
 def _words_below(source: str) -> dict[str, dict[str, str]]:
-    """The texts that stand below the attributes of each class, by class and attribute."""
+    """The texts below the attributes of each class, by class and attribute."""
     found: dict[str, dict[str, str]] = {}
     for home in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
         for line, below in pairwise(home.body):

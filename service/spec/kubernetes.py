@@ -75,7 +75,7 @@ Loosening = Literal[
     "volumes",
     "writable_root",
 ]
-"""What of a pod can be loosened, by name."""
+"""The possible exceptions to the security of a pod, by name."""
 
 
 class SpreadSpec(Part):
@@ -86,14 +86,14 @@ class SpreadSpec(Part):
     max_skew: Annotated[int, Field(ge=1)] = 1
     """Most pods that one group may have more than another."""
     required: bool = False
-    """Whether a pod waits where the rule would be broken, or is placed all the same."""
+    """Whether a pod waits if the rule would be violated, or is placed anyway."""
 
 
 class LoosenedSecuritySpec(Part):
-    """What the pods may do that Pod Security `restricted` refuses; nothing else loosens it."""
+    """Exceptions to Pod Security `restricted`; nothing else weakens it."""
 
     host_network: bool = False
-    """Use the network of the machine; no NetworkPolicy holds there."""
+    """Use the network of the node; NetworkPolicies do not apply to it."""
     root: bool = False
     """Run as uid 0."""
     capabilities: tuple[Annotated[str, Field(pattern=CAPABILITY)], ...] = Field(
@@ -107,7 +107,8 @@ class LoosenedSecuritySpec(Part):
     def _capabilities_take_effect(self) -> Self:
         if self.capabilities and not self.root:
             raise wrong(
-                f"must have root: true for {', '.join(self.capabilities)}, since Kubernetes gives "
+                f"must have root: true for {', '.join(self.capabilities)}, because Kubernetes "
+                f"gives "
                 "an added capability to no other user; without root, raise the limit on the node "
                 "(for IPC_LOCK: memlock of the container runtime) and leave it out"
             )
@@ -115,7 +116,7 @@ class LoosenedSecuritySpec(Part):
 
 
 class VariableSpec(Part):
-    """Where the value of an environment variable is: a key of a Secret or of a ConfigMap."""
+    """The source of an environment variable: a key of a Secret or of a ConfigMap."""
 
     secret: DnsName | None = None
     """A Secret."""
@@ -206,11 +207,11 @@ class KubernetesSpec(Part):
     resources: dict[Annotated[str, Field(pattern=RESOURCE)], Annotated[int, Field(ge=1)]] = Field(
         default={}
     )
-    """Further devices of each pod by the cluster's name, such as `vpc.amazonaws.com/efa: 4`."""
+    """Other devices of each pod by the cluster's name, such as `vpc.amazonaws.com/efa: 4`."""
     hugepages: dict[Annotated[str, Field(pattern=HUGE_PAGE)], Quantity] = Field(default={})
-    """Huge pages of each pod by their size, such as `2Mi: 5Gi`; not a part of `memory`."""
+    """Huge pages of each pod by size, such as `2Mi: 5Gi`; not a part of `memory`."""
     fabric: Literal["infiniband", "efa", "tcp"] | None = None
-    """Variables that hold NCCL to this network between nodes. Default: NCCL chooses."""
+    """Variables that restrict NCCL to this network between nodes. Default: NCCL chooses."""
     node_selector: dict[LabelKey, LabelValue] = Field(default={})
     """Labels that the cluster's nodes must have."""
     tolerations: tuple[TolerationSpec, ...] = Field(default=(), strict=False)
@@ -218,33 +219,33 @@ class KubernetesSpec(Part):
     topology: Annotated[str, Field(pattern=LABEL)] = "topology.kubernetes.io/zone"
     """Pods prefer nodes that share the value of this label; `none` for no preference."""
     topology_spread: tuple[SpreadSpec, ...] = Field(default=(), strict=False)
-    """Rules that spread the pods, such as one pod for each machine."""
+    """Rules that spread the pods, such as one pod per node."""
     runtime_class: DnsName | None = None
-    """The RuntimeClass of the pods. Default: the cluster's own."""
+    """The RuntimeClass of the pods. Default: the cluster's default."""
     scheduler: DnsName | None = None
-    """The scheduler of the pods. Default: that of `gang`, or the cluster's own."""
+    """The scheduler of the pods. Default: that of `gang`, or the cluster's default."""
     gang: Literal["volcano", "coscheduling"] | None = None
-    """Start all pods or none, by a PodGroup of Volcano or of the coscheduling plug-in."""
+    """Start all pods or none, with a PodGroup of Volcano or of the coscheduling plugin."""
     gang_queue: DnsName | None = None
-    """The Queue of Volcano."""
+    """The Volcano queue."""
     exclusive_topology: LabelKey | None = None
-    """The job has a whole group of nodes with one value of this label to itself (JobSet)."""
+    """Give the job all nodes with one value of this label exclusively (JobSet)."""
     queue: DnsLabel | None = None
-    """A LocalQueue of Kueue, which then decides when the job starts."""
+    """A Kueue LocalQueue, which then decides when the job starts."""
     queue_priority: DnsName | None = None
-    """A WorkloadPriorityClass of Kueue: the job's place in the queue, and whom it preempts."""
+    """A Kueue WorkloadPriorityClass: the job's priority in the queue, and for preemption."""
     queue_topology_required: LabelKey | None = None
-    """Kueue places all pods within one value of this label, or lets the job wait."""
+    """Kueue places all pods on nodes with one value of this label, or lets the job wait."""
     queue_topology_preferred: LabelKey | None = None
-    """Kueue places the pods within one value of this label if it can."""
+    """Kueue places all pods on nodes with one value of this label if possible."""
     priority_class: DnsName | None = None
     """The PriorityClass of the pods: which pods start first when resources are short."""
     image_pull_secret: DnsName | None = None
     """The Secret for pulling the image."""
     image_pull_secrets: tuple[DnsName, ...] = Field(default=(), strict=False)
-    """More Secrets for pulling images; each registry is asked with those that fit it."""
+    """More Secrets for pulling images; each registry gets those that match it."""
     labels: dict[LabelKey, LabelValue] = Field(default={})
-    """Additional labels of every object, and of the pods."""
+    """Additional labels of every object and of the pods."""
     annotations: dict[LabelKey, str] = Field(default={})
     """Additional annotations of the pods, such as the networks of Multus."""
     service_account: DnsName | None = None
@@ -254,25 +255,25 @@ class KubernetesSpec(Part):
     supplemental_groups: tuple[Annotated[int, Field(ge=1, le=2**31 - 1)], ...] = Field(
         default=(), strict=False
     )
-    """Further gids of the processes, such as the group of a shared storage or of a device."""
+    """Additional gids of the processes, such as the group of a shared storage or of a device."""
     pod_template: dict[str, Any] = Field(default={})
-    """Fields of Kubernetes' own pod template, merged over the rendered one; `null` removes."""
+    """Fields of Kubernetes' own pod template, merged into the rendered one; `null` removes one."""
     loosened_security: LoosenedSecuritySpec = Field(default=LoosenedSecuritySpec())
-    """What the pods may do that Pod Security `restricted` refuses. Default: nothing."""
+    """Exceptions to Pod Security `restricted`. Default: none."""
     env: dict[Variable, str] = Field(default={})
     """Additional environment variables."""
     env_from: dict[Variable, VariableSpec] = Field(default={})
-    """Environment variables by name, each with the key of a Secret or ConfigMap that holds it."""
+    """Environment variables by name, each with the key of a Secret or ConfigMap."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
     """Additional volumes: data sets, certificates, credentials."""
     wandb_secret: DnsName = "wandb"
-    """The Secret whose `api-key` is the API key of W&B; without it, W&B is offline."""
+    """The Secret whose key `api-key` is the API key of W&B; without it, W&B is offline."""
     s3_secret: DnsName | None = None
-    """The Secret whose `credentials` is a credentials file of AWS, also for other S3 stores."""
+    """The Secret whose key `credentials` is an AWS credentials file, also for other S3 stores."""
     gcs_secret: DnsName | None = None
-    """The Secret whose `key.json` is the key of a service account of Google Cloud Storage."""
+    """The Secret whose key `key.json` is the key of a Google Cloud service account."""
     egress: tuple[str, ...] = Field(default=(), strict=False)
-    """Address blocks that the pods may connect to, besides each other and DNS: 10.1.2.0/24."""
+    """Address blocks to which the pods may connect, besides each other and DNS: 10.1.2.0/24."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """Failures of one node, caused by that node, after which the job fails."""
     grace_seconds: Annotated[int, Field(ge=30)] = 180
@@ -288,6 +289,7 @@ class KubernetesSpec(Part):
 
     @property
     def on_cpu(self) -> bool:
+        """Whether the pods train on the CPU."""
         return self.device == "cpu"
 
     @property
@@ -304,8 +306,8 @@ class KubernetesSpec(Part):
                 if "/" in block and ip_network(block):
                     continue
             except ValueError as error:
-                raise wrong(f"must be blocks of addresses, but {error}") from error
-            raise wrong(f"must be blocks of addresses, such as {block}/32, but has {block!r}")
+                raise wrong(f"must be address blocks, but {error}") from error
+            raise wrong(f"must be address blocks, such as {block}/32, but has {block!r}")
         return egress
 
     @field_validator("labels")
@@ -313,7 +315,7 @@ class KubernetesSpec(Part):
     def _labels_of_ours(cls, labels: dict[str, str]) -> dict[str, str]:
         for key in labels:
             if key in OWN_LABELS:
-                raise wrong(f"must leave {key} to Evenstep, which finds its objects by it")
+                raise wrong(f"must not set {key}, which Evenstep uses to find its objects")
         return labels
 
     @field_validator("hugepages")
@@ -321,15 +323,19 @@ class KubernetesSpec(Part):
     def _whole_pages(cls, hugepages: dict[str, str]) -> dict[str, str]:
         for page, size in hugepages.items():
             if quantity(size) == 0 or quantity(size) % quantity(page):
-                raise wrong(f"must have whole pages, but {size} are no pages of {page}")
+                raise wrong(
+                    f"must be a multiple of the page size, but {size} is not a multiple of {page}"
+                )
         return hugepages
 
     @model_validator(mode="after")
     def _devices_once(self) -> Self:
         if self.device in self.resources:
-            raise wrong(f"must have {self.device} in device, whose number is processes_per_node")
+            raise wrong(f"must have {self.device} in device, and its number in processes_per_node")
         if self.fabric is not None and self.on_cpu:
-            raise wrong("must have a device with fabric, as on CPUs gloo exchanges data over TCP")
+            raise wrong(
+                "must have a device with fabric, because on CPUs gloo exchanges data over TCP"
+            )
         return self
 
     @model_validator(mode="after")
@@ -340,7 +346,9 @@ class KubernetesSpec(Part):
         if self.queue_topology_required and self.queue_topology_preferred:
             raise wrong("must have one of queue_topology_required and queue_topology_preferred")
         if self.gang_queue is not None and self.gang != "volcano":
-            raise wrong("must have gang: volcano with gang_queue; the queue of Kueue is queue")
+            raise wrong(
+                "must have gang: volcano with gang_queue; the key for a Kueue queue is queue"
+            )
         return self
 
     @model_validator(mode="after")
@@ -354,14 +362,15 @@ class KubernetesSpec(Part):
     def _memory_holds_what_is_shared(self) -> Self:
         if quantity(self.shared_memory) >= quantity(self.memory):
             raise wrong(
-                f"memory must be more than shared_memory ({self.shared_memory}), which is a part "
-                f"of it, but is {self.memory}"
+                f"memory must be more than shared_memory ({self.shared_memory}), which it "
+                f"includes, "
+                f"but is {self.memory}"
             )
         return self
 
 
 def quantity(text: str) -> float:
-    """A quantity of Kubernetes as a number: bytes of a size, cores of a cpu."""
+    """A Kubernetes quantity as a number: bytes of a size, cores of a cpu."""
     number = text.rstrip("mkMGTi")
     unit = text.removeprefix(number)
     powers = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

@@ -1,6 +1,6 @@
-"""The spec: what the user wants, as frozen and strict models. `files` reads one from a file.
+"""The spec: the user's settings, as frozen and strict models. `files` reads one from a file.
 
-No torch here: a spec is read, checked and printed on machines that have none.
+No torch here: a spec is read, validated and printed on machines without it.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class LengthSpec(Part):
 
 
 class ActivationCheckpointingSpec(Part):
-    """Which modules compute their activations again in the backward pass, to keep fewer of them."""
+    """Modules that recompute their activations in the backward pass, to use less memory."""
 
     match: Annotated[str, Field(min_length=1, examples=["blocks.*"])]
-    """A glob over the names of modules, such as `blocks.*`. Of modules inside one another the
-    outermost counts. The result has the same bits as without."""
+    """A glob over the names of modules, such as `blocks.*`. Of nested modules the outermost is
+    chosen. The result has the same bits as without."""
 
 
 class ModelSpec(Part):
@@ -83,7 +83,7 @@ class ModelSpec(Part):
     the `mean` over the step's micro-batches, the old value plus the `sum` of their changes, or the
     value after its `first` micro-batch. `local`: each process keeps its own."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward and backward pass; weights keep the type that the model gave."""
+    """Precision of the forward and backward pass; weights keep the dtype that the model gave."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False
@@ -91,27 +91,27 @@ class ModelSpec(Part):
     moving_average: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, such as 0.999."""
     activation_checkpointing: ActivationCheckpointingSpec | None = None
-    """Keep less for the backward pass, and compute it a second time there."""
+    """Recompute activations in the backward pass instead of storing them."""
 
 
 class _InitSpec(Part):
-    """Weights that the run begins with, in place of those drawn from the seed."""
+    """Initial weights from another source, instead of random ones."""
 
     checkpoint: str = "latest"
-    """Of a run: `latest`, `best`, or a step."""
+    """With a run: `latest`, `best`, or a step."""
     average: bool = False
-    """Of a run: the moving average of its weights."""
+    """With a run: load the moving average of its weights."""
     rename: dict[str, str] = Field(default={})
-    """Names of tensors and modules there, and what the model calls them; `.` is all of them, put
-    below a module of the model."""
+    """Maps names of tensors and modules in the source to names in the model; `.` stands for all of
+    the source, which is put into a module of the model."""
     skip: tuple[str, ...] = Field(default=(), strict=False)
-    """Globs over names, of the model's or of there, that are not taken, such as `head.*`."""
+    """Globs over names, of the model or of the source, that are not loaded, such as `head.*`."""
     strict: bool = True
-    """Whether everything that is not skipped must fit. `false`: take what fits."""
+    """Whether everything that is not skipped must match. `false`: load what matches."""
 
     @property
     def source(self) -> str:
-        """What `from` says, which is a word of Python's own."""
+        """The value of `from`, which is a keyword in Python."""
         return str(getattr(self, "from"))
 
 
@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     InitSpec = _InitSpec
 else:
     _from = Field(
-        description="A run, a .safetensors file, or a directory of transformers.",
+        description="A run, a .safetensors file, or a directory of a transformers model.",
         examples=["digits"],
     )
     InitSpec = create_model(
@@ -137,14 +137,14 @@ class TestSpec(Part):
     micro_batch: Annotated[int, Field(ge=1)] = 256
     """Rows of one forward pass of the test loop."""
     at_start: bool = False
-    """Test before the first step too, so that a measure that fails costs seconds. It decides
-    nothing: neither the best checkpoint nor early stopping."""
+    """Test before the first step too, so that a failing measure is found within seconds. This test
+    affects neither the best checkpoint nor early stopping."""
 
     _one_interval = model_validator(mode="after")(lambda self: _at_most_one_interval(self))
 
 
 class BestSpec(Part):
-    """The test measure that decides which checkpoint is the best."""
+    """The test measure that determines the best checkpoint."""
 
     measure: Annotated[str, Field(pattern=TEST_MEASURE, examples=["test/accuracy"])]
     """A key of the metrics, such as `test/accuracy`."""
@@ -175,7 +175,7 @@ class CheckpointSpec(Part):
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
     """In addition, never delete the first checkpoint at or after every multiple of this step."""
     best: BestSpec | None = None
-    """Which checkpoint to keep in addition to the newest ones."""
+    """The measure that determines the best checkpoints; they are kept besides the newest ones."""
     rename: dict[str, str] = Field(default={})
     """Maps old names of parameters and modules to their names in the model now."""
     asynchronous: bool = True
@@ -190,7 +190,9 @@ class CheckpointSpec(Part):
     @model_validator(mode="after")
     def _best_of_something(self) -> CheckpointSpec:
         if self.keep_best > 1 and self.best is None:
-            raise wrong("must have best, whose measure decides which are the best, for keep_best")
+            raise wrong(
+                "must have best, whose measure determines the best checkpoints, for keep_best"
+            )
         return self
 
 
@@ -204,20 +206,20 @@ class ExchangeSpec(Part):
     """How several processes sum their gradients; not used by a single process."""
 
     mode: Literal["ddp", "sharded", "hybrid"] = "ddp"
-    """`ddp`: every process holds the whole model, its gradients and the optimizer's state.
-    `sharded`: each holds some rows of every parameter (FSDP2), for a model that does not fit.
-    `hybrid`: the processes of a node share the rows out, and each node has all of them (HSDP), so
-    that parameters do not travel between nodes."""
+    """`ddp`: every process has the whole model, its gradients and the optimizer state.
+    `sharded`: each has some rows of every parameter (FSDP2), for a model that does not fit.
+    `hybrid`: the rows are divided among the processes of a node, and each node has all of them
+    (HSDP), so that parameters are not sent between nodes."""
     units: tuple[str, ...] = Field(default=(), strict=False, examples=[["blocks.*"]])
-    """Of `sharded`: globs over the names of the modules whose parameters come together at one time.
-    Default: the repeated blocks of the model's lists of modules. The rest is one more."""
+    """With `sharded`: globs over the names of the modules whose parameters are gathered together.
+    Default: the repeated blocks in the model's lists of modules. The rest is one more unit."""
     reshard_after_forward: bool = True
-    """Of `sharded`: let the parameters of a unit go after its forward pass and bring them together
-    again for its backward pass. `false` sends a third less, and holds all of them in between."""
+    """With `sharded`: release the parameters of a unit after its forward pass and gather them
+    again for its backward pass. `false` sends a third less, and keeps all of them in between."""
 
     @property
     def shards(self) -> bool:
-        """Whether a process holds some rows of each parameter only."""
+        """Whether a process has only some rows of each parameter."""
         return self.mode != "ddp"
 
     precision: Literal["full", "bf16"] = "full"
@@ -235,28 +237,28 @@ class LoaderSpec(Part):
 
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     """Worker processes for each training process; with 0 the training process reads the rows.
-    `auto`: the container's cores for each training process, less the one that trains."""
+    `auto`: the container's cores for each training process, minus the one that trains."""
     stream: Literal["whole", "split"] = "whole"
     """For iterable data. `whole`: every process reads all rows, and the result does not depend on
     the number of processes. `split`: each process reads its part, and the result depends on it."""
     prefetch: Annotated[int, Field(ge=1)] = 2
     """Steps that each worker reads ahead."""
     in_memory: bool = False
-    """Read every row once, at the start, and keep all rows in memory. For rows that fit there and
-    are the same each time they are read."""
+    """Read every row once, at the start, and keep all rows in memory. For rows that fit into
+    memory and are the same each time they are read."""
 
 
 class WandBSpec(Part):
-    """Where Weights & Biases shows the run."""
+    """The Weights & Biases run."""
 
     project: Annotated[str, Field(examples=["digits"])]
-    """The project the run belongs to."""
+    """The project of the run."""
     entity: str | None = None
     """The user or team that owns the project. Default: the entity of the API key."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is online if an API key is set, and offline otherwise."""
     group: str | None = None
-    """Runs of one group are shown together."""
+    """Runs with the same group are shown together."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """Tags of the run, to filter by."""
     finish_seconds: Annotated[float, Field(gt=0)] = 30.0
@@ -267,10 +269,10 @@ class WandBSpec(Part):
 
 
 class TrackioSpec(Part):
-    """Where trackio shows the run."""
+    """The trackio run."""
 
     project: Annotated[str, Field(examples=["digits"])]
-    """The project the run belongs to."""
+    """The project of the run."""
     space: str | None = None
     """A Hugging Face Space, as `user/name`. Default: stored on this machine, for `trackio show`."""
 
@@ -296,11 +298,11 @@ class FaultsSpec(Part):
     startup_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """The same limit before the first step, when data are loaded and the model is compiled."""
     hook_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """The same limit for one call of a hook of the task: it is interrupted then, and has failed."""
+    """The same limit for one call of a hook of the task, which is then interrupted and fails."""
     on_hook_failure: Literal["go_on", "stop"] = "go_on"
     """What to do when a hook of the task fails: report it, or save and end the run."""
     stop_poll_steps: Annotated[int, Field(ge=1)] = 50
-    """Most steps between two checks, by all processes together, for a request to stop."""
+    """Maximum number of steps between two joint checks of all processes for a request to stop."""
     stop_budget_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Time for a requested stop, including the last save; after it the launcher kills the
     processes. `auto`: 120 s, or more if the saves of this run take longer."""
@@ -312,7 +314,7 @@ class FaultsSpec(Part):
     """With `skip`: how many steps of the run may be skipped before it ends."""
 
 
-# They treat each number of a parameter by itself, so rows can be treated apart.
+# They treat each element of a parameter separately, so rows can be treated separately.
 BY_NUMBER = (
     "sgd",
     "adam",
@@ -327,7 +329,7 @@ BY_NUMBER = (
 
 
 def _one_or_several(schema: dict[str, Any]) -> None:
-    """Let an editor ask for one of the sections `optimizer` and `optimizers`; none is null."""
+    """Let an editor require one of the sections `optimizer` and `optimizers`; neither is null."""
     optimizer = schema["properties"]["optimizer"]
     [chosen, _] = optimizer.pop("anyOf")
     optimizer |= chosen
@@ -336,15 +338,15 @@ def _one_or_several(schema: dict[str, Any]) -> None:
 
 
 def _not_in_turns(spec: Spec) -> list[tuple[bool, str, str]]:
-    """(whether the spec asks for it, what, what to do instead), where it has `optimizers`."""
+    """(whether the spec asks for it, what, what to do instead), for a spec with `optimizers`."""
     return [
-        (spec.schedule != ConstantSpec(), "schedule", "each of them has a schedule of its own"),
+        (spec.schedule != ConstantSpec(), "schedule", "each of them has its own schedule"),
         (spec.exchange.shards, f"exchange.mode: {spec.exchange.mode}", "use ddp"),
     ]
 
 
 def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
-    """(whether the spec asks for it, what, what to do instead) of all that is not sharded yet."""
+    """(whether the spec asks for it, what, what to do instead) for everything not yet sharded."""
     model, exchange = spec.model, spec.exchange
     name = spec.optimizer.name if spec.optimizer is not None else "several"
     return [
@@ -354,9 +356,17 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
         (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),
         (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
-        (spec.init is not None, "init", "use exchange.mode: ddp for its first steps, and go on"),
+        (
+            spec.init is not None,
+            "init",
+            "use exchange.mode: ddp for the first steps, then continue sharded",
+        ),
         (exchange.precision != "full", "exchange.precision: bf16", "leave it out"),
-        (exchange.bucket_mib != 25, "exchange.bucket_mib", "leave it out; units come together"),
+        (
+            exchange.bucket_mib != 25,
+            "exchange.bucket_mib",
+            "leave it out; parameters are gathered by units",
+        ),
         (exchange.static_graph, "exchange.static_graph", "leave it out"),
     ]
 
@@ -374,9 +384,9 @@ class Spec(Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random numbers of the run."""
     exactness: Literal["rounding", "bitwise"] = "rounding"
-    """How equal the results are at different numbers of processes: up to rounding, or in every
-    bit. `bitwise` computes each micro-batch alone and sums in a fixed order, at 1, 2, 4, 8, ...
-    processes."""
+    """How equal the results are at different numbers of processes: up to rounding, or bit for
+    bit. `bitwise` computes each micro-batch separately and sums in a fixed order, at 1, 2, 4, 8,
+    ... processes."""
     batch: BatchSpec = Field(examples=[{"global_batch": 128}])
     """The rows of one optimizer step, and the rows of one forward pass."""
     length: LengthSpec = Field(examples=[{"epochs": 10}])
@@ -384,14 +394,14 @@ class Spec(Part):
     model: ModelSpec = ModelSpec()
     """How the model is computed."""
     init: InitSpec | None = None
-    """Weights that the run begins with, in place of those drawn from the seed."""
+    """Initial weights from another source, instead of random ones."""
     optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] | None = Field(
         examples=[{"name": "sgd", "lr": 0.1}]
     )
     """The optimizer and its options."""
     optimizers: dict[str, TurnSpec] = Field(default={})
-    """Several optimizers by name, in place of `optimizer` and `schedule`. In every step they take
-    their turns in this order. For a task with a step of its own."""
+    """Several optimizers by name, instead of `optimizer` and `schedule`. In every step they take
+    turns in this order. For a task with its own step."""
     schedule: Annotated[Schedules, Discriminator(tag_by_name)] = ConstantSpec()
     """Multiplier of the learning rate during the run."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -438,8 +448,9 @@ class Spec(Part):
         if optimizers and all(turn.every > 1 for turn in optimizers.values()):
             least = min(turn.every for turn in optimizers.values())
             raise wrong(
-                f"one of them must step in every step, but the least `every` is {least}: take out "
-                "their common factor, as a step in which nothing steps trains nothing"
+                f"one of them must step in every step, but the smallest `every` is {least}: divide "
+                f"all "
+                "by their common factor, because a step without an optimizer trains nothing"
             )
         return optimizers
 
@@ -464,7 +475,7 @@ class Spec(Part):
     def _whole_to_the_bit(self) -> Self:
         if self.exactness == "bitwise" and self.exchange != ExchangeSpec():
             raise wrong(
-                "exactness: bitwise sums gradients in a fixed order of its own: "
+                "exactness: bitwise sums gradients in its own fixed order: "
                 "remove the section exchange"
             )
         return self
@@ -474,7 +485,7 @@ class Spec(Part):
         if self.exchange.mode == "ddp":
             for key in ("units", "reshard_after_forward"):
                 if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
-                    raise wrong(f"exchange.{key} belongs to exchange.mode: sharded or hybrid")
+                    raise wrong(f"exchange.{key} needs exchange.mode: sharded or hybrid")
             return self
         for is_so, what, instead in _not_sharded(self):
             if is_so:
@@ -488,7 +499,7 @@ class Spec(Part):
         if any(schedule.name == "plateau" for schedule in self.schedules.values()):
             waiting = waiting or "schedule plateau"
         if waiting and self.test.every_steps is None and self.test.every_epochs is None:
-            raise wrong(f"{waiting} waits for tests: add test.every_epochs or test.every_steps")
+            raise wrong(f"{waiting} needs tests: add test.every_epochs or test.every_steps")
         return self
 
     @field_validator("task")

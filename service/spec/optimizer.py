@@ -66,14 +66,14 @@ class GroupSpec(Part):
 
 
 def _given(part: Part, *, without: set[str]) -> dict[str, Any]:
-    """What was set; null is the default, but a custom optimizer may mean something by it."""
+    """The values that were set; null means the default, but a custom optimizer may accept None."""
     given = part.model_dump(exclude=without, exclude_unset=True)
     extra = part.model_extra or {}
     return {key: value for key, value in given.items() if value is not None or key in extra}
 
 
 def _optional(kind: Any) -> Any:
-    if get_args(kind):  # a pair: YAML has lists only
+    if get_args(kind):  # a pair: YAML only has lists
         kind = Annotated[kind, Strict(False)]
     return (kind | None, None)
 
@@ -94,20 +94,20 @@ def _optimizer_part(name: str, **more: Any) -> Any:
 
 
 def _like(key: str, default: Any) -> Any:
-    """The field of every optimizer with its words, for one whose type is narrower."""
+    """The field of every optimizer with its description, for one with a narrower type."""
     of_all = OptimizerSpec.model_fields[key]
     strict = None if default is ... else False
     return Field(default, strict=strict, description=of_all.description, examples=of_all.examples)
 
 
 class CustomGroupSpec(GroupSpec):
-    """A group of an optimizer that is not torch's own; its options are checked when it is made."""
+    """A group of a custom optimizer; its options are checked when the optimizer is created."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class CustomOptimizerSpec(OptimizerSpec):
-    """Any optimizer by import string; its options are checked against its signature when made."""
+    """Any optimizer by import string; its options are checked against its signature on creation."""
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, Field(pattern=IMPORT_STRING)]
@@ -116,10 +116,10 @@ class CustomOptimizerSpec(OptimizerSpec):
     """Settings for parameters by their names; the first matching glob wins."""
 
 
-# Those that can train some kinds of parameter only; a companion trains the others.
+# Those that can train only some kinds of parameters; a companion trains the others.
 PICKY = ("muon", "sparseadam")
 
-Optimizers: Any = Annotated[CustomOptimizerSpec, Tag(CUSTOM)]  # torch's own join it below
+Optimizers: Any = Annotated[CustomOptimizerSpec, Tag(CUSTOM)]  # torch's own are added below
 for _name in [name for name in OPTIMIZERS if name not in PICKY]:
     Optimizers = Optimizers | Annotated[_optimizer_part(_name), Tag(_name)]
 _companion: dict[str, Any] = {
@@ -145,7 +145,7 @@ for _name in PICKY:
 
 
 def in_lower_case(optimizer: Any) -> Any:
-    """The section with its name, and that of a companion, as torch.optim's are written here."""
+    """The section with its name, and that of a companion, in lower case as in torch.optim."""
     if not isinstance(optimizer, dict):
         return optimizer
     name = optimizer.get("name")
@@ -157,13 +157,13 @@ def in_lower_case(optimizer: Any) -> Any:
 
 
 class TurnSpec(Part):
-    """One of several optimizers, each of which trains its own parameters in its own turn."""
+    """One of several optimizers; each trains its own parameters in its own turn."""
 
     match: tuple[str, ...] = Field(default=(), strict=False, examples=[["critic.*"]])
-    """Globs over the names of the parameters that it trains. Default: `NAME.*`, all of the model
+    """Globs over the names of the parameters that it trains. Default: `NAME.*`, the whole model
     that has the optimizer's name."""
     every: Annotated[int, Field(ge=1)] = 1
-    """It steps in every step whose number is a multiple of this, counted from 1."""
+    """It takes a step in every step whose number is a multiple of this, counted from 1."""
     optimizer: Annotated[Optimizers, Discriminator(tag_by_name)] = Field(
         examples=[{"name": "sgd", "lr": 0.1}]
     )
@@ -175,5 +175,5 @@ class TurnSpec(Part):
     _named = field_validator("schedule", mode="before")(constant_unless_named)
 
     def patterns(self, name: str) -> tuple[str, ...]:
-        """The globs over what it trains, where its own name is `name`."""
+        """The globs over its parameters; `name` is the optimizer's own name."""
         return self.match or (f"{name}.*",)

@@ -1,6 +1,6 @@
 """The options of every optimizer of torch.optim as data, so that checking needs no torch.
 
-A test holds this table equal to the signatures of the pinned torch.
+A test checks that this table equals the signatures of the pinned torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Known(NamedTuple):
 
 
 _pair = tuple[float, float]
-# How the arithmetic is laid out, not what it computes; every option but these changes the result.
+# Options that affect only the implementation; every other option changes the result.
 _layout = {"foreach": bool, "capturable": bool, "differentiable": bool}
 
 OPTIMIZERS: dict[str, Known] = {
@@ -163,7 +163,7 @@ OPTIMIZERS: dict[str, Known] = {
     ),
 }
 
-# Where each is from, for the reference page.
+# The sources, for the reference page.
 SOURCES: dict[str, str] = {
     "sgd": "Robbins & Monro 1951; momentum: Polyak 1964; Nesterov: Sutskever et al. 2013",
     "asgd": "Polyak & Juditsky 1992",
@@ -177,7 +177,7 @@ SOURCES: dict[str, str] = {
     "nadam": "Dozat 2016",
     "radam": "Liu et al., arXiv:1908.03265",
     "adafactor": "Shazeer & Stern, arXiv:1804.04235",
-    "sparseadam": "Adam for sparse gradients; the others need a `companion`",
-    "muon": "Jordan 2024; matrices alone, the others need a `companion`",
+    "sparseadam": "Adam for sparse gradients; other parameters need a `companion`",
+    "muon": "Jordan 2024; only matrices, other parameters need a `companion`",
     "lbfgs": "Liu & Nocedal 1989; evaluates a step several times, one group",
 }

@@ -1,4 +1,4 @@
-"""The reference page of the spec, made from the schema that editors use. Pure."""
+"""The reference page of the spec, generated from the JSON Schema for editors. Pure."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def _sections(name: str, value: Schema, schema: Schema) -> Iterator[str]:
 
 
 def _sections_within(value: Schema, schema: Schema) -> Iterator[tuple[str, Schema]]:
-    """The section that each item of a list is, or each value of a mapping, and its place."""
+    """The section of each item of a list, or of each value of a mapping, and its place."""
     found = [("0", value.get("items", {}))]
     found += [("NAME", each) for each in value.get("patternProperties", {}).values()]
     yield from ((place, each) for place, each in found if _members(each, schema))
 
 
 def _by_name(name: str, value: Schema, schema: Schema) -> Iterator[str]:
-    """A section of sections, each under a name of the user's."""
+    """A section of sections, each with a name that the user chooses."""
     each = value.get("additionalProperties")
     members = _members(each, schema) if isinstance(each, dict) else []
     if members:
@@ -73,10 +73,10 @@ def _optimizers(members: list[Schema], schema: Schema) -> Iterator[str]:
     common["name"].pop("const", None)
     yield _table({**members[0], "properties": common}, schema, prefix="optimizer.")
     groups = [_members(m["properties"]["groups"]["items"], schema)[0] for m in members]
-    yield "\n### optimizer.groups\n\nThese, and the optimizer's own options, for each group:\n"
+    yield "\n### optimizer.groups\n\nThese keys, and the optimizer's own options, for each group:\n"
     prefix = "optimizer.groups.0."
     yield _table({**groups[0], "properties": _shared(groups)}, schema, prefix=prefix)
-    yield "\n### The options of each optimizer\n\nMeaning and defaults are those of torch.optim.\n"
+    yield "\n### The options of each optimizer\n\nMeaning and defaults are as in torch.optim.\n"
     yield "| name | options |\n|---|---|"
     for member in members:
         name = member["properties"]["name"].get("const", "package.module:Class")
@@ -106,7 +106,7 @@ def _table(part: Schema, schema: Schema, *, prefix: str) -> str:
 
 
 def _members(value: Schema, schema: Schema) -> list[Schema]:
-    """The sections that a value may be; empty for a scalar, a list or any value."""
+    """The possible sections of a value; empty for a scalar, a list or any value."""
     choices = value.get("oneOf") or value.get("anyOf") or [value]
     found = [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
     return [schema["$defs"][name] for name in found]

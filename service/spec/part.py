@@ -1,4 +1,4 @@
-"""A section of a spec: frozen, strict, with the patterns that its fields share."""
+"""A section of a spec: frozen, strict, with the patterns that fields share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 MOST = 10**15
-"""What any count in a spec may be at most: it stays exact, and sums of them do."""
+"""The maximum of any count in a spec: it and sums of such counts are exact."""
 
 
 class Part(BaseModel):
@@ -33,11 +33,11 @@ class Part(BaseModel):
 
 
 def wrong(message: str) -> PydanticCustomError:
-    """A fault in our own words, which pydantic reports beside its own."""
+    """An error with our own text, which pydantic reports together with its own."""
     return PydanticCustomError("evenstep", "{message}", {"message": message})
 
 
-# Patterns, each with the words in which a message tells it.
+# Patterns, each with its description for messages.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 IMPORT_STRING = r"^([\w.]+|[^:]+\.py):\w+$"
 TEST_MEASURE = r"^test/\S+$"
@@ -66,24 +66,24 @@ PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
     IMPORT_STRING: "package.module:Class or ./file.py:Class",
     TEST_MEASURE: "a measure of the test loop, such as test/accuracy",
-    QUANTITY: "a quantity of Kubernetes, such as 500m, 4 or 16Gi",
+    QUANTITY: "a Kubernetes quantity, such as 500m, 4 or 16Gi",
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
-    DNS_NAME: "a name of Kubernetes: lower-case letters, digits, - and .",
+    DNS_NAME: "a Kubernetes name: lower-case letters, digits, - and .",
     ABSOLUTE_PATH: "an absolute path without spaces and :",
     RELATIVE_PATH: "a relative path without .., spaces and :, such as images/train",
     DATA_KEY: "a key of a Secret or ConfigMap: letters, digits, - _ and .",
     IMAGE: "a container image, such as registry.example.com/team/evenstep:0.1.0",
-    DEVICE: "cpu, or a device as the cluster calls it, such as nvidia.com/gpu",
+    DEVICE: "cpu, or the cluster's name of a device, such as nvidia.com/gpu",
     LABEL: "the key of a Kubernetes label, such as topology.kubernetes.io/zone",
     LABEL_VALUE: "the value of a Kubernetes label: up to 63 letters, digits, ., _ and -",
-    RESOURCE: "a resource as the cluster calls it, such as rdma/hca_shared_devices_a",
+    RESOURCE: "the cluster's name of a resource, such as rdma/hca_shared_devices_a",
     HUGE_PAGE: "the size of a huge page, such as 2Mi or 1Gi",
-    CAPABILITY: "a capability of Linux without CAP_, such as IPC_LOCK",
+    CAPABILITY: "a Linux capability without CAP_, such as IPC_LOCK",
     VARIABLE: "the name of an environment variable",
-    SLURM_NAME: "a name that Slurm knows, such as gpu or team-vision",
+    SLURM_NAME: "a name in Slurm, such as gpu or team-vision",
     SLURM_CONSTRAINT: "features of nodes, such as a100 or a100&ib, without spaces",
     SLURM_TIME: "a time as HH:MM:SS or D-HH:MM:SS",
-    SLURM_MEMORY: "a size as Slurm writes it, such as 500M or 64G",
+    SLURM_MEMORY: "a size in Slurm's format, such as 500M or 64G",
     SLURM_IMAGE: "a file or a name of an image, without spaces and commas",
     SBATCH_OPTION: "an option of sbatch with two dashes and no spaces, such as --exclusive",
     WORD_OF_A_SHELL: "a command or its path, of letters, digits and _ . / + -",

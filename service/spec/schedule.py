@@ -245,5 +245,5 @@ for _schedule in SCHEDULES:
 
 
 def constant_unless_named(schedule: Any) -> Any:
-    """The section, whose name may be left out."""
+    """The section; its name may be omitted."""
     return {"name": "constant", **schedule} if isinstance(schedule, dict) else schedule

@@ -1,4 +1,4 @@
-"""The section `slurm:`: what a job asks of Slurm, and how its script begins."""
+"""The section `slurm:`: the resources of a Slurm job, and the start of its script."""
 
 from __future__ import annotations
 
@@ -44,36 +44,36 @@ OWN_OPTIONS = {
     "qos": "slurm.qos",
     "constraint": "slurm.constraint",
 }
-"""Options of sbatch that the script sets itself, and what says how."""
+"""Options of sbatch that the script sets itself, and the keys that control them."""
 
 
 class SlurmMountSpec(Part):
-    """A directory or file of the nodes that the container sees."""
+    """A directory or file of the nodes that is mounted in the container."""
 
     source: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/shared/data"])]
-    """Where it is on the nodes."""
+    """The path on the nodes."""
     path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
-    """Where the container sees it."""
+    """The path in the container."""
     read_only: bool = True
-    """Whether it can only be read."""
+    """Whether it is read-only."""
 
 
 class SlurmContainerSpec(Part):
     """The container in which each task runs."""
 
     image: Annotated[str, Field(pattern=SLURM_IMAGE, examples=["/shared/evenstep.sqsh"])]
-    """A file, or a name that the runtime can fetch."""
+    """A file, or a name that the runtime can pull."""
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """What runs it: NVIDIA's plug-in of srun with enroot, or apptainer."""
+    """The runtime: NVIDIA's plugin for srun with enroot (pyxis), or apptainer."""
     mounts: tuple[SlurmMountSpec, ...] = Field(default=(), strict=False)
-    """What it sees of the nodes, besides the runs."""
+    """Mounts from the nodes, besides the runs."""
 
 
 class SlurmSpec(Part):
-    """What the job asks of Slurm, and how its script begins; it never changes the result."""
+    """The resources of a Slurm job, and the start of its script; it never changes the result."""
 
     partition: Name | None = None
-    """The partition, or several with commas. Default: the cluster's own."""
+    """The partition, or several with commas. Default: the cluster's default."""
     account: Name | None = None
     """The account that is charged."""
     qos: Name | None = None
@@ -81,37 +81,37 @@ class SlurmSpec(Part):
     constraint: Annotated[str, Field(pattern=SLURM_CONSTRAINT, examples=["a100"])] | None = None
     """Features that the nodes must have, such as `a100&ib`."""
     time: Annotated[str, Field(pattern=SLURM_TIME, examples=["24:00:00"])] | None = None
-    """The limit of one attempt, as HH:MM:SS or D-HH:MM:SS; a run that takes longer goes on in the
-    next. Default: the partition's own."""
+    """The time limit of one attempt, as HH:MM:SS or D-HH:MM:SS; a longer run continues in the
+    next attempt. Default: that of the partition."""
     nodes: Annotated[int, Field(ge=1)] = 1
     """Nodes that train together."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     """GPUs of each node; with 0 it trains on the CPU."""
     gpu_type: Name | None = None
-    """What the cluster calls the kind of GPU, such as `a100`. Default: any."""
+    """Slurm's name for the type of GPU, such as `a100`. Default: any."""
     processes_per_node: Annotated[int, Field(ge=1)] | None = None
-    """Training processes of each node. Default: one for each GPU, and one without."""
+    """Training processes on each node. Default: one for each GPU, or one without GPUs."""
     cpus: Annotated[int, Field(ge=1)] | None = None
-    """Cores of each node. Default: what Slurm gives with the rest."""
+    """Cores of each node. Default: Slurm's default."""
     memory: Annotated[str, Field(pattern=SLURM_MEMORY, examples=["64G"])] | None = None
-    """Memory of each node, such as 64G; `0` is all of it. Default: the partition's own."""
+    """Memory of each node, such as 64G; `0` is all of it. Default: that of the partition."""
     options: tuple[Annotated[str, Field(pattern=SBATCH_OPTION)], ...] = Field(
         default=(), strict=False, examples=[["--exclusive"]]
     )
-    """Further options of sbatch, such as `--exclusive` or `--mail-type=FAIL`."""
+    """Additional options of sbatch, such as `--exclusive` or `--mail-type=FAIL`."""
     prolog: tuple[str, ...] = Field(default=(), strict=False, examples=[["module load cuda/12.4"]])
-    """Lines of shell that the script begins with on the first node, such as `module load cuda`."""
+    """Lines of shell at the start of the script, on the first node, such as `module load cuda`."""
     env: dict[Annotated[str, Field(pattern=VARIABLE)], str] = Field(default={})
-    """Further environment variables."""
+    """Additional environment variables."""
     command: Annotated[str, Field(pattern=WORD_OF_A_SHELL)] = "evenstep"
-    """The command on the nodes: a path where it is not on PATH, or in the container."""
+    """The command on the nodes: a path if it is not on PATH, or in the container."""
     container: SlurmContainerSpec | None = None
     """The container in which each task runs. Default: none."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often an attempt may fail on its own account before the job has failed."""
+    """How often an attempt may crash by itself before the job has failed."""
     stop_seconds: Annotated[int, Field(ge=30)] | Literal["auto"] = "auto"
-    """How long before its limit an attempt is asked to save and to stop. `auto`: what the saves of
-    this run took, and 150 s before one was measured."""
+    """How long before its limit an attempt is asked to save and stop. `auto`: determined from
+    the measured saves of this run, and 150 s before the first measurement."""
 
     @property
     def processes(self) -> int:
@@ -133,7 +133,7 @@ class SlurmSpec(Part):
         for option in options:
             name = option.removeprefix("--").partition("=")[0]
             if name in OWN_OPTIONS:
-                raise wrong(f"--{name} is set by {OWN_OPTIONS[name]}: leave it out here")
+                raise wrong(f"--{name} is set by {OWN_OPTIONS[name]}: do not set it here")
         return options
 
     @field_validator("prolog")
@@ -157,6 +157,6 @@ class SlurmSpec(Part):
         limit, stop = self.seconds, self.stop_seconds
         if limit is not None and stop != "auto" and stop >= limit:
             raise wrong(
-                f"stop_seconds ({stop}) must be less than time ({self.time}), which it is part of"
+                f"stop_seconds ({stop}) must be less than time ({self.time}), which includes it"
             )
         return self

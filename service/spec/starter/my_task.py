@@ -1,4 +1,4 @@
-"""What is trained: a model, its data, its loss.  How it is trained stands in my_job.yaml."""
+"""What is trained: a model, its data, its loss.  How it is trained is in my_job.yaml."""
 
 import math
 
@@ -10,10 +10,10 @@ from service.task import Task, supervised
 
 
 class Spirals(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Points on two spirals; the task is to tell which one a point lies on.
+    """Points on two spirals; the task is to predict the spiral of each point.
 
-    Put your own data here: anything with a length and rows by number.  A row is
-    (inputs, targets).  Reading from disk belongs in __getitem__, so that loader workers do it.
+    Put your own data here: any object with a length and rows by number.  A row is
+    (inputs, targets).  Read from disk in __getitem__, so that loader workers do it.
     """
 
     def __init__(self, rows: int, noise: float, seed: int) -> None:
@@ -28,8 +28,8 @@ class Spirals(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # Random numbers drawn here (torch, numpy, random) depend on the seed, the epoch and the
-        # row alone: an augmentation is the same at every number of processes and workers.
+        # Random numbers drawn here (torch, numpy, random) depend only on the seed, the epoch and
+        # the row: an augmentation is the same at every number of processes and workers.
         return self.points[row], self.labels[row]
 
 
