@@ -101,7 +101,7 @@ def test_a_stream_of_a_library_gives_the_same_run_and_resumes(
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 def test_a_loader_of_batches_is_distinguished_from_a_stream_of_rows(kind):
     loader = kind(TensorDataset(INPUTS, TARGETS), batch_size=4)
-    with pytest.raises(SpecError, match=r"gives batches\. Give its data set"):
+    with pytest.raises(SpecError, match=r"returns batches\. Give its data set"):
         Stream(loader, mode="whole", index=0, of=1)
     task = supervised(model=lambda: nn.Linear(4, 3), train=[(INPUTS[0], 0)], test=loader)
     assert task.test_data() is loader.dataset

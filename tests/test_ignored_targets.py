@@ -155,9 +155,9 @@ def test_training_rows_that_come_one_by_one_ask_for_a_weight(alone, tmp_path):
 def test_weights_of_classes_that_belong_to_no_value_are_refused():
     smoothed = nn.CrossEntropyLoss(weight=CLASSES, label_smoothing=0.1, reduction="none")
     rows = TensorDataset(*points())
-    with pytest.raises(SpecError, match="no value has a weight of its own"):
+    with pytest.raises(SpecError, match="no value has its own weight"):
         supervised(model=network, train=rows, loss=smoothed)
     weighted = nn.CrossEntropyLoss(weight=CLASSES, reduction="none")
     task = supervised(model=network, train=rows, loss=weighted)
-    with pytest.raises(SpecError, match="need targets that are classes, but these are"):
+    with pytest.raises(SpecError, match="need class indices as targets, but these are"):
         task.weight(torch.rand(6, 3))

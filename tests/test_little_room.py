@@ -129,7 +129,7 @@ def test_a_temporary_directory_too_deep_for_the_socket_of_a_worker_is_reported(t
     deep = tmp_path / ("x" * 90)
     deep.mkdir()
     line = told("run", "job.yaml", cwd=tmp_path, TMPDIR=str(deep))
-    assert line.splitlines()[-1].startswith("error: loader.workers: workers pass rows through a")
+    assert line.splitlines()[-1].startswith("error: loader.workers: workers send rows through a")
     assert not (tmp_path / "runs").exists()
 
 

@@ -91,7 +91,7 @@ def test_a_named_tuple_and_an_error_of_ours_keep_their_class() -> None:
     ],
 )
 def test_what_was_not_made_by_us_is_refused(header: bytes) -> None:
-    with pytest.raises(PeerLost, match="not what one of ours sends"):
+    with pytest.raises(PeerLost, match="not in Evenstep's format"):
         from_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(PeerLost):
         from_bytes(pickle.dumps(header))
@@ -114,7 +114,7 @@ def send_a_pickle(world: World, mark: Path) -> None:
 def test_a_pickle_that_comes_from_another_process_is_not_loaded(
     tmp_path: Path, processes: ProcessesOf
 ) -> None:
-    with pytest.raises(ProcessesFailed, match="not what one of ours sends"):
+    with pytest.raises(ProcessesFailed, match="not in Evenstep's format"):
         processes(2).run(send_a_pickle, tmp_path / "mark")
     assert not (tmp_path / "mark").exists()
 

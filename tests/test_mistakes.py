@@ -53,7 +53,7 @@ MISTAKES = {
     "something that is no task": (
         wrong("task", "task: ./my_task.py:number").replace("task_args", "#"),
         [],
-        r"gives a int, which is no task: it lacks .*measure",
+        r"returns a int, which is not a task: it lacks .*measure",
     ),
     "a loss that is a mean": (
         wrong("task", "task: ./my_task.py:mean"),

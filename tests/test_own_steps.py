@@ -198,9 +198,9 @@ PARAMETER = torch.ones(ROWS, requires_grad=True)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (PARAMETER.mean(), "must give losses by name"),
-        ({}, "gave none"),
-        ({"a": PARAMETER.mean()}, "is one number, a mean or a sum of unknown weight"),
+        (PARAMETER.mean(), "must return losses by name"),
+        ({}, "returned none"),
+        ({"a": PARAMETER.mean()}, "is a single number, a mean or a sum of unknown weight"),
         ({"a": PARAMETER[:, None] * PARAMETER}, r"the shape \[4\], but has \[4, 4\]"),
         ({"a": torch.ones(ROWS)}, "has no gradient"),
         ({"a": 0.5}, "must be a tensor or a Loss, but is a float"),
@@ -209,9 +209,9 @@ PARAMETER = torch.ones(ROWS, requires_grad=True)
         ({"a": Loss(PARAMETER.sum(), -1)}, "finite number from 0 up, but is -1"),
         ({"a": Loss(PARAMETER.sum(), PARAMETER.sum())}, "has a gradient"),
         ({"a": Loss(PARAMETER.sum(), None)}, "weight must be one number, but is None"),
-        ({"a": Loss(PARAMETER, 4)}, r"must be one number beside its weight, .* \[4\]"),
+        ({"a": Loss(PARAMETER, 4)}, r"must be a single number if it has a weight, .* \[4\]"),
         ({"a": Loss.mean(PARAMETER.mean(), scale=math.inf)}, "scale must be a finite number"),
-        ({"a": Loss.of_all_rows(torch.mean, PARAMETER)}, r"so the shape \[4\], but gave \[\]"),
+        ({"a": Loss.of_all_rows(torch.mean, PARAMETER)}, r"so the shape \[4\], but returned \[\]"),
         (
             {"a": Loss.of_all_rows(torch.abs, PARAMETER[:2])},
             r"micro-batch, but one is \[2\]",

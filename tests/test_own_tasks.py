@@ -92,7 +92,7 @@ def test_outputs_without_logits_are_reported_where_logits_are_needed(processes, 
     processes(1).run(train_in_process, job("two_losses"), tmp_path / "runs")
     told = evenstep("test", "job", "--predictions", "out.npy", cwd=tmp_path)
     assert told.returncode == 64
-    assert "the model gives a dict, which is no tensor and has no logits" in told.stderr
+    assert "the model returns a dict, which is not a tensor and has no logits" in told.stderr
     assert "Traceback" not in told.stderr
     assert not (tmp_path / "out.npy").exists()
 
@@ -309,7 +309,7 @@ def test_a_stream_cannot_be_tested_on():
 
 
 def test_what_has_no_length_is_no_data():
-    with pytest.raises(SpecError, match="the training data is a object, which is no data set"):
+    with pytest.raises(SpecError, match="the training data is a object, which is not a data set"):
         supervised(model=lambda: nn.Linear(4, 3), train=object())
 
 
@@ -349,10 +349,10 @@ def made_of(model: str) -> supervised:
     [
         (
             "one",
-            "task.model: must be a function that makes a new model, but is a model: a Linear. "
+            "task.model: must be a function that creates a new model, but is a model: a Linear. "
             "Write model=lambda",
         ),
-        ("class", "task.model: must give an nn.Module, but gave a type"),
+        ("class", "task.model: must return an nn.Module, but returned a type"),
         ("raises", "task.model: raised TypeError: .*test_own_tasks.py:"),
         ("untested", r"over its first 7 rows: ValueError: only .*test_own_tasks.py:\d+\)"),
         (

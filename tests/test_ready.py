@@ -126,22 +126,23 @@ def test_a_column_that_the_model_does_not_take_is_named(alone, tmp_path, argumen
     assert told == refused_by_run(alone, spec, tmp_path)
     model = "NamedLazily" if arguments else "Named"
     assert told == (
-        f"task: the rows hold 'text', which {model}.forward(points, scale) does not take. Leave it "
-        "out of the rows, in the data set or in `collate` (of the inputs only ['points'] would "
-        "remain), or give forward a parameter of that name."
+        f"task: the rows contain 'text', which {model}.forward(points, scale) does not accept. "
+        f"Remove it "
+        "from the rows, in the data set or in `collate` (then only ['points'] of the inputs would "
+        "remain), or add a parameter of that name to forward."
     )
 
 
 def test_a_column_that_the_model_lacks_is_named(alone):
     told = refused_by_check(alone, job("renamed", test={"micro_batch": 9}), 1)
-    assert "the rows hold 'pixels', which Named.forward(points, scale) does not take" in told
-    assert "And Named.forward(points, scale) needs 'points', which the rows do not hold" in told
+    assert "the rows contain 'pixels', which Named.forward(points, scale) does not accept" in told
+    assert "And Named.forward(points, scale) needs 'points', which the rows do not contain" in told
 
 
 def test_a_column_of_the_test_rows_alone_is_named(alone, tmp_path):
     spec = job("with_other_tests")
-    assert "the rows hold 'id'" in refused_by_check(alone, spec, 1)
-    assert "the rows hold 'id'" in refused_by_run(alone, spec, tmp_path)
+    assert "the rows contain 'id'" in refused_by_check(alone, spec, 1)
+    assert "the rows contain 'id'" in refused_by_run(alone, spec, tmp_path)
 
 
 def test_the_advice_of_leaving_it_out_runs(alone, tmp_path):

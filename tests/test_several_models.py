@@ -229,9 +229,9 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
     ("factory", "sections", "said"),
     [
         ("by_loss", {"optimizers": {"all": SGD}}, "a task with one loss has nothing to tell"),
-        ("two_by_loss", {}, r"gave several models \(critic, generator\)"),
-        ("named", {"task_args": {"name": "a.b"}}, "but one is 'a.b'"),
-        ("named", {"task_args": {"name": "keys"}}, "a model cannot be named so"),
+        ("two_by_loss", {}, r"returned several models \(critic, generator\)"),
+        ("named", {"task_args": {"name": "a.b"}}, "but is 'a.b'"),
+        ("named", {"task_args": {"name": "keys"}}, "invalid name of a model"),
         ("same_name", {}, "'a' is given in the turns of several optimizers"),
         ("gan", {"optimizers": {"kritic": SGD}}, r"'kritic\.\*' chooses no parameter"),
         (

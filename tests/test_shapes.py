@@ -107,7 +107,7 @@ def test_accuracy_takes_a_column_of_labels_and_no_column_of_outputs():
     flat = MEASURES["accuracy"](outputs, labels)
     assert torch.equal(MEASURES["accuracy"](outputs, labels[:, None]).flatten(), flat)
     for alone in ([6, 1], [6]):
-        with pytest.raises(SpecError, match=re.escape(f"the outputs are {alone}. With one a row")):
+        with pytest.raises(SpecError, match=re.escape(f"the outputs are {alone}. With one output")):
             MEASURES["accuracy"](torch.randn(alone), labels)
 
 
@@ -184,5 +184,5 @@ def dropping() -> supervised:
 
 
 def test_a_collate_that_drops_rows_is_refused(alone, tmp_path):
-    with pytest.raises(DataBroken, match=r"Of \d rows that were asked for, \d have come \(step 0"):
+    with pytest.raises(DataBroken, match=r"Of \d requested rows, \d were returned \(step 0"):
         train_in_process(alone, job("dropping"), tmp_path)

@@ -111,7 +111,7 @@ def test_what_a_stream_does_not_know_is_asked_in_steps():
 
 
 def test_a_stream_without_rows_is_reported():
-    with pytest.raises(DataBroken, match="gave no row in a whole pass"):
+    with pytest.raises(DataBroken, match="returned no row in a whole epoch"):
         Stream(Lines(rows=0), mode="whole", index=0, of=1).take(1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service.basics.errors import SpecError
 from service.distributed.devices import copies_late, module_of
 
-# A row that is a mapping has its targets under one of these keys.
+# The keys of the targets in a row that is a mapping.
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     weight: Tensor | None
     """The weight of each loss value, in the shape of the loss; None means 1 for each."""
     key: int
-    """Seed of the random numbers that the model draws for it."""
+    """Seed of the random numbers that the model draws for this micro-batch."""
 
 
 class Step(NamedTuple):
@@ -55,21 +55,21 @@ def split(collated: Any) -> tuple[Any, Any]:
         if key is not None:
             return {k: v for k, v in collated.items() if k != key}, collated[key]
         raise TypeError(
-            f"a row with the keys {sorted(collated)} names no targets; "
-            f"use one of {', '.join(TARGET_KEYS)}."
+            f"a row with the keys {sorted(collated)} has no targets; "
+            f"use one of the keys {', '.join(TARGET_KEYS)}."
         )
     if isinstance(collated, tuple | list) and len(collated) == 2:
         return collated[0], collated[1]
     raise TypeError(
         f"a row must be (inputs, targets) or a mapping, but is {type(collated).__name__}"
         + (f" of {len(collated)}" if isinstance(collated, tuple | list) else "")
-        + ". What the model takes is one thing: ((a, b), targets) gives it a and b as a list, "
-        "and a mapping gives it each by its name."
+        + ". The model takes one argument: ((a, b), targets) passes a and b as a list, "
+        "and a mapping passes each by its name."
     )
 
 
 def split_or_whole(collated: Any) -> tuple[Any, Any]:
-    """The same for a task's own step, which also accepts other rows: these whole, and None."""
+    """The same for a task's own step, which also accepts other rows: (the whole row, None)."""
     try:
         return split(collated)
     except TypeError:
@@ -77,12 +77,12 @@ def split_or_whole(collated: Any) -> tuple[Any, Any]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same nest of tensors on `device`; copies from pinned memory do not wait."""
+    """The same nested tensors on `device`; copies from pinned memory do not wait."""
     return each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def carrier(device: torch.device) -> Callable[[Any], Any]:
-    """A function that copies a nest of tensors to the device.
+    """A function that copies nested tensors to the device.
 
     On a device with asynchronous copies it uses a separate stream: on the computation stream,
     a copy would wait for all earlier work, and, for memory that is not
@@ -98,26 +98,26 @@ def carrier(device: torch.device) -> Callable[[Any], Any]:
             brought = to_device(value, device)
         work = module.current_stream()
         work.wait_stream(stream)
-        # The copies own this memory: it must not be written to while the batch is in use.
+        # The copies own this memory: it must not be overwritten while the batch is in use.
         each_tensor(brought, lambda tensor: tensor.record_stream(work))
         return brought
 
     return bring
 
 
-@lru_cache(maxsize=1)  # each stream has memory that no other uses
+@lru_cache(maxsize=1)  # every stream has its own memory pool
 def _stream_of_copies(device: torch.device) -> Any:
     streams = getattr(module_of(device), "Stream", None)
     return streams() if copies_late(device) and streams is not None else None
 
 
 def first_rows(value: Any, count: int) -> Any:
-    """The first `count` rows of a nest of tensors; 0 makes an empty batch of the same kind."""
+    """The first `count` rows of nested tensors; 0 makes an empty batch of the same structure."""
     return each_tensor(value, lambda tensor: tensor[:count])
 
 
 def each_tensor(value: Any, act: Callable[[Tensor], Any]) -> Any:
-    """The same nest with what `act` makes of each tensor in it, in order."""
+    """The same structure with `act` applied to each tensor in it, in order."""
     if isinstance(value, Tensor):
         return act(value)
     if isinstance(value, Mapping):
@@ -128,14 +128,14 @@ def each_tensor(value: Any, act: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a nest, in order."""
+    """The tensors of a nested structure, in order."""
     found: list[Tensor] = []
     each_tensor(value, found.append)
     return found
 
 
 def _of_its_kind(value: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
-    """The items as a list, a tuple, or the named tuple that `value` is."""
+    """The items as a list, a tuple, or a named tuple, like `value`."""
     return value._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
@@ -143,7 +143,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     """The model's outputs; a mapping of inputs is passed by name.
 
     Raises:
-        SpecError: the model does not take what the rows hold, or takes what they do not.
+        SpecError: the inputs that the model accepts are not those of the rows.
     """
     if not isinstance(inputs, dict):
         return model(inputs)
@@ -157,7 +157,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
 
 
 def _other_names(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """What is wrong with the names of the inputs, and what to do; None where nothing is."""
+    """The mismatch of the names of the inputs, and what to do; None if there is none."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = [p.name for p in named]
@@ -169,14 +169,15 @@ def _other_names(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     if extra:
         kept = [name for name in inputs if name in known]
         told.append(
-            f"the rows hold {', '.join(map(repr, extra))}, which {what} does not take. Leave "
-            f"{'it' if len(extra) == 1 else 'them'} out of the rows, in the data set or in "
-            f"`collate` (of the inputs only {kept} would remain), or give forward a parameter of "
-            "that name."
+            f"the rows contain {', '.join(map(repr, extra))}, which {what} does not accept. Remove "
+            f"{'it' if len(extra) == 1 else 'them'} from the rows, in the data set or in "
+            f"`collate` (then only {kept} of the inputs would remain), or add a parameter of that "
+            "name to forward."
         )
     if lacking:
         told.append(
-            f"{what} needs {', '.join(map(repr, lacking))}, which the rows do not hold. A row has "
-            f"the inputs {sorted(inputs)}: add what is missing, or rename it."
+            f"{what} needs {', '.join(map(repr, lacking))}, which the rows do not contain. A row "
+            f"has "
+            f"the inputs {sorted(inputs)}: add the missing ones, or rename them."
         )
     return f"task: {' And '.join(told)}" if told else None

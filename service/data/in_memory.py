@@ -1,4 +1,4 @@
-"""Data sets whose rows are tensors in memory: picked by index, a micro-batch at a time."""
+"""Data sets whose rows are tensors in memory: selected by index, one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils.data import Subset, TensorDataset
 from service.data.batches import each_tensor, tensors_of
 from service.distributed.devices import free_bytes
 
-# Of the device's free memory, what rows may take; the rest is for what they are needed for.
+# The fraction of the device's free memory that rows may use; training needs the rest.
 _SHARE_OF_FREE = 0.25
 
 
 @dataclass(frozen=True, eq=False)  # data sets are compared by identity
 class InMemory:
-    """All rows of a data set as tensors, or nests of them, whose first dimension is the row."""
+    """All rows of a data set as tensors, or nested tensors, whose first dimension is the row."""
 
     inputs: Any
     """The inputs of the model: [N, ...]."""
@@ -37,10 +37,12 @@ class InMemory:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all rows."""
         return sum(t.numel() * t.element_size() for t in tensors_of((self.inputs, self.targets)))
 
     @property
     def device(self) -> torch.device:
+        """The device of the rows."""
         return tensors_of((self.targets, self.inputs))[0].device
 
     def on(self, device: torch.device) -> InMemory:
@@ -54,7 +56,7 @@ class InMemory:
         return free is None or self.size_bytes <= _SHARE_OF_FREE * free
 
 
-# The rows of each data set on the device: copied once, and not for every test pass.
+# The rows of each data set on the device: copied once, not for every test pass.
 _RESIDENT: WeakKeyDictionary[Any, InMemory] = WeakKeyDictionary()
 
 
@@ -75,7 +77,7 @@ def bytes_on_device() -> int:
 
 
 def in_memory(data: Any) -> InMemory | None:
-    """The data set as tensors, where it is two of them already, or a part of such a one."""
+    """The data set as tensors, if it consists of two tensors, or is a subset of such a data set."""
     if isinstance(data, InMemory):
         return data
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:

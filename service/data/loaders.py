@@ -1,4 +1,4 @@
-"""A DataLoader or sampler of torch's that a person hands over: understood, or refused in words."""
+"""DataLoaders and samplers of torch that the user passes: interpreted, or refused with a hint."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _WHOLE = ("SequentialSampler", "RandomSampler", *_DISTRIBUTED)
 
 
 class FromLoader(NamedTuple):
-    """What a task takes of a DataLoader."""
+    """The parts of a DataLoader that a task uses."""
 
     data: Any
     collate: Callable[[list[Any]], Any] | None
-    """None where it is torch's own."""
+    """None if it is torch's default."""
     sampling: Sampling | None
     rows: int | None
-    """Of one batch."""
+    """Rows of one batch."""
 
 
 def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
-    """The data set of a DataLoader, its collate function and what its sampler means here.
+    """The data set of a DataLoader, its collate function and the meaning of its sampler.
 
-    Workers and pinned memory are not taken: `loader.workers` in the spec.
+    Its workers and pinned memory are ignored: see `loader.workers` in the spec.
 
     Raises:
-        SpecError: its sampler means something else here; says what to write instead.
+        SpecError: its sampler has another meaning here; says what to write instead.
     """
     what = "test" if test else "train"
     if loader.batch_sampler is None:  # a stream of rows, as a StatefulDataLoader can be
@@ -42,12 +42,13 @@ def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
     if not _is(loader.batch_sampler, "BatchSampler"):
         raise SpecError(
             f"task.{what}: a DataLoader with the batch sampler "
-            f"{type(loader.batch_sampler).__name__} cannot be used: which rows make a step follows "
-            f"from the seed. Write {what}=loader.dataset, and in the spec batch.global_batch."
+            f"{type(loader.batch_sampler).__name__} cannot be used: the rows of a step are "
+            f"determined "
+            f"by the seed. Write {what}=loader.dataset, and in the spec batch.global_batch."
         )
     collates = (default_collate, default_convert)
     collate = None if loader.collate_fn in collates else loader.collate_fn
-    # Not those of the loader: beside a batch sampler of one's own they are torch's defaults.
+    # Not those of the loader: with a custom batch sampler they are torch's defaults.
     batches = cast(Any, loader.batch_sampler)
     sampler, rows = batches.sampler, batches.batch_size
     sampling = None
@@ -71,17 +72,17 @@ def _require_whole(sampler: Any) -> None:
 def _of_trained(sampler: Any, data: Any) -> Sampling | None:
     if _is(sampler, "SequentialSampler"):
         raise SpecError(
-            "task.train: this DataLoader has shuffle=False, but rows are shuffled anew in each "
-            "epoch. Write train=loader.dataset; or make a stream of it, which is read in order."
+            "task.train: this DataLoader has shuffle=False, but rows are shuffled again in each "
+            "epoch. Write train=loader.dataset; or make it a stream, which is read in order."
         )
     return sampling_of_sampler(sampler, rows=len(cast(Sized, data)))
 
 
 def sampling_of_sampler(sampler: Any, *, rows: int) -> Sampling | None:
-    """What a sampler of torch's over so many rows means; None for a plain shuffle.
+    """The meaning of a torch sampler over this many rows; None for a plain shuffle.
 
     Raises:
-        SpecError: it means something else here; says what to write instead.
+        SpecError: it has another meaning here; says what to write instead.
     """
     if _is(sampler, *_DISTRIBUTED) and sampler.shuffle:
         return None
@@ -104,7 +105,7 @@ def sampling_of_sampler(sampler: Any, *, rows: int) -> Sampling | None:
 
 
 def _is(sampler: Any, *names: str) -> bool:
-    """Whether it is one of these samplers of torch's or torchdata's, and no class made of one."""
+    """Whether it is exactly one of these samplers of torch or torchdata, not a subclass."""
     kind = type(sampler)
     return kind.__name__ in names and kind.__module__.partition(".")[0] in ("torch", "torchdata")
 
@@ -114,10 +115,10 @@ def _draws_otherwise(sampler: Any) -> bool:
 
 
 def require_batch(task: Any, plan: Plan) -> None:
-    """Check that the batches of a DataLoader that the task was given are those of the spec.
+    """Check that the batch size of the task's DataLoader is that of the spec.
 
     Raises:
-        SpecError: they are not.
+        SpecError: it is not.
     """
     rows = getattr(task, "loader_rows", None)
     if rows not in (None, plan.global_batch):

@@ -46,7 +46,7 @@ from service.plan.plan import Plan
 from service.plan.samplers import micro_batches
 from service.spec.models import LoaderSpec
 
-# Row ids are computed for many steps at once: a call costs as much for 4,096 rows as for 30.
+# Row ids are computed for many steps at a time: a call costs the same for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
 
 
@@ -55,8 +55,8 @@ class Order(NamedTuple):
 
     step: int
     number: int
-    key: int  # of the random numbers that the model draws
-    position: int  # of its first row in the endless sequence of passes over the data
+    key: int  # seed of the random numbers that the model draws
+    position: int  # of its first row in the endless sequence of epochs
     rows: NDArray[np.int64]  # [B]
 
 
@@ -94,11 +94,11 @@ def train_steps(
     for step in range(start, plan.steps):
         taken = list(islice(batches, per_step))
         # With statistics over all processes, or sharded parameters, every forward pass is a
-        # collective: a process with fewer micro-batches takes part in the last round with no rows,
-        # or with some that count for nothing (many models cannot compute none).
+        # collective: a process with fewer micro-batches takes part in the last round without rows,
+        # or with some of weight zero (many models cannot compute an empty batch).
         if empty_rounds:
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, plan.micro_batches)
-            # With its own key, so that it is not finite only if the pass that counts is.
+            # With its own key, so that it is non-finite only if the pass that counts is too.
             empty = taken[0]._replace(number=plan.micro_batches)
             if is_sync:
                 empty = _without_rows(taken[0], number=plan.micro_batches, key=key)
@@ -122,7 +122,7 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
     size, seed = plan.spec.test.micro_batch, plan.spec.seed
     share = _test_share(plan.test_rows, size, world.index, world.processes, seed)
     first, stop = (share[0][2], share[-1][3]) if share else (0, 0)
-    rows = np.arange(first, stop)  # a share is one run of them
+    rows = np.arange(first, stop)  # a share is a contiguous range
     for number, key, start, end in share:
         yield Order(0, number, key, start, rows[start - first : end - first])
     if plan.spec.exchange.shards:  # every forward pass is a collective
@@ -131,7 +131,7 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
             yield Order(0, plan.test_micro_batches, 0, 0, some)
 
 
-@lru_cache(maxsize=16)  # of each test set it is the same in every test of a run
+@lru_cache(maxsize=16)  # the same in every test of a run
 def _test_share(
     rows: int, size: int, process: int, processes: int, seed: int
 ) -> list[tuple[int, int, int, int]]:
@@ -145,8 +145,8 @@ def _test_share(
 def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None = None) -> Batch:
     """The first rows of the data set as one micro-batch, for the dry run.
 
-    As many as the smallest micro-batch has, where nothing else is asked for: what a model cannot
-    do with few rows, such as a BatchNorm with one, then shows before the first step.
+    By default as many rows as the smallest micro-batch has: what a model cannot
+    do with few rows, such as a BatchNorm with one, then fails before the first step.
     """
     count = rows or plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
     first = np.arange(min(count, plan.train_rows or count))
@@ -183,7 +183,7 @@ def _from_stream(
 
 
 def _span(number: int, plan: Plan) -> range:
-    """Places in the global batch that micro-batch `number` takes."""
+    """Positions in the global batch of micro-batch `number`."""
     first = number * plan.micro_batch
     return range(first, min(first + plan.micro_batch, plan.global_batch))
 
@@ -194,7 +194,7 @@ class _Block(NamedTuple):
     steps: range  # S of them
     numbers: range  # of its micro-batches in each step, M of them
     sizes: list[int]  # rows of each: [M]
-    first: int  # place in the global batch of the first row it takes
+    first: int  # position of its first row in the global batch
     keys: NDArray[np.int64]  # [S, M]
     rows: NDArray[np.int64]  # [S, rows of a step]
 
@@ -241,11 +241,11 @@ def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
     if batches[0].weight is None:
-        return plan.global_batch  # each row counts 1: known in advance, without communication
-    # One place for each micro-batch, 0 for what others have: added up in one order everywhere.
+        return plan.global_batch  # each row has weight 1: known without communication
+    # One entry for each micro-batch, 0 for those of others: summed in the same order everywhere.
     each = torch.zeros(plan.micro_batches + 1, dtype=world.wide, device=world.device)
     for batch in batches:
-        assert batch.weight is not None, "a task weighs every micro-batch or none"
+        assert batch.weight is not None, "a task gives a weight to every micro-batch or to none"
         if batch.number < plan.micro_batches:
             each[batch.number] = batch.weight.sum()
     return world.sum(each).sum()
@@ -268,7 +268,7 @@ def _as_batches(
     """Micro-batches of collated rows.
 
     Args:
-        known: whether all processes know, of a row that the loss ignores, that there is one.
+        known: whether all processes know that the step has a row that the loss ignores.
     """
     weigh = getattr(task, "weight", None)
     bring = carrier(world.device)
@@ -284,8 +284,9 @@ def _as_batches(
         some_ignored = ignored is not None and _holds(targets, ignored)
         if some_ignored and not known:
             raise SpecError(
-                f"task.loss: ignores targets of {ignored}, and rows that come one by one do not "
-                "say beforehand how many of a step count. Say what each counts, by "
+                f"task.loss: ignores targets of {ignored}, and with rows that are loaded one by "
+                f"one the "
+                "number of the others in a step is not known in advance. Give a weight, such as "
                 f"weight=lambda targets: targets.ne({ignored}).float(), or use loader.in_memory."
             )
         inputs, targets = bring((inputs, targets))
@@ -296,14 +297,14 @@ def _as_batches(
 
 
 def _holds(targets: Any, ignored: int) -> bool:
-    """Whether one of these classes, one for each row, is the ignored one."""
+    """Whether one of these classes (one for each row) is the ignored one."""
     if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.is_floating_point():
         return False
     return bool(targets.eq(ignored).any())
 
 
 def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
-    """What says how much each row counts of those that have all these targets; None: 1 each."""
+    """A function that returns the weight of each row with these targets; None: 1 for each."""
     ignored = getattr(task, "ignored", None)
     if hasattr(task, "weight") or ignored is None or not _holds(targets, ignored):
         return getattr(task, "weight", None)
@@ -311,14 +312,14 @@ def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
 
 
 def _require_every_row(targets: torch.Tensor, order: Order) -> None:
-    """Check that no row is missing, and none is repeated."""
+    """Check that no row is missing and none is duplicated."""
     asked, come = len(order.rows), len(targets) if targets.dim() else 0
     if come != asked:
         raise DataBroken(
-            f"Of {asked} rows that were asked for, {come} have come (step {order.step}, "
+            f"Of {asked} requested rows, {come} were returned (step {order.step}, "
             f"micro-batch {order.number}, rows {_told(order.rows)}). Each row counts once, so a "
-            "task's collate, or a data set's __getitems__, must keep every one. Leave rows out of "
-            "the data set beforehand, or give them a weight of 0."
+            "task's collate, or a data set's __getitems__, must keep every row. Remove rows from "
+            "the data set beforehand, or give them weight 0."
         )
 
 
@@ -345,24 +346,24 @@ def _collated(
 
 
 def require_short_paths(data: Data, *, task: Task, plan: Plan) -> None:
-    """Refuse a temporary directory in whose depth workers cannot open a socket: they would hang.
+    """Refuse a temporary directory with a path too long for the workers' sockets: they would hang.
 
     Raises:
-        SpecError: it is too deep, and rows are read by workers.
+        SpecError: it is too long, and workers read the rows.
     """
     if not plan.spec.loader.workers or is_stream(data) or _held(data, task) is not None:
         return
     place = tempfile.gettempdir()
     if (size := len(os.fsencode(place))) > LONGEST_TMPDIR:
         raise SpecError(
-            f"loader.workers: workers pass rows through a socket in the temporary directory, whose "
+            f"loader.workers: workers send rows through a socket in the temporary directory, whose "
             f"path may have {LONGEST_TMPDIR} bytes; {place} has {size}. Set TMPDIR to a shorter "
             "path, such as TMPDIR=/tmp, or loader.workers to 0."
         )
 
 
 def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
-    """What workers bring; what they say of broken data comes without the traceback around it."""
+    """The batches of workers; their errors about broken data come without the outer traceback."""
     before = set(multiprocessing.active_children())
     try:
         brought = iter(loader)
@@ -372,7 +373,7 @@ def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, 
         told = str(error).rpartition("service.basics.errors.DataBroken: ")[2].strip()
         raise DataBroken(told) from error
     except RuntimeError as error:
-        # A page of shared memory that there is no room for.
+        # A page of shared memory for which there is no space.
         if "Bus error" not in str(error) or not os.path.isdir("/dev/shm"):
             raise
         raise DataBroken(f"{error} {_shared_memory_advice()}") from error
@@ -382,7 +383,7 @@ def _shared_memory_advice() -> str:
     disk = os.statvfs("/dev/shm")
     size, free = (blocks * disk.f_frsize / 2**20 for blocks in (disk.f_blocks, disk.f_bavail))
     return (
-        f"Loader workers pass rows through /dev/shm, which has {size:,.1f} MiB here, {free:,.1f} "
+        f"Loader workers send rows through /dev/shm, which has {size:,.1f} MiB here, {free:,.1f} "
         "MiB of them free. Raise it (docker run --shm-size; on Kubernetes "
         "kubernetes.shared_memory), or lower loader.workers or loader.prefetch; loader.workers=0 "
         "needs none of it."
@@ -390,7 +391,7 @@ def _shared_memory_advice() -> str:
 
 
 def _held(data: Data | Stream, task: Task) -> InMemory | None:
-    """The rows where they are tensors in memory, and no task brings them together otherwise."""
+    """The rows if they are tensors in memory, and the task does not collate them itself."""
     if hasattr(task, "collate") and not isinstance(data, InMemory):
         return None
     return in_memory(data)
@@ -399,7 +400,7 @@ def _held(data: Data | Stream, task: Task) -> InMemory | None:
 def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
     """A description of the data path, for the user."""
     if is_stream(data):
-        return "one after the other, as the stream gives them"
+        return "one after the other, in the order of the stream"
     if spec.in_memory or _held(data, task) is not None:
         return "by index, from memory"
     each = "a micro-batch at a time" if hasattr(data, "__getitems__") else "row by row"
@@ -409,11 +410,11 @@ def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
 
 
 def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> Data:
-    """The data set with its rows as tensors, where `loader.in_memory` asks for it.
+    """The data set with its rows as tensors, if `loader.in_memory` is set.
 
     Raises:
-        SpecError: it cannot be, or does not fit; or workers could not pass rows here.
-        DataBroken: the data set failed on a row, or its rows have several shapes.
+        SpecError: not possible, or too large; or workers could not send rows here.
+        DataBroken: the data set failed on a row, or its rows have different shapes.
     """
     require_short_paths(data, task=task, plan=plan)
     if not plan.spec.loader.in_memory:
@@ -440,7 +441,7 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
 
 
 def _require_room(reader: _Reader, rows: int) -> None:
-    """Judged by the first row; while they are joined, all of them are there twice."""
+    """Estimated from the first row; while they are joined, all rows exist twice."""
     _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
     needed = 2 * rows * sum(t.numel() * t.element_size() for t in tensors_of(first))
     free = memory_here()
@@ -454,10 +455,10 @@ def _require_room(reader: _Reader, rows: int) -> None:
 def _from_memory(
     data: InMemory, *, task: Task, plan: Plan, world: World, start: int
 ) -> Iterator[Batch]:
-    """Rows picked by index on the device that computes them, or on the host where they lie there.
+    """Rows selected by index on the device that computes them, or on the host if they are there.
 
-    Each micro-batch has memory of its own: of a part of a larger block, the bits of what is
-    computed would depend on where in the block it begins, and so on where the run was resumed.
+    Each micro-batch has its own memory: for a part of a larger block, the bits of the result would
+    depend on its offset in the block, and so on the step at which the run was resumed.
     """
     inputs, targets = picker(data.inputs), picker(data.targets)
     send = _sender(data, world)
@@ -474,7 +475,7 @@ def _from_memory(
 def _copied_from_memory(
     data: InMemory, orders: Iterable[Order], *, task: Task, world: World
 ) -> Iterator[Batch]:
-    """Rows that are asked for in the order in which they lie."""
+    """Rows that are requested in the order in which they are stored."""
     inputs, targets = run_copier(data.inputs), run_copier(data.targets)
     send = _sender(data, world)
     weigh = _weigher(task, data.targets)
@@ -486,7 +487,7 @@ def _copied_from_memory(
 
 
 def _sender(data: InMemory, world: World) -> Callable[[Any], Any]:
-    """Brings rows that were picked to the device; where they lie there already, does nothing."""
+    """Copies selected rows to the device; does nothing if they are there already."""
     if data.device.type == world.device.type:
         return _as_it_is
     if copies_late(world.device):
@@ -495,13 +496,13 @@ def _sender(data: InMemory, world: World) -> Callable[[Any], Any]:
 
 
 def resident_bytes(data: Iterable[Data], task: Task, device: torch.device) -> int:
-    """Bytes of a device that the rows of these data sets will take for the whole run."""
+    """Device memory in bytes that the rows of these data sets will use for the whole run."""
     held = [rows for part in data if (rows := _held(part, task)) is not None]
     return sum(rows.size_bytes for rows in held if rows.fits_on(device))
 
 
 class _Reader(Dataset[tuple[Order, Any]]):
-    """A data set asked for whole micro-batches, with every row's random numbers keyed."""
+    """A data set that returns whole micro-batches, with a random key for each row."""
 
     def __init__(
         self,
@@ -512,7 +513,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
         collate: Callable[[list[Any]], Any],
         repeats: bool = False,
     ) -> None:
-        """`rows` are those of one pass over the data; `repeats`: in which one may come twice."""
+        """`rows`: rows in one epoch; `repeats`: whether a row may occur twice in an epoch."""
         self._data = data
         self._seed = seed
         self._collate = collate
@@ -534,7 +535,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
     def _rows(self, order: Order) -> list[Any]:
         rows = order.rows.tolist()
         if hasattr(self._data, "__getitems__"):
-            # Rows that are read together share a key, which is the same at any world size.
+            # Rows that are read in one call share a key, which is the same at any world size.
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
             return list(self._data.__getitems__(rows))
         brought = []
@@ -547,7 +548,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
 
 
 def _remedy(error: Exception) -> str:
-    """What helps, by torch's words: rows that it cannot stack, or shared memory that is full."""
+    """Advice for torch's message: rows that it cannot stack, or shared memory that is full."""
     said = ("default_collate", "stack expects each tensor", "in list of batch should be of equal")
     if any(words in str(error) for words in said):
         return ". Give the task a collate that makes a batch of such rows."
@@ -565,18 +566,20 @@ def _as_it_is(value: Any) -> Any:
 _WORKERS: WeakSet[BaseProcess] = WeakSet()
 
 
-@atexit.register  # before multiprocessing, which sends SIGTERM and waits without a limit
+@atexit.register  # before multiprocessing's handler, which waits without a limit
 def _end_workers() -> None:
     """Make a worker ignore requests to stop, so that it never blocks its training process."""
     left = _WORKERS & set(multiprocessing.active_children())
     if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler raises if a worker is killed
     for worker in left:
         worker.kill()
 
 
 def _outlive_signals(worker: int) -> None:
-    # A request to stop goes to the whole process group.  The workers serve until the loop
+    # A request to stop goes to the whole process group.  The workers continue until the loop
     # has taken its last step; they end when the training process releases them or is gone.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a step of one's own gives: named losses, each a sum with the weight that divides it."""
+"""The result of a task's own step: named losses, each a sum with its weight."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
 class Across(NamedTuple):
-    """A loss whose rows see each other."""
+    """A loss across rows."""
 
     function: Callable[..., Tensor]
     features: tuple[Tensor, ...]
-    """Of this micro-batch: [B, ...] each."""
+    """The features of this micro-batch: [B, ...] each."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,31 @@ class Loss:
     of their weights. So it is the same at any number of processes.
 
     `Loss.each(values)`   one value for each row, or for each value of the task's `weight`
-    `Loss.mean(mean)`     a mean over the rows of the batch, or over what `weight` counts of them
-    `Loss(sum, weight)`   a sum, and what divides it, such as a number of boxes
+    `Loss.mean(mean)`     a mean over the rows of the batch, or over their `weight`
+    `Loss(sum, weight)`   a sum, and its divisor, such as a number of boxes
     `Loss.of_all_rows(function, *features)`   a function of the features of all rows of a step
     """
 
     sum: Tensor
     """A tensor of one number, with a gradient in training."""
     weight: float | Tensor | None
-    """A number from 0 up, without a gradient. The weights of all micro-batches have to be known
-    before the first backward pass: all forward passes of a step then come before it, and this
+    """A number from 0 up, without a gradient. The weights of all micro-batches must be known
+    before the first backward pass: all forward passes of a step then run before it, and this
     process holds the activations of all its micro-batches. `each` and `mean` without a weight
-    do not need that: what a batch counts is known before."""
+    do not need that: the weight of a batch is known in advance."""
     scale: float = 1.0
-    """What it counts in the loss of the step. It is logged without it."""
+    """Its factor in the loss of the step. It is logged without this factor."""
     kind: Literal["sum", "mean", "each", "across"] = "sum"
     across: Across | None = None
 
     @staticmethod
     def each(values: Tensor, *, scale: float = 1.0) -> Loss:
-        """One value for each row: [B]. Where the task has a `weight`, of its shape."""
+        """One value for each row: [B]. If the task has a `weight`, of its shape."""
         return Loss(values, None, scale, "each")
 
     @staticmethod
     def mean(mean: Tensor, weight: float | Tensor | None = None, *, scale: float = 1.0) -> Loss:
-        """A mean over `weight`; without it, over what the batch counts."""
+        """A mean over `weight`; by default over the weight of the batch."""
         return Loss(mean, weight, scale, "mean")
 
     @staticmethod
@@ -65,11 +65,11 @@ class Loss:
         """A loss of all rows of a step together, such as a contrastive one.
 
         The function gets the features of the whole global batch, in the order of its rows, from all
-        processes: [N, ...] each. It gives one value for each row: [N]. The value and the gradient
-        are the same at any number of processes and at any micro-batch. In a test, which has
-        no global batch, it gets those of a micro-batch.
+        processes: [N, ...] each. It returns one value for each row: [N]. The value and the gradient
+        are the same at any number of processes and with any micro-batch. In a test, which has
+        no global batch, it gets the features of a micro-batch.
 
-        All forward passes of a step come before its backward passes, as with a weight of its own.
+        All forward passes of a step run before its backward passes, as with an explicit weight.
         """
         if not features:
             raise SpecError("task.step: Loss.of_all_rows needs features: tensors [B, ...].")
@@ -77,9 +77,9 @@ class Loss:
 
 
 Losses = Mapping[str, Loss | Tensor]
-"""By name; a tensor is `Loss.each` of it."""
+"""By name; a tensor means `Loss.each` of it."""
 StepResult = Losses | tuple[Losses, Any]
-"""What a step gives: its losses, or these and the outputs for measures and predictions."""
+"""The result of a step: its losses, or the losses and the outputs for measures and predictions."""
 OwnStep = Callable[[Any, Batch, "StepContext"], StepResult]
 AfterUpdate = Callable[[Any, "StepContext"], None]
 
@@ -89,7 +89,7 @@ Entry = tuple[Tensor | float, Tensor | float, float]
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step of one's own is told besides its batch."""
+    """The arguments of a task's own step besides its batch."""
 
     step: int
     """Finished optimizer steps: 0 in the first one."""
@@ -98,23 +98,23 @@ class StepContext:
     training: bool
     """False in a test, which has no gradients."""
     key: int
-    """A function of seed, step and micro-batch. Torch's generators already start at it, so what is
-    drawn from them is the same at any number of processes; a generator of one's own starts here."""
+    """A function of seed, step and micro-batch. Torch's generators are seeded with it, so random
+    numbers from them are the same at any number of processes; seed your own generators with it."""
     whole: bool = False
-    """Whether losses of all rows wait for the whole step; otherwise they are of the micro-batch."""
+    """Whether losses of all rows are computed for the whole step, or for the micro-batch."""
     average: nn.Module | None = None
-    """The moving average of the weights, where the spec has `model.moving_average`: a teacher that
-    is equal on all processes and saved in every checkpoint. It takes no gradient."""
+    """The moving average of the weights, with `model.moving_average` in the spec: a teacher that
+    is equal on all processes and saved in every checkpoint. It has no gradients."""
     optimizer: str | None = None
-    """Whose turn it is, where the spec has `optimizers`: only its parameters take gradients. None
-    in a test."""
+    """The optimizer whose turn it is, with `optimizers` in the spec: only its parameters get
+    gradients. None in a test."""
     logged: dict[str, Entry] = field(default_factory=dict, repr=False)
 
     def log(self, name: str, sum: Tensor | float, weight: Tensor | float) -> None:
-        """Record `train/NAME`, or `test/NAME`: the sum over all micro-batches over their weight.
+        """Record `train/NAME` or `test/NAME`: the sum over all micro-batches divided by the weight.
 
         Raises:
-            SpecError: the name is taken, or one of the values is not one number.
+            SpecError: the name is already used, or a value is not a single number.
         """
         _require_name(name, self.logged)
         total = _number(sum, f"context.log({name!r}): the sum")
@@ -126,27 +126,28 @@ class LossPart(NamedTuple):
 
     sum: Tensor
     weight: Tensor | float
-    """What this micro-batch adds to the divisor."""
+    """The contribution of this micro-batch to the divisor."""
     scale: float
     divided_by: Literal["batch", "rows", "own"]
     """The weight of the step's batches, its rows, or the sum of its own weights."""
     across: Across | None = None
-    """A loss of all rows: `sum` is no value before those of the whole step are together."""
+    """A loss of all rows: `sum` is set only when the whole step has been gathered."""
 
 
 def read_losses(
     given: object, batch: Batch, *, context: StepContext
 ) -> tuple[dict[str, LossPart], Any]:
-    """The losses that a step gave, and its outputs or None.
+    """The losses of a step, and its outputs or None.
 
     Raises:
-        SpecError: they are not what a step gives; names the loss, and what to write instead.
+        SpecError: the result is invalid; names the loss, and what to write instead.
     """
     losses, outputs = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(losses, Mapping) or not losses:
         what = "none" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
         raise SpecError(
-            f"task.step: must give losses by name, such as {{'loss': values}}, but gave {what}. "
+            f"task.step: must return losses by name, such as {{'loss': values}}, but returned "
+            f"{what}. "
             "Outputs for measures come second: return losses, outputs."
         )
     parts: dict[str, LossPart] = {}
@@ -155,12 +156,15 @@ def read_losses(
         parts[name] = _part(name, loss, batch, context)
     if "loss" in parts and len(parts) > 1:
         raise SpecError(
-            f"task.step: of several losses ({', '.join(parts)}) none may be named 'loss': that is "
+            f"task.step: with several losses ({', '.join(parts)}) none may be named 'loss', which "
+            f"is "
             "the sum of them all. Give it another name."
         )
     taken = sorted(set(parts) & set(context.logged))
     if taken:
-        raise SpecError(f"task.step: {taken[0]!r} is the name of a loss and of context.log.")
+        raise SpecError(
+            f"task.step: {taken[0]!r} is the name of a loss and of a context.log value."
+        )
     return parts, outputs
 
 
@@ -195,7 +199,7 @@ def _part(name: str, given: object, batch: Batch, context: StepContext) -> LossP
 
 
 def _times(mean: Tensor, weight: Tensor | float) -> Tensor:
-    """A mean times its weight; a mean over nothing, which is NaN, counts 0."""
+    """A mean times its weight; a mean over nothing, which is NaN, becomes 0."""
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, mean, torch.zeros_like(mean)) * weight.to(mean.dtype)
     return mean * weight if weight else torch.zeros_like(mean) * mean.nan_to_num()
@@ -225,15 +229,16 @@ def values_across(across: Across, features: Sequence[Tensor], where: str) -> Ten
     """One value for each row of these features, which may be those of a whole step.
 
     Raises:
-        SpecError: the function gives something else.
+        SpecError: the function returns something else.
     """
     values: object = across.function(*features)
     rows = len(features[0])
     if not isinstance(values, Tensor) or list(values.shape) != [rows]:
         told = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise SpecError(
-            f"{where}: the function of of_all_rows must give one value for each row, so the shape "
-            f"[{rows}], but gave {told}."
+            f"{where}: the function of of_all_rows must return one value for each row, so the "
+            f"shape "
+            f"[{rows}], but returned {told}."
         )
     return values
 
@@ -244,9 +249,10 @@ def _of_values(values: Tensor, batch: Batch, scale: float, where: str) -> LossPa
         return LossPart((values * weight).sum(), weight.sum(), scale, "batch")
     if values.dim() == 0:
         raise SpecError(
-            f"{where} is one number, a mean or a sum of unknown weight. Give one value for each "
+            f"{where} is a single number, a mean or a sum of unknown weight. Return one value for "
+            f"each "
             f"row, so the shape [{rows}]; or Loss.mean(value), a mean over the rows; or "
-            "Loss(sum, weight), where weight is what divides the sum."
+            "Loss(sum, weight), where weight is the divisor of the sum."
         )
     if list(values.shape) not in ([rows], [rows, 1]):
         told = "" if weight is None else f", or that of task.weight, {list(weight.shape)}"
@@ -261,8 +267,8 @@ def _of_values(values: Tensor, batch: Batch, scale: float, where: str) -> LossPa
 def _scalar(value: Tensor, where: str) -> Tensor:
     if value.numel() != 1:
         raise SpecError(
-            f"{where} must be one number beside its weight, but has the shape "
-            f"{list(value.shape)}. One value for each row is given by itself, without a weight."
+            f"{where} must be a single number if it has a weight, but has the shape "
+            f"{list(value.shape)}. Return one value for each row without a weight."
         )
     return value.reshape(())
 
@@ -273,12 +279,14 @@ def _weight(weight: object, where: str) -> Tensor | float:
         if value < 0 or not math.isfinite(value):
             raise SpecError(f"{where} must be a finite number from 0 up, but is {value}.")
     elif value.requires_grad:
-        raise SpecError(f"{where} has a gradient. The divisor of a sum is a count: detach it.")
+        raise SpecError(
+            f"{where} has a gradient. The divisor of a sum must not have one: detach it."
+        )
     return value
 
 
 def require_weights(entries: Mapping[str, Entry]) -> None:
-    """Check the weights that are on a device, which nobody waits for in training.
+    """Check the weights that are on a device, for which training does not wait.
 
     Raises:
         SpecError: one is not a finite number from 0 up; names its loss or value.
@@ -311,21 +319,21 @@ def _scale(scale: object, where: str) -> float:
 def _require_name(name: object, taken: Mapping[str, Any]) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SpecError(
-            f"task.step: a loss or a logged value is named by letters, digits and _ . - /, but one "
-            f"is named {name!r}."
+            f"task.step: the name of a loss or a logged value must consist of letters, digits and "
+            f"_ . - /, but is {name!r}."
         )
     if name in taken:
         raise SpecError(f"task.step: {name!r} was given twice in one micro-batch.")
 
 
 def own_loss(model: nn.Module, batch: Batch, context: StepContext) -> StepResult:
-    """The step of a model that computes its own loss, as those of transformers do.
+    """The step of a model that computes its own loss, as transformers models do.
 
-    The model is called with the inputs by name and the targets as `labels`. Its `loss` is taken as
-    a mean over what the batch counts: its rows, or what the task's `weight` counts of them.
+    The model is called with the inputs by name and the targets as `labels`. Its `loss` is used as
+    a mean over the weight of the batch: its rows, or the sum of the task's `weight`.
 
     Raises:
-        SpecError: the inputs have no names, or the outputs no loss.
+        SpecError: the inputs have no names, or the outputs have no loss.
     """
     if not isinstance(batch.inputs, dict):
         raise SpecError(

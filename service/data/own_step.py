@@ -1,4 +1,4 @@
-"""A step of one's own as a module, so that all forward passes in it are one to DDP."""
+"""A task's own step as a module, so that DDP sees all its forward passes as one."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from service.distributed.world import World
 
 @dataclass
 class Pass:
-    """One micro-batch on its way through the step."""
+    """One micro-batch in the step."""
 
     batch: Batch
     context: StepContext
     parts: Mapping[str, LossPart] | None = None
-    """What the step gave, once it was taken."""
+    """The result of the step, once it has run."""
     outputs: Any = None
 
     def through(self, callee: nn.Module) -> Mapping[str, LossPart]:
-        """The losses by name, of a forward pass of `callee`: what it gives, not what it was given.
+        """The losses by name from a forward pass of `callee`: the tensors that it returns.
 
         Args:
-            callee: a `SteppedModel`, or what wraps it. With a static graph DDP waits for a gradient
-                of the very tensors that its forward pass returns.
+            callee: a `SteppedModel`, or its wrapper. With a static graph DDP waits for a gradient
+                of exactly the tensors that its forward pass returns.
         """
         sums = callee(self)
-        assert self.parts is not None, "a forward pass takes the step"
+        assert self.parts is not None, "a forward pass runs the step"
         pairs = zip(self.parts.items(), sums, strict=True)
         self.parts = {name: part._replace(sum=passed) for (name, part), passed in pairs}
         return self.parts
 
     def part(self, name: str) -> LossPart | None:
-        """The loss of this name, where the step gave it."""
+        """The loss of this name, if the step returned it."""
         return (self.parts or {}).get(name)
 
     def settle(self, name: str, share: Tensor) -> None:
-        """Put the share of this micro-batch in a loss of all rows in its place."""
-        assert self.parts is not None, "the step was not taken"
+        """Set the share of this micro-batch in a loss of all rows."""
+        assert self.parts is not None, "the step has not run"
         self.parts = {**self.parts, name: self.parts[name]._replace(sum=share)}
 
     def entries(self) -> dict[str, Entry]:
-        """What is recorded of it: the losses by name, then what the step logged."""
-        assert self.parts is not None, "the step was not taken"
+        """The recorded values: the losses by name, then the values that the step logged."""
+        assert self.parts is not None, "the step has not run"
         losses = {n: (part.sum.detach(), part.weight, part.scale) for n, part in self.parts.items()}
         return losses | self.context.logged
 
 
 class SteppedModel(nn.Module):
-    """The model within the task's step: what is called in training in place of the model."""
+    """The model within the task's step: training calls it instead of the model."""
 
     def __init__(self, model: nn.Module, task: WithStep, world: World) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SteppedModel(nn.Module):
         self._world = world
 
     def forward(self, asked: Pass) -> list[Tensor]:
-        """Take the step, unless it was taken before; its sums, which have the graph."""
+        """Run the step, unless it has run; return its sums, which have the graph."""
         if asked.parts is None:
             self.take(asked)
         assert asked.parts is not None
@@ -74,7 +74,7 @@ class SteppedModel(nn.Module):
         """Call the task's step.
 
         Raises:
-            SpecError: what it gives is no losses.
+            SpecError: its result is not losses.
         """
         with self._world.autocast():
             given = self._step(self.model, asked.batch, asked.context)
@@ -90,13 +90,13 @@ def total_of(parts: Mapping[str, LossPart], *, divisors: Mapping[str, float | Te
     """The share of one micro-batch in the loss of its step: a scalar with a graph.
 
     Args:
-        divisors: what the sum of each loss is divided by. A loss that nothing counts is 0.
+        divisors: the divisor of each loss. A loss with divisor 0 is 0.
     """
     total: Tensor | None = None
     for name, part in parts.items():
         scaled = part.sum * (part.scale * _inverse(divisors[name], part.sum))
         total = scaled if total is None else total + scaled
-    assert total is not None, "read_losses gives one loss at least"
+    assert total is not None, "read_losses returns at least one loss"
     return total
 
 
@@ -107,5 +107,5 @@ def _inverse(divisor: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def alone(parts: Mapping[str, LossPart]) -> Tensor:
-    """The loss of a step of this one micro-batch."""
+    """The loss of a step that consists of this micro-batch only."""
     return total_of(parts, divisors={name: part.weight for name, part in parts.items()})

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-# Values that JSON does not have are a mapping with this one key: [kind, what it is made of].
+# Values that JSON does not have are a mapping with this one key: [kind, content].
 _MARK = "$"
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON keeps it; `from_plain` gives an equal one back.
+    """The value as plain JSON data; `from_plain` returns an equal one.
 
     Raises:
-        TypeError: it is, or holds, something of another kind.
+        TypeError: it is, or contains, a value of another type.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -38,11 +38,11 @@ def plain(value: Any) -> Any:
         data = np.ascontiguousarray(value).tobytes()
         parts = [value.dtype.str, list(value.shape), base64.b64encode(data).decode()]
         return {_MARK: ["array" if isinstance(value, np.ndarray) else "scalar", parts]}
-    raise TypeError(f"{type(value).__name__} is none of them")
+    raise TypeError(f"{type(value).__name__} is not supported")
 
 
 def from_plain(value: Any) -> Any:
-    """What `plain` was given."""
+    """The value that was given to `plain`."""
     if isinstance(value, list):
         return [from_plain(item) for item in value]
     if not isinstance(value, dict):

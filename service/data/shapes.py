@@ -1,6 +1,6 @@
 """Checks the shapes of a task's loss, weight and measures in every micro-batch.
 
-Tensors of unequal shapes are broadcast by torch without a word: [B, 1] beside [B] makes [B, B].
+torch broadcasts tensors of unequal shapes silently: [B, 1] and [B] make [B, B].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def require_loss_shape(losses: Any, batch: Batch) -> None:
     """Check that there is one loss value for each row, or one for each weight.
 
     Raises:
-        SpecError: there is not.
+        SpecError: there are not.
     """
     rows = len(batch.rows)
     if not isinstance(losses, Tensor):
@@ -43,12 +43,12 @@ def _unweighed(losses: Tensor, batch: Batch) -> str:
     if shape == [rows, rows] and isinstance(batch.targets, Tensor):
         return (
             f"task.loss: must give one value for each row, so the shape [{rows}], but gave "
-            f"{shape}: each row was compared with every other. The targets are "
+            f"{shape}: each row was compared with every other row. The targets are "
             f"{list(batch.targets.shape)}; bring the outputs to the same shape."
         )
     return (
         f"task.weight: the loss has {losses[0].numel()} values for each row "
-        f"({shape}), and nothing says what each of them counts. Give a weight, "
+        f"({shape}), and their weights are not known. Give a weight, "
         "such as `weight=lambda targets: targets.ne(-100).float()`, or one value for each row."
     )
 

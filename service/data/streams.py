@@ -1,10 +1,10 @@
 """Data that can only be read in order, and is resumed at the position where it was left.
 
-`whole`  Every process reads all of the stream and keeps the micro-batches that are its own.  So
-         the promises hold as for other data: the same rows at any number of processes, and a
-         resume at any other.  Reading costs every process what it costs one.
+`whole`  Every process reads all of the stream and keeps its own micro-batches.  So the
+         guarantees hold as for other data: the same rows at any number of processes, and a
+         resume at any other.  Every process has the full cost of reading.
 `split`  Each process reads its own part, as the stream divides itself.  Reading is shared, but
-         which rows meet in a step depends on the number of processes, and so does the run.
+         the rows of a step, and so the run, depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Mode = Literal["whole", "split"]
 
 
 def is_stream(data: Any) -> bool:
-    """Whether the rows can only be iterated, and not asked for."""
+    """Whether the rows can only be iterated, and not accessed by index."""
     # torch's and datasets' own classes of that name; torch's inherits a __getitem__ that raises.
     by_name = any(kind.__name__ == "IterableDataset" for kind in type(data).__mro__)
     return by_name or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__"))
 
 
 class Stream:
-    """An iterable data set as one endless sequence of rows, pass after pass."""
+    """An iterable data set as one endless sequence of rows, epoch after epoch."""
 
     def __init__(self, data: Any, *, mode: Mode, index: int, of: int, seed: int = 0) -> None:
         """Process `index` of `of` reads it.
 
         Args:
-            seed: with the place of a row, names the random numbers that it is read with.
+            seed: with the position of a row, determines the random numbers while it is read.
         Raises:
-            SpecError: it can be read once only, gives batches, or `split` is asked of a stream
+            SpecError: it can be read only once, returns batches, or `split` is set for a stream
                 that cannot divide itself.
         """
         if hasattr(data, "__next__"):
@@ -53,26 +53,27 @@ class Stream:
             )
         if getattr(data, "batch_size", None) is not None and hasattr(data, "dataset"):
             raise SpecError(
-                f"task: the training data is a {type(data).__name__} that gives batches. Give its "
-                "data set, of which micro-batches are made here, or make it with batch_size=None."
+                f"task: the training data is a {type(data).__name__} that returns batches. Give "
+                f"its "
+                "data set, from which micro-batches are made, or create it with batch_size=None."
             )
         self.mode = mode
         self._of = of
         self._seed = seed, index if mode == "split" else 0
         self._data = _divided(data, index, of) if mode == "split" and of > 1 else data
         self._passes = 0
-        self._rows = 0  # since this pass began
-        self._taken = 0  # since the first pass began
+        self._rows = 0  # since the start of this epoch
+        self._taken = 0  # since the start of the first epoch
         self._rest: Iterator[Any] | None = None
 
     def take(self, count: int) -> list[Any]:
-        """The next `count` rows; at its end the stream begins again.
+        """The next `count` rows; at its end the stream starts again.
 
-        Python's, numpy's and torch's generators start anew for each of them, so the same rows come
-        with the same random numbers, also when they are read again.
+        The generators of Python, numpy and torch are seeded for each of them, so the same rows have
+        the same random numbers, also when they are read again.
 
         Raises:
-            DataBroken: it has no rows at all, or fails.
+            DataBroken: it has no rows, or fails.
         """
         rows = []
         for _ in range(count):
@@ -90,10 +91,10 @@ class Stream:
         return rows
 
     def place(self) -> dict[str, Any]:
-        """Where it is: plain values that JSON keeps.
+        """Its position: plain values for JSON.
 
         Raises:
-            SpecError: the stream's own state holds what cannot be kept without a pickle.
+            SpecError: the stream's own state cannot be saved without a pickle.
         """
         try:
             state = plain(self._data.state_dict()) if _remembers_all(self._data) else None
@@ -106,15 +107,15 @@ class Stream:
         return place | {"state": state}
 
     def move_to(self, places: list[dict[str, Any]], index: int) -> None:
-        """Go on from where the processes of an earlier attempt were.
+        """Continue from the positions of the processes of an earlier attempt.
 
         Raises:
-            SpecError: the stream was split, and among another number of processes.
+            SpecError: the stream was split among another number of processes.
         """
         if self.mode == "split" and len(places) != self._of:
             raise SpecError(
-                f"loader.stream: split among {len(places)} processes so far, and this cannot be "
-                f"continued by {self._of}. Use {len(places)} processes, or loader.stream=whole "
+                f"loader.stream: split among {len(places)} processes so far, which "
+                f"{self._of} cannot continue. Use {len(places)} processes, or loader.stream=whole "
                 "from the beginning."
             )
         place = places[index] if self.mode == "split" else places[0]
@@ -123,7 +124,7 @@ class Stream:
             self._data.load_state_dict(from_plain(place["state"]))
             self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
             return
-        # It has no state: read up to there again; all passes if one may depend on another.
+        # It has no state: read again up to there; all epochs if one may depend on another.
         if hasattr(self._data, "set_epoch"):
             self._begin(place["passes"])
             self._taken = place["taken"] - place["rows"]
@@ -141,7 +142,9 @@ class Stream:
             if self._rows == 0:
                 break
             self._begin(self._passes + 1)
-        raise DataBroken(f"The stream {type(self._data).__name__} gave no row in a whole pass.")
+        raise DataBroken(
+            f"The stream {type(self._data).__name__} returned no row in a whole epoch."
+        )
 
     def _begin(self, number: int) -> None:
         if hasattr(self._data, "set_epoch"):
@@ -153,10 +156,10 @@ _END = object()
 
 
 def _remembers_all(data: Any) -> bool:
-    """Whether a stream has a state, and what it reads from there on follows from it.
+    """Whether a stream has a state that determines everything that it reads from there on.
 
-    The buffer in which Hugging Face's streams shuffle is not in theirs: resumed, it is filled anew
-    with later rows, and those that were in it are lost.
+    The state of Hugging Face's streams does not include the shuffle buffer: after a resume it is
+    filled with later rows, and the rows that were in it are lost.
     """
     inner = getattr(data, "_ex_iterable", None)
     while inner is not None:
@@ -167,7 +170,7 @@ def _remembers_all(data: Any) -> bool:
 
 
 def contents(rows: list[Any]) -> NDArray[np.int64]:
-    """What names rows that have no ids: a digest of what each holds: [B]."""
+    """Ids for rows without ids: a digest of the content of each: [B]."""
     return np.array([_content(row) for row in rows], np.int64)
 
 
@@ -203,7 +206,7 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield _checksum(value)
     elif isinstance(value, str | int | float | bool | np.generic | None):
         yield repr(value).encode()
-    else:  # an object of an unknown class, such as an image: its kind
+    else:  # an object of an unknown class, such as an image: its type
         yield type(value).__qualname__.encode()
 
 

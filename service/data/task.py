@@ -47,7 +47,7 @@ class Task(Protocol):
     """A job's content.  `supervised` builds one from parts."""
 
     train_rows: int | None
-    """None where the training data can only be iterated."""
+    """None if the training data can only be iterated."""
     test_rows: int
     measures: tuple[str, ...]
 
@@ -60,17 +60,17 @@ class Task(Protocol):
         ...
 
     def test_data(self) -> Data:
-        """The test rows; where the task has `tests`, a mapping with the rows of each."""
+        """The test rows; if the task has `tests`, a mapping with the rows of each."""
         ...
 
-    # Besides these it has a loss (`WithLoss`) or a step of its own (`WithStep`).  It may also have
+    # A task also has a loss (`WithLoss`) or its own step (`WithStep`).  It may also have
     #   tests                       names of several test sets; `test_rows` is then their sum;
-    #   weight(targets) -> Tensor   of the loss's shape: what each value counts, instead of 1;
-    #   ignored                     without a weight: the target whose row the loss leaves out;
+    #   weight(targets) -> Tensor   the weight of each value, in the loss's shape, instead of 1;
+    #   ignored                     without a weight: the target whose row the loss ignores;
     #   metrics                     a mapping from names to torchmetrics metrics;
     #   predict(outputs) -> Tensor  what `evenstep test --predictions` writes for each row;
     #   collate(rows)               makes (inputs, targets), or a mapping, of a list of rows;
-    #   sampling                    which row comes when: service/plan/sampling.py;
+    #   sampling                    how often each row is used: service/plan/sampling.py;
     #   merged(model) -> nn.Module  what `evenstep export --merged` writes;
     #   after_test, after_epoch     hooks: functions of a context (`Further`).
 
@@ -90,7 +90,7 @@ class WithLoss(Task, Protocol):
 
 @runtime_checkable
 class WithStep(Task, Protocol):
-    """A task with a step of its own.  Where it has measures, it has `measure` as well."""
+    """A task with its own step.  If it has measures, it has `measure` as well."""
 
     def step(self, model: nn.Module, batch: Batch, context: StepContext) -> StepResult:
         """The losses of one micro-batch by name; or these, and the outputs for measures."""
@@ -126,37 +126,38 @@ LOSSES: dict[str, RowLoss] = {
 }
 
 
-# Those that torch sums in one call: this makes a step of a small network 4 % faster.
+# Losses that torch sums in one call: this makes a step of a small network 4 % faster.
 SUMMED_LOSSES: dict[str, RowLoss] = {"cross_entropy": _cross_entropy_sum}
 
 
 IGNORED = -100
-"""The target whose row torch's losses leave out, unless they are told another."""
+"""The target that torch's losses ignore by default."""
 _TORCHS = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 def _counted_as_by_torch(loss: Any) -> tuple[RowLoss, Callable[[Any], Tensor] | None, int]:
-    """A loss of torch's, what its values count, and the target that it ignores.
+    """A loss of torch, the weights of its values, and the target that it ignores.
 
-    With weights of classes torch's mean is divided by their sum: so a value counts what its class
-    does, and is not multiplied by it before.
+    With class weights torch's mean is divided by their sum: so the weight of a value is that of
+    its class, and the value itself is not multiplied by it.
 
     Raises:
-        SpecError: the weights are smoothed over the classes, and belong to no value.
+        SpecError: the weights are smoothed over the classes, and belong to no single value.
     """
     if loss.weight is None:
         return loss, None, loss.ignore_index
     if getattr(loss, "label_smoothing", 0.0):
         raise SpecError(
-            "task.loss: of CrossEntropyLoss with weight and label_smoothing no value has a weight "
-            "of its own. Leave one of them out, or give a function as the loss, and a weight."
+            "task.loss: in CrossEntropyLoss with weight and label_smoothing no value has its own "
+            "weight. "
+            "Leave one of them out, or give a function as the loss, and a weight."
         )
     classes, ignored = loss.weight, loss.ignore_index
 
     def weight(targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             raise SpecError(
-                "task.loss: weights of classes need targets that are classes, but these are "
+                "task.loss: class weights need class indices as targets, but these are "
                 f"{targets.dtype}. Give a function as the loss, and a weight."
             )
         left_out = targets == ignored
@@ -170,8 +171,9 @@ def _accuracy(outputs: Any, targets: Tensor) -> Tensor:
     scores = logits(outputs)
     if scores.dim() < 2 or scores.shape[1] == 1:
         raise SpecError(
-            "task.measures: accuracy and error look for the largest of several outputs of a row, "
-            f"but the outputs are {list(scores.shape)}. With one a row, give a function, such as "
+            "task.measures: accuracy and error need several outputs per row, of which the largest "
+            "counts, "
+            f"but the outputs are {list(scores.shape)}. With one output, give a function, such as "
             "`lambda outputs, targets: (outputs.flatten() > 0) == (targets.flatten() > 0.5)`."
         )
     return (_as_targets(scores.argmax(1), targets) == targets).double()
@@ -183,19 +185,19 @@ def _absolute_error(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def _as_targets(given: Tensor, targets: Tensor) -> Tensor:
-    """What is compared with the targets, in their shape: torch would make [B, B] of [B, 1] and [B].
+    """The outputs in the shape of the targets: torch would broadcast [B, 1] and [B] to [B, B].
 
     Raises:
-        SpecError: the values of a row cannot be told to be the same ones in the same order.
+        SpecError: it is unclear whether they are the same values in the same order.
     """
     if given.shape == targets.shape:
         return given
     inner = [[n for n in tensor.shape[1:] if n != 1] for tensor in (given, targets)]
-    in_a_row = min(map(len, inner)) <= 1  # or dimensions may have changed places
+    in_a_row = min(map(len, inner)) <= 1  # otherwise dimensions may be swapped
     same_rows = given.shape[:1] == targets.shape[:1] or given.numel() == 1
     if given.numel() != targets.numel() or not same_rows or not (inner[0] == inner[1] or in_a_row):
         raise SpecError(
-            f"task: what is compared of the outputs has the shape {list(given.shape)}, and the "
+            f"task: the compared outputs have the shape {list(given.shape)}, and the "
             f"targets {list(targets.shape)}. Bring one of them to the shape of the other, in the "
             "model or in the data; or give a loss and measures that are functions of both."
         )
@@ -211,24 +213,24 @@ MEASURES: dict[str, RowLoss] = {
 
 
 def step_of(task: Task) -> WithStep | None:
-    """The task where it has a step of its own, which then takes the place of its loss."""
+    """The task if it has its own step, which replaces its loss."""
     return task if isinstance(task, WithStep) else None
 
 
 def after_update_of(task: Task) -> AfterUpdate | None:
-    """What the task does to the weights after each update, if anything."""
+    """The task's function that is called after each update, if any."""
     found: AfterUpdate | None = getattr(task, "after_update", None)
     return found if step_of(task) is not None else None
 
 
 def with_loss(task: Task) -> WithLoss:
     """The task, which has no step of its own and so has a loss."""
-    assert isinstance(task, WithLoss), "load_task takes no task with neither"
+    assert isinstance(task, WithLoss), "load_task refuses a task with neither"
     return task
 
 
 def measured_by(task: Task) -> tuple[str, ...]:
-    """Names of everything that the test loop measures of a test set."""
+    """Names of everything that the test loop measures on a test set."""
     return ("loss", *task.measures, *metrics_of(task))
 
 
@@ -253,7 +255,7 @@ class TestSet(NamedTuple):
     """The rows of one test pass."""
 
     name: str
-    """Empty where the task has one only."""
+    """Empty if the task has only one."""
     data: Data
     rows: int
 
@@ -262,15 +264,15 @@ class TestSet(NamedTuple):
         return f"test/{self.name}/{measure}" if self.name else f"test/{measure}"
 
     def named(self, values: Mapping[str, float]) -> dict[str, float]:
-        """What the test loop gives, `test/loss`, under the keys of this set."""
+        """The results of the test loop, `test/loss`, under the keys of this set."""
         return {self.key(key.removeprefix("test/")): value for key, value in values.items()}
 
 
 def test_sets(task: Task | _FromParts, data: Data) -> list[TestSet]:
-    """The test sets of a task, of which `data` are the rows.
+    """The test sets of a task; `data` are their rows.
 
     Raises:
-        SpecError: a name or a set cannot be used.
+        SpecError: a name or a set is invalid.
     """
     names = getattr(task, "tests", None)
     if names is None:
@@ -278,13 +280,15 @@ def test_sets(task: Task | _FromParts, data: Data) -> list[TestSet]:
     if not isinstance(data, Mapping) or {*data} != {*names}:
         there = sorted(data) if isinstance(data, Mapping) else f"a {type(data).__name__}"
         raise SpecError(
-            f"task.tests: names {', '.join(names)}, so test_data must give a mapping of these, but "
-            f"it gives {there}."
+            f"task.tests: names {', '.join(names)}, so test_data must return a mapping of these "
+            f"names, but "
+            f"it returns {there}."
         )
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name)):
             raise SpecError(
-                f"task.test: a test set is named by letters, digits and _ . -, but one is {name!r}."
+                f"task.test: the name of a test set must consist of letters, digits and _ . -, but "
+                f"is {name!r}."
             )
         if _length(data[name], "test") == 0:
             raise SpecError(f"task.test: the test set {name!r} is empty. Leave it out.")
@@ -292,17 +296,17 @@ def test_sets(task: Task | _FromParts, data: Data) -> list[TestSet]:
 
 
 def chosen_test_sets(sets: Sequence[TestSet], name: str | None) -> list[TestSet]:
-    """The one of this name, or all of them.
+    """The test set of this name, or all of them.
 
     Raises:
-        SpecError: there is none of this name.
+        SpecError: there is no test set of this name.
     """
     if name is None:
         return list(sets)
     found = [part for part in sets if part.name == name]
     if not found:
         known = [part.name for part in sets if part.name]
-        told = did_you_mean(name, known) if known else ": its task has one test set, without a name"
+        told = did_you_mean(name, known) if known else ": the task has one test set, without a name"
         raise SpecError(f"--data: there is no test set {name!r}{told}")
     return found
 
@@ -313,10 +317,10 @@ def _is_collection(metric: Any) -> bool:
 
 
 def logits(outputs: Any) -> Tensor:
-    """The tensor in a model's outputs: itself, or what a transformers model calls its logits.
+    """The tensor in a model's outputs: the output itself, or the `logits` of a transformers model.
 
     Raises:
-        SpecError: the outputs have none.
+        SpecError: the outputs have no such tensor.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -324,8 +328,8 @@ def logits(outputs: Any) -> Tensor:
     found = getattr(outputs, "logits", found)
     if not isinstance(found, Tensor):
         raise SpecError(
-            f"task: the model gives a {type(outputs).__name__}, which is no tensor and has no "
-            "logits. Give a loss, measures and predict that are functions of it."
+            f"task: the model returns a {type(outputs).__name__}, which is not a tensor and has no "
+            "logits. Give a loss, measures and predict that accept it."
         )
     return found
 
@@ -334,7 +338,7 @@ def new_model(task: Task) -> nn.Module:
     """A new model of the task.
 
     Raises:
-        SpecError: the task raised, or gave something else.
+        SpecError: the task raised, or returned something else.
     """
     try:
         model: object = task.model()
@@ -345,38 +349,42 @@ def new_model(task: Task) -> nn.Module:
             raise
         if isinstance(task.model, nn.Module):  # calling it ran a forward pass
             raise SpecError(
-                "task.model: must be a function that makes a new model, but is a model: a "
+                "task.model: must be a function that creates a new model, but is a model: a "
                 f"{type(task.model).__name__}. "
-                "Write model=lambda: ..., so that each process and each test makes its own."
+                "Write model=lambda: ..., so that each process and each test creates its own."
             ) from error
         raise SpecError(f"task.model: raised {with_place(error)}") from error
     if isinstance(model, Mapping) and not isinstance(model, nn.Module):
         model = _several(model, task)
     if not isinstance(model, nn.Module):
         raise SpecError(
-            f"task.model: must give an nn.Module, but gave a {type(model).__name__}. A class of "
-            "models makes one when it is called."
+            f"task.model: must return an nn.Module, but returned a {type(model).__name__}. If it "
+            f"is a "
+            "class, calling it creates a model."
         )
     _give_sizes(model, task)
     return model
 
 
 def _several(models: Mapping[Any, object], task: Task) -> nn.ModuleDict:
-    """Several models by name as one, whose parameters are named `NAME.PARAMETER`.
+    """Several models by name as one module, whose parameters are named `NAME.PARAMETER`.
 
     Raises:
-        SpecError: they have no such names, are no models, or nothing says how they are called.
+        SpecError: their names are invalid, they are not models, or the task has no step that calls
+            them.
     """
     if step_of(task) is None:
         raise SpecError(
-            f"task.model: gave several models ({', '.join(map(str, models))}), of which a loss of "
-            "outputs and targets knows none. Give the task a step of its own: service.task.custom."
+            f"task.model: returned several models ({', '.join(map(str, models))}), but a loss of "
+            "outputs and targets cannot use several. Give the task its own step: "
+            "service.task.custom."
         )
     named: dict[str, nn.Module] = {}
     for name, model in models.items():
         if not (isinstance(name, str) and name.isidentifier()):
             raise SpecError(
-                f"task.model: a model is named by letters, digits and _, but one is {name!r}."
+                f"task.model: the name of a model must consist of letters, digits and _, but is "
+                f"{name!r}."
             )
         if not isinstance(model, nn.Module):
             raise SpecError(
@@ -386,14 +394,14 @@ def _several(models: Mapping[Any, object], task: Task) -> nn.ModuleDict:
     try:
         return nn.ModuleDict(named)
     except KeyError as error:  # a name that torch's own class has, such as `keys`
-        raise SpecError(f"task.model: a model cannot be named so: {error.args[0]}.") from error
+        raise SpecError(f"task.model: invalid name of a model: {error.args[0]}.") from error
 
 
 def _give_sizes(model: nn.Module, task: Task) -> None:
-    """Give lazy layers their sizes by a forward pass over the first training row.
+    """Give lazy layers their sizes with a forward pass over the first training row.
 
     Raises:
-        SpecError: it raised, or left some without.
+        SpecError: it raised, or left some without a size.
     """
 
     def lazy() -> list[str]:
@@ -413,15 +421,15 @@ def _give_sizes(model: nn.Module, task: Task) -> None:
         if is_out_of_memory(error):
             raise
         raise SpecError(
-            "task.model: its lazy layers take their sizes from a forward pass over the first "
-            f"training row, which raised {with_place(error)}. Give the sizes in the model."
+            "task.model: its lazy layers get their sizes from a forward pass over the first "
+            f"training row, which raised {with_place(error)}. Set the sizes in the model."
         ) from error
     finally:
         model.train(was_training)
     if left := lazy():
         raise SpecError(
-            f"task.model: {left[0]} has no size, and a forward pass over the first training row "
-            "gives it none. Give the size in the model."
+            f"task.model: {left[0]} has no size after a forward pass over the first training row. "
+            "Set the size in the model."
         )
 
 
@@ -436,29 +444,29 @@ def first_row(task: Task) -> Any:
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
-    """What makes a batch from a list of rows: the task's `collate`, or torch's default function."""
+    """The function that makes a batch from rows: the task's `collate`, or torch's default."""
     return getattr(task, "collate", default_collate)
 
 
 class Further(TypedDict, total=False):
-    """What else `supervised` and `custom` may be given.
+    """Additional arguments of `supervised` and `custom`.
 
     A hook is a function of a `service.task.HookContext` that rank 0 calls, and that cannot change
     the run: docs/how-to/hooks.md.
     """
 
     sampling: Any
-    """Which row comes when, if not each once an epoch: docs/how-to/sampling.md."""
+    """How often each row is used, if not each once per epoch: docs/how-to/sampling.md."""
     merged: Callable[[Any], nn.Module] | None
-    """The model to export of the trained one, by `evenstep export --merged`."""
+    """The model to export, from the trained one, for `evenstep export --merged`."""
     after_test: Callable[[Any], object] | None
     """Called after the test of each test set."""
     after_epoch: Callable[[Any], object] | None
-    """Called after the step in which a pass over the training rows ends."""
+    """Called after the step that ends an epoch."""
 
 
 class _FromParts:
-    """What `supervised` and `custom` share: a model, its data, and what is measured."""
+    """The common part of `supervised` and `custom`: a model, its data, and its measures."""
 
     def __init__(
         self,
@@ -505,17 +513,17 @@ class _FromParts:
                 raise TypeError(f"{type(self).__name__}() got an unknown argument {name!r}")
             if value is not None:
                 setattr(self, name, value)
-        sampling_of(self)  # a mistake in it is found here
+        sampling_of(self)  # raises if it is invalid
 
     def _without_loader(self, test: Data) -> Data:
-        """The rows of a test set, which may be handed over as a DataLoader."""
+        """The rows of a test set, which may be given as a DataLoader."""
         if not isinstance(test, DataLoader):
             return test
         taken = taken_from(test, test=True)
         if taken.collate is not None and taken.collate != getattr(self, "collate", None):
             raise SpecError(
                 "task.test: its DataLoader has another collate_fn than the training data. A task "
-                "has one for both: give it as collate=, and write test=loader.dataset."
+                "has one for both: pass it as collate=, and write test=loader.dataset."
             )
         return taken.data
 
@@ -535,8 +543,9 @@ class _FromParts:
         for name, data in made.items():
             if is_stream(data):
                 raise SpecError(
-                    f"task.train: {name!r} can only be iterated, and several data sets are mixed "
-                    "by the numbers of their rows. Give data sets with __len__ and __getitem__."
+                    f"task.train: {name!r} can only be iterated, but several data sets are mixed "
+                    f"by "
+                    "row numbers. Give data sets with __len__ and __getitem__."
                 )
         self.sources = {name: _length(data, f"training ({name})") for name, data in made.items()}
         return ConcatDataset(list(made.values()))
@@ -550,7 +559,7 @@ class _FromParts:
         return self._test
 
     def measure(self, outputs: Any, targets: Any) -> Tensor:
-        """Every measure of every row: float64 [B, measures]; nothing where there are none."""
+        """Every measure of every row: float64 [B, measures]; an empty tensor if there are none."""
         if not self._measures:
             return torch.zeros(0, 0, dtype=torch.float64)
         values: list[Tensor] = [m(outputs, targets).double() for m in self._measures]
@@ -559,8 +568,8 @@ class _FromParts:
         if len({value.shape for value in values}) > 1:
             told = [f"{n} {list(v.shape)}" for n, v in zip(self.measures, values, strict=True)]
             raise SpecError(
-                "task.measures: each must give one value for each value of the loss, and so all "
-                f"of them the same shape, but they give {', '.join(told)}."
+                "task.measures: each must return one value for each value of the loss, so all must "
+                f"have the same shape, but they return {', '.join(told)}."
             )
         return torch.stack(values, dim=-1)
 
@@ -569,25 +578,27 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
     """A task from parts.
 
     Args:
-        model: makes a new model.
+        model: a function that creates a new model.
         train: a map-style data set whose rows are (inputs, targets) or mappings with the targets
-            under `labels`, `label`, `targets` or `target`; a stream of them; or a maker of either.
-        test: such a data set, which can be no stream; a mapping from names to several of them;
+            under `labels`, `label`, `targets` or `target`; a stream of them; or a function that
+            creates one.
+        test: such a data set, but not a stream; a mapping from names to several of them;
             None for a task without a test.
-        loss: a name of `LOSSES`, or a function of (outputs, targets) that gives one value a row.
-        measures: names of `MEASURES`; or a mapping from a name to one of these, to such a function,
-            or to a torchmetrics metric or collection of them, which is given the outputs (their
-            logits, where they have any) and the targets.
-        weight: what each value of the loss counts, as a function of the targets: 0 for the
-            padding of a text, say.  Without it each row counts as 1; a loss with several values
-            a row needs it.
-        collate: makes a batch of a list of rows that torch cannot stack, such as texts of unequal
-            length; it runs in the loader's workers where there are any.
-        predict: what `evenstep test --predictions` writes, as a function of the model's outputs:
-            [B, ...].  Without it, their logits.
-        further: `sampling`, `merged`, `after_test` and `after_epoch`, see `Further`.
+        loss: a name in `LOSSES`, or a function of (outputs, targets) that returns one value per
+            row.
+        measures: names in `MEASURES`; or a mapping from a name to one of these, to such a function,
+            or to a torchmetrics metric or collection, which gets the outputs (their logits, if they
+            have any) and the targets.
+        weight: a function of the targets that returns the weight of each value of the loss: 0 for
+            padding, for example.  Without it each row has weight 1; a loss with several values
+                per row needs it.
+            collate: makes a batch of a list of rows that torch cannot stack, such as texts of
+                unequal length; it runs in the loader's workers if there are any.
+            predict: a function of the model's outputs that returns what `evenstep test
+                --predictions` writes: [B, ...].  By default the logits.
+            further: `sampling`, `merged`, `after_test` and `after_epoch`, see `Further`.
     Raises:
-        SpecError: a loss or measure nobody knows, or data that is no data set.
+        SpecError: an unknown loss or measure, or data that is not a data set.
     """
 
     def __init__(
@@ -625,7 +636,7 @@ class supervised(_FromParts):  # reads as the function a user calls; it is a Tas
 
 
 class Parts(Further, total=False):
-    """What `custom` takes besides the step, as `supervised` does."""
+    """The arguments of `custom` besides the step, as for `supervised`."""
 
     model: Required[Callable[[], nn.Module | Mapping[str, nn.Module]]]
     train: Required[Data]
@@ -637,23 +648,23 @@ class Parts(Further, total=False):
 
 
 class custom(_FromParts):  # reads as the function a user calls; it is a Task
-    """A task with a step of its own, from parts.
+    """A task with its own step, from parts.
 
     Args:
-        step: a function of (model, batch, context) that gives losses by name, or these and the
+        step: a function of (model, batch, context) that returns losses by name, or these and the
             outputs for measures and predictions: see `Loss` and `StepContext`.
-        model: makes a new model, or several: a mapping from their names. The step then gets an
-            `nn.ModuleDict`.
-        train, test, measures, collate, predict, further: as of `supervised`. A row may also be what
-            is neither a pair nor a mapping with targets: `batch.inputs` holds it then.
-        weight: what the batch counts, as a function of the targets: a tensor. Without it, its
-            rows.
+        model: a function that creates a new model, or a mapping from names to models. The step
+            then gets an `nn.ModuleDict`.
+        train, test, measures, collate, predict, further: as for `supervised`. A row may also be
+            neither a pair nor a mapping with targets: then `batch.inputs` is the whole row.
+        weight: a function of the targets that returns the weights of the batch: a tensor. By
+            default each row has weight 1.
         after_update: a function of (model, context) that is called after each update of an
-            optimizer, without gradients, on every process: for a teacher that follows, or weights
-            that are clipped. It may use the weights and the context only, so that every process
-            comes to the same.
+                optimizer, without gradients, on every process: for a teacher that follows the
+                student, or to clip weights. It may use only the weights and the context, so that
+                the result is the same on every process.
     Raises:
-        SpecError: a measure nobody knows, or data that is no data set.
+        SpecError: an unknown measure, or data that is not a data set.
     """
 
     def __init__(
@@ -666,10 +677,10 @@ class custom(_FromParts):  # reads as the function a user calls; it is a Task
 
 
 def sampling_of(task: Any) -> Sampling | None:
-    """What chooses the training rows of a task; None: each once an epoch.
+    """The sampling of the training rows of a task; None: each row once per epoch.
 
     Raises:
-        SpecError: it does not fit them.
+        SpecError: it does not match the data.
     """
     asked = getattr(task, "sampling", None)
     if asked is None:
@@ -701,7 +712,7 @@ def _length(data: Data, what: str) -> int:
             f"task: {kind}, which can only be iterated. Each row is tested once, so its rows must "
             "be known: give a list of them, or a data set with __len__ and __getitem__."
         )
-    raise SpecError(f"task: {kind}, which is no data set: it has no __len__.")
+    raise SpecError(f"task: {kind}, which is not a data set: it has no __len__.")
 
 
 def _known(name: str, table: Mapping[str, RowLoss], what: str) -> RowLoss:
@@ -713,12 +724,12 @@ def _known(name: str, table: Mapping[str, RowLoss], what: str) -> RowLoss:
 def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Task:
     """The task that `package.module:name` or `path/to/file.py:name` names.
 
-    A function or class is called with `arguments`; anything else is the task itself.  Python's,
-    numpy's and torch's generators are started at `seed` before: data that is drawn or split at
-    random is then the same on every process, and again when the run is resumed.
+    A function or class is called with `arguments`; anything else is the task itself.  The
+    generators of Python, numpy and torch are seeded with `seed` first: data that is drawn or split
+    at random is then the same on every process, and again when the run is resumed.
 
     Raises:
-        SpecError: it cannot be imported, called, or is no task; says which and where.
+        SpecError: it cannot be imported or called, or is not a task; says which and where.
     """
     source, _, name = where.rpartition(":")
     seed_generators(randomness.key(randomness.TASK, seed))
@@ -734,18 +745,19 @@ def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Tas
     if not isinstance(task, WithLoss | WithStep):
         lacking = [n for n in _task_names() if not hasattr(task, n)]
         raise SpecError(
-            f"task: {where} gives a {type(task).__name__}, which is no task: "
+            f"task: {where} returns a {type(task).__name__}, which is not a task: "
             f"it lacks {', '.join(lacking)}. See service.task.supervised."
         )
     return task
 
 
 def source_digests(where: str) -> dict[str, str]:
-    """SHA-256 of each file that the loaded task's code came from, in the order of their names.
+    """SHA-256 of each file with code of the loaded task, sorted by name.
 
-    That is the file of its module, and of every loaded module below the same folder (for a module
-    of a package: below the folder of the package) that is a person's own, so no installed package.
-    Names are relative to the folder: a copy elsewhere has the same.  Empty for a notebook.
+    These are the file of its module, and of every loaded module below the same folder (for a module
+    of a package: below the folder of the package) that belongs to the user, not to an installed
+    package. Names are relative to the folder, so a copy elsewhere has the same.  Empty for a
+    notebook.
     """
     source = where.rpartition(":")[0]
     name = Path(source).stem if source.endswith(".py") else source
@@ -765,16 +777,17 @@ def source_digests(where: str) -> dict[str, str]:
 
 @contextmanager
 def files_may_have_moved() -> Iterator[None]:
-    """While the task and the model of a run that was trained are made again.
+    """A context in which the task and the model of a finished run are created again.
 
     Raises:
-        SpecError: they cannot be; says how to name other files.
+        SpecError: that fails; says how to name other files.
     """
     try:
         yield
     except SpecError as error:
         raise SpecError(
-            f"{error}\nThe checkpoint holds all weights. If files have moved, add where they are: "
+            f"{error}\nThe checkpoint contains all weights. If files have moved, add their new "
+            f"paths: "
             "task=PATH:NAME or task_args.KEY=PATH (or task_args.KEY= for none)."
         ) from error
 
@@ -789,7 +802,7 @@ def _import(source: str) -> Any:
         if source.endswith(".py"):
             return _import_file(Path(source))
         if "" not in sys.path:
-            sys.path.insert(0, "")  # a module beside the spec, as `python -m` would find it
+            sys.path.insert(0, "")  # a module in the current directory, as with `python -m`
         return importlib.import_module(source)
     except SpecError:
         raise
@@ -798,7 +811,7 @@ def _import(source: str) -> Any:
 
 
 def imported(where: str, key: str) -> Any:
-    """What `package.module:name` or `path/to/file.py:name` names; `key` is where the spec says so.
+    """The object named `package.module:name` or `path/to/file.py:name`; `key` is the spec's key.
 
     A file that the task has imported is not run a second time.
 
@@ -828,7 +841,7 @@ def _import_file(path: Path, key: str = "task") -> Any:
     # Data-loader workers and pickles find the module under this name.
     name = path.stem
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        raise SpecError(f"{key}: {path} hides the module {name!r}; give the file another name.")
+        raise SpecError(f"{key}: {path} shadows the module {name!r}; give the file another name.")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, f"{path} ends in .py"
     assert spec.loader is not None, f"{path} ends in .py"

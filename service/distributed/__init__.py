@@ -1,4 +1,4 @@
-"""All processes as one: sums, gradients, BatchNorm, stragglers.
+"""Communication between processes: sums, gradients, BatchNorm, stragglers.
 
 From top to bottom; a room imports only from rooms below it:
 
@@ -11,12 +11,9 @@ From top to bottom; a room imports only from rooms below it:
 * world: all processes of a job as one. Only this module knows ranks, torch.distributed,
   accelerate.
 * recursive_doubling: sums of small tensors over processes on CPUs, by recursive doubling.
-* profiler: A trace of a few steps, one file for each process, with a table of where the time
-  went.
-* messages: messages between processes as bytes and back: plain data, nothing that can run.
-* devices: what a device offers besides tensors, through torch's module for its kind, not a
-  vendor's.
+* profiler: A trace of a few steps, one file for each process, with a table of the time spent.
+* messages: messages between processes as bytes and back: plain data, no executable content.
+* devices: device functions besides tensors, through torch's module for its kind, not a vendor's.
 * generators: the global random generators of Python, numpy and torch.
-* contention: lets threads that wait for each other spin on idle cores, and sleep on cores that
-  are shared.
+* contention: lets threads that wait for each other spin on idle cores, and sleep on shared cores.
 """

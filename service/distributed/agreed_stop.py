@@ -11,7 +11,7 @@ from service.distributed.world import World
 T = TypeVar("T")
 
 POLL_SECONDS = 0.5
-"""About the time until all processes know of a request; at least one step."""
+"""Approximate time until all processes know of a request; at least one step."""
 
 
 class TestInterrupted(Exception):
@@ -21,8 +21,8 @@ class TestInterrupted(Exception):
 class StopPoll:
     """Checks every few steps, on all processes together, for a request to stop.
 
-    How many steps lie between two questions follows from how long they take, and that is part
-    of what they agree on: so all of them ask at the same steps.
+    The number of steps between two checks depends on their duration, and the processes agree on
+    it in each check: so all of them check at the same steps.
     """
 
     def __init__(self, world: World, *, most_steps: int) -> None:
@@ -34,14 +34,14 @@ class StopPoll:
         """The step of the next check."""
 
     def agreed(self, step: int, wanted: bool) -> bool:
-        """Whether all stop now, after `step` finished steps; called on all at every step."""
+        """Whether all stop now, after `step` finished steps; called by all at every step."""
         if step < self.next_step:
             return False
         now = time.monotonic()
         steps = step - self._asked_step
         fitting = int(POLL_SECONDS * steps / max(now - self._asked_at, 1e-9))
-        fitting = min(fitting, 2 * steps)  # after a few quick steps the next may be slow
-        # The shortest interval of all processes decides, so a larger number is more urgent.
+        fitting = min(fitting, 2 * steps)  # after a few fast steps the next may be slow
+        # The shortest interval of all processes is used, so a larger number is more urgent.
         hurry = self._most_steps - min(max(fitting, 1), self._most_steps)
         stop, hurry = self._world.highest([int(wanted), hurry])
         self._asked_at, self._asked_step = now, step
@@ -54,9 +54,9 @@ class StopPoll:
         """The same batches of a test pass; before some of them, all processes check together.
 
         Args:
-            rounds: batches that every process has; of those that only some have, none can ask.
+            rounds: batches that every process has; before the remaining ones no check is possible.
         Raises:
-            GivenUp: one of them was told to stop.
+            TestInterrupted: a process has a request to stop.
         """
         poll = StopPoll(self._world, most_steps=self._most_steps)
         for number, batch in enumerate(batches):

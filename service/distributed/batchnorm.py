@@ -1,11 +1,12 @@
 """BatchNorm on several processes: which statistics a layer uses, and when they are updated.
 
-`micro`  Every micro-batch is normalised by its own statistics.  The running ones move once per
-         optimizer step, by all micro-batches of all processes: equal at any number of processes.
-`sync`   The micro-batches that the processes hold at the same moment are normalised as one batch.
-         With gradient accumulation that is one round of the step, and not the whole of it.
-`local`  torch's own BatchNorm on each process.  The running statistics drift apart, and a
-         checkpoint holds the lead's.
+`micro`  Every micro-batch is normalized by its own statistics.  The running ones are updated once
+         per optimizer step, from all micro-batches of all processes: equal at any number of
+         processes.
+`sync`   The micro-batches that the processes compute at the same time are normalized as one batch.
+         With gradient accumulation this is one round of the step, and not the whole step.
+`local`  torch's own BatchNorm on each process.  The running statistics become different, and a
+         checkpoint contains those of rank 0.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def prepare(
     model: nn.Module, mode: Mode, world: World, *, exchanged: bool = False
 ) -> Normalization:
-    """Make the BatchNorm layers of `model` work as `mode` says; return their running statistics.
+    """Make the BatchNorm layers of `model` follow `mode`; return their running statistics.
 
-    The layers, the root too, change their class and nothing else, as torch's lazy layers do:
+    Only the class of the layers changes, also of the root, as with torch's lazy layers:
     parameters, buffers, hooks, `isinstance` and the keys of the state dict do not change.  Call it
     before the model is wrapped or compiled; it may be called again.
 
     Args:
-        exchanged: the sums gathered in a step are summed over the processes by somebody else,
-            before the step is finished.
+        exchanged: the caller sums the collected sums over the processes before the step is
+            finished.
 
     Raises:
-        SpecError: a layer does not know its size yet, or is of a class that `sync` cannot serve.
+        SpecError: a layer does not know its size yet, or `sync` does not support its class.
     """
     layers = dict(_named(model, BATCHNORMS))
     lazy = [name for name, _ in _named(model, _LazyNormBase)]
@@ -97,13 +98,13 @@ class Normalization:
     def finish_step(self, skipped: Tensor | None = None) -> None:
         """Update the running statistics after one optimizer step; every process calls it.
 
-        They move towards the mean, over all micro-batches of the step on all processes, of
-        the micro-batch's mean and unbiased variance, each counted by its values per channel.
-        A layer that no process used keeps what it has.  In the modes that gather nothing,
+        They are updated towards the mean, over all micro-batches of the step on all processes, of
+        the micro-batch's mean and unbiased variance, weighted by the values per channel.
+        A layer that no process used keeps its statistics.  In the modes that collect nothing,
         nothing happens.
 
         Args:
-            skipped: a scalar that is 1 where the step is not taken and nothing shall move.
+            skipped: a scalar that is 1 if the step is skipped and nothing may change.
         """
         if self._gathering:  # checked here, so that the other modes have no cost in a step
             self._finish_step(skipped)
@@ -128,7 +129,8 @@ class Normalization:
     def forget(self) -> None:
         """Discard the sums since the last step, such as those of the dry run."""
         if self._gathering:
-            # The latest too: torch keeps (1 - momentum) of them, and 0 times NaN would stay NaN.
+            # The latest ones too: torch keeps (1 - momentum) of them, and 0 times NaN would stay
+            # NaN.
             torch._foreach_zero_([t for layer in self._gathering for t in layer.gathered()])
 
     def sums(self) -> list[Tensor]:
@@ -149,13 +151,13 @@ class Normalization:
             over = f"{rows} rows, the micro-batches of {processes} processes at one time"
             running = "once per micro-batch of a process, equal everywhere"
         if self.mode == "local":
-            running = "once per micro-batch, apart on each process; the lead's are saved"
+            running = "once per micro-batch, separately on each process; those of rank 0 are saved"
         if processes == 1 and self.mode != "micro":
             over, running = f"{micro_batch} rows, one micro-batch", "once per micro-batch"
         told = [
             ("BatchNorm layers", f"{self.layers}, batchnorm: {self.mode}"),
             ("normalised over", over),
-            ("running statistics move", running),
+            ("running statistics change", running),
         ]
         if last < micro_batch:
             shown = f"{last} {'row' if last == 1 else 'rows'}"
@@ -175,7 +177,7 @@ class Normalization:
         return total[:channels], total[channels : 2 * channels], total[2 * channels :]
 
     def _momentum_of(self, tracked: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The layers' momenta, 1 / steps where a layer averages over all of them: [layers]."""
+        """The momentum of each layer, or 1 / steps if a layer averages over all steps: [layers]."""
         values = [layer.momentum for layer in self._gathering]
         if values != self._momentum_values or self._momentum.device != like.device:
             self._momentum_values = values
@@ -236,7 +238,7 @@ def _mixed(extra: type[_BatchNorm], plain: type[_BatchNorm], mode: Mode, world: 
     # The world is an attribute of the class: a deep copy of a layer must not copy it.
     members: dict[str, Any] = {"world": world, "__module__": __name__}
     if untraced := getattr(extra, "untraced", None):
-        # Here and not as a decorator: it loads the compiler, which takes a second at every start.
+        # Here and not as a decorator: it imports the compiler, which takes a second at every start.
         disable = cast(Callable[[Any], Any], torch.compiler.disable)
         members[untraced] = disable(getattr(extra, untraced))
     return type(f"{mode.title()}{plain.__name__}", (extra, plain), members)
@@ -249,16 +251,16 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 
 class _Gathering(_BatchNorm):
-    """A layer whose running statistics wait for the end of the step.
+    """A layer whose running statistics are updated at the end of the step.
 
     torch's kernel writes the statistics of a micro-batch into `latest` (momentum 1), and one
-    addition takes them into `sums`.  Nothing here is a number of Python's that changes from
-    call to call, so a compiled model is compiled once.
+    addition accumulates them in `sums`.  No Python number here changes from
+    call to call, so a compiled model is compiled only once.
 
-    A micro-batch counts by its values per channel, rows times positions.  Anything that it
-    knows of itself would do for equality at any number of processes, since the micro-batches
-    are the same; this one makes the mean that of all values of the step, however ragged the
-    last micro-batch and whatever the sizes of the images.
+    The weight of a micro-batch is its number of values per channel, rows times positions.  Any
+    weight that it knows by itself would give equality at any number of processes, since the
+    micro-batches are the same; this one makes the mean that of all values of the step, whatever
+    the sizes of the last micro-batch and of the images.
     """
 
     latest: list[Tensor]
@@ -267,9 +269,9 @@ class _Gathering(_BatchNorm):
     """The same times the values per channel, since the last step."""
 
     def start(self) -> None:
-        """Start the sums at zero, on the device and in the type of the running statistics.
+        """Set the sums to zero, on the device and in the dtype of the running statistics.
 
-        Not in buffers: those are saved, and DistributedDataParallel would overwrite them.
+        They are not buffers: those are saved, and DistributedDataParallel would overwrite them.
         """
         mean = _present(self.running_mean)
         wide = torch.promote_types(mean.dtype, torch.float32)
@@ -286,7 +288,7 @@ class _Gathering(_BatchNorm):
         return self
 
     def _add_latest(self, input: Tensor) -> None:
-        # Of an input without rows torch writes no statistics, and the latest count 0 times.
+        # For an input without rows torch writes no statistics, and the latest ones get weight 0.
         values_per_channel = input.numel() // input.shape[1]
         torch._foreach_add_(self.sums, self.latest, alpha=values_per_channel)
 
@@ -303,9 +305,9 @@ class _Micro(_Gathering):
 
 
 class _MicroAround(_Gathering):
-    """The same around a forward pass that the layer's class wrote itself (timm's BatchNormAct2d).
+    """The same for a class with its own forward pass (timm's BatchNormAct2d).
 
-    While it runs, the latest statistics stand where it looks for the running ones.
+    During its forward pass, the latest statistics replace the running ones.
     """
 
     untraced = "forward"  # a compiled graph has no buffers to exchange
@@ -328,16 +330,16 @@ class _MicroAround(_Gathering):
 
 
 class _Sync(_BatchNorm):
-    """A layer that normalises the micro-batches of all processes as one batch.
+    """A layer that normalizes the micro-batches of all processes as one batch.
 
-    Every process takes part in every pass, with no rows where it has none.  The gradients of
-    weight and bias are this process's part of the sum; whoever exchanges gradients adds them up.
+    Every process takes part in every pass, without rows if it has none.  The gradients of
+    weight and bias are this process's part of the sum; the gradient exchange adds them up.
     """
 
     world: World
     untraced = "_on_cpu"  # a compiled graph cannot wait for other processes
 
-    # What torch.nn.SyncBatchNorm's forward pass asks of a layer beyond BatchNorm.
+    # Additional attributes that torch.nn.SyncBatchNorm's forward pass needs in a layer.
     process_group = None
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
@@ -378,13 +380,13 @@ def _statistics_of_all(input: Tensor, world: World) -> tuple[Tensor, Tensor, flo
     """(mean [C], biased variance [C], values per channel) of the processes' inputs as one batch.
 
     Raises:
-        ValueError: all processes together hold fewer than 2 values per channel.
+        ValueError: all processes together have fewer than 2 values per channel.
     """
     channels = input.shape[1]
     values = input.numel() // channels
     row = input.new_zeros(2 * channels + 1, dtype=_wide(input))
     if values:
-        # From the first value on: far from zero, torch's float32 sums alone lose the mean.
+        # Relative to the first value: far from zero, torch's float32 sums alone lose the mean.
         first = input[0].reshape(channels, -1)[:, 0].to(row.dtype)
         near_zero = input - first.view(-1, *[1] * (input.dim() - 2))
         mean, variance = torch.batch_norm_update_stats(near_zero, None, None, 0.0)
@@ -403,7 +405,7 @@ def _statistics_of_all(input: Tensor, world: World) -> tuple[Tensor, Tensor, flo
 def merged(means: Tensor, squares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """(mean [C], sum of squared deviations [C]) of the union of W parts; empty parts are zeros.
 
-    Differences of means, never of squares, so values far from zero lose nothing.
+    It uses differences of means, never of squares, so values far from zero lose no precision.
     Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances", Stanford STAN-CS-79-773, 1979, for W parts at once.
 
@@ -417,11 +419,11 @@ def merged(means: Tensor, squares: Tensor, counts: Tensor) -> tuple[Tensor, Tens
 
 
 class _Normalise(torch.autograd.Function):
-    """(input - mean) / sqrt(variance + eps) * weight + bias, the statistics being of all processes.
+    """(input - mean) / sqrt(variance + eps) * weight + bias, with the statistics of all processes.
 
     Source of the gradient: Ioffe & Szegedy, arXiv:1502.03167, section 3, with the two means
-    of the batch taken over all processes.  It is the gradient of the *sum* of all processes'
-    losses, each on the scale on which its gradient comes in.
+    of the batch over all processes.  It is the gradient of the *sum* of all processes'
+    losses, each on the scale of its incoming gradient.
     """
 
     @staticmethod
@@ -459,7 +461,7 @@ class _Normalise(torch.autograd.Function):
             means = ctx.world.sum(sums) / ctx.values
             scale = (variance + eps).rsqrt()
             scale = scale if wide_weight is None else scale * wide_weight
-            # scale * ((x - mean) / std * means[0] + means[1]) is a normalisation again.
+            # scale * ((x - mean) / std * means[0] + means[1]) is again a normalization.
             slope, offset = scale * means
             grad_input -= F.batch_norm(input, mean, variance, slope, offset, False, 0.0, eps)
         grad_weight = sums[0].to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -468,7 +470,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """The type for sums of these values: at least float32."""
+    """The dtype for sums of these values: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

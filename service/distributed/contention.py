@@ -1,11 +1,11 @@
-"""Lets threads that wait for each other spin on idle cores, and sleep on cores that are shared.
+"""Lets threads that wait for each other spin on idle cores, and sleep on shared cores.
 
-torch computes on a team of OpenMP threads, which wait for each other after every operation.  One
-that spins goes on at once, but keeps its core: where another program needs it as well, the team
-waits for the one of them that has none, and training collapses.  libgomp decides it by a count: as
-long as a process has more OpenMP threads than it may use cores, those that wait sleep nearly at
-once (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).  So a few threads that do
-nothing are kept while the cores are shared.  How many threads compute is never changed: that would
+torch computes with a team of OpenMP threads, which wait for each other after every operation.  A
+thread that spins continues immediately, but keeps its core: if another program needs it too, the
+team waits for the thread that has none, and training slows down drastically.  libgomp decides by a
+count: while a process has more OpenMP threads than available cores, waiting threads sleep almost
+immediately (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).  So a few idle threads
+are kept while the cores are shared.  The number of computing threads never changes: that would
 change the bits of the result.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 TASKS = Path("/proc/self/task")
 _LOOK_SECONDS = 0.5
-# Seconds that a thread was ready and had no core, in a second and for each thread of the team.
+# Seconds for which a thread was ready without a core, per second and per thread of the team.
 _SHARED_FROM, _FREE_BELOW = 0.1, 0.03
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 2.0, 120.0
 _MOST_IDLE_THREADS = 256
@@ -30,9 +30,9 @@ _MOST_IDLE_THREADS = 256
 
 @contextmanager
 def cores_shared(device: torch.device) -> Iterator[None]:
-    """Meanwhile the threads that compute here sleep where they would take others' cores.
+    """A context in which the threads of this process sleep if they would take cores of others.
 
-    Nothing happens where the user has said how they wait, or where they never do.
+    Nothing happens if the user has set how they wait, or if they never wait.
     """
     said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     team = torch.get_num_threads()
@@ -50,10 +50,10 @@ def cores_shared(device: torch.device) -> Iterator[None]:
 
 
 class Patience:
-    """Decides from how long threads wait for a core whether those that wait for each other sleep.
+    """Decides, from the time that threads wait for a core, whether waiting threads sleep.
 
-    While they sleep they show less of it.  So they do for a while, twice as long each time that
-    the cores turn out to be shared still.
+    While they sleep there is less of this time.  So they sleep for a while, twice as long each
+    time that the cores are found to be still shared.
     """
 
     def __init__(self, team: int, *, now: float) -> None:
@@ -64,7 +64,7 @@ class Patience:
         self._changed = now - self._rest
 
     def look(self, waited: float, *, now: float) -> None:
-        """Take note of the seconds that all threads have waited for a core since the last look."""
+        """Process the seconds that all threads have waited for a core since the last call."""
         share = waited / (now - self._looked) / self._team
         self._looked = now
         since = now - self._changed
@@ -79,7 +79,7 @@ class Patience:
 
 
 def waited_for_cores() -> dict[str, float]:
-    """Seconds that each thread of this process has been ready to run without a core to run on."""
+    """Seconds for which each thread of this process has been ready without a core."""
     found = {}
     for task in os.listdir(TASKS):
         try:
@@ -109,8 +109,8 @@ def _watch(team: int, ended: threading.Event) -> None:
 
 
 def _hold_threads(team: int) -> threading.Event:
-    """Keep so many OpenMP threads that there are more than cores, until the event is set."""
-    count = len(os.sched_getaffinity(0)) - team + 2  # the first of them is not one more
+    """Keep enough OpenMP threads to have more threads than cores, until the event is set."""
+    count = len(os.sched_getaffinity(0)) - team + 2  # the first one is not additional
     let_go = threading.Event()
     if count <= _MOST_IDLE_THREADS:
         threading.Thread(target=_hold, args=(count, team, let_go), name="idle", daemon=True).start()
@@ -119,6 +119,6 @@ def _hold_threads(team: int) -> threading.Event:
 
 def _hold(count: int, team: int, let_go: threading.Event) -> None:
     torch.set_num_threads(count)
-    torch.zeros(2**17)  # large enough that torch shares it out, and so starts the threads
-    torch.set_num_threads(team)  # threads that are started from now on take this number over
-    let_go.wait()  # they end with this one
+    torch.zeros(2**17)  # large enough for torch to use and start the threads
+    torch.set_num_threads(team)  # threads that start later inherit this number
+    let_go.wait()  # they end with this thread

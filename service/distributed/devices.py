@@ -1,7 +1,7 @@
-"""What a device offers besides tensors, through torch's module for its kind, not a vendor's.
+"""Device functions besides tensors, through torch's module for its kind, not a vendor's.
 
-`torch.get_device_module(device)` is torch.cuda, torch.xpu, torch.mps, torch.cpu, or what a vendor
-has registered (Ascend's torch.npu); most of their names are the same.
+`torch.get_device_module(device)` is torch.cuda, torch.xpu, torch.mps, torch.cpu, or the module
+that a vendor has registered (Ascend's torch.npu); most of their names are the same.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def module_of(device: torch.device) -> Any:
 
 
 def ready(device: torch.device) -> torch.device:
-    """The same device, with its index, in use by this thread and initialised.
+    """The same device, with its index, selected for this thread and initialized.
 
-    Before that a device has neither generators nor memory to ask about.
+    Before that, a device has no generators, and its memory cannot be queried.
     """
     if device.type == "cpu":
         return device
@@ -36,10 +36,10 @@ def ready(device: torch.device) -> torch.device:
 
 
 def use(device: torch.device) -> None:
-    """Make it the one that this thread means where it names none.
+    """Make it the default device of this thread.
 
-    A thread begins with the first device: what it waits for there, or pins for it, would open a
-    context on that device, some hundred MiB of another process's.
+    A thread starts with the first device: waiting for it or pinning memory for it would create a
+    context on that device, some hundred MiB in the memory of another process's device.
     """
     choose = getattr(module_of(device), "set_device", None)
     if device.type != "cpu" and choose is not None:
@@ -55,30 +55,31 @@ def generators(device: torch.device) -> list[Seeded]:
 
 
 class _ByModule:
-    """The one generator of a kind of devices that does not show it."""
+    """The only generator of a kind of device that does not expose it."""
 
     def __init__(self, device: torch.device) -> None:
         self._seed = module_of(device).manual_seed
 
     def manual_seed(self, seed: int) -> None:
+        """Seed the device's generator."""
         self._seed(seed)
 
 
 def copies_late(device: torch.device) -> bool:
-    """Whether a copy between pinned memory and the device is made while the host goes on."""
-    # Apple's devices share the main memory, and have nothing to pin.
+    """Whether copies between pinned memory and the device are asynchronous."""
+    # Apple's devices share the main memory, and have no pinned memory.
     return device.type not in ("cpu", "mps")
 
 
 class Arrival(Protocol):
-    """A point in the order of a device's work."""
+    """A point in the order of the device's work."""
 
     def synchronize(self) -> None:
-        """Return when the device has come to it."""
+        """Return when the device has reached it."""
 
 
 def moment(device: torch.device, *, timing: bool = False) -> Any:
-    """An event: an `Arrival` at the work that the device has been asked for until now.
+    """An event: an `Arrival` after all work that was submitted to the device so far.
 
     With `timing`, `elapsed_time(later)` gives the milliseconds between two.
     """
@@ -94,7 +95,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the device's, or the machine's where that is it."""
+    """The peak memory of this process: of the device, or of main memory for the CPU."""
     told = getattr(module_of(device), "max_memory_allocated", None)
     if device.type != "cpu" and told is not None:
         return int(told(device))
@@ -118,7 +119,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Give back what torch keeps without using it, and count the peak from now on."""
+    """Release torch's cached memory, and measure the peak from now on."""
     module = module_of(device)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         act = getattr(module, name, None)
@@ -127,6 +128,6 @@ def forget_peak(device: torch.device) -> None:
 
 
 def name_of(device: torch.device) -> str:
-    """What its maker calls it, or nothing where it does not say."""
+    """The maker's name of the device, or empty if unknown."""
     name = getattr(module_of(device), "get_device_name", None)
     return str(name(device)) if device.type != "cpu" and name is not None else ""

@@ -55,7 +55,7 @@ class _Numpy:
 
 @contextmanager
 def noticing_draws() -> Iterator[list[Seeded]]:
-    """Yields a list; afterwards it holds Python's and numpy's global generators, if drawn from."""
+    """Yields a list; afterwards it has Python's and numpy's generators, if they were used."""
     drawn: list[Seeded] = []
     python, numpy = random.getstate(), _place(np.random.get_state())
     yield drawn

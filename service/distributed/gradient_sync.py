@@ -1,7 +1,7 @@
 """Gradient synchronization: how the gradients of the micro-batches of a step are summed.
 
-`OverlappedSync`  DistributedDataParallel exchanges them while the last backward pass still runs.
-`OrderedSync`     Each micro-batch's gradient is computed alone, and they are added in one fixed
+`OverlappedSync`  DistributedDataParallel exchanges them during the last backward pass.
+`OrderedSync`     Each micro-batch's gradient is computed separately, and they are added in a fixed
               order, so that every number of processes gets the same bits.
 """
 
@@ -30,11 +30,11 @@ class GradientSync(Protocol):
     def over(self, micro_batches: Sequence[T]) -> Iterable[T]:
         """The micro-batches in order; after the last one every process has the step's gradient.
 
-        The backward pass of each has to be done before the next one is asked for.
+        The backward pass of each must have run before the next one is requested.
         """
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
-        """The backward pass of one micro-batch, whose losses add up to `loss_sum`.
+        """The backward pass of one micro-batch, whose losses sum to `loss_sum`.
 
         Args:
             step_weight: weight of the whole step over all processes; the gradient is divided by it.
@@ -57,9 +57,10 @@ class OverlappedSync(GradientSync):
         """Exchange the gradients of `model`.
 
         Args:
-            find_unused: look after each forward pass for parameters the loss does not depend on.
-            spec: what they travel in, and when they leave.
-            telling: let a loss that is not finite make the gradients so, of all processes.
+            find_unused: search after each forward pass for parameters on which the loss does not
+                depend.
+            spec: the number format of the messages, and when they are sent.
+            telling: let a non-finite loss make the gradients of all processes non-finite.
             stopwatch: times the forward passes.
         """
         self.model = world.wrap(model, find_unused=find_unused, spec=spec)
@@ -88,10 +89,10 @@ class OverlappedSync(GradientSync):
 
 
 class OrderedSync(GradientSync):
-    """Summed as a binary tree that halves the micro-batches of the step.
+    """Summed in a binary tree over the micro-batches of the step.
 
-    Each process adds up the branch of its own share, and the branches meet in pairs.  Whoever
-    holds which leaves, the same two numbers meet in every addition.
+    Each process adds up the branch of its own share, and the branches are combined in pairs.
+    Whichever process has which leaves, every addition has the same two operands.
     """
 
     def __init__(
@@ -108,9 +109,9 @@ class OrderedSync(GradientSync):
 
         Args:
             telling, stopwatch: as above.
-            unreached: names of the parameters that no loss depends on; they get no gradient.
-            gathered: tensors that forward passes add to, such as BatchNorm's statistics; after
-                a step they hold the sums over all processes.
+            unreached: names of the parameters on which no loss depends; they get no gradient.
+            gathered: tensors to which forward passes add, such as BatchNorm's statistics; after
+                a step they have the sums over all processes.
         """
         self.model = model
         self._world = world
@@ -152,7 +153,7 @@ class OrderedSync(GradientSync):
         return left
 
     def _take(self) -> list[Tensor]:
-        """Take the gradients of the last pass out of the parameters."""
+        """Move the gradients of the last pass out of the parameters."""
         grads = []
         for parameter in self._parameters:
             grads.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -164,7 +165,7 @@ class OrderedSync(GradientSync):
 
 
 class Seed:
-    """The initial gradient of a backward pass: this way the scale costs no multiplication."""
+    """The initial gradient of a backward pass: this way the scale needs no multiplication."""
 
     def __init__(self, telling: bool) -> None:
         self._telling = telling
@@ -174,7 +175,7 @@ class Seed:
     def backward(self, loss_sum: Tensor, scale: float | Tensor) -> None:
         """The backward pass of `loss_sum` times `scale`."""
         seed = self._on(loss_sum, scale)
-        if self._telling:  # 0 times the loss is NaN where the loss is not finite
+        if self._telling:  # 0 times the loss is NaN if the loss is not finite
             seed = torch.add(seed, loss_sum.detach(), alpha=0)
         loss_sum.backward(seed)  # type: ignore[no-untyped-call]
 

@@ -1,8 +1,8 @@
-"""Messages between processes as bytes and back: plain data, nothing that can run.
+"""Messages between processes as bytes and back: plain data, no executable content.
 
-torch's own way for objects pickles them, and who unpickles runs whatever the sender wrote. The
-sockets between processes know no secret, so what comes from one is read as data alone: a header in
-JSON, and behind it the bytes of tensors and arrays.
+torch sends objects as pickles, and unpickling runs any code of the sender. The
+sockets between processes have no authentication, so messages are read as data only: a header in
+JSON, followed by the bytes of tensors and arrays.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from service.basics.errors import EvenstepError, PeerLost, WillFailAgain
 
 _LENGTH_BYTES = 8
-# Values that JSON does not have are a mapping with this one key: [kind, what it is made of].
+# Values that JSON does not have are a mapping with this one key: [kind, content].
 _MARK = "$"
-_ARRAY_KINDS = "biufcSUmM"  # numbers, truths, text, times; no objects
+_ARRAY_KINDS = "biufcSUmM"  # numbers, booleans, text, times; no objects
 
 
 def to_bytes(value: Any) -> bytes:
@@ -39,27 +39,27 @@ def to_bytes(value: Any) -> bytes:
 
 
 def from_bytes(message: bytes) -> Any:
-    """What `to_bytes` was given.
+    """The value that was given to `to_bytes`.
 
     Raises:
-        WillFailAgain: it was something that is not plain data.
-        PeerLost: `to_bytes` did not make this: it is not from a process of ours.
+        WillFailAgain: the value was not plain data.
+        PeerLost: `to_bytes` did not create this: the sender is not a process of this job.
     """
     try:
         length = int.from_bytes(message[:_LENGTH_BYTES], "little")
         header = json.loads(message[_LENGTH_BYTES : _LENGTH_BYTES + length])
         return _whole(header, _Bytes(message, _LENGTH_BYTES + length))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        # RuntimeError: torch raises it for bytes that do not fit; deep nesting raises it too
+        # RuntimeError: of torch for a wrong number of bytes, or because of deep nesting
         raise PeerLost(
-            "What came from another process of this job is not what one of ours sends "
-            f"({type(error).__name__}): somebody else is on the network between them. "
+            "A message from another process of this job is not in Evenstep's format "
+            f"({type(error).__name__}): a foreign program is on the network between them. "
             "docs/explanation/reliability.md says who must not reach a run."
         ) from error
 
 
 def _plain(value: Any, blobs: list[bytes]) -> Any:
-    """As JSON; the bytes of tensors and arrays go to `blobs`."""
+    """As JSON; the bytes of tensors and arrays are appended to `blobs`."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -102,12 +102,13 @@ def _plain_array(value: Any, blobs: list[bytes]) -> Any:
 
 
 class _Bytes:
-    """What stands behind the header, taken in order."""
+    """The bytes after the header, read in order."""
 
     def __init__(self, message: bytes, begin: int) -> None:
         self._message, self._at = message, begin
 
     def take(self, count: int) -> bytearray:
+        """The next `count` bytes; a ValueError if there are fewer."""
         if not 0 <= count <= len(self._message) - self._at:
             raise ValueError("a part is missing")
         begin, self._at = self._at, self._at + count
@@ -146,13 +147,13 @@ def _whole(value: Any, rest: _Bytes) -> Any:
             kind_of_numbers, shape = parts
             values = _array(kind_of_numbers, shape, rest)
             return values if kind == "array" else values[()]
-    raise ValueError(f"there is no {kind}")
+    raise ValueError(f"unknown kind {kind}")
 
 
 def _tensor(kind: str, shape: list[int], rest: _Bytes) -> torch.Tensor:
     dtype = getattr(torch, kind)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{kind} is no type of numbers")
+        raise ValueError(f"{kind} is not a numeric type")
     empty = torch.empty(0, dtype=dtype)
     count = _count(shape)
     if count == 0:
@@ -164,7 +165,7 @@ def _tensor(kind: str, shape: list[int], rest: _Bytes) -> torch.Tensor:
 def _array(kind: str, shape: list[int], rest: _Bytes) -> np.ndarray[Any, Any]:
     dtype = np.dtype(kind)
     if dtype.kind not in _ARRAY_KINDS:
-        raise ValueError(f"{kind} is no type of numbers")
+        raise ValueError(f"{kind} is not a numeric type")
     return np.frombuffer(rest.take(_count(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
@@ -172,12 +173,12 @@ def _count(shape: list[int]) -> int:
     count = 1
     for size in shape:
         if type(size) is not int or size < 0:
-            raise ValueError("a size is a whole number from 0 up")
+            raise ValueError("a size must be a whole number, at least 0")
         count *= size
     return count
 
 
-# ---- classes by their names: only those that are here already, and are nothing but data
+# ---- classes by name: only those that are loaded already, and contain only data
 
 
 def _name(kind: type) -> str:
@@ -189,18 +190,18 @@ def _is_named(kind: type) -> bool:
 
 
 def _named(name: str) -> Any:
-    """The named tuple of that name, in a module that is loaded."""
+    """The named tuple class of this name, in a module that is loaded."""
     module, _, path = name.partition(":")
     found: Any = sys.modules[module]
     for part in path.split("."):
         found = getattr(found, part)
     if not (isinstance(found, type) and _is_named(found)):
-        raise ValueError(f"{name} is no named tuple")
+        raise ValueError(f"{name} is not a named tuple")
     return found
 
 
 def _errors() -> dict[str, type[EvenstepError]]:
-    """The errors of ours, by name."""
+    """Evenstep's errors, by name."""
     return {_name(kind): kind for kind in _below(EvenstepError)}
 
 

@@ -1,4 +1,4 @@
-"""A trace of a few steps, one file for each process, with a table of where the time went."""
+"""A trace of a few steps, one file for each process, with a table of the time spent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class Profile:
-    """Traces the steps of a window, in this process; the others trace theirs."""
+    """Traces the steps of a window in this process; each process traces its own."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Profile:
                 trace.stop()
                 try:
                     self._write(trace, begun, {work: spent[work] - before[work] for work in ORDER})
-                except OSError as error:  # a full disk costs the trace, not the run
+                except OSError as error:  # a full disk loses the trace, not the run
                     self._say(
                         "WARNING: the trace could not be written: "
                         f"{told_of(self._directory, error)}"
@@ -138,22 +138,22 @@ def _counted(steps: Sequence[int]) -> str:
 
 
 def _by_work(seconds: dict[Any, float], steps: int) -> list[tuple[str, ...]]:
-    """The work of this process by its heartbeat: on a GPU, the time of its host."""
+    """The time of each kind of work of this process, on a GPU: of its host, from its heartbeat."""
     total = sum(seconds.values())
     rows = [
         (WORDS[work], f"{1e3 * seconds[work] / steps:.3f}", f"{seconds[work] / total:.1%}")
         for work in ORDER
         if seconds[work]
     ]
-    whole = ("all of it", f"{1e3 * total / steps:.3f}", "100.0%")
-    return [("this process was", "ms a step", "share"), *rows, whole]
+    whole = ("total", f"{1e3 * total / steps:.3f}", "100.0%")
+    return [("activity of this process", "ms per step", "share"), *rows, whole]
 
 
 def _by_operator(trace: Any, steps: int, *, on_cpu: bool) -> list[tuple[str, ...]]:
-    """What ran longest, what it called left out: on the device, or on the CPU where that is it.
+    """The operators with the longest own time: on the device, or on the CPU if that is the device.
 
-    A kernel of the device is an event too, and its time is that of the operator that began it.
-    Where the profiler knows nothing of the device, the CPU's times are all there are.
+    A kernel of the device is an event too, and its time belongs to the operator that started it.
+    If the profiler does not support the device, only the CPU's times are available.
     """
     from torch._C._autograd import DeviceType
 
@@ -179,7 +179,7 @@ def _by_operator(trace: Any, steps: int, *, on_cpu: bool) -> list[tuple[str, ...
         for event in longest
         if self_time(event)
     ]
-    return [("operator", "calls a step", "ms a step", "share"), *rows]
+    return [("operator", "calls per step", "ms per step", "share"), *rows]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,8 +1,8 @@
 """Sums of small tensors over processes on CPUs, by recursive doubling.
 
-gloo's own all-reduce hands each message from thread to thread, round its ring: 8 kB take two
-processes of one machine 1.4 ms and four 6 ms, most of it waking up, and every hop more of a large
-job adds to it. A message sent and received takes 0.1 ms, and log2(W) of them in turn reach all.
+gloo's own all-reduce passes each message from thread to thread around its ring: 8 kB take two
+processes of one machine 1.4 ms and four 6 ms, mostly for waking up, and every additional hop in a
+large job adds to it. One message takes 0.1 ms, and log2(W) of them one after the other reach all.
 """
 
 # Without `from __future__ import annotations`: DistributedDataParallel reads those of its hook.
@@ -15,20 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-# Above it a ring is quicker: it sends everything about twice, and pairs log2(W) times.
-# Measured with 2, 3 and 4 processes on one machine: from there on as quick as pairs or quicker.
+# Above it a ring is faster: it sends everything about twice, and pairs log2(W) times.
+# Measured with 2, 3 and 4 processes on one machine: above it the ring is as fast or faster.
 MOST_BYTES = 1 << 19
 _TO_FIRST, _BACK, _BETWEEN = 1001, 1002, 1003  # tags that keep messages apart
 
 Combine = Callable[..., Tensor]
-"""`torch.add`, `torch.maximum`, ...: of two tensors, into `out`; the same either way round."""
+"""`torch.add`, `torch.maximum`, ...: of two tensors, into `out`; it must be commutative."""
 
 
 class RecursiveDoubling:
     """Processes of one gloo group that sum in pairs: neighbours first, (0 + 1) + (2 + 3).
 
-    Those beyond the greatest power of two hand theirs to one of the others first. a + b and b + a
-    have the same bits, so all processes end with the same; how large the group is, decides which.
+    Processes beyond the greatest power of two first send their values to one of the others. a + b
+    and b + a have the same bits, so all processes get the same bits; these depend on the size of
+    the group.
     Source: recursive doubling, Thakur, Rabenseifner & Gropp, "Optimization of Collective
     Communication Operations in MPICH", 2005.
     """
@@ -47,7 +48,7 @@ class RecursiveDoubling:
         """Reduce the contiguous `values` over all processes in place, with equal bits.
 
         Raises:
-            RuntimeError: a process is gone, or did not answer within the group's time.
+            RuntimeError: a process is gone, or did not answer within the group's timeout.
         """
         index, group, beyond = self._index, self._group, self._index + self._paired
         if index >= self._paired:
@@ -69,7 +70,7 @@ class RecursiveDoubling:
             group.send([values], beyond, _BACK).wait()
 
 
-# ---- what DistributedDataParallel does with a bucket of gradients (its communication hooks)
+# ---- communication hooks of DistributedDataParallel for a bucket of gradients
 
 
 def mean_in_pairs(
@@ -88,5 +89,5 @@ def mean_in_bf16(
     group: dist.ProcessGroup,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """torch's own hook, which it refuses by its name where there is no NCCL; gloo adds bf16 too."""
+    """torch's own hook, which torch refuses by name without NCCL; gloo can sum bf16 too."""
     return bf16_compress_hook(group, bucket)

@@ -1,6 +1,6 @@
 """Peak memory of the processes, and detection of a straggler that the others wait for.
 
-Every process tells it at a logged step, within a sum over the processes that is taken anyway.
+Every process sends its values at a logged step, in a sum that is computed anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.health.throughput import Throughput
 T = TypeVar("T")
 
 _NOTABLE_RATIO = 1.3
-_NOTABLE_PART = 0.05  # of a step, that the others wait for it
+_NOTABLE_PART = 0.05  # fraction of a step for which the others wait for it
 _SAID_AFTER = 3  # consecutive logged steps: a single one may be chance
 _PASSES_HELD = 64
 
@@ -29,16 +29,16 @@ _PASSES_HELD = 64
 class Stopwatch:
     """Times the forward passes of this process, in which it waits for no other process.
 
-    Every backward pass ends when the slowest process has exchanged its gradients; by how much a
-    process is slower shows in its forward passes just so. With `batchnorm: sync` these wait for
-    the others as well, and only what each waits for its data is its own.
+    Every backward pass ends when the slowest process has exchanged its gradients; the slowness of a
+    process shows equally in its forward passes. With `batchnorm: sync` these also wait for
+    the others, and only the time that each waits for its data is its own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_cpu = device.type == "cpu"
         self._begun: Any = None
-        # Of each pass its seconds; on a device two events, as it is not over yet.
+        # The seconds of each pass; on a device two events, because it may not have finished yet.
         self._latest: deque[Any] = deque(maxlen=_PASSES_HELD)
 
     def over(self, micro_batches: Iterable[T]) -> Iterator[T]:
@@ -53,9 +53,9 @@ class Stopwatch:
         self._latest.append(now - self._begun if self._on_cpu else (self._begun, now))
 
     def seconds_a_pass(self) -> float:
-        """The mean of the latest passes but the longest; on a device it waits for the last one.
+        """The mean of the latest passes without the longest; on a device it waits for the last one.
 
-        One that took very long is chance: this process may have been stopped and continued in it.
+        A single very long one is chance: this process may have been stopped and continued in it.
         """
         if not self._latest:
             return 0.0
@@ -91,7 +91,7 @@ class StragglerDetector:
     ) -> None:
         """Every process creates one at the same point: they exchange their host names.
 
-        `rounds` is how many forward passes a step takes, one after the other.
+        `rounds`: forward passes of a step, one after the other.
         """
         self._device = world.device
         self._rounds = rounds
@@ -103,7 +103,7 @@ class StragglerDetector:
         self._said = False
 
     def own(self) -> list[float]:
-        """Of this process: seconds that a pass and its data take it, and peak memory in bytes."""
+        """For this process: seconds for a pass and its data, and peak memory in bytes."""
         waited = self._throughput.waited_a_step / self._rounds
         return [waited + self._stopwatch.seconds_a_pass(), float(peak_bytes(self._device))]
 
@@ -118,7 +118,7 @@ class StragglerDetector:
         """The slowest rank and its factor, if the others wait for it noticeably."""
         most, others = max(seconds), min(seconds)
         rank = seconds.index(most)
-        if most >= _NOTABLE_RATIO * others:  # it rarely is; otherwise no median is needed
+        if most >= _NOTABLE_RATIO * others:  # rarely true; otherwise no median is needed
             others = statistics.median(value for n, value in enumerate(seconds) if n != rank)
         lost = (most - others) * self._rounds
         notable = lost > _NOTABLE_PART * self._throughput.seconds_a_step

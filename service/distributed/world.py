@@ -32,16 +32,16 @@ from service.spec.models import ExchangeSpec
 
 T = TypeVar("T")
 
-# Operations of a forward and a backward pass: 5 ms of one core.  Measured on two: at 190 million
-# two threads take 0.66 of the time of one where they spin while they wait, and 1.0 to 1.1 where
-# they sleep, beside other programs; at 3.4 billion 0.75 where they spin.
+# Operations of a forward and a backward pass: 5 ms on one core.  Measured on two: at 190 million
+# two threads take 0.66 of the time of one if they spin while they wait, and 1.0 to 1.1 if
+# they sleep because of other programs; at 3.4 billion 0.75 if they spin.
 _SHARED_FROM = 2**27
-# Where the watchdog finds who stands still, torch's own limits must not end a run: they compare two
+# The watchdog finds hangs, so torch's own timeouts must not end a run: they compare two clock
 # times, and so have expired when a run that was stopped as a whole continues. In milliseconds it
 # fits into 32 bits.
 _WATCHED = timedelta(days=20)
-# By these words gloo, NCCL and torch's store say that another process is gone.  Source: torch 2.13,
-# torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL's lines as logs show them.
+# The texts with which gloo, NCCL and torch's store report that another process is gone.  Source:
+# torch 2.13, torch/csrc/distributed/c10d/NCCLUtils.cpp (getNcclErrorDetailStr); NCCL's from logs.
 _LOST = (
     "closed by peer",
     "closed by remote peer",
@@ -51,7 +51,7 @@ _LOST = (
     "ncclRemoteError",
     "remote process exited",
 )
-# What NCCL reports for a user's mistake, and what helps.
+# NCCL's reports of a user's error, and the remedy.
 _BACKEND_ADVICE = (
     (
         "shared memory segment",
@@ -65,10 +65,10 @@ _BACKEND_ADVICE = (
     ),
 )
 BOUNDED = ("gloo", "nccl")
-"""The backends whose limit for an operation torch can change later."""
+"""The backends whose operation timeout torch can change later."""
 CONNECT_SECONDS = 60.0
-"""What processes that are all there may take to connect; where somebody deletes the addresses that
-they give each other in their store, this ends the wait."""
+"""Time for processes that are all running to connect; if somebody deletes their addresses in the
+store, this ends the wait."""
 _COLLECTIVES = dist.constants.default_pg_timeout
 _USUAL_BUCKET_MIB = 25
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class World:
     """The processes that train together.  With one process every sum is the identity.
 
-    Around every method that talks to other processes, branch only on what is equal
+    Before and after every method that communicates, branch only on values that are equal
     everywhere: the plan, the step, an agreed flag.
     """
 
@@ -89,25 +89,25 @@ class World:
         precision: str = "fp32",
         may_set_threads: bool = False,
     ) -> None:
-        """The processes that torch has joined; alone where it has joined none.
+        """The processes that torch has connected; a single one if there is no group.
 
         Args:
-            device: of this process; None takes accelerate's choice.
-            may_set_threads: where nobody has said on how many threads this process computes.
+            device: of this process; None means accelerate's choice.
+            may_set_threads: true if the user has not set the number of threads of this process.
         """
         self._may_set_threads = may_set_threads
-        # Asked of torch: accelerate counts the processes on the devices that it knows by name.
+        # From torch: accelerate counts the processes only on the devices that it knows by name.
         joined = dist.is_initialized()
         self.processes: int = dist.get_world_size() if joined else 1
         self.index: int = dist.get_rank() if joined else 0
         self.device: torch.device = ready(device or accelerator.device)
         """With its index."""
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64
-        """The widest type that the device adds up in."""
+        """The widest dtype in which the device can sum."""
         self.is_lead: bool = self.index == 0
         self.precision = precision
         self.narrow = _AUTOCAST.get(precision)
-        """What a forward pass is computed in where it may be narrower than its weights."""
+        """The dtype of a forward pass, if it may be narrower than that of the weights."""
         self.trace = Trace()
         self._own_generators = generators(self.device)
         self._generators: list[Seeded] = list(self._own_generators)
@@ -121,11 +121,11 @@ class World:
             if dist.get_backend() != "gloo":
                 self._control = _connected(None, self.processes, _COLLECTIVES)
             group = self._control or dist.group.WORLD
-            assert group is not None, "there are several processes and no group of them"
+            assert group is not None, "several processes need a group"
             self._pairs = RecursiveDoubling(group)
 
     def leave_limits_to_the_watchdog(self) -> None:
-        """From now on, torch and gloo wait for the other processes as long as it takes."""
+        """From now on, torch and gloo wait for the other processes without a time limit."""
         self._is_watched = True
         if self.processes > 1:
             for group in (dist.group.WORLD, self._control):
@@ -133,14 +133,14 @@ class World:
                     self.watch_over(group)
 
     def watch_over(self, group: dist.ProcessGroup) -> None:
-        """The same for one group, also one that was made later; nothing without a watchdog."""
+        """The same for one group, also a later one; without a watchdog nothing happens."""
         if self._is_watched and dist.get_backend(group) in BOUNDED:
             be_patient(_WATCHED, group)
 
     def suit_threads(self, flops: float | None) -> None:
-        """Compute on one thread where a pass takes so few operations that sharing them costs more.
+        """Use one thread if a pass has so few operations that parallel execution is slower.
 
-        What a pass takes follows from the spec, so a run that resumes computes as it did.
+        The number of operations is determined by the spec, so a resumed run computes the same bits.
         """
         few = flops is not None and flops < _SHARED_FROM
         if few and self._may_set_threads and self.device.type == "cpu":
@@ -153,18 +153,19 @@ class World:
         find_unused: bool,
         spec: ExchangeSpec,
     ) -> nn.Module:
-        """The model, in DistributedDataParallel where there are several processes.
+        """The model, in DistributedDataParallel if there are several processes.
 
         Args:
-            find_unused: look after each forward pass for parameters the loss does not depend on.
+            find_unused: search after each forward pass for parameters on which the loss does not
+                depend.
         """
         if self.processes == 1:
-            return model  # if it were wrapped, a step would take 1.3 times as long
+            return model  # with the wrapper, a step would take 1.3 times as long
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 has only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            # accelerate would name the device by the local rank: of a process that sees its own
-            # device only, that one has the number 0.
+            # accelerate would select the device by the local rank, but a process that sees only its
+            # own device has it as number 0.
             wrapped = DistributedDataParallel(
                 model,
                 device_ids=None if self.device.type == "cpu" else [self.device.index],
@@ -189,9 +190,9 @@ class World:
         return micro_batches
 
     def require_exchanged(self, model: nn.Module) -> None:
-        """Check, after a backward pass, that no gradient of it still waits to be exchanged.
+        """Check, after a backward pass, that all of its gradients have been exchanged.
 
-        DDP itself would report it only in the next forward pass, and a collective before
+        DDP itself would report this only in the next forward pass, and a collective before
         it would receive a gradient.
 
         Raises:
@@ -211,11 +212,11 @@ class World:
         return torch.autocast(self.device.type, self.narrow)
 
     def seed_also(self, generators: Sequence[Seeded]) -> None:
-        """Besides torch's, start these: for nothing, it would cost a small step a twentieth."""
+        """Also seed these generators, if a pass uses them: seeding costs a small step 5 %."""
         self._generators = [*self._own_generators, *generators]
 
     def seed(self, key: int) -> None:
-        """Start every generator a forward pass may draw from at `key`."""
+        """Seed every generator that a forward pass may use with `key`."""
         for generator in self._generators:
             generator.manual_seed(key)
 
@@ -232,10 +233,10 @@ class World:
         return total
 
     def sum_in_pairs(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Elementwise sums over a power of two of processes, added up as a fixed binary tree.
+        """Elementwise sums over a power of two of processes, added up in a fixed binary tree.
 
         Neighbours first: (0 + 1) + (2 + 3).  a + b and b + a have the same bits, so both
-        partners of a pair end with the same.
+        partners of a pair get the same result.
         """
         distance = 1
         self.trace.begin("sum in pairs")
@@ -263,7 +264,7 @@ class World:
             return values[None]
         self.trace.begin("stack")
         rows = values.new_zeros(self.processes, *values.shape)
-        if self._pairs.fit(rows):  # each adds its own to the zeros of the others
+        if self._pairs.fit(rows):  # each adds its own values to the zeros of the others
             rows[self.index] = values.detach()
             self._pairs.combine(rows)
             return rows
@@ -281,7 +282,7 @@ class World:
         return total
 
     def highest(self, values: Sequence[int]) -> list[int]:
-        """The highest of each value over the processes; it never waits for the device."""
+        """The maximum of each value over the processes; it never waits for the device."""
         if self._pairs is None:
             return list(values)
         self.trace.begin("highest")
@@ -291,7 +292,7 @@ class World:
         return highest
 
     def from_lead(self, value: T) -> T:
-        """The lead's value, on every process."""
+        """The value of rank 0, on every process."""
         if self.processes == 1:
             return value
         self.trace.begin("word of the lead")
@@ -307,44 +308,45 @@ class World:
     def fail_together(self, error: EvenstepError | None) -> None:
         """Raise the first process's error on every process, if any of them has an error.
 
-        Everything that can go wrong on one process alone and is followed by a collective
-        ends here; otherwise the others would wait for a process that has left.
+        An error that can occur on one process only, before a collective, must be raised
+        here; otherwise the others would wait for a process that has left.
         """
         for first in self.gather(error):
             if first is not None:
                 raise first
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called it."""
         if self.processes > 1:
             self.trace.begin("barrier")
             dist.barrier(group=self._control)
 
     def processes_a_node(self) -> int:
-        """How many processes each node has.
+        """The number of processes on each node.
 
         Raises:
-            SpecError: not all nodes have equally many, side by side.
+            SpecError: the nodes have different numbers, or their ranks are not adjacent.
         """
         on_node = self._on_node()
         counts = self.gather(on_node)
         if len(set(counts)) > 1 or self.processes % on_node:
             raise SpecError(
-                f"exchange.mode: hybrid shares the rows out within each node, and the nodes have "
+                f"exchange.mode: hybrid divides the rows among the processes of each node, but the "
+                f"nodes have "
                 f"different numbers of processes: {', '.join(map(str, sorted(set(counts))))}. "
-                "Start equally many on each, or use exchange.mode: sharded."
+                "Start the same number on each, or use exchange.mode: sharded."
             )
         return on_node
 
     def _on_node(self) -> int:
-        """Processes on this node, as its launcher says."""
+        """Processes on this node, according to its launcher."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
 
     def writers(self, *, everyone: bool = False) -> Writers:
-        """Those who can write to the lead's disk together: the processes of its node.
+        """The processes that write a checkpoint together: those on the node of rank 0.
 
         Args:
-            everyone: all processes, where each holds what no other does.
+            everyone: all processes, if each has a part of the state.
         """
         if everyone not in self._writers:
             here = min(self._on_node(), self.processes)
@@ -354,22 +356,22 @@ class World:
 
 
 class Writers:
-    """Processes that speak beside training, each from one thread: the first ones of all."""
+    """The first processes of the job, which communicate in background threads, one per process."""
 
     def __init__(self, index: int, processes: int) -> None:
         self.processes = processes
         self.index = index
-        """Of this process; it is no writer where it is not below `processes`."""
+        """Of this process; it is not a writer if its rank is not below `processes`."""
         self._group: dist.ProcessGroup | None = None
 
     def meet(self) -> None:
-        """Make sure that they can speak; every one of them calls it, where all others wait too."""
+        """Check that they can communicate; all of them call it, where all processes wait."""
         if self.processes > 1 and self._group is None:
             first = list(range(self.processes))
             self._group = _connected(first, self.processes, _WATCHED)
 
     def from_lead(self, value: T) -> T:
-        """The lead's value, on each of them.
+        """The value of rank 0, on each of them.
 
         Raises:
             PeerLost: one of them is gone.
@@ -392,17 +394,17 @@ class Writers:
 
 
 def connect_patience(processes: int) -> timedelta:
-    """How long so many processes may take to connect, each with each."""
+    """The time for this number of processes to connect, each with each."""
     return timedelta(seconds=CONNECT_SECONDS + processes / 10)
 
 
 def be_patient(patience: timedelta, group: dist.ProcessGroup | None) -> None:
-    """Let what this group does from now on take so long."""
+    """Set the timeout of all further operations of this group."""
     dist.distributed_c10d._set_pg_timeout(patience, group)
 
 
 def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
-    """Why the processes of a job, all of them there, are not connected, where `error` says that."""
+    """The reason why the running processes of a job are not connected, if `error` says so."""
     words = ["connectFullMesh", "timed out", "timeout", "Timed out", "Timeout"]
     words += ["basic_string", "vector"]  # for an invalid address
     of_store = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
@@ -418,7 +420,7 @@ def unconnected(error: RuntimeError | ValueError) -> PeerLost | None:
 def _connected(
     ranks: list[int] | None, processes: int, patience: timedelta
 ) -> dist.ProcessGroup | None:
-    """A group of these processes, on CPUs; every one of them calls it at about the same time."""
+    """A CPU group of these processes; all of them call it at about the same time."""
     try:
         group: dist.ProcessGroup | None = dist.new_group(
             ranks,
@@ -426,7 +428,7 @@ def _connected(
             backend="gloo",
             use_local_synchronization=ranks is not None,
         )
-        dist.barrier(group)  # a process in the place of another does not answer here
+        dist.barrier(group)  # an impostor does not answer here
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
         if lost is None:
@@ -437,7 +439,7 @@ def _connected(
 
 
 def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
-    """What the group's first process says; never by pickle: see `service.distributed.messages`."""
+    """The value of the group's first process; never by pickle: see `distributed.messages`."""
     first = dist.get_rank(group) == 0
     said = _as_bytes(to_bytes(value)) if first else None
     size = torch.tensor([said.numel() if said is not None else 0])
@@ -449,7 +451,7 @@ def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
 
 
 def _from_each(value: T, processes: int, group: dist.ProcessGroup | None) -> list[T]:
-    """What each of the group says, in order; never by pickle."""
+    """The value of each process of the group, in order; never by pickle."""
     said = _as_bytes(to_bytes(value))
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(processes)]
     dist.all_gather(sizes, torch.tensor([said.numel()]), group=group)
@@ -480,9 +482,9 @@ def _told_when_lost() -> Iterator[None]:
 
 
 def _few_gradients(model: nn.Module) -> bool:
-    """Whether all gradients of the model are few enough to come together in pairs."""
-    if any(getattr(module, "sparse", False) for module in model.modules()):  # as DDP asks it too
-        return False  # they come as sparse tensors, which have no buffer to add to
+    """Whether all gradients of the model are few enough to be summed in pairs."""
+    if any(getattr(module, "sparse", False) for module in model.modules()):  # DDP checks the same
+        return False  # sparse gradients have no buffer to add to
     trained = [p for p in model.parameters() if p.requires_grad]
     bytes_each = max((p.element_size() for p in trained), default=0)
     count = sum(p.numel() for p in trained)
@@ -496,46 +498,48 @@ def _exchanged_last(model: DistributedDataParallel, micro_batches: Sequence[T]) 
 
 
 def _left_out(model: DistributedDataParallel, error: RuntimeError) -> WillFailAgain:
-    """The parameters that torch names by their numbers, by their names."""
+    """An error with the names of the parameters for which torch gives only indices."""
     found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
     trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
     names = [trained[int(number)] for number in found[1].split()] if found else ["some parameters"]
     return WillFailAgain(
-        f"The loss of a micro-batch does not depend on {', '.join(names[:8])}, as that of the "
-        "first rows did. On several processes a parameter is trained in every step or in none: add "
-        "`0.0 * parameter.sum()` to the outputs where it is left out, or freeze it."
+        f"The loss of a micro-batch does not depend on {', '.join(names[:8])}, unlike that of the "
+        "first rows. On several processes a parameter is trained in every step or in none: add "
+        "`0.0 * parameter.sum()` to the outputs if it is not used, or freeze it."
     )
 
 
 def graph_changed(error: RuntimeError) -> WillFailAgain | None:
-    """`error` read as a promise of `exchange.static_graph` that was not kept, where it is one."""
+    """`error` as a violation of `exchange.static_graph`, if it is one."""
     if "compatible with static_graph" not in str(error):
         return None
     return WillFailAgain(
-        "exchange.static_graph: the loss of a micro-batch depends on parameters that those of the "
-        "first rows did not depend on. Leave static_graph out."
+        "exchange.static_graph: the loss of a micro-batch depends on parameters on which the loss "
+        "of "
+        "the first rows did not depend. Leave static_graph out."
     )
 
 
 def alone() -> World:
-    """A world of this process only, on the CPU: for what is looked at and not trained."""
+    """A world of this process only, on the CPU: for inspection without training."""
     return World(Accelerator(cpu=True))
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
     """`error` as a `PeerLost`, if its text says that another process is gone.
 
-    The type is not enough: NCCL's `DistBackendError` also means a small /dev/shm, two processes on
-    one GPU, or no memory. Those stay after a restart, and are this process's own failure.
+    The type is not sufficient: NCCL's `DistBackendError` also means a small /dev/shm, two processes
+    on one GPU, or no memory. Those would occur again after a restart, and are this process's own
+    failure.
     """
     if not isinstance(error, RuntimeError) or not any(word in str(error) for word in _LOST):
         return None
     told = str(error).splitlines()[0].partition(". This is typically")[0]
-    return PeerLost(f"Another process of this job went away ({told}).")
+    return PeerLost(f"Another process of this job was lost ({told}).")
 
 
 def backend_advice(error: BaseException) -> str:
-    """What to do about an error of NCCL, as sentences to append; empty for any other error."""
+    """Advice for an error of NCCL, as sentences to append; empty for any other error."""
     if not isinstance(error, dist.DistBackendError):
         return ""
     found = [advice for words, advice in _BACKEND_ADVICE if words in str(error)]
@@ -545,16 +549,16 @@ def backend_advice(error: BaseException) -> str:
 def in_place(*, precision: str) -> World:
     """A world of this process only, on the machine's accelerator; EVENSTEP_DEVICE=cpu: on the CPU.
 
-    For a notebook or a script.  Processes that a launcher starts are joined by `launch`.
+    For a notebook or a script.  `launch` connects the processes that a launcher starts.
     """
     free = "OMP_NUM_THREADS" not in os.environ
-    if free:  # in a container torch sees all cores of its node
+    if free:  # in a container torch sees all cores of the node
         torch.set_num_threads(min(torch.get_num_threads(), limits().cores))
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None or os.environ.get("EVENSTEP_DEVICE") == "cpu":
         device = torch.device("cpu")
     with warnings.catch_warnings():
-        # It warns that it uses the CPU, which is what it was asked to do.
+        # It warns that it uses the CPU, which is intended here.
         warnings.simplefilter("ignore", UserWarning)
         accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=1)
     return World(accelerator, device=device, precision=precision, may_set_threads=free)
