@@ -275,7 +275,7 @@ def test_wandb_shows_everything_once(shown):
     [
         (lambda c: c.log("a b", 1), "but one is 'a b'"),
         (lambda c: c.log("../a", 1), r"but one is '\.\./a'"),
-        (lambda c: (c.log("a", 1), c.log_text("a", "")), "'a' was logged before at step 2"),
+        (lambda c: (c.log("a", 1), c.log_text("a", "")), "'a' was already logged at step 2"),
         (lambda c: c.log("a", torch.ones(2)), "must be one number"),
         (lambda c: c.log_text("a", 5), "must be a str"),
         (lambda c: c.log_image("a", torch.ones(2, 5, 5)), r"but has \[2, 5, 5\]"),

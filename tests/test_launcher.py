@@ -178,11 +178,11 @@ def test_a_save_slower_than_the_hang_timeout_is_no_hang(tmp_path, asynchronous, 
     assert longest > timeout
     assert not list((tmp_path / "runs/job/failures").glob("*"))
     told = f"(two saves of {longest:.2g} s, as measured in this run, and 10 s to exit)"
-    budget = "faults.stop_budget_seconds gives it 11 s"
+    budget = "faults.stop_budget_seconds allows 11 s"
     assert f"{told}, but {budget}. Raise it to {math.ceil(2 * longest + 10)}" in out
     assert out.count("WARNING: a stop may take") == 1
     plan = plan_of(tmp_path / "job.yaml", runs=tmp_path / "runs")
-    assert f"{told}; WARNING: {budget} only, raise it to" in plan
+    assert f"{told}; WARNING: {budget.replace('allows', 'allows only')}, raise it to" in plan
 
 
 @pytest.mark.parametrize(("rank", "count"), [(0, 8), (1, 2)])

@@ -166,7 +166,7 @@ def test_a_part_of_a_metric_can_decide():
     spec = load_spec(spec_of("plain_rows", checkpoint={"best": best}))
     require_measures(spec, _task())
     require_measured(spec, {"test/classes/each/1": 0.5})
-    with pytest.raises(SpecError, match=r"gives no 'test/classes/each/1'; did you mean .*each/0"):
+    with pytest.raises(SpecError, match=r"has no 'test/classes/each/1'; did you mean .*each/0"):
         require_measured(spec, {"test/classes/each/0": 0.5})
 
 

@@ -180,7 +180,7 @@ def test_lbfgs_looks_at_each_point_with_the_same_dropout_and_moves_batchnorm_onc
         ({"model": {"precision": "fp16"}}, "model.precision: LBFGS cannot work with scaled losses"),
         (
             {"optimizer": {"name": "lbfgs", "lr": 1.0, "layer_decay": 0.5}},
-            "optimizer.groups: LBFGS moves all parameters along one search direction, so it takes",
+            "optimizer.groups: LBFGS changes all parameters along one search direction, so",
         ),
     ],
 )

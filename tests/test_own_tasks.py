@@ -159,7 +159,10 @@ def test_predictions_of_unequal_shapes_are_reported(processes, tmp_path):
     processes(1).run(train_in_process, text, tmp_path / "runs")
     told = evenstep("test", "job", "--predictions", "out.npy", "--processes", 2, cwd=tmp_path)
     assert told.returncode == 64
-    assert "task.predict: must give rows of one shape, but gave [4, 30] and [5, 30]" in told.stderr
+    assert (
+        "task.predict: must return rows of one shape, but returned [4, 30] and [5, 30]"
+        in told.stderr
+    )
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -357,7 +360,7 @@ def made_of(model: str) -> supervised:
         ("untested", r"over its first 7 rows: ValueError: only .*test_own_tasks.py:\d+\)"),
         (
             "matrix",
-            r"confusion must give numbers: .* but MulticlassConfusionMatrix gives .*3, 3",
+            r"confusion must return numbers: .* but MulticlassConfusionMatrix returns .*3, 3",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_is_named_though_every_loss_is(processes, 
     first = first_step_with(BAD_ROW)
     second = first_step_with(BAD_ROW, epoch=1)
     where = first if answer == "stop" else second
-    assert f"The gradients of step {where} are not finite, though every loss is." in told
+    assert f"The gradients of step {where} are not finite, although every loss is." in told
     if answer == "skip":
         assert told.startswith("2 steps were skipped, and faults.skips_allowed is 1.")
         assert all(t.isfinite().all() for t in weights(tmp_path, second - 1).values())

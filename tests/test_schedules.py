@@ -354,11 +354,11 @@ def test_a_small_improvement_does_not_count():
     [
         (
             {"early_stopping": {"measure": "test/lss", "mode": "min", "patience": 1}},
-            "early_stopping.measure: the test gives no 'test/lss'; did you mean 'test/loss'",
+            "early_stopping.measure: the test has no 'test/lss'; did you mean 'test/loss'",
         ),
         (
             {"schedule": {"name": "plateau", "measure": "test/accuracy", "mode": "max"}},
-            "schedule.measure: the test gives no 'test/accuracy'",
+            "schedule.measure: the test has no 'test/accuracy'",
         ),
     ],
 )

@@ -228,12 +228,12 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 @pytest.mark.parametrize(
     ("factory", "sections", "said"),
     [
-        ("by_loss", {"optimizers": {"all": SGD}}, "a task with one loss has nothing to tell"),
+        ("by_loss", {"optimizers": {"all": SGD}}, "a task with one loss cannot train with"),
         ("two_by_loss", {}, r"returned several models \(critic, generator\)"),
         ("named", {"task_args": {"name": "a.b"}}, "but is 'a.b'"),
         ("named", {"task_args": {"name": "keys"}}, "invalid name of a model"),
         ("same_name", {}, "'a' is given in the turns of several optimizers"),
-        ("gan", {"optimizers": {"kritic": SGD}}, r"'kritic\.\*' chooses no parameter"),
+        ("gan", {"optimizers": {"kritic": SGD}}, r"'kritic\.\*' matches no trainable parameter"),
         (
             "gan",
             {"optimizers": {"critic": SGD, "all": {"match": ["*.0.*"], **SGD}}},

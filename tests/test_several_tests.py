@@ -117,5 +117,5 @@ def test_no_test_sets_are_no_test():
 
 def test_a_measure_of_no_set_is_refused(tmp_path):
     best = {"best": {"measure": "test/accuracy", "mode": "max"}}
-    with pytest.raises(SpecError, match="the test gives no 'test/accuracy'"):
+    with pytest.raises(SpecError, match="the test has no 'test/accuracy'"):
         train_in_process(alone(), job("two_tests", checkpoint=best), tmp_path)

@@ -162,7 +162,7 @@ def test_a_loss_that_compares_each_row_with_every_other_is_refused_before_anythi
         ("in test", r"task.loss: must give .* \[15\], but gave \[15, 15\]"),
         ("measure", r"task.measure: must have the shape \[15, 1\], .* has \[15, 1, 1\]"),
         ("at times", r"task.loss: must give one value for each row, .* but gave \[\]"),
-        ("two", r"all of them the same shape, but they give size \[1\], mean \[\]"),
+        ("two", r"must have the same shape, but they return size \[1\], mean \[\]"),
     ],
 )
 def test_a_shape_that_only_some_micro_batches_have_is_reported_when_one_has_it(

@@ -179,5 +179,5 @@ def test_saves_that_take_longer_than_slurm_gives_a_stop_are_warned_of() -> None:
     budget.learned(60.0, "as measured in this run")
     assert said == []
     budget.learned(90.0, "as measured in this run")
-    assert "slurm.stop_seconds gives it 150 s. Raise it to 190" in said[0]
+    assert "slurm.stop_seconds allows 150 s. Raise it to 190" in said[0]
     assert slurm_grace(spec, {}) is None

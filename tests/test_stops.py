@@ -143,7 +143,7 @@ def test_a_stop_is_given_what_its_saves_were_measured_to_take(tmp_path: Path) ->
     in_pod = load_spec(JOB | {"kubernetes": POD})
     told = stop_in_words(in_pod, longest_save(directory))
     assert "211 s (two saves of 1e+02 s, as measured in this run" in told
-    assert "WARNING: kubernetes.grace_seconds gives it 40 s only, raise it to 211" in told
+    assert "WARNING: kubernetes.grace_seconds allows only 40 s, raise it to 211" in told
     (finding,) = _stop(Asked(runs=tmp_path, spec=in_pod))
     assert (finding.state, finding.fix.partition(",")[0]) == (
         "warning",
@@ -154,8 +154,8 @@ def test_a_stop_is_given_what_its_saves_were_measured_to_take(tmp_path: Path) ->
 def test_before_that_it_is_estimated_or_said_to_be_unknown(tmp_path: Path) -> None:
     in_pod = load_spec(JOB | {"kubernetes": POD})
     assert stop_in_words(in_pod, None) == (
-        "an unknown time, until a save of this run was measured; "
-        "kubernetes.grace_seconds gives it 40 s"
+        "an unknown time, until a save of this run has been measured; "
+        "kubernetes.grace_seconds allows 40 s"
     )
     large = estimated(1 << 50, tmp_path)
     assert large is not None

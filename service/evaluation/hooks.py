@@ -1,4 +1,4 @@
-"""Hooks of the task, after a test or an epoch: called on rank 0, and unable to change the run."""
+"""Hooks of the task, after a test or an epoch: called on rank 0; they cannot change the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HookTimeout(Exception):
 
 
 class Logbook:
-    """What the hooks have logged after one step."""
+    """The values and files that the hooks have logged after one step."""
 
     def __init__(self, files: LoggedFiles, *, step: int) -> None:
         self.values: dict[str, float] = {}
@@ -52,26 +52,26 @@ class Logbook:
         self._step = step
 
     def take(self, name: str) -> str:
-        """The name, which nothing else has at this step.
+        """Reserve a name, which must be unused at this step.
 
         Raises:
-            ValueError: it is taken, or cannot be a name.
+            ValueError: it is already used, or is not a valid name.
         """
         if require_name(name) in self._names:
-            raise ValueError(f"{name!r} was logged before at step {self._step}")
+            raise ValueError(f"{name!r} was already logged at step {self._step}")
         self._names.add(name)
         return name
 
     def write(self, kind: Any, name: str, content: bytes) -> None:
-        """Keep a file."""
+        """Store a file."""
         self.files.append(self._into.write(self._step, kind, self.take(name), content))
 
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a hook is told, and the way in which it logs.
+    """The arguments of a hook, and its methods to log.
 
-    All that it is given is a copy.  What is logged has the key `hook/NAME`, or `hook/SET/NAME`
+    All data that it gets are copies.  A logged value has the key `hook/NAME`, or `hook/SET/NAME`
     after the test of one of several sets.
     """
 
@@ -80,22 +80,22 @@ class HookContext:
     epoch: float
     """Finished passes over the training rows; 0 for a stream."""
     test: str
-    """The name of the test set; empty where there is only one, and after an epoch."""
+    """The name of the test set; empty if there is only one, and after an epoch."""
     measures: Mapping[str, float]
-    """What was measured of this test set, such as `accuracy`; empty after an epoch."""
+    """The measures of this test set, such as `accuracy`; empty after an epoch."""
     values: Mapping[str, float]
-    """Everything that was measured at this step, by the keys of the record: `train/loss`."""
+    """All values measured at this step, with the keys of metrics.jsonl: `train/loss`."""
     device: torch.device
-    """Where the model is."""
+    """The device of the model."""
     _book: Logbook = field(repr=False)
     _copied: Callable[[], nn.Module] = field(repr=False)
 
     @cached_property
     def model(self) -> nn.Module:
-        """A copy of the model that is tested, in evaluation mode; made when first asked for.
+        """A copy of the model that is tested, in evaluation mode; created on first access.
 
         Raises:
-            RuntimeError: it cannot be copied, or the processes hold parts of it.
+            RuntimeError: it cannot be copied, or is sharded over the processes.
         """
         return self._copied()
 
@@ -103,7 +103,7 @@ class HookContext:
         """Log one number.
 
         Raises:
-            ValueError: it is none, or the name is taken.
+            ValueError: it is not a number, or the name is already used.
         """
         number = np.asarray(_on_cpu(value))
         if number.size != 1 or number.dtype.kind not in "biuf":
@@ -111,10 +111,10 @@ class HookContext:
         self._book.values[f"hook/{self._book.take(self._key(name))}"] = float(number.item())
 
     def log_image(self, name: str, image: Any) -> None:
-        """Log an image: a tensor or array, an image of pillow or a figure of matplotlib.
+        """Log an image: a tensor or array, a pillow image or a matplotlib figure.
 
-        Tensors and arrays are [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 channels, of whole
-        numbers from 0 to 255 or real ones from 0 to 1.
+        Tensors and arrays are [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 channels, with
+        integers from 0 to 255 or floats from 0 to 1.
         """
         self._book.write("image", self._key(name), _png_of(image))
 
@@ -129,7 +129,7 @@ class HookContext:
         self._book.write("histogram", self._key(name), histogram(_on_cpu(values), bins=bins))
 
     def log_file(self, name: str, path: str | Path) -> None:
-        """Log a copy of a file, under a name with the suffix it shall have."""
+        """Log a copy of a file; the name needs the suffix."""
         self._book.write("file", self._key(name), Path(path).read_bytes())
 
     def _key(self, name: str) -> str:
@@ -147,9 +147,9 @@ def _png_of(image: Any) -> bytes:
     from io import BytesIO
 
     content = BytesIO()
-    if hasattr(image, "savefig"):  # a figure of matplotlib
+    if hasattr(image, "savefig"):  # a matplotlib figure
         image.savefig(content, format="png")
-    elif hasattr(image, "save") and hasattr(image, "mode"):  # an image of pillow
+    elif hasattr(image, "save") and hasattr(image, "mode"):  # a pillow image
         image.save(content, "PNG")
     else:
         content.write(png(_on_cpu(image)))
@@ -157,14 +157,14 @@ def _png_of(image: Any) -> bytes:
 
 
 class Hooked(NamedTuple):
-    """What came of the hooks after a step."""
+    """The results of the hooks after a step."""
 
     values: Mapping[str, float] = {}
     """On rank 0."""
     files: Sequence[LoggedFile] = ()
     """On rank 0."""
     failure: str = ""
-    """Which one failed, with the traceback; the same on every process."""
+    """The hook that failed, with the traceback; the same on every process."""
     called: bool = False
     """The same on every process."""
 
@@ -179,7 +179,7 @@ def require_hooks(task: Task, plan: Plan) -> None:
     """Check that the hooks of a task can be called.
 
     Raises:
-        SpecError: one is no function, or what it waits for never comes.
+        SpecError: one is not a function, or will never be called.
     """
     for name in ("after_test", "after_epoch"):
         hook = getattr(task, name, None)
@@ -208,7 +208,7 @@ class Hooks:
         files: LoggedFiles | None,
         say: Callable[[str], None],
     ) -> None:
-        """`files` is given on rank 0."""
+        """`files` is set on rank 0."""
         self._after_test: Hook | None = getattr(task, "after_test", None)
         self._after_epoch: Hook | None = getattr(task, "after_epoch", None)
         self._plan = plan
@@ -219,7 +219,7 @@ class Hooks:
         self._failures = 0
         self._last_failure = ""
         self.has_epochs = self._after_epoch is not None
-        # Their own group: the others may wait here longer than for any collective.
+        # A separate group: the others may wait here longer than in any other collective.
         self._all = Writers(world.index, world.processes)
         if self._after_test is not None or self.has_epochs:
             self._all.meet()
@@ -231,13 +231,13 @@ class Hooks:
     def call(
         self, state: TrainState, values: Mapping[str, float], tested: Sequence[TestSet]
     ) -> Hooked:
-        """Call what is due after this step; every process calls it.
+        """Call the hooks that are due after this step; every process calls it.
 
         Args:
-            values: what was measured at this step.
+            values: everything that was measured at this step.
             tested: the test sets that were tested.
         Returns:
-            what was logged, on rank 0.
+            the logged values, on rank 0.
         """
         calls = self._due(state.step, tested)
         if not calls:
@@ -260,7 +260,7 @@ class Hooks:
         return logged._replace(failure=failure, called=True)
 
     def ends(self, failure: str) -> bool:
-        """Whether the run ends for this failure, if it is one."""
+        """Whether the run ends because of this failure, if it is one."""
         return bool(failure) and self._plan.spec.faults.on_hook_failure == "stop"
 
     def _due(self, step: int, tested: Sequence[TestSet]) -> list[_Call]:
@@ -274,7 +274,7 @@ class Hooks:
     def _failure(
         self, call: _Call, state: TrainState, values: Mapping[str, float], book: Logbook
     ) -> str:
-        """Call one hook; why it failed, or nothing."""
+        """Call one hook; return why it failed, or an empty text."""
         self._heartbeat.enter("hook")
         limit = _Limit(self._plan.spec.faults.hook_timeout_seconds)
         context = HookContext(
@@ -296,7 +296,7 @@ class Hooks:
 
     @contextmanager
     def _kept(self, step: int) -> Iterator[None]:
-        """A context that gives back what a hook may change of the process."""
+        """A context that restores the process state that a hook may change."""
         kind, threads, place = torch.get_default_dtype(), torch.get_num_threads(), os.getcwd()
         key = randomness.key(randomness.HOOK, self._plan.spec.seed, step)
         in_precision = multiplied_in(self._plan.spec.model.precision)
@@ -312,7 +312,7 @@ class Hooks:
                 os.chdir(place)
 
     def _tell(self, failure: str) -> None:
-        """Report it; of one that fails in the same way each time, the traceback once."""
+        """Report a failure; the traceback only once if it is always the same."""
         first, _, trace = failure.partition("\n")
         told = failure if trace != self._last_failure else f"{first} (as before)"
         self._last_failure = trace
@@ -320,8 +320,8 @@ class Hooks:
 
 
 def failed(failure: str, *, saved: bool) -> HookFailed:
-    """The error that ends the run for a hook; `saved` is whether the steps so far are."""
-    told = "The state is saved: it continues after this step." if saved else "No step is lost."
+    """The error that ends the run because of a hook; `saved`: whether its steps are saved."""
+    told = "The state is saved: the run continues after this step." if saved else "No step is lost."
     return HookFailed(
         f"{failure}\nThe run ends because of it (faults.on_hook_failure: stop). Correct the hook, "
         "or set "
@@ -339,8 +339,8 @@ def _of_set(test: TestSet | None, values: Mapping[str, float]) -> dict[str, floa
 def _copy_of(state: TrainState, limit: _Limit) -> nn.Module:
     if holds_rows(state.model):
         raise RuntimeError(
-            "context.model: with exchange.mode: sharded no process holds the whole model. Use "
-            "context.measures, or export a checkpoint and look at that."
+            "context.model: with exchange.mode: sharded no process has the whole model. Use "
+            "context.measures, or export a checkpoint and inspect it."
         )
     with limit.held(), state.evaluated():
         return uncompiled_copy(state.tested).eval()
@@ -355,7 +355,7 @@ def _told(call: _Call, step: int, error: BaseException) -> str:
 
 
 class _Limit:
-    """Interrupts a hook that takes too long, where signals reach this thread."""
+    """Interrupts a hook that takes too long, if this thread can receive signals."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -364,12 +364,12 @@ class _Limit:
 
     @contextmanager
     def over(self) -> Iterator[None]:
-        """A context that ends in `HookTimeout` after that long."""
+        """A context that raises `HookTimeout` after that time."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGALRM, self._ring)
-        self._left = TimeLimit(self._seconds)  # the timer itself goes on while a run is stopped
+        self._left = TimeLimit(self._seconds)  # the timer itself continues while a run is stopped
         self._ring_again()
         try:
             yield
@@ -379,7 +379,7 @@ class _Limit:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A context that is not interrupted: the weights of the run are in it for a moment."""
+        """A context that is not interrupted: it contains the weights of the run for a moment."""
         self._held = True
         try:
             yield

@@ -22,7 +22,7 @@ class _Line(NamedTuple):
 
     number: int
     sums: list[Tensor]
-    """Weighted, of the loss [1] and the measures [measures], float64, on the device."""
+    """Weighted sums of the loss [1] and the measures [measures], float64, on the device."""
     weight: float | Tensor
     rows: int
 
@@ -52,10 +52,10 @@ class Tally:
 
         Args:
             losses: [B] or [B, T].
-            measured: [B, measures] or [B, T, measures]; any shape where there are no measures.
-            weight: of the shape of `losses`, or None where each counts 1.
+            measured: [B, measures] or [B, T, measures]; any shape if there are no measures.
+            weight: in the shape of `losses`, or None for 1 each.
         """
-        # A task may measure on the CPU what a GPU has computed.
+        # A task may measure on the CPU although the GPU has computed.
         losses, measured, wide = losses.to(self._on), measured.to(self._on), torch.float64
         if weight is not None:
             weight = weight.to(self._on, wide)
@@ -78,7 +78,7 @@ class Tally:
         parts = [sums.view(len(held), -1), _weights_and_rows(held, self._on)]
         numbers = [line.number for line in held]
         run = range(numbers[0], numbers[-1] + 1)
-        # They are nearly always consecutive, and then need no index.
+        # They are nearly always consecutive, and then no index is needed.
         place = slice(run.start, run.stop) if numbers == [*run] else numbers
         self._lines[place] = torch.cat(parts, dim=1)
 
@@ -104,7 +104,7 @@ class Tally:
 
 
 def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
-    """Numbers, or weights that are on the device and counts of rows: float64 [N, 2] on it."""
+    """Numbers, or weights on the device and counts of rows: float64 [N, 2] on the device."""
     weights = {n: line.weight for n, line in enumerate(lines) if isinstance(line.weight, Tensor)}
     told = [(0 if n in weights else line.weight, line.rows) for n, line in enumerate(lines)]
     counts = torch.tensor(told, dtype=torch.float64, device=device)
@@ -117,7 +117,7 @@ class Gathered:
     """Measures that are not sums, such as an area under a curve: torchmetrics objects.
 
     Each process feeds its own copies, and the copies are merged in the order of the data set.
-    A metric that says it cannot be merged is fed, on every process, all outputs in that order.
+    A metric that declares that it cannot be merged gets all outputs in that order on every process.
     """
 
     def __init__(self, metrics: Mapping[str, Any], world: World) -> None:
@@ -146,7 +146,7 @@ class Gathered:
         """`test/<name>` of each over the whole test set, and `test/<name>/<key>` of its parts.
 
         Raises:
-            SpecError: a metric comes to something else than numbers.
+            SpecError: the result of a metric is not numbers.
         """
         if not self._metrics:
             return {}
@@ -156,7 +156,7 @@ class Gathered:
             total = self._metrics[name] = copy.deepcopy(self._empty[name])
             for state in states:
                 total.merge_state(state[name])
-            total._update_count = 1  # it would warn that it was never updated
+            total._update_count = 1  # otherwise it warns that it was never updated
         if self._unmerged:
             for kept in self._world.gather(self._kept):
                 for outputs, targets in kept:
@@ -169,18 +169,18 @@ class Gathered:
 
 
 def _alone() -> bool:
-    """The answer for a metric that asks whether there are other processes."""
+    """The answer to a metric that checks for other processes."""
     return False
 
 
 def _scores(outputs: Any) -> Any:
-    """The outputs; for a model of transformers, their logits."""
+    """The outputs; for a transformers model, their logits."""
     there = outputs.get("logits") if isinstance(outputs, Mapping) else None
     return there if (there := getattr(outputs, "logits", there)) is not None else outputs
 
 
 def _numbers(name: str, value: Any, metric: Any) -> dict[str, float]:
-    """A number by its name; of a vector or a mapping each one, as `<name>/<index or key>`."""
+    """A number by its name; the elements of a vector or mapping, as `<name>/<index or key>`."""
     if isinstance(value, Tensor) and value.dim() == 1 and 1 < len(value) <= _PARTS_AT_MOST:
         return {f"{name}/{n}": number for n, number in enumerate(value.tolist())}
     if isinstance(value, Mapping):
@@ -193,14 +193,14 @@ def _numbers(name: str, value: Any, metric: Any) -> dict[str, float]:
     else:
         return {name: float(value)}
     raise SpecError(
-        f"task.measures: {name.removeprefix('test/')} must give numbers: one, or a vector or a "
-        f"mapping of them; but {type(metric).__name__} gives {kind}. Average it, such as by "
+        f"task.measures: {name.removeprefix('test/')} must return numbers: one, or a vector or a "
+        f"mapping of them; but {type(metric).__name__} returns {kind}. Average it, such as with "
         "average='macro', or measure its parts separately."
     )
 
 
 def _merges_exactly(metric: Any) -> bool:
-    """Whether its states are sums, extremes or lists, and it looks at each micro-batch alone."""
+    """Whether its states are sums, extremes or lists, and it treats each micro-batch separately."""
     exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
     ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
     return metric.full_state_update is False and ways <= exact

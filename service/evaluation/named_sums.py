@@ -16,20 +16,20 @@ _HELD_AT_MOST = 1000  # micro-batches whose numbers wait on the device
 
 
 class Ledger:
-    """Sums by name, of each micro-batch by itself: merged exactly, in whatever order they came."""
+    """Sums by name, kept for each micro-batch: merged exactly, in any order."""
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Entry]] = []
         self._rows: dict[str, list[list[float]]] = {}
 
     def add(self, entries: Mapping[str, Entry]) -> None:
-        """Enter one micro-batch."""
+        """Add one micro-batch."""
         self._waiting.append(dict(entries))
         if len(self._waiting) == _HELD_AT_MOST:
             self._settle()
 
     def _settle(self) -> None:
-        """Bring what waits from the device, at once."""
+        """Copy the waiting values from the device, in one transfer."""
         waiting, self._waiting = self._waiting, []
         entries = [(name, *entry) for held in waiting for name, entry in held.items()]
         tensors = [value for _, *entry in entries for value in entry if isinstance(value, Tensor)]
@@ -50,7 +50,7 @@ class Ledger:
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The tensors as numbers; those of one device and type come from it in one copy."""
+    """The tensors as numbers; those of one device and dtype are copied together."""
     found = [0.0] * len(tensors)
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -64,7 +64,7 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 @dataclass(frozen=True)
 class Total:
-    """A named sum over all micro-batches, its weight, and the sum as it counts in the loss."""
+    """A named sum over all micro-batches, its weight, and its contribution to the loss."""
 
     sum: float
     weight: float

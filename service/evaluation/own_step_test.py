@@ -1,4 +1,4 @@
-"""What a test pass counts where the task has a step of its own."""
+"""The sums of a test pass for a task with its own step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CountedSteps:
         """Compute and count one micro-batch.
 
         Raises:
-            SpecError: the step gave something else than it promises.
+            SpecError: the result of the step is invalid.
         """
         average = model if self._averaged else None
         context = StepContext(self._step, self._epoch, False, batch.key, average=average)
@@ -64,7 +64,7 @@ class CountedSteps:
         """The means over all processes; every process calls it.
 
         Raises:
-            DataBroken: the rows counted are not those of the test set, or nothing has weight.
+            DataBroken: the counted rows are not those of the test set, or the weight is 0.
         """
         totals = self._ledger.totals(self._world)
         counted = totals.pop(_ROWS).sum if _ROWS in totals else 0
@@ -75,14 +75,14 @@ class CountedSteps:
             )
         empty = [name for name, total in totals.items() if total.weight == 0]
         if empty:
-            raise DataBroken(f"Nothing in the test set counts for {empty[0]}: its weight is 0.")
+            raise DataBroken(f"No row of the test set has a weight for {empty[0]}: its sum is 0.")
         means = {f"test/{name}": total.sum / total.weight for name, total in totals.items()}
         means["test/loss"] = sum(total.scaled / total.weight for total in totals.values())
         return means | self._gathered.values()
 
 
 def entries_of_test(task: WithStep, taken: Pass) -> dict[str, Entry]:
-    """What a test records of one micro-batch: losses, logged values and measures, by name.
+    """The recorded values of one test micro-batch: losses, logged values and measures, by name.
 
     Raises:
         SpecError: a measure needs outputs and there are none, or has another shape.
@@ -94,12 +94,12 @@ def entries_of_test(task: WithStep, taken: Pass) -> dict[str, Entry]:
     measured = _measured(task, outputs, taken.batch) if task.measures else {}
     taken_twice = sorted(set(wanted) & set(entries))
     if taken_twice:
-        raise SpecError(f"task.step: {taken_twice[0]!r} is the name of a measure already.")
+        raise SpecError(f"task.step: {taken_twice[0]!r} is already the name of a measure.")
     return entries | measured
 
 
 def _measured(task: WithStep, outputs: Any, batch: Batch) -> dict[str, Entry]:
-    """The measures of a micro-batch as sums: counted as the batch counts, or once for each row.
+    """The measures of a micro-batch as sums: with the weight of the batch, or 1 for each row.
 
     Raises:
         SpecError: they have another shape.
@@ -115,8 +115,8 @@ def _measured(task: WithStep, outputs: Any, batch: Batch) -> dict[str, Entry]:
     else:
         told = "" if weight is None else f", or that of task.weight, {list(weight.shape)}"
         raise SpecError(
-            f"task.measures: each must give one value for each row, so the shape [{rows}]{told}, "
-            f"but they give {shape[:-1]}."
+            f"task.measures: each must return one value for each row, so the shape [{rows}]{told}, "
+            f"but they return {shape[:-1]}."
         )
     return {name: (value, counted, 0.0) for name, value in zip(task.measures, each, strict=True)}
 
@@ -124,6 +124,6 @@ def _measured(task: WithStep, outputs: Any, batch: Batch) -> dict[str, Entry]:
 def _require_outputs(outputs: object, wanted: str) -> None:
     if outputs is None:
         raise SpecError(
-            f"task.step: {wanted} needs the model's outputs, and the step gives only losses. "
+            f"task.step: {wanted} needs the model's outputs, but the step returns only losses. "
             "Return both: `return losses, outputs`."
         )

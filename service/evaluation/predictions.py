@@ -26,13 +26,13 @@ class Predictions:
     """Collects one process's outputs, in the order of the data set."""
 
     def __init__(self, path: Path, *, task: Task, rows: int, world: World) -> None:
-        """The predictions of a test set of so many rows.
+        """The predictions for a test set with this number of rows.
 
         Args:
-            path: its ending says what is written: the predictions alone (.npy), or with the ids of
+            path: its suffix determines the content: only the predictions (.npy), or with the ids of
                 the rows and their targets (.csv, .parquet, .safetensors).
         Raises:
-            SpecError: it has another ending, or its directory or pyarrow is missing.
+            SpecError: it has another suffix, or its directory or pyarrow is missing.
         """
         if path.suffix not in _KINDS:
             *others, last = _KINDS
@@ -61,12 +61,13 @@ class Predictions:
         self._targets.append(targets.cpu() if fits else None)
 
     def write(self) -> None:
-        """Write the predictions of all processes, row by row as in the data set.
+        """Write the predictions of all processes, in the order of the data set.
 
         Raises:
-            SpecError: they are not of one shape, or not one for each row; on every process.
+            SpecError: they have different shapes, or there is not one for each row; on every
+                process.
         """
-        # Each process tests a run of the rows, so its place among them is its place in the file.
+        # Each process tests a contiguous range of rows, so their order in the file is known.
         rows = _in_one(_joined(self._world.gather(self._kept)), self._rows)
         ids = _joined(self._world.gather(self._ids))
         targets = _joined(self._world.gather(self._targets))
@@ -90,14 +91,14 @@ def _in_one(parts: Sequence[Tensor], rows: int) -> Tensor:
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise SpecError(
-            f"task.predict: must give rows of one shape, but gave {list(shapes[0])} and "
-            f"{list(shapes[1])}. Fill them up to one length, or give one number a row."
+            f"task.predict: must return rows of one shape, but returned {list(shapes[0])} and "
+            f"{list(shapes[1])}. Pad them to one length, or return one number per row."
         )
     given = sum(len(part) for part in parts if part.dim())
     if given != rows:
         raise SpecError(
-            f"task.predict: must give one value for each of the {rows} test rows, so the shape "
-            f"[B, ...], but gave {given}."
+            f"task.predict: must return one value for each of the {rows} test rows, so the shape "
+            f"[B, ...], but returned {given}."
         )
     return torch.cat(list(parts))
 
@@ -116,7 +117,9 @@ def _safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 def _csv(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     columns = _columns(tensors)
     file.write(f"{','.join(columns)}\n".encode())
-    texts = [values.astype(str) for values in columns.values()]  # the shortest that reads equal
+    texts = [
+        values.astype(str) for values in columns.values()
+    ]  # the shortest text that parses to an equal value
     file.writelines(f"{','.join(row)}\n".encode() for row in zip(*texts, strict=True))
 
 
@@ -126,7 +129,7 @@ def _parquet(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _columns(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """`row`, `prediction` and `target`; numbered from 0 where a row has several values."""
+    """`row`, `prediction` and `target`; numbered from 0 if a row has several values."""
     columns = {}
     for name, values in tensors.items():
         flat = _of_numpy(values.flatten(1) if values.dim() > 1 else values)
@@ -139,7 +142,7 @@ def _columns(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
 
 
 def _of_numpy(values: Tensor) -> NDArray[Any]:
-    wide = values.float() if values.dtype == torch.bfloat16 else values  # it has none
+    wide = values.float() if values.dtype == torch.bfloat16 else values  # numpy has no bfloat16
     found: NDArray[Any] = wide.numpy()
     return found
 

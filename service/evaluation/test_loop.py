@@ -1,4 +1,4 @@
-"""The test loop. No rank appears in it: `world` is all processes as one."""
+"""The test loop. It contains no ranks: `world` is all processes as one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test(
     """Weighted mean of the loss and of each measure over the whole test set, each row once.
 
     Raises:
-        DataBroken: the rows counted are not the rows of the test set.
+        DataBroken: the counted rows are not the rows of the test set.
     """
     with in_eval_mode(model):
         for batch in batches:
@@ -47,10 +47,10 @@ def test_each(
     step: int,
     over: Over = lambda batches, plan: batches,
 ) -> dict[str, float]:
-    """What is measured of each test set after `step` optimizer steps, one set after the other.
+    """The measures of each test set after `step` optimizer steps, one set after the other.
 
     Args:
-        over: what stands between the micro-batches of a set, whose plan it is given, and the loop.
+        over: wraps the micro-batches of a set, whose plan it gets, before the loop.
     """
     values: dict[str, float] = {}
     for part in sets:
@@ -72,7 +72,7 @@ def counted_for(
     step: int,
     predictions: Predictions | None = None,
 ) -> Counted | CountedSteps:
-    """What counts a test pass of this task after `step` optimizer steps."""
+    """The object that counts a test pass of this task after `step` optimizer steps."""
     own = step_of(task)
     if own is not None:
         return CountedSteps(own, plan=plan, world=world, step=step, predictions=predictions)
@@ -91,7 +91,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Counted:
-    """What a test pass has counted so far, on this process."""
+    """The sums of a test pass so far, on this process."""
 
     def __init__(
         self, task: WithLoss, *, plan: Plan, world: World, predictions: Predictions | None = None
@@ -112,7 +112,7 @@ class Counted:
         """Compute and count one micro-batch.
 
         Raises:
-            SpecError: the task gave another shape than it promises.
+            SpecError: the task returned a wrong shape.
         """
         outputs = computed(model, batch.inputs, self._world)
         if batch.number >= self._count:  # other processes still compute, and a pass is a collective

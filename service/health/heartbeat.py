@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from service.basics.atomic_files import replace_unsynced, told_when_unwritten, without_link
 from service.runs.directory import RunDirectory
 
-# In the order in which one step goes through them.
+# In the order of one step.
 Work = Literal[
     "starting", "data", "forward", "exchange", "update", "log", "test", "hook", "agree", "save"
 ]
@@ -91,7 +91,7 @@ class Trace:
 
 
 class _Seen(NamedTuple):
-    """What the watchdog saw when it looked last."""
+    """The state at the watchdog's last check."""
 
     place: Position
     standing_seconds: float
@@ -101,7 +101,7 @@ class _Seen(NamedTuple):
 
 
 class Heartbeat:
-    """What one process is doing, and the seconds spent on each kind of work.
+    """The current activity of one process, and the seconds spent on each kind of work.
 
     An update costs less than a microsecond, so the loops update it for every micro-batch.
     """
@@ -142,17 +142,17 @@ class Heartbeat:
 
     @property
     def place(self) -> Position:
-        """What this process is doing now."""
+        """The current activity of this process."""
         work, step, micro_batch, since = self._place
         if self._waits_for_the_writer:
             since = max(since, self._writer_moved)
         return Position(work, step, micro_batch, since)
 
     def look(self, most_seconds: float) -> tuple[Position, float]:
-        """Where this process is now, and how long it has made no progress; for the watchdog.
+        """The position of this process, and the time without progress; for the watchdog.
 
-        Of the time since the last look, at most `most_seconds` count: if it is longer, this process
-        was stopped, and perhaps all others with it.
+        Of the time since the last check, at most `most_seconds` count: if it is longer, this
+        process was stopped, and perhaps all others with it.
         """
         place = self.place
         standing = self._standing_seconds(place, most_seconds)
@@ -243,7 +243,7 @@ class Heartbeat:
 
     def speak_into_log(self) -> None:
         """Redirect the output of this process to a file: only rank 0 prints on the terminal."""
-        assert self._log is not None, "a process without a terminal has a place for its words"
+        assert self._log is not None, "a process without a terminal has a log file"
         with self._log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

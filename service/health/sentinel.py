@@ -1,9 +1,9 @@
-"""The sentinel: a small process beside this one, which kills it when no thread of it can run.
+"""The sentinel: a small process for each rank, which kills it when no thread of it can run.
 
 The watchdog is a thread, so it cannot run while a library holds Python's lock. The timer of
-faulthandler can, but it compares two times: when everything was stopped (SIGSTOP, a frozen
-container) for longer than its limit, it would end the process at the moment it continues. A process
-of its own can count.
+faulthandler can, but it compares two clock times: if everything was stopped (SIGSTOP, a frozen
+container) for longer than its limit, it would end the process at the moment it continues. A
+separate process can count its own running time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _of_the_parent: list[Sentinel] = []
 
 
 class Sentinel:
-    """Kills this process when `alive` was not called again in time."""
+    """Kills this process if `alive` is not called again in time."""
 
     def __init__(self, program: subprocess.Popen[bytes]) -> None:
         assert program.stdin is not None, "it was started with a pipe"
@@ -31,17 +31,17 @@ class Sentinel:
         self._pipe: IO[bytes] = program.stdin
 
     def alive(self, seconds: float, *, stacks: Path | None = None) -> bool:
-        """Give a sign of life; False if the sentinel is gone.
+        """Send a sign of life; False if the sentinel is gone.
 
         Args:
-            seconds: when the next one is overdue.
-            stacks: where the stacks of this process will be by then.
+            seconds: time until the next one is overdue.
+            stacks: the file with the stacks of this process at that time.
         """
         try:
             told = os.fsencode(stacks or "").replace(b"\n", b"?")  # a line is one sign of life
             os.write(self._pipe.fileno(), b"%r %s\n" % (seconds, told))
         except BlockingIOError:
-            return True  # it has not read for a long time: it is stopped, and will find them
+            return True  # the pipe is full: the sentinel is stopped, and will read it later
         except OSError:
             return False
         return True
@@ -52,13 +52,13 @@ class Sentinel:
 
 
 def sentinel(mark: Path | None = None) -> Sentinel | None:
-    """The sentinel of this process, started if there is none; None if there can be none.
+    """The sentinel of this process, started if there is none; None if it is not possible.
 
-    Process 1 of a container cannot be killed by its own children, and a machine that is at its
-    limits may not let another process begin.
+    Process 1 of a container cannot be killed by its own children, and a machine at its
+    limits may refuse to start another process.
 
     Args:
-        mark: the file where it writes why it has killed; by default it tells standard error.
+        mark: the file for the reason of a kill; by default standard error.
     """
     if not _started and sys.executable and os.getpid() != 1:
         started = _start(mark)
@@ -68,13 +68,14 @@ def sentinel(mark: Path | None = None) -> Sentinel | None:
 
 
 def running() -> Sentinel | None:
-    """The sentinel that this process has started, if it has."""
+    """The sentinel of this process, if one was started."""
     return _started[0] if _started else None
 
 
 def _start(mark: Path | None) -> Sentinel | None:
     script = [sys.executable, "-I", "-S", sentinel_process.__file__]
-    # What asks this process to stop is not meant for its sentinel. It inherits what is held back.
+    # A request to stop this process is not meant for its sentinel, which inherits the blocked
+    # signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         program = subprocess.Popen(
@@ -93,10 +94,10 @@ def _start(mark: Path | None) -> Sentinel | None:
 
 
 def _forget() -> None:
-    """In a forked child: the sentinel is its parent's."""
+    """In a forked child: the sentinel belongs to its parent."""
     for each in _started:
         each._pipe.close()  # so that it ends with its own process
-    _of_the_parent.extend(_started)  # kept: to let go of it would be to wait for it
+    _of_the_parent.extend(_started)  # kept: deleting it would wait for it
     _started.clear()
 
 

@@ -1,11 +1,11 @@
-"""The program of a sentinel: kills its parent when it has been silent for too long.
+"""The program of a sentinel: kills its parent after too long a silence.
 
 It is run as a script, without the package and without site-packages, so that it starts in a few
 milliseconds. Each line of standard input is a sign of life: the seconds until the next one is
-overdue, and the file where the stacks of the parent are then.
+overdue, and the file with the stacks of the parent at that time.
 
-Silence is a count of looks: while everything is stopped, nothing is counted. Nor is anything
-counted while the parent alone is stopped, by a signal or a debugger.
+Silence is counted in checks: while everything is stopped, nothing is counted. Nor is anything
+counted while only the parent is stopped, by a signal or a debugger.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def _reason(silent: float, stacks: str) -> str:
 
 
 def _kill(parent: int, reason: str, mark: str) -> None:
-    with suppress(OSError):  # a full disk, or nobody who reads: it must end all the same
+    with suppress(OSError):  # even with a full disk or no reader, it must end
         if mark:
             with open(mark, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(reason)
         else:
             os.write(2, f"error: {reason}\n".encode(errors="surrogateescape"))
-    if os.getppid() == parent:  # else it has ended, and the number may be another's
+    if os.getppid() == parent:  # otherwise it has ended, and its number may be reused
         os.kill(parent, signal.SIGKILL)
 
 
 def _is_stopped(process: int) -> bool:
-    """Whether it is stopped by a signal or a debugger, as far as the system says."""
+    """Whether it is stopped by a signal or a debugger, according to the system."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")

@@ -1,4 +1,4 @@
-"""How long a stop takes, from measured saves, and whether that much time is given. No torch."""
+"""How long a stop takes, from measured saves, and whether there is enough time. No torch."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ from service.runs.directory import RunDirectory, read_beat
 from service.spec.models import Spec
 
 LEAVING_SECONDS = 10.0
-"""For the step that is under way, W&B's goodbye and the end of the processes."""
+"""For the current step, the end of W&B and the end of the processes."""
 LEAST_SECONDS = 120.0
-"""What the launcher gives a stop at least, unless the spec says otherwise."""
+"""The minimum time that the launcher allows for a stop, unless the spec sets another."""
 _TRIAL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class GracePeriod:
-    """How long a stop may take before somebody kills."""
+    """The time limit of a stop, after which the processes are killed."""
 
     seconds: float
     name: str
-    """What to raise."""
+    """The setting to raise."""
 
 
 @dataclass(frozen=True)
 class StopTime:
-    """What a stop takes: the save that is under way, the last one, and leaving."""
+    """The time of a stop: the current save, the last one, and the exit."""
 
     save_seconds: float
     how: str
-    """How that is known: `measured`, or from what it is estimated."""
+    """The source of the value: `measured`, or the basis of the estimate."""
 
     @property
     def seconds(self) -> float:
+        """The time of a stop in seconds."""
         return 2 * self.save_seconds + LEAVING_SECONDS
 
     def words(self) -> str:
+        """The time of a stop, with its parts, as text."""
         return (
             f"{_rounded(self.seconds)} s (two saves of {self.save_seconds:.2g} s, {self.how}, and "
             f"{LEAVING_SECONDS:g} s to exit)"
         )
 
     def too_long_for(self, grace: GracePeriod) -> str | None:
-        """One line where it takes longer than it is given."""
+        """One line if a stop takes longer than this limit; otherwise None."""
         if self.seconds <= grace.seconds:
             return None
         return (
-            f"a stop may take {self.words()}, but {grace.name} gives it {grace.seconds:g} s. Raise "
+            f"a stop may take {self.words()}, but {grace.name} allows {grace.seconds:g} s. Raise "
             f"it to {_rounded(self.seconds)}, or a stop can lose the steps since the last save."
         )
 
 
 class StopBudget:
-    """Says, once for each, what gives a stop less time than it takes."""
+    """Warns, once for each limit, if a stop takes longer than allowed."""
 
     def __init__(self, grace_periods: Sequence[GracePeriod], *, say: Callable[[str], None]) -> None:
         self.grace_periods = grace_periods
@@ -69,11 +71,11 @@ class StopBudget:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether somebody gives a stop only so long."""
+        """Whether there is any time limit for a stop."""
         return bool(self.grace_periods)
 
     def learned(self, save_seconds: float, how: str) -> None:
-        """Take in how long a save takes."""
+        """Store the duration of a save."""
         for grace in self.grace_periods:
             told = StopTime(save_seconds, how).too_long_for(grace)
             if told is not None and grace not in self._said:
@@ -82,7 +84,7 @@ class StopBudget:
 
 
 def grace_periods(spec: Spec, *, launcher: GracePeriod | None = None) -> tuple[GracePeriod, ...]:
-    """What a stop is given: by the launcher, ours unless another is named, and by a pod."""
+    """The limits of a stop: of our launcher or the given one, and of a pod."""
     budget, cluster = spec.faults.stop_budget_seconds, spec.kubernetes
     if launcher is None and budget != "auto":
         launcher = GracePeriod(budget, "faults.stop_budget_seconds")
@@ -93,7 +95,7 @@ def grace_periods(spec: Spec, *, launcher: GracePeriod | None = None) -> tuple[G
 
 
 def budget_seconds(spec: Spec, directory: RunDirectory) -> float:
-    """What the launcher gives a stop: by the spec, or enough for what saves have taken so far."""
+    """The launcher's limit for a stop: from the spec, or enough for the saves so far."""
     if spec.faults.stop_budget_seconds != "auto":
         return spec.faults.stop_budget_seconds
     measured = longest_save(directory)
@@ -101,7 +103,7 @@ def budget_seconds(spec: Spec, directory: RunDirectory) -> float:
 
 
 def longest_save(directory: RunDirectory) -> StopTime | None:
-    """By the longest save of all attempts of a run, the present one too; None before the first."""
+    """From the longest save of all attempts of a run, including this one; None before the first."""
     attempts: list[Mapping[str, Any]] = []
     if directory.facts.exists():
         attempts += directory.read_facts()["attempts"]
@@ -109,13 +111,13 @@ def longest_save(directory: RunDirectory) -> StopTime | None:
 
 
 def measured_in(attempts: Iterable[Mapping[str, Any]]) -> StopTime | None:
-    """The same by what is known of the attempts."""
+    """The same from the records of the attempts."""
     longest = max((float(a.get("longest_save_seconds", 0.0)) for a in attempts), default=0.0)
     return StopTime(longest, "as measured in this run") if longest else None
 
 
 def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
-    """By the size of a checkpoint and a trial of the disk; None where either is not known."""
+    """From the size of a checkpoint and a disk test; None if either is unknown."""
     place = next((p for p in (directory, *directory.parents) if p.is_dir()), None)
     if size_bytes is None or place is None:
         return None
@@ -135,14 +137,14 @@ def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
 
 
 def stop_in_words(spec: Spec, takes: StopTime | None) -> str:
-    """What `evenstep plan` says of a stop."""
-    told = takes.words() if takes else "an unknown time, until a save of this run was measured"
+    """The line of `evenstep plan` on the time of a stop."""
+    told = takes.words() if takes else "an unknown time, until a save of this run has been measured"
     for grace in grace_periods(spec):
         if takes is None or takes.seconds <= grace.seconds:
-            told += f"; {grace.name} gives it {grace.seconds:g} s"
+            told += f"; {grace.name} allows {grace.seconds:g} s"
         else:
             told += (
-                f"; WARNING: {grace.name} gives it {grace.seconds:g} s only, raise it to "
+                f"; WARNING: {grace.name} allows only {grace.seconds:g} s, raise it to "
                 f"{_rounded(takes.seconds)}"
             )
     return told

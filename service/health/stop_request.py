@@ -15,37 +15,38 @@ STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGHUP,
-    signal.SIGUSR1,  # batch systems send these two when the time is nearly up or the node is needed
+    signal.SIGUSR1,  # sent by batch systems near the time limit or when the node is needed
     signal.SIGUSR2,
 )
 _PR_SET_PDEATHSIG = 1
 PARENT = "EVENSTEP_PARENT"
-"""Set by what started this command and follows it: its process, with which the command dies."""
+"""Set by the process that started this command and follows it; the command dies with it."""
 
 
 class StoppedEarly(BaseException):
-    """Raised where a signal finds the process before its first step.
+    """Raised if a signal arrives before the first step.
 
-    No `Exception`: whatever is under way, a user's code or torch's, would take it for its own.
+    Not an `Exception`, because other code, the user's or torch's, would catch it.
     """
 
 
 class StopRequest:
-    """Set by one of `STOP_SIGNALS`; the processes agree on the step at which they follow it."""
+    """Set by one of `STOP_SIGNALS`; the processes agree on the step at which they stop."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.interrupt = False
-        """Whether a signal ends the work at once, because nothing would be lost."""
+        """Whether a signal ends the work immediately, because nothing would be lost."""
         self._starting = False
 
     @property
     def requested(self) -> bool:
+        """Whether a request to stop has arrived."""
         return self.signal_name is not None
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """Take a signal: the handler itself."""
-        # Only a flag: a collective in a signal handler would be out of order.
+        """The signal handler."""
+        # It sets only a flag: a collective in a signal handler would be out of order.
         if self.interrupt or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
@@ -54,7 +55,7 @@ class StopRequest:
 
     @contextmanager
     def followed_at_once(self) -> Iterator[None]:
-        """While it lasts, and until `has_started`: what takes long to begin has nothing to save.
+        """A context in which, until `has_started`, a request ends the process immediately.
 
         Raises:
             StoppedEarly: there is a request.
@@ -68,7 +69,7 @@ class StopRequest:
             self._starting = False
 
     def has_started(self) -> None:
-        """From now on a request waits for a step at which all processes follow it."""
+        """From now on a request waits for a step at which all processes stop."""
         self._starting = False
 
     def _leave(self) -> NoReturn:
@@ -78,7 +79,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(stop: StopRequest | None = None) -> Iterator[StopRequest]:
-    """While it lasts, a signal asks for a stop; a second Ctrl-C interrupts at once.
+    """A context in which a signal requests a stop; a second Ctrl-C interrupts immediately.
 
     A signal that the process was told to ignore (SIGHUP under nohup) stays ignored.
     """
@@ -97,14 +98,14 @@ def stop_on_signals(stop: StopRequest | None = None) -> Iterator[StopRequest]:
 
 
 def _hear_nothing() -> None:
-    """In a child that a user's code has forked, such as of a pool: a request is not meant for it.
+    """In a child that the user's code has forked, such as of a pool: requests are not for it.
 
-    With the handlers of its parent it could not be ended by who started it, who then waits for it.
+    With its parent's handlers the process that started it could not end it, and would wait.
     """
     for number in STOP_SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest):
-            # A signal to the whole group reaches its parent too, which ends it when the state is
-            # saved.
+            # A signal to the whole group also reaches its parent, which ends it after the state has
+            # been saved.
             default = number == signal.SIGTERM
             signal.signal(number, signal.SIG_DFL if default else signal.SIG_IGN)
 
@@ -113,20 +114,20 @@ os.register_at_fork(after_in_child=_hear_nothing)
 
 
 def die_with_follower() -> None:
-    """Have this process die with the one that started and follows it, if one does."""
+    """Let this process die with the process that started and follows it, if there is one."""
     parent = os.environ.pop(PARENT, "")
     if parent.isdecimal():
         die_with_parent(int(parent))
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process as soon as the one that started it is gone.
+    """Let the kernel kill this process as soon as the process that started it is gone.
 
-    However the parent went: also by SIGKILL, of which it could tell nobody. On Linux; elsewhere
+    This includes SIGKILL, after which the parent cannot notify anyone. On Linux; elsewhere
     nothing happens.
 
     Args:
-        parent: who started it, to notice that it was gone before the kernel was asked.
+        parent: the process that started it, to detect that it was gone before this call.
     """
     if sys.platform != "linux":
         return

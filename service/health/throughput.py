@@ -19,12 +19,12 @@ class Throughput:
         flops_a_row: float | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        """Begin to count.
+        """Start the measurement.
 
         Args:
-            pulse: knows the step, and how long data was waited for.
-            flops_a_row: what training on a row takes, where that is known.
-            peak_flops: what all devices together could do in a second, where that is known.
+            heartbeat: has the step, and the time spent waiting for data.
+            flops_a_row: the operations of training on one row, if known.
+            peak_flops: the peak of all devices together in operations per second, if known.
         """
         self._heartbeat = heartbeat
         self._flops_a_row = flops_a_row
@@ -32,27 +32,27 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time so far: what comes between two steps is not training."""
+        """Discard the time so far: what happens between two steps is not training."""
         self._since = perf_counter()
         self._waited = self._heartbeat.seconds_waited
         self._step = self._heartbeat.step
 
     @property
     def seconds_a_step(self) -> float:
-        """Since the last reading; 0 before a step was taken."""
+        """Since the last reading; 0 before the first step."""
         steps = self._steps()
         return (perf_counter() - self._since) / steps if steps else 0.0
 
     @property
     def waited_a_step(self) -> float:
-        """Of these, the seconds for which its data was waited for."""
+        """The part of it, in seconds, spent waiting for data."""
         steps = self._steps()
         return (self._heartbeat.seconds_waited - self._waited) / steps if steps else 0.0
 
     def reading(self, *, rows_per_step: int) -> dict[str, float]:
         """Rows per second and the fraction of time waited, since the last reading.
 
-        And, where they are known, the operations in a second and the part they are of the peak.
+        Also, if known, the operations per second and their fraction of the peak.
         """
         seconds = max(perf_counter() - self._since, 1e-9)
         waited = self._heartbeat.seconds_waited - self._waited
@@ -71,7 +71,7 @@ class Throughput:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Time that is neither training nor waiting; for who brings the steps, between two."""
+        """A context that counts neither as training nor as waiting; for the source of steps."""
         begin = perf_counter()
         self._heartbeat.enter("log")  # this is not time spent waiting for data
         yield

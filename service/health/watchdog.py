@@ -25,10 +25,10 @@ from service.runs.directory import read_beat
 from service.runs.failure_reports import read_failures, write_failure
 
 HUNG = 1
-"""Exit code of the process that others waited for."""
+"""Exit code of the process for which the others waited."""
 _REPORTS_SECONDS = 2.0  # for the reports of the other ranks, which hang for as long
 _MOST_SECONDS_A_LOOK = 1.0
-_UNINTERRUPTED_SECONDS = 30.0  # most that a hook may take beyond its limit
+_UNINTERRUPTED_SECONDS = 30.0  # the most that a hook may take beyond its limit
 # A thread whose innermost frame is in one of these files waits for another process.
 _WAITING = (
     "torch/distributed/",
@@ -37,8 +37,8 @@ _WAITING = (
     "torch/autograd/graph.py",
 )
 
-# Where a process waits for its device, which may itself wait for the devices of others: a value is
-# read, or an event waited for.  Most of those calls have no frame of Python's: the line tells.
+# The code where a process waits for its device, which may wait for the devices of others: reading
+# a value, or waiting for an event.  Most of those calls have no Python frame: the line tells.
 _DEVICE_WAIT = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|query)\(|\b(float|int|bool)\(")
 _DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", "torch/_tensor")
 
@@ -68,15 +68,15 @@ def watched(
     Args:
         startup_timeout_seconds, hook_timeout_seconds: the limits before the first step, and of a
             hook of the task.
-        leave: ends the process at once, with a code and a message.
-        mark: the file where the sentinel writes why it has killed; by default it tells standard
+        leave: ends the process immediately, with a code and a message.
+        mark: the file in which the sentinel writes the reason of a kill; by default standard
             error.
     """
-    heartbeat.moved()  # what was before, nobody has watched
+    heartbeat.moved()  # the time before is not counted
     ended = threading.Event()
     timeouts: dict[Work, float] = {
         "starting": startup_timeout_seconds,
-        # The hook is interrupted at its limit; this is for one that cannot be.
+        # The hook is interrupted at its limit; this is for one that cannot be interrupted.
         "hook": hook_timeout_seconds + min(hook_timeout_seconds, _UNINTERRUPTED_SECONDS),
     }
     watch = _Watch(heartbeat, processes, timeout_seconds, timeouts, leave, ended, mark)
@@ -92,7 +92,7 @@ def watched(
 
 @dataclass(frozen=True)
 class _Awaited:
-    """The rank, not ahead of this one, that moved last: this one may wait for it."""
+    """The rank, not ahead of this one, with the latest progress: this one may wait for it."""
 
     place: Position
     """Of this process."""
@@ -100,7 +100,7 @@ class _Awaited:
     """None if all other ranks are ahead."""
     beat_time: float
     until: float
-    """When it is checked again, on the clock of the watchdog."""
+    """The time of the next check, on the clock of the watchdog."""
 
 
 class _Watch:
@@ -122,8 +122,8 @@ class _Watch:
         self._ended = ended
         self._main = threading.main_thread().ident
         self._look_seconds = min(_MOST_SECONDS_A_LOOK, timeout_seconds / 8)
-        # Longer than a busy machine or a held lock usually delays a look, so that this time still
-        # counts, and much shorter than the timeout.
+        # Longer than a check is usually delayed by a busy machine or a held lock, so that this time
+        # still counts, and much shorter than the timeout.
         self._most_seconds = max(2 * self._look_seconds, timeout_seconds / 8)
         self._clock = RunningClock(self._most_seconds)
         self._sentinel = sentinel(mark)
@@ -151,21 +151,21 @@ class _Watch:
             self._report(standing)
 
     def _expect_next_look(self, seconds: float) -> None:
-        """From now on, no look in so many seconds ends this process, with its stacks on file."""
+        """From now on, if no check follows in time, the process ends, with its stacks in a file."""
         file = self._stacks_file()
-        with suppress(OSError):  # a disk that fails: old stacks cost less than the watch
+        with suppress(OSError):  # a disk error: old stacks are better than no watchdog
             if file is not sys.stderr and os.fstat(file.fileno()).st_size:
-                os.ftruncate(file.fileno(), 0)  # written while this process was stopped: no hang
+                os.ftruncate(file.fileno(), 0)  # written while this process was stopped: not a hang
                 os.lseek(file.fileno(), 0, os.SEEK_SET)
         if self._sentinel is not None:
             stacks = None if file is sys.stderr else Path(file.name)
             if not self._sentinel.alive(seconds + 2 * self._look_seconds, stacks=stacks):
                 self._sentinel = None
-        # Each look restarts the timer, so it fires only if the looks have stopped.
+        # Each check restarts the timer, so it fires only if the checks have stopped.
         faulthandler.dump_traceback_later(seconds, exit=self._sentinel is None, file=file)
 
     def _last_moved(self, place: Position, *, until: float) -> _Awaited:
-        """The rank that this process may wait for, by the latest heartbeats."""
+        """The rank for which this process may wait, according to the latest heartbeats."""
         ours = (place.step, ORDER.index(place.work))
         behind = [
             beat
@@ -218,7 +218,7 @@ class _Watch:
         if self._stacks is None or self._stacks.name != str(path):
             self.close()
             try:
-                self._stacks = open(path, "w", opener=without_link)  # noqa: SIM115  # as long as it looks
+                self._stacks = open(path, "w", opener=without_link)  # noqa: SIM115  # open as long as it runs
             except OSError:  # no space: the stacks go to the output instead
                 return sys.stderr
         return self._stacks
@@ -273,7 +273,7 @@ class _Watch:
 
 
 def who_is_behind(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of the rank that the others wait for.
+    """The report of the rank for which the others wait.
 
     This is a rank that cannot report; otherwise the one with the least progress; among several at
     the same point, the one that does not wait for another.

@@ -1,11 +1,11 @@
-"""Activation checkpointing: chosen modules compute their activations again in the backward pass.
+"""Activation checkpointing: chosen modules recompute their activations in the backward pass.
 
-Only what enters such a module is kept for the backward pass, which then runs the module's forward
-pass a second time.  It costs that much more computation, and it saves the memory of everything
-inside the module.  The second pass draws the same random numbers (torch's, numpy's and Python's)
-and leaves BatchNorm's statistics as they were, so the result has the same bits as without.
+Only the inputs of such a module are kept for the backward pass, which then runs the module's
+forward pass a second time.  This costs the additional computation, and saves the memory of
+everything inside the module.  The second pass draws the same random numbers (of torch, numpy and
+Python) and does not update BatchNorm's statistics, so the result has the same bits as without.
 
-Source: Chen et al., arXiv:1604.06174; torch's implementation that is not reentrant.
+Source: Chen et al., arXiv:1604.06174; torch's non-reentrant implementation.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _WHERE = "model.activation_checkpointing.match"
 
 
 def checkpoint_activations(model: nn.Module, spec: ActivationCheckpointingSpec | None) -> list[str]:
-    """The names of the modules that compute their activations again from now on.
+    """The names of the modules that recompute their activations from now on.
 
-    They change their class and nothing else, as BatchNorm layers do in `batchnorm.prepare`:
-    parameters, hooks, `isinstance` and the keys of the state dict stay what they were, and a copy
-    of the model behaves alike.
+    Only their class changes, as for BatchNorm layers in `batchnorm.prepare`:
+    parameters, hooks, `isinstance` and the keys of the state dict do not change, and a copy
+    of the model behaves in the same way.
 
     Raises:
-        SpecError: the pattern chooses nothing, or a module that cannot be computed twice.
+        SpecError: the pattern matches nothing, or a module that cannot be computed twice.
     """
     if spec is None:
         return []
@@ -69,10 +69,10 @@ def checkpoint_activations(model: nn.Module, spec: ActivationCheckpointingSpec |
 def require_still_buffers(
     model: nn.Module, moving: Moving, spec: ActivationCheckpointingSpec | None
 ) -> None:
-    """Check that no buffer, besides BatchNorm's, moves in a module that is computed twice.
+    """Check that no buffer, besides BatchNorm's, changes in a module that is computed twice.
 
     Raises:
-        SpecError: one does: it would move twice.
+        SpecError: one does: it would change twice.
     """
     if spec is None:
         return
@@ -86,9 +86,9 @@ def require_still_buffers(
 
 
 def _outermost(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The modules whose names match; of those inside one another, the outermost."""
+    """The modules whose names match; of nested ones, the outermost."""
     chosen: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():  # a module before those inside it
+    for name, module in model.named_modules():  # a module comes before its children
         within = any(name.startswith(f"{outer}.") for outer in chosen)
         if name and not within and _has_forward(module) and fnmatchcase(name, pattern):
             chosen[name] = module
@@ -96,12 +96,12 @@ def _outermost(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether it is called, and not only a list or a dictionary of modules."""
+    """Whether it is called, and is not only a list or a dictionary of modules."""
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 class _Checkpointed(nn.Module):
-    """A module whose activations are computed again in the backward pass."""
+    """A module whose activations are recomputed in the backward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward
@@ -115,15 +115,15 @@ class _Checkpointed(nn.Module):
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What the first pass runs in and what the second; called where the first begins."""
+    """The contexts of the first and of the second pass; called at the start of the first one."""
     return nullcontext(), _second_pass(module, random.getstate(), np.random.get_state())
 
 
 @contextmanager
 def _second_pass(module: nn.Module, python: Any, numpy: Any) -> Iterator[None]:
-    """The generators as they were in the first pass, and meanwhile no statistics are gathered.
+    """The generators as in the first pass, and no statistics are collected.
 
-    torch's own generators are put back by `checkpoint`.
+    `checkpoint` restores torch's own generators.
     """
     before = random.getstate(), np.random.get_state()
     statistics = [(tensor, tensor.clone()) for tensor in statistics_of(module)]

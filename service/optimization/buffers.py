@@ -268,7 +268,7 @@ class _Gathering(GradientSync):
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(its name, its module, its key there, itself) of each buffer, a shared one once."""
+    """(name, module, key in the module, buffer) of each buffer, a shared one once."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():

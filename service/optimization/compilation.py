@@ -17,10 +17,10 @@ from service.basics.errors import SpecError
 
 
 def spare_compiler() -> None:
-    """Let optimizers be made in this process without the import of torch's compiler.
+    """Let optimizers be created in this process without importing torch's compiler.
 
-    Torch keeps the compiler out of an optimizer's methods, and imports it to do so, at the first
-    call: a second of every start.  Where it is not there, they need not be kept from it.
+    Torch excludes an optimizer's methods from compilation, and imports the compiler for this, at
+    the first call: a second of every start.  Without the compiler, this is not needed.
     """
     if "torch._dynamo" in sys.modules:
         return
@@ -31,18 +31,18 @@ def spare_compiler() -> None:
             setattr(bare, _KEPT_OUT, bare)
 
 
-# Where torch._disable_dynamo keeps the method that it calls instead of this one.
+# The attribute in which torch._disable_dynamo keeps the original method.
 _KEPT_OUT = "__dynamo_disable"
 
 
 def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     """Let torch compile the model's forward and backward pass when it is first called.
 
-    Of several models each is compiled. A plain copy made of the model afterwards would still call
+    Of several models each is compiled. A plain copy of the model afterwards would still call
     this one: see `uncompiled_copy`.
 
     Args:
-        telling: have torch say on stderr why it compiles something again.
+        telling: let torch report on stderr why it recompiles.
     """
     # Imported here, because loading the compiler takes a second at every start.
     from torch._logging._internal import set_logs
@@ -50,39 +50,39 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
     if telling:
         set_logs(recompiles=True)
     for part in called_parts(model):
-        # Not Module.compile: where the outermost class is torch's own (nn.Sequential), that
-        # compiles nothing but the layers which are not.
+        # Not Module.compile: if the outermost class is torch's own (nn.Sequential), it
+        # compiles only layers that are not torch's own.
         part.forward = torch.compile(part.forward)
 
 
-# What torch.compile gives every function that it has made.
+# The attribute of every function that torch.compile has created.
 _COMPILED = "_torchdynamo_orig_callable"
 
 
 def called_parts(model: nn.Module) -> list[nn.Module]:
-    """The model; or where it is only a container, as of several models, what is called in it."""
+    """The model; or the called modules in it, if it is only a container of several models."""
     if type(model).forward is not nn.Module.forward:
         return [model]
     return [part for child in model.children() for part in called_parts(child)]
 
 
 def uncompiled_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, which computes with its own weights also where the model was compiled."""
+    """A deep copy, which uses its own weights even if the model was compiled."""
     parts = [vars(part).get("forward") for part in called_parts(model)]
     compiled = [forward for forward in parts if hasattr(forward, _COMPILED)]
     copied = copy.deepcopy(model, {id(forward): forward for forward in compiled})
     for part in called_parts(copied):
         if hasattr(vars(part).get("forward"), _COMPILED):
-            del part.forward  # the method of its class is back
+            del part.forward  # restores the method of its class
     return copied
 
 
 @contextmanager
 def require_compiled(model: nn.Module) -> Iterator[None]:
-    """A context in which a compiled part of the model has to be called.
+    """A context in which a compiled part of the model must be called.
 
     Raises:
-        SpecError: at its end, if none was.
+        SpecError: at its end, if none was called.
     """
     called: list[nn.Module] = []
     compiled = [(part, part.forward) for part in called_parts(model)]
@@ -95,9 +95,9 @@ def require_compiled(model: nn.Module) -> Iterator[None]:
             part.forward = forward
     if not called:
         raise SpecError(
-            "model.compile: the task's step does not call the model, but parts of it, and then "
-            "nothing is compiled. Let the task give its parts as several models by name "
-            "(model=lambda: {...}), of which each is compiled; or leave model.compile out."
+            "model.compile: the task's step does not call the model, but parts of it, so "
+            "nothing is compiled. Let the task return its parts as several models by name "
+            "(model=lambda: {...}), each of which is compiled; or leave model.compile out."
         )
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from service.distributed.devices import name_of
 
-# Dense products, in TFLOP/s, from the makers' data sheets; the first name that fits counts.
+# Dense matrix products, in TFLOP/s, from the makers' data sheets; the first matching name counts.
 # Columns: fp16 and bf16, tf32, fp32.
 _PEAKS: dict[str, tuple[float | None, float | None, float | None]] = {
     "B200": (2250, 1125, 75),
@@ -34,17 +34,17 @@ _COLUMN = {"fp16": 0, "bf16": 0, "tf32": 1, "fp32": 2}
 
 
 class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Counts the operations of everything that runs while it is entered.
+    """Counts the operations of everything that runs in this context.
 
-    By torch's own formulas, as `torch.utils.flop_counter.FlopCounterMode` does, but without its
-    hooks on every module, which a task's own modules may not bear.
+    It uses torch's own formulas, as `torch.utils.flop_counter.FlopCounterMode`, but without its
+    hooks on every module, which some models do not support.
     """
 
     total = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled while it counts, so torch need not import its compiler to say so."""
+        """Nothing is compiled while it counts, so torch need not import its compiler."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ _uncounted: list[None] = []
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Meanwhile nothing is counted: what is computed twice is one operation of the model."""
+    """A context in which nothing is counted: recomputed operations count only once."""
     _uncounted.append(None)
     try:
         yield
@@ -70,14 +70,14 @@ def uncounted() -> Iterator[None]:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """What the device could do in a second, or None where that is not known."""
+    """The peak operations per second of the device, or None if unknown."""
     return known_peak(name_of(device), precision)
 
 
 def known_peak(name: str, precision: str) -> float | None:
     """Nominal peak of a device of this name, such as `NVIDIA L4`, in operations per second.
 
-    A MIG slice (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`) has an unknown part of it.
+    For a MIG slice (`NVIDIA H100 80GB HBM3 MIG 1g.10gb`) the peak is unknown.
     """
     if "MIG" in name.split():
         return None
@@ -87,7 +87,7 @@ def known_peak(name: str, precision: str) -> float | None:
 
 
 def cost_of_fp32(name: str) -> str | None:
-    """What a device of this name gives up where products are float32's own, for a person."""
+    """A sentence on the peak that a device of this name does not reach in float32."""
     sold = {precision: known_peak(name, precision) for precision in ("fp32", "tf32", "bf16")}
     if sold["fp32"] is None or sold["bf16"] is None:
         return None
@@ -101,6 +101,6 @@ def cost_of_fp32(name: str) -> str | None:
 
 
 def _fits(known: str, name: str) -> bool:
-    """Whether all words of one name are among those of the other: `A100` in `A100-SXM4-80GB`."""
+    """Whether all words of one name are in the other: `A100` in `A100-SXM4-80GB`."""
     words = name.upper().replace("-", " ").split()
     return all(word in words for word in known.upper().split())

@@ -1,4 +1,4 @@
-"""Sets the optimizer's learning rates once per step, and keeps what that needs."""
+"""Sets the optimizer's learning rates once per step, and keeps the state for this."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
     """The schedule of the plan's spec over the optimizer's groups.
 
     Raises:
-        SpecError: a scheduler by import string cannot be made.
+        SpecError: a scheduler by import string cannot be created.
     """
     if not isinstance(optimizer, Turns):
         pace = Pace(plan.warmup, plan.rate)
@@ -67,7 +67,7 @@ class Schedule:
             self._apply()
 
     def restart(self, step: int) -> None:
-        """As `set`, for new groups from a loaded state."""
+        """Like `set`, for new groups from a loaded state."""
         self.set(step)
         self._apply()
 
@@ -103,7 +103,7 @@ class Schedule:
 class PlateauSchedule(Schedule):
     """Multiplies the rate by `gamma` each time a test measure stops improving.
 
-    As torch's ReduceLROnPlateau with an absolute threshold, whose patience counts one test less.
+    Like torch's ReduceLROnPlateau with an absolute threshold, which waits for one test more.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PlateauSchedule(Schedule):
             self._resting, self._early_stopping.waited = self._spec.cooldown, 0
             used = self._used
             self.set(step)
-            self._used = used  # by the update that was just measured
+            self._used = used  # in the update that was just measured
 
     def memory(self) -> dict[str, Any]:
         return {
@@ -140,13 +140,13 @@ class PlateauSchedule(Schedule):
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         if "lowered" not in memory:
-            return  # of another schedule: the user has changed it in the run
+            return  # from another schedule: the user has changed it during the run
         self._lowered, self._resting = memory["lowered"], memory["resting"]
         self._early_stopping.remember(memory["patience"])
 
 
 class TorchSchedule(Schedule):
-    """A scheduler of torch.optim.lr_scheduler, or like one, stepped once per optimizer step.
+    """A scheduler of torch.optim.lr_scheduler, or similar, called once per optimizer step.
 
     The warmup comes before its first step.
     """
@@ -192,14 +192,14 @@ class TorchSchedule(Schedule):
             self._torch.step()
             return
         with warnings.catch_warnings():
-            # Of several optimizers this one may not have taken a turn yet: torch warns of that.
+            # With several optimizers this one may not have had a turn yet: torch warns about that.
             warnings.filterwarnings("ignore", "Detected call of")
             self._torch.step()
 
     def restart(self, step: int) -> None:
         if step <= self._warmup:
             super().restart(step)
-        # Later the rates are the scheduler's own, and came with the state.
+        # Later the rates are the scheduler's own, and were restored with the state.
 
     def _rates_used(self) -> list[float]:
         return self._before
@@ -222,7 +222,7 @@ class TorchSchedule(Schedule):
 
 
 class SchedulesOfTurns(Schedule):
-    """The schedules of several optimizers, each by the steps of the run."""
+    """The schedules of several optimizers, each a function of the steps of the run."""
 
     def __init__(self, optimizer: Turns, each: Mapping[str, Schedule]) -> None:
         self._each = dict(each)

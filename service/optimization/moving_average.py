@@ -22,8 +22,8 @@ class MovingAverage:
         """Start with the current weights of the model.
 
         Args:
-            twin: the model that holds the average; None makes a copy. Of a sharded model there
-                must be one, sharded alike: torch does not copy such models.
+            twin: the model for the average; None makes a copy. For a sharded model it is
+                required, with the same sharding: torch cannot copy such models.
         Raises:
             SpecError: the model cannot be copied, or its weights have too low a precision.
         """
@@ -47,7 +47,7 @@ class MovingAverage:
         """Update the average after `steps` finished optimizer steps, counted from 1.
 
         The decay rises to its value as (1 + steps) / (10 + steps): a short run does not keep its
-        first, random weights.
+        initial random weights.
         Source: num_updates of TensorFlow's tf.train.ExponentialMovingAverage.
         """
         decay = min(self._decay, (1 + steps) / (10 + steps))
@@ -59,7 +59,7 @@ class MovingAverage:
             torch._foreach_copy_([a for a, _ in rest], [b for _, b in rest])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(averaged, current) of every parameter and buffer; of a sharded one this process's rows.
+        """(averaged, current) of every parameter and buffer; if sharded, of this process's rows.
 
         Looked up each time, because a model may replace a buffer by another tensor.
         """
@@ -69,7 +69,7 @@ class MovingAverage:
 
 
 def copy_for_average(model: nn.Module) -> nn.Module:
-    """A copy of the model that no training changes.
+    """A copy of the model that training does not change.
 
     Raises:
         SpecError: it cannot be copied.

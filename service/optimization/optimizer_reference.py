@@ -1,4 +1,4 @@
-"""The tables of the page of optimizers, made from the code: run this module to write them."""
+"""The tables of the page on optimizers, generated from the code: run this module to write them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TABLES = {"optimizers": optimizer_table, "schedules": schedule_table}
 
 
 def with_tables(page: str) -> str:
-    """The page with each table between its two marks made anew."""
+    """The page with the table between each pair of marks regenerated."""
     for name, table in TABLES.items():
         begin = f"<!-- {name}: python -m service.optimization.optimizer_reference -->\n"
         end = f"\n<!-- /{name} -->"

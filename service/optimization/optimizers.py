@@ -44,7 +44,7 @@ class ParameterGroup:
     """Parameters with the same settings."""
 
     match: str
-    """The pattern that they match; `*` if they match none."""
+    """The pattern that they match; `*` if there are no patterns."""
     names: tuple[str, ...]
     options: dict[str, Any]
     """Options that differ from those of the optimizer."""
@@ -57,7 +57,7 @@ class ParameterGroup:
     companion: bool = False
     """Trained by the optimizer's companion."""
     optimizer: str = ""
-    """The name of its optimizer, where there are several."""
+    """The name of its optimizer, if there are several."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,34 @@ class Frozen:
     parameters: tuple[nn.Parameter, ...]
 
 
-# ---- one optimizer or several
+# ---- one optimizer, or several
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What the spec trains of a model, and by what."""
+    """The trained parameters of a model, and their optimizer."""
 
     groups: Sequence[ParameterGroup]
     optimizer: torch.optim.Optimizer
-    """`Turns`, where there are several."""
+    """`Turns`, if there are several."""
 
 
 def trained_by(model: nn.Module, spec: Spec, task: Task) -> Trained:
-    """The optimizer of the spec, or its several ones, over their parameters of the model.
+    """The optimizer of the spec, or its several optimizers, over their parameters of the model.
 
-    What none of several optimizers takes is frozen.
+    Parameters that none of several optimizers trains are frozen.
 
     Raises:
-        SpecError: the spec and the model do not match, or the task has no turns to take.
+        SpecError: the spec and the model do not match, or the task does not support turns.
     """
     if spec.optimizer is not None:
         groups = parameter_groups(model, spec.optimizer)
         return Trained(groups, make_optimizer(model, spec.optimizer, groups))
     if not isinstance(task, WithStep):
         raise SpecError(
-            "optimizers: a task with one loss has nothing to tell several optimizers. Give it a "
-            "step of its own (service.task.custom), which is told by context.optimizer whose turn "
+            "optimizers: a task with one loss cannot train with several optimizers. Give it its "
+            "own "
+            "step (service.task.custom), in which context.optimizer is the optimizer whose turn "
             "it is; or use the section optimizer, with groups."
         )
     taken = names_by_optimizer(model, spec.optimizers)
@@ -109,8 +110,8 @@ def trained_by(model: nn.Module, spec: Spec, task: Task) -> Trained:
             made[name] = make_optimizer(model, turn.optimizer, groups)
             if needs_closure(optimizer_class(turn.optimizer.name)):
                 raise SpecError(
-                    f"optimizer.name: {turn.optimizer.name} evaluates a step several times, and "
-                    "so it trains alone. Use another, such as adamw."
+                    f"optimizer.name: {turn.optimizer.name} evaluates a step several times, so "
+                    "it must be the only optimizer. Use another one, such as adamw."
                 )
         all_groups += [replace(group, optimizer=name) for group in groups]
     return Trained(all_groups, Turns(made))
@@ -118,7 +119,7 @@ def trained_by(model: nn.Module, spec: Spec, task: Task) -> Trained:
 
 @contextmanager
 def told_of_turn(name: str) -> Iterator[None]:
-    """Say of a mistake within which of several optimizers it is."""
+    """Add the name of the optimizer to an error, if there are several."""
     try:
         yield
     except SpecError as error:
@@ -130,11 +131,11 @@ def names_by_optimizer(
 ) -> dict[str, list[str]]:
     """The names of the parameters that each of several optimizers trains.
 
-    A whole model, or module at the top of one, that none of them takes is frozen.
+    A model, or a module at its top level, that no optimizer trains at all is frozen.
 
     Raises:
-        SpecError: a pattern chooses nothing, or two choose the same; or of a model some are taken
-            and some are left out, which would stay as they were drawn.
+        SpecError: a pattern matches nothing, or two match the same parameter; or only some
+            parameters of a model are trained, and the others would keep their initial values.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     home: dict[str, str] = {}
@@ -144,13 +145,13 @@ def names_by_optimizer(
             if not found:
                 tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
                 raise SpecError(
-                    f"optimizers.{optimizer}.match: {pattern!r} chooses no parameter that can be "
-                    f"trained. They are in {', '.join(tops)}."
+                    f"optimizers.{optimizer}.match: {pattern!r} matches no trainable parameter. "
+                    f"They are in {', '.join(tops)}."
                 )
             twice = [name for name in found if home.get(name, optimizer) != optimizer]
             if twice:
                 raise SpecError(
-                    f"optimizers.{optimizer}.match: {pattern!r} chooses {twice[0]}, which "
+                    f"optimizers.{optimizer}.match: {pattern!r} matches {twice[0]}, which "
                     f"{home[twice[0]]} trains already. Each parameter has one optimizer."
                 )
             home |= dict.fromkeys(found, optimizer)
@@ -160,7 +161,7 @@ def names_by_optimizer(
         other = owner[left[0].partition(".")[0]]
         raise SpecError(
             f"optimizers: {_listed(left)} trained by none, while {other} trains others of "
-            "the same model. Choose them by a match too; or freeze them in the model by "
+            "the same model. Add them to a match; or freeze them in the model with "
             "requires_grad_(False)."
         )
     return {name: [n for n in names if home.get(n) == name] for name in optimizers}
@@ -177,9 +178,9 @@ def parameter_groups(
     A spec without groups has one group, `*`.  With groups, every parameter must match one.
 
     Args:
-        among: names of the parameters that this optimizer trains; None for all of them.
+        among: names of the parameters that this optimizer trains; None for all.
     Raises:
-        SpecError: a pattern matches nothing, a parameter is in no group, or it is in one that
+        SpecError: a pattern matches nothing, a parameter is in no group, or in one that
             the optimizer cannot train; lists the names.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -250,20 +251,20 @@ def _chosen(patterns: Sequence[GroupSpec], names: Sequence[str], where: str) -> 
         if not found:
             raise SpecError(
                 f"{where}.groups.{number}.match: {pattern.match!r} matches no parameter that is "
-                f"not in an earlier group already. There {_listed(names, verb=('is', 'are'))}."
+                f"not already in an earlier group. There {_listed(names, verb=('is', 'are'))}."
             )
     return chosen
 
 
 def _first_of(patterns: Sequence[str]) -> Callable[[str], int | None]:
-    """A function that gives the number of the first glob that matches a name.
+    """A function that returns the number of the first glob that matches a name.
 
-    Of thousands of globs a name is compared only with those that begin as it does.
+    With thousands of globs a name is compared only with those that have the same beginning.
     """
     alike: dict[str, list[int]] = {}
     for number, pattern in enumerate(patterns):
         alike.setdefault(re.split(r"[*?\[]", pattern, maxsplit=1)[0], []).append(number)
-    # One expression for all that begin alike, which tries them in their order.
+    # One regular expression for all with the same beginning, which tries them in their order.
     compiled = {
         begin: (re.compile("|".join(f"({translate(patterns[n])})" for n in numbers)), numbers)
         for begin, numbers in alike.items()
@@ -283,10 +284,10 @@ def _first_of(patterns: Sequence[str]) -> Callable[[str], int | None]:
 
 
 def layer_of_parameter(model: nn.Module) -> dict[str, int]:
-    """The number of the layer each parameter is in, from 0 in the order of the model's definition.
+    """The number of the layer of each parameter, from 0 in the order of the model's definition.
 
-    A layer is the path up to its first number, `encoder.blocks.3`, or else the module that owns
-    the parameter; so the block of a transformer is one layer, and so is each module of an
+    A layer is the path up to its first number, `encoder.blocks.3`, or otherwise the module of
+    the parameter; so a block of a transformer is one layer, and so is each module of an
     nn.Sequential.
     """
     numbers: dict[str, int] = {}
@@ -299,7 +300,7 @@ def layer_of_parameter(model: nn.Module) -> dict[str, int]:
 
 
 def _without_decay(model: nn.Module, spec: OptimizerSpec) -> set[str]:
-    """Names of the parameters without weight decay, by `no_decay`."""
+    """Names of the parameters without weight decay, according to `no_decay`."""
     if spec.no_decay and "weight_decay" not in _signature(optimizer_class(spec.name)):
         raise SpecError(f"optimizer.no_decay: {spec.name} has no weight_decay.")
     spared = set()
@@ -318,11 +319,11 @@ def _listed(names: Sequence[str], most: int = 8, verb: tuple[str, str] = ("is", 
     return ", ".join(names[:most]) + more + " " + verb[len(names) != 1]
 
 
-# ---- what some optimizers cannot train
+# ---- parameters that some optimizers cannot train
 
 
 def _for_companion(model: nn.Module, spec: OptimizerSpec, names: Sequence[str]) -> list[str]:
-    """The names for the companion: those the optimizer cannot train, and `companion_takes`."""
+    """The names for the companion: those that the optimizer cannot train, and `companion_takes`."""
     can = _trainable_by(model, spec.name)
     given: tuple[str, ...] = getattr(spec, "companion_takes", ())
     for pattern in given:
@@ -340,13 +341,13 @@ def _require_trainable(
         what = {"muon": "matrices", "sparseadam": "embeddings with sparse=True"}[spec.name]
         told = [f"{name} {list(parameters[name].shape)}" for name in wrong]
         raise SpecError(
-            f"optimizer.name: {spec.name} trains {what} and nothing else, but {_listed(told)} "
-            "there too. Add companion: {name: adamw, lr: 0.001}, which trains the others."
+            f"optimizer.name: {spec.name} trains only {what}, but {_listed(told)} "
+            "in the model too. Add companion: {name: adamw, lr: 0.001}, which trains the others."
         )
 
 
 def _trainable_by(model: nn.Module, name: str) -> Callable[[str], bool]:
-    """A function that says whether the optimizer `name` can train a parameter, by its name."""
+    """A function that returns whether the optimizer `name` can train a parameter, by its name."""
     if name == "muon":
         matrices = {n for n, p in model.named_parameters() if p.dim() == 2}
         return matrices.__contains__
@@ -387,7 +388,7 @@ def make_optimizer(
     """The optimizer over `groups`, without frozen groups.
 
     Raises:
-        SpecError: an option its class does not have or does not accept.
+        SpecError: its class does not have an option, or does not accept its value.
     """
     parameters = dict(model.named_parameters())
     for name in [name for group in groups if group.frozen for name in group.names]:
@@ -402,7 +403,7 @@ def make_optimizer(
     if others:
         companion: OptimizerSpec = spec.companion  # type: ignore[attr-defined]  # it has groups
         made.append(_made(parameters, companion, others, "optimizer.companion", sparse=sparse))
-        if needs_closure(optimizer_class(companion.name)):  # known of some once one is made
+        if needs_closure(optimizer_class(companion.name)):  # for some known only after creation
             raise SpecError(
                 f"optimizer.companion.name: {companion.name} evaluates a step several times, so "
                 "it cannot be a companion. Use another, such as adamw."
@@ -421,8 +422,9 @@ def _made(
     make = optimizer_class(spec.name)
     if _must_have_closure(make) and len(groups) > 1 and not getattr(make, "takes_groups", False):
         raise SpecError(
-            f"{where}.groups: {make.__name__} moves all parameters along one search direction, so "
-            "it takes only one group. Freeze the others, or leave out groups, no_decay and "
+            f"{where}.groups: {make.__name__} changes all parameters along one search direction, "
+            f"so "
+            "it supports only one group. Freeze the others, or leave out groups, no_decay and "
             "layer_decay."
         )
     trained: list[dict[str, Any]] = []
@@ -435,7 +437,7 @@ def _made(
     given = {option for group in groups for option in group.options} | set(options)
     kinds = {name in sparse for group in groups for name in group.names}
     if _fused_pays(make, members) and kinds == {False} and not _LAYOUT & given:
-        options["fused"] = True  # which takes no sparse gradients
+        options["fused"] = True  # which does not support sparse gradients
     try:
         if ":" not in spec.name:
             for settings in _distinct([{**options, **group.options} for group in groups]):
@@ -444,7 +446,7 @@ def _made(
         made = make(trained, **options)
         if ":" in spec.name:
             _find_out_closure(make, options, like=members[0])
-    except Exception as error:  # whatever a class says of its options is for the user to read
+    except Exception as error:  # the user must see any error of the class about its options
         told = str(error).rstrip(".")
         raise SpecError(f"{where}: {make.__module__}.{make.__name__} says: {told}.") from error
     require_one_state(made, where)
@@ -454,10 +456,10 @@ def _made(
 def require_one_state(optimizer: torch.optim.Optimizer, where: str = "optimizer") -> None:
     """Check that an optimizer inside another has the same groups and the same state.
 
-    Otherwise no checkpoint would hold its state, and no schedule reach its learning rates.
+    Otherwise no checkpoint would contain its state, and no schedule would set its learning rates.
 
     Raises:
-        SpecError: it has others.
+        SpecError: they are different.
     """
     kind, own = type(optimizer).__name__, {id(group) for group in optimizer.param_groups}
     for name, inner in vars(optimizer).items():
@@ -479,10 +481,10 @@ def _distinct(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _try_out(
     make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter, sparse: bool
 ) -> None:
-    """Take one step on a test parameter of four numbers, with the type and device of `like`.
+    """Take one step on a test parameter of four numbers, with the dtype and device of `like`.
 
-    torch looks at some options in the first step only (`differentiable`, `line_search_fn`), at
-    those of a group never, and says then whether it takes sparse gradients.
+    torch checks some options only in the first step (`differentiable`, `line_search_fn`),
+    those of a group never, and only then reports whether it accepts sparse gradients.
     """
     optimizer = _four_numbers(make, options, like=like, sparse=sparse)
     if needs_closure(make):
@@ -498,7 +500,7 @@ def _four_numbers(
     like: nn.Parameter,
     sparse: bool = False,
 ) -> torch.optim.Optimizer:
-    """An optimizer of a test parameter that has a gradient."""
+    """An optimizer for a test parameter that has a gradient."""
     probe = nn.Parameter(torch.zeros(2, 2, dtype=like.dtype, device=like.device))
     probe.grad = torch.ones_like(probe)
     if sparse:
@@ -510,7 +512,7 @@ def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup], plan: Pla
     """The groups that are frozen until a later step.
 
     Raises:
-        SpecError: until an epoch, where the training data is a stream.
+        SpecError: an epoch is given, but the training data is a stream.
     """
     parameters = dict(model.named_parameters())
     return [
@@ -521,10 +523,10 @@ def frozen_for_now(model: nn.Module, groups: Sequence[ParameterGroup], plan: Pla
 
 
 def frozen_until(group: ParameterGroup, plan: Plan) -> int:
-    """The number of steps for which a group is not trained; 0 if it is trained at once.
+    """The number of steps for which a group is not trained; 0 if it is trained from the start.
 
     Raises:
-        SpecError: it is said in epochs, and the training data is a stream.
+        SpecError: it is given in epochs, but the training data is a stream.
     """
     if not group.frozen_until_epoch:
         return group.frozen_until_step
@@ -533,17 +535,17 @@ def frozen_until(group: ParameterGroup, plan: Plan) -> int:
             f"optimizer.groups: {group.match!r} has unfreeze_at_epoch, but the training data is a "
             "stream, which has no epochs. Use unfreeze_at_step."
         )
-    # The decimal as written; the step that has the first row of the next epoch is not trained yet
-    # if it has one of this epoch too.
+    # The decimal number as written; a step with rows of both epochs belongs to the earlier
+    # one.
     return math.ceil(Fraction(str(group.frozen_until_epoch)) * plan.steps_per_epoch)
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any] | None:
     """`step` as its class defines it, without torch's wrappers; None if it cannot be found.
 
-    The wrapper labels the step for torch's profiler and calls hooks: a tenth of the time of a
+    The wrapper adds a label for torch's profiler and calls hooks: a tenth of the time of a
     fused AdamW on a small model.  A torch scheduler may have replaced both.
-    A second one within says where a compiled step may be cut, and imports the compiler to say it.
+    A second, inner wrapper marks graph breaks for the compiler, and imports the compiler for that.
     """
     step = type(optimizer).step
     if "step" in vars(optimizer) or not getattr(step, "hooked", False):
@@ -568,14 +570,14 @@ def _without_gradients(step: Callable[[Any], Any], optimizer: torch.optim.Optimi
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:
-    """Where hooks of its step stand once somebody adds one: of this optimizer, and of all."""
+    """The containers of the hooks of its step: for this optimizer, and for all."""
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return (*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Of the optimizers in it those that keep other weights to train on than to test: by contract
-    of `train()` and `eval()`, which change the parameters from the ones to the others.
+    """The optimizers in it that use different weights for training and testing: by the contract
+    of `train()` and `eval()`, which convert the parameters from one to the other.
 
     Source of the contract: Defazio et al., arXiv:2405.15682, and their `schedulefree`.
     """
@@ -585,34 +587,34 @@ def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def _members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizers in it that are no others put together."""
+    """The optimizers in it that are not a combination of others."""
     if not isinstance(optimizer, Together):
         return [optimizer]
     return [inner for member in optimizer.members for inner in _members(member)]
 
 
 _REFUSES_WITHOUT: WeakSet[type[torch.optim.Optimizer]] = WeakSet()
-"""Classes whose step may be called without a closure, and then raises."""
+"""Classes whose step raises without a closure, although its signature does not require one."""
 
 
 def needs_closure(make: type[torch.optim.Optimizer]) -> bool:
     """Whether a step of this class evaluates the loss several times, through a closure.
 
-    Of a class that does not say so by its signature it is known once `make_optimizer` has made one.
+    For a class that does not declare it in its signature this is known after `make_optimizer`.
     """
     return _must_have_closure(make) or make in _REFUSES_WITHOUT
 
 
 def _must_have_closure(make: type[torch.optim.Optimizer]) -> bool:
-    """Whether its step says by its signature that it needs a closure."""
+    """Whether its step needs a closure according to its signature."""
     closure = inspect.signature(make.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def asks_before_it_moves(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step calls the closure first at the weights that it was given.
+    """Whether its step first calls the closure at the current weights.
 
-    A class says so by `asks_before_it_moves = True`.  Without it that point is computed once more.
+    A class declares it with `asks_before_it_moves = True`.  Otherwise that point is computed again.
     """
     says_so = getattr(optimizer, "asks_before_it_moves", False)
     return isinstance(optimizer, torch.optim.LBFGS) or says_so is True
@@ -621,7 +623,7 @@ def asks_before_it_moves(optimizer: torch.optim.Optimizer) -> bool:
 def _find_out_closure(
     make: type[torch.optim.Optimizer], options: dict[str, Any], *, like: nn.Parameter
 ) -> None:
-    """See by two steps on test parameters whether a class raises without a closure alone.
+    """Test with two steps on test parameters whether a class raises only without a closure.
 
     SAM does: `def step(self, closure=None): assert closure is not None`.
     """
@@ -629,11 +631,11 @@ def _find_out_closure(
         return
     try:
         _four_numbers(make, options, like=like).step()
-    except Exception:  # of whatever kind; what it does with a closure tells
+    except Exception:  # of any kind; the second step, with a closure, decides
         optimizer = _four_numbers(make, options, like=like)
         try:
             optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]  # as a loss
-        except Exception:  # then it is another matter, and the first step of the run tells it
+        except Exception:  # another problem, which the first step of the run reports
             return
         _REFUSES_WITHOUT.add(make)
 
@@ -691,7 +693,7 @@ class Turns(Together):
     def __init__(self, by_name: Mapping[str, torch.optim.Optimizer]) -> None:
         self.by_name = dict(by_name)
         self.turn = next(iter(self.by_name))
-        """Whose step is taken."""
+        """The optimizer whose turn it is."""
         super().__init__(list(self.by_name.values()))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no member needs one
@@ -699,9 +701,9 @@ class Turns(Together):
         self.by_name[self.turn].step()
 
     def begin(self, name: str) -> None:
-        """Let only the parameters of this optimizer take gradients, until the next turn.
+        """Let only the parameters of this optimizer get gradients, until the next turn.
 
-        Those of the others then cost no gradient, and no process waits to exchange one.
+        The gradients of the others are then neither computed nor exchanged.
         """
         self.turn = name
         for each, optimizer in self.by_name.items():
@@ -710,17 +712,17 @@ class Turns(Together):
                     parameter.requires_grad_(each == name)
 
     def end(self) -> None:
-        """Let the parameters of all of them take gradients."""
+        """Let the parameters of all optimizers get gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_()
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class that `sgd`, `package.module:Class` or `path/to/file.py:Class` names.
+    """The class with the name `sgd`, `package.module:Class` or `path/to/file.py:Class`.
 
     Raises:
-        SpecError: it cannot be imported or is no optimizer.
+        SpecError: it cannot be imported or is not an optimizer.
     """
     if ":" not in name:
         known = OPTIMIZERS[name].torch_name
@@ -754,7 +756,7 @@ def _check_options(make: type[torch.optim.Optimizer], options: dict[str, Any], w
 def _fused_pays(make: type[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> bool:
     """Whether torch's fused implementation, which is faster, supports these parameters."""
     if is_sharded(parameters[0]) and make not in (torch.optim.Adam, torch.optim.AdamW):
-        return False  # torch has no other for sharded tensors
+        return False  # torch has only this one for sharded tensors
     return "fused" in inspect.signature(make.__init__).parameters and all(
         p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters
     )

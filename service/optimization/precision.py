@@ -15,14 +15,14 @@ from service.data.batches import forward
 from service.distributed.world import World
 from service.sharding.sharding import holds_rows, own_rows
 
-# Every overflow halves the scale, which begins at 2**16.  A gradient that is not finite at this
-# one does not overflow: it is not finite.
+# Every overflow halves the scale, which starts at 2**16.  A gradient that is not finite at this
+# scale does not overflow: it is not finite at any scale.
 SMALLEST_SCALE = 2.0**-14
 
 
 def multiply_in(precision: str) -> None:
     """Let a GPU round the factors of float32 products to 10 bits for tf32, and only for it."""
-    # Left alone, torch allows it in convolutions and forbids it in matrix products.
+    # By default, torch allows it in convolutions and forbids it in matrix products.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision != "tf32":
@@ -32,7 +32,7 @@ def multiply_in(precision: str) -> None:
 
 @contextmanager
 def multiplied_in(precision: str) -> Iterator[None]:
-    """The same while it lasts; afterwards the process multiplies as it did before."""
+    """The same as a context; afterwards the previous setting is restored."""
     before = [operations.fp32_precision for operations in (*_PRODUCTS, *_IN_CUDNN)]
     products, in_cudnn = None, None
     with suppress(RuntimeError):  # torch raises if it was set by its newer names
@@ -53,9 +53,9 @@ _IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)
 
 
 def computed(model: nn.Module, inputs: Any, world: World) -> Any:
-    """The model's outputs, computed in the world's precision and given in float32 at least.
+    """The model's outputs, computed in the world's precision and returned in at least float32.
 
-    So a loss or a measure never adds up in 8 or 11 bits.
+    So a loss or a measure never sums with 8 or 11 bits.
     """
     if world.narrow is None:
         return forward(model, inputs)
@@ -65,7 +65,7 @@ def computed(model: nn.Module, inputs: Any, world: World) -> Any:
 
 
 def widened(value: Any) -> Any:
-    """The same nest of tensors with those of 16 bits in float32."""
+    """The same nested tensors, with 16-bit ones converted to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, Mapping):  # a transformers model's outputs are one, with attributes
@@ -79,18 +79,18 @@ def widened(value: Any) -> Any:
 
 
 class LossScaler(torch.amp.GradScaler):
-    """torch's gradient scaler, which here scales what a gradient is divided by, not the loss.
+    """torch's gradient scaler, which here scales the divisor of the gradients, not the loss.
 
-    Every process scales alike: after the exchange all of them have the same gradients, and so
-    find the same ones not finite. Of sharded gradients each sees some rows, and they tell
-    each other.
+    Every process uses the same scale: after the exchange all of them have the same gradients, and
+    so find the same ones non-finite. Each process has only some rows of sharded gradients, so
+    they exchange the result.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         """Scale the gradients of `model`.
 
         Raises:
-            SpecError: its weights themselves are fp16.
+            SpecError: its weights themselves are float16.
         """
         narrow = [n for n, p in model.named_parameters() if p.dtype == torch.float16]
         if narrow:
@@ -101,10 +101,10 @@ class LossScaler(torch.amp.GradScaler):
         super().__init__(world.device.type)
         self._told = world.sum if holds_rows(model) else None
         self._one = torch.ones((), device=world.device)
-        self.scale(self._one)  # makes the scale, which torch puts off
+        self.scale(self._one)  # creates the scale, which torch delays
 
     def divisor(self, weight: float | Tensor) -> Tensor:
-        """What a gradient is divided by in the backward pass, in place of the step's weight."""
+        """The divisor of a gradient in the backward pass, instead of the step's weight."""
         return weight / self.scale(self._one)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -124,7 +124,7 @@ class LossScaler(torch.amp.GradScaler):
         found_inf: Tensor,
         allow_fp16: bool,
     ) -> dict[torch.device, Tensor]:
-        """What torch's method does, of sharded gradients too: 0 or more by device."""
+        """The same as torch's method, for sharded gradients too: 0 or more by device."""
         if self._told is None:
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         members = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What training changes: the model, the optimizer, and the number of finished steps."""
+"""The state of training: the model, the optimizer, and the number of finished steps."""
 
 from __future__ import annotations
 
@@ -174,11 +174,11 @@ class Best:
 
 
 def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = None) -> None:
-    """Check that the task gives the measures by which the spec wants to decide something.
+    """Check that the task has the measures that the spec refers to.
 
     Args:
-        known: what a step of the task's own gives in a test; before that is known, whether there
-            are test rows is all that can be told.
+        known: the values that a task's own step returns in a test; before they are known, only
+            the existence of test rows can be checked.
     Raises:
         SpecError: it does not, or has no test rows.
     """
@@ -191,13 +191,13 @@ def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = No
         found = part.measure in known or part.measure.startswith(parts)
         if told and not found:
             near = did_you_mean(part.measure, known)
-            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+            raise SpecError(f"{where}.measure: the test has no {part.measure!r}{near}")
         if task.test_rows == 0:
             raise SpecError(f"{where}: the task has no test rows to measure {part.measure} on.")
 
 
 def require_measured(spec: Spec, values: Mapping[str, float]) -> None:
-    """Check that a test pass gave the measures by which the spec wants to decide something.
+    """Check that a test pass returned the measures that the spec refers to.
 
     Raises:
         SpecError: it did not: a metric has no such part.
@@ -205,11 +205,11 @@ def require_measured(spec: Spec, values: Mapping[str, float]) -> None:
     for where, part in _decided(spec).items():
         if part.measure not in values:
             near = did_you_mean(part.measure, values)
-            raise SpecError(f"{where}.measure: the test gives no {part.measure!r}{near}")
+            raise SpecError(f"{where}.measure: the test has no {part.measure!r}{near}")
 
 
 def _decided(spec: Spec) -> dict[str, BestSpec | PlateauSpec]:
-    """The sections that decide something by a test measure, by their keys."""
+    """The sections that refer to a test measure, by their keys."""
     asked: dict[str, BestSpec | PlateauSpec | None] = {
         "checkpoint.best": spec.checkpoint.best,
         "early_stopping": spec.early_stopping,

@@ -43,7 +43,7 @@ class _Taken(NamedTuple):
     broken: Tensor | None
     """1 if the step was skipped; None if steps cannot be skipped."""
     turn: str | None
-    """Which of several optimizers took it."""
+    """The optimizer that took it, if there are several."""
 
 
 class _Fault(NamedTuple):
@@ -74,7 +74,8 @@ class Updates:
 
         Args:
             say: reports the skipped steps.
-            after_update: what the task does to the weights after each, given whose it was.
+            after_update: the task's function that is called after each update, with the optimizer's
+                name.
 
         Raises:
             SpecError: the spec asks for a skip that this optimizer or BatchNorm cannot do.
@@ -119,14 +120,14 @@ class Updates:
         """Take the optimizer step for the current gradients, and count it.
 
         A skipped step changes only the count: not the weights, the optimizer or
-        running statistics.  So the schedule and the rows stay functions of the step alone.
+        running statistics.  So the schedule and the rows remain functions of the step.
 
         Args:
             losses: this process's summed losses, by micro-batch.
             weight: weight of the whole step, over all processes.
             logging: whether the gradient norm is needed.
-            turn: the name of the optimizer, where there are several.
-            ends: whether the step ends with it; else another optimizer's turn follows.
+            turn: the name of the optimizer, if there are several.
+            ends: whether the step ends with it; otherwise the turn of another optimizer follows.
         """
         state = self._state
         broken = None if state.scaler is None else state.scaler.unscale(state.optimizer)
@@ -153,7 +154,7 @@ class Updates:
             state.average.move(state.step)
 
     def forget(self) -> None:
-        """Discard what a forward pass outside of a step has collected."""
+        """Discard everything that a forward pass outside of a step has collected."""
         self._normalization.forget()
         if self._buffers is not None:
             self._buffers.forget()
@@ -189,24 +190,24 @@ class Updates:
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
         elif not broken:
-            # The first step too is decided here: where its kernel skips it, torch's SGD takes
-            # whatever is in its new buffers for momentum.
+            # The first step is also decided here: if its kernel skips it, torch's SGD uses
+            # uninitialized buffers as momentum.
             optimizer.step()
             self._has_stepped = True
 
-    # ---- checks at the steps where the plan waits for the device anyway
+    # ---- checks at the steps in which the plan waits for the device anyway
 
     def look(self, stragglers: StragglerDetector | None = None) -> dict[str, float]:
         """The results of the steps since the last check; every process calls it.
 
         Args:
-            vitals: what the processes tell of themselves along with it.
+            stragglers: collects the times of the processes in the same exchange.
 
         Returns:
-            The latest step's `train/loss` and `train/grad_norm`, and in the modes that skip, how
-            many steps were; empty where there was no step since.
+            The latest step's `train/loss` and `train/grad_norm`, and in the modes that skip, the
+            number of skipped steps; empty if there was no step since.
         Raises:
-            Diverged: something was not finite that may not be; on every process, in the same words.
+            Diverged: a value is not finite and must be; on every process, with the same message.
         """
         held, self._held = self._held, []
         if not held:
@@ -239,7 +240,9 @@ class Updates:
     ) -> tuple[float, float, list[list[float]]]:
         """(the summed loss, rounded once; all processes' faults; each process's `own`)."""
         world, count, width = self._world, self._plan.micro_batches, len(own)
-        each = [losses.get(number, 0.0) for number in range(count)]  # 0 for what others computed
+        each = [
+            losses.get(number, 0.0) for number in range(count)
+        ]  # 0 for those of other processes
         told = [0.0] * (width * world.processes)
         told[width * world.index : width * (world.index + 1)] = own
         values = torch.tensor([*each, faults, *told], dtype=world.wide).to(world.device)
@@ -293,7 +296,7 @@ class Updates:
             (fault for fault in faults if fault.step == step), key=lambda fault: fault.micro_batch
         )
         if not here:
-            return f"The gradients of step {step} are not finite, though every loss is."
+            return f"The gradients of step {step} are not finite, although every loss is."
         told = "; ".join(
             f"micro-batch {fault.micro_batch} on rank {fault.rank}{_in_turn(fault.turn)}: "
             f"{fault.value}, rows {self._rows(fault)}"
@@ -326,9 +329,9 @@ def _in_turn(turn: str | None) -> str:
 
 
 def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor]:
-    """Every number in the gradients: of a sparse one those it holds, each place once."""
+    """All values of the gradients: of a sparse one the stored values, each position once."""
     for parameter in parameters:
-        if isinstance(parameter, OwnRows):  # which has no sparse ones
+        if isinstance(parameter, OwnRows):  # which has no sparse gradients
             continue
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
@@ -337,7 +340,7 @@ def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor
 
 
 def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
-    """Every summed loss by its place in `held` and its micro-batch; one wait for the device."""
+    """Every summed loss by its index in `held` and its micro-batch; one wait for the device."""
     places = [(at, number) for at, taken in enumerate(held) for number in taken.losses]
     losses = [loss for taken in held for loss in taken.losses.values()]
     return dict(zip(places, torch.stack(losses).tolist(), strict=True))
@@ -346,7 +349,7 @@ def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
 def _where(
     values: Sequence[tuple[int, Tensor | None]], asked: Callable[[float], bool]
 ) -> list[int]:
-    """The steps at which it is so, of those that have a value; one wait for the device."""
+    """The steps at which a flag is set, of those that have one; one wait for the device."""
     present = [(step, value) for step, value in values if value is not None]
     if not present:
         return []
@@ -367,5 +370,5 @@ def _require_skippable(
     if asked and normalization.layers and normalization.mode != "micro":
         raise SpecError(
             f"{what} needs model.batchnorm: micro. In {normalization.mode} the running statistics "
-            "move in the forward pass, before it is known whether the step will be skipped."
+            "change in the forward pass, before it is known whether the step will be skipped."
         )
