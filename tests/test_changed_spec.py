@@ -259,7 +259,7 @@ def test_a_schedule_that_depends_on_the_length_is_reported(tmp_path, processes):
     assert done.returncode == 75, done.stderr
     assert (
         "The schedule cosine depends on the length of the run, so it changes too: at step 4 the "
-        "learning rate's multiplier is 0.8536, where it would have been 0.5."
+        "learning rate's multiplier is 0.8536 instead of 0.5."
     ) in done.stdout
 
 

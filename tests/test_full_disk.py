@@ -57,7 +57,7 @@ def test_a_disk_without_room_stops_a_run_or_not_and_loses_no_row(small_disk: Pat
     assert out.count("metrics.jsonl could not be written: no space is left there") == 1
     assert "Training continues (checkpoint.on_failure: go_on)" in out
     assert "run.json could not be written: no space is left there" in err
-    assert "The run is done and saved; run the same command again to record it there" in err
+    assert "The run is done and saved; run the same command again to record this" in err
     assert err.count("error:") == 1, err
     assert "Traceback" not in out + err
     assert facts_of(small_disk)["state"] == "running"

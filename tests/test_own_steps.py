@@ -244,9 +244,9 @@ def test_a_value_is_logged_once_and_is_one_number():
             {"checkpoint": {"best": {"measure": "test/divergense", "mode": "min"}}},
             "did you mean 'test/divergence'",
         ),
-        ("late", {}, "came with a weight of its own, and in the pass before"),
+        ("late", {}, "came with a weight of its own, but not in the dry run"),
         ("unseen", {}, "accuracy needs the model's outputs"),
-        ("taken", {}, "train/lr is what Evenstep logs itself"),
+        ("taken", {}, "train/lr is a name that Evenstep logs itself"),
         ("lopsided", {}, "the weight of 'a' must be a finite number from 0 up, but is -71"),
     ],
 )

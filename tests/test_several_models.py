@@ -232,7 +232,7 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
         ("two_by_loss", {}, r"returned several models \(critic, generator\)"),
         ("named", {"task_args": {"name": "a.b"}}, "but is 'a.b'"),
         ("named", {"task_args": {"name": "keys"}}, "invalid name of a model"),
-        ("same_name", {}, "'a' is given in the turns of several optimizers"),
+        ("same_name", {}, "'a' is used in the turns of several optimizers"),
         ("gan", {"optimizers": {"kritic": SGD}}, r"'kritic\.\*' matches no trainable parameter"),
         (
             "gan",

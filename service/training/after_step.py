@@ -69,8 +69,9 @@ class AfterStep:
         taken = sorted(set(named) & set(values))
         if taken:
             raise SpecError(
-                f"task.step: {taken[0]} is what Evenstep logs itself. Give the loss, or what "
-                "context.log records, another name."
+                f"task.step: {taken[0]} is a name that Evenstep logs itself. Use another name for "
+                f"the "
+                "loss or the context.log value."
             )
         return named
 
@@ -80,7 +81,7 @@ class AfterStep:
         Args:
             values: the values of training; the measures of the test are added.
         Raises:
-            HookFailed: a hook did, and the spec wants the run to end for it; the state is saved.
+            HookFailed: a hook failed, and the spec says that the run ends then; the state is saved.
         """
         state.untested = None
         testing = self.plan.tests_at(state.step)
@@ -115,7 +116,7 @@ class AfterStep:
 
     def _test(self, state: TrainState, values: dict[str, float]) -> None:
         """Add the measures of the test to `values`, unless all agree to abandon the test."""
-        self.updates.look()  # a diverged model is not tested, nor saved below
+        self.updates.look()  # a diverged model is neither tested nor saved
         try:
             values |= self._tested(state)
         except TestInterrupted:
@@ -137,14 +138,14 @@ class AfterStep:
             )
 
     def _leaving(self, batches: Iterable[Batch], plan: Plan) -> Iterable[Batch]:
-        """The micro-batches of a test set, until all agree to leave."""
+        """The micro-batches of a test set, until all agree to abandon the test."""
         batches = self.heartbeat.during("test", batches)
         return self.poll.within(batches, rounds=plan.test_rounds, wanted=self._wanted)
 
     def begin(self, state: TrainState) -> bool:
-        """Test before the first step, where the spec wants it; whether all stop in this test.
+        """Test before the first step, if the spec says so; whether all stop in this test.
 
-        It decides nothing: neither which checkpoint is the best, nor when the run ends.
+        It affects neither the best checkpoint nor the end of the run.
         """
         if state.step > 0 or not self.plan.spec.test.at_start or not self.tests:
             return False
@@ -168,7 +169,7 @@ class AfterStep:
             self.updates.look()
         if values or saving or hooked.called:
             self.receipt.write(state.step)
-        # One row per step: where the test is still due, this one lacks it.
+        # One row per step: if the test is still due, the row is written after it.
         if (values or hooked.called) and state.untested is None:
             self.tracker.log(state.step, {**values, **hooked.values}, hooked.files)
 

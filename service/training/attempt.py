@@ -49,7 +49,7 @@ class Attempt:
         """Record the attempt, unless too many made no progress; `way` describes the data path.
 
         Raises:
-            NoProgress: too many did not; on every process.
+            NoProgress: the limit is reached; on every process.
         """
         opened = self.opened
         most = self.plan.spec.faults.attempts_without_progress
@@ -99,9 +99,7 @@ class Attempt:
             )
         except EvenstepError as error:
             what = "The run is done and saved" if outcome == "done" else f"This attempt {outcome}"
-            unentered = type(error)(
-                f"{error} {what}; run the same command again to record it there."
-            )
+            unentered = type(error)(f"{error} {what}; run the same command again to record this.")
             if outcome != "done":
                 print(f"WARNING: {unentered}", file=sys.stderr, flush=True)
             return unentered
@@ -170,7 +168,7 @@ class Records:
     receipt: Receipt
     tracker: Tracker
     logged: LoggedFiles | None
-    """What hooks log, on rank 0."""
+    """Stores what hooks log, on rank 0."""
 
     def close(self, outcome: Outcome) -> None:
         """Close them; nothing is written afterwards."""

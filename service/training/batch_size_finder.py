@@ -1,8 +1,8 @@
 """The batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
 
-The micro-batch is part of the experiment: dropout is keyed by its number, and BatchNorm may take
-its statistics from it. So it is found before the first step, agreed by all processes, kept in the
-run's own spec, and taken from there ever after, at whatever number of processes.
+The micro-batch is part of the experiment: dropout is keyed by its number, and BatchNorm may use
+its statistics. So its size is determined before the first step, agreed by all processes, stored in
+the run's own spec, and never changed afterwards, at any number of processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from service.spec.files import load_spec
 from service.spec.models import Spec
 from service.training.dry_run import DryRun, rehearsed, teacher_of
 
-_USED_AT_MOST = 0.8  # of the main memory, which other programs use too
+_USED_AT_MOST = 0.8  # fraction of the main memory, which other programs use too
 
 
 def settled(
@@ -45,14 +45,14 @@ def settled(
     processes_here: int,
     say: Callable[[str], None],
 ) -> Spec:
-    """The spec with a number wherever it says `auto`; every process calls it.
+    """The spec with numbers instead of `auto`; every process calls it.
 
     Args:
         processes_here: processes of the job on this machine, which share its cores and memory.
-        say: tells a person what was found.
+        say: reports the result to the user.
     Raises:
         OutOfMemory: not even a micro-batch of one row fits.
-        SpecError: the task does not do what it promises, or the run cannot be read.
+        SpecError: the task breaks a rule, or the run cannot be read.
     """
     if spec.loader.workers == "auto":
         spec = with_workers(spec, world.from_lead(workers_each(processes_here)))
@@ -94,14 +94,14 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
     """Rows of the largest micro-batch that fits in every process, in equal parts of the batch.
 
     Args:
-        processes: how many the run is for; each gets at least one micro-batch of a step.
-        memory_bytes: main memory that this process may take.
+        processes: the number of processes of the run; each gets at least one micro-batch of a step.
+        memory_bytes: main memory that this process may use.
     """
     plan = make_plan(
         spec, processes=processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
     if world.device.type != "cpu":
-        world.sum(torch.zeros(1, device=world.device))  # now the backend takes its own memory
+        world.sum(torch.zeros(1, device=world.device))  # now the backend allocates its own memory
     failed: EvenstepError | None = None
     found = 0
     try:
@@ -124,16 +124,16 @@ def _begun(directory: RunDirectory) -> Spec | None:
 
 
 def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:
-    """Rows of a micro-batch of at most `most`, so that no process has more of them or larger ones.
+    """Rows of a micro-batch, at most `most`, so that the load of all processes is equal.
 
-    96 rows of which 40 fit, on 2 processes: 4 micro-batches of 24, and not 40, 40 and 16.
+    With 96 rows of which 40 fit, on 2 processes: 4 micro-batches of 24, not 40, 40 and 16.
     """
     rounds = math.ceil(math.ceil(global_batch / most) / processes)
     return math.ceil(global_batch / min(rounds * processes, global_batch))
 
 
 def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
-    """The largest number of rows, doubled from 1 on, of which a pass fits in this process."""
+    """The largest number of rows, doubled from 1 on, with which a pass fits in this process."""
     most = largest_micro_batch(plan.global_batch, plan.processes)
     torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
     model = new_model(task).to(world.device)
@@ -152,14 +152,14 @@ def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     for rows in _doubled(most):
         took = peak_bytes(world.device) - before
         if on_cpu and found and took * rows / found > room:
-            break  # the kernel would end a process that takes more
+            break  # the kernel would kill a process that uses more
         if not _fits(rows, model, optimizer, plan, task=task, world=world):
             break
         found = rows
     del reserved, model
     forget_peak(world.device)
     if not found:
-        raise OutOfMemory("Out of memory with a micro-batch of one row. Take a smaller model.")
+        raise OutOfMemory("Out of memory with a micro-batch of one row. Use a smaller model.")
     return found
 
 
@@ -181,8 +181,8 @@ def _held_besides(
 ) -> int:
     """Bytes that training needs in addition to a trial pass.
 
-    The optimizer's state and the average's; and where gradients are exchanged, one set of buckets
-    more: while DDP lays them out anew, the old ones are there too.
+    The state of the optimizer and of the average; and if gradients are exchanged, one more set of
+    buckets: while DDP rearranges them, the old ones exist too.
     """
     averaged = plan.spec.model.moving_average is not None
     weights = sum(p.nbytes for p in model.parameters())
@@ -201,7 +201,7 @@ def _fits(
     task: Task,
     world: World,
 ) -> bool:
-    """Whether so many rows fit in a pass; of several optimizers in that of each turn."""
+    """Whether this many rows fit in a pass; with several optimizers, in that of each turn."""
     alone = replace(plan, global_batch=rows, micro_batch=rows)
     try:
         batch = sample(task.train_data(), task=task, plan=alone, world=world)

@@ -1,4 +1,4 @@
-"""A run whose spec a person has changed: what of the state follows, and what there is to say."""
+"""A run whose spec the user has changed: the effect on its state, and the messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from service.spec.models import Spec
 
 Options = Sequence[Mapping[str, Any]]
 
-# The schedule sets the rates, and knows the new ones; the others are not the optimizer's own.
+# The schedule sets the rates from the new spec; the others are not options of the optimizer.
 _NOT_IN_GROUPS = {"lr", "match", "no_decay", "layer_decay", "unfreeze_at_step", "unfreeze_at_epoch"}
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> Options:
-    """The options of each parameter group as they are now, such as the weight decay."""
+    """The current options of each parameter group, such as the weight decay."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
@@ -29,7 +29,7 @@ def options_of(optimizer: torch.optim.Optimizer) -> Options:
 
 
 def changes_since(opened: OpenRun | None, step: int) -> list[Change]:
-    """The changes of the spec that the checkpoint of `step` does not hold yet; on the lead."""
+    """The changes of the spec that the checkpoint of `step` does not include yet; on rank 0."""
     if opened is None:
         return []
     known = [Change(**k) for e in changes_in(opened.facts) if e["step"] >= step for k in e["keys"]]
@@ -37,12 +37,12 @@ def changes_since(opened: OpenRun | None, step: int) -> list[Change]:
 
 
 def follow(state: TrainState, asked: Options, changes: Sequence[Change]) -> None:
-    """Give the optimizer's groups the changed options, in place of those of the checkpoint.
+    """Set the changed options in the optimizer's groups, instead of those of the checkpoint.
 
     Args:
-        asked: the options of the groups as the spec has them, from before the state was loaded.
+        asked: the options of the groups according to the spec, from before the state was loaded.
     Raises:
-        SpecError: an option is not one that the optimizer keeps in its groups.
+        SpecError: the optimizer does not keep an option in its groups.
     """
     named = {change.key: change.key.rpartition(".")[2] for change in changes}
     for key, option in named.items():
@@ -51,7 +51,7 @@ def follow(state: TrainState, asked: Options, changes: Sequence[Change]) -> None
         if not any(option in group for group in asked):
             raise SpecError(
                 f"{key} cannot be changed in a run: {type(state.optimizer).__name__} does not keep "
-                f"{option!r} in its parameter groups, where it could be replaced. Begin a new run."
+                f"{option!r} in its parameter groups. Start a new run."
             )
         for group, wanted in zip(state.optimizer.param_groups, asked, strict=True):
             if option in wanted:
@@ -59,28 +59,29 @@ def follow(state: TrainState, asked: Options, changes: Sequence[Change]) -> None
 
 
 def require_something_left(state: TrainState, plan: Plan, changes: Sequence[Change]) -> None:
-    """Refuse a change of a run that would not take another step with it.
+    """Refuse a change after which the run would not take another step.
 
     Raises:
-        SpecError: says how far the run is, and what would extend it.
+        SpecError: says how far the run is, and how to extend it.
     """
     if not changes:
         return
     if state.ended_early and state.step < plan.steps:
         raise SpecError(
-            f"The run has ended early, after step {state.step:,}: any other change would have no "
-            "effect. Raise early_stopping.patience, or remove it by early_stopping=."
+            f"The run has ended early, after step {state.step:,}: no other change has an "
+            "effect. Raise early_stopping.patience, or remove it with early_stopping=."
         )
     if state.step >= plan.steps:
         key = "length.steps" if plan.spec.length.steps is not None else "length.epochs"
         raise SpecError(
             f"{key}: the run has taken {state.step:,} steps, and would end after {plan.steps:,} "
-            f"steps, so no step would be taken with the changed spec. Extend it by a larger {key}."
+            f"steps, so no step would be taken with the changed spec. Extend it with a larger "
+            f"{key}."
         )
 
 
 def in_words(changes: Sequence[Change], *, old: Spec, plan: Plan, step: int) -> str:
-    """What changes from `step` on, and what it means for the learning rate."""
+    """The changes from `step` on, and their effect on the learning rate."""
     told = f"Changed from step {step + 1:,} on:{told_of_lines(changes)}"
     before = _rate(old, plan, step)
     now = plan.rate(step)
@@ -88,17 +89,17 @@ def in_words(changes: Sequence[Change], *, old: Spec, plan: Plan, step: int) -> 
         keys = {change.key.partition(".")[0] for change in changes}
         because = " depends on the length of the run, so it changes too"
         if "schedule" in keys:
-            because = " is another one"
+            because = " has changed"
         told += (
             f"\nThe schedule {plan.spec.schedule.name}{because}: at step {step + 1:,} the learning "
-            f"rate's multiplier is {now:.4g}, where it would have been {before:.4g}."
+            f"rate's multiplier is {now:.4g} instead of {before:.4g}."
         )
     return told
 
 
 def _rate(old: Spec, plan: Plan, step: int) -> float | None:
-    """The old schedule's multiplier after `step` steps; None where it cannot be told."""
-    # With the batch as it is now, so that it can be planned on these processes.
+    """The old schedule's multiplier after `step` steps; None if unknown."""
+    # With the current batch, so that it can be planned on these processes.
     spec = old.model_copy(update={"batch": plan.spec.batch, "exactness": plan.spec.exactness})
     try:
         before = make_plan(

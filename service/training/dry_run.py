@@ -1,8 +1,8 @@
-"""The dry run: one forward and backward pass before the first step, to find mistakes.
+"""The dry run: one forward and backward pass before the first step, to find errors.
 
-It finds a task that does not do what it promises, and the parameters no loss reaches.  Afterwards
-it lets DistributedDataParallel lay out its buckets: that happens after its first backward, so
-without it a resumed run would add up its first step in another order than the undisturbed one.
+It finds errors of the task, and parameters without a gradient.  Afterwards
+it lets DistributedDataParallel arrange its buckets: DDP does so after its first backward pass, and
+without this, a resumed run would sum its first step in another order than an undisturbed one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FirstPass:
     """The findings of a forward and backward pass."""
 
     unreached: list[str]
-    """Names of the trainable parameters that the loss does not depend on."""
+    """Names of the trainable parameters on which the loss does not depend."""
     flops_a_row: float | None
     """Operations of training on one row, or None if they cannot be counted."""
     drawn: Sequence[Seeded]
@@ -53,14 +53,14 @@ class FirstPass:
     moving: Moving
     """Buffers that the pass has changed, except BatchNorm's."""
     own_weights: Sequence[str] = ()
-    """Losses of a step of one's own that come with a weight of their own."""
+    """Losses of a task's own step that have their own weight."""
     across: Sequence[str] = ()
-    """Those that are of all rows of a step together."""
+    """Losses over all rows of a step."""
     tested: Sequence[str] | None = None
-    """What such a step gives in a test, by name; None where the task says it."""
+    """Names of the values that such a step returns in a test; None if the task declares them."""
     nested: Sequence[str] = ()
-    """Parameters whose gradients come from a backward pass within the backward pass, in a way that
-    DistributedDataParallel cannot follow without `exchange.static_graph`."""
+    """Parameters with gradients from a backward pass within the backward pass, which
+    DistributedDataParallel cannot track without `exchange.static_graph`."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class DryRun:
     world: World
     normalization: Normalization
     two_rows: Batch | None = None
-    """For a batch of one row: of one row a shape that was broadcast is that of one that was not."""
+    """Used for a batch of one row, in which a broadcast shape cannot be recognized."""
     average: nn.Module | None = None
-    """What a step of one's own gets for the moving average."""
+    """The moving average that a task's own step gets."""
     turn: str | None = None
-    """Whose turn it is, of several optimizers."""
+    """The optimizer whose turn it is, if there are several."""
     place: str = ""
-    """Where in a step the batch is, for messages; empty if it does not matter."""
+    """The position of the batch in a step, for messages; empty if it does not matter."""
 
     def first(self, model: nn.Module) -> FirstPass:
-        """What the first pass brings to light.
+        """The results of the first pass.
 
         Raises:
-            SpecError: the model, the loss or a measure fails or gives another shape than it should.
+            SpecError: the model, the loss or a measure fails or returns a wrong shape.
         """
         with (
             self._undone(model) as before,
@@ -93,7 +93,7 @@ class DryRun:
         ):
             callee = self.callee(model)
             counted = self._counted(callee)
-            if counted is None:  # a model that does not bear the counting is tried without it
+            if counted is None:  # the model does not support counting: try without it
                 model.zero_grad(set_to_none=True)
                 arrivals.clear()
                 counted = None, self._checked(callee)
@@ -126,10 +126,10 @@ class DryRun:
             return self._pass(model, checked=True)
 
     def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
-        """Compile the model, by a call as in training.
+        """Compile the model, with a call as in training.
 
         Raises:
-            SpecError: it cannot be.
+            SpecError: that fails.
         """
         said = told_as_mistake("model.compile: torch cannot compile this model here")
         whose = nullcontext() if self.turn is None else told_of_turn(self.turn)
@@ -137,18 +137,18 @@ class DryRun:
             self._pass(wrapped)
 
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
-        """Bring gradient exchange into the order that it keeps for the rest of the run."""
+        """Let gradient exchange settle into the order that it keeps for the rest of the run."""
         if self.world.processes == 1:
             return
         with self._undone(bare):
             self._pass(wrapped)  # its backward pass shows DDP the order of the gradients
-            self._pass(wrapped)  # and this pass begins by arranging the buckets in that order
+            self._pass(wrapped)  # this pass starts by arranging the buckets in that order
 
     def _pass(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
         """The loss of a forward pass, after its backward pass."""
         loss = self.loss(callee, checked=checked)
         loss.backward()  # type: ignore[no-untyped-call]
-        if checked:  # a device tells of an index out of range when it is waited for
+        if checked:  # a device reports an index out of range only when waited for
             try:
                 synchronize(self.world.device)
             except RuntimeError as error:
@@ -158,11 +158,11 @@ class DryRun:
         return loss
 
     def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
-        """The summed loss of the batch; of a task's own step, the loss of a step of it alone.
+        """The summed loss of the batch; for a task's own step, the loss of a step of this batch only.
 
         Args:
-            callee: the model as it is called in training.
-            checked: look at the shapes of a loss and of the measures.
+            callee: the model as training calls it.
+            checked: check the shapes of the loss and of the measures.
         """
         if step_of(self.task) is not None:
             return alone(self._taken(callee, training=True).parts or {})
@@ -171,7 +171,7 @@ class DryRun:
         return self._losses(computed(callee, self.batch.inputs, self.world), self.batch).sum()
 
     def forward(self, model: nn.Module) -> None:
-        """A forward pass alone; of a task's own step, all of it."""
+        """Only a forward pass; for a task's own step, the whole step."""
         if step_of(self.task) is not None:
             self._taken(self.callee(model), training=True)
         else:
@@ -180,10 +180,10 @@ class DryRun:
     def _named(
         self, callee: nn.Module
     ) -> tuple[Sequence[str], Sequence[str], Sequence[str] | None]:
-        """(losses with a weight of their own, of all rows, what a test gives) of an own step.
+        """(losses with their own weight, losses of all rows, values of a test) of an own step.
 
         Raises:
-            SpecError: a weight is not a number from 0 up, or the step fails in a test.
+            SpecError: a weight is negative or not a number, or the step fails in a test.
         """
         own = step_of(self.task)
         if own is None:
@@ -211,7 +211,7 @@ class DryRun:
         return asked
 
     def callee(self, model: nn.Module) -> nn.Module:
-        """What is called in training: the model, or it within the task's own step."""
+        """The module that training calls: the model, or the model within the task's own step."""
         own = step_of(self.task)
         return model if own is None else SteppedModel(model, own, self.world)
 
@@ -225,7 +225,7 @@ class DryRun:
 
     @torch.no_grad()
     def _shaped(self, model: nn.Module) -> None:
-        """Look at the shapes alone, where the rows of the batch do not show them."""
+        """Check only the shapes, with two rows, if the batch has only one."""
         if self.two_rows is None or step_of(self.task) is not None:
             return
         with told_as_mistake("task: a forward pass over 2 rows failed"):
@@ -243,10 +243,10 @@ class DryRun:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What the passes before the first step have found of one optimizer, or of its turn."""
+    """The results of the passes before the first step for one optimizer, or its turn."""
 
     turn: str | None
-    """Its name, where there are several."""
+    """Its name, if there are several."""
     dry_run: DryRun
     found: FirstPass
 
@@ -254,10 +254,10 @@ class Rehearsed:
 def rehearsed(
     dry_run: DryRun, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[Rehearsed]:
-    """The first pass of each turn; one where there is one optimizer.
+    """The first pass of each turn; a single one if there is one optimizer.
 
     Raises:
-        SpecError: as of `DryRun.first`.
+        SpecError: see `DryRun.first`.
     """
     if not isinstance(optimizer, Turns):
         return [Rehearsed(None, dry_run, dry_run.first(model))]
@@ -272,7 +272,7 @@ def rehearsed(
 
 
 def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
-    """The findings of all turns as those of one step."""
+    """The results of all turns as those of one step."""
     first = each[0].found
     if len(each) == 1:
         return first
@@ -299,14 +299,14 @@ def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
 
 @contextmanager
 def _arrivals_of(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often each parameter has been given a gradient, while the context lasts."""
+    """A context that counts how often each parameter gets a gradient."""
     arrivals: Counter[str] = Counter()
 
     def counter_of(name: str) -> Callable[[Tensor], None]:
         return lambda _: arrivals.update([name])
 
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    register: Any = Tensor.register_post_accumulate_grad_hook  # which has no types
+    register: Any = Tensor.register_post_accumulate_grad_hook  # it has no type annotations
     hooks = [register(p, counter_of(name)) for name, p in trained]
     try:
         yield arrivals
@@ -318,12 +318,14 @@ def _arrivals_of(model: nn.Module) -> Iterator[Counter[str]]:
 def _nested(
     model: nn.Module, loss: Tensor, arrivals: Counter[str], *, unreached: Sequence[str]
 ) -> list[str]:
-    """Names of the parameters whose gradients DistributedDataParallel would not follow.
+    """Names of the parameters whose gradients DistributedDataParallel could not track.
 
-    It takes one gradient of each parameter in a backward pass.  And where it looks for parameters
-    that the loss does not depend on (`unreached` are some), it takes those for such that are not in
-    the graph of the loss.  A reentrant checkpoint computes its part of the graph in the backward
-    pass: its parameters are not in the graph, and get a gradient for each checkpoint they are in.
+    It expects one gradient of each parameter in a backward pass.  And if it searches for parameters
+    on which the loss does not depend (some are `unreached`), it treats all parameters that are not
+    in the graph of the loss as such.  A reentrant checkpoint computes its part of the graph in the
+    backward
+    pass: its parameters are not in the graph, and get one gradient per checkpoint that contains
+        them.
     """
     twice = [name for name, _ in model.named_parameters() if arrivals[name] > 1]
     if twice or not unreached:
@@ -334,7 +336,7 @@ def _nested(
 
 
 def _parameters_in_graph(loss: Tensor) -> set[int]:
-    """The ids of the parameters that the graph of the loss holds."""
+    """The ids of the parameters in the graph of the loss."""
     parameters, seen, ahead = set[int](), set[Any](), [loss.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -347,7 +349,7 @@ def _parameters_in_graph(loss: Tensor) -> set[int]:
 
 
 def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
-    """Check that DistributedDataParallel, if it exchanges the gradients, can follow them.
+    """Check that DistributedDataParallel, if used, can track the gradients.
 
     Raises:
         SpecError: it cannot; says what to do.
@@ -358,22 +360,22 @@ def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
 
 
 def nested_in_words(found: FirstPass, spec: Spec) -> str | None:
-    """What keeps the job from several processes, and what to do; None where nothing does."""
+    """The reason why the job cannot use several processes, and what to do; None if it can."""
     by_ddp = not spec.exchange.shards and spec.exactness != "bitwise"
     if not found.nested or not by_ddp or spec.exchange.static_graph:
         return None
     names = ", ".join(found.nested[:8])
     return (
-        f"the gradients of {names} come from backward passes within the backward pass, as those of "
-        "reentrant activation checkpoints do (torch.utils.checkpoint with use_reentrant=True, "
-        "gradient_checkpointing of transformers). DistributedDataParallel cannot follow them on "
+        f"the gradients of {names} come from backward passes within the backward pass, as in "
+        "reentrant activation checkpoints (torch.utils.checkpoint with use_reentrant=True, "
+        "gradient_checkpointing of transformers). DistributedDataParallel cannot track them on "
         "several processes. Use use_reentrant=False, or model.activation_checkpointing of the spec "
         "instead, or, if every step trains the same parameters, exchange.static_graph=true."
     )
 
 
 def teacher_of(model: nn.Module, task: Task, spec: Spec) -> nn.Module | None:
-    """The moving average that a step of one's own sees before the first step, if there is one."""
+    """The moving average that a task's own step gets before the first step, if there is one."""
     decay = spec.model.moving_average
     if step_of(task) is None or decay is None:
         return None
@@ -384,7 +386,7 @@ def _asserted(batch: Batch, error: RuntimeError) -> str:
     rows = ", ".join(map(str, batch.rows[:8].tolist()))
     return (
         f"task: one forward and backward pass over {len(batch.rows)} rows ({rows} ...) failed on "
-        f"the device: {str(error).splitlines()[0]}. It is an index out of range: most often a "
-        "label that is no class, or a token that the embedding does not have. "
-        "EVENSTEP_DEVICE=cpu with the same command names the value."
+        f"the device: {str(error).splitlines()[0]}. An index is out of range: most often a "
+        "label that is not a class, or a token that the embedding does not have. "
+        "With EVENSTEP_DEVICE=cpu, the same command names the value."
     )

@@ -1,4 +1,4 @@
-"""One optimizer step of a task with a step of its own, by one optimizer or by several in turn."""
+"""One optimizer step of a task with its own step, with one optimizer or with several in turn."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from service.training.dry_run import FirstPass
 from service.training.train_step import TrainStep
 
 _LATE = (
-    "task.step: the loss {name!r} came {what}, and in the pass before the first step it did not. "
-    "Whether a loss does is decided then: give it from the first step on, with scale=0 where it "
-    "shall not count yet."
+    "task.step: the loss {name!r} came {what}, but not in the dry run before the first step, "
+    "which decides this for the whole run. Return it from the first step on, with scale=0 as long "
+    "as it has no effect."
 )
 
 
 @dataclass(frozen=True)
 class OwnTrainStep(TrainStep):
-    """The same for named losses, each divided by its own weight of the whole step.
+    """The same for named losses, each divided by its own weight over the whole step.
 
-    What the batch counts is known beforehand, so each backward pass follows its forward pass. A
-    loss that comes with a weight of its own has a divisor only after all forward passes of the
-    step, on all processes: then these come first, and their graphs are kept. So it is where a
-    loss is of all rows together.
+    If the weight of the batch is known in advance, each backward pass follows its forward pass. A
+    loss with its own weight has a divisor only after all forward passes of the step, on all
+    processes: then these run first, and their graphs are kept. The same applies to a loss over all
+    rows.
     """
 
     weighs: ClassVar[bool] = False
     own_weights: Sequence[str]
-    """Names of the losses with a weight of their own, as the dry run found them."""
+    """Names of the losses with their own weight, from the dry run."""
     across: Sequence[str]
-    """Names of those of all rows, likewise."""
+    """Names of the losses over all rows, from the dry run."""
     stepped: SteppedModel
     """The model within the task's step, not wrapped."""
     turn: str | None = None
-    """The name of the optimizer, where there are several."""
+    """The name of the optimizer, if there are several."""
     place: int = 0
-    """Its place among them, which its random numbers depend on."""
+    """Its index among them, on which its random numbers depend."""
     _latest: list[Ledger] = field(default_factory=lambda: [Ledger()])
 
     def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
-        """Leave the gradient of the step's loss in the parameters.
+        """Leave the gradients of the step's loss in the parameters.
 
         Returns:
-            What each micro-batch of this process adds to the loss of the step.
+            The contribution of each micro-batch of this process to the loss of the step.
         """
         exchange, enter = self.exchange, self.heartbeat.enter
         divisor = self.updates.divisor(1.0)
@@ -84,13 +84,13 @@ class OwnTrainStep(TrainStep):
 
     @property
     def _holds(self) -> bool:
-        """Whether all forward passes of a step come before its backward passes."""
+        """Whether all forward passes of a step run before its backward passes."""
         return bool(self.own_weights or self.across)
 
     def _begun(self, state: TrainState, batch: Batch) -> Pass:
-        """A pass that is to be taken, with the random numbers that belong to it."""
+        """A pass to run, with its random numbers."""
         key = batch.key
-        if self.place:  # or each turn would draw the same
+        if self.place:  # otherwise all turns would use the same random numbers
             key = randomness.key(randomness.FORWARD, key, self.place)
         self.world.seed(key)
         average = state.average.model if state.average is not None else None
@@ -101,17 +101,17 @@ class OwnTrainStep(TrainStep):
     def _taken_before(
         self, state: TrainState, step: Step
     ) -> tuple[dict[int, Pass], dict[str, Tensor]]:
-        """The passes by micro-batch, and the weight of the step of each loss that has its own."""
+        """The passes by micro-batch, and the weight in the step of each loss that has its own."""
         if not self._holds:
             return {}, {}
         taken: dict[int, Pass] = {}
-        table = torch.zeros(  # 0 for what others computed
+        table = torch.zeros(  # 0 for those of other processes
             len(self.own_weights), self.plan.micro_batches, dtype=self.world.wide
         ).to(self.world.device)
         for batch in step.micro_batches:
             self.heartbeat.enter("forward", state.step, batch.number)
             asked = taken[batch.number] = self.stepped.take(self._begun(state, batch))
-            assert asked.parts is not None, "it was just taken"
+            assert asked.parts is not None, "it has just run"
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:
                     table[place, batch.number] = asked.parts[name].weight
@@ -123,16 +123,17 @@ class OwnTrainStep(TrainStep):
         return taken, dict(zip(self.own_weights, sums.unbind(), strict=True))
 
     def _bring_together(self, name: str, taken: Mapping[int, Pass]) -> None:
-        """Make of a loss of all rows its share for each micro-batch, with its gradient.
+        """Replace a loss of all rows by its share for each micro-batch, with its gradient.
 
-        Every process computes the loss of all rows alike, and from its gradient by the features
-        goes on through its own micro-batches.
+        Every process computes the loss of all rows, and continues from its gradient by the features
+        through its own micro-batches.
         """
         parts = {number: asked.part(name) for number, asked in taken.items()}
         found = {number: part.across for number, part in parts.items() if part and part.across}
-        if len(found) < len(taken):  # the others wait for these rows, and end if this process ends
+        if len(found) < len(taken):  # the others wait for these rows, and end with this process
             raise SpecError(
-                f"task.step: the loss {name!r} is of all rows, so each micro-batch has to give it."
+                f"task.step: the loss {name!r} is over all rows, so each micro-batch must return "
+                f"it."
             )
         [*_, any_across] = found.values()
         whole = [self._of_all(found, place) for place in range(len(any_across.features))]
@@ -145,7 +146,7 @@ class OwnTrainStep(TrainStep):
             rows = self._rows(number)
             pairs = zip(across.features, slopes, strict=True)
             pulled = sum((f * g[rows]).sum() for f, g in pairs if g is not None)
-            assert isinstance(pulled, Tensor), "read_losses wants a gradient"
+            assert isinstance(pulled, Tensor), "read_losses requires a gradient"
             share = pulled + (values[rows].sum() - pulled).detach()
             taken[number].settle(name, share)
 
@@ -155,7 +156,7 @@ class OwnTrainStep(TrainStep):
         return slice(first, min(first + self.plan.micro_batch, self.plan.global_batch))
 
     def _of_all(self, found: Mapping[int, Across], place: int) -> Tensor:
-        """One of the features of all rows, in their order: a leaf that takes a gradient."""
+        """One of the features for all rows, in their order: a leaf that gets a gradient."""
         one = next(iter(found.values())).features[place]
         table = one.new_zeros(self.plan.global_batch, *one.shape[1:])
         for number, across in found.items():
@@ -182,7 +183,7 @@ class OwnTrainStep(TrainStep):
     def named(self) -> dict[str, float]:
         """`train/NAME` of each loss and each logged value of the latest step; all call it.
 
-        What nothing counted in this step has no value.
+        A value with weight 0 in this step is omitted.
         """
         totals = self._latest[0].totals(self.world)
         whole = "loss" if self.turn is None else f"loss/{self.turn}"
@@ -191,7 +192,7 @@ class OwnTrainStep(TrainStep):
             for name, total in totals.items()
             if total.weight
         }
-        values.pop("train/loss", None)  # that is the sum of them all
+        values.pop("train/loss", None)  # this is the sum of all losses
         return values
 
 
@@ -199,19 +200,19 @@ class OwnTrainStep(TrainStep):
 class TurnsTrainStep(TrainStep):
     """One step of several optimizers: those that are due, one after the other, on the same rows.
 
-    Each has forward and backward passes of its own, with the weights that the one before has left.
+    Each has its own forward and backward passes, with the weights that the previous one left.
     """
 
     turns: Sequence[OwnTrainStep]
-    """In their order; they share all parts but the exchange."""
+    """In their order; they share everything except the exchange."""
     optimizers: Turns
     _due: list[OwnTrainStep] = field(default_factory=list)
 
     def backpropagate(self, state: TrainState, step: Step) -> dict[int, Tensor]:
-        """Take the turns of this step, and of the last one all but its update.
+        """Take the turns of this step, except the update of the last one.
 
         Returns:
-            What each micro-batch adds to the loss of the last turn.
+            The contribution of each micro-batch to the loss of the last turn.
         """
         number, logging = state.step + 1, self.plan.logs_at(state.step + 1)
         every = self.plan.spec.optimizers
@@ -237,13 +238,13 @@ class TurnsTrainStep(TrainStep):
         state.schedule.set(state.step)
 
     def named(self) -> dict[str, float]:
-        """The same of every turn of the latest step."""
+        """The same for every turn of the latest step."""
         values: dict[str, float] = {}
         for turn in self._due:
             own = turn.named()
             if twice := sorted(set(own) & set(values)):
                 raise SpecError(
-                    f"task.step: {twice[0].removeprefix('train/')!r} is given in the turns of "
+                    f"task.step: {twice[0].removeprefix('train/')!r} is used in the turns of "
                     "several optimizers. Give it another name in each."
                 )
             values |= own
@@ -253,10 +254,10 @@ class TurnsTrainStep(TrainStep):
 def after_update_by(
     task: Task, state: TrainState, *, plan: Plan, world: World
 ) -> Callable[[str | None], None] | None:
-    """What the task does after an update, as a function of whose it was; None if it does nothing.
+    """The task's function for after an update, as a function of the optimizer's name, or None.
 
-    After the first update of each optimizer it is checked that all processes have come to the same
-    weights; what fails there is a mistake in the task.
+    After the first update of each optimizer it is checked that all processes have the same
+    weights; if it raises, this is an error of the task.
     """
     act = after_update_of(task)
     if act is None:
@@ -297,36 +298,38 @@ def _require_equal(state: TrainState, world: World) -> None:
     if any(differs):
         name = next(n for n, apart in zip(named, differs, strict=True) if apart)
         raise SpecError(
-            f"task.after_update: it leaves {name} different on the processes. It may use the "
-            "weights and the context only, no rows and no numbers of this process."
+            f"task.after_update: it leaves {name} different on the processes. It may use only the "
+            "weights and the context, not the rows or values of this process."
         )
 
 
 def require_own_step(
     plan: Plan, found: FirstPass, normalization: Normalization, *, moving: bool
 ) -> None:
-    """Check that the spec asks for nothing that a step of one's own cannot do.
+    """Check that the spec is compatible with a task's own step.
 
     Raises:
-        SpecError: it does.
+        SpecError: it is not.
     """
     spec, names = plan.spec, ", ".join([*found.own_weights, *found.across])
     uneven = plan.micro_batches % plan.processes != 0
     if spec.model.batchnorm == "sync" and normalization.layers and uneven:
         raise SpecError(
-            f"model.batchnorm: sync with a step of the task's own needs as many micro-batches on "
-            f"each process, but {plan.micro_batches} do not divide by {plan.processes} processes. "
+            f"model.batchnorm: sync with a task's own step needs the same number of micro-batches "
+            f"on "
+            f"each process, but {plan.micro_batches} cannot be divided by {plan.processes} "
+            f"processes. "
             "Use batchnorm: micro."
         )
     if names and moving:
         raise SpecError(
             f"task.step: {names} is known only after all forward passes of a step, and the model "
-            "has buffers that move in each of them. Use Loss.each or Loss.mean without a weight, "
+            "has buffers that change in each of them. Use Loss.each or Loss.mean without a weight, "
             "or model.buffers: local."
         )
     if names and normalization.layers and spec.exactness == "bitwise":
         raise SpecError(
             f"exactness: bitwise with BatchNorm needs losses whose weight is known before the "
-            f"forward pass, and {names} come with their own. Use Loss.each, or Loss.mean without "
+            f"forward pass, but {names} have their own. Use Loss.each, or Loss.mean without "
             "a weight."
         )

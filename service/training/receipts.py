@@ -24,7 +24,7 @@ class Receipt:
     """Collects the rows of every step and writes one line per logging interval.
 
     A step's digest is the sum, modulo 2^64, of its micro-batches' digests, each over
-    (step, micro-batch, rows in order).  So it does not depend on who computed which.
+    (step, micro-batch, rows in order).  So it does not depend on which process computed which.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Receipt:
         say: Callable[[str], None] = print,
         changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """`say` tells a person where lines wait for a disk that is full; `changes` are all that
-        were made of the spec.
+        """`say` reports lines that wait because the disk is full; `changes` are all changes of
+        the spec.
 
         Raises:
             EvenstepError: the file cannot be written.
@@ -62,7 +62,7 @@ class Receipt:
         self._digest()
         steps = range(self._first, step)
         if not steps:
-            return  # all is written: an attempt that began in the test pass of a step
+            return  # all is written: the attempt began in the test of a step
         mine = torch.tensor([_signed(self._digests.get(s, 0)) for s in steps], dtype=torch.int64)
         total = self._world.sum_of_integers(mine)
         self._digests.clear()
@@ -72,7 +72,7 @@ class Receipt:
 
     def seal(self, step: int, files: Mapping[str, str]) -> None:
         """Record the SHA-256 of the tensor files of a checkpoint that is about to be published."""
-        assert self._file is not None, "the lead saves"
+        assert self._file is not None, "rank 0 saves"
         self._file.add_weights(step, files)
 
     def sync(self) -> None:

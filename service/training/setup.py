@@ -112,9 +112,9 @@ class Model:
     normalization: Normalization
     """Keeps its BatchNorm layers equal on all processes."""
     twin: nn.Module | None = None
-    """The same model a second time, sharded alike, if there is a moving average to hold."""
+    """The same model again, with the same sharding, for the moving average if there is one."""
     made_whole: str | None = None
-    """Why a model that is sharded was first made whole on each process; None if it was not."""
+    """Why a sharded model was first built in full on each process; None if it was not."""
 
 
 def build_model(plan: Plan, task: Task, world: World) -> Model:
@@ -139,29 +139,31 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     if sharded:
         twin = copy_for_average(module) if spec.model.moving_average else None
         shard(module, world, spec=spec.exchange, deferred=deferred)
-        if twin is not None:  # it gets its values from the other
+        if twin is not None:  # it gets its values from the model
             shard(twin, world, spec=spec.exchange, filled=False)
     else:
         module.to(world.device)
     bitwise = spec.exactness == "bitwise"
     normalization = prepare(module, spec.model.batchnorm, world, exchanged=bitwise)
     if spec.model.channels_last:
-        nhwc: Any = {"memory_format": torch.channels_last}  # unknown to the types of Module.to
+        nhwc: Any = {
+            "memory_format": torch.channels_last
+        }  # not in the type annotations of Module.to
         module.to(**nhwc)
     require_sparse_can_travel(module, spec, device=world.device.type, many=plan.processes > 1)
     return Model(module, normalization, twin, made_whole)
 
 
 def drawn_model(spec: Spec, task: Task) -> nn.Module:
-    """The task's model, its weights drawn from the seed."""
+    """The task's model, with its weights initialized from the seed."""
     key = randomness.key(randomness.WEIGHTS, spec.seed)
     seed_generators(key)
-    torch.manual_seed(key)  # those of the devices too
+    torch.manual_seed(key)  # also seeds the devices
     return new_model(task)
 
 
 def unit_by_unit(spec: Spec, task: Task) -> tuple[nn.Module, Deferring | None, str | None]:
-    """The same without its large weights, and what gives their values; or it, and why not."""
+    """The same without its large weights, and the object that creates them; or it, and why not."""
     try:
         module, deferred = made_deferred(lambda: drawn_model(spec, task))
     except NotDeferred as reason:
@@ -170,22 +172,22 @@ def unit_by_unit(spec: Spec, task: Task) -> tuple[nn.Module, Deferring | None, s
 
 
 def require_shardable(model: nn.Module, task: Task, spec: Spec) -> None:
-    """Check that the rows of a model can be shared out, whatever the number of processes.
+    """Check that a model can be sharded at all, whatever the number of processes.
 
     Raises:
-        SpecError: they cannot, or the task has a step of its own.
+        SpecError: it cannot, or the task has its own step.
     """
     parameters_by_unit(model, units_of(model, spec.exchange.units))
     if step_of(task) is not None:
         raise SpecError(
-            "exchange.mode: sharded does not work with a task that has a step of its own yet: "
+            "exchange.mode: sharded does not work with a task that has its own step yet: "
             "use exchange.mode: ddp."
         )
     sparse = sparse_parameters(model)
     if sparse:
         raise SpecError(
-            f"exchange.mode: sharded cannot add up sparse gradients, as those of {sparse[0]} are. "
-            "Make the embeddings with sparse=False."
+            f"exchange.mode: sharded cannot sum sparse gradients, such as those of {sparse[0]}. "
+            "Create the embeddings with sparse=False."
         )
 
 
@@ -200,10 +202,10 @@ class Optimization:
 
 
 def build_optimizer(model: Model, plan: Plan, task: Task) -> Optimization:
-    """The optimizer over the spec's parameter groups, and what sets its learning rates.
+    """The optimizer over the spec's parameter groups, and the schedule of its learning rates.
 
     Raises:
-        SpecError: the spec names a part that this model or this optimizer does not have.
+        SpecError: the spec refers to something that this model or optimizer does not have.
     """
     spec = plan.spec
     if not spec.model.compile:
@@ -220,9 +222,9 @@ class Rehearsal:
     """The result of the dry run before the first step."""
 
     each: Sequence[Rehearsed]
-    """Of each optimizer that has turns of its own; one where there is one."""
+    """One for each optimizer that has turns; a single one otherwise."""
     found: FirstPass
-    """Of all of them together."""
+    """All of them together."""
     buffers: Buffers | None
     """Buffers that change in training, except BatchNorm's; None if there are none."""
 
@@ -308,10 +310,10 @@ def build_state(model: Model, optimization: Optimization, plan: Plan, world: Wor
 
 @dataclass(frozen=True)
 class Exchange:
-    """How the gradients of an optimizer are summed, and what its dry run has found."""
+    """The gradient synchronization of an optimizer, and the result of its dry run."""
 
     turn: str | None
-    """Its name, where there are several."""
+    """Its name, if there are several."""
     sync: GradientSync
     found: FirstPass
 
@@ -327,16 +329,16 @@ def build_exchanges(
 ) -> tuple[Sequence[Exchange], Stopwatch]:
     """The compiled and wrapped model for training, and the stopwatch of its passes.
 
-    Of several optimizers each has a wrapper of its own, over the parameters that it trains: in its
-    turn no process waits for gradients that do not come.
+    With several optimizers each has its own wrapper, over the parameters that it trains: in its
+    turn no process waits for gradients that are not computed.
 
     Args:
-        called: the model, or it within the task's own step.
+        called: the model, or the model within the task's own step.
 
     Raises:
         SpecError: torch cannot compile it.
     """
-    if plan.spec.model.compile:  # within what wraps it, which then exchanges while it computes
+    if plan.spec.model.compile:  # inside the wrapper, which can then overlap the exchange
         compile_in_place(state.model, telling=world.is_lead)
         if state.average is not None:
             compile_in_place(state.average.model, telling=False)
@@ -411,7 +413,7 @@ class Prepared:
     rows: Rows
     state: TrainState
     exchanges: Sequence[Exchange]
-    """One for each of several optimizers."""
+    """One for each optimizer, if there are several."""
     updates: Updates
     throughput: Throughput
     stragglers: StragglerDetector
@@ -434,7 +436,7 @@ def prepare_training(
     rows = bring_rows(plan, task, world)
     model = build_model(plan, task, world)
     if model.made_whole is not None:
-        say(f"Each process makes the whole model before it keeps its rows: {model.made_whole}.")
+        say(f"Each process builds the whole model before it keeps its rows: {model.made_whole}.")
     optimization = build_optimizer(model, plan, task)
     optimizer = optimization.optimizer
     rehearsal = rehearse(model, rows, optimizer, plan=plan, task=task, world=world)

@@ -1,4 +1,4 @@
-"""The train loop. No rank appears in it: `world` is all processes as one."""
+"""The train loop. It contains no ranks: `world` is all processes as one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from service.training.train_step import TrainStep
 def train(
     state: TrainState, steps: Iterable[Step], *, training: TrainStep, after: AfterStep
 ) -> dict[str, float]:
-    """Take optimizer steps until `steps` ends or some process is asked to stop.
+    """Take optimizer steps until `steps` ends or a process is asked to stop.
 
     Returns:
-        What the last step measured.  `state.step` says whether the run is finished.
+        The values of the last step.  `state.step` shows whether the run is finished.
     Raises:
-        Diverged: a loss or a gradient is not finite, and may not be.
+        Diverged: a loss or a gradient is not finite and must be.
     """
     plan, heartbeat = training.plan, training.heartbeat
     training.exchange.model.train()
     if after.poll.agreed(state.step, after.stop.requested) or after.begin(state):
         return {}
     values: dict[str, float] = {}
-    if state.untested is not None:  # the last attempt stopped in the test pass of its last step
+    if state.untested is not None:  # the last attempt stopped in the test of its last step
         values = state.untested
         if after.conclude(state, values):
             return values
@@ -40,8 +40,8 @@ def train(
             heartbeat.enter("data", state.step)
             continue
 
-        # The plan and the step are equal on every process, so all of them take the branches
-        # below together: a collective in one is a collective in all.
+        # The plan and the step are equal on every process, so all of them take the same branches
+        # below: a collective in one is a collective in all.
         values = after.measured(state)
         if after.conclude(state, values):
             break

@@ -30,13 +30,13 @@ class TrainStep:
     """The parts that every optimizer step of a run uses."""
 
     weighs: ClassVar[bool] = True
-    """Whether losses are sums that the weight of the step divides; otherwise they are divided."""
+    """Whether losses are sums, divided by the weight of the step; otherwise they are divided."""
 
     task: Task
     world: World
     plan: Plan
     exchange: GradientSync
-    """The model for training, and how its gradients are summed."""
+    """The model for training, and its gradient synchronization."""
     updates: Updates
     receipt: Receipt
     """The receipt, which records the rows of each step."""
@@ -84,13 +84,13 @@ class TrainStep:
     def _closure(
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor]
     ) -> Callable[[], Tensor]:
-        """The closure that gives an optimizer loss and gradients at each point that it tries.
+        """The closure that returns loss and gradients at each point that an optimizer evaluates.
 
-        LBFGS asks first at the current weights, whose loss and gradients are known; others may have
-        moved the weights before they ask.  At every other point the same micro-batches are
+        LBFGS first evaluates the current weights, whose loss and gradients are known; others may
+        change the weights first.  At every other point the same micro-batches are
         computed with the same random numbers, and the buffers that a forward pass changes
         (BatchNorm's statistics) keep the values of the first one.  Loss and gradients are sums over
-        all processes, so each process decides the same.
+        all processes, so each process makes the same decisions.
         """
         known = [losses] if asks_before_it_moves(state.optimizer) else []
 
@@ -122,7 +122,7 @@ def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> 
     if summed is not None and batch.weight is None:
         total: Tensor = summed(outputs, batch.targets)
         return total
-    # A task without a loss has a step of its own, which is taken elsewhere.
+    # A task without a loss has its own step, which is handled elsewhere.
     losses: Tensor = task.loss(outputs, batch.targets)  # type: ignore[attr-defined]  # [B] or [B, T]
     require_loss_shape(losses, batch)
     return losses.sum() if batch.weight is None else (losses * batch.weight).sum()

@@ -87,7 +87,7 @@ def run(
         Stopped: a stop was requested, and the state is saved.
         EvenstepError: it cannot continue; `exit_code` gives the kind of failure.
     """
-    assert plan.spec.batch.micro_batch != "auto", "settle it first: the run's spec holds the number"
+    assert plan.spec.batch.micro_batch != "auto", "settle it first: the run's spec has the number"
     heartbeat, say = observed(heartbeat, world), LeadOutput(speaks=world.is_lead)
     require_possible(plan, task)
     prepared = prepare_training(plan, task, world, heartbeat=heartbeat, say=say)
@@ -118,7 +118,7 @@ def require_possible(plan: Plan, task: Task) -> None:
 
 
 def observed(heartbeat: Heartbeat | None, world: World) -> Heartbeat:
-    """The heartbeat of this process, with what it records of collectives and the device."""
+    """The heartbeat of this process, which also records collectives and the device."""
     heartbeat = heartbeat or Heartbeat(rank=world.index)
     heartbeat.trace, heartbeat.device_waits = world.trace, world.device.type != "cpu"
     return heartbeat
@@ -130,7 +130,7 @@ def restore(
     """Restore the newest valid checkpoint, and report its step.
 
     Args:
-        first: what the model begins with where there is no checkpoint yet.
+        first: the initial weights if there is no checkpoint yet.
     Raises:
         EvenstepError: there are checkpoints, but none can be read; on every process.
     """
@@ -161,12 +161,12 @@ def begin_with(first: InitialWeights | None, state: TrainState, attempt: Attempt
 
 
 def take_changes(state: TrainState, asked: Options, attempt: Attempt) -> None:
-    """Let the restored state follow what a person changed of the spec, and tell what that means.
+    """Apply the user's changes of the spec to the restored state, and report their effect.
 
     Args:
-        asked: the options of the optimizer's groups, as the spec has them.
+        asked: the options of the optimizer's groups according to the spec.
     Raises:
-        SpecError: it cannot follow, or no step would be left to take; on every process.
+        SpecError: the state does not support a change, or no step would be left; on every process.
     """
     plan, world, opened = attempt.plan, attempt.world, attempt.opened
     since = world.from_lead(changes_since(opened, state.step))
@@ -368,7 +368,7 @@ def test_run(
     Args:
         checkpoint: `latest`, `best`, or a step.
         predictions: the file for the predictions of each row.
-        data: the test set, where the task has several; None for all of them.
+        data: the test set, if the task has several; None for all of them.
     Raises:
         SpecError: there is no such checkpoint, or it belongs to another model.
         NoCheckpoint: it is damaged.
@@ -387,7 +387,7 @@ def test_run(
         return test_each(model, sets, task=task, plan=plan, world=world, step=chosen.step)
     if len(sets) > 1:
         names = " or ".join(part.name for part in sets)
-        raise SpecError(f"--predictions: of which test set? Add --data {names}.")
+        raise SpecError(f"--predictions: the task has several test sets. Add --data {names}.")
     [part] = sets
     plan = replace(plan, test_rows=part.rows)
     kept = Predictions(predictions, task=task, rows=part.rows, world=world)
