@@ -84,5 +84,5 @@ def test_what_cannot_be_exported_is_one_sentence(run):
     wider = evenstep("export", "lora", *words[:-1], "task=./wider.py:task", cwd=run)
     assert wider.returncode == 64
     assert "does not say how" in wider.stderr
-    assert "does not say how. Give the task merged=" in without.stderr
+    assert "has no function for it. Give the task merged=" in without.stderr
     assert not (run / "a.safetensors").exists()

@@ -770,7 +770,7 @@ def test_weights_of_another_model_are_refused(tmp_path, alone):
     weights = load_file(place / MODEL)
     save_file({**weights, "scale": torch.zeros(2)}, place / MODEL)
     reseal(place)
-    with pytest.raises(SpecError, match=r"of another model: scale \(2,\) instead of \(\)"):
+    with pytest.raises(SpecError, match=r"belongs to another model: scale \(2,\) instead of \(\)"):
         checkpoints(tmp_path, alone).restore(new_state())
 
 
@@ -827,7 +827,7 @@ def test_tied_weights_are_exported_under_both_names(tmp_path, alone):
     [
         (["-o", "there.safetensors"], "there.safetensors exists"),
         (["-o", "w.pt"], "must end in .safetensors"),
-        (["-o", "w"], "a directory is for a model of transformers, and that of"),
+        (["-o", "w"], "a directory is for a transformers model, and the model of"),
         (["-o", "no/w.safetensors"], "cannot be written: No such file"),
         (["-o", "w.safetensors", "--checkpoint", "7"], "there is no '7'; there are best, latest"),
         (["-o", "w.safetensors", "--checkpoint", "../step-00000020"], "there is no '../step"),

@@ -97,7 +97,7 @@ def test_a_wrong_source_is_reported_before_anything_is_written(place):
     (place / "wrong.yaml").write_text(dump_spec(spec))
     told = evenstep("run", "wrong.yaml", "task_args={classes: 7}", cwd=place)
     assert told.returncode == 64
-    assert "head.weight [3, 5] there and [7, 5] here" in told.stderr
+    assert "head.weight [3, 5] in the source and [7, 5] in the model" in told.stderr
     assert not (place / "runs/wrong").exists()
 
 
@@ -105,7 +105,7 @@ def test_check_shows_what_is_taken_and_what_does_not_fit(place):
     world = alone()
     spec = load_spec(job("x", init={"from": str(place / "first.safetensors")}))
     found = dict(checked(spec, world=world))
-    assert found["init"].endswith("first.safetensors: 9 tensors taken.")
+    assert found["init"].endswith("first.safetensors: 9 tensors loaded.")
     other = load_spec(job("x", init={"from": "first"}, task_args={"classes": 7}))
     with pytest.raises(SpecError, match="There is no run first"):
         list(checked(other, world=world))
@@ -175,7 +175,11 @@ def test_a_directory_of_transformers_is_read_whole_or_in_parts(place, tmp_path):
 @pytest.mark.parametrize(
     ("classes", "init", "told"),
     [
-        (7, {}, r"does not fit the model: head.bias \[3\] there and \[7\] here; head.weight"),
+        (
+            7,
+            {},
+            r"does not match the model: head.bias \[3\] in the source and \[7\] in the model;",
+        ),
         (
             3,
             {"skip": ["haed.*"]},
@@ -184,7 +188,7 @@ def test_a_directory_of_transformers_is_read_whole_or_in_parts(place, tmp_path):
         (
             3,
             {"rename": {"head": "hat"}},
-            r"has head.weight, head.bias besides, and the model",
+            r"the model also has head.weight, head.bias, and the model",
         ),
         (3, {"rename": {".": "x"}, "strict": False}, r"has no tensor of this model. It has x.base"),
     ],
@@ -204,7 +208,7 @@ def test_what_is_not_a_source_of_weights_is_reported(place, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     for source, told in (
         (tmp_path / "none.safetensors", "init.from: there is no file"),
-        (tmp_path / "weights.bin", "Files of pickles .* are not read: save them as safetensors"),
+        (tmp_path / "weights.bin", "Pickle files .* are not read: save them as safetensors"),
         (tmp_path / "nothing", "There is no run"),
         (tmp_path, "is not a .safetensors file, a run, or a directory of"),
     ):

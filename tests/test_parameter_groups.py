@@ -282,5 +282,7 @@ def test_a_parameter_that_is_missing_is_reported(alone, tmp_path):
     model = nn.Sequential(nn.Linear(5, 4)).double()
     optimizer = torch.optim.Adam(model.parameters())
     rate = multiplier(load_spec(spec).schedule, Length(10))
-    with pytest.raises(SpecError, match=r"of another model: it lacks \['0.bias', '0.weight'\]"):
+    with pytest.raises(
+        SpecError, match=r"belongs to another model: it lacks \['0.bias', '0.weight'\]"
+    ):
         load(step, TrainState(model, optimizer, Schedule(optimizer, rate)))

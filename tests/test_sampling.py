@@ -170,7 +170,7 @@ def test_a_run_is_not_continued_with_other_weights(tmp_path, monkeypatch):
     spec = job("task", task_args={"kind": "weighted"})
     train_in_process(alone(), spec, tmp_path, 5)
     monkeypatch.setenv("SAMPLED", "lighter")  # as if what the task reads had changed
-    with pytest.raises(SpecError, match=r"task\.sampling chose in another way"):
+    with pytest.raises(SpecError, match=r"task\.sampling chose differently"):
         train_in_process(alone(), spec, tmp_path)
 
 

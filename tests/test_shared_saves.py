@@ -511,7 +511,7 @@ def test_what_is_not_finite_on_one_process_is_not_saved(
 def test_a_process_with_another_model_is_named(tmp_path, processes):
     for told in processes(2).run(save_while_one_cannot, tmp_path, 1, "stop", True, "more"):
         assert told[1] == "WillFailAgain"
-        assert "Process 1 holds other tensors than process 0" in told[2]
+        assert "Process 1 has other tensors than process 0" in told[2]
     assert [c.step for c in checkpoints_in(tmp_path)] == [1]
 
 

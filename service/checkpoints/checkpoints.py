@@ -1,10 +1,10 @@
 """Saves and restores the checkpoints of a run, by all processes together.
 
-The training thread copies the state into a kept buffer and goes on; a thread beside it writes,
-syncs and publishes.  It is a thread and not a process, for it dies with the process whose state it
-writes; writing, hashing and syncing leave the interpreter alone.  A large state is shared: each
-process of the lead's node copies and writes its parts of the files, and the lead, told of all
-parts that they are on disk, makes a checkpoint of them.
+The training thread copies the state into a reused buffer and continues; a background thread writes,
+syncs and publishes it.  It is a thread and not a process, so it ends with the process whose state
+it writes; writing, hashing and syncing do not hold the interpreter's lock.  A large state is
+shared: each process of rank 0's node copies and writes its parts of the files, and rank 0 publishes
+the checkpoint after all parts are on disk.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ from service.spec.models import CheckpointSpec
 
 
 class Record(Protocol):
-    """A file with rows of each step that must be on disk before a checkpoint is."""
+    """A file with rows of each step that must be on disk before a checkpoint is published."""
 
     def sync(self) -> None:
         """Return when all rows written so far are on disk."""
@@ -117,18 +117,22 @@ class _Job:
 
     @property
     def is_shared(self) -> bool:
+        """Whether several processes write this save."""
         return isinstance(self.content, Shard)
 
     @property
     def step(self) -> int:
+        """Optimizer steps finished."""
         return int(self.rest["step"])
 
     @property
     def untested(self) -> bool:
+        """Whether the test of this step was abandoned."""
         return self.rest["untested"] is not None
 
     @property
     def best(self) -> int | None:
+        """The step of the best measure."""
         return next(iter(self.bests), None)
 
     @property
@@ -251,7 +255,7 @@ class Checkpoints:
         return values
 
     def _know(self, state: TrainState) -> None:
-        """Where each process holds some rows only, all of them write."""
+        """If each process has only some rows, all processes write."""
         if not self._by_rows and holds_rows(state.model):
             self._by_rows = True
 
@@ -461,10 +465,10 @@ class Checkpoints:
     def _together(
         self, job: _Job, shard: Shard, act: Callable[[], dict[Part, str]]
     ) -> dict[Part, str]:
-        """What `act` gives on each process that writes, taken together.
+        """The combined results of `act` on each process that writes.
 
         Raises:
-            EvenstepError: it failed on one of them; the first one's words.
+            EvenstepError: it failed on one of them; with the message of the first.
         """
         own: dict[Part, str] = {}
         failed: EvenstepError | None = None
@@ -491,7 +495,7 @@ class Checkpoints:
                 raise failed
             if layout != shard.layout:
                 raise WillFailAgain(
-                    f"Process {index} holds other tensors than process {self._world.index}: their "
+                    f"Process {index} has other tensors than process {self._world.index}: their "
                     "names, types or shapes differ, so the state is not saved. Make the model and "
                     "its optimizer the same on every process."
                 )
@@ -499,7 +503,7 @@ class Checkpoints:
         return digests
 
     def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
-        """Nothing, when the rows that this process holds are on disk."""
+        """Returns an empty result when the rows of this process are on disk."""
         if not self._world.is_lead:  # rank 0 has checked before it created the directory
             _require_fit(job, shard)
         pieces = shard.pieces(with_heads=self._world.is_lead)
@@ -645,7 +649,7 @@ class Checkpoints:
                 return checkpoint
             self._say(
                 f"WARNING: checkpoint {checkpoint.path} is damaged: {damage}. It is not used; "
-                "trying the one before."
+                "trying the previous one."
             )
             damaged.append(checkpoint)
         if found:
@@ -661,12 +665,12 @@ class Checkpoints:
         if before is not None and now is not None and before != now:
             raise SpecError(
                 f"{checkpoint.path} was trained on {before} rows, and the data set now has {now}. "
-                "Give it the data it began with, or start over with --fresh."
+                "Use the original data, or start over with --fresh."
             )
         if "sampling" in manifest and manifest["sampling"] != self._facts.get("sampling"):
             raise SpecError(
-                f"{checkpoint.path} was trained on rows that task.sampling chose in another way, "
-                "for example by other weights. Give it the sampling it began with, or start over "
+                f"{checkpoint.path} was trained with rows that task.sampling chose differently, "
+                "for example with other weights. Use the original sampling, or start over "
                 "with --fresh."
             )
 
@@ -674,8 +678,8 @@ class Checkpoints:
         chosen = Checkpoint(self._directory / name, step)
         if read_manifest(chosen)["sha256"] != sha256:
             raise NoCheckpoint(
-                f"Process {self._world.index} finds another checkpoint in {chosen.path} than the "
-                "first process does. Give all of them the same storage."
+                f"Process {self._world.index} finds another checkpoint in {chosen.path} than "
+                "rank 0. Give all processes the same storage."
             )
         load(chosen.path, state, index=self._world.index, rename=self._rename)
 
@@ -688,9 +692,9 @@ def _writer_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
 def _begin_writing(device: torch.device) -> None:
     """Prepare a new writer thread: it uses this device, and one thread for computing.
 
-    Otherwise its first operation on a large tensor starts more OpenMP threads beside those that
-    train.  libgomp then counts more threads than cores, and all of them sleep as soon as they
-    wait: training on two threads became slower than on one.
+    Otherwise its first operation on a large tensor starts more OpenMP threads next to those that
+    train.  Then libgomp counts more threads than cores, and all of them sleep as soon as they
+    wait: training with two threads became slower than with one.
     """
     use(device)
     torch.set_num_threads(1)
@@ -713,7 +717,7 @@ def _not_saved(step: int, directory: Path, error: OSError) -> EvenstepError:
     """The message for an error of the operating system."""
     where = ""
     if error.filename is not None and directory not in Path(error.filename).parents:
-        where = f"{error.filename}, which belongs to it: "  # a record of the steps before it
+        where = f"{error.filename}, which belongs to it: "  # a file with the rows of its steps
     return kind_of(error)(
         f"The checkpoint of step {step} could not be written to {directory}: "
         f"{where}{in_the_way(error)}. Earlier ones are unchanged."

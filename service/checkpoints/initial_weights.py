@@ -1,4 +1,4 @@
-"""The weights that a run begins with, where the spec's `init` names them."""
+"""The initial weights of a run, if the spec's `init` names a source."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a model takes from somewhere else, and what it does not."""
+    """The weights that a model loads from another source, and those that it does not load."""
 
     source: str
-    """Where they come from, for a person."""
+    """The source, as text for the user."""
     taken: Mapping[str, Tensor]
     """By the model's own names."""
     new: Sequence[str]
-    """Names of the model that keep the weights drawn from the seed."""
+    """Names in the model whose weights are initialized from the seed."""
     left: Sequence[str]
-    """Names of the source, renamed, that the model does not take."""
+    """Names in the source, renamed, that the model does not load."""
 
     def apply(self, model: nn.Module) -> None:
-        """Put them into the model, or into a copy of it."""
+        """Load them into the model, or into a copy of it."""
         own = model.state_dict()
         with torch.no_grad():
             for name, tensor in self.taken.items():
                 own[name].copy_(tensor)
 
     def in_words(self) -> str:
-        """One line for a person."""
-        told = f"Initial weights from {self.source}: {len(self.taken)} tensors taken"
+        """One line for the user."""
+        told = f"Initial weights from {self.source}: {len(self.taken)} tensors loaded"
         told += f", new {_some(self.new)}" if self.new else ""
-        return told + (f", not taken {_some(self.left)}" if self.left else "") + "."
+        return told + (f", ignored {_some(self.left)}" if self.left else "") + "."
 
     def table(self) -> list[tuple[str, str, str]]:
-        """What was taken, made new and left: how many tensors, and their names."""
+        """The loaded, new and ignored tensors: their number and their names."""
         rows = [("taken", list(self.taken)), ("new", self.new), ("not taken", self.left)]
         return [
             ("initial weights", "tensors", f"from {self.source}"),
@@ -63,10 +63,10 @@ class InitialWeights:
 
 
 def initial_weights(init: InitSpec, model: nn.Module) -> InitialWeights:
-    """What `model` takes from where `init` says.
+    """The weights for `model` from the source in `init`.
 
     Raises:
-        SpecError: there is nothing there, or it does not fit and that is not allowed for.
+        SpecError: the source does not exist, or does not match and `init` does not allow this.
         NoCheckpoint: a checkpoint is damaged.
     """
     source, found = _read(init)
@@ -81,14 +81,14 @@ def initial_weights(init: InitSpec, model: nn.Module) -> InitialWeights:
     _require_patterns(init.skip, [*own, *given])
     wanted = {name: tensor for name, tensor in given.items() if not _skipped(name, init.skip)}
     shapes = [
-        f"{name} {list(wanted[name].shape)} there and {list(own[name].shape)} here"
+        f"{name} {list(wanted[name].shape)} in the source and {list(own[name].shape)} in the model"
         for name in own.keys() & wanted.keys()
         if wanted[name].shape != own[name].shape
     ]
     if shapes and init.strict:
         raise SpecError(
-            f"init: {source} does not fit the model: {'; '.join(sorted(shapes)[:_MOST_NAMES])}. "
-            "To draw these from the seed, name them in init.skip, or allow it by init.strict: "
+            f"init: {source} does not match the model: {'; '.join(sorted(shapes)[:_MOST_NAMES])}. "
+            "To initialize these from the seed, name them in init.skip, or set init.strict: "
             "false."
         )
     taken = {
@@ -112,12 +112,12 @@ def initial_weights(init: InitSpec, model: nn.Module) -> InitialWeights:
 def settled_weights(
     spec: Spec, model: nn.Module, world: World, *, runs: Path, fresh: bool
 ) -> InitialWeights | None:
-    """The initial weights of a run that has no checkpoint yet, the same on every process.
+    """The initial weights of a run without a checkpoint, the same on every process.
 
-    A run that has one continues from it, and the source of its first weights may be gone.
+    A run with a checkpoint continues from it, and the source may have been deleted.
 
     Raises:
-        EvenstepError: see `initial_weights`; or processes find other weights; on every process.
+        EvenstepError: see `initial_weights`; or processes find different weights; on every process.
     """
     if spec.init is None:
         return None
@@ -131,7 +131,7 @@ def settled_weights(
     except EvenstepError as error:
         failed = error
     world.fail_together(failed)
-    assert found is not None, "it has failed together"
+    assert found is not None, "all processes have failed together"
     if world.processes == 1:
         return found
     digests = world.gather(_digest(found.taken))
@@ -139,7 +139,7 @@ def settled_weights(
         other = next(index for index, digest in enumerate(digests) if digest != digests[0])
         raise SpecError(
             f"init: process {other} finds other weights in {found.source} than process 0. "
-            "Give all of them the same files."
+            "Give all processes the same files."
         )
     return found
 
@@ -152,11 +152,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-# ---- where they come from
+# ---- the source
 
 
 def _read(init: InitSpec) -> tuple[str, dict[str, Tensor]]:
-    """The source for a person, and its tensors by the names that they have there."""
+    """The source, as text for the user, and its tensors by their names in the source."""
     place = Path(init.source).expanduser()
     if place.suffix == ".safetensors":
         return str(place), _tensors(place)
@@ -167,8 +167,8 @@ def _read(init: InitSpec) -> tuple[str, dict[str, Tensor]]:
             return str(place), _tensors(place / _WHOLE)
         if place.is_file() or (place.is_dir() and not is_there(place / "run.json")):
             raise SpecError(
-                f"init.from: {place} is not a .safetensors file, a run, or a directory of "
-                f"transformers with {_WHOLE}. Files of pickles (.bin, .pt) are not read: "
+                f"init.from: {place} is not a .safetensors file, a run, or a directory of a "
+                f"transformers model with {_WHOLE}. Pickle files (.bin, .pt) are not read: "
                 "save them as safetensors."
             )
     run = find_run(place)
@@ -179,7 +179,7 @@ def _read(init: InitSpec) -> tuple[str, dict[str, Tensor]]:
 
 
 def _sharded(directory: Path) -> dict[str, Tensor]:
-    """The tensors of the files that an index of transformers names."""
+    """The tensors of the files in an index of a transformers model."""
     index = directory / _SHARDED
     try:
         told = read_json(index, at_most=_INDEX_BYTES)
@@ -200,7 +200,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise SpecError(f"init.from: {path} cannot be read: {error}.") from error
 
 
-# ---- what fits
+# ---- what matches
 
 
 def _skipped(name: str, patterns: Sequence[str]) -> bool:
@@ -217,7 +217,7 @@ def _require_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _is_tied_to(taken: Mapping[str, Tensor], name: str, model: nn.Module) -> bool:
-    """Whether it is the same tensor as one that is taken."""
+    """Whether it is the same tensor as a loaded one."""
     _, aliases = weights_of(model)
     first = aliases.get(name, name)
     return first in taken or any(aliases.get(other) == first for other in taken)
@@ -228,14 +228,14 @@ def _require_all(source: str, new: list[str], left: list[str], init: InitSpec) -
     left = [name for name in left if not _skipped(name, init.skip)]
     if not (new or left):
         return
-    told = [f"the model has {_some(new)} besides"] if new else []
+    told = [f"the model also has {_some(new)}"] if new else []
     told += [f"the model lacks {_some(left)}"] if left else []
     rename = ""
     if new and left:
-        rename = f", rename by init.rename={{{json.dumps(left[0])}: {json.dumps(new[0])}}}"
+        rename = f", or rename with init.rename={{{json.dumps(left[0])}: {json.dumps(new[0])}}}"
     raise SpecError(
         f"init: {source} does not match the model: {', and '.join(told)}. Name in init.skip what "
-        f"to leave out{rename}, or load only what fits by init.strict: false."
+        f"to leave out{rename}, or set init.strict: false to load only what matches."
     )
 
 

@@ -1,4 +1,4 @@
-"""Exports what only the task's model can write: a directory of transformers, merged adapters."""
+"""Exports that need the task's model: a directory of a transformers model, merged adapters."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def export_pretrained(
     average: bool = False,
     merged: bool = False,
 ) -> str:
-    """Write configuration and weights, all of it or nothing; the name of the model's class.
+    """Write configuration and weights, completely or not at all; return the model's class name.
 
-    transformers writes them itself: it knows how the weights of each of its models are called.
+    transformers writes them itself: it knows the names of the weights of each of its models.
 
     Args:
         average: the moving average of the weights instead of the latest.
-        merged: what the task's `merged` makes of the model.
+        merged: export the result of the task's `merged`.
     Raises:
-        SpecError: the job's model is none of transformers, or the directory cannot be written.
+        SpecError: the job's model is not a transformers model, or the directory cannot be written.
         NoCheckpoint: the checkpoint cannot be read.
     """
     require_new(directory)
@@ -57,7 +57,7 @@ def export_pretrained(
 
 
 def export_merged(checkpoint: Checkpoint, file: Path, *, spec: Spec, average: bool = False) -> int:
-    """Write the weights of what the task's `merged` makes of the model; returns their bytes.
+    """Write the weights of the result of the task's `merged`; return their bytes.
 
     Raises:
         SpecError: the task has no `merged`, or the file cannot be written.
@@ -77,16 +77,16 @@ def export_merged(checkpoint: Checkpoint, file: Path, *, spec: Spec, average: bo
 
 
 def _merging(task: Task, spec: Spec) -> Callable[[nn.Module], nn.Module]:
-    """The task's `merged`, with what it raises and gives checked.
+    """The task's `merged`, with checks of its errors and its result.
 
     Raises:
-        SpecError: it has none.
+        SpecError: the task has none.
     """
     merged = getattr(task, "merged", None)
     if merged is None:
         raise SpecError(
-            f"--merged: {spec.task} does not say how. Give the task merged=..., a function of "
-            "the trained model that gives the one to export."
+            f"--merged: {spec.task} has no function for it. Give the task merged=..., a function "
+            "that gets the trained model and returns the model to export."
         )
 
     def merge(model: nn.Module) -> nn.Module:
@@ -94,7 +94,7 @@ def _merging(task: Task, spec: Spec) -> Callable[[nn.Module], nn.Module]:
             made: object = merged(model)
         if not isinstance(made, nn.Module):
             raise SpecError(
-                f"task.merged: must give an nn.Module, but gave a {type(made).__name__}."
+                f"task.merged: must return an nn.Module, but returned a {type(made).__name__}."
             )
         return made
 
@@ -102,14 +102,14 @@ def _merging(task: Task, spec: Spec) -> Callable[[nn.Module], nn.Module]:
 
 
 def _of_transformers(model: nn.Module, spec: Spec) -> Any:
-    """The model, or the only one of transformers that it holds."""
+    """The model, or the only transformers model in it."""
     found = [module for module in model.modules() if hasattr(module, "save_pretrained")]
     inner = {id(part) for module in found for part in module.modules() if part is not module}
     outermost = [module for module in found if id(module) not in inner]
     if len(outermost) != 1:
-        holds = f"holds {len(outermost)} of them" if outermost else "is none"
+        holds = f"contains {len(outermost)} of them" if outermost else "is not one"
         raise SpecError(
-            f"-o: a directory is for a model of transformers, and that of {spec.task} {holds}. "
-            "Name a file that ends in .safetensors."
+            f"-o: a directory is for a transformers model, and the model of {spec.task} {holds}. "
+            "Use a file name that ends in .safetensors."
         )
     return outermost[0]

@@ -1,8 +1,8 @@
-"""The shards of a checkpoint: which process writes which bytes, and the buffer they come from.
+"""The shards of a checkpoint: which process writes which bytes, and the buffer for them.
 
-Where every process holds the same state, each can write any part of a checkpoint's files.  Buffers
-are the lead's all the same: a task may change its own by the rows that a process has seen.  Where
-parameters are sharded, each process writes the rows that it holds to where they go in the same
+If every process has the same state, each can write any part of a checkpoint's files.  Buffers
+are still those of rank 0: a task may change its own depending on the rows of a process.  If
+parameters are sharded, each process writes its own rows to their positions in the same
 files.
 """
 
@@ -25,7 +25,7 @@ from service.distributed.devices import Arrival, copies_late, moment
 from service.runs.checkpoint_files import OPTIMIZER, header
 from service.sharding.sharding import first_row, is_sharded, own_rows, writes_rows
 
-# Of a share.  Measured: two processes write 120 MiB no sooner than one does, 1,140 MiB much sooner.
+# Of a share.  Measured: two processes write 120 MiB no faster than one, 1,140 MiB much faster.
 _LEAST_PARTS = 4
 
 
@@ -34,13 +34,13 @@ class Segment(NamedTuple):
 
     name: str
     begin: int
-    """Where in the file they begin."""
+    """The offset of its first byte in the file."""
     end: int
     numbers: Tensor
     """The tensor in its shape, or a piece of it: [numbers]."""
 
     def cut(self, begin: int, end: int) -> Segment:
-        """The part of it between these bytes of the file, which are limits of numbers."""
+        """The part of it between these bytes of the file, which must be boundaries of numbers."""
         if begin <= self.begin and self.end <= end:
             return self
         begin, end = max(begin, self.begin), min(end, self.end)
@@ -58,15 +58,15 @@ class Shard:
     heads: dict[str, bytes]
     """The header of each file."""
     stretches: dict[str, list[Segment]]
-    """By file, in order, the numbers in these parts."""
+    """The numbers in these parts, by file, in order."""
     rest: dict[str, Any]
     trained: frozenset[str]
     by_rows: bool = False
-    """The stretches are the rows that this process holds, and end anywhere within a part: all of
-    them are written, and then the parts are hashed as they lie on disk."""
+    """The segments are the rows of this process, and may end inside a part: all of
+    them are written, and then the parts are hashed on disk."""
 
     def pieces(self, *, with_heads: bool) -> Iterator[tuple[str, int, Iterator[memoryview]]]:
-        """(file, where it goes, its bytes) of each stretch in order, and of the heads."""
+        """(file, offset, bytes) of each segment in order, and of the headers."""
         for file, head in self.heads.items() if with_heads else ():
             yield file, 0, iter([memoryview(head)])
         for file, stretches in self.stretches.items():
@@ -87,11 +87,12 @@ class Shard:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all parts."""
         return sum(s.end - s.begin for of_file in self.stretches.values() for s in of_file)
 
     @property
     def layout(self) -> str:
-        """Equal where two processes mean the same tensors by the same parts."""
+        """Equal if two processes have the same tensors in the same parts."""
         return hashlib.sha256(b"".join(self.heads.values())).hexdigest()
 
 
@@ -101,11 +102,11 @@ class ShardLayout:
     def __init__(
         self, content: Content, *, processes: int, streams: int = 1, part_bytes: int
     ) -> None:
-        """Shares for each process; fewer where the state is small.
+        """Shares for each process; fewer if the state is small.
 
         Args:
-            streams: so many shares each process writes side by side.
-            part_bytes: a multiple of 8, so that none ends within a number.
+            streams: the number of shares that each process writes in parallel.
+            part_bytes: a multiple of 8, so that no part ends inside a number.
         """
         self._content = content
         self._processes = processes
@@ -145,10 +146,10 @@ class ShardLayout:
 
 
 def shard_by_rows(content: Content, *, index: int, processes: int, part_bytes: int) -> Shard:
-    """What the process of that number writes of a content of which each holds some rows.
+    """The part of the content that process `index` writes, if each has only some rows.
 
-    Rows follow each other in a file, so they are one range of its bytes.  What is not sharded, such
-    as buffers and the optimizer's counters, is the lead's to write.
+    Rows are consecutive in a file, so they are one range of its bytes.  What is not sharded, such
+    as buffers and the optimizer's counters, is written by rank 0.
     """
     heads = {file: header(content.entries(file)) for file in content.tensors}
     stretches: dict[str, list[Segment]] = {}
@@ -187,7 +188,7 @@ def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Segment]:
 
 
 def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
-    """By file, from where to where there are parts without a gap."""
+    """By file, the ranges in which parts follow each other without a gap."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for file, begin, end in sorted(parts):
         of_file = spans.setdefault(file, [])
@@ -209,14 +210,14 @@ class Snapshot:
 
     def reserve(self, size_bytes: int) -> None:
         """Allocate memory for tensors of this size, and touch all of it."""
-        size_bytes += 1024  # the numbers of a file are aligned to their width
+        size_bytes += 1024  # the numbers in a file are aligned to their width
         if self._buffer.numel() < size_bytes:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # released before more is allocated
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffer.zero_()
 
     def whole(self, content: Content) -> tuple[Content, Arrival | None]:
-        """A copy of the content in the buffer, valid until the next one; and what to wait for."""
+        """A copy of the content in the buffer, valid until the next one; and the event to await."""
         every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
         copies, arrived = self._copies(every)
         held = {
@@ -254,10 +255,10 @@ class Snapshot:
 def require_finite(shard: Shard) -> None:
     """Check the content before it is published.
 
-    A buffer may hold infinities, as masks do; what is trained, and the optimizer's state, not.
+    A buffer may contain infinities, as masks do; trained values and the optimizer's state may not.
 
     Raises:
-        Diverged: names what is not finite.
+        Diverged: names the value that is not finite.
     """
     for file, stretches in shard.stretches.items():
         for stretch in stretches:
@@ -295,6 +296,6 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:
-        tensor = tensor.float()  # torch has no aminmax for eight bits
-    low, high = torch.aminmax(tensor)  # both are nan where any number is
+        tensor = tensor.float()  # torch has no aminmax for 8-bit types
+    low, high = torch.aminmax(tensor)  # both are NaN if any number is
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""A training state as named tensors and plain values, and back."""
+"""A training state as named tensors and plain values, and its restoration."""
 
 from __future__ import annotations
 
@@ -59,26 +59,27 @@ class Content:
     """The names of weights that are parameters; the others are buffers."""
 
     def entries(self, file: str) -> list[Entry]:
-        """The tensors of one file, by its header."""
+        """The tensors of one file, as entries of its header."""
         return [Entry(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in self.tensors[file].items()]
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds only some rows of what is trained."""
+        """Whether each process has only some rows of the trained tensors."""
         return any(is_sharded(tensor) for tensor in self.tensors[MODEL].values())
 
 
 def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) -> Content:
-    """The content of a checkpoint of `state`; tensors are shared with it, all else is copied.
+    """The content of a checkpoint of `state`; tensors are shared with it, other values are copied.
 
     Args:
-        places: where each process is in a stream of data.
+        places: the position of each process in a stream of data.
     Raises:
-        SpecError: the model or the optimizer keeps something that no file can hold.
+        SpecError: the model or the optimizer has a value that cannot be saved.
     """
     with state.evaluated():
         weights, aliases = weights_of(state.model)
@@ -99,7 +100,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
         "faulty_steps": state.faulty_steps,
         "untested": state.untested,
     }
-    # Values that are new are not copied: this would cost as much as to copy a small model.
+    # New values are not copied: that would cost as much as copying a small model.
     rest = copy.deepcopy(rest) | {"optimizer": described, "aliases": aliases}
     trained = frozenset(name for name, _ in state.model.named_parameters())
     ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
@@ -107,10 +108,11 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
 
 
 def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with each tensor once, and for tied ones the name it is stored under.
+    """The state dict with each tensor once, and for tied ones the name under which it is stored.
 
     Raises:
-        SpecError: the state dict holds what is no tensor, or is of a type no file can hold.
+        SpecError: the state dict contains a value that is not a tensor, or a type that cannot be
+            saved.
     """
     weights: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -120,10 +122,10 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise SpecError(
-                f"task: the model's state holds {name!r}, a {kind}; a checkpoint cannot hold "
-                "that. Register it as a buffer of another type, or with persistent=False."
+                f"task: the model's state contains {name!r}, a {kind}, which a checkpoint cannot "
+                "contain. Register it as a buffer of another type, or with persistent=False."
             )
-        if is_sharded(tensor):  # a process may hold no row of it, so it has no address
+        if is_sharded(tensor):  # a process may have no row of it, so it has no address
             place: tuple[Any, ...] = (parameters[name],)
         else:
             place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -136,9 +138,9 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _in_order_on_disk(tensors: Mapping[str, Tensor], trained: frozenset[str]) -> dict[str, Tensor]:
-    """The widest types first: each begins at a multiple of its own width.
+    """The widest types first: each starts at a multiple of its own width.
 
-    Of one width the buffers last, so that they lie close together.
+    Among equal widths the buffers are last, so that they are adjacent.
     """
     ordered = sorted(
         tensors.items(), key=lambda item: (-item[1].element_size(), item[0] not in trained)
@@ -151,17 +153,17 @@ def expected_bytes(
 ) -> int | None:
     """Bytes of a checkpoint's tensors, before the first step; None if unknown until a step.
 
-    The optimizer takes a step on parameters of a few numbers, which is seen through: what it keeps
-    beside each is as large as the parameter, or one number, or it cannot be told.
+    The optimizer takes a step on parameters of a few numbers: its state
+    for each is as large as the parameter, or one number, or the size is unknown.
 
     Args:
-        averaged: the weights' moving average is saved too.
+        averaged: the moving average of the weights is saved too.
     Raises:
-        SpecError: the model keeps something that no checkpoint can hold.
+        SpecError: the model has a value that cannot be saved.
     """
     weights = sum(tensor.nbytes for tensor in weights_of(model)[0].values())
     if type(optimizer).__module__.partition(".")[0] != "torch":
-        return None  # a copy might share its counters with the optimizer that trains
+        return None  # a copy might share counters with the real optimizer
     groups = [[(_small(p), p) for p in group["params"]] for group in optimizer.param_groups]
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
@@ -173,7 +175,7 @@ def expected_bytes(
     try:
         step_of(twin)()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError):
-        # It asks for a closure, sparse gradients or a GPU: lbfgs, capturable.
+        # It needs a closure, sparse gradients or a GPU: lbfgs, capturable.
         return None
     held = [
         _bytes_held(value, small, parameter)
@@ -188,7 +190,7 @@ def expected_bytes(
 
 
 def _small(parameter: Tensor) -> Tensor:
-    """A parameter of the same kind with two numbers along each dimension, and a gradient."""
+    """A parameter of the same kind with two numbers in each dimension, and a gradient."""
     shape = (2,) * parameter.dim()
     small = torch.zeros(shape, dtype=parameter.dtype, device="cpu", requires_grad=True)
     small.grad = torch.zeros_like(small)
@@ -196,13 +198,13 @@ def _small(parameter: Tensor) -> Tensor:
 
 
 def _bytes_held(value: Tensor, small: Tensor, parameter: Tensor) -> int | None:
-    """Bytes beside the real parameter of what is `value` beside the small; None: it depends."""
+    """Bytes for the real parameter of the state `value` of the small one; None if unknown."""
     if value.shape == small.shape:
         return parameter.numel() * value.element_size()
     return value.nbytes if value.dim() == 0 else None
 
 
-# ---- back from disk
+# ---- load
 
 
 def load(
@@ -215,10 +217,10 @@ def load(
     """Load the content of a checkpoint into `state`, on process `index`.
 
     Args:
-        rename: new names of parameters and modules that are saved under old ones.
+        rename: new names of parameters and modules that were saved under old ones.
 
     Raises:
-        SpecError: it does not fit the model or the optimizer.
+        SpecError: it does not match the model or the optimizer.
         NoCheckpoint: its files cannot be read.
     """
     rest, renamed = read_state(directory), Renaming(rename or {})
@@ -243,7 +245,7 @@ def load(
         state.remember(rest["memory"])
     except (KeyError, TypeError, AttributeError) as error:
         raise NoCheckpoint(
-            f"The checkpoint {directory} does not hold what this version writes "
+            f"The checkpoint {directory} does not have the format of this version "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -260,7 +262,7 @@ def load_weights(
     Args:
         average: their moving average instead of the latest.
     Raises:
-        SpecError: they do not fit the model, or there is no average.
+        SpecError: they do not match the model, or there is no average.
         NoCheckpoint: its files cannot be read.
     """
     weights = _read_weights(directory, read_state(directory), average=average)
@@ -271,7 +273,7 @@ def load_weights(
 def _read_weights(
     directory: Path, rest: Mapping[str, Any], *, average: bool = False
 ) -> dict[str, Tensor]:
-    """Weights by every name they have.
+    """Weights by all of their names.
 
     Args:
         average: the moving average of the weights instead of the latest.
@@ -300,7 +302,7 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
         differs = [f"lacks {missing[:5]}"] if missing else []
         differs += [f"has {strange[:5]} besides"] if strange else []
         raise SpecError(
-            f"The checkpoint {directory} is of another model: it {' and '.join(differs)}"
+            f"The checkpoint {directory} belongs to another model: it {' and '.join(differs)}"
             f"{near}{_how_to_rename(missing, strange)}"
         )
     shapes = [
@@ -309,7 +311,9 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
         if weights[name].shape != tensor.shape
     ]
     if shapes:
-        raise SpecError(f"The checkpoint {directory} is of another model: {'; '.join(shapes[:5])}")
+        raise SpecError(
+            f"The checkpoint {directory} belongs to another model: {'; '.join(shapes[:5])}"
+        )
     model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
 
 
@@ -319,12 +323,12 @@ def _how_to_rename(missing: list[str], strange: list[str]) -> str:
     return (
         " If it was renamed, add "
         f"checkpoint.rename={{{json.dumps(strange[0])}: {json.dumps(missing[0])}}}; the name of a "
-        "module renames all that is in it."
+        "module renames everything in it."
     )
 
 
 def read_weights(directory: Path, *, average: bool = False) -> dict[str, Tensor]:
-    """A checkpoint's weights by every name they have, or their moving average.
+    """A checkpoint's weights by all of their names, or their moving average.
 
     Raises:
         SpecError: there is no average.
@@ -350,16 +354,16 @@ class Renaming:
 
 # ---- the optimizer
 
-# How the arithmetic is laid out on this machine, and the parameters, which have names instead.
+# Implementation settings of this machine, and the parameters, which are stored by name.
 _NOT_OF_THE_RUN = {"params", "param_names", "fused", "foreach", "capturable", "differentiable"}
 
 
-# Before the name of a parameter: its value in training, where the weights have that of testing.
+# Prefix of a parameter's name: its value in training, if the weights are those for testing.
 _TRAINED_ON = "trained on"
 
 
 def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state by parameter name: tensors, and the rest with their places in it."""
+    """The optimizer's state by parameter name: tensors, and plain values that refer to them."""
     tensors: dict[str, Tensor] = {}
     names = {id(p): name for name, p in state.model.named_parameters()}
     by_name = {
@@ -428,9 +432,9 @@ def _load_optimizer(
 
 
 def _own_rows_of(entries: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """What is kept beside a parameter; if that is sharded, what has the size of its rows here.
+    """The state of a parameter; if the parameter is sharded, only this process's rows.
 
-    Torch moves all of it to the parameter's device, where the whole would not fit.
+    Torch moves all of it to the parameter's device, which may have no space for the whole state.
     """
     if not is_sharded(parameter):
         return dict(entries)
@@ -445,7 +449,7 @@ def _own_rows_of(entries: Mapping[str, Any], parameter: nn.Parameter) -> dict[st
 def _trained_on(
     state: TrainState, tensors: Mapping[str, Tensor], renamed: Renaming, directory: Path
 ) -> list[tuple[Tensor, Tensor]]:
-    """Parameters whose value in training is saved besides, each with that value."""
+    """Parameters with a separate value for training, each with that value."""
     parameters = dict(state.model.named_parameters()) if state.is_modal else {}
     found: list[tuple[Tensor, Tensor]] = []
     for key, value in tensors.items():
@@ -455,8 +459,8 @@ def _trained_on(
         parameter = parameters.get(renamed(name))
         if parameter is None or parameter.shape != value.shape:
             raise SpecError(
-                f"The checkpoint {directory} holds {key} of the shape {list(value.shape)}, which "
-                "is no parameter of this model and optimizer."
+                f"The checkpoint {directory} contains {key} of shape {list(value.shape)}, which "
+                "is not a parameter of this model and optimizer."
             )
         found.append((parameter.detach(), value))
     return found
@@ -465,9 +469,9 @@ def _trained_on(
 def _load_groups(
     state: TrainState, groups: list[tuple[list[str], dict[str, Any]]], directory: Path
 ) -> None:
-    """Set each group of the optimizer to the values of the saved group with its parameters.
+    """Set each group of the optimizer to the values of the saved group with the same parameters.
 
-    Their order may have changed; who shares a group with whom may not.
+    The order may have changed; which parameters share a group may not.
     """
     names = {id(p): name for name, p in state.model.named_parameters()}
     home = {name: number for number, (members, _) in enumerate(groups) for name in members}
@@ -477,13 +481,13 @@ def _load_groups(
         if number < 0 or set(groups[number][0]) != set(members):
             raise SpecError(
                 f"The checkpoint {directory} was made with other parameter groups: "
-                f"{members[0]!r} shared its settings with other parameters than now. "
-                "Group them as they were, or start over with --fresh."
+                f"{members[0]!r} shared its group with other parameters. "
+                "Use the original groups, or start over with --fresh."
             )
         group |= groups[number][1]
 
 
-# What torch.optim keeps in shapes of its own; their operations check them.
+# State of torch.optim with its own shapes, which its operations check.
 _OF_OTHER_SHAPES = {"row_var", "col_var"}
 
 
@@ -495,11 +499,11 @@ def _require_like_parameters(
 ) -> None:
     """Refuse state that a fused kernel would read beyond its end: it checks neither shape nor type.
 
-    What torch.optim keeps beside a parameter is like the parameter, or one number.  LBFGS keeps
-    vectors of its own, in no fused kernel; other packages' optimizers may keep whatever they like.
+    The state of torch.optim for a parameter has the shape of the parameter, or is one number.
+    LBFGS has its own vectors, without a fused kernel; other packages may have any state.
 
     Raises:
-        SpecError: names what does not fit.
+        SpecError: names the wrong state.
     """
     whose = type(optimizer).__module__.partition(".")[0]
     if whose != "torch" or isinstance(optimizer, torch.optim.LBFGS):
@@ -517,7 +521,7 @@ def _require_like_parameters(
                 continue
             wanted = "one float" if key in _NUMBERS else _kind(parameter)
             raise SpecError(
-                f"The checkpoint {directory} does not fit the optimizer: {key} of {name} is "
+                f"The checkpoint {directory} does not match the optimizer: {key} of {name} is "
                 f"{_kind(value)} instead of {wanted}. Use a checkpoint of this model and optimizer."
             )
 
@@ -535,7 +539,7 @@ def _in_order(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
 ) -> dict[str, dict[str, Any]]:
-    """The state of LBFGS, whose vectors hold all parameters in a row, in the order of now."""
+    """The state of LBFGS, whose vectors contain all parameters, in the current order."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     order = [names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]]
     sizes = [parameters[name].numel() for name in saved_order]
@@ -550,20 +554,20 @@ def _in_order(
 
     if not values:
         return {}
-    (entries,) = values.values()  # it keeps its whole state with its first parameter
+    (entries,) = values.values()  # its whole state is stored with its first parameter
     return {order[0]: {key: ordered(value) for key, value in entries.items()}}
 
 
 def _as_saved(
     loaded: Any, saved: Any, parameter: Tensor, windows: list[tuple[Tensor, Tensor]]
 ) -> Any:
-    """A copy of `saved` where torch put it, with its own type, lying as its parameter does.
+    """A copy of `saved` on torch's device, with its own dtype and its parameter's memory layout.
 
-    Torch gives some of an optimizer's numbers the parameter's type; and an average that lay as
-    its parameter does, channels last, no longer does: a fused step then mixes its elements up.
+    Torch converts some of an optimizer's values to the parameter's dtype; and an average with the
+    channels-last layout of its parameter loses it: a fused step would then mix up its elements.
 
     Args:
-        windows: takes the large ones that are still to be copied, with what they are copied from.
+        windows: receives large tensors that are still to be copied, with their sources.
     """
     if isinstance(saved, Tensor) and saved.shape == parameter.shape:
         fresh = empty_like_rows(parameter, dtype=saved.dtype, device=loaded.device)
@@ -578,9 +582,9 @@ def _as_saved(
 
 
 def _fill(windows: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, several at once.
+    """Copy each second tensor into the first, several in parallel.
 
-    To get new memory from the system takes longer than to copy into it, and each core can do so.
+    Allocating new memory takes longer than copying into it, and each core can do it.
     """
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="load") as threads:
         copies = [threads.submit(_copy, *pair) for pair in windows]
@@ -593,7 +597,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
     if not (alike and target.device.type == "cpu" and target.dim()):
         target.copy_(source)
         return
-    # With numpy, which starts no more threads for it: these are as many as there are cores.
+    # With numpy, which starts no additional threads: there are as many as cores.
     into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
     np.copyto(into, of)
 
@@ -618,8 +622,8 @@ def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 def _kept(value: Any) -> Any:
     """`value`, with copies of its tensors.
 
-    What was read is a window on the file: to go on with it would be to page the state in from a
-    disk on which the checkpoint has perhaps been removed.
+    Tensors that were read are memory-mapped: using them directly would read the state from the
+    disk during training, perhaps after the checkpoint has been removed.
     """
     if isinstance(value, Tensor):
         return value.clone()

@@ -15,7 +15,7 @@ def trained_model(directory: RunDirectory, checkpoint: str, *, average: bool | N
 
     Args:
         checkpoint: `latest`, `best`, or a step.
-        average: the moving average of the weights; None where the spec has one.
+        average: the moving average of the weights; None: if the spec has one.
     Raises:
         SpecError: there is no such checkpoint, or it belongs to another model.
         NoCheckpoint: it is damaged.

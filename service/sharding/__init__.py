@@ -1,9 +1,9 @@
-"""Sharded data parallelism: each process holds some rows of every parameter.
+"""Sharded data parallelism: each process has some rows of every parameter.
 
 From top to bottom; a room imports only from rooms below it:
 
-* sharding: sharded data parallelism (torch's FSDP2): each process holds some rows of every
+* sharding: sharded data parallelism (torch's FSDP2): each process has some rows of every
   parameter.
-* deferred_init: models made without memory for their weights, whose values are made later, one
-  after the other.
+* deferred_init: models created without memory for their weights, whose values are created later,
+  one by one.
 """

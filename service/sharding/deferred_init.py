@@ -1,9 +1,9 @@
-"""Models made without memory for their weights, whose values are made later, one after the other.
+"""Models created without memory for their weights, whose values are created later, one by one.
 
-While a model is made, large tensors are made on the `meta` device, and what is done with them is
-recorded. Any of them can then be given its value by doing again what led to it, with the random
-numbers that each operation had at its place in the order: the bits are those of a model that is
-made at once. So a process needs memory for one of them at a time.
+While a model is created, large tensors are created on the `meta` device, and operations on them are
+recorded. The value of any of them can then be computed by repeating these operations, with the
+same state of the random generator for each operation: the bits are those of a model that is
+created normally. So a process needs memory for only one of them at a time.
 
 The idea is that of torchdistx, `deferred_init` (Meta, 2022), which does not keep random numbers.
 """
@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 LEAST_NUMBERS = 1 << 14
-"""Smaller tensors are made at once: many models compute with them while they are made."""
+"""Smaller tensors are created normally: many models compute with them during creation."""
 _CAPTURED_BYTES = 1 << 20
-"""Larger values that a model brings itself are better made whole than kept twice."""
+"""Larger values from the model itself are not recorded, because they would be stored twice."""
 
-# These write all of a tensor without reading it.
+# These operations write a whole tensor without reading it.
 _OVERWRITING = {
     "aten::zero_",
     "aten::fill_",
@@ -46,12 +46,12 @@ _OVERWRITING = {
 
 
 class NotDeferred(Exception):
-    """The model does something while it is made that needs the values of large tensors."""
+    """The model needs the values of large tensors while it is created."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor by the memory that it shows, without keeping it alive."""
+    """A tensor by the memory that it refers to, without keeping it alive."""
 
     memory: int
     dtype: torch.dtype
@@ -59,11 +59,11 @@ class _View:
     stride: tuple[int, ...]
     offset: int
     size_bytes: int
-    """Of all the memory."""
+    """Size of the whole memory."""
 
     def of(self, memory: dict[int, Any]) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype)
-        if self.memory not in memory:  # whoever asks is the first to write it
+        if self.memory not in memory:  # the first access writes it
             memory[self.memory] = torch.UntypedStorage(self.size_bytes)  # type: ignore[no-untyped-call]
         return empty.set_(memory[self.memory], self.offset, self.size, self.stride)
 
@@ -73,12 +73,12 @@ class _Operation:
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    """Tensors are replaced by views, or by copies of those that were made at once."""
+    """Tensors are replaced by views, or by copies of tensors that were created normally."""
     makes: Sequence[_View | None]
-    """What it gives back, in order; None for what was there before."""
+    """Its results, in order; None for a tensor that existed before."""
     reads: frozenset[int]
     random: tuple[torch.Generator, Tensor] | None
-    """The generator that it draws from, and its state before."""
+    """The generator that it uses, and the state before."""
 
     def repeat(self, memory: dict[int, Any]) -> None:
         def real(value: Any) -> Any:
@@ -93,17 +93,17 @@ class _Operation:
                 continue
             if (tensor.stride(), tensor.storage_offset()) == (view.stride, view.offset):
                 memory[view.memory] = tensor.untyped_storage()
-            else:  # on `meta` some operations lay their results out in another way
+            else:  # on `meta` some results have another memory layout
                 view.of(memory).copy_(tensor)
 
 
 def made_deferred(
     make: Callable[[], nn.Module], *, least_numbers: int | None = None
 ) -> tuple[nn.Module, Deferring]:
-    """The model that `make` gives, and what gives its large parameters their values.
+    """The model that `make` returns, and the object that creates its large parameters.
 
     Raises:
-        NotDeferred: it has to be made at once. The generators have moved.
+        NotDeferred: it must be created normally. The generators have advanced.
     """
     deferring = Deferring(least_numbers=least_numbers or LEAST_NUMBERS)
     try:
@@ -111,14 +111,14 @@ def made_deferred(
             model = make()
     except NotDeferred:
         raise
-    except Exception as error:  # whatever it is, it comes again where the model is made at once
+    except Exception as error:  # it will occur again when the model is created normally
         raise NotDeferred(f"{type(error).__name__}: {error}") from error
     deferring.settle(model)
     return model, deferring
 
 
 class _AsInMainMemory(TorchFunctionMode):
-    """Lets a deferred tensor say that it is in main memory: torch draws nothing on `meta`."""
+    """Makes a deferred tensor claim to be in main memory: torch draws nothing on `meta`."""
 
     def __init__(self, deferring: Deferring) -> None:
         super().__init__()
@@ -136,16 +136,16 @@ _IS_META, _DEVICE = Tensor.is_meta.__get__, Tensor.device.__get__  # type: ignor
 
 
 class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, large tensors are made on `meta`; afterwards it gives their values."""
+    """A context that creates large tensors on `meta`; afterwards it creates their values."""
 
     def __init__(self, *, least_numbers: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._least = least_numbers
         self._log: list[_Operation] = []
         self._writes: dict[int, list[int]] = {}
-        """By memory, the places in the log of the operations that write it."""
+        """By memory, the positions in the log of the operations that write it."""
         self._alive: dict[int, Tensor] = {}
-        """So that no other tensor gets the same address while this is used."""
+        """Keeps the memory alive, so that no other tensor gets the same address."""
         self._given: list[weakref.ref[Tensor]] = []
 
     def holds(self, tensor: Tensor) -> bool:
@@ -166,10 +166,10 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return func(self.value(args[0]))  # such as whether torch's trunc_normal_ draws again
+            return func(self.value(args[0]))  # such as the loop condition of torch's trunc_normal_
         written = _written(func, args, kwargs)
         if not all(map(self.holds, written)) or not _is_for_cpu(kwargs, or_none=True):
-            raise NotDeferred(f"{func} writes large weights elsewhere")
+            raise NotDeferred(f"{func} writes large weights to another device")
         meta = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
         on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
         try:
@@ -177,7 +177,7 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except (RuntimeError, NotImplementedError) as error:
             raise NotDeferred(f"{func}: {error}") from error
         if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(shown)):
-            raise NotDeferred(f"{func} gives numbers of large weights")
+            raise NotDeferred(f"{func} reads values of large weights")
         reads = {_memory(tensor) for tensor in tensors if self.holds(tensor)}
         if func._schema.name in _OVERWRITING and _is_whole(written[0]):
             others = [tensor for tensor in tensors if tensor is not written[0]]
@@ -195,7 +195,7 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads: frozenset[int],
         written: Sequence[Tensor] = (),
     ) -> Any:
-        """Enter an operation into the log, unless it only shows a tensor in another way."""
+        """Add an operation to the log, unless it only creates a view."""
         place, makes = len(self._log), list[_View | None]()
         for tensor in tree_leaves(shown):
             is_new = not self.holds(tensor)
@@ -219,17 +219,17 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.holds(value):
             return _view(value)
         if value.nbytes > _CAPTURED_BYTES:
-            raise NotDeferred("large values from elsewhere are copied into weights")
+            raise NotDeferred("large values from another source are copied into weights")
         return value.clone()
 
     def _drawn(
         self, func: Any, args: Any, kwargs: Any, reads: frozenset[int]
     ) -> tuple[torch.Generator, Tensor] | None:
-        """The generator of a random operation and its state before; it moves on as if it drew."""
+        """The generator of a random operation and its state before; it is advanced."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return None
         if reads:
-            raise NotDeferred(f"{func} draws by the values of large weights")
+            raise NotDeferred(f"{func} draws random numbers that depend on large weights")
         leaves = tree_leaves((args, kwargs))
         own = next((leaf for leaf in leaves if isinstance(leaf, torch.Generator)), None)
         generator = torch.default_generator if own is None else own
@@ -241,26 +241,26 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         func(*tree_map(blank, args), **tree_map(blank, kwargs))
         return generator, before
 
-    # ---- afterwards
+    # ---- after creation
 
     def settle(self, model: nn.Module) -> None:
-        """Give the buffers of a new model their values, and check that nothing else is left.
+        """Create the values of the buffers of a new model, and check that nothing else is left.
 
         Raises:
-            NotDeferred: the model keeps a large tensor that is neither a parameter nor a buffer,
-                or a parameter of a class of its own.
+            NotDeferred: the model has a large tensor that is neither a parameter nor a buffer,
+                or a parameter of a custom class.
         """
         made: dict[_View, Tensor] = {}
         for module in model.modules():
             self._make_buffers(module._buffers, made)
         parameters = [p for p in model.parameters() if self.holds(p)]
         if any(type(p) is not nn.Parameter or not p.is_contiguous() for p in parameters):
-            raise NotDeferred("a parameter is of a class of its own, or not contiguous")
+            raise NotDeferred("a parameter has a custom class, or is not contiguous")
         known = {_memory(parameter) for parameter in parameters}
         if self._strays(known):
-            gc.collect()  # what only waits for it is no stray
+            gc.collect()  # frees tensors that are no longer used
         if self._strays(known):
-            raise NotDeferred("the model keeps large tensors that are no parameters or buffers")
+            raise NotDeferred("the model has large tensors that are not parameters or buffers")
 
     def _make_buffers(self, buffers: dict[str, Tensor | None], made: dict[_View, Tensor]) -> None:
         for key, buffer in buffers.items():
@@ -276,7 +276,7 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def value(self, tensor: Tensor) -> Tensor:
-        """What the tensor would hold; no generator moves."""
+        """The value of the tensor; no generator advances."""
         memory: dict[int, Any] = {}
         view = _view(tensor)
         operations = [self._log[place] for place in self._needed(view.memory)]
@@ -286,7 +286,7 @@ class Deferring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return view.of(memory)
 
     def _needed(self, memory: int) -> list[int]:
-        """The places in the log of all that led to the content of this memory, in order."""
+        """The log positions of all operations that led to the content of this memory, in order."""
         found: set[int] = set()
         open_places = [-self._writes[memory][-1]]
         while open_places:
@@ -324,18 +324,18 @@ def _view(tensor: Tensor) -> _View:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether it shows all of its memory."""
+    """Whether it covers all of its memory."""
     return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _is_for_cpu(kwargs: dict[str, Any], *, or_none: bool = False) -> bool:
-    """Whether a new tensor goes to main memory."""
+    """Whether a new tensor is in main memory."""
     device = kwargs.get("device")
     return or_none if device is None else torch.device(device).type == "cpu"
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes into."""
+    """The tensors that an operation writes."""
     found: list[Tensor] = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

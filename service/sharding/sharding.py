@@ -1,9 +1,9 @@
-"""Sharded data parallelism (torch's FSDP2): each process holds some rows of every parameter.
+"""Sharded data parallelism (torch's FSDP2): each process has some rows of every parameter.
 
-A *unit* is a module whose parameters are brought together for its forward pass and again for its
-backward pass, and let go afterwards.  The blocks of a model are units, and the model itself is one,
-of what is in no block.  So a process needs memory for its rows of weights, gradients and optimizer
-state, and for one whole unit at a time.
+A *unit* is a module whose parameters are gathered for its forward pass and again for its
+backward pass, and released afterwards.  The blocks of a model are units, and the model itself is
+one, with the parameters outside all blocks.  So a process needs memory for its rows of weights,
+gradients and optimizer state, and for one whole unit at a time.
 
 Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Zhao et al., arXiv:2304.11277.
 """
@@ -35,7 +35,7 @@ from service.spec.models import ExchangeSpec
 T = TypeVar("T")
 
 ROOT = "(the rest)"
-"""The unit of all parameters that are in no other."""
+"""The unit of all parameters that are in no other unit."""
 
 
 # ---- units
@@ -44,17 +44,17 @@ ROOT = "(the rest)"
 def units_of(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The units of `model` by name, without the model itself.
 
-    Without patterns: of every list of modules (nn.ModuleList, nn.Sequential) the members that have
-    layers of their own and of whose class the list has two or more; the outermost ones.
+    Without patterns: the members of every list of modules (nn.ModuleList, nn.Sequential) that have
+    submodules and whose class occurs at least twice in the list; the outermost ones.
 
     Args:
-        patterns: globs over the names of modules, which replace that rule.
+        patterns: globs over the names of modules, which replace this rule.
     Raises:
-        SpecError: a pattern chooses nothing.
+        SpecError: a pattern matches nothing.
     """
     chosen: dict[str, nn.Module] = {}
     repeated = {id(module) for module in _repeated(model)}
-    for name, module in model.named_modules():  # a module before those inside it
+    for name, module in model.named_modules():  # a module comes before its children
         if not name or _only_holds(module) or next(module.parameters(), None) is None:
             continue
         is_unit = id(module) in repeated
@@ -100,9 +100,9 @@ def parameters_by_unit(
         first = home.setdefault(id(parameter), (name, unit))
         if first[1] != unit:
             raise SpecError(
-                f"exchange.mode: sharded cannot bring {name} together with its unit {unit}, for it "
-                f"is the same parameter as {first[0]} of {first[1]}. Choose units by "
-                "exchange.units so that both are in one, or in none."
+                f"exchange.mode: sharded cannot gather {name} with its unit {unit}, because it "
+                f"is the same parameter as {first[0]} of {first[1]}. Choose exchange.units "
+                "so that both are in one unit, or in none."
             )
         if parameter.dim() == 0:
             raise SpecError(
@@ -120,24 +120,24 @@ def parameters_by_unit(
 
 
 def rows_of_first(rows: int, processes: int) -> int:
-    """How many of so many rows the first process holds; no other holds more."""
+    """The number of rows of the first process; no other process has more."""
     return -(-rows // processes)
 
 
 def held_bytes(parameter: nn.Parameter, processes: int) -> int:
-    """Bytes of a parameter that the first process holds."""
+    """Bytes of a parameter on the first process."""
     rows = rows_of_first(parameter.shape[0], processes)
     return parameter[:rows].nbytes
 
 
 def give_large_blocks_back() -> None:
-    """Have the C library give memory of a megabyte and more back to the system when it is freed.
+    """Let the C library return freed blocks of a megabyte and more to the system.
 
-    Units come and go in every pass. glibc keeps what once was as large as they are for itself, in
-    pieces between other blocks: a process grew by 80 MiB in each of the first steps.
+    Units are allocated and freed in every pass. glibc keeps such blocks for itself,
+    between other blocks: a process grew by 80 MiB in each of the first steps.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust is not None:  # other C libraries have none
+    if adjust is not None:  # not in other C libraries
         adjust(_MMAP_THRESHOLD, 1 << 20)
 
 
@@ -152,24 +152,24 @@ def shard(
     deferred: Deferring | None = None,
     filled: bool = True,
 ) -> None:
-    """Keep of every parameter the rows of this process only; on the device, unit by unit.
+    """Keep only this process's rows of every parameter; on the device, unit by unit.
 
-    The lead's weights and buffers are everybody's, as DistributedDataParallel has it.
+    All processes get the weights and buffers of rank 0, as with DistributedDataParallel.
 
     Args:
-        deferred: gives deferred parameters their values.
-        filled: whether the values matter; otherwise deferred parameters hold anything.
+        deferred: creates the values of deferred parameters.
+        filled: whether the values matter; otherwise deferred parameters have arbitrary values.
     Raises:
-        SpecError: the model or this torch cannot be sharded, or the model is another one on
-            another process.
+        SpecError: the model or this torch version does not support sharding, or the model is
+            different on another process.
     """
-    # Here and not above: it takes a second of the start of a run that does not need it.
+    # Imported here, because it takes a second at the start of a run that does not need it.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise SpecError(
-            f"exchange.mode: sharded needs torch 2.13 or newer, and this is {torch.__version__}."
+            f"exchange.mode: sharded needs torch 2.13 or newer, but this is {torch.__version__}."
         )
 
     units = units_of(model, spec.units)
@@ -186,11 +186,12 @@ def shard(
             _give_all(unit, world)
         else:
             unit.to(world.device)
-        # What is in no block is needed last in the forward and first in the backward pass.
+        # Parameters outside all blocks are needed last in the forward and first in the backward
+        # pass.
         goes = spec.reshard_after_forward and unit is not model
         fully_shard(unit, mesh=mesh, reshard_after_forward=goes)
     for module in _sharded_modules(model):
-        # Sums, which the weight of the step has divided already: not means over processes.
+        # Sums, already divided by the weight of the step: not means over processes.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for name, unit in {ROOT: model, **units}.items():
@@ -199,7 +200,7 @@ def shard(
 
 
 def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
-    """(processes that share the rows out), or before it (sets of processes that have all rows)."""
+    """(processes that share the rows), preceded in hybrid mode by (sets of such processes)."""
     if spec.mode != "hybrid":
         return (world.processes,)
     on_node = world.processes_a_node()
@@ -207,12 +208,12 @@ def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
 
 
 def _name_its_collective(name: str, unit: nn.Module, trace: Trace) -> None:
-    """Let a report of a hang tell which unit's parameters a forward pass waits for."""
+    """Let a hang report name the unit whose parameters a forward pass waits for."""
 
     def begin(module: nn.Module, inputs: Any) -> None:
         trace.begin(f"parameters of {name}")
 
-    unit.register_forward_pre_hook(begin, prepend=True)  # before that of torch, which waits
+    unit.register_forward_pre_hook(begin, prepend=True)  # before torch's own hook, which waits
 
 
 def _require_alike(model: nn.Module, world: World) -> None:
@@ -223,20 +224,20 @@ def _require_alike(model: nn.Module, world: World) -> None:
     if own != theirs:
         [differs, *_] = sorted({*own} ^ {*theirs}) or ["the order of its parameters"]
         error = SpecError(
-            f"task: process {world.index} makes another model than the first process does: "
-            f"{differs}. Make the same one on every process."
+            f"task: process {world.index} has a different model than rank 0: "
+            f"{differs}. Create the same model on every process."
         )
     world.fail_together(error)
 
 
 def _make(unit: nn.Module, deferred: Deferring | None) -> None:
-    """Put parameters in main memory into the place of deferred ones.
+    """Replace deferred parameters by parameters in main memory.
 
     Args:
-        deferred: gives them their values; None leaves them as the memory is.
+        deferred: creates their values; None leaves the memory uninitialized.
     """
-    # Of this unit alone: torch frees a whole parameter with the last reference to it. By id, as a
-    # shared one is made once; no two units share one.
+    # Only of this unit: torch frees a whole parameter with its last reference. By id, so that a
+    # shared one is created once; no two units share one.
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in unit.modules():
         for key, parameter in module._parameters.items():
@@ -258,7 +259,7 @@ def _made(parameter: nn.Parameter, deferred: Deferring | None) -> nn.Parameter:
 
 @torch.no_grad()
 def _give_all(unit: nn.Module, world: World) -> None:
-    """Give all processes the lead's tensors, one by one; those that are sharded are so already."""
+    """Send rank 0's tensors to all processes, one by one, except those that are already sharded."""
     for tensor in [*unit.parameters(), *unit.buffers()]:
         if not is_sharded(tensor):
             tensor.data = tensor.to(world.device)
@@ -266,7 +267,7 @@ def _give_all(unit: nn.Module, world: World) -> None:
 
 
 def _let_go_after_a_test(model: nn.Module, inputs: Any, outputs: Any) -> None:
-    """After a pass without gradients no backward pass lets the parameters of the model go."""
+    """After a pass without gradients: release the parameters, as no backward pass will."""
     if not torch.is_grad_enabled():
         for module in _sharded_modules(model):
             module.reshard()
@@ -278,11 +279,11 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-# ---- tensors of which each process holds some rows
+# ---- tensors of which each process has some rows
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether each process holds some of its rows only."""
+    """Whether each process has only some of its rows."""
     found = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor exists
     return found is not None and isinstance(tensor, found.DTensor)
 
@@ -293,7 +294,7 @@ def holds_rows(model: nn.Module) -> bool:
 
 
 def own_rows(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor that this process holds, and not a copy; all of any other."""
+    """The rows of a sharded tensor on this process, not a copy; any other tensor completely."""
     if not is_sharded(tensor):
         return tensor
     rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
@@ -301,14 +302,14 @@ def own_rows(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """The number of the first of `own_rows` in a sharded tensor; where there are none, any."""
+    """The index of the first of `own_rows` in a sharded tensor; arbitrary if there are none."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    last = mesh.ndim - 1  # the dimension that shares rows out
+    last = mesh.ndim - 1  # the dimension over which rows are divided
     return int(rows_of_first(tensor.shape[0], mesh.size(last)) * mesh.get_local_rank(last))
 
 
 def copies_of_rows(model: nn.Module) -> int:
-    """How many processes hold the same rows: as many as there are nodes in hybrid mode."""
+    """How many processes have the same rows: the number of nodes in hybrid mode."""
     first: Any = next(model.parameters(), None)
     if not is_sharded(first):
         return 1
@@ -317,13 +318,13 @@ def copies_of_rows(model: nn.Module) -> int:
 
 
 def writes_rows(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold its rows of a sharded tensor."""
+    """Whether this process is the first one with its rows of a sharded tensor."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     return bool(mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
 
 
 def rows_like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """The part of `whole`, a tensor of the same shape, that `own_rows(tensor)` is; not a copy."""
+    """The part of `whole`, a tensor of the same shape, at the rows of `tensor`; not a copy."""
     if not is_sharded(tensor):
         return whole
     rows = own_rows(tensor)
@@ -332,21 +333,21 @@ def rows_like(tensor: Tensor, whole: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """`whole`, of which each process takes its own rows, as a tensor sharded as `tensor` is."""
+    """A tensor sharded like `tensor`, of which each process takes its rows from `whole`."""
     if not is_sharded(tensor):
         return whole
     return _of_rows(tensor, rows_like(tensor, whole).to(own_rows(tensor).device))
 
 
 def empty_like_rows(tensor: Tensor, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor that lies, and is sharded, as `tensor` is."""
+    """A new tensor with the layout and the sharding of `tensor`."""
     if not is_sharded(tensor):
         return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
     return _of_rows(tensor, torch.empty_like(own_rows(tensor), dtype=dtype, device=device))
 
 
 def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """The tensor of which each process has these rows, sharded as `tensor` is."""
+    """The tensor of which each process has these rows, sharded like `tensor`."""
     kind: Any = type(tensor.data)
     like: Any = tensor
     sharded: Tensor = kind.from_local(
@@ -362,7 +363,7 @@ def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OwnRows:
-    """A sharded parameter as what clips gradients sees it: the rows of this process."""
+    """A sharded parameter for gradient clipping: the rows of this process."""
 
     parameter: nn.Parameter
 
@@ -372,14 +373,14 @@ class OwnRows:
         return None if grad is None else own_rows(grad)
 
 
-# ---- the exchange of gradients
+# ---- gradient synchronization
 
 
 class ShardedSync(GradientSync):
-    """Each process gets the sums of the gradients of its own rows, as a backward pass goes on.
+    """Each process gets the sums of the gradients of its own rows, during the backward pass.
 
-    Every forward and backward pass is a collective, so all processes take equally many.  One with
-    fewer micro-batches repeats its first, and what comes of it counts for nothing.
+    Every forward and backward pass is a collective, so all processes need the same number.  One
+    with fewer micro-batches repeats its first one, with weight zero.
     """
 
     def __init__(
@@ -393,16 +394,16 @@ class ShardedSync(GradientSync):
         telling: bool = False,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        """Exchange the gradients of a model that is sharded and has run a backward pass.
+        """Exchange the gradients of a sharded model that has run a backward pass.
 
         Args:
             micro_batches: of a step, over all processes.
-            unreached: names of the parameters that no loss depends on; they get no gradient.
-            gathered: tensors that forward passes add to, such as BatchNorm's statistics.
+            unreached: names of the parameters on which no loss depends; they get no gradient.
+            gathered: tensors to which forward passes add, such as BatchNorm's statistics.
             telling, stopwatch: as for `OverlappedSync`.
         """
         self.model = model
-        self._sharded = cast(Any, model)  # fully_shard has given it methods of its own
+        self._sharded = cast(Any, model)  # fully_shard has added methods
         self._world = world
         self._count = micro_batches
         self._gathered = list(gathered)
@@ -413,14 +414,14 @@ class ShardedSync(GradientSync):
         self._expected = {name for name, _ in trained if name not in unreached}
         self._unreached = [p for name, p in trained if name in unreached]
         self._reached: set[str] = set()
-        # A gradient that only other processes have is sent as zeros.
+        # A gradient that exists only on other processes is sent as zeros.
         self._sharded.set_reduce_scatter_unused_params(True)
         for module in _sharded_modules(model):
             self._watch(module)
 
     def _watch(self, module: Any) -> None:
-        """Take note of each parameter of a unit that gets a gradient."""
-        module.unshard()  # the tensors that gradients are computed of are there only now
+        """Record each parameter of a unit that gets a gradient."""
+        module.unshard()  # the tensors with gradients exist only now
         whole: Any
         for name, whole in self.model.named_parameters():
             if whole.requires_grad and not is_sharded(whole):
@@ -445,7 +446,7 @@ class ShardedSync(GradientSync):
             if before:
                 torch._foreach_copy_(self._gathered, before)
         self._require_reached()
-        for parameter in self._unreached:  # zeros would be decayed by an optimizer
+        for parameter in self._unreached:  # an optimizer would apply weight decay to zeros
             parameter.grad = None
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
@@ -455,10 +456,10 @@ class ShardedSync(GradientSync):
         self._seed.backward(loss_sum, 1.0 / step_weight if self._counts else 0.0)
 
     def _require_reached(self) -> None:
-        """Check that the loss depended on the parameters that it depended on at the start.
+        """Check that the loss depended on the same parameters as at the start.
 
         Raises:
-            WillFailAgain: names those that it did not depend on, or does now.
+            WillFailAgain: names the parameters that differ.
         """
         differs = sorted(self._reached ^ self._expected)
         self._reached.clear()
@@ -466,17 +467,17 @@ class ShardedSync(GradientSync):
             raise WillFailAgain(
                 f"The losses of a step depend on other parameters than those of the first rows: "
                 f"{', '.join(differs[:8])}. With exchange.mode: sharded a parameter is trained in "
-                "every step or in none: add `0.0 * parameter.sum()` to the outputs where it is "
-                "left out, or freeze it."
+                "every step or in none: add `0.0 * parameter.sum()` to the outputs if it is "
+                "not used, or freeze it."
             )
 
 
 @contextmanager
 def told_as_used_outside(model: nn.Module) -> Iterator[None]:
-    """Tell by name of a parameter that is used while its unit does not run.
+    """A context that names a parameter that is used while its unit does not run.
 
     Raises:
-        SpecError: one was.
+        SpecError: one was used.
     """
     seen = _LastSharded()
     try:
@@ -489,12 +490,12 @@ def told_as_used_outside(model: nn.Module) -> Iterator[None]:
         raise SpecError(
             f"exchange.mode: sharded: the parameter {', '.join(names) or 'of a unit'} is used "
             "outside the forward pass of its unit, where this process has only some of its rows. "
-            "Choose units by exchange.units so that the module that uses it is in the same unit."
+            "Choose exchange.units so that the module that uses it is in the same unit."
         ) from error
 
 
 class _LastSharded(TorchFunctionMode):
-    """Remembers the sharded parameter that a function was called with last."""
+    """Remembers the sharded parameter of the last function call."""
 
     parameter: Any = None
 

@@ -158,7 +158,7 @@ class DryRun:
         return loss
 
     def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
-        """The summed loss of the batch; for a task's own step, the loss of a step of this batch only.
+        """The summed loss of the batch; of an own step, the loss of a step of this batch only.
 
         Args:
             callee: the model as training calls it.
