@@ -245,7 +245,7 @@ def test_the_newest_the_best_and_every_nth_stay(tmp_path, alone):
     assert find_checkpoint(tmp_path, "best").step == 3
     assert find_checkpoint(tmp_path, "latest").step == 14
     assert find_checkpoint(tmp_path, "6").step == 6
-    with pytest.raises(SpecError, match=r"there is no '7'; there are best, latest, 3, 6, 12, 14"):
+    with pytest.raises(SpecError, match=r"there is no '7'; known: best, latest, 3, 6, 12, 14"):
         find_checkpoint(tmp_path, "7")
 
 
@@ -348,7 +348,7 @@ def test_two_damaged_in_a_row_and_then_none(tmp_path, alone, capsys):
 def test_a_directory_under_another_steps_name_is_not_believed(tmp_path, alone):
     saved(tmp_path, alone, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000009")
-    assert "not of the step in its name" in damage_of(Checkpoint(tmp_path / "step-00000009", 9))
+    assert "not the step in its name" in damage_of(Checkpoint(tmp_path / "step-00000009", 9))
 
 
 @pytest.fixture(scope="module")
@@ -679,34 +679,34 @@ ATTACKS = {
     "a manifest that points outside": (manifest_with(escaping), "names the files"),
     "a file too many": (
         lambda d: (d / "extra.pkl").write_bytes(b"x"),
-        "holds files that are not of a checkpoint: 'extra.pkl'",
+        "contains files that do not belong to a checkpoint: 'extra.pkl'",
     ),
-    "a link to a file": (link, "is not a plain file"),
+    "a link to a file": (link, "is not a regular file"),
     "a link to a directory": (link_as_a_whole, "it is not a directory"),
-    "a pipe": (pipe, "is not a plain file"),
+    "a pipe": (pipe, "is not a regular file"),
     "a huge header": (
         replaced(MODEL, (1 << 62).to_bytes(8, "little") + b"{}"),
         f"its header would be {1 << 62} bytes",
     ),
     "a header without data": (
         replaced(MODEL, with_header({"a": one(0, 1 << 40, [1 << 38])})),
-        "its header tells of",
+        "according to its header",
     ),
     "tensors that share bytes": (
         replaced(MODEL, with_header({"a": one(0, 4), "b": one(0, 4)}, b"1234")),
-        "not at their place",
+        "not at their position",
     ),
     "a tensor of another size": (
         replaced(MODEL, with_header({"a": one(0, 4, [2])}, b"1234")),
-        "not at their place",
+        "not at their position",
     ),
     "a negative shape": (
         replaced(MODEL, with_header({"a": one(0, 4, [-1])}, b"1234")),
-        "is no tensor",
+        "is not a tensor",
     ),
     "a type nobody knows": (
         replaced(MODEL, with_header({"a": one(0, 4, [1], "OBJ")}, b"1234")),
-        "is no tensor",
+        "is not a tensor",
     ),
     "a name that stands there twice": (
         replaced(MODEL, with_header(b'{"a":%b,"a":%b}' % ((json.dumps(one(0, 4)).encode(),) * 2))),
@@ -717,12 +717,12 @@ ATTACKS = {
         "RecursionError",
     ),
     "a state that is deep": (replaced(STATE, b"[" * 1_000_000), "RecursionError"),
-    "a state of another step": (replaced(STATE, b'{"step": 7}'), "is of step 7"),
+    "a state of another step": (replaced(STATE, b'{"step": 7}'), "is 7"),
     "a state without its sections": (replaced(STATE, b'{"step": 2}'), "lacks its sections"),
     "a state that is a list": (replaced(STATE, b"[]"), "is not a JSON object"),
     "a huge manifest": (
         lambda d: (d / MANIFEST).write_bytes(b" " * (1 << 25)),
-        "more than it can have",
+        "more than possible",
     ),
     "a manifest that is deep": (
         lambda d: (d / MANIFEST).write_bytes(b"[" * 1_000_000),
@@ -829,7 +829,7 @@ def test_tied_weights_are_exported_under_both_names(tmp_path, alone):
         (["-o", "w.pt"], "must end in .safetensors"),
         (["-o", "w"], "a directory is for a transformers model, and the model of"),
         (["-o", "no/w.safetensors"], "cannot be written: No such file"),
-        (["-o", "w.safetensors", "--checkpoint", "7"], "there is no '7'; there are best, latest"),
+        (["-o", "w.safetensors", "--checkpoint", "7"], "there is no '7'; known: best, latest"),
         (["-o", "w.safetensors", "--checkpoint", "../step-00000020"], "there is no '../step"),
     ],
 )

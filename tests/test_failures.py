@@ -288,7 +288,7 @@ def test_an_attempt_that_was_killed_is_closed_by_the_next_one(tmp_path):
     for _ in range(2):
         again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)
         again.end_attempt("failed", step=0)
-    with pytest.raises(NoProgress, match="3 attempts in a row"):
+    with pytest.raises(NoProgress, match="3 consecutive attempts"):
         again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)
     again.start_attempt(processes=1, device="cpu", step=0, most_failures=3)  # by hand, afterwards
     again.close()

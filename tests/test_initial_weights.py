@@ -117,7 +117,7 @@ def test_the_plan_has_the_table(place):
     told = evenstep("plan", "planned.yaml", cwd=place)
     assert told.returncode == 0, told.stderr
     rows = [line.split(None, 2) for line in told.stdout.splitlines()]
-    assert ["taken", "7"] in [row[:2] for row in rows]
+    assert ["loaded", "7"] in [row[:2] for row in rows]
     assert ["new", "2", "head.weight, head.bias"] in rows
     assert "from first after step 2" in told.stdout
 

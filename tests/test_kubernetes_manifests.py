@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a key where everybody reads it": (
         {"env": {"WANDB_API_KEY": "0123456789abcdef"}},
-        "kubernetes.env.WANDB_API_KEY holds a secret, and spec.yaml would show it",
+        "kubernetes.env.WANDB_API_KEY contains a secret, which spec.yaml would show",
     ),
     "a password where everybody reads it": (
         {"env": {"STORE": "https://me:word@example.com/data"}},

@@ -101,9 +101,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the value of a secret": (
         {"env": {"HF_TOKEN": "a1b2c3d4e5f6a7b8"}},
-        "kubernetes.env.HF_TOKEN holds a secret, and spec.yaml would show it to everybody who can "
-        "read the run. Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
-        "kubernetes.wandb_secret for the key of W&B; or as a variable: kubernetes.env_from.",
+        "kubernetes.env.HF_TOKEN contains a secret, which spec.yaml would show to everybody who "
+        "can read the run. Keep it in a Secret, which the pods can read as a file: "
+        "kubernetes.mounts, or kubernetes.wandb_secret for the key of W&B; or as a variable: "
+        "kubernetes.env_from.",
     ),
     "a key of a claim": (
         {"mounts": [{"path": "/d", "claim": "c", "key": "k"}]},

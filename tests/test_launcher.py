@@ -72,7 +72,7 @@ def test_a_crash_loop_ends_with_42(tmp_path):
     environ = injured(tmp_path, *crashes, faults={"attempts_without_progress": 3})
     code, _, err = ended("--processes", 2, "--max-restarts", 8, cwd=tmp_path, **environ)
     assert code == 42, err
-    assert "3 attempts in a row failed without a new checkpoint after step 0" in err
+    assert "3 consecutive attempts failed without a new checkpoint after step 0" in err
     outcomes = [attempt["outcome"] for attempt in facts_of(tmp_path)["attempts"]]
     assert len(outcomes) == 4
     assert set(outcomes[:3]) <= {"lost", "failed"}

@@ -164,7 +164,7 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "runs/digits/thesis.txt").write_text("mine")
     ended = evenstep("run", "digits", cwd=tmp_path)
     assert ended.returncode == 64
-    assert "is not a run: it has no run.json, but holds thesis.txt" in ended.stderr
+    assert "is not a run: it has no run.json, but contains thesis.txt" in ended.stderr
     assert os.listdir(tmp_path / "runs/digits") == ["thesis.txt"]
 
 

@@ -248,7 +248,7 @@ def test_nodes_that_are_lost_again_and_again_end_the_job_when_nothing_is_gained(
         assert cluster.failures == [0, 0], "nothing was counted"
         assert (1, 137, "Ignore") in cluster.ended
         assert 42 in {code for _, code, _ in cluster.ended}, cluster.ended
-        assert "3 attempts in a row failed without a new checkpoint" in cluster.logs()
+        assert "3 consecutive attempts failed without a new checkpoint" in cluster.logs()
 
 
 @pytest.mark.slow

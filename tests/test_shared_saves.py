@@ -355,19 +355,19 @@ def forged(directory, edit):
 
 
 FORGERIES = {
-    "no size of a part": (lambda m, _: m.pop("part_bytes"), "does not say which parts"),
-    "parts of no bytes": (lambda m, _: m.update(part_bytes=0), "does not say which parts"),
-    "parts of half a byte": (lambda m, _: m.update(part_bytes=0.5), "does not say which parts"),
-    "parts of one byte": (lambda m, _: m.update(part_bytes=1), "tells of"),
-    "a part too few": (lambda _, f: f["parts"].pop(), "tells of"),
+    "no size of a part": (lambda m, _: m.pop("part_bytes"), "does not list the parts"),
+    "parts of no bytes": (lambda m, _: m.update(part_bytes=0), "does not list the parts"),
+    "parts of half a byte": (lambda m, _: m.update(part_bytes=0.5), "does not list the parts"),
+    "parts of one byte": (lambda m, _: m.update(part_bytes=1), "lists"),
+    "a part too few": (lambda _, f: f["parts"].pop(), "lists"),
     "parts by name": (
         lambda _, f: f.update(parts={"0": f["parts"][0]}),
-        "does not say which parts",
+        "does not list the parts",
     ),
-    "no part at all": (lambda _, f: f.update(parts=[]), "tells of 0 parts"),
+    "no part at all": (lambda _, f: f.update(parts=[]), "lists 0 parts"),
     "no part of an empty file": (
         lambda _, f: f.update(bytes=0, parts=[], sha256=hashlib.sha256(b"").hexdigest()),
-        "tells of 0 parts",
+        "lists 0 parts",
     ),
     "a part without a hash": (lambda _, f: f["parts"].__setitem__(3, None), "has two hashes"),
     "a hash that is none": (lambda _, f: f["parts"].__setitem__(3, "zz"), "has two hashes"),

@@ -55,7 +55,7 @@ class InitialWeights:
 
     def table(self) -> list[tuple[str, str, str]]:
         """The loaded, new and ignored tensors: their number and their names."""
-        rows = [("taken", list(self.taken)), ("new", self.new), ("not taken", self.left)]
+        rows = [("loaded", list(self.taken)), ("new", self.new), ("ignored", self.left)]
         return [
             ("initial weights", "tensors", f"from {self.source}"),
             *((what, str(len(names)), _some(names) if names else "-") for what, names in rows),

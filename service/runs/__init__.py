@@ -1,4 +1,4 @@
-"""The directory of a run: what is written into it, and what can be read from it.  No torch.
+"""The directory of a run: its files, and how they are written and read.  No torch.
 
 From top to bottom; a room imports only from rooms below it:
 
@@ -7,9 +7,9 @@ From top to bottom; a room imports only from rooms below it:
 * receipt_file: receipt.jsonl on disk: digests of each step's rows, and of the weights at
   checkpoints.
 * history: the history of a run, read from its directory without changing anything.
-* metrics_file: reads metrics.jsonl: whole rows, single curves, or only its end. No torch.
+* metrics_file: reads metrics.jsonl: all rows, single curves, or only its end. No torch.
 * line_file: reads files of JSON lines block by block, in bounded memory.
-* directory: the directory of a run: its layout, its lock, and its facts (run.json).
+* directory: the directory of a run: its layout, its lock, and its metadata (run.json).
 * goodput: goodput: steps done, steps repeated, and the seconds of each kind of work.
 * failure_reports: failure reports: one JSON file for each failed process, without secrets.
 * export: exports the weights of a checkpoint as one safetensors file. No torch.

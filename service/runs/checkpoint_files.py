@@ -1,9 +1,9 @@
 """Checkpoints on disk: their names, their files, and their verification. No torch.
 
 A checkpoint is a directory `step-00000120` with its tensors in safetensors files, `state.json`
-with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others,
-of large ones part by part, and of itself.  `step-00000120.untested` is one whose step's test pass
-was given up; it goes when the one with the test is there.  A reader believes nothing: see
+with everything else, and `manifest.json`, written last, with the size and SHA-256 of the others
+(of large ones part by part) and of itself.  `step-00000120.untested` is a checkpoint whose step's
+test was abandoned; it is removed when the one with the test exists.  A reader trusts nothing: see
 `damage_of`.
 """
 
@@ -44,13 +44,13 @@ MODEL, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
-DATA = (MODEL, OPTIMIZER, STATE)  # and AVERAGE, where the spec asks for one
+DATA = (MODEL, OPTIMIZER, STATE)  # and AVERAGE, if the spec asks for one
 BEST = "best"
 
 _UNTESTED = ".untested"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_UNTESTED)})?", re.ASCII)
 _MANIFEST_BYTES = 16 << 20
-_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _STATE_BYTES = 1 << 30
 _SIZES = {
     "BOOL": 1,
@@ -81,26 +81,27 @@ class Checkpoint:
 
     @property
     def untested(self) -> bool:
-        """Whether the test pass of its step was given up, and is still due."""
+        """Whether the test of its step was abandoned, and is still due."""
         return self.path.name.endswith(_UNTESTED)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as a header tells it."""
+    """A tensor in a header."""
 
     name: str
     dtype: str
-    """As safetensors calls it: F32, BF16, ..."""
+    """The dtype in safetensors' notation: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * _SIZES[self.dtype]
 
 
 def in_words(size_bytes: int) -> str:
-    """A number of bytes for a person: `1.1 GiB`."""
+    """A number of bytes as text: `1.1 GiB`."""
     size, unit = float(size_bytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1000:
@@ -110,9 +111,9 @@ def in_words(size_bytes: int) -> str:
 
 
 def saving_in_words(size_bytes: int | None, spec: CheckpointSpec, *, pinned: bool = False) -> str:
-    """What a checkpoint takes on disk and in memory; None is a size only the first step tells.
+    """The size of a checkpoint on disk and in memory; None if it is known only after a step.
 
-    `pinned` memory comes in powers of two: torch's allocator for it rounds up.
+    `pinned` memory is allocated in powers of two: torch's allocator rounds up.
     """
     size = "as much as weights and optimizer state" if size_bytes is None else in_words(size_bytes)
     if spec.asynchronous and pinned:
@@ -127,23 +128,24 @@ def saving_in_words(size_bytes: int | None, spec: CheckpointSpec, *, pinned: boo
 
 
 def pinned_bytes(size_bytes: int) -> int:
-    """What a pinned buffer of so many bytes really takes."""
+    """The real size of a pinned buffer for this many bytes."""
     return 1 << max(0, size_bytes - 1).bit_length()
 
 
 class _Damaged(Exception):
-    """What is wrong with a checkpoint, in words."""
+    """The damage of a checkpoint, as text."""
 
 
 # ---- names
 
 
 def name_of(step: int, *, untested: bool = False) -> str:
+    """The name of a checkpoint's directory: `step-00000120`."""
     return f"step-{step:08d}{_UNTESTED if untested else ''}"
 
 
 def checkpoints_in(directory: Path) -> list[Checkpoint]:
-    """What is named like a checkpoint, by step; whether it is one is asked of `damage_of`.
+    """The directories named like checkpoints, by step; `damage_of` checks whether they are valid.
 
     Of two of one step, the untested one comes first.
     """
@@ -158,7 +160,7 @@ def checkpoints_in(directory: Path) -> list[Checkpoint]:
 
 
 def best_of(directory: Path) -> int | None:
-    """The step that the file `best` names; None if there is none."""
+    """The step in the file `best`; None if there is none."""
     path = directory / BEST
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 100:
         return None
@@ -167,24 +169,24 @@ def best_of(directory: Path) -> int | None:
 
 
 def ranks_of(directory: Path) -> dict[int, int]:
-    """The rank of each step that is one of the best, from 1: as the newest readable state has it.
+    """The rank of each step among the best, from 1, according to the newest readable state.
 
-    The first is the one that the file `best` names.
+    The first is the one in the file `best`.
     """
     best = best_of(directory)
     ranks = {} if best is None else {best: 1}
     for checkpoint in reversed(checkpoints_in(directory)):
-        with suppress(NoCheckpoint, KeyError, TypeError, ValueError):  # of another version
+        with suppress(NoCheckpoint, KeyError, TypeError, ValueError):  # from another version
             others = [int(other["step"]) for other in read_state(checkpoint.path)["runners_up"]]
             return {**dict(zip(others, range(2, len(others) + 2), strict=True)), **ranks}
     return ranks
 
 
 def find_checkpoint(directory: Path, which: str) -> Checkpoint:
-    """The checkpoint that `best`, `latest` or a step names; `latest` is the newest good one.
+    """The checkpoint for `best`, `latest` or a step; `latest` is the newest valid one.
 
     Raises:
-        SpecError: there is none of that name, or it may not be read.
+        SpecError: it does not exist, or may not be read.
         NoCheckpoint: it is damaged.
     """
     with told_when_unread(directory):
@@ -210,15 +212,15 @@ def _found(directory: Path, which: str) -> Checkpoint:
     steps = ", ".join(dict.fromkeys(str(checkpoint.step) for checkpoint in found))
     if which == "best":
         raise SpecError(f"No checkpoint in {directory} is marked as the best. There are {steps}.")
-    raise SpecError(f"{directory}: there is no {which!r}; there are best, latest, {steps}.")
+    raise SpecError(f"{directory}: there is no {which!r}; known: best, latest, {steps}.")
 
 
 def kept(
     steps: Sequence[int], *, newest: int, every: int | None, best: Collection[int]
 ) -> set[int]:
-    """Which of the steps stay: the newest, the best, and the first at or after each `every` steps.
+    """The steps to keep: the newest, the best, and the first at or after each `every` steps.
 
-    Asked again after others have gone, the answer for those that stayed is the same.
+    After others have been removed, the result for the kept ones is the same.
     """
     ordered = sorted(set(steps))
     stay = {*ordered[-newest:], *(step for step in ordered if step in best)}
@@ -242,13 +244,13 @@ def complete(
     part_bytes: int,
     moved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make a checkpoint of a directory with the files of tensors: each file synced, manifest last.
+    """Make a checkpoint of a directory with tensor files: each file synced, the manifest last.
 
     Args:
-        digests: SHA-256 of all parts of the files of tensors, which are synced.
-        rest: everything else that the state is; `step` is in it.
-        facts: what the manifest tells besides.
-        moved: called whenever something more is on disk.
+        digests: SHA-256 of all parts of the tensor files, which are synced.
+        rest: everything else in the state, including `step`.
+        facts: additional values for the manifest.
+        moved: called after each progress on disk.
     """
     state = write_file(directory / STATE, [(json.dumps(rest) + "\n").encode()])
     moved()
@@ -261,13 +263,13 @@ def complete(
 
 
 def tensor_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of each file of tensors that a manifest lists."""
+    """SHA-256 of each tensor file in a manifest."""
     files = manifest["files"].items()
     return {name: told["sha256"] for name, told in files if name.endswith(".safetensors")}
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The beginning of a safetensors file that holds the entries in this order."""
+    """The header of a safetensors file with the entries in this order."""
     told: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     at = 0
     for entry in entries:
@@ -275,25 +277,25 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) 
         told[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
         at = span[1]
     text = json.dumps(told, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:
-    """The manifest's text with its own hash in it."""
+    """The manifest's text, including its own hash."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     sha256 = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": sha256}, indent=1) + "\n"
 
 
-# ---- read, and check everything
+# ---- read and verify
 
 
 def damage_of(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint, or None where every byte of it is as it was written.
+    """The damage of a checkpoint, or None if every byte is as it was written.
 
     Raises:
-        OSError: it may not be read, or cannot be just now: no word on what it is.
+        OSError: it may not be read, or cannot be read at the moment: its state is unknown.
     """
     directory = checkpoint.path
     try:
@@ -304,10 +306,11 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
         if strangers:  # NFS and file browsers create hidden files
             return (
-                f"it holds files that are not of a checkpoint: {', '.join(sorted(strangers)[:3])!r}"
+                f"it contains files that do not belong to a checkpoint: "
+                f"{', '.join(sorted(strangers)[:3])!r}"
             )
         parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
-        # Hashing releases the GIL: two cores take half as long as one.
+        # Hashing releases the GIL: two cores need half the time of one.
         with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
             checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
         for check in checks:
@@ -323,7 +326,7 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The manifest, checked.
+    """The manifest, verified.
 
     Raises:
         NoCheckpoint: it is damaged.
@@ -335,7 +338,7 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Everything but the tensors.
+    """Everything except the tensors.
 
     Raises:
         NoCheckpoint: it cannot be read.
@@ -347,10 +350,10 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[list[Entry], int]:
-    """The tensors of a safetensors file in the order of their bytes, and where those begin.
+    """The tensors of a safetensors file in the order of their bytes, and the offset of the first.
 
     Raises:
-        NoCheckpoint: it is no such file.
+        NoCheckpoint: it is not such a file.
     """
     try:
         return _header_of(path)
@@ -363,7 +366,7 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
     manifest = _object(raw, MANIFEST)
     if manifest.get("format") not in FORMATS:
         raise _Damaged(f"its format is {manifest.get('format')!r} and not {FORMAT}")
-    # Compared as bytes: any change counts, even one without a meaning.
+    # Compared as bytes: any change counts, even one without effect.
     if _sealed(manifest).encode() != raw:
         raise _Damaged(f"the content of {MANIFEST} has changed")
     files = manifest.get("files")
@@ -371,14 +374,14 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
         named = sorted(files) if isinstance(files, dict) else files
         raise _Damaged(f"{MANIFEST} names the files {str(named)[:200]}")
     if manifest.get("step") != step:
-        raise _Damaged(f"it is of step {manifest.get('step')!r}, not of the step in its name")
+        raise _Damaged(f"its step is {manifest.get('step')!r}, not the step in its name")
     return manifest
 
 
 def _parts_of(
     path: Path, told: Any, manifest: Mapping[str, Any]
 ) -> Iterator[tuple[Part, str | None]]:
-    """The parts of a file, of which the size is as told, and what the manifest says of each."""
+    """The parts of a file, whose size is checked, and their hashes in the manifest."""
     size = _size(path)
     if not isinstance(told, dict) or told.get("bytes") != size:
         instead = told.get("bytes") if isinstance(told, dict) else told
@@ -388,9 +391,9 @@ def _parts_of(
         yield Part(path.name, 0, size), told.get("sha256")
         return
     if type(part_bytes) is not int or part_bytes < 1 or not isinstance(digests, list):
-        raise _Damaged(f"{MANIFEST} does not say which parts {path.name} has")
+        raise _Damaged(f"{MANIFEST} does not list the parts of {path.name}")
     if len(digests) != max(1, -(-size // part_bytes)):
-        raise _Damaged(f"{MANIFEST} tells of {len(digests)} parts of {path.name}")
+        raise _Damaged(f"{MANIFEST} lists {len(digests)} parts of {path.name}")
     try:
         whole = digest_of(digests)
     except (TypeError, ValueError):
@@ -406,23 +409,23 @@ def _require_as_written(directory: Path, part: Part, sha256: str | None) -> None
 
 
 def _require_state(directory: Path, step: int) -> None:
-    """Check what a hash cannot tell: that the files are what they should be, whoever wrote them."""
+    """Check what a hash cannot show: that the files are valid, whoever wrote them."""
     weights = {entry.name for entry in _header_of(directory / MODEL)[0]}
     held = {entry.name for entry in _header_of(directory / OPTIMIZER)[0]}
     rest = _object(_bytes(directory / STATE, _STATE_BYTES), STATE)
     if (directory / AVERAGE).exists() and not weights.issuperset(
         averaged := {entry.name for entry in _header_of(directory / AVERAGE)[0]}
     ):
-        raise _Damaged(f"{AVERAGE} holds {sorted(averaged - weights)[:3]} and {MODEL} does not")
+        raise _Damaged(f"{AVERAGE} contains {sorted(averaged - weights)[:3]}, but {MODEL} does not")
     aliases, described = rest.get("aliases"), rest.get("optimizer")
     if rest.get("step") != step:
-        raise _Damaged(f"{STATE} is of step {rest.get('step')!r}")
+        raise _Damaged(f"the step in {STATE} is {rest.get('step')!r}")
     if not isinstance(aliases, dict) or not isinstance(described, dict):
         raise _Damaged(f"{STATE} lacks its sections")
     if not weights.issuperset(map(str, aliases.values())):
-        raise _Damaged(f"{STATE} names weights that {MODEL} does not hold")
+        raise _Damaged(f"{STATE} names weights that {MODEL} does not contain")
     if not held.issuperset(_tensor_names(described)):
-        raise _Damaged(f"{STATE} names tensors that {OPTIMIZER} does not hold")
+        raise _Damaged(f"{STATE} names tensors that {OPTIMIZER} does not contain")
 
 
 def _tensor_names(value: Any) -> Iterable[str]:
@@ -451,12 +454,13 @@ def _header_of(path: Path) -> tuple[list[Entry], int]:
     ):
         if span != (at, at + entry.size_bytes):
             raise _Damaged(
-                f"{path.name}: the bytes of {entry.name!r:.100} are not at their place in the file"
+                f"{path.name}: the bytes of {entry.name!r:.100} are not at their position in the "
+                f"file"
             )
         entries.append(entry)
         at = span[1]
     if begin + at != size:
-        raise _Damaged(f"{path.name} has {size} bytes, and its header tells of {begin + at}")
+        raise _Damaged(f"{path.name} has {size} bytes, but {begin + at} according to its header")
     return entries, begin
 
 
@@ -469,21 +473,21 @@ def _entry(name: str, told: Any, path: Path) -> tuple[Entry, tuple[int, int]]:
             return entry, (begin, end)
     except (TypeError, ValueError, KeyError):
         pass  # reported below, as for every other invalid header
-    raise _Damaged(f"{path.name}: {name!r:.100} is no tensor")
+    raise _Damaged(f"{path.name}: {name!r:.100} is not a tensor")
 
 
 def _size(path: Path) -> int:
-    """Of a plain file: a link might lead anywhere, and a pipe would never end."""
+    """The size of a regular file: a link might lead anywhere, and reading a pipe might not end."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise _Damaged(f"{path.name} is not a plain file")
+        raise _Damaged(f"{path.name} is not a regular file")
     return found.st_size
 
 
 def _bytes(path: Path, at_most: int) -> bytes:
     size = _size(path)
     if size > at_most:
-        raise _Damaged(f"{path.name} has {size} bytes, more than it can have")
+        raise _Damaged(f"{path.name} has {size} bytes, more than possible")
     return path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: its layout, its lock, and its facts (run.json)."""
+"""The directory of a run: its layout, its lock, and its metadata (run.json)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _LONGEST_ROW = 65536  # bytes
 _MOST_OF_A_DIFF = 200_000  # bytes
 _GIT_SECONDS = 10.0
 _LONGEST_HOLDER = 300  # characters
-_LARGEST_BYTES = 8 << 20  # of run.json, with thousands of attempts in it, or of a beat
+_LARGEST_BYTES = 8 << 20  # of run.json with thousands of attempts, or of a heartbeat
 LATEST_TIME = 253_402_300_800.0
 """The end of the year 9999 in seconds since 1970: an upper limit for timestamps."""
 _NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
@@ -69,47 +69,57 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.path.name
 
     @property
     def spec(self) -> Path:
+        """`spec.yaml`, the resolved spec."""
         return self.path / "spec.yaml"
 
     @property
     def facts(self) -> Path:
+        """`run.json`, the metadata of the run."""
         return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
+        """`metrics.jsonl`, one row per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def receipt(self) -> Path:
+        """`receipt.jsonl`, the digests of the rows."""
         return self.path / "receipt.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """The directory of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
+        """The logs of ranks other than 0."""
         return self.path / "logs"
 
     @property
     def profile(self) -> Path:
+        """The traces of `--profile`."""
         return self.path / "profile"
 
     @property
     def logged(self) -> Path:
-        """Images, texts, histograms and files that hooks of the task have logged."""
+        """Images, texts, histograms and files that the task's hooks have logged."""
         return self.path / "logged"
 
     @property
     def failures(self) -> Path:
+        """The failure reports of all processes."""
         return self.path / "failures"
 
     @property
     def wandb(self) -> Path:
+        """The files of W&B."""
         return self.path / "wandb"
 
     def read_facts(self) -> dict[str, Any]:
@@ -121,13 +131,13 @@ class RunDirectory:
         try:
             facts = read_json(self.facts, at_most=_LARGEST_BYTES)
         except FileNotFoundError as error:
-            what = "is not a run: it has no run.json" if self.path.exists() else "is not there"
+            what = "is not a run: it has no run.json" if self.path.exists() else "does not exist"
             raise SpecError(f"{self.path} {what}. Name a run's directory.") from error
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise SpecError(f"{self.facts} cannot be read: {why}.") from error
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-            raise SpecError(f"{self.facts} is not a run of this version of evenstep.")
+            raise SpecError(f"{self.facts} was not written by this version of evenstep.")
         if not _is_whole(facts):
             raise SpecError(f"{self.facts} is damaged. Restore a good copy, or use --fresh.")
         return facts
@@ -140,7 +150,7 @@ class RunDirectory:
         """
         begun_at = self.read_facts().get("place")
         spec = load_spec(self.spec, overrides=overrides)
-        if not isinstance(begun_at, str):  # of an earlier version
+        if not isinstance(begun_at, str):  # from an earlier version
             return spec
         return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
 
@@ -156,10 +166,10 @@ class RunDirectory:
 
 
 def find_run(path: Path) -> RunDirectory:
-    """The run in a directory, or the one of that name in `runs/`.
+    """The run in a directory, or the run of that name in `runs/`.
 
     Raises:
-        SpecError: there is none; suggests the most similar name.
+        SpecError: it does not exist; suggests the most similar name.
     """
     with told_when_unread(path):
         for place in (path, Path("runs") / path):
@@ -180,7 +190,7 @@ class OpenRun:
     facts: dict[str, Any]
     _lock: IO[str] = field(repr=False)
     changed: Sequence[Change] = ()
-    """What a person changes of its spec in this attempt."""
+    """The changes of its spec in this attempt."""
 
     @property
     def id(self) -> str:
@@ -225,8 +235,9 @@ class OpenRun:
         if most_failures is not None and failures >= most_failures:
             self.end_attempt("gave up", step=step)
             raise NoProgress(
-                f"{failures} attempts in a row failed without a new checkpoint after step {step}. "
-                f"Their reports are in {self.directory.failures}. When the cause is gone, run "
+                f"{failures} consecutive attempts failed without a new checkpoint after step "
+                f"{step}. "
+                f"Their reports are in {self.directory.failures}. When the cause is removed, run "
                 "the same command again; faults.attempts_without_progress is the limit."
             )
         self.directory.write_facts(self.facts)
@@ -287,9 +298,9 @@ class OpenRun:
             self.directory.write_facts(self.facts)
 
     def enter_changes(self, spec: Spec, *, step: int) -> None:
-        """Enter in run.json and spec.yaml what is changed from `step` on, and by whom.
+        """Record in run.json and spec.yaml the changes from `step` on, and their author.
 
-        Changes of before that an older checkpoint has undone begin, like the rest, at `step`.
+        Earlier changes that an older checkpoint has undone also start at `step`.
 
         Raises:
             EvenstepError: they cannot be written.
@@ -301,8 +312,8 @@ class OpenRun:
             known.append(change_entry(self.changed, step=step, text=text))
         if known == changes_in(self.facts):
             return
-        # In this order: if it is killed between the two, the hash shows that the entry has no
-        # effect.
+        # In this order: if the process is killed between the two, the hash shows that the entry has
+        # no effect.
         self.facts["changes"] = known
         self.directory.write_facts(self.facts)
         if self.changed:
@@ -343,7 +354,7 @@ class OpenRun:
 
 
 def changes_in(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was changed of the run after it had begun, as run.json tells it."""
+    """The changes of the run after its start, from run.json."""
     return list(facts.get("changes", ()))
 
 
@@ -351,7 +362,7 @@ def change_entry(changed: Sequence[Change], *, step: int, text: str) -> dict[str
     """One entry of `changes_in`: who changed what after `step` finished steps.
 
     Args:
-        text: the spec as it is now, as it is written to spec.yaml.
+        text: the current spec, as written to spec.yaml.
     """
     return {
         "step": step,
@@ -364,7 +375,7 @@ def change_entry(changed: Sequence[Change], *, step: int, text: str) -> dict[str
 
 
 def change_in_words(entry: Mapping[str, Any]) -> str:
-    """One entry of `changes_in`, for a person."""
+    """One entry of `changes_in`, as text."""
     keys = "; ".join(str(Change(**key)) for key in entry["keys"])
     return f"changed after step {entry['step']:,} by {entry['by']}: {keys}"
 
@@ -387,21 +398,21 @@ def _are_changes(value: Any) -> bool:
 
 
 def _person() -> str:
-    """Who runs this process, and where."""
+    """The user and the machine of this process."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         user = f"user {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 
 
 def is_number(value: Any, below: float = 2**53) -> TypeGuard[float]:
-    """Whether it is a number from 0 to a bound, such as a step or a duration."""
+    """Whether it is a number from 0 to a limit, such as a step or a duration."""
     return isinstance(value, int | float) and 0 <= value < below
 
 
 def _is_whole(facts: Mapping[str, Any]) -> bool:
-    """Whether it has the form of run.json: attempts, the last of which may be unfinished."""
+    """Whether it has the format of run.json: attempts, the last of which may be unfinished."""
     told = facts.get("attempts")
     if not isinstance(told, list) or not all(isinstance(attempt, dict) for attempt in told):
         return False
@@ -436,7 +447,7 @@ def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
     try:
         beat = read_json(directory / f"rank-{rank}.beat", at_most=_LARGEST_BYTES)
     except (OSError, ValueError):
-        return None  # it has written nothing
+        return None  # it has not written any
     whole = isinstance(beat, dict) and isinstance(beat.get("seconds"), dict)
     whole = whole and all(isinstance(beat.get(key), int | float) for key in _NUMBERS_OF_A_BEAT)
     return beat if whole else None
@@ -449,11 +460,11 @@ def open_run(
 
     Args:
         fresh: move an earlier run of this name aside and start over.
-        accepted: in what the spec may differ from that of the run.
+        accepted: the allowed differences between the spec and that of the run.
     Raises:
         SpecError: the directory is not a run, another process has it open, or the spec
             differs from that of the run in a way that changes the result and is not accepted, or
-            that the run's state cannot follow.
+            that the run's state does not support.
     """
     directory = RunDirectory(runs / spec.name)
     require_no_secret(spec)
@@ -490,7 +501,7 @@ def _opened(directory: RunDirectory, spec: Spec, lock: IO[str], accepted: Accept
 
 
 def _drop_unwritten_change(facts: dict[str, Any], directory: RunDirectory) -> None:
-    """Forget a change that was entered by a process killed before it had written the spec."""
+    """Drop a change that was recorded by a process that was killed before it wrote the spec."""
     known = changes_in(facts)
     if known and "spec_sha256" in known[-1]:
         written = hashlib.sha256(directory.spec.read_bytes()).hexdigest()
@@ -534,23 +545,23 @@ def require_no_secret(spec: Spec) -> None:
             better = "Let the task read it from the environment."
             if place.startswith("kubernetes."):
                 better = (
-                    "Keep it in a Secret, which the pods see as a file: kubernetes.mounts, or "
+                    "Keep it in a Secret, which the pods can read as a file: kubernetes.mounts, or "
                     "kubernetes.wandb_secret for the key of W&B; or as a variable: "
                     "kubernetes.env_from."
                 )
             if place.startswith("slurm."):
                 better = (
                     "sbatch passes on the environment in which the job is submitted; or keep it in "
-                    "a file that only you can read, such as WANDB_API_KEY_FILE names."
+                    "a file that only you can read, such as WANDB_API_KEY_FILE."
                 )
             raise SpecError(
-                f"{place} holds a secret, and spec.yaml would show it to everybody who can read "
+                f"{place} contains a secret, which spec.yaml would show to everybody who can read "
                 f"the run. {better}"
             )
 
 
 def _named_values(value: Any) -> dict[str, str]:
-    """The variables in a pod's template: each `{name: ..., value: ...}`, wherever it stands."""
+    """The variables in a pod template: each `{name: ..., value: ...}`, at any depth."""
     if isinstance(value, list):
         return {k: v for each in value for k, v in _named_values(each).items()}
     if not isinstance(value, dict):
@@ -587,8 +598,8 @@ def _require_no_link(directory: RunDirectory) -> None:
     for part in (*parts, directory.wandb, directory.logged):
         if part.is_symlink():
             raise SpecError(
-                f"{part} is a link, and a run is not written through links. Replace it by what it "
-                "points to, or move the whole run elsewhere with --runs."
+                f"{part} is a link, and a run is not written through links. Replace it by its "
+                "target, or move the whole run elsewhere with --runs."
             )
 
 
@@ -617,8 +628,8 @@ def _lock(directory: RunDirectory) -> IO[str]:
 
 
 def _is_in_its_place(lock: IO[str], path: Path) -> bool:
-    """Whether this is still the lock of the run: a waiting process may get it after --fresh moved
-    the run aside with its lock, while another process starts a new run at the same path."""
+    """Whether this is still the lock of the run: a waiting process may get it after --fresh has
+    moved the run aside with its lock, while another process starts a new run at the same path."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -632,13 +643,13 @@ def _claim(lock: IO[str], directory: RunDirectory) -> None:
         lock.close()
         raise SpecError(
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
-            "to begin a second run of this spec, give it its own --name."
+            "to start a second run of this spec, give it its own --name."
         )
 
 
 def _let_go(lock: IO[str] | None) -> None:
     if lock is not None:
-        lock.close()  # of the copy in this process; the lock itself stays with the first
+        lock.close()  # closes this copy only; the first one still holds the lock
 
 
 def _require_free(directory: RunDirectory) -> None:
@@ -666,10 +677,10 @@ def _locked_in_time(lock: IO[str]) -> bool:
 def _taken_up(
     directory: RunDirectory, spec: Spec, accepted: Accepted
 ) -> tuple[dict[str, Any], list[Change]]:
-    """The facts of the run, and what is changed of its spec.
+    """The metadata of the run, and the changes of its spec.
 
     Raises:
-        SpecError: something is changed that was not asked for, or that cannot change in a run.
+        SpecError: a change was not requested, or is not possible in a run.
     """
     facts = directory.read_facts()
     held = directory.read_spec()
@@ -687,7 +698,7 @@ def _taken_up(
 
 
 def told_of_fixed(found: Sequence[Change], held: Spec) -> str:
-    """The changes of the spec `held` that a run cannot follow, each with the reason."""
+    """The changes of the spec `held` that a run does not support, each with the reason."""
     told = [f"\n  {change}\n    {why}" for change in found if (why := why_not(change, held))]
     return "".join(told)
 
@@ -714,7 +725,7 @@ def _require_empty(directory: RunDirectory) -> None:
     strangers = [entry.name for entry in directory.path.iterdir() if entry.name not in begun]
     if strangers:
         raise SpecError(
-            f"{directory.path} is not a run: it has no run.json, but holds "
+            f"{directory.path} is not a run: it has no run.json, but contains "
             f"{', '.join(sorted(strangers)[:5])}. Choose another --runs or --name."
         )
 
@@ -745,7 +756,7 @@ def _without_secrets(git: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that influence a result."""
+    """Versions of Python and of the packages that affect a result."""
     packages = ("evenstep", "torch", "numpy", "accelerate", "safetensors", "wandb")
     found = {package: _version_of(package) for package in packages}
     present = {package: version for package, version in found.items() if version is not None}
@@ -761,9 +772,9 @@ def _version_of(package: str) -> str | None:
 
 
 def git_facts() -> dict[str, Any]:
-    """Commit and uncommitted changes of the directory a run is started in, if it is a checkout.
+    """Commit and uncommitted changes of the current directory, if it is a checkout.
 
-    The diff is cut to a limit; bytes that are not UTF-8 are escaped.
+    The diff is cut at a limit; bytes that are not UTF-8 are escaped.
     """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
@@ -777,8 +788,8 @@ def git_facts() -> dict[str, Any]:
     return {"commit": commit.decode().strip(), "dirty": bool(diff), "diff": diff[:_MOST_OF_A_DIFF]}
 
 
-# Programs named in a checkout's settings are never run, because the checkout may belong to a
-# stranger. So the diff includes what they would have changed, such as filters for large files.
+# Programs in a checkout's settings are never run, because the checkout may belong to another
+# user. So the diff includes what they would have changed, such as filters for large files.
 _PLAIN = ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", "protocol.allow=never")
 
 
@@ -794,7 +805,7 @@ def _git(*words: str) -> bytes | None:
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
         )
     except OSError:
-        return None  # there is none, or no directory any more
+        return None  # git is missing, or the directory was deleted
     late = threading.Timer(_GIT_SECONDS, git.kill)
     late.start()
     with git:

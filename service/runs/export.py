@@ -33,14 +33,14 @@ _PIECE_BYTES = 16 << 20
 def export_weights(
     checkpoint: Checkpoint, file: Path, *, average: bool = False, trained: bool = False
 ) -> int:
-    """Write the weights in safetensors, each under every name it has; returns their bytes.
+    """Write the weights in safetensors format, each under all of its names; return their bytes.
 
     Args:
-        average: their moving average instead of the latest.
+        average: the moving average instead of the latest weights.
         trained: only the parameters that the run trains, such as adapters.
 
     Raises:
-        SpecError: there is a file of that name, or it cannot be written.
+        SpecError: the file exists, or cannot be written.
         NoCheckpoint: the checkpoint cannot be read.
     """
     require_new(file)
@@ -72,7 +72,7 @@ def require_new(place: Path) -> None:
     """Check that an export overwrites nothing.
 
     Raises:
-        SpecError: there is a file or a directory of that name.
+        SpecError: a file or a directory of that name exists.
     """
     if os.path.lexists(place):
         raise SpecError(f"-o: {place} exists. Choose another name, or remove it.")
@@ -80,7 +80,7 @@ def require_new(place: Path) -> None:
 
 @contextmanager
 def written_new(place: Path) -> Iterator[Path]:
-    """A context with a path beside `place` to write to; its file or directory then becomes `place`.
+    """A context with a temporary path next to `place`; its file or directory then becomes `place`.
 
     If writing fails, nothing is left.
 
@@ -99,7 +99,7 @@ def written_new(place: Path) -> Iterator[Path]:
 
 
 def _content(source: Path, places: Sequence[tuple[Entry, int]], step: int) -> Iterator[bytes]:
-    metadata = {"format": "pt", "evenstep.step": str(step)}  # transformers asks for the format
+    metadata = {"format": "pt", "evenstep.step": str(step)}  # transformers requires the format
     yield header([entry for entry, _ in places], metadata)
     with source.open("rb") as file:
         for entry, at in places:

@@ -15,15 +15,15 @@ from typing import Any
 from service.basics.atomic_files import make_directory, read_json, replace_unsynced, told_of
 from service.basics.secret_names import is_secret_name
 
-# Keys that tell by their form what they are: of AWS, GitHub, GitLab, Hugging Face, OpenAI and
-# others alike, Slack and Google; a signed web token; a private key.
+# Keys with a known format: of AWS, GitHub, GitLab, Hugging Face, OpenAI and
+# similar services, Slack and Google; a signed web token; a private key.
 _KEY = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[opsur]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}"
     r"|\bglpat-[\w-]{20,}|\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
     r"|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
-# In code: a text that is given to a telling name.
+# In code: a text that is assigned to a name that looks like a secret.
 _ASSIGNED = re.compile(
     r"""(\w*(?:key|token|secret|passw(?:or)?d|passphrase|credential|_pass|_pwd|_pat|auth)\w*"""
     r"""["']?\]?\s*(?::\s*\w+\s*)?[:=]\s*)(["'])([^"'\n]{8,})\2""",
@@ -39,8 +39,8 @@ _NO_WORD = 16  # a text of this length does not occur by chance
 def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
     """The value with every secret in its texts replaced by `***`.
 
-    Secret is what an environment variable with a telling name holds (WANDB_API_KEY), the user and
-    password of an address, and a key that its form gives away.
+    Secrets are the values of environment variables with such names (WANDB_API_KEY), the user and
+    password in a URL, and keys with a known format.
     """
     if isinstance(value, str):
         for secret in _secrets(environ):
@@ -54,7 +54,7 @@ def redacted(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
 
 
 def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the text is one or holds a long one, a key by its form, or an address's password."""
+    """Whether the text is a secret or contains a long one, a key, or a URL with a password."""
     for secret in _secrets(environ):
         if text == secret or (len(secret) >= _NO_WORD and secret in text):
             return True
@@ -62,12 +62,12 @@ def is_secret(text: str, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def redacted_code(text: str) -> str:
-    """The same of code, or of changes to it, where every text of a telling name is one too."""
+    """The same for code or a diff, in which texts assigned to names of secrets are redacted too."""
     return _ASSIGNED.sub(r"\1\2***\2", str(redacted(text)))
 
 
 def line_of_secret(code: str) -> int | None:
-    """The number, from 1, of the first line of code that holds what looks like a secret."""
+    """The number, from 1, of the first line of code with an apparent secret."""
     for number, line in enumerate(code.splitlines(), start=1):
         given = [found[3] for found in _ASSIGNED.finditer(line)]
         if is_secret(line) or any(map(_LOOKS_LIKE_A_KEY.fullmatch, given)):
@@ -77,14 +77,14 @@ def line_of_secret(code: str) -> int | None:
 
 def _secrets(environ: Mapping[str, str]) -> list[str]:
     found = [v for k, v in environ.items() if len(v) >= _SHORTEST and is_secret_name(k)]
-    return sorted(found, key=len, reverse=True)  # one may hold another
+    return sorted(found, key=len, reverse=True)  # one may contain another
 
 
 def write_failure(directory: Path, report: Mapping[str, Any]) -> Path | None:
-    """Write `<time>-rank-N.json`, whole or not at all; returns where it lies.
+    """Write `<time>-rank-N.json`, completely or not at all; return its path.
 
-    Where there is no room for it that is said, and no more: it is the failure itself that ends
-    the process.
+    If it cannot be written, only a warning is printed: the process ends because of the failure
+    itself.
     """
     try:
         return _written(directory, report)
@@ -109,7 +109,7 @@ def _written(directory: Path, report: Mapping[str, Any]) -> Path:
 
 
 def read_failures(directory: Path) -> Iterator[dict[str, Any]]:
-    """Every report in the directory, the earliest first; what cannot be read is none."""
+    """Every report in the directory, the earliest first; unreadable ones are skipped."""
     for path in sorted(directory.glob("*.json")):
         try:
             report = read_json(path, at_most=LARGEST_REPORT_BYTES)

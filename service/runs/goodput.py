@@ -17,10 +17,10 @@ KINDS = {
 
 
 def account_of(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The account of a run from its attempts, each of them ended.
+    """The time accounting of a run from its finished attempts.
 
-    `goodput` is the time of the steps that count, waiting for data left out, over all the time
-    since the first start. A step that had to be taken again counts once.
+    `goodput` is the time of the steps in the final result, without waiting for data, divided by the
+    time since the first start. A repeated step counts once.
     """
     if not attempts:
         return {}
@@ -58,7 +58,7 @@ def each_of(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def failures_in_a_row(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
-    """How many of the last attempts started at `step` as well and failed, one after the other."""
+    """How many of the last attempts, one after the other, also started at `step` and failed."""
     count = 0
     for attempt in reversed(attempts):
         if attempt["outcome"] not in ("failed", "lost") or attempt["from_step"] != step:
@@ -68,7 +68,7 @@ def failures_in_a_row(attempts: Sequence[Mapping[str, Any]], step: int) -> int:
 
 
 def _until(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
-    """Each attempt with the step from which the next one went on."""
+    """Each attempt with the step from which the next one continued."""
     nexts = [attempt["from_step"] for attempt in attempts[1:]]
     nexts += [attempt["to_step"] for attempt in attempts[-1:]]
     return list(zip(attempts, nexts, strict=True))

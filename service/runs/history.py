@@ -40,15 +40,15 @@ class Failure:
     """Seconds since 1970."""
     text: str
     stacks: str = ""
-    """Where every thread stood, if the report says so."""
+    """The stacks of all threads, if the report has them."""
 
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """One run: its facts, its spec as plain values, and its metrics, read when they are asked for.
+    """One run: its metadata, its spec as plain values, and its metrics, read on first use.
 
-    Raises, where metrics are asked for:
-        WillFailAgain: they hold a line that is no row.
+    Raises, on access to metrics:
+        WillFailAgain: they contain an invalid line.
     """
 
     directory: RunDirectory
@@ -57,13 +57,13 @@ class History:
     failures: tuple[Failure, ...] = ()
 
     def __repr__(self) -> str:
-        """What a notebook shows of it: `<run digits: done, step 180 of 180>`."""
+        """The text in a notebook: `<run digits: done, step 180 of 180>`."""
         of = f" of {self.steps}" if self.steps else ""
         return f"<run {self.name}: {self.state}, step {self.step}{of}>"
 
     @cached_property
     def rows(self) -> list[dict[str, float]]:
-        """Every row of the metrics, as plain values; a long run has a million of them."""
+        """Every row of the metrics, as plain values; a long run may have a million."""
         with self._read():
             return read_metrics(self.directory.metrics) if self._has_metrics else []
 
@@ -88,63 +88,65 @@ class History:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         name = self.spec.get("name")
         return name if isinstance(name, str) else self.directory.name
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
+        """The attempts, as in run.json."""
         return list(self.facts.get("attempts", ()))
 
     @property
     def changes(self) -> list[dict[str, Any]]:
-        """What was changed of the spec after the run had begun: `step`, `time`, `by`, `keys`."""
+        """The changes of the spec after the start of the run: `step`, `time`, `by`, `keys`."""
         return changes_in(self.facts)
 
     @property
     def state(self) -> str:
-        """new, running, done, stopped or failed; `lost` where it says running and is not."""
+        """new, running, done, stopped or failed; `lost` if it should be running but is not."""
         said = str(self.facts.get("state", "unknown"))
         return "lost" if said == "running" and _writer_is_gone(self.directory) else said
 
     @property
     def step(self) -> int:
-        """The last step that is known to have been taken."""
+        """The last step that is known to be finished."""
         return max(
             [int(self.last.get("step", 0)), *(int(a.get("to_step", 0)) for a in self.attempts)]
         )
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run; None while too little is known to tell."""
+        """Steps of the whole run; None if unknown."""
         wanted = find(self.spec, ("length", "steps"))
         if is_number(wanted) and wanted:
             return int(wanted)
         epochs, last = find(self.spec, ("length", "epochs")), self.last
         if not is_number(epochs) or not epochs or not last.get("epoch", 0) > 0:
             return None
-        # An epoch is written with six decimals: a whole number of steps may come out above it.
+        # An epoch is written with six decimals: a whole number of steps may be slightly exceeded.
         return math.ceil(min(2.0**53, epochs * last["step"] / last["epoch"]) - 1e-3)
 
     @property
     def news(self) -> float:
-        """When it was last heard of, in seconds since 1970."""
+        """The time of the last sign of life, in seconds since 1970."""
         told = [float(self.facts.get("created", 0.0))]
         told += [float(a[key]) for a in self.attempts for key in ("started", "ended") if key in a]
         return max([*told, self._heard])
 
     @property
     def _heard(self) -> float:
-        """When the last row was written, or 0."""
+        """The time of the last row, or 0."""
         time = self.last.get("time", 0.0)
         return float(time) if is_number(time, LATEST_TIME) else 0.0
 
     @property
     def seconds(self) -> float:
-        """Time spent in attempts, what came between them left out."""
+        """Time spent in attempts, without the time between them."""
         return sum(end - begin for begin, end, _ in self.spans())
 
     def spans(self) -> Iterator[tuple[float, float, str]]:
-        """Begin, end and outcome of every attempt; one that never said its end ends with news."""
+        """Start, end and outcome of every attempt; a missing end is the last sign of life."""
         starts = [float(a["started"]) for a in self.attempts]
         for number, attempt in enumerate(self.attempts):
             is_last = number + 1 == len(starts)
@@ -154,17 +156,17 @@ class History:
 
     @property
     def keys(self) -> list[str]:
-        """What was measured, in the order in which it first came."""
+        """The measured keys, in the order of their first occurrence."""
         return list(self.curves.of)
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) wherever `key` was measured."""
+        """(step, value) of every row with `key`."""
         steps, values = self.curves.of.get(key, ((), ()))
         return [(int(step), float(value)) for step, value in zip(steps, values, strict=True)]
 
     @cached_property
     def best(self) -> Best | None:
-        """By the measure that the spec names; the test's loss where it names none."""
+        """By the measure in the spec; by default the test loss."""
         wanted = find(self.spec, ("checkpoint", "best"))
         wanted = wanted if isinstance(wanted, dict) else {}
         measure = wanted.get("measure", "test/loss")
@@ -177,27 +179,29 @@ class History:
 
 
 def read_history(path: Path | str) -> History:
-    """The run in a directory, or the one of that name in `runs/`.
+    """The run in a directory, or the run of that name in `runs/`.
 
     Raises:
-        SpecError: there is no run there, or what it left cannot be read.
+        SpecError: there is no run, or its files cannot be read.
     """
     with told_when_unread(Path(path)):
         directory = find_run(Path(path))
         facts = directory.read_facts()
-        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a plain file, not a pipe
+        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a regular file, not a pipe
         spec = read_document(directory.spec).values
         return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
 
 def histories_in(runs: Path) -> tuple[list[History], list[str]]:
-    """The runs in a directory, the latest news first, and why others cannot be read.
+    """The runs in a directory, the latest first, and why others cannot be read.
 
     Raises:
         SpecError: there is no such directory.
     """
     if not runs.is_dir():
-        raise SpecError(f"There is no directory {runs}. Name the one that `run --runs` was given.")
+        raise SpecError(
+            f"There is no directory {runs}. Use the directory that was given to `run --runs`."
+        )
     found, broken = [], []
     for entry in sorted(runs.iterdir()):
         try:
@@ -205,7 +209,7 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
                 is_run = not entry.name.startswith(".") and is_there(entry / "run.json")
             if is_run:
                 history = read_history(entry)
-                _ = history.last, history.best  # what a list shows of it can be read
+                _ = history.last, history.best  # checks that the values for a list can be read
                 found.append(history)
         except EvenstepError as error:
             broken.append(str(error))
@@ -213,7 +217,7 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
 
 
 def differing(values: Iterable[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Keys on which nested mappings differ, each with its value in every one of them."""
+    """Keys on which nested mappings differ, each with its value in all of them."""
     flat = [dict(_flat(value, ())) for value in values]
     keys = dict.fromkeys(key for one in flat for key in one)
     table = [(key, [one.get(key, "-") for one in flat]) for key in keys]
@@ -238,9 +242,9 @@ def _word(value: Any) -> str:
 
 
 def _writer_is_gone(directory: RunDirectory) -> bool:
-    """Whether the process that holds the run was on this machine and is there no more.
+    """Whether the process that holds the run was on this machine and no longer exists.
 
-    The lock itself is left alone: trying it could refuse a run that starts at that moment.
+    The lock itself is not tried: that could make a run fail that starts at this moment.
     """
     try:
         words = read_bytes(directory.path / ".lock", at_most=_LONGEST_HOLDER_BYTES).split()
@@ -259,7 +263,7 @@ def _writer_is_gone(directory: RunDirectory) -> bool:
 
 
 def _failures(directory: Path) -> Iterator[Failure]:
-    """The latest reports, as many as a person can want to see, the earliest of them first."""
+    """The latest reports, up to a limit, the earliest of them first."""
     paths = sorted(directory.glob("*.json"))
     for path in paths[-MOST_FAILURES:]:
         try:

@@ -17,23 +17,23 @@ LONGEST_LINE_BYTES = 16 << 20
 
 
 class Block(NamedTuple):
-    """Some lines that follow each other."""
+    """Some consecutive lines."""
 
     first: int
-    """The number of the first of them, from 1."""
+    """The number of the first line, from 1."""
     lines: list[bytes]
     values: list[Any]
-    """What each of them holds; None for one that is not JSON."""
+    """The value of each line; None if it is not JSON."""
     is_torn: bool = False
-    """Whether the last one has no end: it may be half of a line."""
+    """Whether the last line has no line end: it may be incomplete."""
 
 
 def blocks_of(path: Path) -> Iterator[Block]:
     """The lines of a file, about a megabyte at a time.
 
     Raises:
-        OSError: it is not a plain file, or cannot be read.
-        WillFailAgain: a line is longer than any that is written here.
+        OSError: it is not a regular file, or cannot be read.
+        WillFailAgain: a line is longer than any line that Evenstep writes.
     """
     number = 1
     for chunk, is_torn in _chunks(path):
@@ -43,7 +43,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
 
 
 def lines_with(path: Path, needle: bytes) -> Iterator[list[bytes]]:
-    """The lines that hold these bytes, some at a time: a search takes a tenth of reading JSON."""
+    """The lines that contain these bytes, some at a time: ten times as fast as reading JSON."""
     held, begin = bytearray(LONGEST_LINE_BYTES), 0
     with open(path, "rb", buffering=0, opener=plain) as file:
         while count := file.readinto(memoryview(held)[begin : begin + BLOCK_BYTES]):
@@ -60,7 +60,7 @@ def lines_with(path: Path, needle: bytes) -> Iterator[list[bytes]]:
 
 
 def _found(held: bytearray, needle: bytes, whole: int) -> list[bytes]:
-    """The lines with the needle among the first bytes, which end with a line."""
+    """The lines with the needle among the first `whole` bytes, which end with a line end."""
     found, at = [], held.find(needle, 0, whole)
     while at >= 0:
         end = held.find(b"\n", at, whole)
@@ -71,7 +71,7 @@ def _found(held: bytearray, needle: bytes, whole: int) -> list[bytes]:
 
 
 def last_lines(path: Path) -> tuple[list[bytes], bool]:
-    """The last two lines of a file, or as many as it has; and whether the last one has no end."""
+    """The last two lines of a file, or as many as it has; and whether the last one is torn."""
     with open(path, "rb", opener=plain) as file:
         size = file.seek(0, os.SEEK_END)
         length = 1 << 16
@@ -82,20 +82,20 @@ def last_lines(path: Path) -> tuple[list[bytes], bool]:
             if begin == 0 or len(lines) > 3 or length >= LONGEST_LINE_BYTES:
                 break
             length *= 4
-    whole = lines if begin == 0 else lines[1:]  # the first of these lacks its beginning
+    whole = lines if begin == 0 else lines[1:]  # the first of these is incomplete
     is_torn = bool(whole and whole[-1])
     return (whole if is_torn else whole[:-1])[-2:], is_torn
 
 
 def values_of(lines: Sequence[bytes]) -> list[Any]:
-    """What each line holds, None for one that is not JSON."""
+    """The value of each line; None if it is not JSON."""
     try:
-        # All of them at once: one call for each line takes six times as long.
+        # All of them together: one call for each line takes six times as long.
         values: list[Any] = from_json(b"[" + b",".join(lines) + b"]")
         if len(values) == len(lines):
             return values
     except ValueError:
-        pass  # one of them is not JSON; the next line finds which
+        pass  # one of them is not JSON; found below
     return [_value_of(line) for line in lines]
 
 
@@ -107,7 +107,7 @@ def _value_of(line: bytes) -> Any:
 
 
 def _chunks(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """The file in parts that end with a line, without that line's end; and whether one is torn."""
+    """The file in parts that end with a line end; and whether the last line is incomplete."""
     rest = b""
     with open(path, "rb", buffering=0, opener=plain) as file:
         while read := file.read(BLOCK_BYTES):
@@ -125,6 +125,6 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, bool]]:
 def _require_short(path: Path, line_bytes: int) -> None:
     if line_bytes > LONGEST_LINE_BYTES:
         raise WillFailAgain(
-            f"{path}: a line has more than {LONGEST_LINE_BYTES:,} bytes, so this is not a file of "
+            f"{path}: a line has more than {LONGEST_LINE_BYTES:,} bytes, so it is not a file of "
             "a run. Restore a good copy, or start over with --fresh."
         )

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl: whole rows, single curves, or only its end. No torch."""
+"""Reads metrics.jsonl: all rows, single curves, or only its end. No torch."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # JSON does not have these values, and strict readers reject Python's bare NaN. Strings rather than
-# null: which of them a loss became is what one wants to know afterwards, and Python's float(),
-# JavaScript's Number() and pandas.to_numeric read all three of them back.
+# null, to keep which of them it was; Python's float(), JavaScript's Number() and
+# pandas.to_numeric can read all three of them.
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 LARGEST_STEP = 2**53  # beyond it, a float does not hold every whole number
 PLACE = ("step", "epoch", "time")
-"""What says where a row stands; all else in it was measured."""
+"""The keys for the position of a row; all other keys are measured values."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What was measured, by key: a step [N] and a value [N] for each time."""
+    """Measured values by key: steps [N] and values [N]."""
 
     steps: NDArray[np.float64]
-    """Of every row."""
+    """The steps of all rows."""
     of: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a torn last line, of a run that still writes, is left out.
+    """The rows of a `metrics.jsonl`, without an incomplete last line of a running run.
 
     Raises:
-        WillFailAgain: a line before it is no row.
+        WillFailAgain: an earlier line is not a row.
     """
     return [row for _, row in rows_in(Path(path))]
 
 
 def rows_in(path: Path) -> Iterator[tuple[bytes, dict[str, float]]]:
-    """Every line with the row it holds, without a torn last one."""
+    """Every line with its row, without an incomplete last one."""
     for block in blocks_of(path):
         yield from zip(block.lines, _rows_of(block, path), strict=False)
 
 
 def read_curves(path: Path | None, wanted: Callable[[str], bool] = lambda key: True) -> Curves:
-    """Everything that was measured, as arrays: sixteen bytes a value at most.
+    """All measured values as arrays: at most sixteen bytes per value.
 
     Args:
-        path: of no file, nothing.
+        path: None: no values.
     Raises:
-        WillFailAgain: a line is no row.
+        WillFailAgain: a line is not a row.
     """
     import numpy as np
 
@@ -68,7 +68,7 @@ def read_curves(path: Path | None, wanted: Callable[[str], bool] = lambda key: T
         try:
             gathered.add([row for row in block.values if row is not None or not block.is_torn])
         except (TypeError, KeyError, OverflowError, AttributeError):
-            # Something in it is not a number: a NaN is written as text, anything else is an error.
+            # A value is not a number: a NaN is written as text, anything else is an error.
             gathered.add(_rows_of(block, path))
     steps = np.frombuffer(gathered.steps) if gathered.steps else np.zeros(0)
     return Curves(
@@ -84,7 +84,7 @@ def read_curves(path: Path | None, wanted: Callable[[str], bool] = lambda key: T
 
 
 class _Gathered:
-    """Values that come block by block; where all rows have a key, they share one list of steps."""
+    """Values that are added in blocks; keys that all rows have share one list of steps."""
 
     def __init__(self, wanted: Callable[[str], bool]) -> None:
         self._wanted = wanted
@@ -93,16 +93,16 @@ class _Gathered:
         self.values: dict[str, array[float]] = {}
 
     def add(self, rows: list[dict[str, float]]) -> None:
-        """Add these rows, all of them or, with an error, none.
+        """Add all of these rows or, with an error, none.
 
         Raises:
-            TypeError, KeyError, OverflowError, AttributeError: one of them is no row of numbers.
+            TypeError, KeyError, OverflowError, AttributeError: one of them is not a row of numbers.
         """
         if not rows:
             return
         steps = array("d", [row["step"] for row in rows])
         if not _are_steps(steps):
-            raise TypeError("a step is a whole number")
+            raise TypeError("a step must be a whole number")
         new = {key: self._column(key, rows, steps) for key in self._keys(rows)}
         for key, (own, values) in new.items():
             known = self.values.setdefault(key, array("d"))
@@ -128,10 +128,10 @@ class _Gathered:
 
 
 def last_row(path: Path) -> dict[str, float] | None:
-    """The last whole row, found at the end of the file; None where there is none yet.
+    """The last complete row, found at the end of the file; None if there is none yet.
 
     Raises:
-        WillFailAgain: what stands there is no row.
+        WillFailAgain: the last line is not a row.
     """
     lines, is_torn = last_lines(path)
     rows = [_row(value) for value in values_of(lines)]
@@ -153,7 +153,7 @@ def best_in(path: Path, key: str, *, largest: bool) -> tuple[float, int] | None:
             row = _row(value)
             if row is None:
                 if value is None and not line.endswith(b"}"):
-                    continue  # torn
+                    continue  # incomplete
                 raise _no_row(path, "in it", line)
             found = row.get(key, math.nan)
             if is_better(found, best[0] if best else None, mode=mode):
@@ -172,7 +172,7 @@ def _rows_of(block: Block, path: Path) -> list[dict[str, float]]:
 
 
 def _row(value: Any) -> dict[str, float] | None:
-    """The row with its numbers, or None where it is none."""
+    """The row with its numbers, or None if it is not a row."""
     if not isinstance(value, dict) or "step" not in value:
         return None
     row: dict[str, Any] = {

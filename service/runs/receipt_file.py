@@ -1,7 +1,7 @@
 """receipt.jsonl on disk: digests of each step's rows, and of the weights at checkpoints.
 
-No torch.  A line holds the rows of an interval, a digest for each of its steps, the SHA-256 of a
-checkpoint's tensor files, or what was changed of the spec after a step.
+No torch.  A line has the rows of an interval (one digest for each step), the SHA-256 of a
+checkpoint's tensor files, or the changes of the spec after a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 def read_receipt(path: Path) -> dict[int, str]:
-    """The digest of every step (counted from 1) in a receipt; a torn last line is left out."""
+    """The digest of every step (counted from 1) in a receipt, without an incomplete last line."""
     digests: dict[int, str] = {}
     for line in _lines(path):
         if "rows" in line:
@@ -41,7 +41,7 @@ def read_receipt(path: Path) -> dict[int, str]:
 
 
 def read_digests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """The steps of a receipt [S], counted from 1, rising, and the digest of each."""
+    """The steps of a receipt [S], counted from 1, increasing, and the digest of each."""
     import numpy as np
 
     steps, digests = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
@@ -61,15 +61,15 @@ def read_digests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
 
 
 def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """The same of some lines.
+    """The same for some lines.
 
     Raises:
-        TypeError, KeyError, ValueError, OverflowError: one of them is none.
+        TypeError, KeyError, ValueError, OverflowError: one of them is invalid.
     """
     import numpy as np
 
     if not all(type(line) is dict for line in lines):
-        raise TypeError("a line is an object")
+        raise TypeError("a line must be an object")
     of_rows = [line for line in lines if "step" not in line]
     if len(of_rows) < len(lines):
         _require(all(map(_is_line, (line for line in lines if "step" in line))))
@@ -89,7 +89,7 @@ def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uin
 
 def _require(holds: bool) -> None:
     if not holds:
-        raise ValueError("a line is not of a receipt")
+        raise ValueError("a line does not belong to a receipt")
 
 
 def read_weights(path: Path) -> dict[int, dict[str, str]]:
@@ -98,7 +98,7 @@ def read_weights(path: Path) -> dict[int, dict[str, str]]:
 
 
 class ReceiptFile:
-    """A receipt to which lines are appended; each line is written at once."""
+    """A receipt to which lines are appended; each line is written immediately."""
 
     def __init__(
         self,
@@ -110,8 +110,8 @@ class ReceiptFile:
     ) -> None:
         """Remove the lines of steps after `step`: these steps will be repeated.
 
-        `say` tells a person where lines wait for a disk that is full.  `changes` are all that were
-        made of the spec, as run.json has them.
+        `say` reports lines that wait because the disk is full.  `changes` are all changes of the
+        spec, from run.json.
 
         Raises:
             EvenstepError: it cannot be written.
@@ -175,10 +175,10 @@ def _cut(line: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Every line, without a torn last one.
+    """Every line, without an incomplete last one.
 
     Raises:
-        WillFailAgain: one before it is none.
+        WillFailAgain: an earlier line is invalid.
     """
     for block in _blocks(path):
         yield from _checked(block, path)

@@ -41,7 +41,7 @@ Kind = Literal["image", "text", "histogram", "file"]
 
 
 class LoggedFile(NamedTuple):
-    """What a hook has logged besides numbers: a file in the directory of the run."""
+    """A logged item of a hook besides numbers: a file in the directory of the run."""
 
     key: str
     """`hook/grid`."""
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     values: Mapping[str, float]
     """By key: `train/loss`, `test/accuracy`, ..."""
     files: Sequence[LoggedFile] = ()
-    """What hooks have logged after this step; no part of metrics.jsonl."""
+    """Items that hooks have logged after this step; not in metrics.jsonl."""
 
     def record(self) -> dict[str, float]:
         """The row as one flat object, with its step first."""
@@ -159,7 +159,7 @@ class MetricsFile(Writer):
     ) -> None:
         """Empty for a fresh run; for a resume, exactly the rows up to the checkpoint's step.
 
-        `say` tells a person where rows wait for a disk that is full.
+        `say` reports rows that wait because the disk is full.
 
         Raises:
             EvenstepError: it cannot be written.

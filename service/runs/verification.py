@@ -23,21 +23,21 @@ _GROWS_BY_AT_MOST = 100.0  # from one logged value to the next
 
 @dataclass(frozen=True)
 class Compared:
-    """The outcome, and what there is to say about it."""
+    """The outcome, and its explanation."""
 
     equal: bool
     lines: list[str]
 
 
 def compare(a: RunDirectory, b: RunDirectory, *, level: str, tolerance: float) -> Compared:
-    """Compare two runs, as far as both have come.
+    """Compare two runs, up to the last common step.
 
     Args:
-        level: `rows`, the rows that every step consumed; `losses`, these and every loss within
-            `tolerance`, relative or absolute; `bits`, every measured value exactly, and the
-            weights too.
+        level: `rows`, the rows of every step; `losses`, also every loss within
+            `tolerance`, relative or absolute; `bits`, every measured value exactly, and also the
+            weights.
     Raises:
-        SpecError: one of them is no run, or they have no step in common.
+        SpecError: one of them is not a run, or they have no common step.
     """
     changed = [
         f"{run.name}: {change_in_words(entry)}"
@@ -58,7 +58,7 @@ def _rows(a: RunDirectory, b: RunDirectory) -> Compared:
     (a_steps, first), (b_steps, second) = read_digests(a.receipt), read_digests(b.receipt)
     common, in_a, in_b = _common(a_steps, b_steps)
     if not len(common):
-        raise SpecError(f"{a.path} and {b.path} have no step in common to compare.")
+        raise SpecError(f"{a.path} and {b.path} have no common step to compare.")
     other = first[in_a] != second[in_b]
     if other.any():
         step = int(common[other.argmax()])
@@ -67,7 +67,7 @@ def _rows(a: RunDirectory, b: RunDirectory) -> Compared:
 
 
 def _values(a: RunDirectory, b: RunDirectory, *, tolerance: float | None) -> Compared:
-    """Every loss within `tolerance`, or every measured value exactly where it is None."""
+    """Every loss within `tolerance`, or every measured value exactly if it is None."""
 
     def wanted(key: str) -> bool:
         return not tells_of_speed(key) and (tolerance is None or key.endswith("/loss"))
@@ -98,15 +98,15 @@ def _values(a: RunDirectory, b: RunDirectory, *, tolerance: float | None) -> Com
 def _growth(
     steps: NDArray[Any], x: NDArray[np.float64], y: NDArray[np.float64], at: int
 ) -> str | None:
-    """That the difference at place `at` grew from rounding, if it did.
+    """A text that the difference at index `at` grew from rounding, if it did.
 
-    It did where the first values that differ are within `_ROUNDING`, and no later value up to
+    It did if the first different values are within `_ROUNDING`, and no later value up to
     `at` is more than `_GROWS_BY_AT_MOST` times as far apart as the farthest before it.
     """
     x, y = x[: at + 1], y[: at + 1]
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = np.abs(x - y) / np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
-    apart = np.flatnonzero(gaps)  # also of NaN
+    apart = np.flatnonzero(gaps)  # including NaN
     if not len(apart) or not gaps[apart[0]] <= _ROUNDING:
         return None
     farthest = np.maximum(np.maximum.accumulate(gaps), _ONE_ROUNDING)
@@ -120,7 +120,7 @@ def _growth(
 
 
 def _common(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """The steps in both, rising, and where they stand in each."""
+    """The steps in both, increasing, and their indices in each."""
     if np.array_equal(a, b) and np.all(np.diff(a) > 0):
         everywhere = np.arange(len(a))
         return a, everywhere, everywhere
@@ -130,7 +130,7 @@ def _common(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any
 def _alike(
     x: NDArray[np.float64], y: NDArray[np.float64], tolerance: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Where they are alike, as `math.isclose` has it and NaN like NaN; and how far apart [N]."""
+    """Whether they are equal as in `math.isclose`, and NaN to NaN; and the differences [N]."""
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = np.abs(x - y)
         near = gaps <= tolerance * np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
@@ -138,7 +138,7 @@ def _alike(
 
 
 def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
-    """What the receipts say of every checkpoint there was, kept or removed since."""
+    """The receipts' hashes of every checkpoint, also of removed ones."""
     first, second = read_weights(a.receipt), read_weights(b.receipt)
     common = sorted(first.keys() & second.keys())
     if not common:
