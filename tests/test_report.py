@@ -120,7 +120,7 @@ def test_the_account_of_a_run_is_shown_where_it_keeps_one(place, tmp_path):
     text = page([read_history(run)], now=0)
     assert "43% of the time since the first start" in text
     assert 'class="bar gave-up"' in text
-    assert "Where the time went" in text
+    assert "Time accounting" in text
     (whole,) = re.findall(r"<tr><td>all</td>(.*?)</tr>", text)
     assert "<td>1,003</td><td>1 min 01 s</td><td>0.25 s</td><td>7.5 s</td>" in whole
 

@@ -21,7 +21,7 @@ class TrackerBackend(Protocol):
     """The client of one tracker. One thread calls all of its methods; they may block."""
 
     held_step: int
-    """The last step that it holds from earlier attempts, or -1."""
+    """The last step that it has from earlier attempts, or -1."""
 
     def put(
         self,
@@ -49,7 +49,7 @@ class BackgroundWriter(Writer):
         say: Callable[[str], None],
         close_seconds: float = 30.0,
     ) -> None:
-        """Returns at once; the thread imports and opens the tracker.
+        """Returns immediately; the thread imports and opens the tracker.
 
         Args:
             name: of the tracker, for messages.

@@ -1,7 +1,7 @@
 """Curves as inline SVG: pure functions, the same text for the same numbers.
 
-An SVG here is stretched to the width it finds, with strokes that keep their own; labels stand
-beside it as HTML, so that they are as sharp and as large on a phone as on a wide screen.
+The SVG is stretched to the available width, with strokes of constant width; labels are HTML
+next to it, so that they are equally sharp and large on a phone and on a wide screen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMOOTHED_POINTS = 8000
 _LARGEST = 1e300
 """Limit of drawn values: their differences are still finite."""
 _LEAST = 1e-290
-"""The shortest axis that counts as one."""
+"""The shortest valid axis."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Line:
     label: str
     points: Points
     colour: int
-    """A number of the palette; they repeat after `COLOURS`."""
+    """A number in the palette, which repeats after `COLOURS`."""
     style: Literal["line", "faint", "dots"] = "line"
 
 
@@ -53,12 +53,14 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
+        """The position of a value, in [0, 1] within the axis."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return (value - low) / (high - low)
 
     def ticks(self, wanted: int = 5) -> list[float]:
+        """About `wanted` round values within the axis."""
         if self.log:
             return _log_ticks(self.low, self.high, wanted)
         return _ticks(self.low, self.high, wanted)
@@ -73,7 +75,7 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
         return Axis(low / air, high * air, log=True)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), _LEAST):
         half = abs(low) * 0.1
-        if half < _LEAST:  # only zeros: an axis that shows this
+        if half < _LEAST:  # only zeros: an axis around zero
             return Axis(-1.0, 1.0)
         return Axis(low - half, high + half)
     air = 0.06 * (high - low)
@@ -82,7 +84,7 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
 
 
 def step_axis(steps: Iterable[float]) -> Axis:
-    """From the first of these steps to the last; from 0 where it is near, or there is one only."""
+    """From the first of these steps to the last; from 0 if it is near, or there is only one."""
     low, high = min(known := list(steps)), max(known)
     begin = 0 if low < 0.25 * high or low == high else low
     return Axis(begin, high) if high > 0 else Axis(0, 1)
@@ -99,7 +101,7 @@ def chart(
     """A figure with its curves, its labels, and its numbers for the tooltip.
 
     Args:
-        marks: steps at which a thin line stands, such as where a run was resumed.
+        marks: steps with a thin vertical line, such as where a run was resumed.
     """
     drawn = [Line(n.label, thinned(n.points), n.colour, n.style) for n in lines]
     values = (value for line in drawn for _, value in line.points)
@@ -143,7 +145,7 @@ def path(points: Points, x: Axis, y: Axis, *, dots: bool = False) -> str:
     """The `d` of a curve; it is interrupted where a value is not finite.
 
     Args:
-        dots: a dot at each point in place of a line from one to the next.
+        dots: a dot at each point instead of a line from one to the next.
     """
     parts: list[str] = []
     pen_is_down = False
@@ -155,15 +157,15 @@ def path(points: Points, x: Axis, y: Axis, *, dots: bool = False) -> str:
         parts.append(f"{'L' if pen_is_down and not dots else 'M'}{place}{'h0' if dots else ''}")
         pen_is_down = True
     if len(parts) == 1 and not dots:
-        parts.append("h0")  # one point alone: the round end of its stroke is a dot
+        parts.append("h0")  # a single point: the round end of its stroke is a dot
     return "".join(parts)
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
     """At most about `most` points that look the same: the extremes of equal sections.
 
-    Of values that are not finite, the first and the last of each stretch stay as well: they are
-    why somebody looks.
+    Of values that are not finite, the first and the last of each sequence are kept too: they are
+    the reason for looking at the chart.
     """
     table = _table(points)
     if len(table) <= most:
@@ -267,7 +269,7 @@ def _height(value: float, y: Axis) -> float:
 
 
 def _is_drawn(value: float) -> bool:
-    return abs(value) <= _LARGEST  # and so no NaN
+    return abs(value) <= _LARGEST  # false for NaN
 
 
 def _across(value: float, x: Axis) -> str:

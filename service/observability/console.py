@@ -1,7 +1,7 @@
 """The console: a live bar on a terminal, one plain line for each row elsewhere.
 
-Both go to standard output: they are what `evenstep run` was asked for, so `| grep` and `| tee` find
-them there, and standard error stays free for what went wrong.
+Both write to standard output: they are the output of `evenstep run`, so `| grep` and `| tee`
+receive them, and standard error is only for errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.basics.background_queue import BackgroundQueue
 from service.basics.running_time import joined
 from service.runs.tracking import Outcome, Row, Writer
 
-if TYPE_CHECKING:  # at run time only where there is a terminal to draw on
+if TYPE_CHECKING:  # imported at run time only for a terminal
     from rich.console import Console as RichConsole
     from rich.console import ConsoleOptions, RenderResult
     from rich.progress_bar import ProgressBar
@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # at run time only where there is a terminal to draw on
 
 _REDRAW_SECONDS = 0.25
 _LOOK_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 5.0  # for a reader to take the last lines
+_LAST_WORDS_SECONDS = 5.0  # for a reader to read the last lines
 _MOST_BAR_COLUMNS, _LEAST_BAR_COLUMNS = 24, 6
 _LEAST_CELL_COLUMNS = 7
 
-# A key's name on the console and the form of its value; other keys keep their own name.
+# The short name of a key on the console, and the format of its value; other keys keep their names.
 _FORMS = {
     "train/lr": ("lr", "{:.1e}"),
     "train/grad_norm": ("grad_norm", "{:.3g}"),
@@ -48,7 +48,7 @@ class Console(Writer, Protocol):
     """A writer for the terminal, on which the rest of the run can print lines too."""
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
 
 
 class LeadOutput:
@@ -60,7 +60,7 @@ class LeadOutput:
         self._screen: Console | None = None
 
     def speak_through(self, screen: Console) -> None:
-        """From now on print through this screen."""
+        """From now on print through this console."""
         self._screen = screen
 
     def __call__(self, text: str) -> None:
@@ -85,8 +85,8 @@ def console(
 ) -> Console:
     """The live bar if `stream` (default: standard output) is a terminal, otherwise plain lines.
 
-    `CI` and `TERM=dumb` ask for plain lines on a terminal too. `started`, in seconds since 1970,
-    is when the first step of this attempt began (default: now); the time left is reckoned from it.
+    `CI` and `TERM=dumb` select plain lines on a terminal too. `started`, in seconds since 1970,
+    is when the first step of this attempt began (default: now); the remaining time is based on it.
     """
     stream = sys.stdout if stream is None else stream
     if isinstance(stream, io.TextIOWrapper):
@@ -110,7 +110,7 @@ def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
 class _Screen(Console, Protocol):
     """The common part of both: a background thread prints the rows that other threads add.
 
-    Formatting takes its time, drawing more; and whoever reads a pipe may stop to.
+    Formatting takes time, drawing more; and the reader of a pipe may stop reading.
     """
 
     _stream: TextIO
@@ -129,8 +129,8 @@ class _Screen(Console, Protocol):
     def close(self, outcome: Outcome) -> None:
         self._queue.end()
         if not joined(self._thread, _LAST_WORDS_SECONDS) and self._stream is sys.stdout:
-            # Nobody reads: what else is said would wait as well, up to the interpreter's own exit.
-            self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the very end
+            # Nobody reads: further output would block too, up to the interpreter's own exit.
+            self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # open until exit
 
     def _print(self, text: str) -> None:
         try:
@@ -167,9 +167,9 @@ class PlainConsole(_Screen):
 
 
 class LiveConsole(_Screen):
-    """A line at the bottom of a terminal, redrawn on news and at most four times a second.
+    """A line at the bottom of a terminal, redrawn on new data, at most four times a second.
 
-    Above it grows a table of what was tested.
+    Above it is a table of the test results.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class LiveConsole(_Screen):
         self._queue = BackgroundQueue()
         self._thread = threading.Thread(target=self._redraw, name="console", daemon=True)
         self._live.start()
-        # Rich hides the cursor meanwhile; a run that is killed could not bring it back.
+        # Otherwise rich hides the cursor; a killed run could not restore it.
         self._rich.show_cursor(True)
         self._thread.start()
 
@@ -242,9 +242,9 @@ class _Table:
         self._names: tuple[str, ...] = ()
 
     def lines_of(self, thing: Row | str, columns: int) -> list[str]:
-        """The lines for messages and tests; with the names if they are new.
+        """The lines for messages and tests; with the column names if they are new.
 
-        Of what was tested, as much as fits in `columns`: what is left out is in the record.
+        Only measures that fit in `columns` are shown: all of them are in metrics.jsonl.
         """
         if isinstance(thing, str):
             return [thing]
@@ -260,7 +260,8 @@ class _Table:
 def _columns_that_fit(names: tuple[str, ...], columns: int) -> tuple[str, ...]:
     """The names of the columns that fit into the width.
 
-    `names` are the step, the epoch and the measures; the step and the first measure always stay.
+    `names` are the step, the epoch and the measures; the step and the first measure are always
+    kept.
     """
     kept = list(names)
     for name in (names[1], *reversed(names[3:])):
@@ -275,7 +276,7 @@ def _width(name: str) -> int:
 
 
 class _Bar:
-    """The live line: as many facts as fit, and a bar in the rest."""
+    """The live line: as many facts as fit, and a bar in the remaining space."""
 
     def __init__(self, total_steps: int, *, step: int) -> None:
         self._total_steps = total_steps
@@ -283,7 +284,7 @@ class _Bar:
         self._facts: dict[str, str] = {}
 
     def take(self, row: Row, seconds_left: float | None) -> None:
-        # A test does not measure training: values that a row lacks stay as they were.
+        # A test does not measure training: values that a row lacks do not change.
         facts = self._facts | _shown({k: v for k, v in row.values.items() if k[:5] != "test/"})
         facts["epoch"] = f"{row.epoch:.4g}"
         if seconds_left is not None:
@@ -308,7 +309,7 @@ class _Bar:
         yield line
 
 
-# Of the facts, those to keep longest where a terminal is narrow.
+# The facts to keep longest if a terminal is narrow.
 _FIRST = ("loss", "left", "rows/s", "epoch", "lr", "data_wait", "memory", "utilization")
 
 
@@ -334,10 +335,11 @@ class _TimeLeft:
         self._is_first = True
 
     def after(self, row: Row) -> float | None:
-        """Seconds left after this row, or None before a step was timed."""
+        """Seconds left after this row, or None before the first timed step."""
         steps, seconds = row.step - self.step, row.time - self._time
         if self._is_first:
-            # From here on, without the start's one-time costs (compiling, filling the loaders).
+            # From here on, without the one-time costs of the start (compiling, filling the
+            # loaders).
             self.step, self._time, self._is_first = row.step, row.time, False
         if steps <= 0:
             return None
@@ -363,7 +365,7 @@ def _throughput(seconds: float) -> str:
 def _let_go(stream: TextIO) -> None:
     """Discard further output: the reader is gone (a closed pipe, a lost ssh), training continues.
 
-    On the descriptor, so that the interpreter's own flush at exit does not turn 0 into 120.
+    On the file descriptor, so that the interpreter's own flush at exit does not turn 0 into 120.
     Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -32,18 +32,18 @@ _SUFFIXES: Mapping[Kind, str] = {
     "file": "",
 }
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
-_COLORS = {1: 0, 3: 2, 4: 6}  # channels, and what PNG calls them
+_COLORS = {1: 0, 3: 2, 4: 6}  # number of channels, and PNG's color type
 
 
 def require_name(name: object) -> str:
     """The name, which becomes a part of a key and of a path.
 
     Raises:
-        ValueError: it cannot be one.
+        ValueError: it is not valid.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"a name that a hook logs consists of letters, digits and _ . - /, but one is {name!r}"
+            f"a name that a hook logs must consist of letters, digits and _ . - /, but is {name!r}"
         )
     return name
 
@@ -52,11 +52,11 @@ class LoggedFiles:
     """The directory `logged` of a run; only rank 0 has one."""
 
     def __init__(self, directory: Path, *, resume_step: int | None = None) -> None:
-        """`resume_step` is the step of the checkpoint this attempt starts from: what was logged
-        after it is removed, and logged again.
+        """`resume_step` is the step of the checkpoint from which this attempt starts: files that
+        were logged after it are removed, and logged again.
 
         Raises:
-            OSError: it cannot be.
+            OSError: they cannot be removed.
         """
         self._directory = directory
         for path in self._steps():
@@ -67,7 +67,7 @@ class LoggedFiles:
         """Write a file; it is complete or absent.
 
         Raises:
-            ValueError: the name cannot be one.
+            ValueError: the name is not valid.
             OSError: it cannot be written.
         """
         path = self._path(step, kind, require_name(name))
@@ -107,15 +107,15 @@ def png(image: NDArray[np.generic]) -> bytes:
     """An image as a PNG file.
 
     Args:
-        image: [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 channels (where both could be meant,
-            the first); whole numbers from 0 to 255, or real ones from 0 to 1.
+        image: [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 channels (if ambiguous, the
+            first); integers from 0 to 255, or floats from 0 to 1.
     Raises:
-        ValueError: it is something else.
+        ValueError: it has another form.
     Source: https://www.w3.org/TR/png-3
     """
     pixels = _as_pixels(image)  # [H, W, C]
     height, width, channels = pixels.shape
-    lines = np.zeros((height, 1 + width * channels), np.uint8)  # each begins with its filter: none
+    lines = np.zeros((height, 1 + width * channels), np.uint8)  # each starts with its filter: none
     lines[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, _COLORS[channels], 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
@@ -150,14 +150,14 @@ def _as_pixels(image: NDArray[np.generic]) -> NDArray[np.uint8]:
     least, most = numbers.min(), numbers.max()
     if not (least >= 0 and most <= (1 if real else 255)):  # NaN too
         raise ValueError(
-            "an image must hold whole numbers from 0 to 255, or real ones from 0 to 1, but holds "
+            "an image must have integers from 0 to 255, or floats from 0 to 1, but has "
             f"{image.dtype} from {least:g} to {most:g}"
         )
     return np.rint(numbers * 255 if real else numbers).astype(np.uint8)
 
 
 def histogram(values: NDArray[np.generic], *, bins: int) -> bytes:
-    """The histogram of the finite ones of some values, as JSON: counts [bins] and edges [bins + 1].
+    """The histogram of the finite values, as JSON: counts [bins] and edges [bins + 1].
 
     Raises:
         ValueError: none is finite.
@@ -165,13 +165,13 @@ def histogram(values: NDArray[np.generic], *, bins: int) -> bytes:
     numbers = values.astype(np.float64).ravel()
     finite = numbers[np.isfinite(numbers)]
     if not finite.size:
-        raise ValueError(f"a histogram needs finite values, but of {numbers.size} none is")
+        raise ValueError(f"a histogram needs finite values, but none of {numbers.size} is finite")
     counts, edges = np.histogram(finite, bins=bins)
     told = {"counts": counts.tolist(), "edges": edges.tolist()}
     return json.dumps(told | {"not_finite": numbers.size - finite.size}).encode()
 
 
 def read_histogram(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(counts [bins], edges [bins + 1]) of a histogram that was logged."""
+    """(counts [bins], edges [bins + 1]) of a logged histogram."""
     told = json.loads(path.read_bytes())
     return np.array(told["counts"], np.int64), np.array(told["edges"], np.float64)

@@ -1,4 +1,4 @@
-"""The trackers besides W&B that a spec names, each as a background writer."""
+"""The trackers besides W&B in a spec, each as a background writer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def second_writers(
     resume_step: int | None,
     say: Callable[[str], None],
 ) -> list[Writer]:
-    """The writers that the spec names; trackio shows `config` as the run's configuration."""
+    """The writers of the trackers in the spec; trackio shows `config` as configuration."""
     backends: dict[str, Callable[[], TrackerBackend]] = {}
     if spec.tensorboard:
         backends["TensorBoard"] = lambda: TensorBoard.open(directory / "tensorboard")

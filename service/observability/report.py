@@ -1,6 +1,6 @@
 """The report: one self-contained page about one or several runs.
 
-It needs no network and no file beside it; light and dark follow the reader's own setting.
+It needs no network and no other files; light and dark mode follow the reader's setting.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ TITLES = {
     "system/peak_memory_gib": "Peak memory (GiB)",
     "system/tflops": "Operations (TFLOP/s)",
     "system/flop_utilization": "Operations (fraction of the peak)",
-    "system/slowest_rank": "Rank that the others wait for",
-    "system/slowest_ratio": "Times as long as the others' passes",
+    "system/slowest_rank": "Rank for which the others wait",
+    "system/slowest_ratio": "Duration of its passes, relative to the others",
 }
 SMOOTHED_FROM = 120
 """Number of points from which a training curve is drawn smoothed, over the faint raw curve."""
 
 
 def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[Sweep] = ()) -> None:
-    """Write the page about these runs atomically, with the table of each sweep they are of.
+    """Write the page about these runs atomically, with a table for each sweep.
 
     Raises:
         SpecError: the file cannot be written.
@@ -169,13 +169,13 @@ def _comparison(histories: Sequence[History]) -> str:
     return (
         '<section class="card"><h2>Side by side</h2><div class="scroll"><table class="compare">'
         f"<thead><tr><th></th>{heads}</tr></thead>{_rows(rows)}"
-        f"{_rows(specs or same, 'What differs in their specs')}"
-        f"{_rows(facts, 'What they ran on') if facts else ''}</table></div></section>"
+        f"{_rows(specs or same, 'Differences between the specs')}"
+        f"{_rows(facts, 'Differences of the machines') if facts else ''}</table></div></section>"
     )
 
 
 def _of_sweep(sweep: Sweep) -> str:
-    """One line for each setting: what its runs measured, over the seeds."""
+    """One line for each setting: the measures of its runs, over the seeds."""
     heads, lines = table_of(rows_of(sweep))
     told = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     cells = "".join(
@@ -253,7 +253,7 @@ def _title(key: str) -> str:
 
 
 def _lines(histories: Sequence[History], keys: Sequence[str]) -> list[Line]:
-    """Of several runs, one colour for each; of one, one colour for each key."""
+    """For several runs, one colour for each; for one run, one colour for each key."""
     lines = []
     for number, (name, history) in enumerate(zip(_labels(histories), histories, strict=True)):
         for place, key in enumerate(keys):
@@ -282,7 +282,7 @@ def _points(history: History, key: str) -> NDArray[np.float64]:
 
 
 def _timeline(histories: Sequence[History]) -> str:
-    """Attempts, stops and failures of every run, from its own beginning on."""
+    """Attempts, stops and failures of every run, from its own start on."""
     spans = [list(history.spans()) for history in histories]
     begins = [min((span[0] for span in of), default=0.0) for of in spans]
     ends = [
@@ -322,7 +322,7 @@ def _outcomes(
 def _bar(span: tuple[float, float, str], begin: float, whole: float) -> str:
     start, end, outcome = span
     left, width = 100 * (start - begin) / whole, 100 * (end - start) / whole
-    told = f"{outcome} after {_duration(end - start)}, begun {_moment(start)}"
+    told = f"{outcome} after {_duration(end - start)}, started {_moment(start)}"
     return (
         f'<i class="bar {_kind(outcome)}" style="left:{left:.3f}%;width:{width:.3f}%" '
         f'title="{escape(told)}"></i>'
@@ -351,7 +351,7 @@ def _facts(history: History, *, alone: bool) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in known)
     diff = str(git.get("diff") or "")
     changed = f"<details><summary>uncommitted changes</summary><pre>{escape(diff)}</pre></details>"
-    heading = "What it was" if alone else f"What {history.name} was"
+    heading = "Details" if alone else f"Details of {history.name}"
     return (
         f'<section class="card"><h2>{escape(heading)}</h2>{_attempts(history)}'
         f"{_changes(history)}{_account(history)}{_failures(history)}"
@@ -368,7 +368,8 @@ ATTEMPT = ("started", "ended", "outcome", "from_step", "to_step", "processes", "
 def _attempts(history: History) -> str:
     if not history.attempts:
         return ""
-    # What a later version adds to an attempt is shown as it is, where it is a word or a number.
+    # Values that a later version adds to an attempt are shown unchanged, if they are words or
+    # numbers.
     more = dict.fromkeys(
         key
         for attempt in history.attempts
@@ -392,7 +393,7 @@ def _attempts(history: History) -> str:
 
 
 def _changes(history: History) -> str:
-    """What was changed of the spec in the run, who did it, and from where it was forked."""
+    """The changes of the spec during the run, their authors, and the origin of a fork."""
     told = [
         f"<li><time>{_moment(entry['time'])}</time> {escape(change_in_words(entry))}</li>"
         for entry in history.changes
@@ -421,7 +422,7 @@ def _account(history: History) -> str:
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     heads = "".join(f'<th scope="col">{escape(word)}</th>' for word in head)
     return (
-        f'<h3>Where the time went</h3><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f'<h3>Time accounting</h3><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -451,7 +452,7 @@ def _stacks(failure: Failure) -> str:
 
 
 def _moment(seconds: float) -> str:
-    if not is_number(seconds, LATEST_TIME):  # the time of a file may be any
+    if not is_number(seconds, LATEST_TIME):  # the time of a file is arbitrary
         return "-"
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 

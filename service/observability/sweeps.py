@@ -1,4 +1,4 @@
-"""A sweep: which runs it has, and each setting's mean and deviation over seeds. No torch."""
+"""A sweep: its runs, and each setting's mean and deviation over seeds. No torch."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Sweep:
     settings: Mapping[str, Setting]
 
     def histories(self) -> list[History]:
-        """The runs that have begun."""
+        """The runs that have started."""
         runs = [self.path / name for name in self.settings]
         return [read_history(run) for run in runs if is_there(run / "run.json")]
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a sweep was run in this directory."""
+    """Whether this directory contains a sweep."""
     try:
         return is_there(path / _FILE)
-    except OSError:  # whoever reads it as a run says why
+    except OSError:  # reading it as a run reports the reason
         return False
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep in a directory; without runs where none was started there.
+    """The sweep in a directory; without runs if none was started there.
 
     Raises:
         SpecError: its file is damaged.
@@ -63,13 +63,14 @@ def read_sweep(path: Path) -> Sweep:
             raise ValueError(f"its format is {told['format']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
-            f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs stay."
+            f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs are "
+            f"kept."
         ) from error
     return Sweep(path, settings)
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Record the settings of a sweep beside its runs."""
+    """Write the settings of a sweep next to its runs."""
     facts = {"format": FORMAT, "runs": {name: list(s) for name, s in sweep.settings.items()}}
     with told_when_unwritten(sweep.path / _FILE):
         replace_file(sweep.path / _FILE, json.dumps(facts, indent=1) + "\n")
@@ -77,14 +78,14 @@ def write_sweep(sweep: Sweep) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: what was measured with it, over its seeds."""
+    """One setting: its measures, over its seeds."""
 
     setting: Setting
     """Without the seed."""
     runs: int
     done: int
     measured: Mapping[str, Sequence[float]]
-    """Values of the runs that are done, by measure."""
+    """Values of the finished runs, by measure."""
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
@@ -106,7 +107,7 @@ def rows_of(sweep: Sweep) -> list[Row]:
 
 
 def _measured(history: History) -> dict[str, float]:
-    """The best of the run, and the last value of each measure of the tests."""
+    """The best value of the run, and the last value of each test measure."""
     best = history.best
     found = {f"best {best.measure}": best.value} if best is not None else {}
     for key in history.keys:
@@ -116,9 +117,10 @@ def _measured(history: History) -> dict[str, float]:
 
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The heads and the cells of the table: settings, runs that are done, measures.
+    """The header and the cells of the table: settings, finished runs, measures.
 
-    A measure is told as mean and sample standard deviation, `0.95 ± 0.01`; of one run, as itself.
+    A measure is shown as mean and sample standard deviation, `0.95 ± 0.01`; for one run, as its
+    value.
     """
     keys = list(dict.fromkeys(key for row in rows for key, _ in row.setting))
     measures = list(dict.fromkeys(key for row in rows for key in row.measured))[:_MOST_MEASURES]

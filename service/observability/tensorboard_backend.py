@@ -53,7 +53,7 @@ class TensorBoard(TrackerBackend):
 
 
 def _shown(file: LoggedFile) -> Any:
-    """The file as a value of a summary: of one that is none of TensorBoard's kinds, its path."""
+    """The file as a value of a summary; for a kind that TensorBoard does not support, its path."""
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
     if file.kind == "image":

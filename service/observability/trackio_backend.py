@@ -35,7 +35,7 @@ class Trackio(TrackerBackend):
             embed=False,
             auto_log_cpu=False,
         )
-        # trackio's counter points to the step after the last one that the run holds.
+        # trackio's counter points to the step after the last one in the run.
         return cls(run, held_step=int(run._next_step) - 1)
 
     def put(
@@ -53,7 +53,7 @@ class Trackio(TrackerBackend):
 
 
 def _shown(file: LoggedFile) -> Any:
-    """The file as trackio shows it: of one that is neither image, text nor histogram, its path."""
+    """The file as trackio shows it: if it is not an image, text or histogram, its path."""
     import trackio
 
     if file.kind == "image":

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from wandb import Run
 
 _ON_DISK_SECONDS = 1.0  # a killed process loses newer rows; the default of wandb is 15 s
-_CORE_SECONDS = 60.0  # for wandb-core to start and answer, which training does not wait for
+_CORE_SECONDS = 60.0  # for wandb-core to start and answer; training does not wait for it
 _LAST_WORDS_SECONDS = 5.0  # for the thread to end once wandb-core was killed
 
 
@@ -194,7 +194,7 @@ class WandB(Writer):
         return run
 
     def _settled_mode(self) -> str:
-        """`auto` made definite, and what needs a key made offline where there is none."""
+        """`auto` resolved, and modes that need a key set to offline if there is none."""
         import wandb
 
         settings = wandb.setup(wandb.Settings(silent=True, x_service_wait=_CORE_SECONDS)).settings
@@ -238,7 +238,7 @@ class WandB(Writer):
         return run
 
     def _send_until_closed(self, run: Run) -> None:
-        """Send what earlier attempts could not, then the queue; no step twice in the W&B run."""
+        """Send the rows that earlier attempts could not send, then the queue; no step twice."""
         held = self._held_step(run)
         if self._resume_step is not None and held < self._resume_step:
             for record in read_metrics(self._metrics):
@@ -263,10 +263,10 @@ class WandB(Writer):
         run.log({"_timestamp": row.pop("time"), **row})
 
     def _held_step(self, run: Run) -> int:
-        """The last step that earlier attempts have put into this W&B run, or -1.
+        """The last step from earlier attempts in this W&B run, or -1.
 
-        Online, the server's word counts, and that of files which are still to be uploaded.
-        Offline, the files': a note of our own would be ahead of what a killed wandb-core wrote.
+        Online, from the server, and from files that are still to be uploaded.
+        Offline, from the files: a note of our own could be ahead of what a killed wandb-core wrote.
         """
         kinds = ("offline-run",) if not run.offline else ("offline-run", "run")
         steps = [int(dict(run.summary).get("step", -1))]
@@ -279,8 +279,8 @@ class WandB(Writer):
     def _finish(self, run: Run, outcome: Outcome) -> None:
         """End the run as finished (done), failed, or preempted (stopped, with the exit code 75).
 
-        A sweep queues a preempted run again, as 75 asks for; not one that W&B's own Stop button
-        has stopped, so that one ends as finished, with `outcome: stopped` in its summary.
+        A sweep requeues a preempted run, as 75 requests; but not a run that W&B's own Stop button
+        has stopped, so that run ends as finished, with `outcome: stopped` in its summary.
         """
         if self._spec.artifacts == "reference":
             try:
@@ -296,7 +296,7 @@ class WandB(Writer):
         run.finish(exit_code=exit_code)
 
     def _refer_to_checkpoints(self, run: Run) -> None:
-        """One artifact for the best checkpoint and one for the newest, each a path and no copy."""
+        """One artifact each for the best and the newest checkpoint, with its path and no copy."""
         import wandb
 
         place = self._metrics.parent / "checkpoints"
@@ -313,13 +313,13 @@ class WandB(Writer):
     def _leave(self) -> None:
         """End wandb-core and take back wandb's exit handler, which would wait for it."""
         if self._owns_core and "wandb" in sys.modules:
-            # It raises where wandb-core was killed, and ends in sys.exit where that one failed.
+            # It raises if wandb-core was killed, and ends in sys.exit if wandb-core failed.
             with suppress(Exception, SystemExit):
                 sys.modules["wandb"].teardown()
 
 
 def last_step(path: Path) -> int:
-    """The last `step` in a .wandb file, or -1; a record that a killed wandb-core tore has none."""
+    """The last `step` in a .wandb file, or -1; an incomplete record at its end is skipped."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
@@ -343,7 +343,7 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file, put together from their pieces, as far as they are whole.
+    """The complete records of a .wandb file, joined from their pieces.
 
     Source: https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
