@@ -11,17 +11,17 @@ from service.health.stop_request import die_with_follower
 
 
 def main() -> None:
-    """Listen for a request to stop first; what the command needs takes a while to load."""
+    """First register for requests to stop; importing the command takes a while."""
     listen()
     die_with_follower()
     open_descriptors()
     if sys.argv[1:2] in (["run"], ["sweep"]):
         outlive_readers("stdout", "stderr")
-    else:  # it is asked for what it prints
+    else:  # the command's purpose is its output
         outlive_readers("stderr")
         require_reader()
     if (told := out_of_place(sys.argv[1:], os.environ)) is not None:
-        if os.environ.get("RANK", "0") == "0":  # all processes of torchrun would say it
+        if os.environ.get("RANK", "0") == "0":  # otherwise all processes of torchrun would print it
             print(f"error: {told}", file=sys.stderr)
         sys.exit(SpecError.exit_code)
     warm_up(sys.argv[1:], os.environ)

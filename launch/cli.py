@@ -82,11 +82,9 @@ evenstep.add_command(export)
 @click.option(
     "--change", is_flag=True, help="Let KEY=VALUE change a run that has begun; it is recorded."
 )
+@click.option("--accept-changes", is_flag=True, help="The same for all differences in SPEC.")
 @click.option(
-    "--accept-changes", is_flag=True, help="The same for everything that differs in SPEC."
-)
-@click.option(
-    "--accept", multiple=True, metavar="KEY", help="The same for this key or section alone."
+    "--accept", multiple=True, metavar="KEY", help="The same for this key or section only."
 )
 @click.option("--stop-at", type=click.IntRange(min=1), metavar="STEP", help="Save, then stop.")
 @click.option(
@@ -148,7 +146,7 @@ def run(
     metavar="FILE",
     help="Write them as .npy, or with row ids and targets as .csv, .parquet or .safetensors.",
 )
-@click.option("--data", metavar="NAME", help="Of several test sets this one; all by default.")
+@click.option("--data", metavar="NAME", help="One of several test sets. Default: all.")
 @_PROCESSES
 def test(
     run: Path,
@@ -164,7 +162,7 @@ def test(
     place = launched()
     asked = _process_count(processes)
     found = find_run(run)
-    found.read_spec(overrides)  # a mistake is reported here, once
+    found.read_spec(overrides)  # an error is reported here, once
     job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
     _start(job, place, processes=asked)
 
@@ -199,7 +197,7 @@ def _start(
                 "faults.stop_budget_seconds has no effect.",
                 err=True,
             )
-    end_server()  # `auto` may have found one device only
+    end_server()  # `auto` may have found only one device
     from launch.rank.entry import RankContext, outcome_of, work
     from service.health.heartbeat import Heartbeat
 
@@ -235,7 +233,7 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 @_PROCESSES
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
 def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs: Path) -> None:
-    """Show what SPEC means: rows, steps, shares, rates, parameter groups. Needs no GPU."""
+    """Show the plan of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = load_named(spec, overrides, None)
     from service.preview.plan import planned
 
@@ -293,7 +291,7 @@ def _node(processes: str | None) -> Node | None:
 
 
 def _tell_allowance(directory: RunDirectory) -> None:
-    """Say how long Slurm lets this attempt run, where it says so."""
+    """Print how long Slurm lets this attempt run, if known."""
     if "SLURM_JOB_ID" not in os.environ:
         return
     from launch.engines.slurm.allowance import allowance
@@ -313,7 +311,9 @@ def _accepted(
 ) -> Accepted:
     if fresh and (change or accept_changes or accept):
         which = "--change" if change else "--accept-changes" if accept_changes else "--accept"
-        raise SpecError(f"{which}: --fresh starts a new run, in which nothing has to be changed.")
+        raise SpecError(
+            f"{which}: --fresh starts a new run, for which changes need not be accepted."
+        )
     asked = accepted_by(overrides, change=change, accept_changes=accept_changes)
     return Accepted((*asked.keys, *accept), everything=asked.everything)
 
@@ -326,7 +326,9 @@ def _process_count(asked: str | None) -> int:
 
         return max(1, torch.accelerator.device_count())
     if not asked.isdecimal() or int(asked) < 1:
-        raise SpecError(f"--processes: must be a whole number from 1 up, or auto, but is {asked}.")
+        raise SpecError(
+            f"--processes: must be a whole number, at least 1, or auto, but is {asked}."
+        )
     return int(asked)
 
 
@@ -355,11 +357,11 @@ def main() -> None:
 
 
 def _reports_errors() -> bool:
-    """Whether this process prints an error that all processes have in common."""
+    """Whether this process prints errors that all processes have in common."""
     try:
         place = launched()
     except SpecError:
-        return True  # that is the mistake
+        return True  # this is the error
     return place is None or place.rank == 0
 
 

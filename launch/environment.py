@@ -21,7 +21,7 @@ RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 
 @dataclass(frozen=True)
 class Environment:
-    """One process's place in its job, as torchrun or our own launcher set it."""
+    """The position of one process in its job, as set by torchrun or our own launcher."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,11 +30,12 @@ class Environment:
 
     @property
     def is_alone(self) -> bool:
+        """Whether this is the only process of the job."""
         return self.world_size == 1
 
 
 def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
-    """The place that torchrun gave this process, or None if no launcher started it.
+    """The position that torchrun gave this process, or None if no launcher started it.
 
     Raises:
         SpecError: the variables contradict each other.
@@ -65,22 +66,22 @@ def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
 
 @dataclass(frozen=True)
 class Node:
-    """One machine's place among those that train together, as Kubernetes or a person set it."""
+    """The position of one machine among those of the job, set by Kubernetes or the user."""
 
     index: int
     nodes: int
     processes: str
     """Processes on this machine: a number or `auto`."""
     address: str
-    """Of node 0; empty where there is no other."""
+    """The address of node 0; empty if there is only one node."""
     port: int
     local_index: int = 0
-    """Of the launchers on this machine, where Slurm started one for each GPU."""
+    """The index among the launchers on this machine, if Slurm started one for each GPU."""
     local_nodes: int = 1
-    """How many launchers this machine has."""
+    """The number of launchers on this machine."""
     secret_name: str = ""
-    """Where node 0 makes a secret for this meeting, and the others find it: a file among the runs.
-    Empty: nobody makes one."""
+    """The file in the runs directory in which node 0 writes a secret for the others.
+    Empty: there is no such file."""
 
 
 def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
@@ -98,16 +99,21 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
         if index is not None:
             raise SpecError(
                 f"The environment says that this is node {index}, but not of how many: set "
-                "PET_NNODES (1 where every pod trains by itself)."
+                "PET_NNODES (1 if every pod trains by itself)."
             )
         return None
     nodes = _number(re.sub(r"^(\d+):\1$", r"\1", variables["PET_NNODES"]), "PET_NNODES")
     processes = variables.get("PET_NPROC_PER_NODE", "1")
     if nodes > 1 and index is None:
-        raise SpecError(f"PET_NNODES={nodes}, but PET_NODE_RANK is not set: which one is this?")
+        raise SpecError(
+            f"PET_NNODES={nodes}, but PET_NODE_RANK is not set: set it to the index of this node, "
+            f"from 0."
+        )
     place = _number(index or "0", "PET_NODE_RANK")
     if not place < max(nodes, 1):
-        raise SpecError(f"PET_NODE_RANK={place} of PET_NNODES={nodes} cannot be: count from 0.")
+        raise SpecError(
+            f"PET_NODE_RANK={place} of PET_NNODES={nodes} is not possible: count from 0."
+        )
     address = variables.get("PET_MASTER_ADDR", "")
     if nodes > 1 and not address:
         address = first_address(socket.getfqdn(), place)
@@ -124,7 +130,7 @@ def first_address(own: str, index: int) -> str:
     host, dot, domain = own.partition(".")
     if not (dot and host.endswith(f"-{index}")):
         raise SpecError(
-            f"PET_MASTER_ADDR is not set, and it does not follow from this machine's name, {own}: "
+            f"PET_MASTER_ADDR is not set, and cannot be derived from this machine's name, {own}: "
             f"a pod of an Indexed Job with a subdomain is <job>-{index}.<service>.<namespace>..."
         )
     return f"{host.removesuffix(str(index))}0.{domain}"
@@ -132,21 +138,21 @@ def first_address(own: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of all nodes, as one node learnt of them where they met."""
+    """The processes of all nodes, as this node has learned in the rendezvous."""
 
     index: int
     nodes: int
     processes: int
-    """On each node."""
+    """The number of processes on each node."""
     address: str
-    """Where node 0 keeps the store through which the processes find each other."""
+    """The address of the store on node 0, through which the processes find each other."""
     port: int
     local_index: int = 0
     local_nodes: int = 1
     """As in `Node`."""
 
     def variables(self, local: Environment) -> dict[str, str]:
-        """What a process of this node must find in its environment, from its place on the node."""
+        """The environment of a process of this node, from its position on the node."""
         return {
             "RANK": str(self.index * self.processes + local.local_rank),
             "WORLD_SIZE": str(self.nodes * self.processes),
@@ -154,7 +160,7 @@ class Group:
             "LOCAL_WORLD_SIZE": str(self.local_nodes * self.processes),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
-            # The launcher of node 0 keeps the store, so rank 0 must not begin a second one.
+            # The launcher of node 0 has the store, so rank 0 must not start a second one.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": f"nodes-{self.port}",
             RUN_OF_STORE: f"nodes-{self.port}",
@@ -162,7 +168,7 @@ class Group:
 
 
 def torchrun_grace() -> GracePeriod:
-    """What the torchrun that started this process gives a request to stop."""
+    """The time that the torchrun of this process allows for a stop."""
     words = [word.partition("=") for word in psutil.Process(os.getppid()).cmdline()]
     said = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
     for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
@@ -172,7 +178,7 @@ def torchrun_grace() -> GracePeriod:
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables whose values lie in files: WANDB_API_KEY from WANDB_API_KEY_FILE, if it is there.
+    """Variables whose values are in files: WANDB_API_KEY from WANDB_API_KEY_FILE, if it exists.
 
     Raises:
         SpecError: the file cannot be read.
@@ -196,7 +202,7 @@ def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
     It is read from the file EVENSTEP_SECRET_FILE or from the variable EVENSTEP_SECRET.
 
     Raises:
-        SpecError: the file cannot be read, or the secret is too short to be one.
+        SpecError: the file cannot be read, or the secret is too short.
     """
     variables = os.environ if variables is None else variables
     path = variables.get("EVENSTEP_SECRET_FILE", "")
@@ -208,8 +214,8 @@ def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
     secret = secret.strip()
     if len(secret) < _SHORTEST_SECRET and (path or secret):
         raise SpecError(
-            f"{name}: a secret of {len(secret)} bytes can be guessed. Make one of "
-            f"{_SHORTEST_SECRET} or more, such as by `openssl rand -hex 32`, for all nodes."
+            f"{name}: a secret of {len(secret)} bytes can be guessed. Create one of "
+            f"{_SHORTEST_SECRET} or more, such as with `openssl rand -hex 32`, for all nodes."
         )
     return secret
 

@@ -1,8 +1,8 @@
-"""The place of this process in a step that Slurm's `srun` started. No torch.
+"""The position of this process in a step that Slurm's `srun` started. No torch.
 
-Slurm's variables leak: into the shell of `salloc`, into what `sbatch` starts from there, into tmux.
-So they count only in a process that descends from a task of a step, and not in a shell that
-`srun --pty` opened for a person.
+Slurm's variables leak: into the shell of `salloc`, into jobs that `sbatch` starts from there, into
+tmux. So they are used only in a process that descends from a task of a step, and not in a shell
+that `srun --pty` opened for a user.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from service.health.stop_budget import GracePeriod
 from service.spec.models import Spec
 
 _FIRST_PORT, _PORTS = 15_000, 15_000
-"""Below what systems hand out by themselves, from 32768 on."""
+"""Below the ports that systems assign automatically, from 32768 on."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One task's place among the tasks of a step."""
+    """The position of one task among the tasks of a step."""
 
     job: int
     number: int
     restart: int
-    """How often the job was queued again."""
+    """How often the job was requeued."""
     task: int
     tasks: int
     local_task: int
-    """This task's number among those of its machine."""
+    """The index of this task on its machine."""
     tasks_each: int
-    """On each machine."""
+    """The number of tasks on each machine."""
     gpus_each: int
-    """Of each machine; 0 where Slurm gives none."""
+    """The GPUs of each machine; 0 if Slurm allocates none."""
     hosts: tuple[str, ...]
     """The names of the step's machines, in the order of their numbers."""
 
 
 def step_here(variables: Mapping[str, str] | None = None) -> Step | None:
-    """The step that this process is a task of, or None where it is none.
+    """The step of which this process is a task, or None.
 
     Raises:
         SpecError: the step has tasks of both kinds, one for each machine and one for each GPU.
@@ -60,7 +60,7 @@ def step_here(variables: Mapping[str, str] | None = None) -> Step | None:
 
 
 def step_of(variables: Mapping[str, str]) -> Step:
-    """The step that the variables of one of its tasks tell of.
+    """The step that the variables of one of its tasks describe.
 
     Raises:
         SpecError: see `step_here`; or a variable is missing.
@@ -83,7 +83,7 @@ def step_of(variables: Mapping[str, str]) -> Step:
 
 
 def _check_tasks(each: list[int], gpus: int) -> None:
-    """Refuse what is neither one task for each machine nor one for each GPU."""
+    """Refuse anything but one task for each machine or one for each GPU."""
     ways = (
         "Start one task on each machine (srun --ntasks-per-node=1), and evenstep starts a process "
         "for each GPU; or one task for each GPU"
@@ -102,14 +102,14 @@ def _check_tasks(each: list[int], gpus: int) -> None:
 
 
 def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) -> Node:
-    """What this task is for a launcher: a node with its processes.
+    """The node with its processes that this task is for a launcher.
 
     With several tasks on a machine, each is a node of one process.
 
     Args:
-        processes: what the command asks for on each machine; by default one for each GPU.
+        processes: the command's number of processes on each machine; by default one for each GPU.
     Raises:
-        SpecError: the command asks for processes where Slurm has started them.
+        SpecError: the command sets the number of processes, but Slurm has already started them.
     """
     if step.tasks_each > 1 and processes is not None:
         raise SpecError(
@@ -132,9 +132,9 @@ def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) 
 
 
 def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int:
-    """Leave the exit code of this task where the script of the job looks for it; returns it.
+    """Write the exit code of this task for the script of the job; return the code.
 
-    srun alone tells the largest of all tasks.
+    srun alone returns only the largest code of all tasks.
     """
     variables = os.environ if variables is None else variables
     folder, task = variables.get("EVENSTEP_EXIT_CODES"), variables.get("SLURM_PROCID", "")
@@ -145,7 +145,7 @@ def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int
 
 
 def slurm_grace(spec: Spec, variables: Mapping[str, str] | None = None) -> GracePeriod | None:
-    """What the script of a job gives a stop, where that is less than our launcher does."""
+    """The script's limit for a stop, if it is shorter than that of our launcher."""
     variables = os.environ if variables is None else variables
     told = variables.get("EVENSTEP_STOP_SECONDS", "")
     budget = spec.faults.stop_budget_seconds
@@ -158,7 +158,7 @@ def slurm_grace(spec: Spec, variables: Mapping[str, str] | None = None) -> Grace
 
 
 def _is_task(variables: Mapping[str, str]) -> bool:
-    """Whether this process descends from the task of a step that the variables tell of."""
+    """Whether this process descends from the task of the step that the variables describe."""
     told = variables.get("SLURM_TASK_PID", "")
     if not told.isdecimal():
         return False
@@ -172,8 +172,8 @@ def _is_task(variables: Mapping[str, str]) -> bool:
 
 
 def _is_batch_script(task: int) -> bool:
-    """Whether Slurm started the process as a job's script, by the title that its keeper has."""
-    with suppress(psutil.Error):  # the process is root's and may be hidden
+    """Whether Slurm started the process as a job's script, from the title of its parent."""
+    with suppress(psutil.Error):  # the process belongs to root and may be hidden
         keeper = psutil.Process(task).parent()
         title = " ".join(keeper.cmdline()) if keeper is not None else ""
         return title.startswith("slurmstepd") and ".batch]" in title
@@ -184,15 +184,15 @@ def _is_batch_script(task: int) -> bool:
 
 
 def hosts_of(text: str) -> Iterator[str]:
-    """The names in a list of Slurm's, in order: `gpu[08-10,12],login1` has five.
+    """The names in a Slurm list, in order: `gpu[08-10,12],login1` has five.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is not such a list.
     """
     for name in _split(text):
         parts = re.split(r"\[([^\]]*)\]", name)
         if not name or any(c in part for part in parts[::2] for c in "[]"):
-            raise ValueError(f"{text!r} is no list of machines")
+            raise ValueError(f"{text!r} is not a list of machines")
         choices = [[part] if at % 2 == 0 else _numbers(part) for at, part in enumerate(parts)]
         yield from map("".join, itertools.product(*choices))
 
@@ -213,15 +213,15 @@ def _numbers(text: str) -> list[str]:
 
 
 def tasks_of(text: str) -> list[int]:
-    """How many tasks each machine has: `2(x3),1` is 2, 2, 2, 1.
+    """The number of tasks on each machine: `2(x3),1` is 2, 2, 2, 1.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is not such a list.
     """
     found = []
     for piece in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", piece)
         if match is None:
-            raise ValueError(f"{text!r} is no list of tasks")
+            raise ValueError(f"{text!r} is not a list of tasks")
         found += [int(match[1])] * int(match[2] or 1)
     return found

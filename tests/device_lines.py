@@ -120,7 +120,7 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
     ): ("as above", NVIDIA),
     (
         "launch/commands/doctor.py",
-        'fix = "Install a torch built for CUDA, and look at nvidia-smi for the driver."',
+        'fix = "Install a torch built for CUDA, and check the driver with nvidia-smi."',
     ): ("as above", NVIDIA),
     ("launch/commands/doctor.py", 'if accelerator.type == "cuda":'): (
         "versions of CUDA and of the driver",
@@ -136,7 +136,7 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
     ): ("as above", NVIDIA),
     (
         "launch/commands/doctor.py",
-        'fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."',
+        'fix = "Check the firewall on loopback; for NCCL, set NCCL_DEBUG=INFO."',
     ): ("NCCL's own setting", ""),
     ("launch/engines/kubernetes/fabrics.py", '"infiniband": {"NCCL_NET": "IB"},'): (
         "NCCL's own setting, of a profile that the user names",

@@ -168,7 +168,7 @@ def test_the_same_again_records_nothing_more(place, processes):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--change"], "--change: no key to change is named"),
+        (["--change"], "--change: no key is named"),
         (["--change", "seed=8", "--fresh"], "--change: --fresh starts a new run"),
         (["seed=8"], "long was started with another spec:\n  seed: 7 -> 8\nContinue with the old"),
         (["--change", "seed=8", "max_grad_norm=1", "batch.global_batch=60"], "counted in steps"),

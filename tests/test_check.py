@@ -13,7 +13,7 @@ from service.preview.check import checked
 from service.spec.files import load_spec
 
 GOLDEN = """\
-digits: the spec is right
+digits: the spec is valid
   task        1,433 training and 364 test rows, measures: accuracy (# s)
   plan        180 steps of 96 rows, 6 micro-batches of 16: up to 6 processes
   model       21,482 parameters in 8 tensors, 1 group of SGD (# s)

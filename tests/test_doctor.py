@@ -63,7 +63,7 @@ def test_what_is_wrong_is_reported_with_its_fix(tmp_path):
     assert "no torchvision::nms" in found["torchvision"]["told"]
     assert "pip uninstall torchvision" in found["torchvision"]["fix"]
     assert found["W&B"]["state"] == "warning"
-    assert "not reached in 3 s" in found["W&B"]["told"]
+    assert "cannot be reached in 3 s" in found["W&B"]["told"]
     assert found["disk"]["state"] == "failed"
     assert "--runs" in found["disk"]["fix"]
     assert found["all-reduce"]["state"] == "failed"

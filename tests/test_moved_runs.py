@@ -68,7 +68,7 @@ def test_a_run_is_tested_resumed_and_exported_wherever_it_is(tmp_path):
     new = ("task=two/my_task.py:task", "task_args.start=")
     assert ends("test", "alone", *new, cwd=tmp_path) == before
     told = ends("export", "alone", "-o", "directory", *new, cwd=tmp_path, code=64)
-    assert "a directory is for a model of transformers" in told
+    assert "a directory is for a transformers model" in told
     told = ends("export", "alone", "-o", "file.safetensors", *new, cwd=tmp_path, code=64)
     assert "need no task" in told
     ends("export", "alone", "-o", "file.safetensors", cwd=tmp_path)

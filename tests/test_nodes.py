@@ -278,7 +278,7 @@ def test_other_connections_are_dropped_and_the_nodes_connect(meeting: Meeting) -
     ends = meeting.end()
     assert [friend.index for friend in ends[0].friends] == [1]
     assert ends[1][1] == ("127.0.0.1", 4321)
-    assert "A connection from 127.0.0.1 did not prove in time" in meeting.said[0]
+    assert "A connection from 127.0.0.1 did not authenticate in time" in meeting.said[0]
     assert meeting.said[1:] == [
         f"{len(SENT) + 1} connections were not from nodes of this job; they were dropped."
     ]
@@ -367,7 +367,7 @@ def connected(port: int) -> socket.socket:
     [
         ({"processes": 5}, "PET_NPROC_PER_NODE is 4 on node 0 and 5 on node 2"),
         ({"nodes": 4}, "PET_NNODES is 3 on node 0 and 4 on node 2"),
-        ({"spec": "another"}, "Node 2 has another spec than node 0"),
+        ({"spec": "another"}, "Node 2 has a different spec than node 0"),
     ],
 )
 def test_nodes_that_disagree_all_hear_of_it(

@@ -49,14 +49,14 @@ def test_a_list_of_machines_is_read_as_slurm_writes_it(text: str, hosts: list[st
 
 @pytest.mark.parametrize("text", ["", "n[0-2", "n0,", "n[a-b]", "n]0["])
 def test_what_is_no_list_of_machines_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no list of machines|invalid literal"):
+    with pytest.raises(ValueError, match=r"not a list of machines|invalid literal"):
         list(hosts_of(text))
 
 
 def test_a_list_of_tasks_is_read_as_slurm_writes_it() -> None:
     assert tasks_of("2(x3),1") == [2, 2, 2, 1]
     assert tasks_of("4") == [4]
-    with pytest.raises(ValueError, match="no list of tasks"):
+    with pytest.raises(ValueError, match="not a list of tasks"):
         tasks_of("2(x")
 
 

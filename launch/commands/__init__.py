@@ -1,4 +1,4 @@
-"""The `evenstep` command: one room for each command or group of commands.
+"""The `evenstep` command: one module for each command or group of commands.
 
 From top to bottom; a room imports only from rooms below it:
 

@@ -66,11 +66,11 @@ def _columns(checkpoint: Checkpoint, damage: str | None, *, rank: int | None) ->
     manifest = read_manifest(checkpoint)
     when, processes = manifest.get("time"), manifest.get("processes")
     known = is_number(when, LATEST_TIME)
-    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)) if known else "at no known time"
+    yield time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)) if known else "at an unknown time"
     yield f"{in_words(sum(file['bytes'] for file in manifest['files'].values())):>9}"
     yield f"{processes} process{'es' if processes != 1 else ''}"
     told = "good" if rank is None else "good, best" if rank == 1 else f"good, {_ordinal(rank)} best"
-    yield f"{told}, stopped in its test, which is due" if checkpoint.untested else told
+    yield f"{told}, stopped in its test, which is repeated" if checkpoint.untested else told
 
 
 def _ordinal(number: int) -> str:
@@ -85,7 +85,7 @@ def _ordinal(number: int) -> str:
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="Export the moving average of the weights.")
 @click.option("--trained", is_flag=True, help="Export only the parameters that the run trains.")
-@click.option("--merged", is_flag=True, help="Export what the task's `merged` makes of the model.")
+@click.option("--merged", is_flag=True, help="Export the result of the task's `merged`.")
 def export(
     run: Path,
     overrides: tuple[Override, ...],
@@ -96,22 +96,22 @@ def export(
     merged: bool,
 ) -> None:
     """Write the weights of RUN: as FILE.safetensors, which safetensors.torch.load_file reads, or,
-    of a model of transformers, as a directory DIR that its from_pretrained reads.
+    for a transformers model, as a directory DIR that its from_pretrained reads.
 
     For a directory the task builds the model; KEY=VALUE gives new paths of files that moved."""
     found = find_run(run)
     found.read_facts()
     if file.suffix not in ("", ".safetensors"):
         raise SpecError(
-            f"-o: {file} must end in .safetensors, which is what is written, or be a directory "
-            "for a model of transformers, named without an ending."
+            f"-o: {file} must end in .safetensors, or be a directory "
+            "for a transformers model, with a name without a suffix."
         )
     if trained and (merged or not file.suffix):
         other = "--merged" if merged else f"-o {file}"
-        raise SpecError(f"--trained: goes into a file of its own, so not with {other}.")
+        raise SpecError(f"--trained cannot be combined with {other}.")
     if file.suffix and overrides and not merged:
         raise SpecError(
-            f"{overrides[0]}: the weights of a checkpoint alone need no task, so there is nothing "
+            f"{overrides[0]}: exporting only the weights needs no task, so there is nothing "
             "to change. Leave it out, or name a directory."
         )
     chosen = find_checkpoint(found.checkpoints, checkpoint)

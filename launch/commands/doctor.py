@@ -1,7 +1,7 @@
-"""The checks of `evenstep doctor`: the machine, as a job would find it.
+"""The checks of `evenstep doctor`: the machine, from the point of view of a job.
 
-A finding that is not fine carries its fix.  Nothing here needs the job's model; with a spec, what
-its data needs is compared with what there is.
+Every problem comes with its fix.  Nothing here needs the job's model; with a spec, the needs of
+its data are compared with the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ State = Literal["ok", "skipped", "warning", "failed"]
 REDUCED_BYTES = {"cpu": 4 << 20}
 REDUCED_BYTES_ON_GPU = 256 << 20
 REDUCTION_SECONDS = 90
-"""In this time two interpreters load torch, perhaps from a slow disk."""
+"""Time for two interpreters to import torch, perhaps from a slow disk."""
 REACH_SECONDS = 3
 
 
@@ -51,6 +51,7 @@ class Finding:
     fix: str = ""
 
     def record(self) -> dict[str, str]:
+        """The finding as plain values, for JSON."""
         return asdict(self)
 
 
@@ -64,6 +65,7 @@ class Asked:
 
     @property
     def workers(self) -> int:
+        """Loader workers of each process."""
         asked = self.spec.loader.workers if self.spec else 0
         return workers_each(self.processes) if asked == "auto" else int(asked)
 
@@ -109,7 +111,7 @@ def _packages(asked: Asked) -> Iterator[Finding]:
 
 
 def _torch_companions(asked: Asked) -> Iterator[Finding]:
-    """Their mere presence, built for another torch, breaks the import of transformers and timm."""
+    """Packages built for another torch break the import of transformers and timm."""
     for name in ("torchvision", "torchaudio"):
         try:
             version = metadata.version(name)
@@ -139,7 +141,7 @@ def _devices(asked: Asked) -> Iterator[Finding]:
     if accelerator is None:
         if shutil.which("nvidia-smi"):
             told = f"this machine has nvidia-smi, but torch {torch.__version__} sees no GPU"
-            fix = "Install a torch built for CUDA, and look at nvidia-smi for the driver."
+            fix = "Install a torch built for CUDA, and check the driver with nvidia-smi."
             yield Finding("devices", "failed", told, fix)
         else:
             yield Finding("devices", "ok", "cpu only")
@@ -156,7 +158,9 @@ def _devices(asked: Asked) -> Iterator[Finding]:
     if asked.processes > count and asked.processes > 2:
         fix = f"Use at most --processes {count}, or EVENSTEP_DEVICE=cpu."
         if any("MIG" in card.split() for card in named):
-            fix += " A process is shown one MIG slice, and NCCL joins no two slices of one GPU."
+            fix += (
+                " A process can use one MIG slice, and NCCL cannot connect two slices of one GPU."
+            )
         yield Finding("devices", "failed", f"{told} for {asked.processes} processes", fix)
     else:
         yield Finding("devices", "ok", told)
@@ -181,11 +185,11 @@ def _all_reduce(asked: Asked) -> Iterator[Finding]:
     code, said, wrong = _reduced(count, on_cpu=on_cpu)
     if code is None:
         told = f"{count} processes did not connect within {REDUCTION_SECONDS} s"
-        fix = "Look at the firewall on loopback, and with NCCL at NCCL_DEBUG=INFO."
+        fix = "Check the firewall on loopback; for NCCL, set NCCL_DEBUG=INFO."
         yield Finding("all-reduce", "failed", told, fix)
     elif code:
         last = (wrong.strip().splitlines() or ["no message"])[-1]
-        fix = "Run `python -m launch.commands.reduction` under torchrun to see all it says."
+        fix = "Run `python -m launch.commands.reduction` under torchrun to see its complete output."
         yield Finding("all-reduce", "failed", f"{count} processes: {last}", fix)
     else:
         device, rate = said.split()
@@ -197,7 +201,7 @@ def _all_reduce(asked: Asked) -> Iterator[Finding]:
 
 
 def _reduced(count: int, *, on_cpu: bool) -> tuple[int | None, str, str]:
-    """(exit code or None at the time limit, output of rank 0, error output of who failed)."""
+    """(exit code or None at the time limit, output of rank 0, error output of a failed process)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -225,7 +229,7 @@ def _reduced(count: int, *, on_cpu: bool) -> tuple[int | None, str, str]:
 
 
 def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The number of the first that failed, or of one that had to be killed at the time limit."""
+    """The index of the first process that failed, or of one that was killed at the time limit."""
     limit = TimeLimit(REDUCTION_SECONDS)
     failed: list[int] = []
     try:
@@ -250,7 +254,9 @@ def _host_name(asked: Asked) -> Iterator[Finding]:
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError as error:
-        told = f"{host} does not resolve ({error.strerror or error}); one machine works without it"
+        told = (
+            f"{host} does not resolve ({error.strerror or error}); not needed on a single machine"
+        )
         yield Finding("host name", "warning", told, f"Add a line for {host} to /etc/hosts.")
         return
     with socket.socket() as free:
@@ -262,7 +268,7 @@ def _host_name(asked: Asked) -> Iterator[Finding]:
 def _wandb(asked: Asked) -> Iterator[Finding]:
     mode = asked.spec.tracking.wandb.mode if asked.spec and asked.spec.tracking.wandb else "auto"
     if "offline" in (mode, os.environ.get("WANDB_MODE")) or mode == "disabled":
-        yield Finding("W&B", "ok", "offline, as asked for")
+        yield Finding("W&B", "ok", "offline, as requested")
         return
     url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     place = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
@@ -273,14 +279,15 @@ def _wandb(asked: Asked) -> Iterator[Finding]:
         socket.create_connection(place, timeout=REACH_SECONDS).close()
     except OSError as error:
         told = (
-            f"a key is set, but {place[0]}:{place[1]} is not reached in {REACH_SECONDS} s: {error}"
+            f"a key is set, but {place[0]}:{place[1]} cannot be reached in {REACH_SECONDS} s: "
+            f"{error}"
         )
         fix = (
             "Training is not affected: the run stays offline.  Set WANDB_MODE=offline, or a proxy."
         )
         yield Finding("W&B", "warning", told, fix)
     else:
-        yield Finding("W&B", "ok", f"a key is set, and {place[0]} is reached")
+        yield Finding("W&B", "ok", f"a key is set, and {place[0]} can be reached")
 
 
 def _has_wandb_key(host: str) -> bool:
@@ -314,8 +321,8 @@ def _kubectl(asked: Asked) -> Iterator[Finding]:
     )
     if reached.returncode:
         last = (reached.stderr.strip().splitlines() or ["no message"])[-1]
-        fix = "Look at `kubectl cluster-info`, or choose another with `kubectl config use-context`."
-        yield Finding("kubectl", "warning", f"context {name} does not answer: {last}", fix)
+        fix = "Check `kubectl cluster-info`, or choose another: `kubectl config use-context`."
+        yield Finding("kubectl", "warning", f"context {name} does not respond: {last}", fix)
     else:
         yield Finding("kubectl", "ok", f"context {name} answers")
 
@@ -348,13 +355,13 @@ def _memory(asked: Asked) -> Iterator[Finding]:
     sizes = [limit] if limit else []
     sizes += [int(available[1]) * 1024] if available else []
     if not sizes:
-        yield Finding("memory", "skipped", "this system does not say how much there is")
+        yield Finding("memory", "skipped", "unknown on this system")
         return
     told = f"{_gib(min(sizes))} to use" + (
         f", limit of the container {_gib(limit)}" if limit else ""
     )
     each = min(sizes) / asked.processes
-    if each < 2**30:  # an interpreter with torch loaded holds a third of a GiB
+    if each < 2**30:  # an interpreter with torch needs a third of a GiB
         fix = "Use fewer processes, or raise the memory limit."
         yield Finding("memory", "warning", f"{told}: {_gib(each)} a process", fix)
     else:
@@ -362,7 +369,7 @@ def _memory(asked: Asked) -> Iterator[Finding]:
 
 
 def _shared_memory(asked: Asked) -> Iterator[Finding]:
-    """Workers pass batches to the training process through it; if it is full: Bus error."""
+    """Workers send batches to the training process through it; if it is full: Bus error."""
     place = Path("/dev/shm")
     if not place.is_dir():
         yield Finding("/dev/shm", "skipped", "this system has none")
@@ -387,7 +394,7 @@ def _shared_memory(asked: Asked) -> Iterator[Finding]:
 
 
 def _loader_bytes(asked: Asked) -> int:
-    """Bytes of all micro-batches that workers may have read ahead at once."""
+    """Bytes of all micro-batches that workers may read ahead at the same time."""
     from service.data.task import load_task
     from service.plan.plan import make_plan
     from service.preview.check import row_bytes
@@ -414,7 +421,7 @@ def _open_files(asked: Asked) -> Iterator[Finding]:
 
 
 def _run_directory(asked: Asked) -> Iterator[Finding]:
-    """What checkpoints rely on: space, fsync, a rename in one piece, a lock; on the real disk."""
+    """The requirements of checkpoints on the real disk: space, fsync, atomic rename, locks."""
     place = asked.runs.absolute()
     place = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -434,7 +441,7 @@ def _run_directory(asked: Asked) -> Iterator[Finding]:
 def _stop(asked: Asked) -> Iterator[Finding]:
     """Whether the time for a stop is long enough for the last save."""
     if asked.spec is None:
-        yield Finding("stop", "skipped", "name a spec to compare how long one takes and may take")
+        yield Finding("stop", "skipped", "name a spec to compare the time of a stop with its limit")
         return
     from service.preview.plan import checkpoint_bytes
 
@@ -485,16 +492,16 @@ def _lock(path: Path) -> Finding:
             return Finding("lock", "failed", f"no file can be locked: {error.strerror}", fix)
         with suppress(BlockingIOError):  # a lock must prevent this
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fix = "Never start one run twice here, or choose another directory with --runs."
+            fix = "Never start a run twice here, or choose another directory with --runs."
             return Finding("lock", "warning", "a lock has no effect here", fix)
-    return Finding("lock", "ok", "a lock keeps a run to one writer")
+    return Finding("lock", "ok", "a lock allows only one writer")
 
 
 def _throughput(ours: float, theirs: float) -> Finding:
     year = time.gmtime(ours).tm_year
-    fix = "Set the clock by NTP; the times in logs and the order of failures rely on it."
+    fix = "Set the clock with NTP; the times in logs and the order of failures depend on it."
     if year < 2025:
-        return Finding("clock", "warning", f"it says that this is {year}", fix)
+        return Finding("clock", "warning", f"it shows the year {year}", fix)
     if abs(theirs - ours) > 5:
         told = f"the file system is {theirs - ours:+.0f} s from this machine"
         return Finding("clock", "warning", told, fix)

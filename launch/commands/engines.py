@@ -1,4 +1,4 @@
-"""The commands of every engine, made from its contract: render, submit, status, logs, cancel."""
+"""The commands of every engine, from its contract: render, submit, status, logs, cancel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILES = (".yaml", ".yml", ".json", ".toml")
 
 
 def load_named(spec: str, overrides: Sequence[Override], name: str | None) -> Spec:
-    """The spec of a file or a recipe, under another name where one is given."""
+    """The spec of a file or a recipe, with another name if given."""
     if name is not None:
         overrides = (*overrides, f"name={json.dumps(name)}")
     return load_spec(find_recipe(spec), overrides=overrides)
@@ -93,7 +93,7 @@ def _job_params(engine: Engine) -> list[click.Parameter]:
         click.Option(
             ["--accept-changes"],
             is_flag=True,
-            help="The same for everything that differs in SPEC.",
+            help="The same for all differences in SPEC.",
         ),
     ]
 
@@ -102,25 +102,25 @@ def accepted_by(overrides: Sequence[Override], *, change: bool, accept_changes: 
     """The changes of a run that a command accepts.
 
     Raises:
-        SpecError: `--change` with nothing named to change.
+        SpecError: `--change` without a key.
     """
     if change and not overrides:
         raise SpecError(
-            "--change: no key to change is named. Add it as KEY=VALUE, such as length.epochs=20; "
-            "for what was changed in the file, use --accept-changes."
+            "--change: no key is named. Add it as KEY=VALUE, such as length.epochs=20; "
+            "for changes in the file, use --accept-changes."
         )
     named = Accepted.named(overrides) if change else Accepted()
     return Accepted(named.keys, everything=accept_changes)
 
 
 def _words_of(accepted: Accepted) -> list[str]:
-    """The same as words of `evenstep run`, for a spec that holds the new values already."""
+    """The same as arguments of `evenstep run`, for a spec that already has the new values."""
     words = ["--accept-changes"] if accepted.everything else []
     return words + [word for key in accepted.keys for word in ("--accept", key)]
 
 
 def _of_a_run(engine: Engine) -> list[click.Command]:
-    """The commands that are given the name of a run."""
+    """The commands that take the name of a run."""
 
     def status(name: str, **options: Any) -> None:
         for line in engine.status(_run_name(name), complain=complain, **options):
@@ -145,8 +145,8 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
     ]
     told: list[tuple[Callable[..., None], list[click.Parameter], str]] = [
         (status, [], "Show the job's state, its step and loss, and why it does not start."),
-        (logs, which, "Print the log of a rank; rank 0 reports for all."),
-        (cancel, [], "Stop the job with a checkpoint; its runs stay."),
+        (logs, which, "Print the log of a rank. Default: rank 0, which reports for all."),
+        (cancel, [], "Stop the job with a checkpoint; its runs are kept."),
     ]
     run = click.Argument(["name"], metavar="NAME|SPEC")
     return [
@@ -158,11 +158,11 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
 
 
 def _run_name(text: str) -> str:
-    """The name of a run, or of the one that a spec's file describes."""
+    """The name of a run, or the name in a spec file."""
     is_file = text.endswith(_FILES) and Path(text).is_file()
     return load_spec(text).name if is_file else text
 
 
 def complain(text: str) -> None:
-    """Say it on standard error."""
+    """Print it on standard error."""
     click.echo(text, err=True)

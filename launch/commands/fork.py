@@ -1,4 +1,4 @@
-"""`evenstep fork`: a new run that begins at a checkpoint of another one."""
+"""`evenstep fork`: a new run that starts from a checkpoint of another one."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from service.spec.models import Spec
 @click.argument("run", type=click.Path(path_type=Path))
 @overridden
 @click.option("--at", "step", required=True, metavar="best|latest|STEP", help="Its checkpoint.")
-@click.option("--name", required=True, help="Of the new run, which lies beside RUN.")
+@click.option("--name", required=True, help="Name of the new run, in the same directory as RUN.")
 def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> None:
-    """Begin a new run at a checkpoint of RUN, with KEY=VALUE changed from there on.
+    """Start a new run from a checkpoint of RUN, with KEY=VALUE changed from there on.
 
-    RUN stays as it is. The new run has its own copy of the checkpoint, and of what was measured
-    and recorded up to it."""
+    RUN is not changed. The new run has its own copy of the checkpoint, and of the metrics
+    and the receipt up to it."""
     source = find_run(run)
     held = source.read_spec()
     spec = source.read_spec((*overrides, f"name={json.dumps(name)}"))
@@ -89,10 +89,10 @@ def _write(
     found: list[Change],
     target: RunDirectory,
 ) -> None:
-    """The whole directory of the fork, on disk.
+    """Write the complete directory of the fork to disk.
 
     Raises:
-        NoCheckpoint: the run has removed or damaged the checkpoint meanwhile.
+        NoCheckpoint: the run has removed or damaged the checkpoint in the meantime.
         OSError: it cannot be written.
     """
     facts = source.read_facts()
@@ -103,7 +103,7 @@ def _write(
         shutil.copytree(checkpoint.path, copied)
         damage = damage_of(Checkpoint(copied, checkpoint.step))
         if damage is not None:
-            raise NoCheckpoint(f"The checkpoint {checkpoint.path} changed meanwhile: {damage}.")
+            raise NoCheckpoint(f"The checkpoint {checkpoint.path} has changed: {damage}.")
         for file in copied.iterdir():
             sync_file(file)
         sync_directory(copied)
@@ -113,7 +113,7 @@ def _write(
             shutil.copyfile(record, partial.path / record.name)
     MetricsFile(partial.metrics, resume_step=chosen.step).close("stopped")
     text = dump_spec(spec)
-    # Of earlier changes the hash is of no use here: it tells whether spec.yaml was written.
+    # The hash of earlier changes is not needed here: it shows whether spec.yaml was written.
     known = [
         {key: value for key, value in entry.items() if key != "spec_sha256"}
         for entry in changes_in(facts)
@@ -133,7 +133,7 @@ def _write(
 
 
 def _with_the_best(chosen: Checkpoint, source: RunDirectory) -> list[Checkpoint]:
-    """The checkpoint, and the best one up to it where it is there still."""
+    """The checkpoint, and the best one up to it if it still exists."""
     best = read_state(chosen.path)["best"]
     if not best or best["step"] == chosen.step:
         return [chosen]

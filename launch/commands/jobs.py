@@ -38,7 +38,7 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     begin = time.perf_counter()
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    click.echo(f"{loaded.name}: the spec is right")
+    click.echo(f"{loaded.name}: the spec is valid")
     from launch.environment import Environment
     from launch.rank.entry import RankContext, outcome_of
     from launch.rank.exit import leave, leave_hung

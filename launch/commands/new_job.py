@@ -13,17 +13,19 @@ TASK, SPEC, SCHEMA = "my_task.py", "my_job.yaml", "evenstep.schema.json"
 
 
 def start(directory: Path) -> list[Path]:
-    """Write the files into `directory`, which is made; nothing that is there is replaced.
+    """Write the files into `directory`, which is created; existing files are not replaced.
 
     Raises:
-        SpecError: one of the files is there already, or the directory cannot be written.
+        SpecError: one of the files exists, or the directory cannot be written.
     """
     shipped = resources.files("service.spec.starter")
     texts = {name: shipped.joinpath(name).read_text(encoding="utf-8") for name in (TASK, SPEC)}
     texts[SCHEMA] = json.dumps(spec_schema(), indent=1) + "\n"
     there = [name for name in texts if (directory / name).exists()]
     if there:
-        raise SpecError(f"{directory} holds {', '.join(there)} already. Choose another directory.")
+        raise SpecError(
+            f"{directory} already contains {', '.join(there)}. Choose another directory."
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

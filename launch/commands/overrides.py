@@ -1,4 +1,4 @@
-"""`KEY=VALUE` and `--set-file`, which every command with a spec takes."""
+"""`KEY=VALUE` and `--set-file`, for every command with a spec."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def overrides_and_files() -> list[click.Parameter]:
             type=click.Path(path_type=Path),
             multiple=True,
             metavar="FILE",
-            help="A file of values in the form of a spec; KEY=VALUE comes after it.",
+            help="A file of values in the format of a spec; KEY=VALUE is applied after it.",
         ),
     ]
 
 
 def overridden(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take both as its argument `overrides`, the files first."""
+    """Let a command accept both as its argument `overrides`, the files first."""
     taken = with_files(command)
     held = taken.__dict__.setdefault("__click_params__", [])
     held += reversed(overrides_and_files())
@@ -33,7 +33,7 @@ def overridden(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_files(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the files of `set_files` as the first of its `overrides`."""
+    """The command with the files of `set_files` at the start of its `overrides`."""
 
     @wraps(command)
     def taken(

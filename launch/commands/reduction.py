@@ -1,7 +1,7 @@
-"""One process of a trial all-reduce: `python -m launch.commands.reduction BYTES`.
+"""One process of a test all-reduce: `python -m launch.commands.reduction BYTES`.
 
 It needs torchrun's variables.
-Prints the gigabytes per second that each process sent, by NCCL's measure for a ring.
+Prints the gigabytes per second that each process sent, by NCCL's formula for a ring.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bandwidth(world: World, size_bytes: int) -> float:
     for _ in range(ROUNDS):
         world.barrier()
         begin = time.perf_counter()
-        total = float(world.sum(values)[-1])  # asked for: on a GPU the sum is done only then
+        total = float(world.sum(values)[-1])  # read, because a GPU completes the sum only then
         seconds.append(time.perf_counter() - begin)
         if total != world.processes:
             raise ArithmeticError(f"{world.processes} ones add up to {total}")
@@ -39,7 +39,7 @@ def bandwidth(world: World, size_bytes: int) -> float:
 def main() -> None:
     """Take part in the sum; rank 0 prints."""
     environment = launched()
-    assert environment is not None, "doctor sets RANK and its kin"
+    assert environment is not None, "doctor sets RANK and the related variables"
     with process_group(environment, timeout_seconds=30) as world:
         rate = bandwidth(world, int(sys.argv[1]))
         if world.is_lead:

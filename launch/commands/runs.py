@@ -1,4 +1,4 @@
-"""The commands that look at runs: `runs` and `report`.  No torch."""
+"""The commands that show runs: `runs` and `report`.  No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WIDEST = 120  # characters of a cell, so that one run does not widen the whole 
 def report(runs: tuple[str, ...], output: Path) -> None:
     """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
 
-    Of a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
+    For a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
     from service.observability.report import write_report
     from service.observability.sweeps import in_lines, read_sweep, rows_of, table_of
     from service.runs.history import read_history
@@ -43,7 +43,7 @@ def report(runs: tuple[str, ...], output: Path) -> None:
         )
     ]
     if not histories:
-        raise SpecError(f"{places[0]}: no run of this sweep has begun yet.")
+        raise SpecError(f"{places[0]}: no run of this sweep has started yet.")
     write_report(histories, output, sweeps=sweeps)
     for sweep in sweeps:
         click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))

@@ -66,10 +66,10 @@ class _Run:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Processes of each run.",
+    help="Processes for each run.",
 )
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
-@click.option("--name", help="Of the sweep's directory; by default the spec's name and -sweep.")
+@click.option("--name", help="Name of the sweep's directory. Default: the spec's name and -sweep.")
 def sweep(
     spec: str,
     overrides: tuple[Override, ...],
@@ -78,13 +78,13 @@ def sweep(
     runs: Path,
     name: str | None,
 ) -> None:
-    """Run SPEC with every combination of the given values, each as a run of its own.
+    """Run SPEC with every combination of the given values, each as a separate run.
 
-    KEY=A,B takes several values, KEY=0..4 the whole numbers from 0 to 4. The specs in a FOLDER are
-    variants. The same command goes on: what is done is left, what was stopped resumes. By default
+    KEY=A,B gives several values, KEY=0..4 the integers from 0 to 4. The specs in a FOLDER are
+    variants. The same command continues: finished runs are kept, stopped ones resume. By default
     one run at a time, or one for each share of the GPUs."""
     if launched() is not None or node_here() is not None:
-        raise SpecError("sweep: starts the processes itself, on one machine; start it alone.")
+        raise SpecError("sweep starts its processes itself, on one machine: do not use a launcher.")
     variants = _variants(spec)
     several = len(variants) > 1
     own = Path(spec).resolve().name if several else _name(variants[0][1], overrides)
@@ -130,7 +130,7 @@ def _run_all(
 
 
 def _code(codes: Mapping[str, int], left: Sequence[_Run]) -> int:
-    """0 if all are done; that of the first failure; or that of a stop."""
+    """0 if all runs are done; otherwise the code of the first failure, or of a stop."""
     failed = [code for code in codes.values() if code not in (0, Stopped.exit_code)]
     if failed:
         return failed[0]
@@ -169,10 +169,10 @@ def _command(run: _Run, place: Path, processes: int) -> Command:
 
 
 def _variants(spec: str) -> list[tuple[str, str]]:
-    """(name, file) of each spec of a folder that no other one there extends; or the one spec.
+    """(name, file) of each spec in a folder that no other one there extends; or of the single spec.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there are none.
     """
     folder = Path(spec)
     if not folder.is_dir():
@@ -181,11 +181,13 @@ def _variants(spec: str) -> list[tuple[str, str]]:
     bases = {base for file in files for base in _base_of(file)}
     files = [file for file in files if file.resolve() not in bases]
     if not files:
-        raise SpecError(f"{folder}: holds no spec. A spec ends in {', '.join(SUFFIXES)}.")
+        raise SpecError(
+            f"{folder} contains no spec. The suffix of a spec is {', '.join(SUFFIXES)}."
+        )
     names = [file.stem for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise SpecError(f"{folder}: two specs are called {twice}. Rename one of them.")
+        raise SpecError(f"{folder}: two specs have the name {twice}. Rename one of them.")
     return [(file.stem, str(file)) for file in files]
 
 
@@ -200,9 +202,9 @@ def _planned(
     """Every run of the sweep.
 
     Args:
-        named: keys that are in the names of its runs, as they had several values before.
+        named: keys that are in the names of its runs, because they had several values before.
     Raises:
-        SpecError: lists what is wrong with any of them.
+        SpecError: lists the errors of all of them.
     """
     fixed, choices = _fixed(overrides), _choices(overrides)
     several = _several(choices) | named
@@ -233,7 +235,7 @@ def _fixed(overrides: Sequence[Override]) -> tuple[Override, ...]:
 
 
 def _choices(overrides: Sequence[Override]) -> list[Settings]:
-    """Every combination of the other values; one without any where there are none."""
+    """Every combination of the other values; an empty one if there are none."""
     words = [o for o in overrides if isinstance(o, str) and not o.endswith("=")]
     return settings_of(words, option="sweep: ") or [()]
 
@@ -252,7 +254,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _name_of(setting: Setting, taken: set[str]) -> str:
-    """`lr-0.1_seed-0`: the last word of each key and its value, unlike every other name.
+    """`lr-0.1_seed-0`: the last part of each key and its value, unique among the names.
 
     A pure function of the settings in their order, so that the same command finds its runs.
     """
@@ -271,18 +273,18 @@ def _name_of(setting: Setting, taken: set[str]) -> str:
 
 
 def _as_name(text: str) -> str:
-    """The text with what no name of a run may hold replaced."""
+    """The text, with characters that are not allowed in names replaced."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:_LONGEST_NAME]
     return name if name[:1].isalnum() else f"run{name}"[:_LONGEST_NAME]
 
 
 def _name(spec: str, overrides: Sequence[Override]) -> str:
-    """The spec's own, with what all runs have and the values of the first: some must be given."""
+    """The spec's own name, loaded with the common overrides and the first values."""
     return load_named(spec, (*_fixed(overrides), *_choices(overrides)[0]), None).name
 
 
 def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:
-    """Make the sweep's directory, and record its runs; whether it was there already.
+    """Create the sweep's directory, and record its runs; whether it existed.
 
     Raises:
         SpecError: the directory is something else, or cannot be written.
@@ -310,7 +312,7 @@ def _state(place: Path, run: _Run) -> str | None:
 
 
 def _places(jobs: int | None, processes: int, runs: int) -> list[dict[str, str]]:
-    """The environment of each run that may run at a time: its share of the devices and cores."""
+    """The environment of each concurrent run: its share of the devices and cores."""
     import torch
 
     devices = torch.accelerator.device_count() if os.environ.get("EVENSTEP_DEVICE") != "cpu" else 0
@@ -331,17 +333,17 @@ def _places(jobs: int | None, processes: int, runs: int) -> list[dict[str, str]]
 
 
 _VISIBLE = {
-    "cuda": "CUDA_VISIBLE_DEVICES",  # of NVIDIA and of AMD
+    "cuda": "CUDA_VISIBLE_DEVICES",  # NVIDIA and AMD
     "xpu": "ZE_AFFINITY_MASK",
     "npu": "ASCEND_RT_VISIBLE_DEVICES",
 }
-"""The variable by which a process is shown some of the devices of a kind."""
+"""The variable that restricts a process to some devices of a kind."""
 
 
 def shares_of(devices: Sequence[str], count: int, each: int) -> list[list[str]]:
     """The devices of each of `count` runs with `each` processes.
 
-    With more runs than there are devices for, several runs have the same ones.
+    With more runs than the devices allow, several runs share devices.
     """
     here = len(devices)
     return [

@@ -1,4 +1,4 @@
-"""Several nodes as one job: how they meet, and how they part.
+"""Several nodes as one job: how they connect, and how they end.
 
 From top to bottom; a room imports only from rooms below it:
 

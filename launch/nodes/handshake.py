@@ -1,9 +1,9 @@
-"""How two nodes prove to each other on a connection that they know the same secret. No torch.
+"""How two nodes prove to each other that they know the same secret. No torch.
 
-Node 0 speaks first, with a challenge that it never uses again; the node that came answers with a
-nonce of its own. A key for this connection follows from both and the secret, and every message from
-then on is numbered and sealed with it (HMAC-SHA256). So an answer that was overheard opens nothing,
-and whoever has no secret can neither take a node's seat nor be taken for node 0.
+Node 0 first sends a challenge that it never uses again; the new node answers with its
+own nonce. A key for this connection is derived from both and the secret, and every later message
+is numbered and authenticated with it (HMAC-SHA256). So a recorded answer cannot be reused,
+and without the secret nobody can act as a node, or as node 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Lines:
         """The lines that this piece completes.
 
         Raises:
-            Foreign: a line is longer than any of ours.
+            Foreign: a line is longer than any valid one.
         """
         *lines, self._rest = (self._rest + piece).split(b"\n")
         if max(map(len, [*lines, self._rest])) > LINE_BYTES:
@@ -71,7 +71,7 @@ class Seal:
         """The message.
 
         Raises:
-            Foreign: it was not sealed with this key as the next one from the other end.
+            Foreign: it is not the next message of the other end, authenticated with this key.
         """
         told = _told(line)
         text, proof = _text(told, "said"), _text(told, "proof")
@@ -86,7 +86,7 @@ class Seal:
 
 
 class Doorkeeper:
-    """Node 0's part of an introduction."""
+    """Node 0's side of the authentication of a node."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
@@ -100,7 +100,7 @@ class Doorkeeper:
         """The node that has answered.
 
         Raises:
-            Foreign: nobody who knows the secret.
+            Foreign: it does not know the secret.
         """
         nonce = _text(_told(line), "nonce")
         seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
@@ -115,7 +115,7 @@ def answered(line: bytes, own: JoinRequest, secret: bytes) -> tuple[bytes, Seal]
     """The answer of a node to node 0's challenge, and the seal for later messages.
 
     Raises:
-        Foreign: this is no challenge.
+        Foreign: it is not a challenge.
     """
     challenge = _text(_told(line), "challenge")
     nonce = secrets.token_hex(_TOKEN_BYTES)

@@ -1,7 +1,7 @@
 """One node's part of a job on several nodes: rendezvous, local processes, end.
 
-`launch.processes.local` runs the processes of this node as it always does; what they must know
-of the other nodes travels with the job, as its `group`.
+`launch.processes.local` runs the processes of this node as usual; the information about
+the other nodes is passed with the job, as its `group`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from service.spec.files import dump_spec
 
 MEETING_SECONDS = 600
 _PATIENCE_SECONDS = 10.0
-"""What the local processes have to notice by themselves that a node is gone: then each of them
-says so in its own words and ends in order."""
+"""Time for the local processes to detect by themselves that a node is gone, and to end with their
+own messages."""
 
 
 class _Job(Protocol):
@@ -45,12 +45,12 @@ class _Job(Protocol):
 
 
 def run_node(job: Any, node: Node, *, processes: int) -> int:
-    """Run this node's processes among those of all nodes; the exit code of this node.
+    """Run this node's processes in the group of all nodes; return the exit code of this node.
 
     Raises:
         SpecError: the nodes disagree, the port is taken, or an interface does not exist.
-        PeerLost: they did not all come, or one of them went away.
-        Stopped: it was asked to stop before it had begun.
+        PeerLost: not all nodes connected, or one was lost.
+        Stopped: a stop was requested before the start.
     """
     check_interfaces()
     if _is_done(job):
@@ -77,7 +77,7 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
             raise
         finally:
             company.part(code)
-            del store  # node 0's own, and the others' way to each other until here
+            del store  # node 0's store; the others need it only until here
         return code
 
 
@@ -113,16 +113,16 @@ def _meet_with(
 
 
 _OPEN = (
-    "WARNING: no secret is given, so whoever reaches port {port} of node 0 can join as a node. "
-    "Give all nodes the same one: EVENSTEP_SECRET_FILE=<a file>, made by `openssl rand -hex 32`."
+    "WARNING: no secret is given, so anyone who reaches port {port} of node 0 can join as a node. "
+    "Give all nodes the same one: EVENSTEP_SECRET_FILE=<a file>, from `openssl rand -hex 32`."
 )
 
 
 def _store(address: str) -> tuple[object, str, int]:
-    """The store through which the processes of all nodes find each other, and where it listens.
+    """The store through which the processes of all nodes find each other, and its address.
 
-    It is new with every meeting, on a port that only those who met are told, and on the interface
-    by which they met.
+    It is new in every rendezvous, on a port that only connected nodes know, and on the interface
+    over which they connected.
     """
     from launch.rank.store import own_store
 
@@ -157,17 +157,17 @@ class _Watch:
 
 @contextmanager
 def _stop_raises() -> Iterator[None]:
-    """Set up process 1 of a pod, which ignores every signal without a handler.
+    """Handle signals in process 1 of a pod, which ignores every signal without a handler.
 
-    While the local processes run, `launch.processes.local` has its own handler in this one's place.
+    While the local processes run, `launch.processes.local` replaces this handler by its own.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Stopped(f"Stopped by {name} before training began; nothing has changed.")
+        raise Stopped(f"Stopped by {name} before training started; nothing has changed.")
 
     before = signal.signal(signal.SIGTERM, stop)
-    if heard.requested:  # while this was being loaded
+    if heard.requested:  # while this module was being imported
         stop(signal.SIGTERM, None)
     try:
         yield
@@ -190,7 +190,7 @@ def check_interfaces() -> None:
     """Refuse the name of a network interface that this machine does not have.
 
     Raises:
-        SpecError: names the variable, and the interfaces there are.
+        SpecError: names the variable, and the existing interfaces.
     """
     own = sorted(psutil.net_if_addrs())
     for variable in _INTERFACES:
@@ -202,15 +202,16 @@ def check_interfaces() -> None:
         if not any(n == name or (not exact and n.startswith(name)) for n in own for name in names):
             raise SpecError(
                 f"{variable}={asked}: this machine has no such network interface, but "
-                f"{', '.join(own)}. Leave it out: the interface of the rendezvous is then used."
+                f"{', '.join(own)}. Without it, the interface of the rendezvous is used."
             )
 
 
 def take_interface(address: str) -> None:
     """Let gloo and NCCL use the interface of the rendezvous, unless the user chose another.
 
-    By itself gloo may choose loopback, and NCCL an interface by which the nodes do not reach each
-    other. NCCL takes a name for a prefix (`eth1` would allow `eth10`) unless it begins with `=`.
+    By default gloo may choose loopback, and NCCL an interface that the nodes cannot use to reach
+    each other. NCCL treats a name as a prefix (`eth1` would allow `eth10`) unless it starts with
+    `=`.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if address in {each.address.partition("%")[0] for each in addresses}:

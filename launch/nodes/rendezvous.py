@@ -1,14 +1,14 @@
 """Rendezvous of the nodes of a job, and the connections between them while it runs.
 
-Node 0 listens, the others come and prove that they hold the job's secret
-(`launch.nodes.handshake`). When all are there, node 0 tells them where its store is, and stops
-listening: whoever comes later, a pod that replaces a lost one, finds a closed door until there is
-a new meeting, and so can never join one that is breaking up. The connections stay: one that ends
-without a farewell is a node that is gone, which a GPU library alone might notice after many
-minutes.
+Node 0 listens; the other nodes connect and prove that they know the job's secret
+(`launch.nodes.handshake`). When all are connected, node 0 sends them the address of its store, and
+stops listening: a pod that replaces a lost one is refused until there is
+a new rendezvous, and so can never join a group that is shutting down. The connections stay open: if
+one ends without a closing message, the node is gone, which a GPU library alone might detect only
+after many minutes.
 
-Whoever else comes is dropped and counted, and holds up nobody: all connections are read in one
-loop, each has a few seconds and a few bytes to say who it is, and is never waited for. No torch.
+Other connections are closed and counted, and delay nobody: all connections are read in one
+loop, each has a few seconds and bytes to authenticate, and none is waited for. No torch.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Peer:
 
     def hang_up(self) -> None:
         """Tell the other end that this one closes; its last message can still be read."""
-        with suppress(OSError):  # it was faster
+        with suppress(OSError):  # the other end has already closed it
             self.connection.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
@@ -94,14 +94,14 @@ class Peer:
 
 
 class Membership:
-    """The other nodes, as long as the job runs: on node 0 all of them, elsewhere node 0 alone."""
+    """The other nodes while the job runs: on node 0 all of them, on the others only node 0."""
 
     def __init__(self, friends: list[Peer]) -> None:
         self.friends = friends
         self.lost: str | None = None
         """A description of the node that was lost first."""
         self.lost_time: float | None = None
-        """When that was noticed, in seconds since the epoch."""
+        """The time when this was detected, in seconds since the epoch."""
         self._gone = threading.Event()
         self._ends: set[int] = set()
 
@@ -111,10 +111,10 @@ class Membership:
         return str(self.friends[0].connection.getsockname()[0]).removeprefix("::ffff:")
 
     def begin(self, store_address: str, store_port: int) -> None:
-        """Node 0: tell all of them where the store is.
+        """Node 0: send all of them the address of the store.
 
         Raises:
-            PeerLost: one of them has left meanwhile.
+            PeerLost: one of them has left in the meantime.
         """
         for friend in self.friends:
             if not friend.say({"store": store_port, "address": store_address}):
@@ -127,8 +127,8 @@ class Membership:
     def part(self, code: int) -> None:
         """Send the exit code of this node, and wait until the other nodes have ended as well.
 
-        Node 0's store must outlive the processes that look at it; and they wait for no one
-        whose end was not a good one.
+        Node 0's store must outlive the processes that use it; processes do not wait for a node that
+        has failed.
         """
         for friend in self.friends:
             friend.say({"end": code})
@@ -159,7 +159,7 @@ class Membership:
     def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:
         self.lost, self.lost_time = _loss(friend, end), time.time()
         self._gone.set()
-        for other in self.friends:  # they know each other only through node 0
+        for other in self.friends:  # they are connected only to node 0
             other.hang_up()
         when_lost()
 
@@ -179,11 +179,11 @@ def host(
     """Node 0: wait until all other nodes are connected. They then wait for `Membership.begin`.
 
     Args:
-        secret: what every node must prove to know; empty: whoever speaks as a node is one.
-        address: by which the others find this node; it listens there alone where it can tell.
+        secret: every node must prove that it knows it; empty: any connection can be a node.
+        address: the address of this node for the others; if it is local, only it is listened on.
     Raises:
-        SpecError: the port is taken, or the nodes disagree on what they are to run.
-        PeerLost: not all of them came in time.
+        SpecError: the port is taken, or the nodes have different configurations.
+        PeerLost: not all of them connected in time.
     """
     waiting = _Patience(seconds, say)
     with _listen(_own_interface(address), port) as door, selectors.DefaultSelector() as events:
@@ -191,7 +191,7 @@ def host(
         while len(hall.friends) < own.nodes - 1:
             reason = hall.missing(port)
             if not waiting.goes_on(
-                f"{reason}. Look at its pod or task: was it started, is its image there"
+                f"{reason}. Check its pod or task: has it started, does its image exist"
             ):
                 hall.close()
                 raise PeerLost(f"After {seconds:g} s {reason}.")
@@ -251,9 +251,9 @@ class _Hall:
             if key.fileobj is self._door:
                 self._let_in()
             elif isinstance(key.data, Peer):
-                # A waiting peer can send one thing: that it leaves.
+                # A waiting peer can send only one thing: that it leaves.
                 self._forget(key.data)
-            elif key.fileobj in self._unknown:  # else it was dropped in this very round
+            elif key.fileobj in self._unknown:  # otherwise it was dropped in this round
                 self._hear(key.data)
         now = self._clock()
         while self._unknown and next(iter(self._unknown.values())).until < now:
@@ -355,16 +355,17 @@ class _Hall:
         self.strangers += 1
         if self.strangers == 1:
             self._say(
-                f"A connection from {unknown.address} did not prove in time, with the secret, "
-                "that it is a node of this job; it was dropped. Further ones are only counted."
+                f"A connection from {unknown.address} did not authenticate in time as a node of "
+                f"this job, "
+                "with the secret; it was dropped. Further ones are only counted."
             )
 
 
 def _room_for(nodes: int) -> int:
-    """How many connections may be unknown at a time; lets this process have more files if need be.
+    """The maximum number of unauthenticated connections; raises the limit of open files if needed.
 
     Raises:
-        SpecError: not even the nodes would have room.
+        SpecError: the limit is too low even for the nodes.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = psutil.Process().num_fds() + nodes + _SPARE_FILES
@@ -387,17 +388,17 @@ def is_loopback(address: str) -> bool:
 
 
 def _own_interface(address: str) -> str:
-    """Where node 0 listens: at its address among this machine's own; empty: everywhere.
+    """The address on which node 0 listens: the given one if it is local; empty: all interfaces.
 
-    What its name means on this machine may be loopback, by /etc/hosts, where others find it by
-    another: so that counts only where loopback is what was written.
+    The name may resolve to loopback on this machine, by /etc/hosts, while others resolve it to
+    another address: so loopback is used only if it was given as such.
     """
     if is_loopback(address):
         return "127.0.0.1" if address == "localhost" else address
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(address or None, 0)]
     except OSError:
-        return ""  # its name may come later than it does
+        return ""  # its name may be registered later
     own = {each.address for interface in psutil.net_if_addrs().values() for each in interface}
     return next((each for each in found if each in own and not is_loopback(each)), "")
 
@@ -433,8 +434,8 @@ def join(
     """Connect to node 0 and wait for the other nodes; return where its store is.
 
     Raises:
-        SpecError: the nodes disagree on what they are to run.
-        PeerLost: node 0 was not found, or did not begin, in time.
+        SpecError: the nodes have different configurations.
+        PeerLost: node 0 was not found, or did not start, in time.
     """
     waiting = _Patience(seconds, say)
     reason = ""
@@ -456,7 +457,7 @@ def join(
                 return Membership([friend]), (str(answer["address"]), int(answer["store"]))
             friend.close()
         reason = (
-            f"node 0 at {address}:{port} closed the connection before all nodes were there. It "
+            f"node 0 at {address}:{port} closed the connection before all nodes were connected. It "
             "exited, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
         )
         time.sleep(_POLL_SECONDS)
@@ -466,7 +467,7 @@ def join(
 def _introduce(
     own: JoinRequest, secret: bytes, connection: socket.socket, address: str
 ) -> Peer | None:
-    """Answer node 0's challenge; None where what listens there is not node 0."""
+    """Answer node 0's challenge; None if the listener is not node 0."""
     lines = Lines()
     first: list[bytes] = []
     try:
@@ -499,7 +500,7 @@ def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
 
 
 class _Patience:
-    """A deadline, and one line for the log when it takes its time."""
+    """A deadline, and one log line if the wait is long."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
         self._limit = TimeLimit(seconds)
@@ -529,7 +530,7 @@ def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
                 f"{what} is {ours} on node 0 and {theirs} on node {other.index}: make them equal."
             )
     if own.spec != other.spec:
-        return f"Node {other.index} has another spec than node 0: start all of them with one."
+        return f"Node {other.index} has a different spec than node 0: start all with the same spec."
     return None
 
 
@@ -537,16 +538,17 @@ def _unreachable(address: str, port: int, error: OSError) -> str:
     """Why node 0 cannot be reached, and what to check."""
     if isinstance(error, socket.gaierror):
         return (
-            f"node 0's name {address} is not known ({error.strerror}). A pod's is once it has an "
-            "address; if it stays so, look for the headless Service with "
-            "publishNotReadyAddresses and for the Job's subdomain. Elsewhere set PET_MASTER_ADDR "
-            "to a name or address by which all nodes find it"
+            f"node 0's name {address} cannot be resolved ({error.strerror}). A pod's name exists "
+            f"once it has "
+            "an address; if this continues, check the headless Service with "
+            "publishNotReadyAddresses and the Job's subdomain. Elsewhere set PET_MASTER_ADDR "
+            "to a name or address that all nodes can resolve"
         )
     if isinstance(error, ConnectionRefusedError):
-        return f"node 0 does not listen at {address}:{port}; look at its log"
+        return f"node 0 does not listen at {address}:{port}; check its log"
     return (
-        f"node 0 does not answer at {address}:{port} ({error.strerror or error}); if its pod "
-        "runs, look at the NetworkPolicy"
+        f"node 0 does not respond at {address}:{port} ({error.strerror or error}); if its pod "
+        "is running, check the NetworkPolicy"
     )
 
 
@@ -554,7 +556,7 @@ def _keep_alive(connection: socket.socket) -> None:
     """Enable keepalives, which detect a machine without power within half a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):  # under other names, or not at all, outside Linux
+        if hasattr(socket, option):  # outside Linux it may be missing
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 

@@ -1,4 +1,4 @@
-"""The secret of a meeting in a file that node 0 makes and the other nodes read. No torch."""
+"""The secret of a rendezvous in a file that node 0 writes and the other nodes read. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
 
 FOLDER = ".meetings"
-"""Among the runs, which every node sees."""
+"""In the runs directory, which every node can access."""
 _BYTES = 32
 _MOST_BYTES = 1024
 _POLL_SECONDS = 0.1
@@ -27,20 +27,20 @@ _POLL_SECONDS = 0.1
 
 @contextmanager
 def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator[bytes]:
-    """The secret of the meeting of this name; its file is gone when node 0 leaves the block.
+    """The secret of the rendezvous with this name; node 0 deletes the file at the end of the block.
 
-    The file is its owner's alone: who can read it can read the runs too.
+    Only its owner can read the file: who can read it can also read the runs.
 
     Args:
         makes: whether this is node 0.
         seconds: how long another node waits for the file.
     Raises:
-        PeerLost: it did not come.
+        PeerLost: there was no file in time.
         EvenstepError: it cannot be written or read.
     """
     file = runs / FOLDER / name
     if makes:
-        # Never read again: where others may write among the runs, it might be theirs by then.
+        # Never read again: if others can write to the runs directory, they might have replaced it.
         secret = secrets.token_hex(_BYTES)
         with told_when_unwritten(file):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
     while not file.exists():
         if not limit.left:
             raise PeerLost(
-                f"After {seconds:g} s node 0 has not written {file}. Look at its log; every node "
+                f"After {seconds:g} s node 0 has not written {file}. Check its log; every node "
                 "must see the runs in the same place (--runs)."
             )
         time.sleep(_POLL_SECONDS)
