@@ -85,7 +85,7 @@ def test_an_elastic_run_continues_with_one_process_fewer(tmp_path):
     words = ("--processes", 3, "--max-restarts", 1)
     code, _, err = ended(*words, "--elastic", cwd=tmp_path, **environ)
     assert code == 0, err
-    assert "Starting again on 2 processes" in err
+    assert "Restarting on 2 processes" in err
     assert [attempt["processes"] for attempt in facts_of(tmp_path)["attempts"]] == [3, 2]
     rows = read_receipt(tmp_path / "runs/job/receipt.jsonl")
     assert ended("--name", "whole", cwd=tmp_path)[0] == 0

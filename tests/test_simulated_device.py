@@ -327,7 +327,7 @@ def told_of_label(world, runs):
 def test_a_label_out_of_range_is_reported_before_the_first_step(simulated, tmp_path):
     [told] = simulated(1).run(told_of_label, tmp_path)
     assert "device-side assert triggered" in told
-    assert "a label that is no class" in told
+    assert "a label that is not a class" in told
     assert "EVENSTEP_DEVICE=cpu" in told
     assert not (tmp_path / "job").exists()
 

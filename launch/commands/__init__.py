@@ -3,15 +3,14 @@
 From top to bottom; a room imports only from rooms below it:
 
 * sweep: `evenstep sweep`: the product of several values, each setting a run on this machine.
-* runs: the commands that look at runs: `runs` and `report`.  No torch.
-* reduction: one process of a trial all-reduce: `python -m launch.commands.reduction BYTES`.
+* runs: the commands that show runs: `runs` and `report`.  No torch.
+* reduction: one process of a test all-reduce: `python -m launch.commands.reduction BYTES`.
 * jobs: the commands that come before a run: `new`, `check` and `doctor`.
-* fork: `evenstep fork`: a new run that begins at a checkpoint of another one.
-* engines: the commands of every engine, made from its contract: render, submit, status, logs,
-  cancel.
+* fork: `evenstep fork`: a new run that starts from a checkpoint of another one.
+* engines: the commands of every engine, from its contract: render, submit, status, logs, cancel.
 * checkpoints: `evenstep checkpoints` and `evenstep export`: list, verify and export what a run
   has saved.
-* overrides: `KEY=VALUE` and `--set-file`, which every command with a spec takes.
+* overrides: `KEY=VALUE` and `--set-file`, for every command with a spec.
 * new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
-* doctor: the checks of `evenstep doctor`: the machine, as a job would find it.
+* doctor: the checks of `evenstep doctor`: the machine, from the point of view of a job.
 """

@@ -1,4 +1,4 @@
-"""What runs a job on machines that are not ours to start: one package for each engine.
+"""The systems that run jobs on a cluster: one package for each engine.
 
 From top to bottom; a room imports only from rooms below it:
 

@@ -1,7 +1,7 @@
-"""What every engine does: render, submit, status, logs and cancel, in the same words. No torch.
+"""The contract of every engine: render, submit, status, logs and cancel. No torch.
 
-An engine carries a spec to a cluster. It is a package in `launch/engines/`, with a class that
-keeps this contract and is entered in `launch.commands.engines`, which makes its five commands.
+An engine runs a spec on a cluster. It is a package in `launch/engines/`, with a class that
+implements this contract and is registered in `launch.commands.engines`, which creates its commands.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ Say = Callable[[str], None]
 class Engine(Protocol):
     """One way to run a job on a cluster.
 
-    Every method takes the keywords that the contract names, and those of the engine's own options.
+    Every method takes the keywords of the contract, and those of the engine's own options.
     """
 
     name: str
-    """Of its commands, and of its section of the spec."""
+    """The name of its commands, and of its section of the spec."""
     about: str
     """One line for its help."""
     rendered: str
-    """What `render` prints, in words."""
+    """The output of `render`, in words."""
     job_options: tuple[click.Option, ...]
     """Its own options of `render` and `submit`."""
     run_options: tuple[click.Option, ...]
     """Its own options of `status`, `logs` and `cancel`."""
 
     def render(self, spec: Spec, *args: Any, **options: Any) -> str:
-        """What the cluster is given, as text that can be kept and read.
+        """The input of the cluster, as text that can be stored and read.
 
-        Keyword of every engine, here and of `submit`: `more`, further words of `evenstep run`.
+        Keyword of every engine, here and in `submit`: `more`, additional arguments of `evenstep
+        run`.
 
         Raises:
             SpecError: the spec has no section for the engine, or one that no cluster could run.
@@ -46,42 +47,42 @@ class Engine(Protocol):
     def submit(self, spec: Spec, *args: Any, **options: Any) -> None:
         """Start the job. If it is submitted again after its end, it resumes.
 
-        Keywords of every engine: `waits`, to stay until it has ended; `say` and `complain`,
+        Keywords of every engine: `waits`, to wait for its end; `say` and `complain`,
         functions that print messages and warnings.
 
         Raises:
             SpecError: it exists already and has not ended, or the cluster refuses it.
-            EvenstepError: the cluster does not answer; or, waited for, the job has failed.
+            EvenstepError: the cluster does not respond; or, with `waits`, the job has failed.
         """
 
     def status(self, name: str, *args: Any, **options: Any) -> Iterator[str]:
-        """How the job does: its state and why, its nodes, last step and loss.
+        """The state of the job, with the reason, its nodes, last step and loss.
 
         Keyword of every engine, here and below: `complain`.
         """
 
     def logs(self, name: str, *args: Any, **options: Any) -> Iterator[str]:
-        """What one rank wrote, or all of a node.
+        """The log of one rank, or of a whole node.
 
-        Keywords of every engine: `rank`; `node`, or None; `previous`, for the attempt before this
-        one; `follow`, to stay.
+        Keywords of every engine: `rank`; `node`, or None; `previous`, for the log of the previous
+        attempt; `follow`, to keep printing.
         """
 
     def cancel(self, name: str, *args: Any, **options: Any) -> str:
-        """Stop the job with a checkpoint; what to say of it."""
+        """Stop the job with a checkpoint; return a message for the user."""
 
 
-# ---- texts that all of them use
+# ---- common texts
 
 CODES = {
     0: "done",
     42: "would fail again",
-    64: "a mistake in the spec",
+    64: "an error in the spec",
     75: "stopped, its state is saved",
     76: "lost a peer",
-    137: "killed; out of memory, if nobody killed it",
+    137: "killed, probably because memory ran out",
 }
-"""What an exit code of ours means."""
+"""The meanings of Evenstep's exit codes."""
 _PROGRESS = re.compile(r"\bstep=(\d+)/(\d+).*?(?:loss=(\S+))")
 
 
@@ -91,7 +92,7 @@ def code_in_words(code: int) -> str:
 
 
 def progress_in(lines: Iterable[str]) -> str | None:
-    """The newest step and loss in the lines of a log; None where there are none."""
+    """The newest step and loss in the lines of a log; None if there are none."""
     found = [match for match in map(_PROGRESS.search, lines) if match]
     if not found:
         return None

@@ -16,15 +16,15 @@ _RANGE = re.compile(r"(-?\d{1,15})\.\.(-?\d{1,15})")
 
 
 def settings_of(sweep: Sequence[str], *, option: str = "--sweep: ") -> list[Settings]:
-    """Every combination of `optimizer.lr=0.1,0.2` and `seed=1..3`; none where nothing is swept.
+    """Every combination of `optimizer.lr=0.1,0.2` and `seed=1..3`; none if nothing is swept.
 
     A range of whole numbers has both its ends. A comma in brackets, braces or quotes belongs to
     its value.
 
     Args:
-        option: what a message begins with.
+        option: the start of messages.
     Raises:
-        SpecError: one of them is no key with values, a key comes twice, or there are too many.
+        SpecError: one of them is not a key with values, a key occurs twice, or there are too many.
     """
     choices: dict[str, list[str]] = {}
     for text in sweep:

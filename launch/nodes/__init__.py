@@ -3,9 +3,8 @@
 From top to bottom; a room imports only from rooms below it:
 
 * node: one node's part of a job on several nodes: rendezvous, local processes, end.
-* secret_file: the secret of a meeting in a file that node 0 makes and the other nodes read. No
-  torch.
+* secret_file: the secret of a rendezvous in a file that node 0 writes and the other nodes read.
+  No torch.
 * rendezvous: rendezvous of the nodes of a job, and the connections between them while it runs.
-* handshake: how two nodes prove to each other on a connection that they know the same secret. No
-  torch.
+* handshake: how two nodes prove to each other that they know the same secret. No torch.
 """

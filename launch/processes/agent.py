@@ -1,10 +1,11 @@
-"""torch's elastic agent over processes that are forked warm, bound to us, and ended in time.
+"""torch's elastic agent over processes that are forked from a warm server and end in bounded time.
 
-The agent keeps what it is good at: the ranks and their environment. Its own way with functions
-(`LocalElasticAgent`) is replaced, because it waits 30 s for a frozen process whatever it is told,
-and for ever where a process is killed in its last moment. So is its rendezvous: the dynamic one
-listens on all interfaces and unpickles what lies in its store, so whoever reached the port ran
-code as this user. The one here is static, and the agent itself reads nothing from the store.
+The agent provides the ranks and their environment. Its own way to run functions
+(`LocalElasticAgent`) is replaced, because it always waits 30 s for a frozen process,
+and forever if a process is killed in its last moment. So is its rendezvous: the dynamic one
+listens on all interfaces and unpickles the contents of its store, so anyone who reaches the port
+could run code as this user. The one here is static, and the agent itself reads nothing from the
+store.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from service.basics.running_time import RunningClock
 from service.health.stop_request import StopRequest
 
 PEERS_LEAVE_SECONDS = 5.0
-"""After one process has failed the others notice it at once; one that cannot is killed then."""
+"""After a failure the others end by themselves; one that cannot is killed after this time."""
 _LOOK_SECONDS = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
 _SERVER_LOST = 255  # what multiprocessing reports for a process whose fork server is gone
@@ -61,24 +62,26 @@ class Rank:
     number: int
     process: BaseProcess
     ended: int | None = None
-    """Its exit code; minus the number of the signal that ended it."""
+    """Its exit code, or minus the number of the signal that ended it."""
     ended_time: float = 0.0
-    """When that was noticed, in seconds since the epoch."""
+    """The time when this was detected, in seconds since the epoch."""
     ended_by_us: bool = False
 
     @property
     def killed_by(self) -> int | None:
-        """The signal that ended it, unless that came from its launcher."""
+        """The signal that ended it, unless its launcher sent the signal."""
         if self.ended == _SERVER_LOST:
             return int(signal.SIGKILL)
         return -self.ended if self.ended and self.ended < 0 and not self.ended_by_us else None
 
 
 class _Static(RendezvousHandler):
-    """The rendezvous of one node's processes: a store on loopback, and nothing to agree on."""
+    """The rendezvous of one node's processes: a store on loopback, without any agreement."""
 
     def __init__(self) -> None:
-        self._run_id = f"evenstep-{uuid.uuid4().hex}"  # a restarted rank must not meet a dead one
+        self._run_id = (
+            f"evenstep-{uuid.uuid4().hex}"  # a restarted rank must not connect to a dead one
+        )
         self._store = own_store("127.0.0.1")
 
     @property
@@ -109,7 +112,7 @@ class _Static(RendezvousHandler):
 
 
 def rank_spec(entry: Callable[..., None], *arguments: object, processes: int) -> WorkerSpec:
-    """Ranks that each run `entry(environment, *arguments)`; opens the store where they meet."""
+    """Ranks that each run `entry(environment, *arguments)`; opens the store for it."""
     return WorkerSpec(
         role="rank",
         local_world_size=processes,
@@ -123,7 +126,7 @@ def rank_spec(entry: Callable[..., None], *arguments: object, processes: int) ->
 
 
 class Agent(SimpleElasticAgent):
-    """One attempt at the job: a fresh rendezvous and `processes` ranks, from their start to end."""
+    """One attempt at the job: a new rendezvous and `processes` ranks, from start to end."""
 
     def __init__(
         self,
@@ -145,18 +148,18 @@ class Agent(SimpleElasticAgent):
         self._stop = stop
         self._stop_budget = stop_budget_seconds
         self.stop_budget_seconds = math.inf
-        """What the ranks were given to stop, once they were asked to."""
+        """The time limit that the ranks got for a stop, once it was requested."""
         self._forwarded = False
         self._failed = False
         self._clock = RunningClock()
         self._deadline: float | None = None
-        """On this clock: what is stopped together with its agent is not late."""
+        """On a clock that pauses with this process: ranks stopped with it are not late."""
         self.ranks: list[Rank] = []
-        """In the order in which they were started, so by number."""
+        """In the order of their start, so by number."""
         self.first_ended: list[Rank] = []
-        """In the order in which they ended."""
+        """In the order of their end."""
         self.overran = False
-        """Whether ranks that were asked to stop had to be killed."""
+        """Whether ranks had to be killed after a request to stop."""
 
     def run_once(self) -> None:
         """Return when every rank has ended, and nothing that they started is left."""
@@ -166,7 +169,8 @@ class Agent(SimpleElasticAgent):
             self._shutdown()
             self._worker_group.spec.rdzv_handler.shutdown()
 
-    # ---- what torch's agent would ask of its store, which another program may have changed
+    # ---- methods of torch's agent that would read its store, which another program may have
+    # changed
 
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -175,9 +179,9 @@ class Agent(SimpleElasticAgent):
         return [Worker(n, n, n, count, count) for n in range(count)]
 
     def _exit_barrier(self) -> None:
-        """Nobody is waited for: the other nodes part by `launch.nodes.rendezvous`."""
+        """Waits for nobody: nodes end by `launch.nodes.rendezvous`."""
 
-    # ---- what torch's agent asks of its processes
+    # ---- methods of torch's agent for its processes
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         context = multiprocessing.get_context("forkserver")
@@ -223,10 +227,10 @@ class Agent(SimpleElasticAgent):
         self._look()
         end_strangers()
 
-    # ---- how they end
+    # ---- the end of the ranks
 
     def _look(self) -> list[Rank]:
-        """The ranks that are still alive; the codes of the others are noted."""
+        """The ranks that are still alive; the exit codes of the others are recorded."""
         alive = []
         for rank in self.ranks:
             if rank.ended is None:
@@ -239,7 +243,7 @@ class Agent(SimpleElasticAgent):
         return alive
 
     def _hurry(self, alive: list[Rank], now: float) -> None:
-        """Hand on a request to stop, once; kill who has not followed it or its peers in time."""
+        """Pass on a request to stop, once; kill ranks that do not end in time."""
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
             self.stop_budget_seconds = self._stop_budget()
@@ -248,7 +252,7 @@ class Agent(SimpleElasticAgent):
                 os.kill(rank.process.pid or 0, signal.SIGTERM)
             print(
                 f"{self._stop.signal_name}: saving the state after the current step; Ctrl-C ends "
-                "at once.",
+                "the run immediately.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -267,7 +271,7 @@ class Agent(SimpleElasticAgent):
 
 
 def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
-    """What torchrun tells a process of its place."""
+    """The environment that torchrun would give a process."""
     spec = group.spec
     return {
         "RANK": str(worker.global_rank),
@@ -290,7 +294,7 @@ def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
     }
 
 
-# ---- processes that ranks leave behind: data-loader workers, wandb's core
+# ---- processes that ranks leave behind: data-loader workers, wandb-core
 
 
 def adopt_strangers() -> None:
@@ -300,7 +304,7 @@ def adopt_strangers() -> None:
 
 
 def reap_strangers() -> None:
-    """Let every adopted process that has ended go, so that none stays as a zombie."""
+    """Reap every adopted process that has ended, so that it does not remain a zombie."""
     ours = _our_own()
     for process in _children():
         if process not in ours:

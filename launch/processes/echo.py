@@ -1,6 +1,6 @@
 """Copies the log files of the other ranks into the launcher's own output.
 
-The log of a pod is all that a cluster keeps of it where others can read it.
+The log of a pod is all that a cluster keeps of it in a place that others can read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def echoed(logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> Iter
 
 
 def spoken(line: str) -> tuple[int, str]:
-    """(rank, what it wrote) of a line of a pod's log; the launcher's lines are those of rank 0."""
+    """(rank, text) of a line in a pod's log; the launcher's own lines belong to rank 0."""
     found = _SPOKEN.fullmatch(line)
     return (int(found[1]), found[2]) if found else (0, line)
 
@@ -45,11 +45,11 @@ class _Echo:
     def __init__(self, logs: Path, ranks: Sequence[int], say: Callable[[str], None]) -> None:
         self._say = say
         self._files = {rank: logs / f"rank-{rank}.log" for rank in ranks}
-        # What exists already is of earlier attempts, whose pods have reported it.
+        # Existing content belongs to earlier attempts, whose pods have printed it.
         self._read = {rank: _size(file) for rank, file in self._files.items()}
 
     def look(self, *, last: bool = False) -> None:
-        """Say the whole lines that were added since; with `last`, also one that has no end."""
+        """Print the complete lines that were added; with `last`, also one without a line end."""
         for rank, file in self._files.items():
             if _size(file) <= self._read[rank]:
                 continue

@@ -80,16 +80,16 @@ def run_locally(
     elastic: bool = False,
     node_lost: NodeLost = lambda: None,
 ) -> int:
-    """Run the job in `processes` processes; the exit code of the whole.
+    """Run the job in `processes` processes; return the exit code of the job.
 
-    The processes are forked from a server that has torch imported, which saves each of them
-    the import, and again at every restart. Signals reach them through this launcher alone.
+    The processes are forked from a server that has imported torch, which saves the import
+    at every start and restart. Signals reach them only through this launcher.
 
     Args:
-        max_restarts: how often all of them are started again after a failure.
-        elastic: go on with one process fewer each time.
+        max_restarts: how often all of them are restarted after a failure.
+        elastic: continue with one process fewer each time.
     Raises:
-        SpecError: so many processes cannot be started here.
+        SpecError: this machine cannot start that many processes.
     """
     _require_files(processes)
     with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
@@ -128,7 +128,7 @@ def _attempts(
         processes = max(1, processes - 1) if elastic else processes
         job = job.again(before)
         print(
-            f"Starting again on {processes} {'process' if processes == 1 else 'processes'} from "
+            f"Restarting on {processes} {'process' if processes == 1 else 'processes'} from "
             f"the newest checkpoint (restart {restart + 1} of {max_restarts}).",
             file=sys.stderr,
             flush=True,
@@ -185,7 +185,7 @@ def _attempt(
         return Cause(error.exit_code, f"error: {error}")
     for rank in agent.ranks:
         if _mark(notes, rank.number).exists():
-            rank.ended = HUNG  # by its sentinel, and not by whoever else kills
+            rank.ended = HUNG  # by its sentinel, not by anyone else
     _bring_reports(notes / "failures", job.directory())
     cause = root_cause(agent, _endings(notes), agent.stop_budget_seconds, node_lost())
     return _explained(cause, agent, job, notes)
@@ -228,7 +228,7 @@ def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
 
 
 def _mark(notes: Path, rank: int) -> Path:
-    """The file where the sentinel of a rank writes why it has killed it."""
+    """The file in which the sentinel of a rank writes the reason of a kill."""
     return notes / f"{rank}.silent"
 
 
@@ -261,7 +261,7 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
     if group is not None:  # the agent knows only this node
         os.environ.update(group.variables(place))
         place = launched()
-    assert place is not None, "the agent sets RANK and its kin"
+    assert place is not None, "the agent sets RANK and the related variables"
 
     def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:
         ending = Ending(place.rank, code, message, time.time(), trace, said)
@@ -293,12 +293,12 @@ def root_cause(
 ) -> Cause:
     """Why the job ended: its exit code, and the message if rank 0 has not printed it yet.
 
-    A process that was killed comes first, then the earliest that failed on its own account,
-    then one that had to be ended because it did not answer; that a peer was lost is nobody's
-    reason while there is another.
+    A process that was killed comes first, then the earliest that failed by itself,
+    then one that had to be killed because it did not respond; the loss of a peer is the cause
+    only if there is no other.
 
     Args:
-        node_lost: when another node was lost, where one was.
+        node_lost: when another node was lost, if one was.
     """
     own = [ending for ending in endings if ending.code not in (0, STOPPED, PEER_LOST)]
     killed = [rank for rank in agent.first_ended if rank.killed_by is not None]

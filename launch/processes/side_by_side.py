@@ -1,4 +1,4 @@
-"""Several commands at a time on this machine: each in a process of its own, stopped together."""
+"""Several commands at a time on this machine: each in its own process, stopped together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOK_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Command:
-    """What is to be run, and where its output goes."""
+    """The command to run, and the file for its output."""
 
     name: str
     words: Sequence[str]
@@ -32,7 +32,7 @@ class _Running:
     place: int
     process: subprocess.Popen[bytes]
     told: bool = False
-    """Whether it was handed the request to stop."""
+    """Whether the request to stop was sent to it."""
 
 
 def run_side_by_side(
@@ -43,13 +43,13 @@ def run_side_by_side(
     began: Callable[[Command], None],
     ended: Callable[[Command, int], None],
 ) -> None:
-    """Run every command, as many at a time as there are places; a place is some of the environment.
+    """Run every command, as many at a time as places; a place is some of the environment.
 
-    A request to stop goes to each that runs, and no other one is started. They die with this
-    process, however it ends. The place of one that ends goes to the next.
+    A request to stop is sent to all running commands, and no other one is started. They die with
+    this process, however it ends. When a command ends, the next one gets its place.
 
     Raises:
-        KeyboardInterrupt: a second Ctrl-C, after each has had it too and has ended.
+        KeyboardInterrupt: a second Ctrl-C, after all commands have received it and ended.
     """
     waiting, running = list(commands), list[_Running]()
     free = list(range(len(places)))
@@ -93,8 +93,8 @@ def _hand_on(running: Sequence[_Running]) -> None:
 
 
 def _code_of(one: _Running) -> int:
-    """As a shell has it: 128 and the number of the signal that ended it."""
+    """As in a shell: 128 plus the number of the signal that ended it."""
     code = one.process.returncode
-    if one.told and code == -signal.SIGTERM:  # it came before the command could hear it
+    if one.told and code == -signal.SIGTERM:  # it arrived before the command could handle it
         return Stopped.exit_code
     return code if code >= 0 else 128 - code

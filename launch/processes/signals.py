@@ -17,9 +17,9 @@ STARTED = time.time()
 
 
 def listen() -> None:
-    """Remember a signal to stop until `run` can act on it; Ctrl-C still ends the command at once.
+    """Remember a signal to stop until `run` can handle it; Ctrl-C still ends the command now.
 
-    One that the process was told to ignore (SIGHUP under nohup) stays ignored.
+    A signal that the process was told to ignore (SIGHUP under nohup) is still ignored.
     """
     for number in _EARLY:
         if signal.getsignal(number) is not signal.SIG_IGN:

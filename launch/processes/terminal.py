@@ -1,8 +1,8 @@
 """Standard output and standard error that survive the loss of their reader.
 
-A closed terminal (EIO), `| head -1` and Ctrl-C in `| tee log` (EPIPE), a full disk (ENOSPC): what
-is said of a training is lost then, and the training is not.  All that Python prints goes this way,
-also of a user's own code and of libraries.
+With a closed terminal (EIO), `| head -1` and Ctrl-C in `| tee log` (EPIPE), or a full disk
+(ENOSPC), the output of a training is lost, but not the training.  All output of Python goes through
+this, including that of the user's code and of libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReaderGone(OutputLost):
 def open_descriptors() -> None:
     """Open /dev/null for descriptors 0, 1 and 2 if they are closed.
 
-    The next file that is opened would get the number, and whatever prints would write into it.
+    Otherwise the next opened file would get the number, and printed text would go into it.
     """
     for number in range(3):
         try:

@@ -1,8 +1,8 @@
 """Work that starts before the command is parsed, for an earlier first step.
 
-Importing torch takes longer than all the rest of a start.  Where processes will be started, the
-fork server imports it from the first moment on; where this one trains, the larger half of it, the
-loading of its libraries, is done beside the reading of the command and its spec.
+Importing torch takes longer than the rest of the start.  If processes will be started, the
+fork server imports it from the first moment on; if this process trains, the larger part of it, the
+loading of its libraries, runs while the command and its spec are read.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from service.health.stop_request import STOP_SIGNALS
 
 LAUNCHER = "EVENSTEP_LAUNCHER"
 """Tells the fork server the process id of its launcher."""
-# In this order: bound to its launcher first, then everything that a rank needs.
+# In this order: first the binding to its launcher, then everything that a rank needs.
 _PRELOAD = [
     "launch.processes.fork_server",
     "launch.__main__",
     "launch.rank.entry",
     "launch.processes.local",
 ]
-_PRELOAD += ["torch._dynamo"]  # every optimizer brings it in
+_PRELOAD += ["torch._dynamo"]  # every optimizer imports it
 _begun_with: dict[str, str] = {}
 
 
 def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
-    """Start what a command line of these `words` will need; in doubt nothing."""
+    """Start what a command line of these `words` will need; if unclear, nothing."""
     if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
         return
-    # Imported objects stay: the garbage collector took a fifth of the time to visit them.
+    # Imported objects are never freed: the garbage collector took a fifth of the time to visit
+    # them.
     gc.disable()
     # Read when torch is loaded.  `service.distributed.contention` decides during training when the
     # threads of GNU's OpenMP spin and when they sleep.  It cannot do so for LLVM's and Intel's,
-    # which torch has on macOS and from conda: these sleep whenever they wait.
+    # which torch uses on macOS and from conda: these sleep whenever they wait.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("KMP_BLOCKTIME", "0")
     if any(word.partition("=")[0] == "--profile" for word in words):
-        # So is this: torch's profiler writes to stderr at each start.
+        # Also read then: torch's profiler writes to stderr at each start.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if starts_processes(words, variables):
         begin_server()
     else:
-        # Not a daemon thread: a command that ends meanwhile waits for it briefly.
+        # Not a daemon thread: a command that ends in the meantime waits for it briefly.
         threading.Thread(target=_load_libraries, name="torch's libraries").start()
 
 
@@ -72,18 +73,20 @@ def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | No
     threads = variables.get("OMP_NUM_THREADS")
     computes = words[:1] in (["run"], ["test"], ["check"])
     if computes and threads is not None and not re.fullmatch(r"0*[1-9][0-9]*", threads.strip()):
-        return f"OMP_NUM_THREADS={threads}: must be a whole number from 1 up. Set or unset it."
+        return (
+            f"OMP_NUM_THREADS={threads}: must be a whole number, at least 1. Correct or unset it."
+        )
     return None
 
 
 def collect_garbage() -> None:
-    """From now on, and look only at what comes now."""
+    """Enable the garbage collector, and let it ignore all existing objects."""
     gc.freeze()
     gc.enable()
 
 
 def starts_processes(words: Sequence[str], variables: Mapping[str, str]) -> bool:
-    """Whether the command of these words will start processes, as far as is known so early."""
+    """Whether the command of these words will start processes, as far as is known this early."""
     if "RANK" in variables or "WORLD_SIZE" in variables:  # torchrun has
         return False
     processes = _value_of("--processes", words) or variables.get("PET_NPROC_PER_NODE", "1")
@@ -117,7 +120,7 @@ def begin_server() -> None:
     # The server blocks them from its start, and so do the ranks until they can handle them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # the server would start it within; it lets signals in
+        resource_tracker.ensure_running()  # else the server starts it, unblocking signals
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
@@ -125,14 +128,14 @@ def begin_server() -> None:
 
 
 def end_server() -> None:
-    """Stop the fork server; it is not needed."""
+    """Stop the fork server, which is not needed."""
     if not _begun_with:
         return
     from multiprocessing import forkserver
 
     server: Any = forkserver._forkserver
     os.kill(server._forkserver_pid, signal.SIGKILL)
-    server._stop()  # reaps it and forgets it, so that another can be started
+    server._stop()  # reaps it, so that another one can be started
     _begun_with.clear()
 
 
@@ -147,7 +150,7 @@ def set_since() -> dict[str, str]:
 def _load_libraries() -> None:
     """Let the system load them, in torch's order and without holding the interpreter's lock.
 
-    Where that fails nothing is lost: torch's import tries again, and says what is wrong.
+    If that fails nothing is lost: torch's import tries again, and reports the error.
     """
     found = find_spec("torch")
     if found is None or not found.submodule_search_locations:

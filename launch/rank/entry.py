@@ -38,20 +38,20 @@ from service.spec.models import Spec
 from service.training.batch_size_finder import settled
 from service.training.worker import run, test_run
 
-# Errors that ended the work stay until the process leaves, and so what their frames hold: a loader
-# that is let go waits for each of its workers, which may be at a row that takes for ever.
+# Keep exceptions until the process exits, with the objects in their frames: freeing a loader
+# waits for each of its workers, which may be blocked at a row forever.
 _KEPT: list[BaseException] = []
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """The parts that watch this process."""
+    """The objects that watch this process."""
 
     heartbeat: Heartbeat
     leave: Leave
-    """Kills it at once, if its main thread cannot exit."""
+    """Kills it immediately, if its main thread cannot exit."""
     mark: Path | None = None
-    """Where it is written why it was killed, for a launcher that reads it."""
+    """The file for the reason of a kill, for a launcher that reads it."""
 
     def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
         """A context in which the watchdog reports and kills this process if it hangs."""
@@ -175,7 +175,7 @@ def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
         f"batch.micro_batch={smaller} halves the memory that the rows of one pass take (now "
         f"{plan.micro_batch} rows); a step stays {plan.global_batch} rows."
         if plan.micro_batch > 1
-        else "A micro-batch is one row already: take a smaller model."
+        else "A micro-batch has only one row: use a smaller model."
     )
     told = str(error).splitlines()[0]
     if plan.spec.model.precision == "fp32":
@@ -183,7 +183,7 @@ def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
     if resident := bytes_on_device():
         advice += (
             f" Rows kept on the device take {resident / 2**20:,.0f} MiB of it; rows whose data set "
-            f"is no TensorDataset stay on the host."
+            f"is not a TensorDataset stay on the host."
         )
     return OutOfMemory(f"Out of memory: {told}. {advice}")
 
@@ -193,7 +193,7 @@ class End(NamedTuple):
 
     code: int
     message: str = ""
-    """For a person."""
+    """For the user."""
     trace: str = ""
     """The traceback, unless the message is complete."""
 
@@ -206,11 +206,12 @@ def outcome_of(
 ) -> End:
     """Run the work and return how it ended; a failure of this process is written to a file.
 
-    Where it failed, the process has little time to leave from then on.
-    What is equal on all processes is said by rank 0; what happened to one, by that one.
+    After a failure, the process has little time to exit.
+    An error that is equal on all processes is printed by rank 0; an error of one process, by
+    itself.
 
     Args:
-        silent: what somebody else knows better how to tell.
+        silent: errors that another process reports better.
     """
     try:
         work()
@@ -226,7 +227,8 @@ def outcome_of(
         if lost is not None:
             return _told(lost, here, silent)
         _let_leave(error, 1)
-        # What a user's code raises may hold what it was given: the log of a pod is read by many.
+        # Exceptions of the user's code may contain secrets: the log of a pod is read by many
+        # people.
         advice = backend_advice(error)
         message = str(redacted(f"{type(error).__name__}: {error}{advice}"))
         trace = str(redacted(traceback.format_exc()))

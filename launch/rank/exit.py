@@ -19,32 +19,32 @@ from service.health.stop_request import STOP_SIGNALS
 
 LEAVING_SECONDS = 10.0
 """Longest time from the end of the work to the end of the process."""
-_LOCKED_SECONDS = 5.0  # more, where not even a thread can run
+_LOCKED_SECONDS = 5.0  # additional, if no thread can run
 _STOPS = {int(number) for number in STOP_SIGNALS}
 _ending = threading.Event()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now; exit handlers run as far as there is time.
+    """End this process now; exit handlers run if there is time.
 
-    The interpreter's own way out takes seconds with torch loaded, in which peers wait; and with
-    gloo it now and then ends in an abort ("terminate called without an active exception").
+    The interpreter's own exit takes seconds with torch loaded, while peers wait; and with
+    gloo it sometimes ends in an abort ("terminate called without an active exception").
     """
     end_in_time(code)
     atexit._run_exitfuncs()
-    with suppress(OSError):  # its reader is gone, or its disk is full: the exit code still counts
+    with suppress(OSError):  # the reader is gone, or the disk is full: the exit code still counts
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
 def end_in_time(code: int) -> None:
-    """From now on this process ends within `LEAVING_SECONDS`, and at once after a signal to stop.
+    """From now on this process ends within `LEAVING_SECONDS`, or at once after a signal to stop.
 
-    Called in the main thread when its work has ended.  What is left then may wait for ever: a
-    library's function for the exit, a worker that does not answer, a terminal that nobody reads.
-    A thread counts the time. Where it cannot run, because the interpreter's lock is held, the
-    sentinel kills the process a little later. Where there is none, faulthandler ends it with 1.
+    Called in the main thread when its work has ended.  The rest of the exit may block forever: a
+    library's exit handler, a worker that does not respond, a terminal that nobody reads.
+    A thread enforces the limit. If it cannot run, because the interpreter's lock is held, the
+    sentinel kills the process a little later. Without a sentinel, faulthandler ends it with 1.
     """
     if _ending.is_set():
         return
@@ -59,21 +59,21 @@ def end_in_time(code: int) -> None:
     locked_seconds = LEAVING_SECONDS + _LOCKED_SECONDS
     watching = running()
     if watching is None or not watching.alive(locked_seconds):
-        with suppress(ValueError, OSError):  # a standard error that is closed
+        with suppress(ValueError, OSError):  # standard error may be closed
             faulthandler.dump_traceback_later(locked_seconds, exit=True, file=2)
     threading.Thread(target=_count, args=(heard, code), name="leaving", daemon=True).start()
 
 
 def _count(heard: int, code: int) -> NoReturn:
     limit = TimeLimit(LEAVING_SECONDS)
-    signals = select.poll()  # and not select, which knows no descriptor from 1,024 on
+    signals = select.poll()  # select does not support descriptors from 1,024 on
     signals.register(heard, select.POLLIN)
     while look := limit.look:
         if signals.poll(look * 1000) and set(os.read(heard, 512)) & _STOPS:
-            os._exit(code)  # other signals are written there too, such as that of a child's end
+            os._exit(code)  # other signals arrive there too, such as SIGCHLD
     text = f"WARNING: this process did not release everything within {LEAVING_SECONDS:g} s: ended."
     teller = threading.Thread(target=_tell, args=(text,), daemon=True)
-    teller.start()  # by itself: nobody may be reading what it writes
+    teller.start()  # in its own thread: nobody may be reading its output
     teller.join(1.0)
     os._exit(code)
 

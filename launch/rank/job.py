@@ -29,9 +29,9 @@ class Job:
     profile: Window | None = None
     """The steps to profile."""
     grace: GracePeriod | None = None
-    """What the launcher gives a stop, where it is not our own."""
+    """The time limit of a stop, if it is not that of our launcher."""
     accepted: Accepted = NOTHING_ACCEPTED
-    """What may be changed of a run that has begun."""
+    """The changes that are accepted in a run that has begun."""
 
     def again(self, before: str | None) -> Job:
         """The job for a restart after a failure: `fresh` moves an earlier run aside only once.
@@ -50,11 +50,11 @@ class Job:
         try:
             return str(self.directory().read_facts()["id"])
         except SpecError:
-            return None  # whether that is a mistake, opening the run decides
+            return None  # opening the run decides whether this is an error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The classes of a spec's optimizers are made when it is imported and have no name that
-        # a pickle could find them by.  What travels are plain values, as in a file.
+        # The optimizer classes of a spec are created at import time and have no name by which
+        # a pickle could find them.  Plain values are sent instead, as in a file.
         values = self.spec.model_dump(mode="json", exclude_none=True)
         rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace, self.accepted)
         return _received, (values, self.runs, *rest)
@@ -74,7 +74,7 @@ class TestJob:
     overrides: tuple[Override, ...] = ()
     """Of the run's spec, `key=value`."""
     data: str | None = None
-    """Which test set, where there are several."""
+    """The test set, if there are several."""
 
     def directory(self) -> RunDirectory:
         """Where the run is kept."""

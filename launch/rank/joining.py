@@ -1,7 +1,7 @@
-"""How the processes of a job connect through a store to which strangers may have written.
+"""How the processes of a job connect through a store that others may have modified.
 
-What is read from it is never unpickled, and a change by somebody else ends the job within seconds
-instead of a wait.
+Nothing from the store is unpickled, and a foreign change ends the job within seconds
+instead of a long wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def store_of(environment: Environment, *, seconds: float) -> Store | None:
     """The store of this job; None if torchrun has it and torch finds it.
 
     Args:
-        seconds: how long to wait for the process that keeps it.
+        seconds: how long to wait for the process that has it.
     """
     run = os.environ.get(RUN_OF_STORE)
     if run is not None:
@@ -41,13 +41,14 @@ def store_of(environment: Environment, *, seconds: float) -> Store | None:
 
 
 def on_one_node(environment: Environment) -> bool:
+    """Whether all processes of the job are on this machine."""
     return environment.local_world_size == environment.world_size
 
 
 def keep_to_loopback() -> None:
-    """Let gloo and NCCL listen on loopback alone: all processes of the job are on this machine.
+    """Let gloo and NCCL listen on loopback only: all processes of the job are on this machine.
 
-    What the user has set wins.
+    Variables that the user has set take precedence.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if LOOPBACK in {each.address for each in addresses}:
@@ -58,11 +59,11 @@ def keep_to_loopback() -> None:
 def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> None:
     """Return when every process of the job has arrived; connecting is then fast.
 
-    How far apart they start nobody knows; that a key of one's own is gone, or another's, shows
-    within a second that somebody else writes into the store.
+    The processes may start at very different times; if a process's own key is missing or changed,
+    another program writes into the store, which is detected within a second.
 
     Raises:
-        PeerLost: somebody does, or not all came in time.
+        PeerLost: another program writes into it, or not all arrived in time.
     """
     own, token = f"here/{environment.rank}", secrets.token_hex(16)
     store.set(own, token)

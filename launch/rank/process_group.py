@@ -22,10 +22,10 @@ from service.basics.limits import stay_near, threads_each
 from service.distributed.world import BOUNDED, World, be_patient, connect_patience, unconnected
 from service.optimization.precision import multiply_in
 
-# Groups that are done with stay until the process leaves. An exception's traceback may hold the
-# model with its exchange of gradients: were that the last to hold the group, it would be freed
-# with the interpreter's lock held, and wait there for gloo's threads to end, of which one may wait
-# for that lock to free a tensor. Now and then a run that was stopped hung so.
+# Keep finished groups until the process exits. An exception's traceback may refer to the
+# model with its gradient synchronization: if it were the last reference to the group, the group
+# would be freed with the interpreter's lock held, and wait for gloo's threads, one of which may
+# wait for that lock to free a tensor. A run that was stopped sometimes hung because of this.
 _KEPT: list[object] = []
 # These variables restrict the devices that a process sees.
 _VISIBLE = (
@@ -47,13 +47,13 @@ def process_group(
 ) -> Iterator[World]:
     """A context with all processes of the job connected.
 
-    NCCL on NVIDIA GPUs, gloo on CPU, and what accelerate knows for others.
+    NCCL on NVIDIA GPUs, gloo on CPU, and accelerate's choice for other devices.
 
     Args:
-        bitwise: compute so that the same rows give the same bits, whatever else is different.
+        bitwise: compute so that the same rows give the same bits, whatever else differs.
     Raises:
         SpecError: two processes would compute on one device.
-        PeerLost: the processes did not come together.
+        PeerLost: the processes did not connect.
     """
     device = _device()
     free = not bitwise and "OMP_NUM_THREADS" not in os.environ
@@ -80,8 +80,9 @@ def process_group(
     finally:
         if dist.is_initialized():
             _KEPT.append(dist.group.WORLD)
-            # A group of GPUs is destroyed by all its processes together: NCCL waits for what its
-            # peers have not done yet. One that fails alone leaves without it, and they notice.
+            # A group of GPUs is destroyed by all its processes together: NCCL waits for the pending
+            # work of its peers. A process that fails alone exits without it, and the others detect
+            # this.
             if together or dist.get_backend() == "gloo":
                 dist.destroy_process_group()
 
@@ -106,13 +107,13 @@ def _own(environment: Environment, device: str, accelerator: Accelerator) -> tor
 def require_own_device(world: World, own: str) -> None:
     """Refuse two processes on one device, which accelerate silently allows.
 
-    How many a process sees says nothing: under Slurm, with `torchrun --virtual-local-rank` or on a
-    MIG slice each sees one, its own.  Every process calls it.
+    The number of visible devices does not matter: under Slurm, with `torchrun --virtual-local-rank`
+    or on a MIG slice each process sees one, its own.  Every process calls it.
 
     Args:
-        own: which device this process computes on, as `identity_of` tells.
+        own: the device of this process, from `identity_of`.
     Raises:
-        SpecError: it names the ranks; on every process.
+        SpecError: names the ranks; on every process.
     """
     ranks: dict[str, list[int]] = {}
     for rank, device in enumerate(world.gather(own)):
@@ -121,8 +122,8 @@ def require_own_device(world: World, own: str) -> None:
         if len(sharing) > 1:
             raise SpecError(
                 f"--processes: ranks {', '.join(map(str, sharing))} compute on one device "
-                f"({device}). Use at most as many processes as there are devices, show each rank "
-                "one of its own (CUDA_VISIBLE_DEVICES), or use EVENSTEP_DEVICE=cpu. NCCL joins no "
+                f"({device}). Use at most as many processes as there are devices, give each rank "
+                "its own (CUDA_VISIBLE_DEVICES), or use EVENSTEP_DEVICE=cpu. NCCL cannot connect "
                 "two MIG slices of one GPU."
             )
 
@@ -133,7 +134,7 @@ def identity_of(device: torch.device) -> str:
     told = getattr(module, "get_device_properties", None)
     properties: Any = None if told is None else told(device)
     name: str = getattr(properties, "name", device.type)
-    # A MIG slice is its GPU: what NCCL compares is the place on the PCI bus.
+    # A MIG slice counts as its GPU: NCCL compares the PCI address.
     if hasattr(properties, "uuid") and "MIG" not in name.split():
         return f"{name} {properties.uuid}"
     if hasattr(properties, "pci_bus_id"):
@@ -146,7 +147,7 @@ def identity_of(device: torch.device) -> str:
 def stay_near_device(world: World, environment: Environment) -> None:
     """Bind each of several processes of a machine to the cores of its GPU's NUMA node.
 
-    Called once it is known how many cores each process gets, for it changes what this one sees.
+    Called when the number of cores of each process is known, because it changes the visible cores.
     """
     if world.device.type != "cuda" or environment.local_world_size == 1:
         return
@@ -165,7 +166,7 @@ def _machine() -> str:
 def _share_cores(environment: Environment) -> None:
     """Divide the cores of this container among its processes, also with GPUs.
 
-    Left alone, each would compute on the host with a thread for every core of the machine.
+    By default, each would use one thread for every core of the machine.
     """
     threads = threads_each(environment.local_world_size)
     torch.set_num_threads(threads)
@@ -175,17 +176,17 @@ def _share_cores(environment: Environment) -> None:
 def _compute_in_one_order() -> None:
     # Threads divide a sum, so its bits depend on their number.
     torch.set_num_threads(1)
-    # cuBLAS reads it when it is loaded, and torch refuses its other ways of working.
+    # cuBLAS reads it when it is loaded, and torch refuses the nondeterministic modes.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # It would first fill all new memory with NaN, which only helps to find uninitialized reads.
-    kept: Any = torch.utils.deterministic  # whose types do not tell its property
+    kept: Any = torch.utils.deterministic  # its property is not in the type annotations
     kept.fill_uninitialized_memory = False
 
 
 def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:
     with warnings.catch_warnings():
-        # It warns that it uses the CPU, which is what it was asked to do.
+        # It warns that it uses the CPU, which is intended here.
         warnings.simplefilter("ignore", UserWarning)
         if not environment.is_alone and not dist.is_initialized():
             _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
@@ -196,7 +197,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
     """Connect this process to the others.
 
     Raises:
-        PeerLost: they did not come, or somebody else changed what they told each other.
+        PeerLost: they did not connect, or another program changed the store.
     """
     if on_one_node(environment):
         keep_to_loopback()
@@ -216,7 +217,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
             world_size=environment.world_size,
             timeout=brief if bounded else patience,
         )
-        if backend == "gloo":  # a process in the place of another does not answer here
+        if backend == "gloo":  # an impostor does not answer here
             dist.barrier()
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)

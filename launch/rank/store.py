@@ -1,7 +1,8 @@
 """The store through which processes find each other, bound to one address of the machine.
 
-torch's store listens on all interfaces, knows no secret, and lets whoever reaches it change or
-delete what lies in it. So it is bound to one address here; `launch.rank.joining` bounds the rest.
+torch's store listens on all interfaces, has no authentication, and lets anyone who reaches it
+change or delete its entries. So it is bound to one address here; `launch.rank.joining` handles the
+rest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def own_store(address: str, port: int = 0) -> TCPStore:
-    """A store that listens on this address of the machine alone; on a free port by default.
+    """A store that listens only on this address of the machine; by default on a free port.
 
     Raises:
         OSError: the machine has no such address, or the port is taken.
