@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -34,12 +34,14 @@ from launch.slurm_step import node_of, note_exit_code, slurm_grace, step_here
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.plan.changing import Accepted
-from service.plan.plan import window_of
 from service.recipes import recipes
 from service.runs.directory import RunDirectory, check_run, find_run
 from service.runs.failure_reports import redacted
 from service.spec.files import Override, spec_schema
 from service.spec.models import Spec
+
+if TYPE_CHECKING:
+    from service.plan.plan import Window
 
 _SPEC = click.argument("spec", metavar="SPEC")
 _PROCESSES = click.option(
@@ -57,6 +59,8 @@ def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
     if context.invoked_subcommand not in ("run", "test", "sweep"):
         stop_listening()
+    if context.invoked_subcommand not in ("run", "test", "plan", "check"):
+        collect_garbage()  # these have more to import first
 
 
 evenstep.add_command(checkpoints)
@@ -109,7 +113,7 @@ def run(
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
     node = _node(processes) if place is None else None
     asked = _process_count(node.processes if node else processes)
-    window = window_of(profile) if profile is not None else None
+    window = _window(profile)
     loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
     runs = runs.absolute()
@@ -237,6 +241,7 @@ def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs
     loaded = load_named(spec, overrides, None)
     from service.preview.plan import planned
 
+    collect_garbage()
     click.echo(planned(loaded, processes=_process_count(processes), runs=runs.absolute()))
 
 
@@ -316,6 +321,14 @@ def _accepted(
         )
     asked = accepted_by(overrides, change=change, accept_changes=accept_changes)
     return Accepted((*asked.keys, *accept), everything=asked.everything)
+
+
+def _window(profile: str | None) -> Window | None:
+    if profile is None:
+        return None
+    from service.plan.plan import window_of
+
+    return window_of(profile)
 
 
 def _process_count(asked: str | None) -> int:

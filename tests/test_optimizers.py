@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import small_regression as small
 import torch
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
+from torch import nn
 
 from service.basics.errors import SpecError
 from service.checkpoints.snapshots import expected_bytes
@@ -125,6 +128,48 @@ def trained(request, processes, tmp_path_factory):
 
 def test_every_optimizer_of_torch_is_among_the_cases():
     assert {case.split()[0] for case in CASES} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_groups_are_those_that_torch_would_make(case):
+    """torch's own way compares each group with all before it, so ours does without."""
+    spec = load_spec(job(case))
+    model = load_task(spec.task, spec.task_args).model()
+    groups = parameter_groups(model, spec.optimizer)
+    if spec.optimizer.name != "lbfgs":  # which takes one group only
+        (group,) = groups
+        groups = [replace(group, names=(name,)) for name in group.names]
+    made = make_optimizer(model, spec.optimizer, groups)
+    parameters = dict(model.named_parameters())
+    options = spec.optimizer.options() | ({"fused": True} if made.defaults.get("fused") else {})
+    settings = [{"params": [parameters[name] for name in g.names], **g.options} for g in groups]
+    expected = type(made)(settings, **options)
+    assert len(made.param_groups) == len(groups)
+    assert made.param_groups == expected.param_groups
+    assert made.defaults == expected.defaults
+    assert vars(made).keys() == vars(expected).keys()
+
+
+def test_thousands_of_groups_are_not_compared_with_each_other():
+    def hashed(groups: int) -> int:
+        """How often a parameter is looked up in a set while the optimizer is made."""
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(groups)))
+        rates = [{"match": f"{n}.*", "lr": 1 / (n + 1)} for n in range(groups)]
+        spec = load_spec(small.spec_for({"name": "adamw", "lr": 1.0, "groups": rates}))
+        found = []
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            if event == "call" and frame.f_code is torch.Tensor.__hash__.__code__:
+                found.append(frame)
+
+        sys.setprofile(count)
+        try:
+            make_optimizer(model, spec.optimizer, parameter_groups(model, spec.optimizer))
+        finally:
+            sys.setprofile(None)
+        return len(found)
+
+    assert hashed(80) <= 2 * hashed(40) + 8
 
 
 @pytest.mark.parametrize("case", CASES)

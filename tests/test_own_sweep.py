@@ -1,8 +1,11 @@
 """`evenstep sweep`: every combination is a run of its own, on this machine."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -94,6 +97,25 @@ def test_a_report_of_the_sweep(swept):
     page = (place / "sweep.html").read_text()
     assert "mean and deviation over seeds" in page
     assert "lr-1e30_seed-4" in page
+
+
+def test_a_report_reads_each_run_of_a_sweep_as_often_as_that_of_the_run_alone(swept, monkeypatch):
+    place, *_ = swept
+    monkeypatch.chdir(place)
+    file, opened = place / "runs/digits-sweep/lr-0.02_seed-3/metrics.jsonl", []
+
+    def note(event, arguments):
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            opened.append(Path(arguments[0]).absolute())
+
+    sys.addaudithook(note)
+    counts = []
+    for run in ("digits-sweep", "digits-sweep/lr-0.02_seed-3"):
+        opened.clear()
+        done = CliRunner().invoke(command, ["report", run, "-o", "counted.html"])
+        assert done.exit_code == 0, done.output
+        counts.append(opened.count(file))
+    assert counts[0] == counts[1] > 0
 
 
 def has_steps(run):

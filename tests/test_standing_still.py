@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from commands import CLEAN
@@ -26,11 +27,14 @@ from injuring import (
 from processes import ProcessesOf
 
 from service.distributed.world import World, be_patient
+from service.health.heartbeat import Heartbeat
+from service.health.watchdog import watched
 from service.runs.directory import RunDirectory
 from service.runs.verification import compare
 
 TIMEOUT_SECONDS = 2.0
 STEPS = 80
+HELD_UP_TIMEOUT_SECONDS = 4.0
 
 
 def stop_and_continue(processes: set[int], seconds: float) -> None:
@@ -108,6 +112,37 @@ def outlast(world: World) -> list[int]:
 
 def test_the_limit_of_a_collective_ends_no_run_that_is_watched(processes: ProcessesOf) -> None:
     assert processes(2).run(outlast) == [[0, 1], [0, 1]]
+
+
+def wait_for_one_that_is_held_up(world: World, place: Path) -> list[str]:
+    """What the watchdog of rank 1 says while rank 0 saves, and for once tells nothing for long."""
+    heartbeat = Heartbeat(rank=world.index, scratch=place)
+    heartbeat.enter("save", 1)
+    told: list[str] = []
+    if world.index == 0:
+        for seconds in (*[0.2] * 8, 0.85 * HELD_UP_TIMEOUT_SECONDS, *[0.2] * 3):
+            heartbeat.moved()
+            heartbeat.write()
+            time.sleep(seconds)
+        world.barrier()
+        return told
+
+    def leave(code: int, message: str) -> NoReturn:
+        told.append(message)
+        raise SystemExit(code)  # of the watchdog's thread
+
+    limits = dict.fromkeys(("startup_timeout_seconds", "hook_timeout_seconds"), 60.0)
+    with watched(
+        heartbeat, processes=2, timeout_seconds=HELD_UP_TIMEOUT_SECONDS, leave=leave, **limits
+    ):
+        world.barrier()
+    return told
+
+
+def test_a_rank_that_tells_nothing_has_the_whole_limit_too(
+    processes: ProcessesOf, tmp_path: Path
+) -> None:
+    assert processes(2).run(wait_for_one_that_is_held_up, tmp_path) == [[], []]
 
 
 LOOKS = """

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
+from launch.processes.warm_start import collect_garbage
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 
@@ -45,6 +46,8 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     from launch.rank.process_group import process_group
     from service.health.heartbeat import Heartbeat
     from service.preview.check import checked
+
+    collect_garbage()
 
     def work() -> None:
         with process_group(Environment(), precision=loaded.model.precision) as world:

@@ -33,17 +33,16 @@ def report(runs: tuple[str, ...], output: Path) -> None:
     from service.observability.sweeps import in_lines, read_sweep, rows_of, table_of
     from service.runs.history import read_history
 
-    places = [_sweep_at(Path(run)) or Path(run) for run in runs]
-    sweeps = [read_sweep(place) for place in places if _sweep_at(place)]
-    histories = [
-        history
-        for place in places
-        for history in (
-            read_sweep(place).histories() if _sweep_at(place) else [read_history(place)]
-        )
-    ]
+    sweeps, histories = [], []
+    for run in map(Path, runs):
+        place = _sweep_at(run)
+        if place is None:
+            histories.append(read_history(run))
+        else:
+            sweeps.append(read_sweep(place))
+            histories += sweeps[-1].histories
     if not histories:
-        raise SpecError(f"{places[0]}: no run of this sweep has started yet.")
+        raise SpecError(f"{sweeps[0].path}: no run of this sweep has started yet.")
     write_report(histories, output, sweeps=sweeps)
     for sweep in sweeps:
         click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))

@@ -34,11 +34,11 @@ _begun_with: dict[str, str] = {}
 
 def warm_up(words: Sequence[str], variables: Mapping[str, str]) -> None:
     """Start what a command line of these `words` will need; if unclear, nothing."""
-    if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
-        return
     # Imported objects are never freed: the garbage collector took a fifth of the time to visit
     # them.
     gc.disable()
+    if words[:1] not in (["run"], ["test"]) or {"-h", "--help"} & set(words):
+        return
     # Read when torch is loaded.  `service.distributed.contention` decides during training when the
     # threads of GNU's OpenMP spin and when they sleep.  It cannot do so for LLVM's and Intel's,
     # which torch uses on macOS and from conda: these sleep whenever they wait.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.environment import Group
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
-from service.plan.plan import Window
 from service.runs.directory import RunDirectory
 from service.spec.files import Override, load_spec
 from service.spec.models import Spec
+
+if TYPE_CHECKING:
+    from service.plan.plan import Window
 
 
 @dataclass(frozen=True)

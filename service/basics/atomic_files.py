@@ -118,6 +118,21 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
     return content
 
 
+def are_equal(one: Path, other: Path) -> bool:
+    """Whether two regular files hold the same bytes; a missing one is equal to none.
+
+    Raises:
+        OSError: one of them cannot be read, or is no regular file.
+    """
+    if not (is_there(one) and is_there(other)):
+        return False
+    with open(one, "rb", opener=plain) as a, open(other, "rb", opener=plain) as b:
+        while (some := a.read(_READ_BYTES)) == b.read(_READ_BYTES):
+            if not some:
+                return True
+    return False
+
+
 def read_json(path: Path, *, at_most: int) -> Any:
     """The value in a regular JSON file.
 

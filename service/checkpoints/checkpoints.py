@@ -412,6 +412,7 @@ class Checkpoints:
             sync_directory(self._directory)
             self._get_on()
         self._prune(job.bests)
+        self._get_on()
         self._mark_best(job.best)
 
     def _prepared(self, job: _Job, shard: Shard, target: Checkpoint) -> Path | None:

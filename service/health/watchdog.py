@@ -146,7 +146,7 @@ class _Watch:
         self._expect_next_look(timeout + 2 * self._look_seconds)
         self._heartbeat.write()
         if standing > timeout / 2 and (not self._awaited or self._awaited.place != place):
-            self._awaited = self._last_moved(place, until=now + timeout - standing)
+            self._awaited = self._last_moved(place, now, timeout)
         if standing > timeout and place == self._heartbeat.place and not self._may_wait(timeout):
             self._report(standing)
 
@@ -164,8 +164,12 @@ class _Watch:
         # Each check restarts the timer, so it fires only if the checks have stopped.
         faulthandler.dump_traceback_later(seconds, exit=self._sentinel is None, file=file)
 
-    def _last_moved(self, place: Position, *, until: float) -> _Awaited:
-        """The rank for which this process may wait, according to the latest heartbeats."""
+    def _last_moved(self, place: Position, now: float, timeout: float) -> _Awaited:
+        """The rank for which this process may wait, according to the latest heartbeats.
+
+        It has the whole timeout, from its last progress: on a busy machine or a slow disk its
+        watchdog may be delayed, and then its heartbeat is old.
+        """
         ours = (place.step, ORDER.index(place.work))
         behind = [
             beat
@@ -174,8 +178,10 @@ class _Watch:
             if (beat["step"], ORDER.index(beat["work"])) <= ours
         ]
         last = min(behind, key=lambda beat: beat["standing_seconds"], default=None)
-        rank, written = (last["rank"], last["time"]) if last else (None, 0.0)
-        return _Awaited(place, rank, written, until)
+        if last is None:
+            return _Awaited(place, None, 0.0, now)
+        left = max(timeout - last["standing_seconds"], self._look_seconds)
+        return _Awaited(place, last["rank"], last["time"], now + left)
 
     def _may_wait(self, timeout: float) -> bool:
         """Whether this process waits for a rank that makes progress.
@@ -196,8 +202,7 @@ class _Watch:
         beat = self._beat(awaited.rank)
         if not beat or beat["time"] == awaited.beat_time or beat["standing_seconds"] > timeout:
             return False
-        left = timeout - beat["standing_seconds"]
-        self._awaited = self._last_moved(awaited.place, until=now + max(left, self._look_seconds))
+        self._awaited = self._last_moved(awaited.place, now, timeout)
         return True
 
     def _beat(self, rank: int) -> dict[str, Any] | None:

@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from service.basics.atomic_files import is_there, read_json, replace_file, told_when_unwritten
 from service.basics.errors import SpecError
-from service.observability.charts import short
 from service.runs.history import History, read_history
 
 FORMAT = 1
@@ -30,6 +30,7 @@ class Sweep:
     path: Path
     settings: Mapping[str, Setting]
 
+    @cached_property
     def histories(self) -> list[History]:
         """The runs that have started."""
         runs = [self.path / name for name in self.settings]
@@ -90,7 +91,7 @@ class Row:
 
 def rows_of(sweep: Sweep) -> list[Row]:
     """One row for each setting, in the order of the sweep."""
-    known = {history.directory.name: history for history in sweep.histories()}
+    known = {history.directory.name: history for history in sweep.histories}
     of_setting: dict[Setting, list[History | None]] = {}
     for name, setting in sweep.settings.items():
         rest = tuple(pair for pair in setting if pair[0] != SEED)
@@ -136,6 +137,8 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def mean_and_deviation(values: Iterable[float]) -> str:
     """`0.95 ± 0.01`: the mean, and the sample standard deviation of several values."""
+    from service.observability.charts import short  # numpy with it, which a sweep's start needs not
+
     known = list(values)
     if not known:
         return "-"

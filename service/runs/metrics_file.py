@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,10 +122,11 @@ class _Gathered:
     def _column(
         self, key: str, rows: list[dict[str, float]], steps: array[float]
     ) -> tuple[array[float], array[float]]:
-        values = array("d", [row[key] for row in rows if key in row])
-        if len(values) == len(rows):
-            return steps, values
-        return array("d", [row["step"] for row in rows if key in row]), values
+        try:
+            return steps, array("d", map(itemgetter(key), rows))
+        except KeyError:  # not in every row
+            having = [row for row in rows if key in row]
+        return array("d", [row["step"] for row in having]), array("d", [row[key] for row in having])
 
 
 def last_row(path: Path) -> dict[str, float] | None:

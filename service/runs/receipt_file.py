@@ -68,13 +68,13 @@ def _digests_of(lines: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.uin
     """
     import numpy as np
 
-    if not all(type(line) is dict for line in lines):
+    if not set(map(type, lines)) <= {dict}:
         raise TypeError("a line must be an object")
     of_rows = [line for line in lines if "step" not in line]
     if len(of_rows) < len(lines):
         _require(all(map(_is_line, (line for line in lines if "step" in line))))
     rows = [line["rows"] for line in of_rows]
-    _require(all(type(some) is list for some in rows))
+    _require(set(map(type, rows)) <= {list})
     counts = np.frombuffer(array("q", map(len, rows)), np.int64)
     first = np.frombuffer(array("q", [line["from"] for line in of_rows]), np.int64)
     last = np.frombuffer(array("q", [line["to"] for line in of_rows]), np.int64)

@@ -20,6 +20,7 @@ class Part(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
+        defer_build=True,
     )
 
     @field_validator("*", mode="before")
