@@ -1,104 +1,133 @@
-"""What a start asks of the store where the processes meet: messages and bytes, of each process.
+"""What a start asks of the store where processes meet, and how many connections gloo opens.
 
-    python -m benchmarks.rendezvous [--processes 2 3 4 6]
+    python -m benchmarks.rendezvous [--processes 2 16 64 256 1000]
 
-`evenstep run digits --processes N`, stopped after its first step, under strace: every message to
-and from the launcher's TCPStore is counted, from the first process to the end of the last.  A
-message is one call of the system that sends; the answers are counted in bytes alone.
+Each process of a job is a thread here, in a few real processes. They connect over loopback as
+`launch.rank` lets them: gloo on a `TCPStore`, then a barrier and a sum by recursive doubling, as
+a stop is agreed on. A store between gloo and torch's counts the requests; the connections are
+those in the table of open files. Connections to the store itself are made before the time starts,
+a few at a time: for each, torch asks a name server for the names of both addresses.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
 
-EVENSTEP = Path(sys.executable).with_name("evenstep")
-STOPPED = 75
-_LISTEN = re.compile(r"^(\d+) +listen\(\d+<TCPv?6?:\[.*:(\d+)\]>")
-_CALL = re.compile(r"^(\d+) +(sendto|recvfrom)\(\d+<TCPv?6?:\[.*?:(\d+)->.*?:(\d+)\]>")
-_RESUMED = re.compile(r"^(\d+) +<\.\.\. (?:sendto|recvfrom) resumed>")
-_RESULT = re.compile(r"= (\d+)$")
+import torch
+from torch.distributed import (  # type: ignore[attr-defined]  # exported all the same
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+)
 
+from launch.environment import Environment
+from launch.rank.joining import connect_in_few_requests, keep_to_loopback
+from launch.rank.store import LOOPBACK, own_store
+from service.distributed.recursive_doubling import RecursiveDoubling
 
-@dataclass
-class Traffic:
-    """What some processes have exchanged with the store."""
-
-    connections: int = 0
-    messages: int = 0
-    sent: int = 0
-    received: int = 0
+REAL_PROCESSES = 4
+WAIT = timedelta(seconds=300)
 
 
-def traced(processes: int) -> list[str]:
-    """What strace tells of one start."""
-    with tempfile.TemporaryDirectory() as place:
-        words = ["run", "digits", "--processes", str(processes), "--runs", place]
-        words += ["--stop-at", "1", "tracking.wandb="]
-        told = Path(place, "calls")
-        strace = ["strace", "-f", "--seccomp-bpf", "-yy", "-qq", "-s", "0", "-o", str(told)]
-        ended = subprocess.run(
-            [*strace, "-e", "trace=listen,sendto,recvfrom", str(EVENSTEP), *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"CI": "1"},
-        )
-        assert ended.returncode == STOPPED, ended.stderr
-        return told.read_text().splitlines()
+class Counting(Store):  # type: ignore[misc]  # torch's class has no types
+    """A store that counts what is asked of it, and the bytes of the answers."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__()
+        self._inner: Any = inner
+        self.requests = self.received = 0
+
+    def set(self, key: str, value: Any) -> None:
+        self.requests += 1
+        self._inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        return self._got([self._inner.get(key)])[0]
+
+    def wait(self, keys: list[str], timeout: timedelta = WAIT) -> None:
+        self.requests += 1
+        self._inner.wait(keys, timeout)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._got(self._inner.multi_get(keys))
+
+    def has_extended_api(self) -> bool:
+        return bool(self._inner.has_extended_api())
+
+    def _got(self, values: list[bytes]) -> list[bytes]:
+        self.requests += 1
+        self.received += sum(map(len, values))
+        return values
 
 
-def counted(lines: Iterable[str]) -> tuple[Traffic, Traffic]:
-    """(the launcher's traffic with its store, that of all ranks together)."""
-    launcher, ranks = Traffic(), Traffic()
-    stores: set[str] = set()
-    of: dict[str, Traffic] = {}
-    begun: dict[str, tuple[str, Traffic]] = {}
-    first = ""
-    for line in lines:
-        first = first or line.split()[0]
-        if (listens := _LISTEN.match(line)) and listens[1] == first:
-            stores.add(listens[2])
-        if resumed := _RESUMED.match(line):
-            call, traffic = begun.pop(resumed[1], ("", Traffic()))
-        elif (found := _CALL.match(line)) and found[4] in stores:
-            thread, call, port = found[1], found[2], found[3]
-            if port not in of:
-                of[port] = launcher if thread == first else ranks
-                of[port].connections += 1
-            traffic = of[port]
-            if line.endswith("<unfinished ...>"):
-                begun[thread] = call, traffic
-                continue
-        else:
-            continue
-        size = int(result[1]) if (result := _RESULT.search(line)) else 0
-        if call == "sendto":
-            traffic.messages += 1
-            traffic.sent += size
-        else:
-            traffic.received += size
-    return launcher, ranks
+def connected(store: Counting, rank: int, processes: int) -> ProcessGroupGloo:
+    group = ProcessGroupGloo(store, rank, processes, WAIT)
+    group.barrier().wait()
+    sent = torch.full((2,), float(rank), dtype=torch.float64)
+    RecursiveDoubling(group).combine(sent)
+    assert sent[0] == processes * (processes - 1) / 2
+    return group
+
+
+def some(ranks: Sequence[int], processes: int, port: int, told: Connection) -> None:
+    """Connect these ranks, each in a thread; send what they asked, received and opened."""
+    keep_to_loopback()
+    connect_in_few_requests(Environment(0, processes, 0, processes))
+    with ThreadPoolExecutor(2) as few:
+        inner = few.map(lambda _: TCPStore(LOOPBACK, port, is_master=False, timeout=WAIT), ranks)
+        stores = [Counting(each) for each in inner]
+    before = len(os.listdir("/proc/self/fd"))
+    threading.stack_size(1 << 20)
+    told.send("ready")
+    told.recv()
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        arguments = zip(stores, ranks, strict=True)
+        groups = list(pool.map(lambda each: connected(*each, processes), arguments))
+    opened = len(os.listdir("/proc/self/fd")) - before
+    told.send((sum(s.requests for s in stores), sum(s.received for s in stores), opened))
+    told.recv()
+    os._exit(len(groups) == 0)  # thousands of threads are left as they are
+
+
+def measured(processes: int) -> str:
+    store = own_store(LOOPBACK)
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for part in range(min(REAL_PROCESSES, processes)):
+        ours, theirs = context.Pipe()
+        ranks = range(part, processes, REAL_PROCESSES)
+        context.Process(target=some, args=(ranks, processes, store.port, theirs)).start()
+        pipes.append(ours)
+    for pipe in pipes:
+        pipe.recv()
+    begin = time.perf_counter()
+    for pipe in pipes:
+        pipe.send("go")
+    counts = [pipe.recv() for pipe in pipes]
+    seconds = time.perf_counter() - begin
+    for pipe in pipes:
+        pipe.send("end")
+    asked, received, opened = (sum(each) / processes for each in zip(*counts, strict=True))
+    return f"| {processes:,} | {asked:.1f} | {received:,.0f} | {opened:.1f} | {seconds:.2f} |"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--processes", type=int, nargs="+", default=[2, 3, 4, 6])
-    print("| processes | | connections | messages | bytes sent | bytes received |")
-    print("|--:|---|--:|--:|--:|--:|")
-    for count in arguments.parse_args().processes:
-        launcher, ranks = counted(traced(count))
-        for name, one, by in (("launcher", launcher, 1), ("each process", ranks, count)):
-            values = (one.connections, one.messages, one.sent, one.received)
-            cells = " | ".join(f"{value / by:,.0f}" for value in values)
-            print(f"| {count} | {name} | {cells} |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, nargs="*", default=[2, 16, 63, 64, 256, 1000])
+    words = parser.parse_args()
+    print("| processes | requests of each | bytes received | open files of each | seconds |")
+    print("|--:|--:|--:|--:|--:|")
+    for processes in words.processes:
+        print(measured(processes), flush=True)
 
 
 if __name__ == "__main__":

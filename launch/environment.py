@@ -17,6 +17,8 @@ from service.health.stop_budget import GracePeriod
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 """Set if our launcher has the store: the prefix of this attempt's keys."""
+STORE_FILE = "EVENSTEP_STORE_FILE"
+"""The path of that store, if it is a file of the launcher's."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Group:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": f"nodes-{self.port}",
             RUN_OF_STORE: f"nodes-{self.port}",
+            STORE_FILE: "",
         }
 
 

@@ -113,6 +113,17 @@ def by_step(step: str, dropout: float = 0.2) -> Task:
     )
 
 
+def noisy_update() -> Task:
+    """Whose weights get noise after each update, as in stochastic gradient Langevin dynamics."""
+
+    def add_noise(model: nn.Module, context: StepContext) -> None:
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+    train, test = classified()
+    return custom(step=each_step, model=classifier, train=train, test=test, after_update=add_noise)
+
+
 # ---- several test sets
 
 

@@ -78,6 +78,12 @@ def test_in_each_epoch_a_row_comes_as_often_as_its_weight_says_rounded():
     assert np.abs(total / 400 - expected).max() < 0.1
 
 
+def test_over_many_epochs_each_class_comes_equally_often():
+    labels = np.arange(71) % 3  # of 71 draws, two classes come 24 times and one 23 times
+    found = labels[drawn(balanced(labels), np.arange(200 * 71), rows=71)]
+    assert np.abs(np.bincount(found) / 200 - 71 / 3).max() < 0.15
+
+
 def test_equal_weights_give_each_row_once_an_epoch_in_a_new_order():
     epochs = [drawn(weighted(np.ones(37)), range(at, at + 37), rows=37) for at in (0, 37)]
     for found in epochs:

@@ -169,7 +169,7 @@ def test_before_that_it_is_estimated_or_said_to_be_unknown(tmp_path: Path) -> No
     )
     for seconds in (1.0, 12.0, 16.0, 99.0):
         stopping.learned(seconds, "as measured in this run")
-    assert [line.partition(", but ")[2].partition(" gives")[0] for line in said] == [
+    assert [line.partition(", but ")[2].partition(" allows")[0] for line in said] == [
         "torchrun's own",
         "kubernetes.grace_seconds",
     ], "each once, as soon as it is too little"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pickle
 import signal
 import socket
+import subprocess
 import threading
 from base64 import b64encode
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +30,7 @@ from service.basics.errors import PeerLost
 from service.distributed.world import World
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+STORE_OF_NODES = "127.0.0.2"
 
 
 def listening(process: int) -> dict[tuple[str, int], int]:
@@ -40,78 +44,86 @@ def listening(process: int) -> dict[tuple[str, int], int]:
     return found
 
 
-def as_stranger(port: int) -> TCPStore:
-    return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
+def as_stranger(address: str, port: int) -> TCPStore:
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
 
 
-def test_one_node_listens_only_on_loopback_and_runs_nothing_from_its_store(
+def test_the_launcher_of_one_node_listens_nowhere_and_its_ranks_only_on_loopback(
     tmp_path: Path,
 ) -> None:
     environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
-    mark = tmp_path / "mark"
     with started("--processes", 2, cwd=tmp_path, **environ) as command:
         until(lambda: rows_of(tmp_path), "a step")
         found = listening(command.pid)
-        stores = [port for (_, port), process in found.items() if process == command.pid]
-        keys = 0
-        for stranger in map(as_stranger, stores):
-            for key in stranger.list_keys():
-                stranger.set(key, b64encode(pickle.dumps(Bomb(mark))).decode())
-                keys += 1
         command.send_signal(signal.SIGTERM)
         _, err = command.communicate(timeout=DEADLINE_SECONDS)
-    assert not mark.exists(), "what lay in the store was run"
     assert command.returncode == 75, err
-    assert keys, "a stranger on this machine can read and write it"
-    assert len(stores) == 1, "and there is nothing else of the launcher"
+    assert command.pid not in found.values(), "it has no store at an address"
     assert {address for address, _ in found} <= LOOPBACK, found
 
 
-def test_two_nodes_listen_only_at_the_address_of_the_rendezvous(tmp_path: Path) -> None:
-    environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
+@contextmanager
+def two_nodes(place: Path, **sections: Any) -> Iterator[list[subprocess.Popen[str]]]:
+    """A run of two nodes of one process each, which meet at an address of loopback."""
+    environ = injured(place, **sections)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environ |= {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environ |= {"PET_MASTER_ADDR": "127.0.0.2", "PET_MASTER_PORT": str(port)}
+    environ |= {"PET_MASTER_ADDR": STORE_OF_NODES, "PET_MASTER_PORT": str(port)}
     environ |= {"EVENSTEP_SECRET": "what both of them know"}
     with (
-        started(cwd=tmp_path, PET_NODE_RANK="0", **environ) as first,
-        started(cwd=tmp_path, PET_NODE_RANK="1", **environ) as second,
+        started(cwd=place, PET_NODE_RANK="0", **environ) as first,
+        started(cwd=place, PET_NODE_RANK="1", **environ) as second,
     ):
-        until(lambda: rows_of(tmp_path), "a step")
-        found = {node.pid: listening(node.pid) for node in (first, second)}
-        for node in (first, second):
+        until(lambda: rows_of(place), "a step")
+        assert port not in {at for _, at in listening(first.pid)}, "nodes still can join"
+        yield [first, second]
+
+
+def store_at(found: Mapping[tuple[str, int], int], process: int) -> int:
+    [port] = [at for (ip, at), own in found.items() if (ip, own) == (STORE_OF_NODES, process)]
+    return port
+
+
+def test_two_nodes_listen_only_where_they_met_and_run_nothing_from_their_store(
+    tmp_path: Path,
+) -> None:
+    mark = tmp_path / "mark"
+    endless = {"length": {"steps": 100_000}, "checkpoint": {"every_steps": 1000}}
+    with two_nodes(tmp_path, **endless) as nodes:
+        found = [listening(node.pid) for node in nodes]
+        stranger = as_stranger(STORE_OF_NODES, store_at(found[0], nodes[0].pid))
+        keys = stranger.list_keys()
+        for key in keys:
+            stranger.set(key, b64encode(pickle.dumps(Bomb(mark))).decode())
+        for node in nodes:
             node.send_signal(signal.SIGTERM)
-        told = [node.communicate(timeout=DEADLINE_SECONDS)[1] for node in (first, second)]
-    assert [first.returncode, second.returncode] == [75, 75], told
-    stores = {ip for (ip, _), process in found[first.pid].items() if process == first.pid}
-    assert "127.0.0.2" in stores, "the store of both"
-    everywhere = {address for node in found.values() for address, _ in node}
-    assert everywhere <= LOOPBACK | {"127.0.0.2"}, found
-    assert port not in {at for node in found.values() for _, at in node}, "the door is closed"
+        told = [node.communicate(timeout=DEADLINE_SECONDS)[1] for node in nodes]
+    assert keys, "a stranger on this machine can read and write it"
+    assert not mark.exists(), "what lay in the store was run"
+    assert [node.returncode for node in nodes] == [75, 75], told
+    everywhere = {address for each in found for address, _ in each}
+    assert everywhere <= LOOPBACK | {STORE_OF_NODES}, found
 
 
 def test_a_store_whose_keys_are_gone_holds_up_no_run_and_no_end(tmp_path: Path) -> None:
-    environ = injured(tmp_path, length={"steps": 24})
-    with started("--processes", 2, cwd=tmp_path, **environ) as command:
+    with two_nodes(tmp_path, length={"steps": 24}) as nodes:
         saved = tmp_path / "runs/job/checkpoints"
         until(lambda: saved.is_dir() and list(saved.glob("step-*")), "all groups are connected")
-        found = listening(command.pid)
-        [port] = [port for (_, port), process in found.items() if process == command.pid]
-        stranger = as_stranger(port)
+        stranger = as_stranger(STORE_OF_NODES, store_at(listening(nodes[0].pid), nodes[0].pid))
         for key in stranger.list_keys():  # torch's agent would wait here for others, for 300 s
             before, agents, _ = key.partition("torchelastic/")
             if agents:
                 stranger.set(f"{before}torchelastic/agent/terminal_state/num_members", "5")
             stranger.delete_key(key)
-        out, err = command.communicate(timeout=250)  # less than its 300 s
-    assert command.returncode == 0, err
-    assert "Done after step 24" in out
+        told = [node.communicate(timeout=250) for node in nodes]  # less than its 300 s
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert "Done after step 24" in told[0][0]
 
 
 def test_a_process_that_waits_for_others_notices_who_deletes_its_word() -> None:
     store = own_store("127.0.0.1")
-    stranger = as_stranger(store.port)
+    stranger = as_stranger("127.0.0.1", store.port)
     told: list[str] = []
 
     def wait() -> None:

@@ -38,8 +38,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from launch.environment import RUN_OF_STORE
-from launch.rank.store import own_store
+from launch.environment import RUN_OF_STORE, STORE_FILE
+from launch.rank.store import LOOPBACK, close, local_store
 from service.basics.errors import EvenstepError, Stopped
 from service.basics.running_time import RunningClock
 from service.health.stop_request import StopRequest
@@ -76,13 +76,13 @@ class Rank:
 
 
 class _Static(RendezvousHandler):
-    """The rendezvous of one node's processes: a store on loopback, without any agreement."""
+    """The rendezvous of one node's processes: a local store, without any agreement."""
 
     def __init__(self) -> None:
         self._run_id = (
             f"evenstep-{uuid.uuid4().hex}"  # a restarted rank must not connect to a dead one
         )
-        self._store = own_store("127.0.0.1")
+        self.store = local_store()
 
     @property
     def use_agent_store(self) -> bool:
@@ -95,8 +95,8 @@ class _Static(RendezvousHandler):
         return self._run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        place = RendezvousStoreInfo(self._store.host, self._store.port)
-        return RendezvousInfo(self._store, 0, 1, place)
+        place = RendezvousStoreInfo(LOOPBACK, self.store.port)
+        return RendezvousInfo(self.store.store, 0, 1, place)
 
     def is_closed(self) -> bool:
         return False
@@ -108,6 +108,7 @@ class _Static(RendezvousHandler):
         return 0
 
     def shutdown(self) -> bool:
+        close(self.store)
         return True
 
 
@@ -289,6 +290,7 @@ def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
         RUN_OF_STORE: spec.rdzv_handler.get_run_id(),
+        STORE_FILE: spec.rdzv_handler.store.file,  # type: ignore[attr-defined]  # of `_Static`
         "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }

@@ -12,16 +12,20 @@ from datetime import timedelta
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from launch.environment import RUN_OF_STORE, Environment
+from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
 from launch.rank.store import LOOPBACK, own_store
 from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
 from service.distributed.world import CONNECT_SECONDS
 
 _LOOK_SECONDS = 1.0
+LAZY_FROM = 64
+"""From this number of processes on, each connects only to those it sends to."""
 _COUNT, _ALL = "joined", "all joined"
+_WAIT_OF_FILE = "Wait timeout"
+"""What torch says when a key is not yet in a file, with no class of its own."""
 
 
 def store_of(environment: Environment, *, seconds: float) -> Store | None:
@@ -32,7 +36,10 @@ def store_of(environment: Environment, *, seconds: float) -> Store | None:
     """
     run = os.environ.get(RUN_OF_STORE)
     if run is not None:
-        return PrefixStore(run, _client(os.environ["MASTER_ADDR"], seconds))
+        file = os.environ.get(STORE_FILE)
+        return PrefixStore(
+            run, _in_file(file) if file else _client(os.environ["MASTER_ADDR"], seconds)
+        )
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not on_one_node(environment):
         return None
     if environment.rank == 0:
@@ -54,6 +61,18 @@ def keep_to_loopback() -> None:
         if LOOPBACK in {each.address for each in addresses}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def connect_in_few_requests(environment: Environment) -> None:
+    """Let gloo ask the store for all addresses in one request, and connect many processes lazily.
+
+    Each with each, 1,000 processes would open 999 connections each, and the addresses that one
+    writes into the store grow with their number. Connected when they first send to each other,
+    they have about 2 log2(N) connections, and as many requests. What the user has set wins.
+    """
+    os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
+    if environment.world_size >= LAZY_FROM:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> None:
@@ -91,9 +110,17 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
 def _is_there(store: Store, key: str) -> bool:
     try:
         store.wait([key], timedelta(seconds=_LOOK_SECONDS))
-    except dist.DistStoreError:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistStoreError) and str(error) != _WAIT_OF_FILE:
+            raise
         return False
     return True
+
+
+def _in_file(path: str) -> FileStore:
+    store = FileStore(path, -1)
+    store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+    return store
 
 
 def _client(host: str, seconds: float) -> TCPStore:

@@ -16,7 +16,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from launch.environment import Environment
-from launch.rank.joining import keep_to_loopback, on_one_node, store_of, wait_for_all
+from launch.rank.joining import (
+    connect_in_few_requests,
+    keep_to_loopback,
+    on_one_node,
+    store_of,
+    wait_for_all,
+)
 from service.basics.errors import SpecError, Stopped
 from service.basics.limits import stay_near, threads_each
 from service.distributed.world import BOUNDED, World, be_patient, connect_patience, unconnected
@@ -201,6 +207,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
     """
     if on_one_node(environment):
         keep_to_loopback()
+    connect_in_few_requests(environment)
     patience = timedelta(seconds=timeout_seconds)
     store = store_of(environment, seconds=timeout_seconds)
     if store is None:

@@ -1,15 +1,18 @@
-"""The store through which processes find each other, bound to one address of the machine.
+"""The store through which processes find each other: in memory, or at one address of the machine.
 
-torch's store listens on all interfaces, has no authentication, and lets anyone who reaches it
-change or delete its entries. So it is bound to one address here; `launch.rank.joining` handles the
-rest.
+On one machine it is a file in memory, which only processes of the same user can open. Between
+machines it is torch's store, which listens on all interfaces, has no authentication, and lets
+anyone who reaches it change or delete its entries. So it is bound to one address here;
+`launch.rank.joining` handles the rest.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+from typing import NamedTuple
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported all the same
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
 
 LOOPBACK = "127.0.0.1"
 
@@ -30,3 +33,32 @@ def own_store(address: str, port: int = 0) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listening.detach(),  # by default it listens on all interfaces
     )
+
+
+class LocalStore(NamedTuple):
+    """The store of one machine's processes, while their launcher keeps it open."""
+
+    store: Store
+    file: str
+    """The path by which they open it; empty if it is at an address instead."""
+    port: int
+    """0 if it is a file."""
+
+
+def local_store() -> LocalStore:
+    """A store for the processes of this machine.
+
+    Nothing listens, nothing is left on a disk, and no name server is asked: torch looks up the
+    names of the addresses it connects to, which takes 20 s where the server does not answer.
+    """
+    if not hasattr(os, "memfd_create"):  # not on Linux
+        store = own_store(LOOPBACK)
+        return LocalStore(store, "", store.port)
+    file = f"/proc/{os.getpid()}/fd/{os.memfd_create('evenstep-store')}"
+    return LocalStore(FileStore(file, -1), file, 0)
+
+
+def close(store: LocalStore) -> None:
+    """Free its memory. No process can open it any more."""
+    if store.file:
+        os.close(int(store.file.rpartition("/")[2]))
