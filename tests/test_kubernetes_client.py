@@ -117,8 +117,8 @@ def test_a_cluster_may_be_silent_for_a_while_where_one_waits_for_the_end(place: 
         ended = kubernetes(place, "submit", "job.yaml", "--wait")
     assert ended.returncode == 1
     assert "Failed: PodFailurePolicy" in ended.stdout
-    assert ended.stderr.count("asking again for ten minutes") == 1
-    assert "does not answer" in ended.stderr
+    assert ended.stderr.count("retrying for ten minutes") == 1
+    assert "does not respond" in ended.stderr
     with serving({("GET", JOB): [busy]}, place / "config"):
         at_once = kubernetes(place, "status", "ddp-train")
     assert at_once.returncode == 1
@@ -135,7 +135,7 @@ def test_one_that_stays_silent_is_not_waited_for_for_ever(
     with (
         serving({("GET", JOB): [HANGS_UP]}, place / "config"),
         Api(namespace=None, say=print) as api,
-        pytest.raises(ClusterUnreachable, match="does not answer"),
+        pytest.raises(ClusterUnreachable, match="does not respond"),
     ):
         jobs.wait(api, "Job", "ddp-train", say=said.append)
     assert len(said) == 1
@@ -220,16 +220,16 @@ REASONS = {
         lambda: warning("FailedCreate", "Error creating: " + _refused_pod()),
         'FailedCreate: Error creating: pods "p" is forbidden: violates PodSec',
     ),
-    "quota": (NO_PODS, lambda: warning("FailedCreate", QUOTA), "gpu=8 -> ask for less (kub"),
+    "quota": (NO_PODS, lambda: warning("FailedCreate", QUOTA), "gpu=8 -> request less (kub"),
     "image": (
         waiting(IMAGE_MISSING),
         lambda: recorded(28),
-        'ImagePullBackOff: Back-off pulling image "nowhere/e:1" -> is kubernetes.image right?',
+        'ImagePullBackOff: Back-off pulling image "nowhere/e:1" -> is kubernetes.image correct?',
     ),
     "no machine": (
         pods_that(conditions=[NO_ROOM]),
         lambda: recorded(28),
-        "not scheduled: 0/5 nodes are available: 5 Insufficient nvidia.com/gpu -> no machine has",
+        "not scheduled: 0/5 nodes are available: 5 Insufficient nvidia.com/gpu -> no node has",
     ),
     "a secret that is not there": (
         recorded(15),
@@ -275,7 +275,7 @@ def test_status_shows_how_often_a_node_was_restarted_and_why(place: Path) -> Non
     with serving(answers, place / "config"):
         lines = kubernetes(place, "status", "ddp-train").stdout.splitlines()
     assert lines[1].strip() == (
-        "node 0  ddp-train-0-4xpdm  running; restarted 2 times, the one before "
+        "node 0  ddp-train-0-4xpdm  running; restarted 2 times, the previous pod "
         "ended with 76 (lost a peer)"
     )
     assert lines[2].strip() == "node 1  ddp-train-1-84gxd  running"
@@ -378,10 +378,10 @@ NOT_THERE = {
         64,
         'namespaces "ml-train" not found. Set kubernetes.namespace to one that exists.',
     ),
-    "what the target needs": (
+    "the target's controller": (
         {"message": "the server could not find the requested resource", "details": {}},
         1,
-        "what the target needs is not installed. Use --target job.",
+        "the target's controller is not installed. Use --target job.",
     ),
 }
 
@@ -501,7 +501,7 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a command that fails": (
         {"user": command_to_sign_in("echo expired >&2; exit 3")},
         1,
-        "Nobody could sign in to the cluster at http://127.0.0.1:1: Exec sh returned 3: expired",
+        "The sign-in to the cluster at http://127.0.0.1:1 failed: Exec sh returned 3: expired",
     ),
     "a command that says nothing": (
         {"user": command_to_sign_in("true")},
@@ -511,9 +511,9 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a command that is not there": (
         {"user": command_to_sign_in("true") | {"exec": {"apiVersion": "x/v1", "command": "none"}}},
         1,
-        "Nobody could sign in",
+        "The sign-in to the cluster",
     ),
-    "no user at all": ({"context": {"cluster": "c"}}, 1, "does not answer"),
+    "no user at all": ({"context": {"cluster": "c"}}, 1, "does not respond"),
 }
 
 
@@ -595,7 +595,7 @@ def test_a_cluster_that_does_not_answer_is_reported(place: Path) -> None:
         pass
     ended = kubernetes(place, "status", "ddp-train")
     assert ended.returncode == 1
-    assert "does not answer" in ended.stderr
+    assert "does not respond" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -132,7 +132,7 @@ def test_manifests_for_a_repository_have_no_secret_and_say_how_to_make_it(tmp_pa
     volumes = {each["name"]: each for each in pod_of(objects)["volumes"]}
     name = volumes["meeting"]["secret"]["secretName"]
     assert first.splitlines()[0] == (
-        f"# make once: kubectl create secret generic {name} -n ml "
+        f"# create once: kubectl create secret generic {name} -n ml "
         '--from-literal=secret="$(openssl rand -hex 32)"'
     )
     alone = ("job.yaml", "kubernetes.nodes=1", "--without-secret")

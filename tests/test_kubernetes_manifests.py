@@ -390,15 +390,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a mount over the image": (
         {"mounts": [{"path": "/data/../usr", "claim": "data"}]},
-        "kubernetes.mounts.0.path: /usr is the image's own or Evenstep's. Use another, such",
+        "kubernetes.mounts.0.path: /usr is used by the image or by Evenstep. Use another,",
     ),
     "a mount over what holds a mount of ours": (
         {"mounts": [{"path": "//dev", "claim": "data"}]},
-        "kubernetes.mounts.0.path: /dev is the image's own",
+        "kubernetes.mounts.0.path: /dev is used by the image",
     ),
     "a mount in what can only be read": (
         {"mounts": [{"path": "/etc/evenstep/data", "claim": "data"}]},
-        "kubernetes.mounts.0.path: /etc/evenstep/data is the image's own",
+        "kubernetes.mounts.0.path: /etc/evenstep/data is used by the image",
     ),
     "a place for a mount that is taken": (
         {"mounts": [{"path": "/runs/", "claim": "data"}]},
@@ -406,7 +406,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one place for two mounts": (
         {"mounts": [{"path": "/a", "secret": "s"}, {"path": "/a", "claim": "c"}]},
-        "kubernetes.mounts.1.path: /a is that of mounts.0 already. Use another, such as /mnt/c",
+        "kubernetes.mounts.1.path: /a is already used by mounts.0. Use another, such as /mnt/c",
     ),
     "a variable that follows from the nodes": (
         {"env": {"PET_NNODES": "4"}},
@@ -495,10 +495,10 @@ def test_a_file_that_says_where_a_secret_lies_is_none() -> None:
 
 
 FILES = {
-    "x y.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'x y.py'"),
-    "tâche.py": ("a = 1\n", "a ConfigMap cannot hold a file called 'tâche.py'"),
+    "x y.py": ("a = 1\n", "a ConfigMap cannot contain a file called 'x y.py'"),
+    "tâche.py": ("a = 1\n", "a ConfigMap cannot contain a file called 'tâche.py'"),
     "latin.py": (b"a = '\xe9'\n", "cannot be read: 'utf-8' codec can't decode"),
-    "big.py": ("#" * 999_900, "bytes, and a ConfigMap holds 1,000,000. Put the code into the im"),
+    "big.py": ("#" * 999_900, "bytes, but a ConfigMap can have only 1,000,000. Put the code"),
 }
 
 
@@ -629,6 +629,6 @@ def test_a_task_file_with_a_key_in_it_is_not_copied(tmp_path):
             "optimizer": {"name": "sgd", "lr": 0.1},
         }
     )
-    with pytest.raises(SpecError, match=r"task\.py:2 holds what looks like a secret") as told:
+    with pytest.raises(SpecError, match=r"task\.py:2 contains an apparent secret") as told:
         code_beside(spec)
     assert "a1b2" not in str(told.value)

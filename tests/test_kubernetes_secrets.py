@@ -145,7 +145,7 @@ def test_a_mistake_is_reported_with_its_place(mistake: str) -> None:
     ],
 )
 def test_the_status_says_where_a_missing_key_is_asked_for(told: str) -> None:
-    assert advised(told).startswith(f"{told} -> make the Secret or ConfigMap, with its key")
+    assert advised(told).startswith(f"{told} -> create the Secret or ConfigMap, with its key")
 
 
 def test_a_pod_that_waits_for_a_secret_is_no_failure() -> None:

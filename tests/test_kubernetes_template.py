@@ -215,11 +215,11 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "an item without its name": (
         "spec: {volumes: [{emptyDir: {}}]}",
-        ".spec.volumes.0.name: missing; items go by it",
+        ".spec.volumes.0.name: missing; it identifies the item",
     ),
     "an item whose name is null": (
         "spec: {imagePullSecrets: [{name: null}]}",
-        ".spec.imagePullSecrets.0.name: missing; items go by it",
+        ".spec.imagePullSecrets.0.name: missing; it identifies the item",
     ),
     "the removal of what has no name": (
         "spec: {volumes: [{name: {}, $patch: delete}]}",
@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a second container that is not restricted": (
         "spec: {containers: [{name: side, image: a}]}",
-        ": spec.containers[side].securityContext.allowPrivilegeEscalation loosens the security",
+        ": spec.containers[side].securityContext.allowPrivilegeEscalation weakens the security",
     ),
 }
 

@@ -228,7 +228,7 @@ def test_an_interface_that_a_pod_does_not_have_fails_the_job_at_once(tmp_path: P
     with start(tmp_path / "job", env={"GLOO_SOCKET_IFNAME": "eth77"}) as cluster:
         assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
         assert "GLOO_SOCKET_IFNAME=eth77: this machine has no such network" in cluster.logs()
-        assert "eth0, lo. Leave it out" in cluster.logs()
+        assert "eth0, lo. Without it" in cluster.logs()
 
 
 @pytest.mark.slow

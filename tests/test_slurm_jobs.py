@@ -239,7 +239,7 @@ def test_a_job_survives_a_restart_of_the_controller(place: Place) -> None:
     place.until_held()
     place.cluster.kill_controller()
     told = place.ran("slurm", "status", "job", code=1)
-    assert "Slurm's controller does not answer" in told
+    assert "Slurm's controller does not respond" in told
     place.let_go()
     until(lambda: "Done after step 14" in place.log(job), "it trains on without a controller")
     place.cluster.start_controller()

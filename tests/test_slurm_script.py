@@ -183,7 +183,7 @@ REFUSED = {
     ),
     "a time that is spent on stopping": (
         {"slurm.time": "'00:05:00'"},
-        "slurm.time: of 00:05:00 a stop may take 150 s, so that most",
+        "slurm.time: of 00:05:00 a stop may take 150 s, so most",
     ),
     "an option that is ours": (
         {"slurm.options": "[--nodes=3]"},
@@ -199,11 +199,11 @@ REFUSED = {
     ),
     "a key where everybody reads it": (
         {"slurm.prolog": "['export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567']"},
-        "slurm: prolog or env holds what looks like a secret",
+        "slurm: prolog or env contains an apparent secret",
     ),
     "a password in an address": (
         {"slurm.env": "{STORE: 'https://me:word@example.com/data'}"},
-        "slurm: prolog or env holds what looks like a secret",
+        "slurm: prolog or env contains an apparent secret",
     ),
     "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name in Slurm"),
 }
@@ -230,7 +230,7 @@ def test_a_directory_that_sbatch_would_misread_is_refused(tmp_path: Path) -> Non
         words = ("slurm", "render", "digits", "slurm={nodes: 1}", "--runs", name)
         done = evenstep(*words, cwd=tmp_path)
         assert done.returncode == 64
-        assert "has a space or a %" in done.stderr
+        assert "contains a space or a %" in done.stderr
 
 
 def test_a_sweep_is_an_array_with_a_run_for_each_combination() -> None:
@@ -269,9 +269,9 @@ def test_where_there_is_no_slurm_that_is_said(tmp_path: Path) -> None:
         (("PENDING", "None"), "is pending"),
         (
             ("PENDING", "QOSMaxGRESPerUser"),
-            "is pending (QOSMaxGRESPerUser: you have as much at work",
+            "is pending (QOSMaxGRESPerUser: you have reached the limit of",
         ),
-        (("PENDING", "AssocGrpCPUMinutesLimit"), "your group has as much at work as it may"),
+        (("PENDING", "AssocGrpCPUMinutesLimit"), "your group has reached its limit"),
         (("PENDING", "SomethingNew"), "is pending (SomethingNew: see man squeue"),
         (("RUNNING", "None"), "is running"),
         (("TIMEOUT", "", 0), "reached its time limit; submit it again"),

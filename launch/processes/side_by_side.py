@@ -43,7 +43,7 @@ def run_side_by_side(
     began: Callable[[Command], None],
     ended: Callable[[Command, int], None],
 ) -> None:
-    """Run every command, as many at a time as places; a place is some of the environment.
+    """Run every command, at most one per place at a time; a place is a part of the environment.
 
     A request to stop is sent to all running commands, and no other one is started. They die with
     this process, however it ends. When a command ends, the next one gets its place.

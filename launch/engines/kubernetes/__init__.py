@@ -1,1 +1,1 @@
-"""A job on a cluster: the manifests, and the few words spoken to a cluster about them. No torch."""
+"""A job on a Kubernetes cluster: its manifests, and the requests to the cluster. No torch."""

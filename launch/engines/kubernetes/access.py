@@ -19,10 +19,10 @@ _EXEC = "client.authentication.k8s.io"
 
 
 def access() -> Any:
-    """The `SingleConfig` of lightkube for the present context, or for the account of this pod.
+    """lightkube's `SingleConfig` for the current context, or for the service account of this pod.
 
     Raises:
-        SpecError: there is no way to a cluster here, or one that leads nowhere.
+        SpecError: there is no cluster configuration, or it is invalid.
     """
     try:
         from lightkube.config.kubeconfig import KubeConfig
@@ -41,9 +41,9 @@ def access() -> Any:
         raise no_way(f"its context names {error}, which is not in it") from error
     except (ConfigError, MsgspecError) as error:
         raise no_way(error) from error
-    assert config is not None, "it raises where there is none"
+    assert config is not None, "it raises if there is none"
     cluster, user = config.cluster, config.user
-    assert user is not None, "one that a context lacks was put in"
+    assert user is not None, "a missing user was added above"
     for place in (cluster.certificate_auth, user.client_cert, user.client_key, user.token_file):
         if place is not None and not os.access(place, os.R_OK):
             raise no_way(f"the context {config.context_name} names {place}, which cannot be read")
@@ -58,14 +58,14 @@ def no_way(why: object) -> SpecError:
 
 
 def _files() -> list[Path]:
-    """Those that KUBECONFIG names, or the default one; those that are there."""
+    """The existing files in KUBECONFIG, or the default file."""
     named = [name for name in os.environ.get("KUBECONFIG", "").split(os.pathsep) if name]
     files = [Path(name).expanduser() for name in named or [_DEFAULT]]
     return [file for file in files if file.is_file()]
 
 
 def _merged(files: list[Path]) -> dict[str, Any]:
-    """One configuration of several files; what is named in two is the first one's."""
+    """One configuration from several files; for a name in two files, the first one is used."""
     merged: dict[str, Any] = {}
     found: dict[str, dict[str, Any]] = {key: {} for key in _LISTS}
     for file in files:
@@ -77,7 +77,7 @@ def _merged(files: list[Path]) -> dict[str, Any]:
                 content = _complete(dict(entry.get(inner) or {}), file)
                 found[key].setdefault(entry.get("name"), {"name": entry["name"], inner: content})
     context = found["contexts"].get(merged.get("current-context", ""), {"context": {}})["context"]
-    if context and not context.get("user"):  # as through kubectl proxy: nobody signs in
+    if context and not context.get("user"):  # such as for kubectl proxy: without credentials
         context["user"] = "nobody"
         found["users"].setdefault("nobody", {"name": "nobody", "user": {}})
     return merged | {key: list(entries.values()) for key, entries in found.items()}
@@ -91,12 +91,12 @@ def _read(file: Path) -> dict[str, Any]:
     entries = [config.get(key) or [] for key in _LISTS] if isinstance(config, dict) else [None]
     for several in entries:
         if not isinstance(several, list) or not all(isinstance(e, dict) for e in several):
-            raise no_way(f"{file} is no kubeconfig")
+            raise no_way(f"{file} is not a kubeconfig")
     return dict(config)
 
 
 def _complete(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    """With paths that begin at the file, and a command to sign in as lightkube takes it."""
+    """With absolute paths, and a sign-in command in lightkube's format."""
     for key in _PATHS:
         if isinstance(content.get(key), str):
             content[key] = str(file.parent.absolute() / content[key])

@@ -37,11 +37,11 @@ _PATHS = {
 
 
 class ClusterError(EvenstepError):
-    """The cluster said no, or nothing; what to do or to ask for."""
+    """The cluster refused a request, or did not respond; the message says what to do."""
 
 
 class ClusterUnreachable(ClusterError):
-    """The cluster did not answer, or could not just now: the same question may be asked again."""
+    """The cluster did not respond, or temporarily could not: the request may be repeated."""
 
 
 class Api:
@@ -51,9 +51,9 @@ class Api:
         """Find the cluster as kubectl does: KUBECONFIG, ~/.kube/config, or the pod's own account.
 
         Args:
-            say: is told what the server warns of.
+            say: prints warnings of the server.
         Raises:
-            SpecError: there is no way to a cluster here.
+            SpecError: there is no cluster configuration.
         """
         config = access()
         from httpx2 import InvalidURL
@@ -80,19 +80,19 @@ class Api:
         self._client.close()
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
-        """The object, or None where there is none."""
+        """The object, or None if it does not exist."""
         found = self._call("GET", f"{self._path(kind)}/{name}", missing=True)
         return found or None
 
     def find(self, kind: str, **selectors: str) -> list[dict[str, Any]]:
-        """The objects that the selectors choose."""
+        """The objects that match the selectors."""
         found: list[dict[str, Any]] = self._call("GET", self._path(kind), params=selectors)["items"]
         return found
 
     def apply(self, made: dict[str, Any]) -> None:
-        """Make the object, or bring the one that is there to this state (server-side apply)."""
+        """Create the object, or update it to this state (server-side apply)."""
         kind = made["kind"]
-        if kind not in _PATHS:  # two projects have a kind of this name
+        if kind not in _PATHS:  # two projects use this kind
             kind += f".{made['apiVersion'].partition('/')[0]}"
         self._call(
             "PATCH",
@@ -103,15 +103,15 @@ class Api:
         )
 
     def delete(self, kind: str, name: str) -> bool:
-        """Delete the object once what it owns is gone; False where there is none."""
+        """Delete the object after its dependents; False if it does not exist."""
         wish = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
         return bool(self._call("DELETE", f"{self._path(kind)}/{name}", missing=True, json=wish))
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
-        """The lines of a pod's log, as they come.
+        """The lines of a pod's log, as they arrive.
 
         Raises:
-            ClusterError: it has none yet, as its container has not started.
+            ClusterError: there is no log yet, because the container has not started.
         """
         import httpx2
 
@@ -134,7 +134,7 @@ class Api:
         return "/" + _PATHS[kind].format(namespace=self.namespace)
 
     def _call(self, method: str, path: str, *, missing: bool = False, **rest: Any) -> Any:
-        """The server's answer; an empty one for what is not there, where it may be missing."""
+        """The server's answer; an empty one for a missing object, if `missing` is allowed."""
         with self._answering():
             answer = self._client.request(method, path, **rest)
         for warning in answer.headers.get_list("Warning"):
@@ -147,11 +147,11 @@ class Api:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """What is asked within it is answered, or there is a word on why not.
+        """A context that turns connection errors into messages.
 
         Raises:
-            Silence: the cluster does not answer.
-            ClusterError: nobody could sign in.
+            ClusterUnreachable: the cluster does not respond.
+            ClusterError: the sign-in failed.
         """
         import httpx2
         from lightkube.core.exceptions import ConfigError
@@ -160,20 +160,20 @@ class Api:
             yield
         except httpx2.TransportError as error:
             raise ClusterUnreachable(
-                f"The cluster at {self._server} does not answer ({error}). Is the VPN up, and is "
+                f"The cluster at {self._server} does not respond ({error}). Is the VPN up, and is "
                 "it the right context? See: kubectl config get-contexts"
             ) from error
         except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
-            # The command of the kubeconfig that signs in: it is not there, fails, or says nothing.
+            # The sign-in command of the kubeconfig: it is missing, fails, or prints nothing.
             told = str(error) if isinstance(error, ConfigError | OSError) else repr(error)
             raise ClusterError(
-                f"Nobody could sign in to the cluster at {self._server}: {told}. Does kubectl get "
+                f"The sign-in to the cluster at {self._server} failed: {told}. Does kubectl get "
                 "pods work? It uses the same kubeconfig."
             ) from error
 
 
 def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
-    """What the server said, and what to do about it."""
+    """The server's error, and what to do about it."""
     message = _status(text).get("message", text)
     if code == 401:
         return ClusterError(
@@ -186,7 +186,7 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
     if code == 404:
         return ClusterError(
             f"The cluster does not know this kind of object ({message or 'not found'}): "
-            "what the target needs is not installed. Use --target job."
+            "the target's controller is not installed. Use --target job."
         )
     if code in (400, 409, 422):
         return SpecError(f"The cluster refuses: {message}.")
@@ -195,7 +195,7 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
 
 
 def _role(message: str, namespace: str) -> str:
-    """The commands by which an administrator would allow what was forbidden."""
+    """The commands with which an administrator can grant the missing permission."""
     found = re.search(
         r'User "([^"]+)" cannot (\w+) resource "([\w/]+)" in API group "([\w.]*)"', message
     )
@@ -206,7 +206,7 @@ def _role(message: str, namespace: str) -> str:
     return (
         f" Ask the cluster's administrator for it: kubectl create role evenstep -n {namespace} "
         f"--verb={verb} --resource={kind}; kubectl create rolebinding evenstep -n {namespace} "
-        f"--role=evenstep --user={user}. All that these commands need is in k8s/role.yaml of "
+        f"--role=evenstep --user={user}. All required permissions are in k8s/role.yaml of "
         "Evenstep's repository."
     )
 
@@ -224,6 +224,6 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _unquoted(warning: str) -> str:
-    """The words of a Warning header: 299 - "the words"."""
+    """The text of a Warning header: 299 - "the text"."""
     found = re.search(r'"(.*)"', warning)
     return found[1].replace('\\"', '"') if found else warning

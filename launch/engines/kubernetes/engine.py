@@ -29,12 +29,12 @@ def _without_secret() -> click.Option:
     return click.Option(
         ["--without-secret"],
         is_flag=True,
-        help="Leave out the Secret of the rendezvous, which is made by hand; for a repository.",
+        help="Leave out the Secret of the rendezvous; for manifests in a repository.",
     )
 
 
 class Kubernetes:
-    """A Job, JobSet or TrainJob in a namespace. What it needs is imported when it is asked."""
+    """A Job, JobSet or TrainJob in a namespace. Its modules are imported on first use."""
 
     name = "kubernetes"
     about = "Run a job on a cluster."

@@ -29,18 +29,18 @@ KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
 _POLL_SECONDS = 2.0
 _GONE_SECONDS = 300.0
 _SILENCE_SECONDS = 600.0
-_MOST_SECONDS_A_LOOK = 60.0  # a cluster that does not answer; longer, and this command was stopped
+_MOST_SECONDS_A_LOOK = 60.0  # a longer gap means that this command was stopped
 _ASKED_PODS = 3
-"""Of more pods that wait, the events are the same."""
+"""With more waiting pods, the events are the same."""
 
 
 def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> None:
-    """Make the objects; what is left of an earlier job of this name goes first, if it has ended
-    or is being stopped.
+    """Create the objects; the objects of an earlier job of this name are deleted first, if it has
+    ended or is being stopped.
 
     Raises:
         SpecError: a job of this name is running, or the cluster refuses an object.
-        ClusterError: the cluster forbids it, or does not answer.
+        ClusterError: permission is denied, or the cluster does not respond.
     """
     work = objects[-1]
     kind, name = work["kind"], work["metadata"]["name"]
@@ -62,10 +62,10 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
 
 
 def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
-    """The ending of the job, once it has one; a cluster may be silent for a while meanwhile.
+    """The end of the job, once it has ended; the cluster may be unreachable for a while.
 
     Raises:
-        ClusterError: the job was deleted meanwhile, or the cluster is silent for ten minutes.
+        ClusterError: the job was deleted, or the cluster has not responded for ten minutes.
     """
     clock = RunningClock(_MOST_SECONDS_A_LOOK)
     silent_since: float | None = None
@@ -76,7 +76,7 @@ def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
         except ClusterUnreachable as error:
             if silent_since is None:
                 silent_since = now
-                say(f"{error} The job does not need it; asking again for ten minutes.")
+                say(f"{error} The job does not depend on it; retrying for ten minutes.")
             elif now - silent_since > _SILENCE_SECONDS:
                 raise
         else:
@@ -90,7 +90,7 @@ def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
 
 
 def status(api: Api, kind: str, name: str) -> Iterator[str]:
-    """How the job does, in lines for a person."""
+    """The state of the job, as lines for the user."""
     work = _existing(api, kind, name)
     found = work.get("status") or {}
     counted = ", ".join(f"{found[k]} {k}" for k in ("active", "succeeded", "failed") if k in found)
@@ -113,13 +113,13 @@ def logs(
     previous: bool = False,
     follow: bool = False,
 ) -> Iterator[str]:
-    """What one rank wrote, or all that a node's pod did; of its newest pod or the one before it.
+    """The log of one rank, or of a whole node; of its newest pod or the previous one.
 
     Args:
-        node: all of its log, with the ranks' names before what they wrote.
+        node: the whole log, with the rank before each line.
 
     Raises:
-        ClusterError: there is no such job, or no such pod.
+        ClusterError: the job or the pod does not exist.
     """
     _existing(api, kind, name)
     pods = _pods(api, name)
@@ -138,7 +138,7 @@ def logs(
 
 
 def _processes_each(pods: list[dict[str, Any]]) -> int:
-    """How many processes a node has."""
+    """The number of processes on a node."""
     for pod in pods:
         for variable in pod["spec"]["containers"][0].get("env", []):
             if variable["name"] == "PET_NPROC_PER_NODE":
@@ -147,10 +147,10 @@ def _processes_each(pods: list[dict[str, Any]]) -> int:
 
 
 def cancel(api: Api, kind: str, name: str) -> str:
-    """Stop the job: its pods are asked to save, and the next submit goes on from there.
+    """Stop the job: its pods are asked to save, and the next submit continues from there.
 
     Raises:
-        ClusterError: there is no such job.
+        ClusterError: the job does not exist.
     """
     if not api.delete(kind, name):
         raise _missing(api, kind, name)
@@ -172,7 +172,7 @@ def _wait_until_gone(api: Api, kind: str, name: str) -> None:
     limit = TimeLimit(_GONE_SECONDS)
     while api.get(kind, name) is not None:
         if not limit.left:
-            raise ClusterError(f"{kind} {name} is not gone yet. Try again later.")
+            raise ClusterError(f"{kind} {name} has not been deleted yet. Try again later.")
         time.sleep(_POLL_SECONDS / 4)
 
 
@@ -183,7 +183,7 @@ def _pods(api: Api, name: str) -> list[dict[str, Any]]:
 
 
 def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
-    """The newest step and loss in the log of node 0's newest pod, where it has one."""
+    """The newest step and loss in the log of node 0's newest pod, if there are any."""
     own = [pod for pod in pods if index(pod) == "0" and not has_not_begun(pod)]
     if not own:
         return
@@ -198,12 +198,12 @@ def _progress(api: Api, pods: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _troubles(api: Api, work: dict[str, Any], pods: list[dict[str, Any]]) -> Iterator[str]:
-    """What the cluster complains of: quota, Pod Security, volumes, the queue."""
+    """The problems reported by the cluster: quota, Pod Security, volumes, the queue."""
     if QUEUE in work["metadata"].get("labels", {}) and work["spec"].get("suspend"):
         yield from _queue(api, work)
     name = work["metadata"]["name"]
     waiting = [pod["metadata"]["name"] for pod in pods if has_not_begun(pod)]
-    told: dict[str, None] = {}  # in order, and each once
+    told: dict[str, None] = {}  # in order, without duplicates
     for each in (name, f"{name}-{GROUP}-0", f"{name}-runs", *waiting[:_ASKED_PODS]):
         told |= dict.fromkeys(_complaints(api, each, since=work["metadata"]["creationTimestamp"]))
     yield from told
@@ -222,7 +222,7 @@ def _complaints(api: Api, name: str, *, since: str) -> Iterator[str]:
 
 def _is_trouble(event: dict[str, Any], since: str) -> bool:
     when = event.get("lastTimestamp") or event.get("eventTime") or since
-    # Events of a Service's endpoints while pods start and stop have no meaning.
+    # Events about a Service's endpoints while pods start and stop have no meaning.
     other = event["involvedObject"]["kind"] in ("Endpoints", "EndpointSlice")
     return bool(event["type"] == "Warning" and when >= since and not other)
 

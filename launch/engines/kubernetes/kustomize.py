@@ -13,7 +13,7 @@ from launch.engines.kubernetes.pods import Manifest
 from service.spec.files import load_spec
 
 BASE = "single-gpu"
-"""The overlay that is the base as it stands."""
+"""The overlay that equals the base."""
 
 _MADE = "# Made by: python -m launch.engines.kubernetes.kustomize\n"
 
@@ -30,7 +30,7 @@ def kustomization(specs: Path) -> dict[str, str]:
 
 
 def write(directory: Path) -> None:
-    """Put the base and the overlays into `directory`, in place of what was made before."""
+    """Write the base and the overlays into `directory`, and remove earlier ones."""
     for made in ("base", "overlays"):
         shutil.rmtree(directory / made, ignore_errors=True)
     for path, text in kustomization(directory / "specs").items():
@@ -39,7 +39,7 @@ def write(directory: Path) -> None:
 
 
 def _overlay(place: str, base: dict[str, Manifest], objects: dict[str, Manifest]) -> dict[str, str]:
-    assert base.keys() <= objects.keys(), "an overlay adds to the base and removes nothing"
+    assert base.keys() <= objects.keys(), "an overlay only adds to the base"
     added = {kind: made for kind, made in objects.items() if kind not in base}
     files = {f"{place}/{kind.lower()}.yaml": to_yaml([made]) for kind, made in added.items()}
     patches = []
@@ -56,7 +56,7 @@ def _overlay(place: str, base: dict[str, Manifest], objects: dict[str, Manifest]
 
 
 def _operations(old: Any, new: Any, path: str) -> Iterator[dict[str, Any]]:
-    """What turns `old` into `new`, as a JSON patch; a list of another length is replaced whole."""
+    """The JSON patch from `old` to `new`; a list of another length is replaced completely."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for at, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _operations(before, after, f"{path}/{at}")

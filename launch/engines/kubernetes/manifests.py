@@ -36,7 +36,7 @@ _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "
 _SECRET_BYTES = 32
 _CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")  # the key of a ConfigMap
-# What kubectl reads as a number or a truth, and PyYAML, by YAML 1.1 to the letter, does not.
+# Text that kubectl parses as a number or a truth value, but PyYAML, with YAML 1.1, does not.
 _NO_TEXT_TO_KUBECTL = re.compile(r"[yYnN]|[-+]?(0[oObBxX]\w+|[\d_.]+([eE][-+]?[\d_]+)?)")
 
 
@@ -47,12 +47,12 @@ def render(
     files: Mapping[str, str] | None = None,
     secret: str | None = None,
 ) -> list[Manifest]:
-    """The objects of a job, in the order in which they are to be made.
+    """The objects of a job, in the order of their creation.
 
     Args:
-        files: what stands beside the spec in its directory; see `code_beside`.
-        secret: what the nodes prove to each other, see `new_secret`; None where the Secret that
-            holds it is made by hand.
+        files: the files next to the spec; see `code_beside`.
+        secret: the secret of the nodes, see `new_secret`; None if the user creates the Secret
+            with it.
     Raises:
         SpecError: the spec has no `kubernetes` section, or one that no cluster could run.
     """
@@ -88,7 +88,7 @@ def render(
 
 
 def with_words(value: Any, more: Sequence[str]) -> Any:
-    """An object, or a part of one, with further words for every `evenstep run` in it."""
+    """An object, or a part of one, with additional arguments for every `evenstep run` in it."""
     if isinstance(value, list):
         words = [*value, *more] if value[:2] == ["evenstep", "run"] else value
         return [with_words(each, more) for each in words]
@@ -103,11 +103,11 @@ def new_secret() -> str:
 
 
 def code_beside(spec: Spec) -> dict[str, str]:
-    """The files of code that the spec names, by file name; empty if it names modules only.
+    """The code files in the spec, by file name; empty if it only names modules.
 
     Raises:
-        SpecError: one cannot be read, holds a secret, has the same name as another, or a name that
-        a ConfigMap cannot hold.
+        SpecError: a file cannot be read, contains a secret, has the same name as another, or a name
+        that is invalid in a ConfigMap.
     """
     found: dict[str, str] = {}
     paths: dict[str, str] = {}
@@ -124,11 +124,12 @@ def code_beside(spec: Spec) -> dict[str, str]:
 
 
 def _code(path: str, key: str) -> str:
-    """The text of a file that may be copied into a ConfigMap."""
+    """The text of a file, if it may be copied into a ConfigMap."""
     name = Path(path).name
     if not _FILE_NAME.fullmatch(name):
         raise SpecError(
-            f"{key}: a ConfigMap cannot hold a file called {name!r}. Name it with letters without "
+            f"{key}: a ConfigMap cannot contain a file called {name!r}. Use a name of letters "
+            f"without "
             "accents, digits, . _ and - only."
         )
     try:
@@ -138,28 +139,28 @@ def _code(path: str, key: str) -> str:
     line = line_of_secret(text)
     if line is not None:
         raise SpecError(
-            f"{key}: {path}:{line} holds what looks like a secret, and the file would be copied "
-            "into a ConfigMap, which everybody who sees the namespace can read. Keep it in a "
-            "Secret, which the pods see as a file (kubernetes.mounts), and read it from there."
+            f"{key}: {path}:{line} contains an apparent secret, and the file would be copied "
+            "into a ConfigMap, which everybody with access to the namespace can read. Keep it in a "
+            "Secret, which the pods can read as a file (kubernetes.mounts), and read it from there."
         )
     return text
 
 
 def how_to_make_the_secret(spec: Spec) -> list[str]:
-    """The command that makes the secret of the rendezvous, where there are several nodes."""
+    """The command that creates the secret of the rendezvous, if there are several nodes."""
     cluster = spec.kubernetes
     if cluster is None or cluster.nodes == 1:
         return []
     place = f" -n {cluster.namespace}" if cluster.namespace else ""
     return [
-        f"make once: kubectl create secret generic {meeting_secret_name(spec)}{place} "
+        f"create once: kubectl create secret generic {meeting_secret_name(spec)}{place} "
         f'--from-literal={MEETING_SECRET}="$(openssl rand -hex 32)"'
     ]
 
 
 def notes(spec: Spec, objects: list[Manifest], *, target: Target) -> list[str]:
-    """What the spec's own template overrides, and what of the pods Pod Security `restricted`
-    would refuse: a line for each, for a person."""
+    """The fields that the spec's own template overrides, and the exceptions to Pod Security
+    `restricted`: one line each, for the user."""
     cluster, made = spec.kubernetes, template_of(objects)
     assert cluster is not None
     lines = []
@@ -178,7 +179,7 @@ def notes(spec: Spec, objects: list[Manifest], *, target: Target) -> list[str]:
 
 
 def to_yaml(documents: list[Any]) -> str:
-    """The documents as one stream."""
+    """The documents as one YAML stream."""
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1 << 30)
 
 
@@ -191,15 +192,15 @@ def _object(spec: Spec, version: str, kind: str, content: Manifest) -> Manifest:
 
 
 def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
-    # Beside the spec, as it is in a person's directory.
+    # Next to the spec, as in the user's directory.
     spec = with_code_files(spec, lambda file, at: f"./{Path(file).name}")
-    # Only what was given, without defaults: an image of another version can read it too.
+    # Only given values, without defaults: so an image of another version can read it too.
     given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     data = {"spec.yaml": dump_values(given), **files}
     size = sum(len(text.encode()) for text in data.values())
     if size > _CONFIG_MAP_BYTES:
         raise SpecError(
-            f"The spec and its files of code have {size:,} bytes, and a ConfigMap holds "
+            f"The spec and its code files have {size:,} bytes, but a ConfigMap can have only "
             f"{_CONFIG_MAP_BYTES:,}. Put the code into the image: see docs/how-to/image.md."
         )
     return _object(spec, "v1", "ConfigMap", {"data": data})
@@ -232,7 +233,7 @@ def _claim(cluster: KubernetesSpec) -> Manifest:
 
 
 def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
-    """The run's pods speak to each other, to DNS, and to the tracker when it is online."""
+    """The run's pods connect to each other, to DNS, and to the tracker if it is online."""
     own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.nodes > 1 else []
     names = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
     ports = [{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]
@@ -254,8 +255,8 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block, so that a spec in a ConfigMap can be read, and
-    quotes what a reader of another YAML would not take for text."""
+    """Writes multi-line text as a block, so that a spec in a ConfigMap is readable, and
+    quotes text that another YAML parser would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

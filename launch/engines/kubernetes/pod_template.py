@@ -1,8 +1,8 @@
 """Merges the spec's `pod_template` over the rendered one, as a strategic merge patch does. Pure.
 
 Lists whose items have a name are merged by it (containers, env, volumes; volumeMounts by their
-path), other lists are replaced, and `null` removes a field. Which lists are which, and which fields
-there are, is Kubernetes' own and lies in `pod_fields.json`.
+path), other lists are replaced, and `null` removes a field. The kinds of lists, and the known
+fields, are those of Kubernetes, in `pod_fields.json`.
 Source: https://kubernetes.io/docs/tasks/manage-kubernetes-objects/update-api-object-kubectl-patch/
 """
 
@@ -38,7 +38,7 @@ _OURS = {
     "spec.containers[trainer].image": "set kubernetes.image",
     f"spec.containers[{MAIN}]": "it trains",
     "spec.containers": "one of them trains",
-    f"spec.containers[{MAIN}].env": "it holds what the nodes meet by",
+    f"spec.containers[{MAIN}].env": "it has the variables of the rendezvous",
     "metadata.name": "each pod has its own",
     "metadata.namespace": "set kubernetes.namespace",
     **{f"metadata.labels[{key}]": "the run's objects are found by it" for key in OWN_LABELS},
@@ -46,12 +46,12 @@ _OURS = {
     "metadata": "the run's objects are found by its labels",
     "spec": "without it there are no pods",
 }
-"""What the job, or another object of it, relies on; and what to do instead."""
+"""Fields that the job, or another of its objects, depends on; and what to do instead."""
 _OUR_VARIABLES = "spec.containers[trainer].env[PET_"
 
 
 class Override(NamedTuple):
-    """One field of the rendered template that the spec's own replaces or removes."""
+    """One field of the rendered template that the spec's template replaces or removes."""
 
     place: str
     before: Any
@@ -65,7 +65,7 @@ class Override(NamedTuple):
 
 
 class _Type(NamedTuple):
-    """The type of a field, as the table tells it."""
+    """The type of a field, according to the table."""
 
     kind: str
     item: str = ""
@@ -74,13 +74,13 @@ class _Type(NamedTuple):
 
 
 def merged_template(rendered: Manifest, wanted: Manifest) -> Manifest:
-    """The rendered template with the wanted fields over it.
+    """The rendered template, with the wanted fields merged over it.
 
-    `wanted` calls the container that trains `trainer`, whatever the target calls it.
+    In `wanted`, the container that trains is named `trainer`, whatever its name in the target.
 
     Raises:
         SpecError: `wanted` has a field that Kubernetes does not know, a value of a wrong type, or
-            changes what the job relies on.
+            changes a field on which the job depends.
     """
     _require_known(wanted, _ROOT, "")
     wanted = _renamed(wanted, MAIN, _trainer_of(rendered))
@@ -92,7 +92,7 @@ def merged_template(rendered: Manifest, wanted: Manifest) -> Manifest:
 
 
 def overrides(rendered: Manifest, made: Manifest) -> list[Override]:
-    """The fields of the rendered template that `made` does not have, or has otherwise."""
+    """The fields of the rendered template that `made` lacks, or has with another value."""
     before, after = (_renamed(each, _trainer_of(each), MAIN) for each in (rendered, made))
     return list(_changes(before, after, _type(_ROOT), ""))
 
@@ -127,7 +127,7 @@ def _type(told: str) -> _Type:
 
 
 def _merged(old: Any, new: Any, kind: _Type, name: str) -> Any:
-    """`new` over `old`; what is null in `new` is left out."""
+    """`new` merged over `old`; null values in `new` are removed."""
     if kind.kind in ("object", "mapping") and isinstance(new, dict):
         old = old if isinstance(old, dict) else {}
         only = _ONE_OF.get(kind.item)
@@ -164,7 +164,7 @@ def _inner(kind: _Type, key: str) -> _Type:
 
 
 def _changes(before: Any, after: Any, kind: _Type, place: str) -> Iterator[Override]:
-    """What was there and is not any more, or is other."""
+    """The fields that were removed or changed."""
     if kind.kind in ("object", "mapping") and isinstance(after, dict):
         for key, value in before.items():
             at = f"{place}[{key}]" if kind.kind == "mapping" else f"{place}.{key}".lstrip(".")
@@ -237,7 +237,9 @@ def _require_type(value: Any, kind: _Type, place: str) -> None:
                 inner = {kind.key: inner.get(kind.key)}  # nothing else of it counts
             _require_type(inner, _type(kind.item), f"{place}.{number}")
             if kind.key is not None and inner.get(kind.key) is None:
-                raise SpecError(f"{KEY}.{place}.{number}.{kind.key}: missing; items go by it")
+                raise SpecError(
+                    f"{KEY}.{place}.{number}.{kind.key}: missing; it identifies the item"
+                )
     elif not _fits(value, kind.kind):
         words = "text, in quotes" if kind.kind == "text" else f"of type {kind.kind}"
         raise _wrong(place, words, value)
@@ -261,7 +263,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _require_whole(value: Any, name: str, place: str) -> None:
-    """Refuse an object that lacks a field which the server requires."""
+    """Refuse an object without a field that the server requires."""
     for key, told in _table()[name].items():
         at = f"{place}.{key}".lstrip(".")
         if "!" in told and key not in value:
@@ -285,7 +287,7 @@ def _objects_in(value: Manifest, name: str, place: str) -> Iterator[tuple[str, M
 
 
 def _fields_of(value: Manifest, name: str, place: str) -> Iterator[tuple[str, bool]]:
-    """Every field, and whether it is newer than the oldest Kubernetes."""
+    """Every field, and whether it is newer than the oldest supported Kubernetes."""
     for key in value:
         yield f"{place}.{key}".lstrip("."), _table()[name][key].endswith("+")
     for at, inner, kind in _objects_in(value, name, place):

@@ -22,16 +22,16 @@ SPEC_DIRECTORY = "/etc/evenstep"
 RUNS_DIRECTORY = "/runs"
 SECRETS_DIRECTORY = "/var/run/secrets/evenstep"
 MEETING_SECRET = "secret"
-"""The key, and so the file, of what the nodes of a run prove to each other."""
+"""The key, and so the file name, of the secret of the nodes."""
 
 MAIN = "trainer"
-"""What the spec calls the container that trains; a target may call it otherwise."""
+"""The spec's name of the container that trains; a target may use another one."""
 
 _RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 def labels(spec: Spec) -> dict[str, str]:
-    """Of every object; `instance` is unique to the run, and what selects its pods."""
+    """The labels of every object; `instance` is unique to the run, and selects its pods."""
     return {
         "app.kubernetes.io/name": "evenstep",
         "app.kubernetes.io/instance": spec.name,
@@ -47,10 +47,12 @@ def own_pods(spec: Spec) -> Manifest:
 
 
 def claim_name(spec: Spec, cluster: KubernetesSpec) -> str:
+    """The name of the claim for the runs."""
     return cluster.storage_claim or f"{spec.name}-runs"
 
 
 def meeting_secret_name(spec: Spec) -> str:
+    """The name of the Secret of the rendezvous."""
     return f"{spec.name}-meeting"
 
 
@@ -60,8 +62,8 @@ def pod_template(
     """The template of every pod.
 
     Args:
-        container: what the target calls the container that trains.
-        world: the variables that name the node's place, where the target does not set them.
+        container: the target's name of the container that trains.
+        world: the variables with the node's position, if the target does not set them.
         subdomain: whether the pods' names are in our own Service.
     """
     pod: Manifest = {
@@ -104,7 +106,7 @@ def _identity(cluster: KubernetesSpec) -> Manifest:
 
 
 def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Manifest]:
-    """The five variables of torchrun, which Kubeflow sets too: where a node stands among all."""
+    """The five variables of torchrun, which Kubeflow sets too: the position of a node."""
     variables: list[Manifest] = [
         {"name": "PET_NNODES", "value": str(cluster.nodes)},
         {"name": "PET_NPROC_PER_NODE", "value": str(cluster.processes_per_node)},
@@ -119,7 +121,7 @@ def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Man
 
 
 def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
-    """Where the pods may stand; a key without a wish is left out."""
+    """The placement of the pods; keys that are not set are left out."""
     tolerations = [t.model_dump(exclude_none=True) for t in cluster.tolerations]
     if not cluster.on_cpu:
         device = {"key": cluster.device, "operator": "Exists", "effect": "NoSchedule"}
@@ -202,7 +204,7 @@ def _environment(cluster: KubernetesSpec) -> list[Manifest]:
         variables["EVENSTEP_DEVICE"] = "cpu"
     variables |= fabric_variables(cluster)
     variables |= {s.variable: s.file for s in STORAGE_KEYS if getattr(cluster, s.field)}
-    variables |= cluster.env  # what the user sets wins
+    variables |= cluster.env  # the user's variables take precedence
     values: dict[str, Manifest] = {name: {"value": text} for name, text in variables.items()}
     values |= {name: {"valueFrom": _key_of(v)} for name, v in cluster.env_from.items()}
     return [{"name": name, **value} for name, value in values.items()]
@@ -241,7 +243,7 @@ def own_mounts(cluster: KubernetesSpec) -> list[Manifest]:
 
 def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
     shared = {"medium": "Memory", "sizeLimit": cluster.shared_memory}
-    # The file of a secret is for the group alone, which fsGroup makes the pod's.
+    # The file of a secret is readable only by its group, which fsGroup makes the pod's group.
     key = {"secretName": cluster.wandb_secret, "optional": True, "defaultMode": 0o440}
     own: list[Manifest] = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": claim_name(spec, cluster)}},
@@ -266,10 +268,12 @@ class StorageKey(NamedTuple):
 
     @property
     def directory(self) -> str:
+        """The directory of the mounted file."""
         return f"{SECRETS_DIRECTORY}/{self.field.removesuffix('_secret')}"
 
     @property
     def file(self) -> str:
+        """The path of the file in the container."""
         return f"{self.directory}/{self.key}"
 
 

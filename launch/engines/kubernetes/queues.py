@@ -1,7 +1,8 @@
-"""What queues and gang schedulers read: labels, annotations, the scheduler's name, a PodGroup.
+"""The settings of queues and gang schedulers: labels, annotations, scheduler name, PodGroup.
 
 Sources: https://kueue.sigs.k8s.io/docs/tasks/run/topology_aware_scheduling/,
-https://volcano.sh/en/docs/podgroup/, https://scheduler-plugins.sigs.k8s.io/docs/plugins/coscheduling/,
+https://volcano.sh/en/docs/podgroup/,
+https://scheduler-plugins.sigs.k8s.io/docs/plugins/coscheduling/,
 https://jobset.sigs.k8s.io/docs/concepts/
 """
 
@@ -22,13 +23,13 @@ _SCHEDULERS = {"volcano": "volcano", "coscheduling": "scheduler-plugins-schedule
 
 
 def queue_labels(cluster: KubernetesSpec) -> dict[str, str]:
-    """Of the object that Kueue admits."""
+    """The labels of the object that Kueue admits."""
     found = {QUEUE: cluster.queue, _PRIORITY: cluster.queue_priority}
     return {key: value for key, value in found.items() if value}
 
 
 def pod_annotations(cluster: KubernetesSpec, name: str) -> dict[str, str]:
-    """Of the pods of the run `name`."""
+    """The annotations of the pods of the run `name`."""
     found = {
         _REQUIRED: cluster.queue_topology_required,
         _PREFERRED: cluster.queue_topology_preferred,
@@ -38,12 +39,12 @@ def pod_annotations(cluster: KubernetesSpec, name: str) -> dict[str, str]:
 
 
 def gang_labels(cluster: KubernetesSpec, name: str) -> dict[str, str]:
-    """Of the pods of the run `name`."""
+    """The labels of the pods of the run `name`."""
     return {_GROUP_OF_COSCHEDULING: name} if cluster.gang == "coscheduling" else {}
 
 
 def scheduler(cluster: KubernetesSpec) -> str | None:
-    """The name of the pods' scheduler; None for the cluster's own."""
+    """The name of the pods' scheduler; None for the cluster's default."""
     return cluster.scheduler or _SCHEDULERS.get(cluster.gang or "")
 
 

@@ -1,4 +1,4 @@
-"""What a cluster would refuse, found before the cluster is asked."""
+"""Errors that a cluster would report, found before the cluster is asked."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from service.spec.models import Spec
 _MANY_ROWS = 1 << 60
 _QUANTITIES = ("cpu", "memory", "shared_memory", "scratch", "storage")
 _OF_THE_IMAGE = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/evenstep", "/proc", "/sys", "/usr")
-"""Without these nothing in it runs."""
+"""Without these the container cannot run."""
 
 
 def check(spec: Spec, cluster: KubernetesSpec) -> None:
-    """Refuse what no cluster could run.
+    """Refuse a spec that no cluster could run.
 
     Raises:
         SpecError: names the key, and what to write instead.
@@ -35,7 +35,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     _check_mounts(cluster)
     _check_variables(cluster)
     _check_grace(spec, cluster)
-    # With more rows than can exist, so that only what no number of rows can change is refused.
+    # With more rows than can exist, to refuse only what fails with any number of rows.
     processes = cluster.nodes * cluster.processes_per_node
     make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
 
@@ -53,7 +53,7 @@ def checked_template(cluster: KubernetesSpec, rendered: Manifest) -> Manifest:
     for each in loosenings(made):
         if each not in before and each.name not in allowed:
             raise SpecError(
-                f"{KEY}: {each.place} loosens the security of the pods. If that is meant, write "
+                f"{KEY}: {each.place} weakens the security of the pods. If this is intended, write "
                 f"kubernetes.loosened_security.pod_template: [{each.name}]."
             )
     volumes = {volume["name"] for volume in made["spec"].get("volumes") or []}
@@ -77,10 +77,10 @@ def _mounts_of(template: Manifest, kind: str) -> list[Manifest]:
 
 
 def require_name(name: str, nodes: int) -> None:
-    """Refuse a name that no pod, host or Service could have.
+    """Refuse a name that a pod, host or Service cannot have.
 
     Raises:
-        SpecError: says which names are good.
+        SpecError: says which names are valid.
     """
     longest = 63 - len(f"-node-0-{nodes - 1}")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
@@ -109,16 +109,16 @@ def _check_mounts(cluster: KubernetesSpec) -> None:
         path = os.path.normpath("/" + mount.path.lstrip("/"))
         # A mount point cannot be created in a read-only directory.
         if _hides_what_is_needed(path, taken) or path.startswith(only_read):
-            whose = taken.get(path, "the image's own or Evenstep's")
+            whose = taken.get(path, "used by the image or by Evenstep")
             raise SpecError(
                 f"kubernetes.mounts.{number}.path: {path} is {whose}. Use another, such as "
                 f"/mnt/{mount.claim or mount.secret or mount.config_map}."
             )
-        taken[path] = f"that of mounts.{number} already"
+        taken[path] = f"already used by mounts.{number}"
 
 
 def _hides_what_is_needed(path: str, taken: Iterable[str]) -> bool:
-    """Whether what the image or another mount has there would be covered by a mount at `path`."""
+    """Whether a mount at `path` would hide required files of the image or of another mount."""
     above = path.rstrip("/") + "/"
     return any(f"{each}/".startswith(above) for each in (*taken, *_OF_THE_IMAGE))
 
@@ -131,7 +131,7 @@ def _check_variables(cluster: KubernetesSpec) -> None:
         if name in own:
             raise SpecError(
                 f"kubernetes.{key}.{name}: it follows from nodes, processes_per_node and port, "
-                "which are the place to change it. Leave it out here."
+                "change these instead."
             )
 
 

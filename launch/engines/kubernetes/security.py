@@ -1,4 +1,4 @@
-"""What a pod's template asks for beyond Pod Security `restricted`, by name. Pure.
+"""The exceptions to Pod Security `restricted` in a pod template, by name. Pure.
 
 Source: https://kubernetes.io/docs/concepts/security/pod-security-standards/ (v1.36).
 """
@@ -43,18 +43,18 @@ _HOOKS = ("postStart", "preStop")
 
 
 class Loosening(NamedTuple):
-    """One thing that a namespace with Pod Security `restricted` would refuse."""
+    """One setting that a namespace with Pod Security `restricted` would refuse."""
 
     name: str
-    """As `kubernetes.loosened_security.pod_template` calls it."""
+    """Its name in `kubernetes.loosened_security.pod_template`."""
     place: str
-    """The field that asks for it."""
+    """The field with this setting."""
     level: str
     """The strictest level of Pod Security that accepts it; empty: every level does."""
 
 
 def loosenings(template: Manifest) -> list[Loosening]:
-    """All of a template, in the order of its fields."""
+    """All exceptions of a template, in the order of its fields."""
     pod = template["spec"]
     found = list(_of_the_pod(pod))
     for kind in ("initContainers", "containers"):
@@ -65,7 +65,7 @@ def loosenings(template: Manifest) -> list[Loosening]:
 
 
 def level_of(found: list[Loosening]) -> str:
-    """The strictest level of Pod Security that a namespace may have for all of them."""
+    """The strictest level of Pod Security that accepts all of them."""
     levels = {each.level for each in found}
     return next((level for level in ("privileged", "baseline") if level in levels), "restricted")
 
@@ -126,7 +126,7 @@ def _capabilities(wanted: dict[str, Any], place: str) -> Iterator[Loosening]:
 
 
 def _profiles(context: Manifest, place: str) -> Iterator[Loosening]:
-    """Profiles that are set, and switch a protection of the kernel off."""
+    """Profiles that are set, and disable a protection of the kernel."""
     seccomp = (context.get("seccompProfile") or {}).get("type", "RuntimeDefault")
     if seccomp not in _SECCOMP:
         yield Loosening("seccomp", f"{place}.seccompProfile", "privileged")

@@ -12,16 +12,16 @@ from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec
 
 QUEUE_OF = "kueue.x-k8s.io/job-uid"
-"""The label by which Kueue's own object of a job is found."""
+"""The label by which Kueue's object for a job is found."""
 GROUP = "node"
-"""The one Job in a JobSet, which is called <run>-node-0."""
+"""The single Job in a JobSet, which is named <run>-node-0."""
 
 NEVER_AGAIN = sorted((WillFailAgain.exit_code, SpecError.exit_code))
 NOT_ITS_FAULT = sorted((Stopped.exit_code, PeerLost.exit_code))
 
 
 def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
-    """An Indexed Job, which any cluster from 1.31 on runs with nothing installed."""
+    """An Indexed Job, which any cluster from 1.31 on can run without additional software."""
     if cluster.exclusive_topology is not None:
         raise SpecError(
             "kubernetes.exclusive_topology: a Job has no exclusive placement. Use --target jobset "
@@ -59,7 +59,7 @@ def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
 
 
 def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
-    """A TrainJob with a runtime of its own: the ones that ship have no shared memory, no
+    """A TrainJob with its own runtime, because the default ones have no shared memory, no
     securityContext and no failure policy. The trainer sets the five variables itself."""
     template = pod_template(spec, cluster, container="node", world=[], subdomain=False)
     group = _job_set(cluster, "node", template, replicas=False)
@@ -92,7 +92,7 @@ def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]
 
 
 def with_template(objects: list[Manifest], template: Manifest) -> list[Manifest]:
-    """The objects with another template of the pods."""
+    """The objects with another pod template."""
     objects = copy.deepcopy(objects)
     template_of(objects).clear()
     template_of(objects).update(template)
@@ -100,7 +100,7 @@ def with_template(objects: list[Manifest], template: Manifest) -> list[Manifest]
 
 
 def template_of(objects: list[Manifest]) -> Manifest:
-    """The template of the pods, wherever the target keeps it."""
+    """The pod template, wherever the target has it."""
     work = {made["kind"]: made["spec"] for made in objects if "spec" in made}
     if "TrainingRuntime" in work:
         work["JobSet"] = work["TrainingRuntime"]["template"]["spec"]
@@ -116,7 +116,7 @@ TARGETS: dict[str, Callable[[Spec, KubernetesSpec], tuple[list[Manifest], bool]]
     "jobset": jobset,
     "kubeflow": kubeflow,
 }
-"""Each gives the objects that run the pods, and whether they need a Service of ours."""
+"""Each returns the objects that run the pods, and whether they need our own Service."""
 
 
 def _workload(
@@ -137,7 +137,7 @@ def _group(cluster: KubernetesSpec) -> Manifest:
 
 
 def _rules(container: str) -> list[Manifest]:
-    """What an exit code means to the Job controller; the first rule that fits counts."""
+    """The meaning of exit codes for the Job controller; the first matching rule applies."""
     return [
         {"action": "FailJob", "onExitCodes": _codes(container, NEVER_AGAIN)},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -152,7 +152,7 @@ def _codes(container: str, codes: list[int]) -> Manifest:
 def _job_set(
     cluster: KubernetesSpec, container: str, template: Manifest, *, replicas: bool
 ) -> Manifest:
-    """One Job of all nodes that fails with its first pod, and what the set then does."""
+    """One Job of all nodes that fails with its first pod, and the reaction of the set."""
     never, not_its_fault = ("|".join(map(str, c)) for c in (NEVER_AGAIN, NOT_ITS_FAULT))
     failed = [
         {

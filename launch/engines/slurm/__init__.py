@@ -1,4 +1,4 @@
-"""A job on Slurm: its script, and the few words spoken to the controller about it. No torch.
+"""A job on Slurm: its script, and the requests to the controller. No torch.
 
 From top to bottom; a room imports only from rooms below it:
 

@@ -1,4 +1,4 @@
-"""How long Slurm lets this attempt run, and whether the rest of the run fits in."""
+"""How long Slurm lets this attempt run, and whether the rest of the run fits into it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from service.runs.directory import RunDirectory
 from service.runs.history import History, read_history
 
 _NO_LIMIT_SECONDS = 300 * 86_400
-"""Slurm gives a job without a limit a year."""
+"""Slurm gives a job without a limit one year."""
 
 
 def allowance(directory: RunDirectory, variables: Mapping[str, str] | None = None) -> str | None:
-    """One line for the start of an attempt; None where nobody says when it has to end."""
+    """One line for the start of an attempt; None if its limit is unknown."""
     variables = os.environ if variables is None else variables
     told = variables.get("EVENSTEP_ENDS") or variables.get("SLURM_JOB_END_TIME", "")
     if not told.isdecimal():
@@ -32,7 +32,7 @@ def _history(directory: RunDirectory) -> History | None:
     try:
         return read_history(directory.path)
     except EvenstepError:
-        return None  # opening the run says what is wrong with it
+        return None  # opening the run reports the error
 
 
 def _rest(history: History | None, left: float) -> str:
@@ -53,7 +53,7 @@ def _rest(history: History | None, left: float) -> str:
 
 
 def seconds_of_a_step(history: History) -> float | None:
-    """What a step took so far, with its part of tests and saves, without the start."""
+    """The mean time of a step so far, including its part of tests and saves, without the start."""
     ended = [each for each in history.attempts if each.get("to_step", 0) > each["from_step"]]
     steps = sum(each["to_step"] - each["from_step"] for each in ended)
     spent = sum(
@@ -66,7 +66,7 @@ def seconds_of_a_step(history: History) -> float | None:
 
 
 def clock(seconds: float) -> str:
-    """A duration as Slurm writes it: `1-02:03:04`."""
+    """A duration in Slurm's format: `1-02:03:04`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -34,12 +34,12 @@ _RUNS = click.Option(
     type=click.Path(path_type=Path),
     default="runs",
     show_default=True,
-    help="Where the runs lie, on a disk that all nodes see.",
+    help="The runs directory, on a disk that all nodes can access.",
 )
 
 
 class Slurm:
-    """Slurm's own commands, and the files of the run; nothing else is asked."""
+    """Slurm's own commands, and the files of the run; nothing else is used."""
 
     name = "slurm"
     about = "Run a job on Slurm."
@@ -166,7 +166,7 @@ def _known(runs: Path, name: str) -> Path:
     place = place_of(runs.absolute(), name)
     if not place.is_dir():
         raise SlurmError(
-            f"{name} was never submitted from here: there is no {place}. Give the same --runs as "
+            f"{name} was never submitted from here: there is no {place}. Use the same --runs as "
             "to submit."
         )
     return place
@@ -184,7 +184,7 @@ def _log(place: Path, number: str) -> Path:
 
 
 def _failures(place: Path, number: str) -> Iterator[str]:
-    """The attempts that failed on their own account."""
+    """The attempts that crashed by themselves."""
     file = place / f"failures-{number}"
     if file.is_file():
         codes = [code_in_words(int(code)) for code in file.read_text().split()]
@@ -203,7 +203,7 @@ def _end_of(file: Path) -> list[str]:
 
 
 def _lines_of(file: Path, followed: Path | None) -> Iterator[str]:
-    """The lines of a log; those that come too, until no job of the place is left."""
+    """The lines of a log; with `followed`, also new ones until no job of the run is left."""
     begun = b""
     with file.open("rb") as opened:
         while True:

@@ -1,4 +1,4 @@
-"""What is asked of Slurm's own commands, and what they answer."""
+"""Calls of Slurm's own commands, and their answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEPARATOR = "\t"
 
 
 class SlurmError(EvenstepError):
-    """Slurm said no, or nothing; in its own words."""
+    """Slurm refused a request, or did not respond; with its own message."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class QueuedJob:
     """One job in Slurm's queue."""
 
     number: str
-    """As Slurm names it: `12`, or `12_3` in an array."""
+    """Its name in Slurm: `12`, or `12_3` in an array."""
     state: str
     has_run: str
     has_left: str
@@ -35,18 +35,18 @@ class QueuedJob:
 
     @property
     def told(self) -> str:
-        """Its number, time and place."""
+        """Its number, time and nodes."""
         there = f" on {self.hosts}" if self.hosts else ""
         time = f", {self.has_run} so far, {self.has_left} left" if self.state == "RUNNING" else ""
         return f"{self.nodes} {'node' if self.nodes == '1' else 'nodes'}{there}{time}"
 
 
 def jobs_of(place: Path) -> list[QueuedJob]:
-    """The jobs of a run that have not ended, by the comment that its script gives them.
+    """The jobs of a run that have not ended, found by the comment in their script.
 
     Raises:
-        SpecError: Slurm is not here.
-        SlurmError: the controller does not answer.
+        SpecError: Slurm is not installed here.
+        SlurmError: the controller does not respond.
     """
     shown = _SEPARATOR.join(_FIELDS)
     told = asked("squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--format={shown}")
@@ -62,7 +62,7 @@ def _read(told: str) -> Iterator[tuple[QueuedJob, str]]:
 
 
 def ending_of(number: str) -> tuple[str, int] | None:
-    """(state, exit code) of a job that has ended, while the controller still knows it."""
+    """(state, exit code) of a job that has ended, while the controller still has it."""
     try:
         told = asked("scontrol", "--oneliner", "show", "job", number)
     except SlurmError:
@@ -73,21 +73,21 @@ def ending_of(number: str) -> tuple[str, int] | None:
 
 
 def submitted(script: Path) -> str:
-    """The number of the job that Slurm makes of a script.
+    """The number of the job that Slurm creates from a script.
 
     Raises:
-        SpecError: Slurm is not here, or refuses what the script asks for.
-        SlurmError: the controller does not answer.
+        SpecError: Slurm is not installed here, or refuses the script's request.
+        SlurmError: the controller does not respond.
     """
     return asked("sbatch", "--parsable", str(script)).partition(";")[0]
 
 
 def asked(*words: str) -> str:
-    """What one of Slurm's commands prints.
+    """The output of one of Slurm's commands.
 
     Raises:
-        SpecError: it is not here, or refuses what was asked for.
-        SlurmError: the controller does not answer.
+        SpecError: it is not installed here, or refuses the request.
+        SlurmError: the controller does not respond.
     """
     if shutil.which(words[0]) is None:
         raise SpecError(
@@ -112,7 +112,7 @@ def asked(*words: str) -> str:
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     why = last.removeprefix(f"{words[0]}: ").removeprefix("error: ")
     if "Unable to contact slurm controller" in why or "Connection refused" in why:
-        raise SlurmError(f"Slurm's controller does not answer ({why}). See: scontrol ping")
+        raise SlurmError(f"Slurm's controller does not respond ({why}). See: scontrol ping")
     kind = SpecError if words[0] == "sbatch" else SlurmError
     raise kind(f"Slurm refuses: {why.rstrip('.')}.{_advice(why)}")
 
@@ -120,7 +120,7 @@ def asked(*words: str) -> str:
 _ADVICE = {
     "Invalid account": " See slurm.account, slurm.partition and slurm.qos.",
     "Invalid partition": " See slurm.partition; sinfo lists them.",
-    "Requested node configuration": " No node has so much: see slurm.cpus, memory, gpus_per_node.",
+    "Requested node configuration": " No node is so large: see slurm.cpus, memory, gpus_per_node.",
     "Invalid generic resource": " See slurm.gpus_per_node and gpu_type; sinfo -o '%N %G' has them.",
     "Node count specification": " See slurm.nodes.",
     "Invalid feature": " See slurm.constraint; sinfo -o '%N %f' has them.",

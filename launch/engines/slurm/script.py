@@ -1,6 +1,6 @@
 """Renders a spec as a script for sbatch: a pure function.
 
-docs/how-to/slurm.md has the reason of every line; a test holds that it has.
+docs/how-to/slurm.md has the reason for every line; a test checks that.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from service.spec.slurm import SlurmSpec
 _END = "END_OF_SPEC"
 _ASSIGNED = re.compile(r"(\w+)=(\S+)")
 _SIGNAL_SECONDS = 30
-"""What Slurm may take to send a signal, and the processes to hear of it."""
+"""Time for Slurm to send a signal, and for the processes to receive it."""
 _APART_SECONDS = 300
-"""How long after the first task the last one may end. Nodes wait half a minute for each other."""
+"""Time for the other tasks to end after the first one. Nodes wait half a minute for each other."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """Everything the script follows from."""
+    """Everything that determines the script."""
 
     spec: Spec
     runs: Path
-    """Where the runs lie, as the nodes see it."""
+    """The runs directory, as seen by the nodes."""
     stop_budget_seconds: float
-    """What a stop of this run takes, from its saves so far."""
+    """The time of a stop of this run, from its saves so far."""
     sweep: Sequence[Settings] = ()
     more: Sequence[str] = ()
-    """Further words of `evenstep run`."""
+    """Additional arguments of `evenstep run`."""
 
     @property
     def place(self) -> Path:
+        """The directory of the run's script and logs."""
         return place_of(self.runs, self.spec.name)
 
 
 def place_of(runs: Path, name: str) -> Path:
-    """Where Slurm's part of a run lies: its script and its logs, beside the runs."""
+    """The directory of the script and the logs of a run, next to the runs."""
     return runs / ".slurm" / name
 
 
@@ -73,7 +74,7 @@ def render(script: Script) -> str:
 
 
 def quoted(text: str) -> str:
-    """The text as one word of the shell."""
+    """The text as one word for the shell."""
     if shlex.quote(text) == text:
         return text
     return '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'
@@ -90,7 +91,7 @@ def _check(script: Script, asked: SlurmSpec) -> None:
     limit, stop = asked.seconds, stop_seconds(script, asked)
     if limit is not None and stop >= limit / 2:
         raise SpecError(
-            f"slurm.time: of {asked.time} a stop may take {stop} s, so that most of each attempt "
+            f"slurm.time: of {asked.time} a stop may take {stop} s, so most of each attempt "
             f"would be spent on stopping. Raise it above {2 * stop} s, or lower slurm.stop_seconds."
         )
     set_here = dict(asked.env)
@@ -98,18 +99,18 @@ def _check(script: Script, asked: SlurmSpec) -> None:
         set_here |= {name: value.strip("'\"") for name, value in _ASSIGNED.findall(line)}
     if any(is_secret(text, set_here) for text in (*asked.prolog, *asked.env.values())):
         raise SpecError(
-            "slurm: prolog or env holds what looks like a secret, and so would the script. "
+            "slurm: prolog or env contains an apparent secret, which would be in the script. "
             "sbatch passes on the environment in which the job is submitted; or keep it in a file "
             "that only you can read."
         )
     if " " in str(script.runs) or "%" in str(script.runs):
         raise SpecError(
-            f"--runs: {script.runs} has a space or a % in it, which sbatch would misread. Use "
+            f"--runs: {script.runs} contains a space or a %, which sbatch would misinterpret. Use "
             "another directory."
         )
 
 
-# ---- what is asked of Slurm
+# ---- the request to Slurm
 
 
 def _head(script: Script, asked: SlurmSpec) -> str:
@@ -137,7 +138,7 @@ def _head(script: Script, asked: SlurmSpec) -> str:
 
 
 def _wishes(asked: SlurmSpec) -> Iterator[str]:
-    """The options that say what a job is to get."""
+    """The options for the resources of a job."""
     for name in ("partition", "account", "qos", "constraint", "time"):
         value = getattr(asked, name)
         if value is not None:
@@ -153,11 +154,11 @@ def _wishes(asked: SlurmSpec) -> Iterator[str]:
         yield f"mem={asked.memory}"
 
 
-# ---- what the script does
+# ---- the commands of the script
 
 
 def _spec_file(script: Script) -> str:
-    """The spec, in a file of this job's own; what was given and no default."""
+    """The spec, in a file for this job; only given values, without defaults."""
     given = script.spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return "\n".join(
         [
@@ -237,7 +238,7 @@ exit "$code"
 
 
 def _settings(script: Script) -> str:
-    """Which job of an array has which settings, and the run's name."""
+    """The settings of each job of an array, and the name of the run."""
     if not script.sweep:
         return f"name={script.spec.name}\nsettings=()\n"
     cases = [
@@ -250,9 +251,9 @@ def _settings(script: Script) -> str:
 
 
 def _step(script: Script, asked: SlurmSpec) -> str:
-    """The one command that trains, on every node."""
+    """The command that trains, on every node."""
     start = ["srun", f"--nodes={asked.nodes}", "--ntasks-per-node=1", f"--wait={_APART_SECONDS}"]
-    if asked.cpus is not None:  # srun does not take it over from sbatch
+    if asked.cpus is not None:  # srun does not inherit it from sbatch
         start.append(f"--cpus-per-task={asked.cpus}")
     if asked.nodes > 1:
         start.append("--label")
@@ -266,7 +267,7 @@ def _step(script: Script, asked: SlurmSpec) -> str:
 
 
 def _contained(script: Script, asked: SlurmSpec) -> list[str]:
-    """What puts each task into a container."""
+    """The options that run each task in a container."""
     container = asked.container
     if container is None:
         return []

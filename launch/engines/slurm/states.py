@@ -1,4 +1,4 @@
-"""The states of a job and the reasons why it waits, in words. Pure."""
+"""The states of a job, and the reasons why it waits, as text. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _STATES = {
     "TIMEOUT": "reached its time limit; submit it again to resume",
     "PREEMPTED": "was preempted; submit it again to resume",
     "NODE_FAIL": "lost a node; submit it again to resume",
-    "OUT_OF_MEMORY": "was killed for its memory: raise slurm.memory, or take a smaller "
+    "OUT_OF_MEMORY": "was killed for its memory: raise slurm.memory, or use a smaller "
     "batch.micro_batch",
     "DEADLINE": "reached its deadline",
     "BOOT_FAIL": "has a node that did not start",
 }
-# Slurm's own words, and what they mean or what to do about them. The first that fits counts.
+# Slurm's reasons, and their meaning or what to do about them. The first match counts.
 _REASONS = {
     r"Priority": "other jobs are before it in the queue",
     r"Resources": "it is the next; it starts when enough nodes are free",
-    r"BeginTime": "Slurm holds back a job that is queued again for about two minutes",
+    r"BeginTime": "Slurm delays a requeued job for about two minutes",
     r"Dependency|DependencyNeverSatisfied": "it waits for another job (sbatch --dependency)",
     r"JobHeldUser": "you hold it: scontrol release JOB",
     r"JobHeldAdmin": "an administrator holds it: ask why",
@@ -40,9 +40,9 @@ _REASONS = {
     r"InvalidAccount": "slurm.account is not yours here: see sacctmgr show assoc",
     r"InvalidQOS|QOSNotAllowed": "slurm.qos is not allowed here: ask which is",
     r"QOSMax\w*PerUser|QOSMax\w*Limit|MaxJobs\w*|Max\w+Per(User|Account)": (
-        "you have as much at work as the quality of service allows; it starts when some of it ends"
+        "you have reached the limit of the quality of service; it starts when other jobs end"
     ),
-    r"Assoc\w+|QOSGrp\w+|Grp\w+": "your group has as much at work as it may; it starts later",
+    r"Assoc\w+|QOSGrp\w+|Grp\w+": "your group has reached its limit; it starts later",
     r"Licenses": "it waits for a licence",
     r"Reservation": "it waits for its reservation",
     r"Cleaning": "its last attempt is still being cleaned up",
@@ -51,7 +51,7 @@ _REASONS = {
 
 
 def state_in_words(state: str, reason: str = "", code: int | None = None) -> str:
-    """What a job does, from Slurm's words for its state and for the reason."""
+    """The state of a job, from Slurm's state and reason."""
     word = state.split()[0].rstrip("+") if state else "UNKNOWN"
     if word == "PENDING":
         return (
@@ -65,7 +65,7 @@ def state_in_words(state: str, reason: str = "", code: int | None = None) -> str
 
 
 def reason_in_words(reason: str) -> str:
-    """Why a job waits, and what to do about it where that is known."""
+    """Why a job waits, and what to do about it if known."""
     for sign, words in _REASONS.items():
         if re.search(sign, reason):
             return words
