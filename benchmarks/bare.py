@@ -1,6 +1,6 @@
-"""The digits by a bare script, alone or under torchrun: prints when its first step was done.
+"""The digits recipe as a plain PyTorch script; prints the time of its first step.
 
-What benchmarks/first_step.py holds the start of ours against.
+The baseline of benchmarks/first_step.py.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
         print(time.time(), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-    # By the interpreter's own way out gloo now and then ends in an abort ("terminate called without
-    # an active exception"), and torchrun would take the whole for failed.
+    # On a normal interpreter exit gloo sometimes aborts ("terminate called without an active
+    # exception"), and torchrun would report the job as failed.
     os._exit(0)
 
 

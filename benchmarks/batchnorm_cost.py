@@ -1,4 +1,4 @@
-"""What BatchNorm across processes costs on this machine's CPU, one thread a process.
+"""Overhead of synchronized BatchNorm on this machine's CPU, with one thread per process.
 
 python benchmarks/batchnorm_cost.py
 """
@@ -19,7 +19,7 @@ from processes import Processes
 from service.distributed.batchnorm import Mode, prepare
 from service.distributed.world import World
 
-LAYERS = 53  # as many as a ResNet-50 has, of its mean width
+LAYERS = 53  # the number of layers and the mean width of a ResNet-50
 CHANNELS = 512
 SHAPES = {
     "[64, 128]": (64, 128),
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def microseconds(call: Callable[[], object], *, repeats: int = 30) -> float:
-    """The fastest of a few means: other work on the machine only ever adds."""
+    """The lowest of several means: other work on the machine can only add time."""
     call()
     fastest = float("inf")
     for _ in range(5):

@@ -1,10 +1,10 @@
-"""What `exactness: bitwise` costs: time of a step, and memory of a process, against `rounding`.
+"""Overhead of `exactness: bitwise` over `rounding`: step time and memory per process.
 
 python -m benchmarks.bitwise_cost
 
-The time is that of the digits network on 128 rows in 8 micro-batches.  The memory is that of a
-network of 8 million weights (32 MB of gradients), likewise: how far the resident memory of
-the largest process rises while it trains.
+Time is measured with the digits network on 128 rows in 8 micro-batches.  Memory is measured with a
+network of 8 million weights (32 MB of gradients) on the same batch: the increase of the resident
+memory of the largest process during training.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def step_milliseconds(pool: Processes, exactness: str) -> float:
 
 
 def risen_bytes(world: World, job: dict[str, Any], runs: Path) -> int:
-    """How far this process's resident memory rises while it trains."""
+    """The increase of this process's resident memory during training."""
     before = psutil.Process().memory_info().rss
     train_in_process(world, job, runs)
     return peak_bytes(world.device) - before
 
 
 def memory_mib(count: int, exactness: str) -> float:
-    """What the largest of `count` fresh processes needs to train the wide network: a median."""
+    """Memory that the largest of `count` new processes needs to train the wide network (median)."""
     job = job_of(
         exactness, task=f"{Path(__file__)}:wide", task_args={}, length={"steps": 6}, tracking={}
     )

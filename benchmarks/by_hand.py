@@ -1,7 +1,7 @@
-"""The loops that everything here is held against, as one writes them by hand for one job.
+"""Hand-written loops for one job: the baseline of the other benchmarks.
 
-A task of three linear layers, of which a step takes half a millisecond: what surrounds a step
-shows at its largest.
+The task is a network of three linear layers whose step takes half a millisecond, so that the
+overhead per step is as visible as possible.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch._dynamo  # every program imports it that makes an optimizer; ours need not
+import torch._dynamo  # any program that creates an optimizer imports it; Evenstep does not have to
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def rows(count: int, *, seed: int) -> TensorDataset:
 
 
 class Fetched(Dataset[tuple[Tensor, Tensor]]):
-    """Rows that are asked for by the list: the quickest that a DataLoader has."""
+    """A data set with `__getitems__` (a list of indices): the fastest way to feed a DataLoader."""
 
     def __init__(self, data: TensorDataset) -> None:
         self._tensors = data.tensors
@@ -61,15 +61,15 @@ class Fetched(Dataset[tuple[Tensor, Tensor]]):
 
 
 def as_it_is(value: list[Tensor]) -> list[Tensor]:
-    """What was fetched is a batch already."""
+    """A collate function for rows that are already a batch."""
     return value
 
 
 class ByHand:
-    """The task trained and tested by loops without a line too many, and exact in the test."""
+    """Minimal training and test loops of the task; the test is exact."""
 
     def __init__(self, *, batch: int, loader: bool) -> None:
-        """`loader` brings rows by a DataLoader, as most do; without it they are picked by index."""
+        """`loader`: rows come from a DataLoader, as in most scripts; otherwise by index."""
         self.batch = batch
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -96,7 +96,7 @@ class ByHand:
             )
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """The micro-batches of one process, pass after pass."""
+        """The micro-batches of one process, epoch after epoch."""
         while True:
             yield from self._loader if self._loader is not None else self._picked()
 
@@ -106,7 +106,7 @@ class ByHand:
             yield [tensor.index_select(0, index) for tensor in self.train.tensors]
 
     def train_steps(self, batches: Iterator[list[Tensor]], steps: int) -> None:
-        """That many optimizer steps; the loss is looked at every 50."""
+        """Take `steps` optimizer steps; read the loss every 50 steps."""
         self.called.train()
         for step in range(steps):
             inputs, targets = next(batches)

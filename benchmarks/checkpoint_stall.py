@@ -1,13 +1,13 @@
-"""What a checkpoint costs: how long training stands still, and until when it is on disk.
+"""Cost of a checkpoint: how long it blocks training, and how long until it is on disk.
 
     python -m benchmarks.checkpoint_stall [--millions 10 100] [--rounds 5] [--directory DIR]
 
-A model of that many float32 parameters with Adam: 12 bytes a parameter.  Each way saves in turn,
-with `between` seconds of training work after each save, on one thread.  `stall` is the time until
-training may go on, `durable` until the checkpoint is published; medians, with the largest behind.
-`torch.save` is to one file, with fsync and rename and without any hash.  The copy alone is the
-least that a snapshot can cost.  `slower` is the training work beside the writer against the same
-work in quiet.
+A model of that many float32 parameters with Adam: 12 bytes per parameter.  The ways to save take
+turns, with `between` seconds of training work after each save, on one thread.  `stall` is the time
+until training continues, `durable` the time until the checkpoint is published; medians, with the
+largest value in parentheses.  `torch.save` writes one file, with fsync and rename and without a
+hash.  The copy alone is the lower bound of a snapshot.  The slowdown compares training work that
+runs at the same time as the writer with the same work alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from service.spec.models import CheckpointSpec
 
 
 def state_of(millions: int, *, stepped: bool = True) -> TrainState:
-    """A model of equal square layers with one Adam step behind it, or before its first."""
+    """A model of equal square layers, after one Adam step or before the first."""
     width = 1024
     layers = max(1, round(millions * 1e6 / width**2))
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
@@ -46,7 +46,7 @@ def state_of(millions: int, *, stepped: bool = True) -> TrainState:
 
 
 def work() -> float:
-    """Seconds that a fixed piece of training work takes: matrix products and many short calls."""
+    """Seconds for a fixed amount of training work: matrix products and many short calls."""
     a, b = torch.randn(384, 384), torch.randn(8)
     began = time.perf_counter()
     for _ in range(120):
@@ -79,7 +79,10 @@ def measure(millions: int, rounds: int, between: float, parent: Path) -> None:
     size = content_of(state).size_bytes
     quiet = statistics.median(work() for _ in range(5))
     print(f"\n{millions}M parameters, {size / 2**20:,.0f} MiB; seconds, median (largest)\n")
-    print("| way | stall | of torch.save | first stall | durable | work beside it, slower |")
+    print(
+        "| way | stall | relative to torch.save | first stall | durable | slowdown of concurrent "
+        "work |"
+    )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=parent) as place:
         save = by_torch(state, Path(place))

@@ -2,9 +2,9 @@
 
 python -m benchmarks.first_step [--runs 5]
 
-Each start of ours is followed by one of a bare script (benchmarks/bare.py), by `python` or by
-torchrun: medians, and the medians of the ratios of each pair.  Processor time is that of all
-processes from the command to its end, ours with a checkpoint written after the first step.
+Each start of Evenstep is followed by one of a plain PyTorch script (benchmarks/bare.py), with
+`python` or torchrun: medians, and the medians of the ratios of each pair.  Processor time is that
+of all processes until the command ends; Evenstep also writes a checkpoint after the first step.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Start(NamedTuple):
-    """What one start took, in seconds."""
+    """Durations of one start, in seconds."""
 
     wall: float
     """From the command to the first finished step."""
     processor: float
-    """Of all processes, to the end."""
+    """Processor time of all processes, to the end."""
 
 
 class Way(NamedTuple):
@@ -58,7 +58,7 @@ def ways() -> list[Way]:
 
 
 def started(words: Sequence[str]) -> Start:
-    """One start of ours, stopped after its first step."""
+    """One start of Evenstep, stopped after its first step."""
     with tempfile.TemporaryDirectory() as runs:
         words = [*words, "digits", "--runs", runs, "--stop-at", "1", "tracking.wandb="]
         begun, before = time.time(), processor_seconds()
@@ -69,14 +69,14 @@ def started(words: Sequence[str]) -> Start:
             env=os.environ | {"CI": "1"},
         )
         reap()
-        # torchrun has no code but 1 for whatever its processes end with.
+        # torchrun exits with 1 whatever the exit codes of its processes are.
         assert ended.returncode in (STOPPED, 1), ended
         first = read_metrics(Path(runs, "digits", "metrics.jsonl"))[0]["time"]
         return Start(first - begun, processor_seconds() - before)
 
 
 def bare(words: Sequence[str]) -> Start:
-    """One start of a bare script, which says itself when its first step was done."""
+    """One start of the plain script, which prints the time of its first step."""
     begun, before = time.time(), processor_seconds()
     done = subprocess.run(
         words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -86,7 +86,7 @@ def bare(words: Sequence[str]) -> Start:
 
 
 def rate(words: Sequence[str]) -> float:
-    """Median rows per second of one whole run."""
+    """Median rows per second of one complete run."""
     with tempfile.TemporaryDirectory() as runs:
         subprocess.run(
             [*words, "digits", "--runs", runs, "tracking.wandb="],
@@ -101,7 +101,7 @@ def rate(words: Sequence[str]) -> float:
 
 
 def adopt() -> None:
-    """Become the parent of what outlives its own: the time of ours counts to the last process."""
+    """Become the parent of orphaned processes, so that the time of every process is counted."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -124,11 +124,11 @@ def main() -> None:
     count = arguments.parse_args().runs
     adopt()
     print(
-        "| digits | command to first step | a bare script | ratio | of processor time "
+        "| digits | command to first step | a plain script | ratio | of processor time "
         "| rows per second |\n|---|---|---|---|---|---|"
     )
     for way in ways():
-        bare(way.bare)  # what is on disk is in memory from here on
+        bare(way.bare)  # warm up the page cache
         pairs = [(started(way.ours), bare(way.bare)) for _ in range(count)]
         walls = [[start.wall for start in column] for column in zip(*pairs, strict=True)]
         ratio = statistics.median(ours.wall / theirs.wall for ours, theirs in pairs)

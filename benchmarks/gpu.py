@@ -1,20 +1,19 @@
-"""Everything about a GPU that no CPU can show, by one command that is to be run once.
+"""All measurements that need a GPU, in one command.
 
     python -m benchmarks.gpu [--only resnet50,gpt2] [--minutes 8]
-    python -m benchmarks.gpu --small      # every part, tiny, on the CPU: does it run?
+    python -m benchmarks.gpu --small      # a smoke test: every part, tiny, on the CPU
 
-Each part is a process of its own with a time limit, so that one that fails or hangs takes nothing
-from the others; a part that would begin too late is left out, and told.  Where there is a second
-GPU, the two models are trained on two as well.  What comes out are the tables of
-docs/explanation/performance.md.
+Each part is a separate process with a time limit, so that one that fails or hangs does not affect
+the others; a part that would start too late is skipped and reported.  With a second GPU, the two
+models are also trained on two.  The output is the tables of docs/explanation/performance.md.
 
-ResNet-50 (channels_last) and a 124M-parameter GPT-2, both in bf16 with a fused optimizer, are held
-against two loops by hand: a plain one, and the best that one can write without compiling.  All of
-them take the same micro-batches, in turns within one process, each turn ended by a wait for the
-device: medians of the ratios of wall time.  `host ms` is what a step takes the host where the
-device waits for it; memory is what one side holds at most, its rows included.  The ceiling is the
+ResNet-50 (channels_last) and a 124M-parameter GPT-2, both in bf16 with a fused optimizer, are
+compared with two hand-written loops: a plain one, and the best one without compilation.  All loops
+take the same micro-batches, in turns within one process; each turn ends with a synchronization of
+the device: medians of the ratios of wall time.  `host ms` is the host time of a step where the
+device waits for the host; memory is the peak of one side, including its rows.  The ceiling is the
 median of a second of bf16 products of two square matrices of 8,192; a step's operations are counted
-on the `meta` device.  The last save lies outside of what is timed.
+on the `meta` device.  The last save is not timed.
 """
 
 from __future__ import annotations
@@ -143,10 +142,10 @@ class Job:
 
     rows: int
     shape: tuple[int, ...]
-    """Of one image, of one row of numbers, or (length,) of one text."""
+    """Shape of one image, of one row of numbers, or (length,) of one text."""
     classes: int
     batch: int
-    """Rows of a micro-batch, of which each process takes one a step."""
+    """Rows of a micro-batch; each process takes one per step."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
     kind: str = "image"
@@ -177,7 +176,7 @@ class Job:
 
 
 class Pixels(Dataset[tuple[Tensor, Tensor]]):
-    """Images of bytes, one at a time: what a loader's workers bring."""
+    """uint8 images, one at a time, for the workers of a loader."""
 
     def __init__(self, job: Job) -> None:
         size = (job.rows, *job.shape)
@@ -192,7 +191,7 @@ class Pixels(Dataset[tuple[Tensor, Tensor]]):
 
 
 class OfBytes(nn.Module):
-    """The same network for images of bytes, which become numbers on the device."""
+    """The same network for uint8 images, which are converted on the device."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -227,7 +226,7 @@ def job_of(name: str, small: bool) -> Job:
 
 
 def task(name: str, small: bool, rows: str = "memory") -> Task:
-    """What the spec of ours names; `rows` come from memory or from a loader's workers."""
+    """The task that the spec names; `rows` come from memory or from the workers of a loader."""
     job = job_of(name, small)
     weight = torch.ones_like if job.is_text else None  # each token counts as 1
     if rows == "memory":
@@ -237,11 +236,11 @@ def task(name: str, small: bool, rows: str = "memory") -> Task:
     return supervised(model=lambda: OfBytes(job.network()), train=data, test=data)
 
 
-# ---- the loops by hand
+# ---- the hand-written loops
 
 
 class ByHand:
-    """The same loop, written by hand: plainly, or as well as one can without compiling."""
+    """The same loop, hand-written: plain, or as fast as possible without compilation."""
 
     def __init__(self, job: Job, world: World, *, best: bool, compiled: bool = False) -> None:
         self.job, self.device, self.best = job, world.device, best
@@ -259,7 +258,7 @@ class ByHand:
         self.loss = math.nan
 
     def train_steps(self, steps: int) -> None:
-        """So many steps; the loss of the last one is looked at."""
+        """Take `steps` steps; read the loss of the last one."""
         self.called.train()
         usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, self.best
         try:
@@ -304,11 +303,11 @@ def autocast_of(job: Job, device: torch.device) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, torch.bfloat16)
 
 
-# ---- what is measured
+# ---- measurements
 
 
 def waited(device: torch.device) -> float:
-    """Now, when the device has done what it was given."""
+    """The time after a synchronization of the device."""
     synchronize(device)
     return time.perf_counter()
 
@@ -345,16 +344,16 @@ def operations(job: Job) -> int:
 
 @dataclass
 class Side:
-    """What was measured of one loop."""
+    """Measurements of one loop."""
 
     seconds: list[float] = field(default_factory=list)
-    """A step, by turn."""
+    """Seconds per step, by turn."""
     host: list[float] = field(default_factory=list)
-    """Seconds of the host a step, where the device waits for it."""
+    """Host seconds per step, where the device waits for the host."""
     peak_bytes: int = 0
 
     def against(self, other: Side) -> float:
-        """How much faster the other is, as a ratio of this one's time: above 1 where it is not."""
+        """The other's time relative to this one's: above 1 where the other is slower."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(theirs / mine for mine, theirs in pairs)
 
@@ -364,7 +363,7 @@ class Side:
 
 
 class Turns:
-    """Our loop and those by hand, one after the other in turns of `STEPS` steps."""
+    """Evenstep's loop and the hand-written ones, in turns of `STEPS` steps."""
 
     def __init__(self, rivals: dict[str, ByHand], world: World, *, pairs: int) -> None:
         self._rivals = rivals
@@ -373,10 +372,10 @@ class Turns:
         self._before = held_bytes(world.device)
         self.sides = {name: Side() for name in ("ours", *rivals)}
         self.steps = WARM + pairs * STEPS + HOST_STEPS + 1
-        """Ours takes so many; the last one, which saves, is not timed."""
+        """Number of steps of Evenstep's loop; the last one, which saves, is not timed."""
 
     def over(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """The same steps; in between the others take theirs."""
+        """Yield the same steps; between them the other loops take their turns."""
         source = iter(steps)
         for _ in range(WARM):
             yield next(source)
@@ -432,12 +431,12 @@ def ours(
     parts: int = 1,
     **sections: Any,
 ) -> list[dict[str, Any]]:
-    """Train so many steps of a job with our own loop; the rows of its metrics.
+    """Train `steps` steps of a job with Evenstep; return the rows of its metrics.
 
     Args:
-        over: is given the steps and hands them to the loop.
+        over: receives the steps and yields them to the loop.
         parts: micro-batches into which each process's rows of a step are cut.
-        sections: of the spec, besides those of the job.
+        sections: sections of the spec in addition to those of the job.
     """
     job = job_of(name, small)
     model = {"precision": job.precision, "channels_last": job.is_image, "batchnorm": "local"}
@@ -472,7 +471,7 @@ def ours(
 
 
 def timed(world: World, found: list[float]) -> Callable[[Iterator[Step]], Iterator[Step]]:
-    """Hands the steps on; `found` gets the seconds of a step, of each `STEPS` after the first."""
+    """Yields the steps; appends to `found` the seconds per step of each `STEPS` after the first."""
 
     def over(steps: Iterator[Step]) -> Iterator[Step]:
         for _ in range(STEPS):
@@ -498,7 +497,7 @@ def show(world: World, *lines: str) -> None:
 
 
 def part_device(world: World, small: bool) -> None:
-    """What the device is, what its products reach, and that a group of one process works."""
+    """The device, its throughput, and a check that a group of one process works."""
     device = world.device
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -552,7 +551,7 @@ def against_hand(
     show(
         world,
         f"| {name}{', compiled' if compiled else ''}{many} | ms a step | host ms | GiB "
-        f"| {what} a second | of the ceiling | speed of ours against it |",
+        f"| {what} a second | of the ceiling | Evenstep's speed relative to it |",
         "|---|--:|--:|--:|--:|--:|--:|",
     )
     for side, found in turns.sides.items():
@@ -560,7 +559,7 @@ def against_hand(
         rate = job.batch * per_row * world.processes / seconds
         used = f"{100 * work / seconds / most:.3g} %"
         ratio = "" if side == "ours" else f"{mine.against(found):.3f}"
-        named = side if side == "ours" else f"by hand, {side}"
+        named = "Evenstep" if side == "ours" else f"hand-written, {side}"
         show(world, f"| {named} | {found.cells()} | {rate:,.0f} | {used} | {ratio} |")
 
 
@@ -582,7 +581,7 @@ def part_compiled(world: World, small: bool) -> None:
 
 
 def part_graph(world: World, small: bool) -> None:
-    """What a CUDA graph would bring the tiny net: two loops by hand, with and without one."""
+    """Effect of a CUDA graph on the tiny network: two hand-written loops, with and without."""
     if world.device.type != "cuda":
         show(world, "A CUDA graph needs CUDA.")
         return
@@ -608,7 +607,7 @@ def part_graph(world: World, small: bool) -> None:
                 rows.copy_(torch.randint(job.rows, (job.batch,), device=world.device))
                 step()
             seconds[name].append((waited(world.device) - began) / STEPS / 5)
-    show(world, "| a step of the tiny net by hand | ms |", "|---|--:|")
+    show(world, "| a hand-written step of the tiny network | ms |", "|---|--:|")
     for name, found in seconds.items():
         show(world, f"| {name} | {1e3 * statistics.median(found):.3f} |")
 
@@ -634,7 +633,7 @@ def part_batchnorm(world: World, small: bool) -> None:
 
 
 def part_loader(world: World, small: bool) -> None:
-    """Rows that loader workers bring, against the same by hand."""
+    """Rows from loader workers, compared with a hand-written loop."""
     job = job_of("resnet50", small)
     workers = 2 if small else max(2, min(8, (os.cpu_count() or 2) - 2))
     found: list[float] = []
@@ -654,8 +653,8 @@ def part_loader(world: World, small: bool) -> None:
         world,
         f"| rows of {workers} workers | ms a step | rows a second |",
         "|---|--:|--:|",
-        f"| ours | {1e3 * mine:.2f} | {job.batch / mine:,.0f} |",
-        f"| by hand | {1e3 * theirs:.2f} | {job.batch / theirs:,.0f} |",
+        f"| Evenstep | {1e3 * mine:.2f} | {job.batch / mine:,.0f} |",
+        f"| hand-written | {1e3 * theirs:.2f} | {job.batch / theirs:,.0f} |",
     )
 
 
@@ -685,7 +684,7 @@ def loaded_by_hand(job: Job, world: World, workers: int) -> float:
 
 
 def part_save(world: World, small: bool) -> None:
-    """How long a save holds training up, and until when it is on disk."""
+    """How long a save blocks training, and how long until it is on disk."""
     rows = ours(
         "gpt2",
         world,
@@ -773,7 +772,7 @@ def part_resume(world: World, small: bool) -> None:
 
 
 def command(*words: str, cwd: str) -> int:
-    """The exit code of `python -m launch WORDS`; what it says comes out where it fails."""
+    """The exit code of `python -m launch WORDS`; its output is printed where it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "launch", *words],
         cwd=cwd,
@@ -813,7 +812,7 @@ PARTS: dict[str, tuple[Callable[[World, bool], None], int]] = {
     "graph": (part_graph, 60),
     "compiled": (part_compiled, 180),
 }
-"""What each part is, and after how many seconds it is ended."""
+"""The parts, and their time limits in seconds."""
 ON_TWO = ("resnet50", "gpt2")
 _LEAST_SECONDS = 20
 
@@ -828,7 +827,7 @@ def run_part(name: str, *, small: bool) -> None:
 
 
 def run_all(names: list[str], *, small: bool, minutes: float) -> int:
-    """Each part in a process of its own, one after the other; how many failed."""
+    """Run each part in a separate process, one after the other; return the number of failures."""
     began, failed, left_out = time.monotonic(), list[str](), list[str]()
     todo = [(name, 1) for name in names]
     if torch.accelerator.device_count() > 1 and not small:
@@ -842,7 +841,10 @@ def run_all(names: list[str], *, small: bool, minutes: float) -> int:
         words = [sys.executable, *(start if processes > 1 else []), "-m", "benchmarks.gpu"]
         words += ["--part", name, *(["--small"] if small else [])]
         on = " on two processes" if processes > 1 else ""
-        print(f"\n### {name}{on}: {PARTS[name][0].__doc__ or 'ours against by hand'}\n", flush=True)
+        print(
+            f"\n### {name}{on}: {PARTS[name][0].__doc__ or 'Evenstep and hand-written loops'}\n",
+            flush=True,
+        )
         at = time.monotonic()
         code = ended(words, seconds=min(left, PARTS[name][1]))
         if code:
@@ -850,13 +852,13 @@ def run_all(names: list[str], *, small: bool, minutes: float) -> int:
         print(f"\n({time.monotonic() - at:.0f} s)", flush=True)
     print(f"\nIn {time.monotonic() - began:.0f} s.", flush=True)
     if left_out:
-        print(f"Left out, for the time was over: {', '.join(left_out)}.")
+        print(f"Skipped because of the time limit: {', '.join(left_out)}.")
     print(f"FAILED: {', '.join(failed)}." if failed else "Every part ran.")
     return len(failed)
 
 
 def ended(words: list[str], *, seconds: float) -> int:
-    """The exit code of a command; 124 where it took too long and was killed with all it started."""
+    """The exit code of a command; 124 where it timed out and was killed with all its children."""
     process = subprocess.Popen(words, start_new_session=True)
     try:
         return process.wait(seconds)

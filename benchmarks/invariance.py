@@ -2,8 +2,8 @@
 
 python -m benchmarks.invariance [--steps 100] [--only dropout]
 
-Prints the table of docs/explanation/world-size.md: the largest difference of any step's loss, and
-of any weight after the last step, over all process counts.
+Prints the table of docs/explanation/world-size.md: the largest difference of the loss of any step
+and of any weight after the last step, over all process counts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def told(value: float) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--steps", type=int, default=100)
-    arguments.add_argument("--only", default="", help="features whose name holds this")
+    arguments.add_argument("--only", default="", help="features whose name contains this")
     given = arguments.parse_args()
     pools = {count: Processes(count) for count in (1, 2, 3, 4, 5)}
     print("| | losses, float64 | weights, float64 | losses, float32 | weights, float32 |")

@@ -1,11 +1,10 @@
-"""Prints what looking at a long run costs: a million logged rows, and 2,000 parameter groups.
+"""Cost of the commands that read a long run: a million logged rows, and 2,000 parameter groups.
 
     python -m benchmarks.large_runs [--rows 1000000] [--groups 2000] [--turns 3] [--only verify]
 
-Each line is the whole command as a person starts it, Python's own start included: the least wall
-and processor time of some turns, and the most memory that it held. The rows are those of a job that
-logs every step and tests every thousandth; a receipt has a line for each, as it has with
-`tracking.log_every_steps: 1`.
+Each line is a complete command, including the start of Python: the lowest wall and processor time
+of several turns, and the peak memory. The rows are those of a job that logs every step and tests
+every 1,000 steps; the receipt has a line for each, as with `tracking.log_every_steps: 1`.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def write_run(run: Path, rows: int) -> None:
-    """A run as a job of so many steps leaves it, with rows that need all their digits."""
+    """Write the directory of a run of `rows` steps, with values that need all their digits."""
     (run / "checkpoints").mkdir(parents=True)
     began = 1.76e9
     attempt = {"started": began, "ended": began + rows, "from_step": 0, "to_step": rows}
@@ -118,7 +117,7 @@ def show(name: str, words: tuple[str, ...], turns: int) -> None:
 
 
 def cost(words: tuple[str, ...]) -> tuple[float, float, float]:
-    """Wall and processor seconds of a command, and the most MiB that it held."""
+    """Wall and processor seconds of a command, and its peak memory in MiB."""
     began = time.perf_counter()
     command = str(Path(sys.executable).with_name("evenstep"))
     nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
@@ -126,7 +125,7 @@ def cost(words: tuple[str, ...]) -> tuple[float, float, float]:
     _, status, used = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 1):
-        raise SystemExit(f"evenstep {' '.join(words)} ended with {code}")
+        raise SystemExit(f"evenstep {' '.join(words)} exited with code {code}")
     seconds = time.perf_counter() - began
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 

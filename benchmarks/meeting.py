@@ -1,9 +1,9 @@
-"""How long many nodes take to meet at node 0: `python -m benchmarks.meeting --nodes 4096`.
+"""How long the rendezvous of many nodes takes: `python -m benchmarks.meeting --nodes 4096`.
 
-Node 0 is `launch.nodes.rendezvous.host` as it is, in one thread of a process of its own. All the
-others are connections of this process, over loopback, which prove that they know the secret as
-real nodes do. The time is from the first connection until the last node has been told where the
-store is.
+Node 0 is `launch.nodes.rendezvous.host` as it is, in one thread of a separate process. All
+other nodes are connections of this process, over loopback; they authenticate with the secret as
+real nodes do. The time is from the first connection until the last node has received the address
+of the store.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from launch.nodes.handshake import LINE_BYTES, JoinRequest, Lines, Seal, answere
 from launch.nodes.rendezvous import host
 
 AT_ONCE = 512
-"""Connections begun before the first of them has answered."""
+"""Connections that are opened before the first one is answered."""
 
 
 def node_0(nodes: int, port: int, secret: bytes, told: Connection) -> None:
-    """Meet them, and tell them of a store; send what it took of the processor, and the threads."""
+    """Run the rendezvous and send the address of a store; report processor time and threads."""
     own = JoinRequest(0, nodes, 8, "digest")
     place = {"port": port, "secret": secret, "address": "127.0.0.1"}
     company = host(own, **place, seconds=600, say=print)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def node_0(nodes: int, port: int, secret: bytes, told: Connection) -> None:
 
 
 def others(nodes: int, port: int, secret: bytes) -> None:
-    """Return when each of them has been told where the store is."""
+    """Return when every node has received the address of the store."""
     waiting = list(range(nodes - 1, 0, -1))
     heard: dict[int, tuple[Lines, Seal | None]] = {}
     met = unanswered = 0
@@ -53,7 +53,7 @@ def others(nodes: int, port: int, secret: bytes) -> None:
                 assert isinstance(connection, socket.socket)
                 lines, seal = heard[index]
                 piece = connection.recv(LINE_BYTES)
-                assert piece, f"node 0 has closed the door to node {index}"
+                assert piece, f"node 0 closed the connection to node {index}"
                 for line in lines.fed(piece):
                     if seal is None:
                         said, seal = answered(line, JoinRequest(index, nodes, 8, "digest"), secret)
@@ -90,7 +90,7 @@ def main() -> None:
     told.send(None)
     first.join()
     print(
-        f"{nodes} nodes met in {seconds:.2f} s; node 0 took {busy:.2f} s of one core, "
+        f"{nodes} nodes connected in {seconds:.2f} s; node 0 took {busy:.2f} s of one core, "
         f"in {threads} thread{'s' if threads > 1 else ''}."
     )
 

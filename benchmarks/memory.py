@@ -1,8 +1,8 @@
-"""Memory of the largest process of a run of the digits, and of a bare script that trains them.
+"""Memory of the largest process of a digits run, and of a plain PyTorch script for the same task.
 
 python -m benchmarks.memory
 
-Both take one step, alone and as two processes of torchrun; MiB that were resident at most.
+Both take one step, alone and as two processes under torchrun; peak resident memory in MiB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def mebibytes(*words: str) -> float:
-    """What the largest of the processes of a command held at most."""
+    """Peak resident memory of the largest process of a command."""
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1"}
     asked = [sys.executable, "-c", PEAK, *words]
     done = subprocess.run(asked, check=True, capture_output=True, text=True, env=environ)
@@ -30,7 +30,7 @@ def mebibytes(*words: str) -> float:
 
 
 def main() -> None:
-    print("| digits | ours, MiB | a bare script, MiB |")
+    print("| digits | Evenstep, MiB | a plain script, MiB |")
     print("|---|--:|--:|")
     two = [str(HERE / "torchrun"), "--standalone", "--nproc-per-node=2", "-m"]
     for name, ours, bare in (

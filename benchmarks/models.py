@@ -1,4 +1,4 @@
-"""Small jobs, by name, in plain torch: what `benchmarks.whole_run` trains in both ways."""
+"""Small jobs in plain PyTorch, by name: `benchmarks.whole_run` trains them in both ways."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ VOCABULARY, CONTEXT = 4096, 128
 
 @dataclass(frozen=True)
 class Job:
-    """A model, its rows, and how long each process trains on how many of them a step."""
+    """A model, its rows, the rows per step and process, and the number of steps."""
 
     model: Callable[[], nn.Module]
     rows: Callable[[int, int], Dataset[Any]]
-    """A number of rows, drawn from a seed."""
+    """Creates a number of rows from a seed."""
     batch: int
-    """Rows of a step and process."""
+    """Rows per step and process."""
     steps: int
     """About ten seconds of training on two cores."""
     train_rows: int
@@ -55,7 +55,7 @@ def cnn() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: [B, C, H, W] to [B, D, H/stride, W/stride].
+    """Two 3x3 convolutions with a residual connection: [B, C, H, W] to [B, D, H/stride, W/stride].
 
     Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, figure 2.
     """
@@ -126,7 +126,7 @@ def numbers(count: int, seed: int) -> TensorDataset:
 
 
 def images(channels: int, side: int) -> Callable[[int, int], TensorDataset]:
-    """Makes images [N, channels, side, side] and the class of each [N]."""
+    """Creates images [N, channels, side, side] and the class of each [N]."""
 
     def rows(count: int, seed: int) -> TensorDataset:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Milliseconds of one optimizer step, for each of torch's implementations of it.
+"""Milliseconds per optimizer step, for each of torch's implementations.
 
 OMP_NUM_THREADS=1 python -m benchmarks.optimizer_step
 """
@@ -23,7 +23,7 @@ ON = torch.accelerator.current_accelerator(check_available=True) or torch.device
 
 
 def milliseconds(model: nn.Module, name: str, options: dict[str, object], steps: int = 40) -> float:
-    """Median over `steps` steps, after five that do not count."""
+    """Median over `steps` steps, after five warm-up steps."""
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3, **options)

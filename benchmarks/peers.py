@@ -1,15 +1,15 @@
-"""What a training step and a test pass of each trainer of the field cost, against loops by hand.
+"""Cost of a training step and a test pass of other trainers, relative to hand-written loops.
 
     pip install accelerate lightning pytorch-ignite torchtnt torcheval torchmetrics transformers
     python -m benchmarks.peers [--pairs 12] [--only ignite]
     torchrun --nproc-per-node 2 -m benchmarks.peers
 
-The task is that of benchmarks/by_hand.py; every one of them gets the same DataLoader, the same
-fused optimizer and nothing to log, save or show.  Before each pass over the data of theirs comes
-one of the loop by hand, in the same process, so that a busy machine slows both: medians of the
-ratios of processor time.  The test pass is each one's own idiom for loss and accuracy; whether it
-counts every row once is looked at, not believed.  A trainer that is not installed is left out; of
-one that cannot be imported, the error stands in its line.
+The task is that of benchmarks/by_hand.py; every trainer gets the same DataLoader, the same
+fused optimizer and nothing to log, save or display.  Each epoch of a trainer follows one of the
+hand-written loop, in the same process, so that a busy machine slows both: medians of the ratios of
+processor time.  The test pass follows each trainer's documentation for loss and accuracy; whether
+it counts every row once is measured.  A trainer that is not installed is skipped; for one that
+cannot be imported, its line shows the error.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from launch.rank.process_group import process_group
 from service.distributed.world import World
 
 BATCH, TEST_BATCH = 32, 256
-WARM = 1  # passes before the one in which the calls are counted; after it they are timed
+WARM = 1  # epochs before the one whose calls are counted; later ones are timed
 
 
 class Turns:
-    """A DataLoader; before each pass over it comes one of the loop by hand, and both are timed."""
+    """A DataLoader; runs and times a hand-written epoch before each epoch over it."""
 
     def __init__(self, loader: Iterable[Any], hand: ByHand, *, passes: int) -> None:
         self.loader, self.hand = loader, hand
         self.by_hand: list[float] = []
         self.theirs: list[float] = []
-        """Processor seconds of a step, for each pass that is timed."""
+        """Processor seconds per step, for each timed epoch."""
         self.calls = 0.0
-        """Python calls of a step of theirs."""
+        """Python calls per step of the trainer."""
         self._batches = hand.batches()
         self._passes = iter([*["warm"] * WARM, "counted", *["timed"] * (passes - WARM - 1)])
 
@@ -65,7 +65,7 @@ class Turns:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # what a trainer asks of a DataLoader, as `sampler`
+        return getattr(self.loader, name)  # attributes that a trainer reads, such as `sampler`
 
     def __iter__(self) -> Iterator[Any]:
         kind, steps = next(self._passes), len(self) - 2
@@ -74,7 +74,7 @@ class Turns:
         if kind == "timed":
             self.by_hand.append((time.process_time() - began) / steps)
         profile = cProfile.Profile()
-        # Some fetch a batch ahead, and some never see the end: from the second to the last.
+        # Some prefetch a batch, and some never reach the end: from the second to the last.
         for number, batch in enumerate(self.loader):
             if number == 1:
                 began = time.process_time()
@@ -91,17 +91,17 @@ class Turns:
 
 
 class Peer(NamedTuple):
-    """A trainer of the field on the task."""
+    """Another trainer on the task."""
 
     package: str
     train: Callable[[ByHand, int], Turns]
-    """Train so many passes; returns what was timed."""
+    """Train a number of epochs; returns the timings."""
     test: Callable[[nn.Module, Fetched], Callable[[], float]]
-    """Given the model and the rows: a pass over the test set that returns the accuracy."""
+    """From the model and the rows: a function that runs a test pass and returns the accuracy."""
 
 
 def train_loader(*, sharded: bool = True) -> DataLoader[Any]:
-    """That of the loop by hand; `sharded` where the trainer leaves the sampler to its user."""
+    """The loader of the hand-written loop; `sharded` where the user supplies the sampler."""
     data = Fetched(rows(ROWS, seed=1))
     sampler: DistributedSampler[Any] | None = None
     if sharded and dist.is_initialized():
@@ -342,13 +342,13 @@ def test_with_torchtnt(model: nn.Module, data: Fetched) -> Callable[[], float]:
         unit = Unit()
         evaluate(unit, loader)
         found = sync_and_compute(unit.accuracy)
-        return math.nan if found is None else float(found)  # only the lead is told
+        return math.nan if found is None else float(found)  # only the lead receives it
 
     return tested
 
 
 class Mappings(Dataset[dict[str, Tensor]]):
-    """The rows as transformers' Trainer wants them."""
+    """The rows in the form that transformers' Trainer requires."""
 
     def __init__(self, data: Fetched) -> None:
         self._data = data
@@ -362,7 +362,7 @@ class Mappings(Dataset[dict[str, Tensor]]):
 
 
 class WithLoss(nn.Module):
-    """The model as transformers' Trainer wants it."""
+    """The model in the form that transformers' Trainer requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -437,7 +437,7 @@ PEERS = {
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -465,15 +465,15 @@ def row(name: str, peer: Peer, *, pairs: int) -> str:
 
 
 def ours(world: World, *, pairs: int) -> list[str]:
-    """The lines of the loops by hand and of ours, of the same passes."""
+    """The table rows of the hand-written loops and of Evenstep, from the same epochs."""
     times = step.trained(world, pairs=pairs)
     index = statistics.median(map(truediv, times.by_index, times.by_loader))
     steps = statistics.median(map(truediv, times.ours, times.by_loader))
     test = statistics.median(step.tested(world, pairs=pairs))
     calls = times.calls
     return [
-        f"| by hand, DataLoader | {calls['by loader']:.0f} | 1 | 1 | yes |",
-        f"| by hand, rows by index | {calls['by index']:.0f} | {index:.2f} | 1 | yes |",
+        f"| hand-written, DataLoader | {calls['by loader']:.0f} | 1 | 1 | yes |",
+        f"| hand-written, rows by index | {calls['by index']:.0f} | {index:.2f} | 1 | yes |",
         f"| **Evenstep** | {calls['ours']:.0f} | {steps:.2f} | {test:.2f} | yes |",
     ]
 
@@ -481,7 +481,7 @@ def ours(world: World, *, pairs: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--only", default="", help="trainers whose name holds this")
+    parser.add_argument("--only", default="", help="trainers whose name contains this")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What it costs to know the rows of a step: nanoseconds a row by data set, and by how far it is.
+"""Cost of computing the rows of a step: nanoseconds per row by data set size and by step number.
 
 python -m benchmarks.sampler_speed
 """
@@ -13,7 +13,7 @@ from service.plan.samplers import rounds_for, rows_of, sides_of
 
 
 def seconds(call: Callable[[], object], *, repeats: int = 15) -> float:
-    """The shortest of several times, which other work on the machine disturbs least."""
+    """The lowest of several times: the one least affected by other work on the machine."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -23,7 +23,7 @@ def seconds(call: Callable[[], object], *, repeats: int = 15) -> float:
 
 
 def of_step(step: int, *, rows: int, global_batch: int) -> float:
-    """Seconds for the rows of one step."""
+    """Seconds to compute the rows of one step."""
     return seconds(lambda: rows_of(step, rows=rows, global_batch=global_batch, seed=0))
 
 

@@ -1,9 +1,9 @@
-"""What the plan, the rows and the receipt cost a process when there are many, by simulation.
+"""Cost of the plan, the rows and the receipt per process at large process counts, simulated.
 
 python -m benchmarks.scale
 
-Every process of the job works out its own share of one step here, one after the other: what they
-take together is held against the whole step, and their digests against those of one process.
+Computes the share of one step of every process of the job, one after the other; compares their
+union with the rows of the step, and their digests with those of one process.
 10^12 rows, four micro-batches of 8 rows a process.
 """
 
@@ -24,7 +24,7 @@ ROWS, EACH, SIZE, STEP = 10**12, 4, 8, 1_000_000
 
 
 class Share(NamedTuple):
-    """What one process has of one step."""
+    """One process's share of one step."""
 
     rows: list[int]
     digest: int
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 
 def planned(processes: int, of: int) -> Plan:
-    """The plan of a job for at most `of` processes, at so many."""
+    """The plan of a job for at most `of` processes, at `processes`."""
     spec = load_spec(
         {
             "name": "scale",
@@ -58,7 +58,7 @@ def share(plan: Plan, process: int) -> Share:
 
 
 def main() -> None:
-    share(planned(1, of=1), 0)  # what is made once
+    share(planned(1, of=1), 0)  # warm up caches
     print("| processes | rows a step | plan, ms | a process's share of a step, us | same rows |")
     print("|--:|--:|--:|--:|---|")
     for processes in (1, 8, 64, 512, 4096):

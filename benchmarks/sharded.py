@@ -1,4 +1,4 @@
-"""What `exchange.mode: sharded` costs and saves: memory, time of a step, of a save, of a resume.
+"""Cost and benefit of `exchange.mode: sharded`: memory, and time of a step, a save and a resume.
 
 python -m benchmarks.sharded [memory | step | save]      (all of them)
 
@@ -7,9 +7,9 @@ on rows of 32 characters, over gloo:
 
 memory  how far the resident memory of the largest of 2 and 4 fresh processes rises, from before
         the model is made to the end of the run, against one process that holds all of it.
-step    against a loop written by hand on torch's `fully_shard`, in pairs of runs in turn.
-save    how long a save holds training up, against torch.save of the whole state by one process; and
-        a resume against torch's DCP, that loads the same state into the same sharded model.
+step    compared with a hand-written loop on torch's `fully_shard`, in alternating pairs of runs.
+save    how long a save blocks training, compared with torch.save of the whole state by one process;
+        and a resume against torch's DCP, that loads the same state into the same sharded model.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def job_of(mode: str, **sections: Any) -> dict[str, Any]:
 
 
 def risen_bytes(world: World, job: dict[str, Any], runs: Path) -> int:
-    """How far this process's resident memory rises while it trains."""
-    import torch.distributed.fsdp  # what torch itself takes is no part of the model
+    """The increase of this process's resident memory during training."""
+    import torch.distributed.fsdp  # exclude the memory of torch itself
 
     assert torch.distributed.fsdp
     before = psutil.Process().memory_info().rss
@@ -150,7 +150,7 @@ def seconds_of_a_run(pool: Processes) -> float:
 
 
 def step() -> None:
-    print("| processes | by hand, ms | Evenstep, ms | ratio of each pair |\n|--:|--:|--:|---|")
+    print("| processes | hand-written, ms | Evenstep, ms | ratio of each pair |\n|--:|--:|--:|---|")
     with Processes(2) as pool:
         pairs = [
             (max(pool.run(seconds_by_hand, timeout_seconds=280)), seconds_of_a_run(pool))
@@ -165,7 +165,7 @@ def step() -> None:
 
 
 def saved_and_read(world: World, place: Path) -> dict[str, float]:
-    """Seconds of this process: a save holds it up; a resume; DCP's save and load."""
+    """Seconds of this process: the stall of a save; a resume; DCP's save and load."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 

@@ -1,4 +1,4 @@
-"""What it brings that a save is written in shares, by the processes of a node together.
+"""Benefit of shared saves: the processes of a node write a checkpoint together.
 
     torchrun --nproc-per-node N -m benchmarks.shared_save [--millions 100] [--rounds 5]
                                                           [--part-mib 16]
@@ -7,8 +7,8 @@ A model of that many float32 parameters with Adam on each of N processes, 12 byt
 saved by the first of them in one stream and, in turn, in shares of at least four parts: one for
 each process, or two for one where training needs no core for the second.  `stall` is the time until
 training may go on, `durable` until the checkpoint is published, and `lost` what training lost by
-then: the stall, and what each piece of training work beside the writers took longer than such a
-piece before.  Of a piece the slowest process counts, as it does in a step.  Medians, with the
+then: the stall, and the slowdown of each unit of training work that runs at the same time as the
+writers.  The slowest process of a unit counts, as in a step.  Medians, with the
 largest behind.
 """
 
@@ -39,7 +39,7 @@ _QUIET = 5
 
 
 class Way:
-    """The saves of one way, and what was measured of them."""
+    """The saves of one way, and their measurements."""
 
     def __init__(self, part_bytes: int, asynchronous: bool, world: World, place: Path) -> None:
         self.asynchronous = asynchronous
@@ -57,7 +57,7 @@ class Way:
         self._lost: list[float] = []
 
     def save(self, state: TrainState) -> None:
-        """One save, with training work of all processes beside it until it is on disk."""
+        """One save, with concurrent training work of all processes until it is on disk."""
         if not self._stalls:
             self._made.reserve(expected_bytes(state.model, state.optimizer))
         quiet = statistics.median(self._step() for _ in range(_QUIET))
@@ -121,7 +121,7 @@ def main() -> None:
                 print(way.row(name), flush=True)
         world.barrier()
     dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that ends
+    os._exit(0)  # gloo's threads sometimes abort the interpreter at exit
 
 
 if __name__ == "__main__":

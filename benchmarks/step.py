@@ -1,13 +1,13 @@
-"""What a training step and a test pass cost, against the same loops written by hand.
+"""Cost of a training step and a test pass, relative to the same hand-written loops.
 
     python -m benchmarks.step [--pairs 12]
     torchrun --nproc-per-node 2 -m benchmarks.step [--pairs 12]
 
-Within each process an epoch of ours and one by hand take turns, so that a busy machine slows
-both: medians of the ratios of their processor times, with the lower and upper quartile.  Ours
-logs every 50 steps, writes receipts and asks whether to stop; a loop by hand only looks at its
-loss.  The second loop by hand, without a DataLoader, is held against the first likewise.
-Python calls are those of cProfile over 400 steps in this process, whatever the machine does.
+Within each process, epochs of Evenstep and of the hand-written loop alternate, so that a busy
+machine slows both: medians of the ratios of their processor times, with the quartiles.  Evenstep
+logs every 50 steps, writes receipts and polls for stop requests; a hand-written loop only reads its
+loss.  The second hand-written loop, without a DataLoader, is compared with the first in the same
+way.  Python calls are counted by cProfile over 400 steps; they do not depend on machine load.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Times:
 
 
 class Paired:
-    """Stands between the data and our train loop, which it stops for the others' turns."""
+    """Wraps the steps of Evenstep's loop, and pauses it for the turns of the other loops."""
 
     def __init__(self, times: Times, *, pairs: int) -> None:
         self.times, self.pairs = times, pairs
         self.per_epoch = 0
 
     def steps(self, steps: Iterable[Step], world: World) -> Iterator[Step]:
-        """The same steps; between two epochs of them those by hand are trained and timed."""
+        """Yields the same steps; between two epochs it trains and times the hand-written loops."""
         self.per_epoch = ROWS // (BATCH * world.processes)
         source = iter(steps)
         loader, index = ByHand(batch=BATCH, loader=True), ByHand(batch=BATCH, loader=False)
@@ -87,7 +87,7 @@ class Paired:
             self.times.ours.append(time.process_time() - began)
 
     def _counted(self, source: Iterator[Step], name: str) -> Iterator[Step]:
-        for _ in range(100):  # what is made once
+        for _ in range(100):  # warm up caches
             yield next(source)
         with self._counting(name):
             for _ in range(COUNTED):
@@ -106,7 +106,7 @@ class Paired:
 
 
 def show(stats: Any) -> None:
-    """Every function that is called at least once in twenty steps, most often first."""
+    """Print every function called at least once in twenty steps, the most frequent first."""
     rows = sorted(((v[1], v[2], k) for k, v in stats.stats.items()), reverse=True)
     for count, seconds, (file, line, function) in rows:
         if count >= COUNTED / 20:
@@ -131,7 +131,7 @@ def trained(world: World, *, pairs: int) -> Times:
 
 
 def planned(world: World, *, steps: int) -> tuple[Plan, Any]:
-    """The plan and the task of ours."""
+    """Evenstep's plan and task."""
     spec = load_spec(
         {
             "name": "step",
@@ -148,7 +148,7 @@ def planned(world: World, *, steps: int) -> tuple[Plan, Any]:
 
 
 def tested(world: World, *, pairs: int) -> list[float]:
-    """Ours against the exact pass by hand, as ratios of processor time."""
+    """Evenstep's test pass relative to the hand-written exact one, as ratios of processor time."""
     hand = ByHand(batch=256, loader=False)
     _, task = planned(world, steps=1)
     spec = planned(world, steps=1)[0].spec
@@ -167,7 +167,7 @@ def tested(world: World, *, pairs: int) -> list[float]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Processor time of five of them."""
+    """Processor seconds of five calls."""
     began = time.process_time()
     for _ in range(5):
         work()
@@ -198,11 +198,11 @@ def main() -> None:
             steps = ROWS // (BATCH * world.processes)
             microseconds = statistics.median(times.by_index) / steps * 1e6
             print(f"{world.processes} process(es), torch {torch.__version__}, one thread each")
-            print(f"a step by hand, rows by index     {microseconds:.0f} us of processor time")
-            print(f"a step by hand, with a DataLoader {ratio(times.by_loader, times.by_index)}")
-            print(f"a step of ours                    {ratio(times.ours, times.by_index)}")
-            print(f"  against the one with a DataLoader {ratio(times.ours, times.by_loader)}")
-            print(f"a test pass of ours               {quartiles(tests)}")
+            print(f"hand-written step, rows by index     {microseconds:.0f} us of processor time")
+            print(f"hand-written step, with a DataLoader {ratio(times.by_loader, times.by_index)}")
+            print(f"Evenstep's step                      {ratio(times.ours, times.by_index)}")
+            print(f"  relative to that with a DataLoader {ratio(times.ours, times.by_loader)}")
+            print(f"Evenstep's test pass                 {quartiles(tests)}")
             counted = ", ".join(f"{name} {calls:.0f}" for name, calls in times.calls.items())
             print(f"Python calls a step: {counted}")
 

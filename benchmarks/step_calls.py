@@ -23,13 +23,13 @@ from service.recipes import find_recipe
 from service.spec.files import load_spec
 from service.training.worker import run
 
-# No logging, testing, saving or polling between the two ends: the bare step.
+# No logging, testing, saving or polling between the two step counts: only the step.
 BARE = ["tracking.log_every_steps=1000000", "tracking.wandb=", "test={}", "checkpoint={}"]
 BARE += ["faults.stop_poll_steps=1000000"]
 
 
 def calls(steps: int, overrides: list[str]) -> int:
-    """Python calls of a whole run of `steps` steps."""
+    """Python calls of a complete run of `steps` steps."""
     words = [*BARE, f"length={{steps: {steps}}}", "schedule={}", *overrides]
     spec = load_spec(find_recipe("digits"), overrides=words)
     task = load_task(spec.task, spec.task_args)
@@ -43,5 +43,5 @@ def calls(steps: int, overrides: list[str]) -> int:
 
 if __name__ == "__main__":
     overrides = sys.argv[1:]
-    calls(3, overrides)  # what is imported or made once
+    calls(3, overrides)  # imports and caches
     print(f"{(calls(40, overrides) - calls(10, overrides)) / 30:.1f} Python calls a step")

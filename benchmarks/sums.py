@@ -1,8 +1,9 @@
-"""Sums over processes of one machine: gloo's ring, and recursive doubling.
+"""All-reduce over processes of one machine: gloo's ring, and recursive doubling.
 
 torchrun --nproc-per-node N -m benchmarks.sums
 
-Milliseconds of wall time, and of processor time of the first process: medians of rounds in turn.
+Milliseconds of wall time, and of processor time of the first process: medians of alternating
+rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ KIB, ROUNDS = 1 << 10, 5
 
 
 def cost(work: Callable[[], object], times: int) -> tuple[float, float]:
-    """(wall, processor) milliseconds of one of them."""
+    """(wall, processor) milliseconds of one call."""
     dist.barrier()
     wall, own = time.perf_counter(), time.process_time()
     for _ in range(times):
@@ -55,7 +56,7 @@ def main() -> None:
             cells = f"{a:.2f} | {b:.2f} | {own_a:.2f} | {own_b:.2f}"
             print(f"| {dist.get_world_size()} | {size} | {cells} |", flush=True)
     dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that ends
+    os._exit(0)  # gloo's threads sometimes abort the interpreter at exit
 
 
 if __name__ == "__main__":

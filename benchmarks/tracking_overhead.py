@@ -1,13 +1,12 @@
-"""Prints what logging one row costs the training thread, by the writers that take it.
+"""Cost of logging one row for the training thread, by tracking backend.
 
     python -m benchmarks.tracking_overhead [--between 10] [--turns 10]
 
-Between two rows the thread works for some milliseconds as a training loop does: many short calls
-that let the interpreter go. The longer it works, the less of what logging needs is left in the
-core's caches, and the more a row costs. What W&B's thread takes of it meanwhile shows as work that
-got slower. CPU is what the thread itself used; the rest of the wall time it waited for a core,
-which on a busy machine says more about the machine. How fast that is changes from minute to
-minute, so the cases take turns.
+Between two rows the thread works for some milliseconds like a training loop: many short calls that
+release the GIL. The longer it works, the fewer of the lines that logging needs remain in the core's
+caches, and the more a row costs. Time that W&B's thread takes meanwhile shows as slower work. CPU
+is the thread's own time; the rest of the wall time is waiting for a core, which depends on the load
+of the machine. The speed of the machine varies over time, so the cases take turns.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ VALUES = {
     "test/accuracy": 0.976,
     "test/top5": 0.998,
 }
-KERNEL = bytes(200_000)  # to hash it takes some 0.1 ms, without the interpreter
+KERNEL = bytes(200_000)  # hashing it takes about 0.1 ms, with the GIL released
 KERNELS_A_MS = 10
 Build = Callable[[Path], list[Writer]]
 
@@ -98,7 +97,7 @@ def main() -> None:
 
 
 class Taken(NamedTuple):
-    """Of every row: microseconds of processor and of wall time, and the milliseconds before it."""
+    """Per row: microseconds of processor and wall time, and milliseconds of work before it."""
 
     kernels: int
     thinking: list[float]
@@ -125,7 +124,7 @@ def measure(writers: list[Writer], rows: int, taken: Taken) -> None:
 
 
 def stragglers(rows: int, taken: Taken) -> None:
-    """What it costs to tell how this process is, to rate it among 8, and to read the clock."""
+    """Cost of publishing a status, of comparing it with 7 others, and of reading the clock."""
     heartbeat, world = Heartbeat(), alone()
     throughput = Throughput(heartbeat, flops_a_row=1e6, peak_flops=1e12)
     of_all = StragglerDetector(
@@ -157,7 +156,7 @@ def live(rows: int, terminal: TextIO) -> Writer:
 
 
 def wandb(run: Path) -> Writer:
-    """W&B, offline, with its start behind it."""
+    """W&B, offline and already started."""
     started = threading.Event()
     spec = WandBSpec(project="overhead", mode="offline")
     writer = WandB(
@@ -168,7 +167,7 @@ def wandb(run: Path) -> Writer:
 
 
 def second(name: str, opened: Callable[[], TrackerBackend], run: Path) -> Writer:
-    """One in a thread, with its start behind it."""
+    """A backend in a thread, already started."""
     started = threading.Event()
 
     def open_place() -> TrackerBackend:
@@ -188,11 +187,11 @@ def trackio(run: Path) -> TrackerBackend:
 
 
 def a_terminal() -> TextIO:
-    """A terminal that somebody reads."""
+    """A pseudo-terminal with a reader."""
     ours, theirs = os.openpty()
 
     def read() -> None:
-        with suppress(OSError):  # nobody has it open any more
+        with suppress(OSError):  # no process has it open any more
             while os.read(ours, 65536):
                 pass
 

@@ -1,4 +1,4 @@
-"""What it costs to say where one is, to agree on a stop, and to look after a process.
+"""Cost of reporting progress, of agreeing on a stop, and of supervising a process.
 
 torchrun --standalone --nproc-per-node 2 -m benchmarks.watch_cost
 """
@@ -33,8 +33,8 @@ def main() -> None:
         say = median_microseconds(lambda: heartbeat.enter("forward", 3, 2))
         if world.is_lead:
             print("| what | microseconds |\n|---|---|")
-            print(f"| one question to all of {world.processes} processes | {agree:.0f} |")
-            print(f"| one word of a process to its watch | {say:.1f} |")
+            print(f"| one agreement of {world.processes} processes | {agree:.0f} |")
+            print(f"| one heartbeat of a process | {say:.1f} |")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Wall time of whole commands: a run of ours against the script that a person writes for the job.
+"""Wall time of complete commands: Evenstep compared with a hand-written script for the same job.
 
 python -m benchmarks.whole_run [--models mlp lm] [--processes 1 2] [--pairs 3] [--busy]
 python -m benchmarks.whole_run --models photos lines --workers 0 2 [--pairs 3]
 
 Both do the same work (`benchmarks/models.py`): the same model, rows of a step, optimizer and steps,
-a line every ten steps, one test and one checkpoint at the end; ours by `evenstep run`, the script
-(`benchmarks/plain.py`) by python or torchrun.  Both have the environment that they were started in,
-and nobody says on how many threads they compute.  They take turns: medians of the seconds, and the
-median of the ratios of each pair with the smallest and the largest.  `--busy` has two jobs beside
-them that keep a core busy each; `--ours NAME=VALUE` sets variables for ours alone.  Peaks are the
-largest process's.
+a line every ten steps, one test and one checkpoint at the end; Evenstep by `evenstep run`, the
+script (`benchmarks/plain.py`) by python or torchrun.  Both have the environment that they were
+started in, and nobody says on how many threads they compute.  They take turns: medians of the
+seconds, and the median of the ratios of each pair with the smallest and the largest.  `--busy` adds
+two processes that keep a core busy each; `--ours NAME=VALUE` sets variables for Evenstep only.
+Peaks are the largest process's.
 
-The second line is of rows that cost something to read (`benchmarks/real_data.py`): with each number
-of loader workers the rows per second of both, the part of a step of ours that waits for data, and
-what both hold of /dev/shm at most.
+The second command is for rows that are expensive to read (`benchmarks/real_data.py`): for each
+number of loader workers the rows per second of both, the fraction of Evenstep's step that waits for
+data, and the peak use of /dev/shm of both.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ BUSY = "while True: pass"
 
 
 class Whole(NamedTuple):
-    """What one whole command took."""
+    """Measurements of one command."""
 
     seconds: float
     rows_per_second: float
-    """While it trained, as it said itself."""
+    """While it trained, as the command printed it."""
     peak_mib: float
     shared_mib: float = 0.0
-    """What /dev/shm held at most, beyond what it held before."""
+    """Peak use of /dev/shm, above its initial use."""
     data_wait: float = 0.0
-    """Which part of its training time it waited for data, as it said itself."""
+    """Fraction of its training time spent waiting for data, as the command printed it."""
 
 
 def whole(
     words: Sequence[str], environ: Mapping[str, str], directory: Path
 ) -> tuple[float, float, float]:
-    """The seconds of a command, and MiB: its largest process, and /dev/shm, both at most."""
+    """The seconds of a command, and peak MiB of its largest process and of /dev/shm."""
     with (directory / "told.txt").open("wb") as told, SharedMemory() as shared:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -73,7 +73,7 @@ def whole(
         )
         try:
             _, status, used = os.wait4(process.pid, 0)
-        except BaseException:  # interrupted, or out of time: nothing is left behind
+        except BaseException:  # interrupted or timed out: leave no process behind
             process.terminate()
             process.wait()
             raise
@@ -85,7 +85,7 @@ def whole(
 
 
 class SharedMemory:
-    """Looks a hundred times a second how much of /dev/shm is taken, while it is entered."""
+    """Samples the use of /dev/shm a hundred times per second while it is entered."""
 
     def __init__(self) -> None:
         self._before = self._most = self._taken()
@@ -162,7 +162,9 @@ def main() -> None:
     arguments.add_argument("--models", nargs="+", choices=[*JOBS, *OF_FILES], default=list(JOBS))
     arguments.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     arguments.add_argument("--pairs", type=int, default=3)
-    arguments.add_argument("--workers", nargs="+", type=int, help="a table of rows that are read")
+    arguments.add_argument(
+        "--workers", nargs="+", type=int, help="measure jobs whose rows are read from files"
+    )
     arguments.add_argument("--busy", action="store_true")
     arguments.add_argument("--ours", nargs="*", metavar="NAME=VALUE", default=[])
     asked = arguments.parse_args()
@@ -171,8 +173,8 @@ def main() -> None:
         of_files(asked.models, asked.workers, asked.pairs, variables)
         return
     print(
-        "| job | processes | ours, s | the script, s | **ratio** | rows/s: ours, the script "
-        "| MiB: ours, the script |\n|---|--:|--:|--:|---|--:|--:|"
+        "| job | processes | Evenstep, s | script, s | **ratio** | rows/s: Evenstep, script "
+        "| MiB: Evenstep, script |\n|---|--:|--:|--:|---|--:|--:|"
     )
     for name in asked.models:
         for processes in asked.processes:
@@ -187,13 +189,13 @@ def main() -> None:
 def of_files(
     names: Sequence[str], workers: Sequence[int], pairs: int, variables: Mapping[str, str]
 ) -> None:
-    """The table of rows that cost something to read."""
+    """The table of jobs whose rows are expensive to read."""
     print(
-        "| rows | workers | rows/s: ours, the script | **ratio** | ours waits for data "
-        "| MiB of /dev/shm: ours, the script |\n|---|--:|--:|---|--:|--:|"
+        "| rows | workers | rows/s: Evenstep, script | **ratio** | Evenstep waits for data "
+        "| MiB of /dev/shm: Evenstep, script |\n|---|--:|--:|---|--:|--:|"
     )
     for name in names:
-        (JOBS | OF_FILES)[name].rows(1, 1)  # what is imported or made once
+        (JOBS | OF_FILES)[name].rows(1, 1)  # imports and caches
         for count in workers:
             runs = [(ours(name, 1, variables, count), plain(name, 1, count)) for _ in range(pairs)]
             ratios = sorted(own.rows_per_second / script.rows_per_second for own, script in runs)

@@ -115,7 +115,7 @@ def test_a_spec_that_holds_a_secret_is_refused_before_anything_is_written(
     monkeypatch.setenv("STORE_KEY", "hush-and-hush-and-hush")
     spec = load_spec(SPEC | {"task_args": {"rows": [{"from": secret}]}})
     for begin in (check_run, open_run):
-        with pytest.raises(SpecError, match=r"^task_args.rows\[0\].from holds a secret") as told:
+        with pytest.raises(SpecError, match=r"^task_args.rows\[0\].from contains a secret") as told:
             begin(tmp_path, spec, fresh=False)
         assert "hush" not in str(told.value)
     assert not list(tmp_path.iterdir())

@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a password where everybody reads it": (
         {"env": {"STORE": "https://me:word@example.com/data"}},
-        "kubernetes.env.STORE holds a secret",
+        "kubernetes.env.STORE contains a secret",
     ),
     "a mount over the image": (
         {"mounts": [{"path": "/data/../usr", "claim": "data"}]},

@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "the value of a secret": (
         "spec: {containers: [{name: a, env: [{name: HF_TOKEN, value: a1b2c3d4e5f6a7b8}]}]}",
-        ".spec.containers[0].env[0].value holds a secret",
+        ".spec.containers[0].env[0].value contains a secret",
     ),
     "a mount of no volume": (
         "spec: {containers: [{name: trainer, volumeMounts: [{name: q, mountPath: /q}]}]}",

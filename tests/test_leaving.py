@@ -86,7 +86,7 @@ def test_a_row_that_a_worker_cannot_read_ends_the_run(tmp_path, words):
     done = evenstep("run", "job.yaml", *words, cwd=tmp_path)
     assert done.returncode == 42, done.stderr
     assert done.stderr.count("cannot read image 12") == 1
-    assert "Starting again" not in done.stderr, "it will fail again"
+    assert "Restarting on" not in done.stderr, "it will fail again"
 
 
 def test_a_row_that_a_worker_cannot_read_ends_torchruns_processes(tmp_path):

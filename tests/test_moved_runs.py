@@ -70,7 +70,7 @@ def test_a_run_is_tested_resumed_and_exported_wherever_it_is(tmp_path):
     told = ends("export", "alone", "-o", "directory", *new, cwd=tmp_path, code=64)
     assert "a directory is for a transformers model" in told
     told = ends("export", "alone", "-o", "file.safetensors", *new, cwd=tmp_path, code=64)
-    assert "need no task" in told
+    assert "needs no task" in told
     ends("export", "alone", "-o", "file.safetensors", cwd=tmp_path)
     told = ends("test", "alone", "optimizer.lrr=1", cwd=tmp_path, code=64)
     assert told == "error: optimizer.lrr=1: optimizer.lrr: unknown key; did you mean 'lr'?\n"

@@ -97,7 +97,7 @@ def test_values_that_cannot_be_the_same_ones_are_refused_with_both_shapes(name, 
     shape = given
     if name in ("accuracy", "error"):  # which compare what is the largest along a dimension
         given = [given[0], 5, *given[1:]]
-    told = f"has the shape {shape}, and the targets {targets}"
+    told = f"have the shape {shape}, and the targets {targets}"
     with pytest.raises(SpecError, match=re.escape(told)):
         (LOSSES | MEASURES)[name](torch.zeros(given), torch.zeros(targets))
 

@@ -489,7 +489,7 @@ def test_units_are_the_repeated_blocks_unless_patterns_say_otherwise():
 def test_a_parameter_that_cannot_be_sharded_is_refused_by_name():
     net = Net("layer")
     net.blocks[2].outer = net.blocks[0].outer
-    assert "blocks.2.outer.weight together with its unit blocks.2" in units_and_words(net)[1]
+    assert "blocks.2.outer.weight with its unit blocks.2" in units_and_words(net)[1]
     net = Net("layer")
     net.blocks[1].factor = nn.Parameter(torch.tensor(1.0))
     assert "blocks.1.factor has no dimension. Give it the shape [1]." in units_and_words(net)[1]
