@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import Stopped
@@ -114,3 +115,19 @@ def train_in_process(
         return run(plan, task, world, runs=runs, stop=StopRequest())
     except Stopped:
         return None
+
+
+def weights(runs: Path, step: int, file: str = "model") -> dict[str, Tensor]:
+    """The weights of the run `job` after a step, by name."""
+    return load_file(runs / f"job/checkpoints/step-{step:08d}/{file}.safetensors")
+
+
+def difference(one: Path, other: Path, step: int) -> float:
+    """How far the weights of two runs `job` are apart after a step."""
+    return furthest(weights(one, step), weights(other, step))
+
+
+def furthest(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of weights, which have the same names."""
+    assert some.keys() == others.keys()
+    return max((some[name] - others[name]).abs().max().item() for name in some)

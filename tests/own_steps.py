@@ -149,6 +149,33 @@ def two_tests_by_step() -> Task:
     return custom(step=each_step, model=classifier, train=classified()[0], test=tests)
 
 
+def by_kind(all_of_none: bool = False) -> Task:
+    """Two tasks in one: half of the rows count for the one loss, half for the other."""
+
+    def step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:
+        inputs, labels = batch.inputs, batch.targets
+        losses = F.cross_entropy(model(inputs), labels, reduction="none")
+        first = inputs[:, 0] > 0
+        if all_of_none and not context.training:
+            first = torch.full_like(first, False)
+            losses = losses[:0]
+            return {"first": Loss(losses.sum(), 0), "second": Loss(losses.sum(), 0)}
+        context.log("margin", losses[first].sum(), first.sum())
+        second = ~first
+        return {
+            "first": Loss((losses * first).sum(), first.sum()),
+            "second": Loss((losses * second).sum(), second.sum()),
+        }
+
+    train, test = classified()
+    kinds = test.tensors[0][:, 0] > 0
+    sets = {
+        "first": TensorDataset(*(tensor[kinds] for tensor in test.tensors)),
+        "second": TensorDataset(*(tensor[~kinds] for tensor in test.tensors)),
+    }
+    return custom(step=step, model=classifier, train=train, test=sets)
+
+
 # ---- losses with weights of their own, which only the forward pass shows
 
 

@@ -42,7 +42,7 @@ def test_the_defaults_shown_are_those_of_torchs_class(name):
 
 def test_every_section_that_the_page_shows_is_a_spec():
     shown = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert len(shown) == 5
+    assert len(shown) == 6
     for sections in shown:
         spec = {
             "name": "shown",

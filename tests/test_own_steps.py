@@ -14,7 +14,7 @@ from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from service.basics.errors import SpecError
+from service.basics.errors import DataBroken, SpecError
 from service.data.batches import Batch
 from service.data.losses import Loss, StepContext, read_losses
 from service.distributed.world import alone
@@ -93,6 +93,24 @@ def test_nor_with_a_static_graph(processes, tmp_path, hard_runs):
     for stop in (5, None):
         processes(2).run(train_in_process, spec, tmp_path, stop)
     assert difference(hard_runs[1], tmp_path) < 1e-12
+
+
+def test_a_loss_for_which_no_row_of_a_test_set_counts_has_no_value(processes, tmp_path):
+    for count in (1, 3):
+        processes(count).run(train_in_process, job("by_kind"), tmp_path / str(count))
+    assert_same_rows(tmp_path / "1", tmp_path / "3")
+    last = rows_of(tmp_path / "1")[-1]
+    measured = {name for name in last if name.startswith("test/")}
+    assert measured == {
+        "test/first/first", "test/first/margin", "test/first/loss",
+        "test/second/second", "test/second/loss",
+    }  # fmt: skip
+    assert last["test/second/loss"] == last["test/second/second"]
+
+
+def test_a_test_set_that_counts_for_no_loss_is_an_error(tmp_path):
+    with pytest.raises(DataBroken, match="Nothing in the test set counts for any loss"):
+        train_in_process(alone(), job("by_kind", task_args={"all_of_none": True}), tmp_path)
 
 
 def test_the_loss_of_a_test_is_its_parts_by_their_scales(hard_runs):

@@ -5,7 +5,8 @@ From top to bottom; a room imports only from rooms below it:
 * entry: the main function of every process of a job, and the report of its end.
 * process_group: joins this process to the others on its device, and provides the `World`.
 * joining: how the processes of a job connect through a store that others may have modified.
-* store: the store through which processes find each other, bound to one address of the machine.
+* store: the store through which processes find each other: in memory, or at one address of the
+  machine.
 * job: the description of a run or test that a launcher passes to its processes. No torch.
 * exit: ends a process with its exit code and in time, even if its libraries block the exit.
 """

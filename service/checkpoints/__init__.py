@@ -9,4 +9,5 @@ From top to bottom; a room imports only from rooms below it:
   adapters.
 * initial_weights: the initial weights of a run, if the spec's `init` names a source.
 * snapshots: A training state as named tensors and plain values, and its restoration.
+* packing: the state of an optimizer as named tensors and JSON values, and its restoration.
 """

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
+from service.checkpoints.packing import DTYPES, is_wrapped, kept, pack, rewrapped, unpacked
 from service.optimization.optimizers import require_one_state, step_of
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
@@ -28,25 +29,6 @@ from service.sharding.sharding import (
     rows_like,
     sharded_like,
 )
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -368,7 +350,7 @@ def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any
     names = {id(p): name for name, p in state.model.named_parameters()}
     by_name = {
         names[id(parameter)]: {
-            key: _pack(value, f"{key}:{names[id(parameter)]}", tensors)
+            key: pack(value, f"{key}:{names[id(parameter)]}", tensors)
             for key, value in values.items()
         }
         for parameter, values in state.optimizer.state.items()
@@ -377,7 +359,7 @@ def optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any
         {
             "names": [names[id(parameter)] for parameter in group["params"]],
             "values": {
-                key: _pack(value, f"{key}:group {number}", tensors)
+                key: pack(value, f"{key}:group {number}", tensors)
                 for key, value in group.items()
                 if key not in _NOT_OF_THE_RUN
             },
@@ -403,10 +385,10 @@ def _load_optimizer(
     if strange:
         raise SpecError(f"The checkpoint {directory} has optimizer state for {strange[:5]}.")
     groups = [
-        (list(map(renamed, group["names"])), _kept(_unpacked(group["values"], tensors)))
+        (list(map(renamed, group["names"])), kept(unpacked(group["values"], tensors)))
         for group in described["groups"]
     ]
-    values = {name: _unpacked(entries, tensors) for name, entries in saved.items()}
+    values = {name: unpacked(entries, tensors) for name, entries in saved.items()}
     _require_like_parameters(values, parameters, optimizer, directory)
     if isinstance(optimizer, torch.optim.LBFGS):
         values = _in_order(values, groups[0][0], optimizer, parameters)
@@ -569,6 +551,8 @@ def _as_saved(
     Args:
         windows: receives large tensors that are still to be copied, with their sources.
     """
+    if is_wrapped(saved):
+        return rewrapped(saved, lambda part: part.to(loaded.device, copy=True))
     if isinstance(saved, Tensor) and saved.shape == parameter.shape:
         fresh = empty_like_rows(parameter, dtype=saved.dtype, device=loaded.device)
         windows.append((own_rows(fresh), rows_like(fresh, saved)))
@@ -600,49 +584,3 @@ def _copy(target: Tensor, source: Tensor) -> None:
     # With numpy, which starts no additional threads: there are as many as cores.
     into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
     np.copyto(into, of)
-
-
-def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `value`; its tensors are added to `tensors` under `key`."""
-    if isinstance(value, Tensor):
-        if value.dtype not in DTYPES:
-            raise SpecError(f"optimizer.name: its state {key!r} is {value.dtype}; cannot save it.")
-        tensors[key] = value.detach()
-        return {"tensor": key}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(v, f"{n}.{key}", tensors) for n, v in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise SpecError(
-        f"optimizer.name: its state {key!r} is a {type(value).__name__}; cannot save it."
-    )
-
-
-def _kept(value: Any) -> Any:
-    """`value`, with copies of its tensors.
-
-    Tensors that were read are memory-mapped: using them directly would read the state from the
-    disk during training, perhaps after the checkpoint has been removed.
-    """
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _kept(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_kept(part) for part in value])
-    return value
-
-
-def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    if "tensor" in packed:
-        return tensors[packed["tensor"]]
-    if "list" in packed:
-        return [_unpack(part, tensors) for part in packed["list"]]
-    if "tuple" in packed:
-        return tuple(_unpack(part, tensors) for part in packed["tuple"])
-    return packed["value"]
-
-
-def _unpacked(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {key: _unpack(value, tensors) for key, value in values.items()}

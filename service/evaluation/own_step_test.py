@@ -19,7 +19,7 @@ from service.evaluation.predictions import Predictions
 from service.optimization.precision import widened
 from service.plan.plan import Plan
 
-_ROWS = "(rows)"
+_ROWS, _WEIGHT = "(rows)", "(weight of the losses)"
 
 
 class CountedSteps:
@@ -53,7 +53,9 @@ class CountedSteps:
         context = StepContext(self._step, self._epoch, False, batch.key, average=average)
         taken = SteppedModel(model, self._task, self._world).take(Pass(batch, context))
         rows: Entry = (float(len(batch.rows)), 0.0, 0.0)
-        self._ledger.add(entries_of_test(self._task, taken) | {_ROWS: rows})
+        weight: Entry = (sum(part.weight for part in (taken.parts or {}).values()), 0.0, 0.0)
+        told = {_ROWS: rows, _WEIGHT: weight}
+        self._ledger.add(entries_of_test(self._task, taken) | told)
         if taken.outputs is not None:
             self._gathered.add(widened(taken.outputs), batch.targets)
         if self._predictions is not None:
@@ -63,19 +65,22 @@ class CountedSteps:
     def means(self) -> dict[str, float]:
         """The means over all processes; every process calls it.
 
+        What nothing in the test set counts for has no value, as in training.
+
         Raises:
-            DataBroken: the counted rows are not those of the test set, or the weight is 0.
+            DataBroken: the rows counted are not those of the test set, or no loss has weight.
         """
         totals = self._ledger.totals(self._world)
+        weight = totals.pop(_WEIGHT).sum if _WEIGHT in totals else 0
         counted = totals.pop(_ROWS).sum if _ROWS in totals else 0
         if counted != self._rows:
             raise DataBroken(
                 f"The test loop counted {counted:.0f} rows, but the test set has {self._rows}. "
                 "A data set must give one row for each of its indices."
             )
-        empty = [name for name, total in totals.items() if total.weight == 0]
-        if empty:
-            raise DataBroken(f"No row of the test set has a weight for {empty[0]}: its sum is 0.")
+        if not weight:
+            raise DataBroken("Nothing in the test set counts for any loss: their weights are 0.")
+        totals = {name: total for name, total in totals.items() if total.weight}
         means = {f"test/{name}": total.sum / total.weight for name, total in totals.items()}
         means["test/loss"] = sum(total.scaled / total.weight for total in totals.values())
         return means | self._gathered.values()

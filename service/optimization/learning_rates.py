@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from service.basics.errors import SpecError, did_you_mean, with_place
@@ -54,7 +55,7 @@ class Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, rate: Multiplier) -> None:
         self._optimizer = optimizer
-        self._base = [group["lr"] for group in optimizer.param_groups]
+        self._base = [float(group["lr"]) for group in optimizer.param_groups]
         self._rate = rate
         self._factor = 1.0
         self._used = self._factor
@@ -73,7 +74,11 @@ class Schedule:
 
     def _apply(self) -> None:
         for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * self._factor
+            rate = base * self._factor
+            if isinstance(group["lr"], Tensor):  # which a compiled step keeps hold of
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def factor(self, step: int) -> float:
         """The multiplier of the base rates in the update after `step` finished steps."""
@@ -174,7 +179,7 @@ class TorchSchedule(Schedule):
         super().__init__(optimizer, lambda step: min((step + 1) / max(warmup, 1), 1.0))
 
     def set(self, step: int) -> None:
-        self._before = [group["lr"] for group in self._optimizer.param_groups]
+        self._before = [float(group["lr"]) for group in self._optimizer.param_groups]
         if step <= self._warmup:
             super().set(step)
             return

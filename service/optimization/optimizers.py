@@ -617,6 +617,11 @@ def modal(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [m for m in members if all(callable(getattr(m, way, None)) for way in ways)]
 
 
+def may_draw(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step may draw random numbers: those of torch.optim draw none."""
+    return any(not type(m).__module__.startswith("torch.") for m in _members(optimizer))
+
+
 def _members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers in it that are not a combination of others."""
     if not isinstance(optimizer, Together):

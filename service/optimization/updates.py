@@ -7,6 +7,7 @@ on equal gradients and is equal on all processes, without further communication.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from service.basics import randomness
 from service.basics.errors import Diverged, SpecError
 from service.distributed.batchnorm import Normalization
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
 from service.optimization.buffers import Buffers
-from service.optimization.optimizers import needs_closure
+from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
@@ -95,6 +97,7 @@ class Updates:
         self._clips = plan.spec.max_grad_norm is not None or plan.spec.max_grad_value is not None
         self.asks_again = needs_closure(type(state.optimizer))
         """Whether one step of the optimizer computes the gradients several times."""
+        self._draws = may_draw(state.optimizer)
         by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         self._by_kernel = by_kernel and not self._is_sharded
         self._has_stepped = bool(state.optimizer.state)
@@ -139,7 +142,7 @@ class Updates:
             self._buffers.finish_step(broken)
         if self._clips:
             self._clip(norm)
-        self._step(broken, closure)
+        self._step(broken, self._seeded(closure, turn) if self._draws else closure)
         if state.scaler is not None:
             state.scaler.update()
         if self._after_update is not None:
@@ -176,6 +179,31 @@ class Updates:
         if spec.max_grad_norm is not None:
             norm = self._norm() if norm is None else norm
             nn.utils.clip_grads_with_norm_(self._parameters, spec.max_grad_norm, norm)
+
+    def _seeded(
+        self, closure: Callable[[], Any] | None, turn: str | None
+    ) -> Callable[[], Any] | None:
+        """Seed what the optimizer draws, at the start of its step and after each of its passes.
+
+        The forward passes leave another state of the generators on each process.
+        """
+        optimizer, seed, step = self._state.optimizer, self._plan.spec.seed, self._state.step
+        place = list(optimizer.by_name).index(str(turn)) if isinstance(optimizer, Turns) else 0
+        passes = itertools.count()
+
+        def reseed() -> None:
+            self._world.seed(randomness.key(randomness.OPTIMIZER, seed, step, place, next(passes)))
+
+        reseed()
+        if closure is None:
+            return None
+
+        def seeded() -> Any:
+            loss = closure()
+            reseed()
+            return loss
+
+        return seeded
 
     def _step(self, broken: Tensor | None, closure: Callable[[], Any] | None) -> None:
         """Take the step, unless `broken` is 1."""

@@ -17,6 +17,7 @@ from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mi
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.initial_weights import initial_weights
+from service.checkpoints.snapshots import optimizer_state
 from service.data.batches import Batch
 from service.data.loading import require_short_paths, train_steps, way_of_rows
 from service.data.streams import Stream, is_stream
@@ -171,6 +172,7 @@ def _stepped(
         took = f"({seconds:.2f} s for one micro-batch)"
         yield "step", f"{whose}loss {loss:.4g} on {part.dry_run.world.device.type} {took}"
     state.step += 1
+    state.schedule.set(state.step)
     if isinstance(state.optimizer, Turns):
         state.optimizer.end()
     for line in buffers_in_words(model, found.moving, spec.model.buffers):
@@ -331,12 +333,20 @@ def _require_equal(state: TrainState, read: TrainState) -> None:
             f"task.model: {', '.join(changed[:8])} was not restored unchanged from a checkpoint. "
             "All trained values of a model must be parameters or buffers in its state_dict()."
         )
-    if _bytes(_optimizer_tensors(state)) != _bytes(_optimizer_tensors(read)):
+    held, read_back = optimizer_state(state)[0], optimizer_state(read)[0]
+    same = held.keys() == read_back.keys() and all(
+        torch.equal(_bits(value), _bits(read_back[name])) for name, value in held.items()
+    )
+    if not same:
         raise EvenstepError("The optimizer's state was not restored unchanged from a checkpoint.")
 
 
-def _optimizer_tensors(state: TrainState) -> list[Any]:
-    return [list(values.values()) for values in state.optimizer.state.values()]
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _optimizer_tensors(state: TrainState) -> list[Tensor]:
+    return list(optimizer_state(state)[0].values())
 
 
 def _memory(state: TrainState, activations: int, world: World) -> str:
