@@ -49,7 +49,8 @@ def _unweighed(losses: Tensor, batch: Batch) -> str:
     return (
         f"task.weight: the loss has {losses[0].numel()} values for each row "
         f"({shape}), and their weights are not known. Give a weight, "
-        "such as `weight=lambda targets: targets.ne(-100).float()`, or one value for each row."
+        "such as `weight=lambda targets: targets.ne(-100).float()` with the target that the loss "
+        "ignores (ignore_index; -100 by default), or one value for each row."
     )
 
 
