@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +16,7 @@ from launch.commands.engines import ENGINES, accepted_by, commands_of, complain,
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.overrides import overridden
+from launch.commands.places import Directory, Place
 from launch.commands.runs import list_runs, report
 from launch.commands.sweep import sweep
 from launch.environment import (
@@ -39,6 +41,7 @@ from service.runs.directory import RunDirectory, check_run, find_run
 from service.runs.failure_reports import redacted
 from service.spec.files import Override, spec_schema
 from service.spec.models import Spec
+from service.storage.address import Address
 
 if TYPE_CHECKING:
     from service.plan.plan import Window
@@ -71,7 +74,14 @@ evenstep.add_command(export)
 @_SPEC
 @overridden
 @_PROCESSES
-@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option(
+    "--runs",
+    type=Place(),
+    metavar="DIRECTORY|ADDRESS",
+    default="runs",
+    show_default=True,
+    help="Where runs are kept: a directory, or an address such as s3://bucket/prefix.",
+)
 @click.option("--name", help="Name of the run; the spec's own by default.")
 @click.option("--fresh", is_flag=True, help="Move an earlier run of this name aside; start over.")
 @click.option(
@@ -98,7 +108,7 @@ def run(
     spec: str,
     overrides: tuple[Override, ...],
     processes: str | None,
-    runs: Path,
+    runs: Path | Address,
     name: str | None,
     fresh: bool,
     max_restarts: int,
@@ -116,32 +126,67 @@ def run(
     window = _window(profile)
     loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
-    runs = runs.absolute()
-    if node is None or node.index == 0:
-        _tell_allowance(RunDirectory(runs / loaded.name))
     accepted = _accepted(overrides, fresh=fresh, **accepting)
-    if place is None or place.rank == 0:
-        check_run(runs, loaded, fresh=fresh, accepted=accepted)
     given = torchrun_grace() if place is not None else slurm_grace(loaded)
-    job = Job(
-        loaded, runs, fresh=fresh, stop_at=stop_at, profile=window, grace=given, accepted=accepted
-    )
+
+    def job_in(directory: Path) -> Job:
+        if node is None or node.index == 0:
+            _tell_allowance(RunDirectory(directory / loaded.name))
+        if place is None or place.rank == 0:
+            check_run(directory, loaded, fresh=fresh, accepted=accepted)
+        return Job(
+            loaded,
+            directory,
+            fresh=fresh,
+            stop_at=stop_at,
+            profile=window,
+            grace=given,
+            accepted=accepted,
+        )
+
+    starting: dict[str, Any] = {
+        "processes": asked,
+        "max_restarts": max_restarts,
+        "elastic": elastic,
+    }
+    if isinstance(runs, Address):
+        _start_in_store(job_in, runs, loaded, place, node, fresh=fresh, **starting)
+    job = job_in(runs.absolute())
     if node is not None and node.nodes > 1:
         from launch.nodes.node import run_node
 
         leave(note_exit_code(run_node(job, node, processes=asked)))
-    _start(
-        job,
-        place,
-        processes=asked,
-        max_restarts=max_restarts,
-        elastic=elastic,
-        echoed_logs=RunDirectory(runs / loaded.name).logs if node else None,
+    _start(job, place, **starting, echoed_logs=job.directory().logs if node else None)
+
+
+def _start_in_store(
+    job_in: Callable[[Path], Job],
+    address: Address,
+    spec: Spec,
+    place: Environment | None,
+    node: Node | None,
+    *,
+    fresh: bool,
+    **starting: Any,
+) -> NoReturn:
+    """Bring the run of an address here, train it in processes, upload it; exit with their code."""
+    from launch.processes.in_store import kept_in_store, require_one_launcher, uploaded
+    from service.health.stop_budget import budget_seconds
+
+    require_one_launcher(address, place, node)
+    with kept_in_store(address, spec, fresh=fresh) as uploading:
+        job = job_in(uploading.runs)
+    code = uploaded(
+        address / spec.name,
+        uploading,
+        lambda: _in_processes(job, echoed_logs=job.directory().logs if node else None, **starting),
+        budget_seconds=lambda: budget_seconds(spec, job.directory()),
     )
+    leave(code)
 
 
 @evenstep.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=Directory())
 @overridden
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option(
@@ -185,13 +230,15 @@ def _start(
     This command also prints what the other ranks write to `echoed_logs`, for the log of a pod.
     """
     if place is None and (processes > 1 or max_restarts):
-        from launch.processes.echo import echoed
-        from launch.processes.local import run_locally
-
-        ranks = range(1, processes) if echoed_logs else ()
-        with echoed(echoed_logs or Path(), ranks, complain):
-            code = run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic)
-        leave(code)
+        leave(
+            _in_processes(
+                job,
+                processes=processes,
+                max_restarts=max_restarts,
+                elastic=elastic,
+                echoed_logs=echoed_logs,
+            )
+        )
     if place is not None:
         die_with_parent()
         if place.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -213,9 +260,26 @@ def _start(
         leave(end.code)
 
 
+def _in_processes(
+    job: Job | TestJob,
+    *,
+    processes: int,
+    max_restarts: int,
+    elastic: bool,
+    echoed_logs: Path | None,
+) -> int:
+    """Run the job in processes of this launcher; the exit code of the whole."""
+    from launch.processes.echo import echoed
+    from launch.processes.local import run_locally
+
+    ranks = range(1, processes) if echoed_logs else ()
+    with echoed(echoed_logs or Path(), ranks, complain):
+        return run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic)
+
+
 @evenstep.command()
-@click.argument("run_a", type=click.Path(path_type=Path))
-@click.argument("run_b", type=click.Path(path_type=Path))
+@click.argument("run_a", type=Directory())
+@click.argument("run_b", type=Directory())
 @click.option(
     "--level", type=click.Choice(["rows", "losses", "bits"]), default="losses", show_default=True
 )
@@ -235,7 +299,7 @@ def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
 @_SPEC
 @overridden
 @_PROCESSES
-@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--runs", type=Directory(), default="runs", show_default=True)
 def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs: Path) -> None:
     """Show the plan of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = load_named(spec, overrides, None)

@@ -10,9 +10,11 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
+from stores import s3_server
 
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -38,6 +40,23 @@ WITH_COMMANDS = [  # the transcript has a test of its own
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_every_command_of_a_page_works(page, tmp_path):
     text = (ROOT / "docs" / page).read_text()
+    with variables_for(text, tmp_path) as variables:
+        require_that_commands_work(text, tmp_path, variables)
+
+
+@contextmanager
+def variables_for(text, directory):
+    """What the commands of a page find: an S3 server with the bucket my-bucket, if they use it."""
+    if "$ evenstep run digits length.epochs=3 --runs s3://my-bucket" not in text:
+        yield {}
+        return
+    for package in ("moto", "s3fs"):
+        pytest.importorskip(package, reason="needs moto, flask, flask-cors and s3fs")
+    with s3_server("my-bucket") as server:
+        yield server.variables | {"EVENSTEP_SCRATCH": str(directory / "scratch")}
+
+
+def require_that_commands_work(text, tmp_path, variables):
     for name, content in FILE.findall(text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -45,7 +64,7 @@ def test_every_command_of_a_page_works(page, tmp_path):
         done = subprocess.run(
             words,
             cwd=tmp_path,
-            env=CLEAN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+            env=CLEAN | variables | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,

@@ -18,6 +18,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
     "distributed",
     "observability",
     "health",
+    "storage",
     "runs",
     "plan",
     "spec",

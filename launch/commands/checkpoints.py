@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
+from launch.commands.places import Directory
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError, printable
 from service.runs.checkpoint_files import (
@@ -26,7 +27,7 @@ from service.runs.directory import LATEST_TIME, find_run, is_number
 from service.runs.export import export_weights
 from service.spec.files import Override
 
-_RUN = click.argument("run", type=click.Path(path_type=Path))
+_RUN = click.argument("run", type=Directory())
 
 
 @click.command()

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from launch.commands.overrides import overridden
+from launch.commands.places import Directory
 from service.basics.atomic_files import (
     in_the_way,
     make_directory,
@@ -38,7 +39,7 @@ from service.spec.models import Spec
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=Directory())
 @overridden
 @click.option("--at", "step", required=True, metavar="best|latest|STEP", help="Its checkpoint.")
 @click.option("--name", required=True, help="Name of the new run, in the same directory as RUN.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
+from launch.commands.places import Directory
 from launch.processes.warm_start import collect_garbage
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
@@ -61,7 +62,7 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
 @click.command()
 @click.argument("spec", metavar="[SPEC]", required=False)
 @click.option("--processes", metavar="N", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--runs", type=Directory(), default="runs", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(spec: str | None, processes: int, runs: Path, as_json: bool) -> None:
     """Check this machine; with SPEC, for that job. Exit 0: fine, 1: warnings, 2: failures."""

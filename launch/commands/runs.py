@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.commands.places import Directory
 from service.basics.errors import SpecError, printable
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _WIDEST = 120  # characters of a cell, so that one run does not widen the whole 
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
@@ -25,7 +26,7 @@ _WIDEST = 120  # characters of a cell, so that one run does not widen the whole 
     default="report.html",
     show_default=True,
 )
-def report(runs: tuple[str, ...], output: Path) -> None:
+def report(runs: tuple[Path, ...], output: Path) -> None:
     """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
 
     For a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
@@ -34,7 +35,7 @@ def report(runs: tuple[str, ...], output: Path) -> None:
     from service.runs.history import read_history
 
     sweeps, histories = [], []
-    for run in map(Path, runs):
+    for run in runs:
         place = _sweep_at(run)
         if place is None:
             histories.append(read_history(run))
@@ -58,7 +59,7 @@ def _sweep_at(path: Path) -> Path | None:
 
 
 @click.command(name="runs")
-@click.argument("directory", type=click.Path(path_type=Path), default="runs")
+@click.argument("directory", type=Directory(), default="runs")
 def list_runs(directory: Path) -> None:
     """List the runs in DIRECTORY (default: runs), the most recently changed first."""
     from service.runs.history import histories_in

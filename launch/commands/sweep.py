@@ -13,6 +13,7 @@ import click
 
 from launch.commands.engines import load_named
 from launch.commands.overrides import overridden
+from launch.commands.places import Directory
 from launch.engines.contract import CODES
 from launch.engines.settings import Settings, settings_of
 from launch.environment import launched, node_here
@@ -68,7 +69,7 @@ class _Run:
     show_default=True,
     help="Processes for each run.",
 )
-@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--runs", type=Directory(), default="runs", show_default=True)
 @click.option("--name", help="Name of the sweep's directory. Default: the spec's name and -sweep.")
 def sweep(
     spec: str,

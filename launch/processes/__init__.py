@@ -6,6 +6,8 @@ From top to bottom; a room imports only from rooms below it:
 * fork_server: imported only by the fork server, before torch: binds it to its launcher.
 * warm_start: work that starts before the command is parsed, for an earlier first step.
 * terminal: standard output and standard error that survive the loss of their reader.
+* in_store: A run that lives in an object store: what its launcher does before and after the
+  processes.
 * signals: records a request to stop from the start on, before torch, click or a spec is loaded.
 * side_by_side: several commands at a time on this machine: each in its own process, stopped
   together.

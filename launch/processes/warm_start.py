@@ -91,6 +91,8 @@ def starts_processes(words: Sequence[str], variables: Mapping[str, str]) -> bool
         return False
     processes = _value_of("--processes", words) or variables.get("PET_NPROC_PER_NODE", "1")
     restarts = _value_of("--max-restarts", words) or "0"
+    if "://" in (_value_of("--runs", words) or ""):  # the launcher uploads, so it does not train
+        return True
     return processes != "1" or restarts != "0" or variables.get("PET_NNODES", "1") != "1"
 
 

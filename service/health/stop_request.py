@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,6 +36,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.heard_at: float | None = None
+        """When it was first asked for, by the monotonic clock."""
         self.interrupt = False
         """Whether a signal ends the work immediately, because nothing would be lost."""
         self._starting = False
@@ -50,6 +53,7 @@ class StopRequest:
         if self.interrupt or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+        self.heard_at = self.heard_at or time.monotonic()
         if self._starting:
             self._leave()
 

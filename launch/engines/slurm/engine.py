@@ -29,9 +29,21 @@ from service.spec.models import Spec
 _POLL_SECONDS = 2.0
 _LAST_LINES = 200
 _LABELLED = re.compile(r"(\d+): (.*)")
+
+
+def _directory(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    if "://" in str(value) or re.match(r"[A-Za-z0-9+.-]{2,}:/", str(value)):  # as Path writes it
+        raise SpecError(
+            f"--runs {value}: a job of Slurm's cannot keep its runs in an object store yet. Name a "
+            "directory that all nodes see."
+        )
+    return value
+
+
 _RUNS = click.Option(
     ["--runs"],
     type=click.Path(path_type=Path),
+    callback=_directory,
     default="runs",
     show_default=True,
     help="The runs directory, on a disk that all nodes can access.",

@@ -1,0 +1,86 @@
+"""A run that lives in an object store: what its launcher does before and after the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from launch.environment import Environment, Node
+from launch.processes.signals import heard
+from service.basics.errors import EvenstepError, SpecError, Stopped
+from service.spec.models import Spec
+from service.storage.address import Address
+from service.storage.beside import Uploading, brought
+
+_WITHOUT_SUCCESS_SECONDS = 600.0
+"""How long the end of a run waits for a store that does nothing that it is asked."""
+
+
+def require_one_launcher(address: Address, place: Environment | None, node: Node | None) -> None:
+    """Refuse what does not work yet for a run that lives in a store.
+
+    Raises:
+        SpecError: names it.
+    """
+    instead = (
+        "Start it with `evenstep run --processes N` on one machine, or give --runs a directory "
+        "that all of them share."
+    )
+    if place is not None:
+        raise SpecError(f"--runs {address}: torchrun cannot start such a run yet. {instead}")
+    if node is not None and node.nodes > 1:
+        raise SpecError(
+            f"--runs {address}: a run on several nodes ({node.nodes} here) cannot live in an "
+            f"object store yet. {instead}"
+        )
+
+
+@contextmanager
+def kept_in_store(address: Address, spec: Spec, *, fresh: bool) -> Iterator[Uploading]:
+    """A context with the run brought here, for what is checked before it starts."""
+    uploading = brought(address / spec.name, spec, fresh=fresh, say=_say)
+    try:
+        yield uploading
+    except BaseException:
+        uploading.abandon()
+        raise
+
+
+def uploaded(
+    address: Address,
+    uploading: Uploading,
+    train: Callable[[], int],
+    *,
+    budget_seconds: Callable[[], float],
+) -> int:
+    """The exit code of the run: that of `train`, unless it is not completely in the store.
+
+    Args:
+        budget_seconds: how long a stop may take, from the request on.
+    """
+
+    def left() -> float:
+        if heard.heard_at is not None:
+            return heard.heard_at + budget_seconds() - time.monotonic()
+        return uploading.succeeded + _WITHOUT_SUCCESS_SECONDS - time.monotonic()
+
+    # Two more requests do not hurt: the processes agree on one.
+    uploading.start(when_lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code = train()
+    try:
+        failed = uploading.finish(left)
+    except KeyboardInterrupt:
+        failed = EvenstepError(f"interrupted: {uploading.missing()}.")
+    if failed is None:
+        print(f"Everything is in {address}.", flush=True)
+        return code
+    print(f"error: {failed}", file=sys.stderr, flush=True)
+    return failed.exit_code if code in (0, Stopped.exit_code) else code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,17 @@
+"""Runs that live in an object store: brought to a directory, and uploaded from it.  No torch.
+
+From top to bottom; a room imports only from rooms below it:
+
+* beside: A run that lives in a store: brought here, trained in a scratch directory, uploaded
+  beside it.
+* mirror: uploads the directory of a run to its address in a store, beside the run.
+* staging: the files of a run as they are at one moment, held by links while they are uploaded.
+* lease: the lease of a run in a store: it replaces the lock of a directory.
+* bringing: brings a run from a store to a directory: the needed files, in parallel, verified.
+* published: what a store holds of a run: one small object, written last, that names all others.
+* store: the door to an object store: all requests are made here, and tried again while they may
+  succeed.
+* troubles: what goes wrong with an object store, in words: the error of a driver, read. Pure.
+* address: the address of runs in an object store, `s3://bucket/prefix`. Pure: no driver is
+  imported.
+"""

@@ -1,0 +1,139 @@
+"""Brings a run from a store to a directory: the needed files, in parallel, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from service.basics.atomic_files import remove, sync_file, without_link
+from service.basics.errors import NoCheckpoint
+from service.storage.published import (
+    CHECKPOINTS,
+    Files,
+    Piece,
+    Published,
+    checkpoints_of,
+)
+from service.storage.store import NoObject, Store, in_parallel
+
+RUN = "run.json"
+
+
+class Gone(NoCheckpoint):
+    """An object that is published is not in the store, or is not what was uploaded."""
+
+
+def bring_files(store: Store, published: Published, directory: Path) -> None:
+    """Bring all files but those of checkpoints into the directory of a run.
+
+    Raises:
+        Gone: one of them is not as it was uploaded.
+    """
+    files = {p: pieces for p, pieces in published.files.items() if not _is_of_checkpoint(p)}
+    facts = {RUN: files.pop(RUN)} if RUN in files else {}
+    _bring(store, files, directory)
+    _bring(store, facts, directory)  # last: a directory with it has all of them
+
+
+def bring_checkpoint(store: Store, published: Published, name: str, directory: Path) -> None:
+    """Bring one checkpoint into the directory of a run; it exists only when it is whole.
+
+    Raises:
+        Gone: a file of it is not as it was uploaded.
+    """
+    target = directory / CHECKPOINTS / name
+    if target.exists():
+        return
+    partial = target.with_name(f".{name}.partial-{secrets.token_hex(4)}")
+    prefix = f"{CHECKPOINTS}/{name}/"
+    files = checkpoints_of(published)[name]
+    try:
+        _bring(store, {p.removeprefix(prefix): pieces for p, pieces in files.items()}, partial)
+        os.rename(partial, target)
+    finally:
+        remove(partial)
+
+
+def bring_newest(
+    store: Store, published: Published, directory: Path, *, say: Callable[[str], None]
+) -> str | None:
+    """Bring the newest checkpoint that is whole, and return its name; None if there is none.
+
+    Raises:
+        Gone: there are checkpoints, but none of them is whole.
+    """
+    names = newest_first(published)
+    for name in names:
+        try:
+            bring_checkpoint(store, published, name, directory)
+        except Gone as gone:
+            say(f"WARNING: {gone} Trying the checkpoint before.")
+        else:
+            return name
+    if names:
+        raise Gone(
+            f"{store.address}: none of the {len(names)} checkpoints can be read. Restore the "
+            "objects, for example from the versions of the bucket, or start over with --fresh."
+        )
+    return None
+
+
+def newest_first(published: Published) -> list[str]:
+    """The names of all checkpoints, the newest first; of two of one step, the tested one."""
+    tested = {name for name in checkpoints_of(published) if "." not in name}
+    order = sorted(
+        checkpoints_of(published), key=lambda name: (name.partition(".")[0], name in tested)
+    )
+    return order[::-1]
+
+
+def _is_of_checkpoint(path: str) -> bool:
+    return path.startswith(f"{CHECKPOINTS}/") and path.count("/") > 1
+
+
+def _bring(store: Store, files: Files, directory: Path) -> None:
+    """Write the files, each synced when all of its pieces are there."""
+    parts: list[tuple[Path, Piece]] = []
+    for path, pieces in files.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove(file)
+        os.close(without_link(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        parts += [(file, piece) for piece in pieces]
+    in_parallel(lambda part: _fetch(store, *part), parts)
+    for path in files:
+        sync_file(directory / path)
+
+
+def _fetch(store: Store, file: Path, piece: Piece) -> None:
+    """Write one piece to its place in the file."""
+    for last in (False, True):
+        content = _content(store, piece)
+        if hashlib.sha256(content).hexdigest() == piece.sha256:
+            break
+        if last:  # the first answer may have been cut on its way
+            raise Gone(
+                f"{store.address}/{piece.name} has {len(content)} bytes that are not the "
+                f"{piece.end - piece.begin} bytes that were uploaded."
+            )
+    descriptor = without_link(file, os.O_WRONLY)
+    try:
+        view, at = memoryview(content), piece.begin
+        while view:
+            written = os.pwrite(descriptor, view, at)
+            view, at = view[written:], at + written
+    finally:
+        os.close(descriptor)
+
+
+def _content(store: Store, piece: Piece) -> bytes:
+    try:
+        return store.get(piece.name)
+    except NoObject as missing:
+        raise Gone(
+            f"{store.address}/{piece.name} is published, but is not in the store: somebody, or a "
+            "lifecycle rule of the bucket, has deleted it."
+        ) from missing

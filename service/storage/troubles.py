@@ -1,0 +1,121 @@
+"""What goes wrong with an object store, in words: the error of a driver, read. Pure.
+
+No driver is imported: botocore, gcsfs and adlfs are known by the names and codes in their errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+Verb = Literal["write", "read", "list", "delete"]
+_RIGHTS: dict[Verb, str] = {
+    "write": "s3:PutObject, storage.objects.create",
+    "read": "s3:GetObject, storage.objects.get",
+    "list": "s3:ListBucket, storage.objects.list",
+    "delete": "s3:DeleteObject, storage.objects.delete",
+}
+_DRIVERS = {
+    "adlfs",
+    "aiobotocore",
+    "aiohttp",
+    "azure",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "requests",
+    "s3fs",
+    "urllib3",
+}
+NO_BUCKET = "the bucket does not exist. Create it, or correct the address"
+_MISTAKES = {
+    "NoSuchBucket": NO_BUCKET,
+    "ContainerNotFound": NO_BUCKET,
+    "InvalidBucketName": "this is no name that a bucket can have",
+    "InvalidAccessKeyId": "the store does not know this access key. Check the credentials, and "
+    "whether AWS_ENDPOINT_URL names the store that they are for",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key. Check the credentials",
+    "AuthenticationFailed": "the credentials are not accepted. Check them",
+    "ExpiredToken": "the session token has expired. Get a new one",
+    "InvalidToken": "the session token is not valid. Get a new one",
+    "TokenRefreshRequired": "the session token must be renewed",
+    "NoCredentialsError": "no credentials were found. Set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role",
+    "PartialCredentialsError": "the credentials are incomplete",
+    "DefaultCredentialsError": "no credentials were found. Set GOOGLE_APPLICATION_CREDENTIALS, or "
+    "give this machine a service account",
+    "RequestTimeTooSkewed": "the clock of this machine differs from that of the store by more than "
+    "the store accepts. Set the clock",
+    "PermanentRedirect": "the bucket is in another region, or at another endpoint. Set "
+    "AWS_DEFAULT_REGION, or AWS_ENDPOINT_URL",
+    "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_DEFAULT_REGION",
+    "IllegalLocationConstraintException": "the bucket is in another region. Set AWS_DEFAULT_REGION",
+    "301": "the bucket is in another region, or at another endpoint. Set AWS_DEFAULT_REGION, or "
+    "AWS_ENDPOINT_URL",
+}
+_UNREACHED = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError")
+_DENIED = {"AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch", "403"}
+_LONGEST = 300  # characters of what a driver says
+
+
+class Trouble(NamedTuple):
+    """What an error of a driver means."""
+
+    told: str
+    """What is wrong, and what to do."""
+    is_passing: bool
+    """Whether the same request may succeed a little later."""
+
+
+def trouble_of(error: Exception, verb: Verb) -> Trouble | None:
+    """What this error of a request means; None where it is no error of a driver."""
+    chain = list(_chain(error))
+    if not any(_is_of_a_driver(each) for each in chain):
+        return None
+    names = [name for each in chain for name in _names_of(each)]
+    for name in names:
+        if name in _MISTAKES:
+            return Trouble(_MISTAKES[name], is_passing=False)
+    if not _DENIED.isdisjoint(names) or any(isinstance(each, PermissionError) for each in chain):
+        return Trouble(
+            f"the credentials give no right to {verb} objects there ({_RIGHTS[verb]})",
+            is_passing=False,
+        )
+    said = next((text for each in chain if (text := str(each))), "") or type(error).__name__
+    if not set(_UNREACHED).isdisjoint(names):
+        said = (
+            f"it cannot be reached ({said}). Check the network, and AWS_ENDPOINT_URL if it is set"
+        )
+    return Trouble(said[:_LONGEST].rstrip("."), is_passing=True)
+
+
+def is_no_bucket(error: Exception) -> bool:
+    """Whether the bucket is missing, and not an object in it."""
+    names = {name for each in _chain(error) for name in _names_of(each)}
+    return not names.isdisjoint({"NoSuchBucket", "ContainerNotFound"})
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what caused it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_of_a_driver(error: BaseException) -> bool:
+    home = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or home in _DRIVERS
+
+
+def _names_of(error: BaseException) -> Iterator[str]:
+    """The kind of an error, and the codes in it."""
+    yield type(error).__name__
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        yield str(response.get("Error", {}).get("Code", ""))
+    for name in ("code", "error_code", "status"):
+        if isinstance(value := getattr(error, name, None), int | str):
+            yield str(value)

@@ -1,0 +1,184 @@
+"""A real server that speaks S3 over HTTP, in a process of its own, and a proxy that does harm."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+from injuring import until
+
+BUCKET = "evenstep-test"
+_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "host"}
+
+
+class Server(NamedTuple):
+    """An S3 server on loopback."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the environment of a client must hold."""
+        return {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+
+@contextmanager
+def s3_server(bucket: str = BUCKET) -> Iterator[Server]:
+    """A server with one empty bucket, until the context ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: process.poll() is not None or _answers(port), "the start of moto's server")
+        assert process.poll() is None, "moto's server did not start"
+        put_bucket(port, bucket)
+        yield Server(port)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def put_bucket(port: int, bucket: str) -> None:
+    """Create the bucket."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("PUT", f"/{bucket}", headers={"Authorization": _SIGNED})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    connection.close()
+
+
+_SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host"
+
+Harm = str | int | None
+"""`drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; a status; a code of S3's,
+with status 403; None: nothing."""
+
+
+class Proxy:
+    """Forwards requests to a server; `harm(method, path)` says what happens to each."""
+
+    def __init__(self, server: Server) -> None:
+        self.harm: Callable[[str, str], Harm] = lambda method, path: None
+        self.seen: list[tuple[str, str]] = []
+        self._server = server
+        self._listener = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._listener.daemon_threads = True
+        self._thread = threading.Thread(target=self._listener.serve_forever, daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *told: object) -> None:
+        self._listener.shutdown()
+        self._listener.server_close()
+        self._thread.join()
+
+    @property
+    def server(self) -> Server:
+        """What a client sees."""
+        return Server(self._listener.server_address[1])
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _forward(self) -> None:
+                body = _body(self)
+                proxy.seen.append((self.command, self.path))
+                harm = proxy.harm(self.command, self.path)
+                if isinstance(harm, int):
+                    self._answer(harm, [], _ERRORS[harm])
+                    return
+                if harm is not None and harm[0].isupper():
+                    self._answer(403, [], _error(harm))
+                    return
+                if harm == "drop":
+                    self.close_connection = True
+                    return
+                upstream = http.client.HTTPConnection("127.0.0.1", proxy._server.port)
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP}
+                headers["Host"] = self.headers["Host"]
+                upstream.request(self.command, self.path, body=body, headers=headers)
+                answer = upstream.getresponse()
+                content = answer.read()
+                upstream.close()
+                if harm == "lose":
+                    self.close_connection = True
+                    return
+                kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
+                self._answer(answer.status, kept, content, cut=harm == "cut")
+
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward
+
+            def _answer(
+                self, status: int, headers: list[tuple[str, str]], content: bytes, cut: bool = False
+            ) -> None:
+                self.send_response_only(status)
+                for name, value in headers:
+                    if name.lower() != "content-length" or self.command == "HEAD":
+                        self.send_header(name, value)
+                if self.command != "HEAD":
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content[: len(content) // 2] if cut else content)
+                self.close_connection = self.close_connection or cut
+
+            def log_message(self, *told: Any) -> None:
+                """Nothing: the tests print what they need."""
+
+        return Handler
+
+
+def _body(request: BaseHTTPRequestHandler) -> bytes:
+    if "chunked" in request.headers.get("Transfer-Encoding", ""):
+        content = b""
+        while size := int(request.rfile.readline().split(b";")[0], 16):
+            content += request.rfile.read(size)
+            request.rfile.readline()
+        request.rfile.readline()
+        return content
+    return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+
+
+def _error(code: str) -> bytes:
+    return f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+
+
+_ERRORS = {403: _error("AccessDenied"), 500: _error("InternalError"), 503: _error("SlowDown")}
