@@ -59,5 +59,5 @@ def test_a_changed_file_of_the_task_is_reported(tmp_path, files, told):
     assert [sorted(each["task_files"]) for each in attempts] == [["changing.py", "rows.py"]] * 2
 
 
-def test_what_the_task_does_not_use_is_not_told(tmp_path):
+def test_changes_that_the_task_does_not_use_are_not_reported(tmp_path):
     assert "has changed" not in resumed(tmp_path, unused="1")

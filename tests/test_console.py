@@ -245,7 +245,7 @@ def test_a_reader_who_stops_reading_does_not_hold_the_run():
     assert b"step=4999/5000" not in taken
 
 
-def test_what_is_said_after_the_end_is_still_said():
+def test_messages_after_the_end_are_still_printed():
     out = io.StringIO()
     screen = console(10, stream=out)
     screen.close("done")

@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[EvenstepError], str]] = 
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_mended_is_reported_and_nothing_is_lost(
+def test_what_cannot_be_repaired_is_reported_and_nothing_is_lost(
     run_of_9: Path, tmp_path: Path, processes: ProcessesOf, what: str
 ) -> None:
     damage, kind, told = REFUSED[what]
@@ -222,7 +222,7 @@ MENDED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", MENDED)
-def test_what_can_be_mended_is_and_the_run_ends_as_it_would_have(
+def test_what_can_be_repaired_is_and_the_result_is_unchanged(
     run_of_9: Path, tmp_path: Path, processes: ProcessesOf, what: str
 ) -> None:
     shutil.copytree(run_of_9, tmp_path / "runs")

@@ -307,7 +307,7 @@ def test_a_run_killed_in_its_first_moment_starts_over(tmp_path: Path, killed_bef
     assert sorted(os.listdir(directory)) == [".lock", "logs", "run.json", "spec.yaml"]
 
 
-def test_two_threads_write_where_the_process_is_at_once(tmp_path):
+def test_two_threads_report_progress_concurrently(tmp_path):
     heartbeat = Heartbeat(rank=3, scratch=tmp_path)
     failed = []
 

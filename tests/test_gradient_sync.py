@@ -120,7 +120,7 @@ def test_the_plan_says_what_bf16_means(tmp_path):
     assert "bf16" not in one
 
 
-def test_it_has_no_place_beside_bitwise(tmp_path):
+def test_it_is_refused_with_bitwise(tmp_path):
     words = ("exactness=bitwise", "exchange.precision=bf16")
     done = evenstep("plan", "digits", *words, cwd=tmp_path)
     assert done.returncode == 64

@@ -308,7 +308,7 @@ def test_one_label_finds_the_pods_of_this_run_alone(target: Any) -> None:
         assert service["publishNotReadyAddresses"] is True
 
 
-def test_one_node_needs_no_service_and_lets_nobody_in() -> None:
+def test_one_node_needs_no_service_and_accepts_no_connections() -> None:
     objects = render(job())
     assert "Service" not in {made["kind"] for made in objects}
     assert of_kind(objects, "NetworkPolicy")["spec"]["ingress"] == []

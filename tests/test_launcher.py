@@ -109,7 +109,7 @@ def test_nothing_outlives_or_writes_after_a_killed_launcher(tmp_path):
     assert not [p for p in below if is_alive(p)]
 
 
-def test_one_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path):
+def test_one_ctrl_c_saves_and_a_second_one_ends_immediately(tmp_path):
     environ = injured(tmp_path, length={"steps": 100_000})
     with started("--processes", 2, cwd=tmp_path, **environ) as launcher:
         until(lambda: rows_of(tmp_path) > 5, "five steps")

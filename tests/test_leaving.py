@@ -110,7 +110,7 @@ def test_a_pool_of_the_tasks_own_can_be_ended(tmp_path):
 
 
 @pytest.mark.parametrize("words", [(), ("--processes", 2)])
-def test_a_request_to_stop_ends_at_once_what_is_leaving(tmp_path, words):
+def test_a_stop_request_ends_a_leaving_process_immediately(tmp_path, words):
     job(tmp_path, "lingering")
     with started(*words, cwd=tmp_path) as process:
         until((tmp_path / "leaving").exists, "a function for the exit that takes an hour")

@@ -254,7 +254,7 @@ def test_an_impossible_path_for_predictions_is_reported(tmp_path, processes):
     assert HERE.exists()
 
 
-def test_more_micro_batches_than_are_held_at_once_are_all_counted(alone):
+def test_more_micro_batches_than_fit_in_the_buffer_are_all_counted(alone):
     count = 2 * _HELD_AT_MOST + 17
     tally = Tally(("square",), micro_batches=count, device=torch.device("cpu"))
     for number in reversed(range(count)):  # each of two rows, in any order

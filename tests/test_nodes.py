@@ -296,7 +296,7 @@ def is_closed(connection: socket.socket) -> bool:
     return said.count(b"\n") <= 1
 
 
-def test_more_strangers_than_files_may_be_open_do_not_hold_up_a_node(meeting: Meeting) -> None:
+def test_more_unknown_connections_than_open_files_do_not_block_a_node(meeting: Meeting) -> None:
     """They say nothing, or a byte now and then, and the node that comes last is let in at once."""
     meeting.secret = SECRET
     two = replace(OWN, nodes=2)

@@ -119,7 +119,7 @@ def test_the_loss_of_a_test_is_its_parts_by_their_scales(hard_runs):
     assert last["test/loss"] == pytest.approx(parts, rel=1e-12)
 
 
-def test_a_named_value_is_that_of_all_test_rows_at_once(hard_runs):
+def test_a_named_value_is_computed_over_all_test_rows(hard_runs):
     model = own_steps.classifier()
     model.load_state_dict(weights(hard_runs[3]))
     images, labels = own_steps.classified()[1].tensors

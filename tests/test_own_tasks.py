@@ -279,7 +279,7 @@ def layers_at_random(draw: str) -> supervised:
 
 
 @pytest.mark.parametrize("draw", ["python", "numpy"])
-def test_what_a_model_draws_besides_torch_is_the_same_at_any_world_size(processes, tmp_path, draw):
+def test_random_numbers_not_from_torch_are_the_same_at_any_world_size(processes, tmp_path, draw):
     asked = job("layers_at_random", task_args={"draw": draw})
     for count in (1, 3):
         for stop_at in (3, None):

@@ -216,7 +216,7 @@ def test_a_pod_that_comes_late_finds_the_run_done(undisturbed: Cluster) -> None:
     assert "Nothing to do" in undisturbed.pods[-1].log
 
 
-def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
+def test_a_mistake_in_the_spec_fails_the_job_immediately(tmp_path: Path) -> None:
     with start(tmp_path / "job", "task=service.recipes.digits:tusk") as cluster:
         assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
         assert cluster.ended[0][1:] == (64, "FailJob"), cluster.logs()
@@ -224,7 +224,7 @@ def test_a_mistake_in_the_spec_fails_the_job_at_once(tmp_path: Path) -> None:
         assert not (cluster.runs / "digits").exists(), "nothing half-written"
 
 
-def test_an_interface_that_a_pod_does_not_have_fails_the_job_at_once(tmp_path: Path) -> None:
+def test_an_interface_that_a_pod_does_not_have_fails_the_job_immediately(tmp_path: Path) -> None:
     with start(tmp_path / "job", env={"GLOO_SOCKET_IFNAME": "eth77"}) as cluster:
         assert cluster.run(seconds=300) == "Failed: PodFailurePolicy", cluster.logs()
         assert "GLOO_SOCKET_IFNAME=eth77: this machine has no such network" in cluster.logs()

@@ -58,7 +58,7 @@ with process_group(Environment(), bitwise=True) as world:
 """
 
 
-def test_bitwise_is_deterministic_and_fills_no_memory_that_nobody_reads() -> None:
+def test_bitwise_is_deterministic_and_fills_no_unused_memory() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BITWISE],
         cwd=ROOT,

@@ -184,7 +184,7 @@ def sam_by_hand(world: World, steps: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_optimizer_that_moves_before_it_asks_takes_the_steps_of_the_loop_by_hand(
+def test_an_optimizer_that_moves_before_its_closure_equals_the_hand_written_loop(
     processes, alone, tmp_path, count
 ):
     processes(count).run(train_in_process, sam(), tmp_path)
@@ -240,7 +240,7 @@ ALONE = "Sam evaluates a step several times"
     ],
     ids=["of several", "companion"],
 )
-def test_one_that_only_its_step_shows_to_need_the_loss_is_refused_beside_others(
+def test_an_optimizer_whose_step_needs_the_loss_is_refused_among_several(
     alone, tmp_path, sections, message
 ):
     spec = {key: value for key, value in sam().items() if key != "optimizer"} | sections

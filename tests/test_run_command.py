@@ -31,7 +31,7 @@ def test_the_digits_recipe_reaches_97_percent(alone):
     assert "Done after step 180" in output
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(alone):
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(alone):
     run, _ = alone
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row]
     best = max(rows, key=lambda row: row["test/accuracy"])  # the first of equals, as saved

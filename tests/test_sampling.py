@@ -122,7 +122,7 @@ def test_balanced_classes_come_equally_often():
     assert set(found) == set(range(15))
 
 
-def test_a_mixture_has_its_proportions_at_once_and_each_source_its_passes():
+def test_a_mixture_has_its_proportions_from_the_start_and_each_source_its_epochs():
     sources = {"a": 5, "b": 9, "never": 3}
     shares = proportions({"a": 0.2, "b": 0.8, "never": 0})
     found = drawn(shares, np.arange(900), rows=17, sources=sources)

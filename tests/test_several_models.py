@@ -45,7 +45,7 @@ def job(factory: str, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("factory", list(TASKS))
-def test_it_trains_as_a_loop_by_hand_does_at_any_number_of_processes(processes, tmp_path, factory):
+def test_it_trains_as_a_hand_written_loop_at_any_world_size(processes, tmp_path, factory):
     wanted = TASKS[factory][1](STEPS)
     for count in (1, 2, 3):
         processes(count).run(train_in_process, job(factory), tmp_path / str(count))

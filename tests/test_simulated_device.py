@@ -162,7 +162,7 @@ def exchanged(world):
     return values.tolist(), world.highest([world.index]), dist.get_backend()
 
 
-def test_its_processes_have_a_group_for_the_host_beside_their_own(simulated):
+def test_its_processes_also_have_a_host_group(simulated):
     assert simulated(2).run(exchanged) == [([3.0, 3.0], [1], "simccl")] * 2
 
 

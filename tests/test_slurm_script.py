@@ -254,7 +254,7 @@ def test_a_sweep_that_cannot_be_is_refused(sweep: list[str], message: str) -> No
         settings_of(sweep)
 
 
-def test_where_there_is_no_slurm_that_is_said(tmp_path: Path) -> None:
+def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
     words = ("slurm", "submit", "digits", "slurm={nodes: 1}")
     done = evenstep(*words, cwd=tmp_path, PATH=str(tmp_path))
     assert done.returncode == 64

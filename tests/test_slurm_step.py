@@ -86,7 +86,7 @@ def test_the_place_of_the_meeting_can_be_chosen() -> None:
     assert (found.address, found.port) == ("gpu08-ib", 29511)
 
 
-def test_steps_beside_each_other_meet_at_different_ports() -> None:
+def test_concurrent_steps_use_different_ports() -> None:
     ports = {
         node(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step)).port
         for job in range(400, 420)
@@ -137,7 +137,7 @@ def test_a_command_with_leaked_variables_runs_as_without_them(tmp_path: Path) ->
     assert not (tmp_path / "runs/.meetings").exists()
 
 
-def test_tasks_beside_each_other_train_as_one(tmp_path: Path) -> None:
+def test_tasks_of_one_step_train_together(tmp_path: Path) -> None:
     """By the variables that srun gives two tasks on one machine, and a parent that is the task."""
     both = TASK | {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "n0"}
     both |= {"SLURM_TASK_PID": str(os.getpid()), "EVENSTEP_DEVICE": "cpu"}

@@ -203,7 +203,7 @@ def test_a_mistake_is_reported_with_its_place_and_what_to_do(line: str, told: st
     assert faults_with(line) == told
 
 
-def test_every_mistake_is_reported_at_once_in_the_order_of_the_file() -> None:
+def test_all_mistakes_are_reported_together_in_file_order() -> None:
     Path("bad.yaml").write_text(
         "batch:\n  global_batch: none\n"
         "optimizer:\n  name: sgd\n  learning_rate: 0.1\n"

@@ -8,7 +8,7 @@ import sys
 from commands import DEADLINE_SECONDS, ROOT, command
 
 
-def test_a_step_makes_few_more_calls_than_one_by_hand():
+def test_a_step_makes_few_more_calls_than_a_hand_written_one():
     ended = command(
         sys.executable, "-m", "benchmarks.step", "--pairs", "2", cwd=ROOT, timeout=DEADLINE_SECONDS
     )

@@ -56,7 +56,7 @@ def weights(runs: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_sam_is_the_loop_by_hand_and_resumes_in_the_same_bits(processes, tmp_path, count):
+def test_sam_equals_the_hand_written_loop_and_resumes_in_the_same_bits(processes, tmp_path, count):
     processes(count).run(train_in_process, job(), tmp_path / "whole")
     processes(count).run(train_in_process, job(), tmp_path / "parts", 4)
     processes(count).run(train_in_process, job(), tmp_path / "parts")
