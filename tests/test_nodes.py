@@ -389,7 +389,7 @@ def test_nodes_that_do_not_come_are_named(meeting: Meeting) -> None:
 
 
 def test_a_name_that_is_not_known_is_reported(meeting: Meeting) -> None:
-    with pytest.raises(PeerLost, match=r"run-0\.invalid is not known.*headless Service"):
+    with pytest.raises(PeerLost, match=r"run-0\.invalid cannot be resolved.*headless Service"):
         join(OWN, address="run-0.invalid", port=1, seconds=0.5, say=meeting.said.append)
 
 

@@ -226,11 +226,12 @@ def test_no_secret_of_the_environment_stands_in_the_script(tmp_path: Path) -> No
 
 
 def test_a_directory_that_sbatch_would_misread_is_refused(tmp_path: Path) -> None:
-    for name in ("my runs", "100%"):
+    for name in ("my runs", "100%", "runs\ntouch"):
         words = ("slurm", "render", "digits", "slurm={nodes: 1}", "--runs", name)
         done = evenstep(*words, cwd=tmp_path)
         assert done.returncode == 64
-        assert "contains a space or a %" in done.stderr
+        assert "contains a space, a control character or a %" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_sweep_is_an_array_with_a_run_for_each_combination() -> None:

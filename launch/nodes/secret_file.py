@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from service.basics.atomic_files import (
+    make_directory,
     plain,
     remove_if_possible,
     replace_file,
@@ -43,7 +44,8 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
         # Never read again: if others can write to the runs directory, they might have replaced it.
         secret = secrets.token_hex(_BYTES)
         with told_when_unwritten(file):
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            runs.mkdir(parents=True, exist_ok=True)
+            make_directory(file.parent, mode=0o700)
             replace_file(file, secret, mode=0o600)
         try:
             yield secret.encode()

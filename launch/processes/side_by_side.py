@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.basics.atomic_files import told_when_unwritten
+from service.basics.atomic_files import told_when_unwritten, without_link
 from service.basics.errors import Stopped
 from service.health.stop_request import PARENT, StopRequest
 
@@ -74,7 +74,7 @@ def run_side_by_side(
 
 
 def _started(command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    with told_when_unwritten(command.log), command.log.open("wb") as log:
+    with told_when_unwritten(command.log), open(command.log, "wb", opener=without_link) as log:
         return subprocess.Popen(
             command.words,
             stdin=subprocess.DEVNULL,

@@ -317,7 +317,7 @@ def sync_directory(directory: Path) -> None:
     sync_file(directory)
 
 
-def make_directory(directory: Path) -> None:
+def make_directory(directory: Path, *, mode: int = 0o777) -> None:
     """Make the directory and sync its name; the parent must exist.
 
     Raises:
@@ -326,7 +326,7 @@ def make_directory(directory: Path) -> None:
     if directory.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
     if not directory.is_dir():
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(mode, exist_ok=True)
         sync_directory(directory.parent)
 
 

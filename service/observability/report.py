@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.basics.atomic_files import without_link
 from service.basics.errors import SpecError
 from service.observability.charts import COLOURS, Line, chart, short, smoothed, step_axis
 from service.observability.sweeps import Sweep, rows_of, table_of
@@ -49,7 +50,10 @@ def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[S
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         text = page(histories, now=time.time(), sweeps=sweeps)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with open(
+            partial, "w", encoding="utf-8", errors="backslashreplace", opener=without_link
+        ) as written:
+            written.write(text)
         os.replace(partial, file)
     except OSError as error:
         raise SpecError(f"-o: {file} cannot be written: {error.strerror}.") from error

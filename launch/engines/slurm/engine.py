@@ -21,6 +21,7 @@ from launch.engines.slurm.queue import (
 from launch.engines.slurm.script import Script, place_of, render
 from launch.engines.slurm.states import state_in_words
 from launch.processes.echo import spoken
+from service.basics.atomic_files import make_directory, replace_file, told_when_unwritten
 from service.basics.errors import SpecError
 from service.health.stop_budget import budget_seconds
 from service.runs.directory import RunDirectory
@@ -95,11 +96,15 @@ class Slurm:
                 f"Job {there[0].number} of {spec.name} exists already and has not ended. Stop it "
                 f"with evenstep slurm cancel {spec.name}, or give this run its own --name."
             )
-        place.mkdir(parents=True, exist_ok=True)
         file = place / "job.sh"
-        file.write_text(text)
+        with told_when_unwritten(file):
+            runs.mkdir(parents=True, exist_ok=True)
+            for directory in (place.parent, place):
+                make_directory(directory)
+            replace_file(file, text)
         number = submitted(file)
-        (place / "job").write_text(f"{number}\n")
+        with told_when_unwritten(place / "job"):
+            replace_file(place / "job", f"{number}\n")
         say(f"{spec.name} is submitted as job {number}; its log: {_log(place, number)}")
         if waits:
             self._wait(spec.name, place, number, say)

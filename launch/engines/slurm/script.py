@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.engines.settings import Settings
-from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
+from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain, printable
 from service.runs.failure_reports import is_secret
 from service.spec.files import dump_values
 from service.spec.models import Spec
@@ -103,10 +103,11 @@ def _check(script: Script, asked: SlurmSpec) -> None:
             "sbatch passes on the environment in which the job is submitted; or keep it in a file "
             "that only you can read."
         )
-    if " " in str(script.runs) or "%" in str(script.runs):
+    if re.search(r"[\s\x00-\x1f\x7f%]", str(script.runs)):
+        # A line's end would begin a line of the shell.
         raise SpecError(
-            f"--runs: {script.runs} contains a space or a %, which sbatch would misinterpret. Use "
-            "another directory."
+            f"--runs: {printable(str(script.runs))} contains a space, a control character or a %, "
+            "which sbatch would misinterpret. Use another directory."
         )
 
 
