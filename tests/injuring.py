@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.campaign import Injury, spec_of, write_plan
-from commands import BIN, CLEAN, DEADLINE_SECONDS
+from commands import BIN, CLEAN, DEADLINE_SECONDS, start
 
 
 def injured(place: Path, *injuries: tuple[str, str, int, int], **changed: Any) -> dict[str, str]:
@@ -32,11 +32,10 @@ def started(
     *words: object, cwd: Path, before: tuple[str, ...] = (), **environ: str
 ) -> Iterator[subprocess.Popen[str]]:
     """`evenstep run job.yaml WORDS`, in a session of its own; killed with it at the end."""
-    process = subprocess.Popen(
-        [*before, str(BIN / "evenstep"), "run", "job.yaml", *map(str, words)],
+    process = start(
+        [*before, BIN / "evenstep", "run", "job.yaml", *words],
         cwd=cwd,
         env=CLEAN | environ,
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS
+from commands import BIN, DEADLINE_SECONDS, start
 
 from service.observability.console import LiveConsole, PlainConsole, _Table, console
 from service.runs.tracking import Row
@@ -255,12 +255,7 @@ def test_messages_after_the_end_are_still_printed():
 
 def test_a_full_disk_behind_the_screen_does_not_end_the_run(tmp_path):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [BIN / "evenstep", "run", "digits", "length.epochs=1"],
-            cwd=tmp_path,
-            env=CLEAN,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=DEADLINE_SECONDS,
-        )
-    assert (done.returncode, done.stderr) == (0, b"")
+        words = [BIN / "evenstep", "run", "digits", "length.epochs=1"]
+        done = start(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+        _, err = done.communicate(timeout=DEADLINE_SECONDS)
+    assert (done.returncode, err) == (0, b"")

@@ -13,7 +13,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, command, evenstep
 from stores import s3_server
 
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -61,15 +61,11 @@ def require_that_commands_work(text, tmp_path, variables):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     for words, codes in commands_of(text):
-        done = subprocess.run(
-            words,
-            cwd=tmp_path,
-            env=CLEAN | variables | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        found = sys.executable if words[0] == "python" else BIN / words[0]
+        found = found if os.path.exists(found) else words[0]
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        environ = variables | {"PATH": path}
+        done = command(found, *words[1:], cwd=tmp_path, timeout=DEADLINE_SECONDS, **environ)
         assert done.returncode in codes, (words, done.stdout[-2000:], done.stderr[-2000:])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import own_steps
 import pytest
 import torch
-from commands import evenstep
+from commands import OFFLINE, evenstep
 from jobs import spec_of, train_in_process
 from PIL import Image
 from safetensors.torch import load_file
@@ -227,7 +227,7 @@ def shown(tmp_path_factory):
     place = tmp_path_factory.mktemp("shown")
     tracking = {"tensorboard": True, "trackio": {"project": "tests"}, "wandb": {"project": "tests"}}
     (place / "job.json").write_text(json.dumps(job("seen", tracking=tracking)))
-    environ = {"TRACKIO_DIR": str(place / "trackio")}
+    environ = OFFLINE | {"TRACKIO_DIR": str(place / "trackio")}
     for words, code in ((("--stop-at", 8), 75), ((), 0)):
         done = evenstep("run", "job.json", *words, cwd=place, **environ)
         assert done.returncode == code, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 
 from service.distributed.world import backend_advice, lost_peer
 
@@ -253,7 +253,7 @@ def test_a_node_whose_process_aborts_after_another_node_is_lost_ends_with_76(
     common = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "EVENSTEP_DEVICE": "cpu"}
     common |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     common |= {f"FATE_{rank}": fate for rank, fate in enumerate(fates)}
-    other = subprocess.Popen(
+    other = start(
         [BIN / "evenstep", "run", "job.yaml"],
         cwd=place,
         env=CLEAN | common | {"PET_NODE_RANK": "1"},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, evenstep, start
 
 from launch.environment import (
     RUN_OF_STORE,
@@ -436,7 +436,7 @@ def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path)
     (tmp_path / "loud.py").write_text(LOUD)
     words = ["run", "digits", "length={steps: 12}", "schedule={name: constant}"]
     words += ["task=./loud.py:task"]
-    other = subprocess.Popen(
+    other = start(
         [BIN / "evenstep", *words],
         cwd=tmp_path,
         env=CLEAN | variables | {"PET_NODE_RANK": "1"},

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 
 from launch.cli import evenstep as command
@@ -129,14 +128,7 @@ def test_a_request_to_stop_saves_all_and_the_same_command_resumes(tmp_path):
     sweep = tmp_path / "runs/digits-sweep"
     runs = [sweep / "lr-0.01", sweep / "lr-0.02"]
     with (tmp_path / "out").open("w") as out:
-        started = subprocess.Popen(
-            [BIN / "evenstep", *words, *rest],
-            cwd=tmp_path,
-            env=CLEAN,
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-        )
+        started = start([BIN / "evenstep", *words, *rest], cwd=tmp_path, stdout=out, stderr=out)
         try:
             until(lambda: all(map(has_steps, runs)), "their first step", of=started)
             started.send_signal(signal.SIGINT)

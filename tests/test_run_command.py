@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from commands import ROOT, evenstep, torchrun
+from commands import OFFLINE, ROOT, evenstep, torchrun
 from jobs import plan_of
 from safetensors.torch import load_file
 from wandb_log import read_segments
@@ -78,7 +78,9 @@ def test_run_again_it_resumes_and_then_has_nothing_to_do(tmp_path):
 
 def test_wandb_gets_one_run_over_all_attempts(tmp_path):
     for stop in (20, 40):
-        ended = evenstep("run", "digits", "--processes", 2, "--stop-at", stop, cwd=tmp_path)
+        ended = evenstep(
+            "run", "digits", "--processes", 2, "--stop-at", stop, cwd=tmp_path, **OFFLINE
+        )
         assert ended.returncode == 75, ended.stderr
     run = tmp_path / "runs" / "digits"
     segments = read_segments(run)
@@ -113,7 +115,7 @@ def test_only_the_lead_imports_wandb(tmp_path):
     spec = re.sub("(?m)^task:.*$", "task: ./spy.py:task", spec)
     spec = re.sub("(?m)^task_args:.*$", "", spec)
     (tmp_path / "spy.yaml").write_text(spec)
-    done = evenstep("run", "spy.yaml", "--processes", 2, cwd=tmp_path)
+    done = evenstep("run", "spy.yaml", "--processes", 2, cwd=tmp_path, **OFFLINE)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rank-0").read_text() == "True"
     assert (tmp_path / "rank-1").read_text() == "False"
@@ -180,7 +182,7 @@ def test_wandb_shows_the_spec_its_hash_and_the_state_of_the_code(tmp_path):
     for words in (("add", "."), (*identity, "commit", "-qm", "first")):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     (tmp_path / "notes.txt").write_text("two\n")
-    assert evenstep("run", "digits", "--stop-at", 3, cwd=tmp_path).returncode == 75
+    assert evenstep("run", "digits", "--stop-at", 3, cwd=tmp_path, **OFFLINE).returncode == 75
     run = tmp_path / "runs/digits"
     [log] = read_segments(run)
     spec = load_spec(run / "spec.yaml")

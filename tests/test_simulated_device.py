@@ -13,7 +13,7 @@ import simulated_device
 import test_fitting
 import torch
 import torch.distributed as dist
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from features import PLAIN
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
@@ -467,7 +467,7 @@ def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_pat
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "SIM_DEVICES": "1"}  # as under Slurm: each sees its own
     ranks = [
-        subprocess.Popen(
+        start(
             [BIN / "evenstep", *SMALL],
             cwd=tmp_path,
             env=CLEAN

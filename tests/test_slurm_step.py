@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, evenstep, start
 
 from launch.slurm_step import hosts_of, node_of, slurm_grace, step_here, step_of, tasks_of
 from service.basics.errors import SpecError
@@ -150,11 +150,10 @@ def test_tasks_of_one_step_train_together(tmp_path: Path) -> None:
     )
     words = [str(BIN / "evenstep"), *WORDS, "task=./told.py:task"]
     tasks = [
-        subprocess.Popen(
+        start(
             words,
             cwd=tmp_path,
             env=CLEAN | both | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 import psutil
 import pytest
 from commands import BIN, CLEAN
@@ -35,7 +36,7 @@ class Ended:
 def start(place: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
     place.mkdir()
     clean = {key: value for key, value in CLEAN.items() if key != "WANDB_MODE"}
-    return subprocess.Popen(
+    return commands.start(
         [
             BIN / "evenstep",
             "run",
@@ -45,7 +46,6 @@ def start(place: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
         ],
         cwd=place,
         env=clean | {"HOME": str(place)} | environ,
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

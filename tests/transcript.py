@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from commands import BIN, CLEAN, ROOT
+from commands import BIN, CLEAN, OFFLINE, ROOT
 
 PAGE = ROOT / "docs/tutorial/first-job.md"
 BEGIN = "<!-- written by: python tests/transcript.py -->\n"
@@ -88,7 +88,7 @@ def _output(command: str, place: Path, *, interrupted: bool) -> str:
     with subprocess.Popen(
         shlex.split(command),
         cwd=place,
-        env=theirs | {"PATH": path},
+        env=theirs | OFFLINE | {"PATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

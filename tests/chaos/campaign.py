@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,9 @@ from safetensors.torch import load_file
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import tells_of_speed
 
-EVENSTEP = Path(sys.executable).with_name("evenstep")
+sys.path.append(str(Path(__file__).parents[1]))
+from commands import BIN, CLEAN, start
+
 MOVES = ((3, "sharded"), (2, "ddp"), (2, "sharded"), (1, "ddp"))
 """Processes and mode of the first start of a run that moves, of the second, and so on."""
 MOMENTS = ("start-up", "rehearsal", "forward", "backward", "test", "save", "disk", "exit")
@@ -201,9 +201,9 @@ def run(
     spec = place / f"{name}.yaml"
     spec.write_text(json.dumps(spec_of(name, steps=steps, hang_seconds=hang, mode=mode)))
     moves = MOVES if mode == "moved" and injuries else [(processes, "")]
-    for start in range(len(injuries) + 1):
-        count, moved = moves[start % len(moves)]
-        words = [EVENSTEP, "run", spec, "--processes", count, "--max-restarts", 1000]
+    for again in range(len(injuries) + 1):
+        count, moved = moves[again % len(moves)]
+        words = [BIN / "evenstep", "run", spec, "--processes", count, "--max-restarts", 1000]
         code = _command([*words, f"exchange.mode={moved}"] if moved else words, place, chaos)
         if code == 0:
             return list(seen((chaos / "log").read_text(), injuries))
@@ -211,27 +211,14 @@ def run(
     raise AssertionError(f"the run did not end; see {chaos / 'output'}")
 
 
-def _hear_ctrl_c() -> None:
-    """A shell lets what it starts in the background ignore SIGINT, and so would the command."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _command(words: Sequence[object], place: Path, chaos: Path) -> int:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     with (chaos / "output").open("ab") as output, (chaos / "log").open("a") as log:
-        ended = subprocess.run(
-            [str(word) for word in words],
-            cwd=place,
-            env=clean | {"CHAOS": str(chaos), "OMP_NUM_THREADS": "1", "CI": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            timeout=900,
-            preexec_fn=_hear_ctrl_c,
-        )
-        output.write(f"--- exit code {ended.returncode}\n".encode())
-        log.write(f"{time.time():.4f} - - - exit {ended.returncode}\n")
-    return ended.returncode
+        environ = CLEAN | {"CHAOS": str(chaos)}
+        with start(words, cwd=place, env=environ, stdout=output, stderr=output) as command:
+            code = command.wait(timeout=900)
+        output.write(f"--- exit code {code}\n".encode())
+        log.write(f"{time.time():.4f} - - - exit {code}\n")
+    return code
 
 
 # ---- what happened, by the log that the job keeps
@@ -399,6 +386,8 @@ def main() -> None:
     words.add_argument("--mode", choices=("ddp", "sharded", "moved"), default="ddp")
     words.add_argument("--kinds", nargs="*", default=[])
     asked = words.parse_args()
+    # A shell lets what it starts in the background ignore SIGINT, and so would the commands.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     moved = asked.mode == "moved"
     kinds = asked.kinds or (LEAVING if moved else [*EXPECTED])
     ranks = min(count for count, _ in MOVES) if moved else asked.processes

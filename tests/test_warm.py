@@ -1,0 +1,128 @@
+"""A program that is forked from an interpreter finds itself as one that was started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm
+from commands import CLEAN, DEADLINE_SECONDS
+
+ABOUT = """
+import json, locale, multiprocessing, os, signal, sys, tempfile, threading, time
+
+def stream(file):
+    how = [file.line_buffering, file.write_through, file.mode, file.name]
+    return [file.encoding, file.errors, file.fileno(), *how]
+
+umask = os.umask(0)
+print(json.dumps({
+    "name": __name__,
+    "argv": sys.argv,
+    "path": sys.path,
+    "cwd": os.getcwd(),
+    "environ": {k: v for k, v in os.environ.items() if k != "LC_CTYPE"},
+    "zone": time.tzname,
+    "locale": locale.getlocale(),
+    "umask": umask,
+    "temporary": tempfile.gettempdir(),
+    "streams": [stream(file) for file in (sys.stdin, sys.stdout, sys.stderr)],
+    "descriptors": sorted(os.listdir("/proc/self/fd"))[:-1],  # the last is that of the listing
+    "handlers": [str(signal.getsignal(n)) for n in signal.valid_signals() if n not in (9, 19)],
+    "held back": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+    "leads a session": os.getsid(0) == os.getpid(),
+    "threads": threading.active_count(),
+    "children": len(multiprocessing.active_children()),
+    "input": sys.stdin.read(),
+}))
+"""
+PROGRAMS = ("script", "-c", "-m")
+ENDS = {
+    "sys.exit(7)": 7,
+    "sys.exit('a word')": 1,
+    "sys.exit()": 0,
+    "1 / 0": 1,
+    "raise KeyboardInterrupt": -signal.SIGINT,
+    "os.kill(os.getpid(), signal.SIGTERM)": -signal.SIGTERM,
+    "os.abort()": -signal.SIGABRT,
+    "os._exit(3)": 3,
+    "atexit.register(print, 'left'); sys.exit(2)": 2,
+    "threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()": 0,
+}
+
+
+def started(words: list[str], *, cold: bool, env: Mapping[str, str], **how: Any) -> Any:
+    if cold:
+        return subprocess.Popen(words, env=env, **how)
+    process = warm.popen(words, env=env, clean=CLEAN, **how)
+    assert isinstance(process, warm.Warm), "it has been forked"
+    return process
+
+
+def program(place: Path, how: str, text: str) -> list[str]:
+    (place / "module_of_test.py").write_text(text)
+    words = {"script": ["module_of_test.py"], "-m": ["-m", "module_of_test"], "-c": ["-c", text]}
+    return [sys.executable, *words[how], "a", "--word"]
+
+
+@pytest.mark.skipif(not warm.WARM, reason="every start is cold here")
+@pytest.mark.parametrize("how", PROGRAMS)
+def test_a_fork_finds_what_a_start_finds(tmp_path: Path, how: str) -> None:
+    words = program(tmp_path, how, ABOUT)
+    env = CLEAN | {"TZ": "Asia/Kolkata", "WORD": "ü", "TMPDIR": str(tmp_path)}
+    env |= {"PYTHONPATH": str(tmp_path / "more")}
+    told = []
+    for cold in (True, False):
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        start = started(
+            words, cold=cold, env=env, cwd=tmp_path, text=True, start_new_session=True, **pipes
+        )
+        out, err = start.communicate("asked\n", timeout=DEADLINE_SECONDS)
+        assert (start.returncode, err) == (0, "")
+        told.append(json.loads(out))
+    assert told[0] == told[1]
+
+
+@pytest.mark.skipif(not warm.WARM, reason="every start is cold here")
+@pytest.mark.parametrize("end", ENDS)
+def test_a_fork_ends_as_a_start_ends(tmp_path: Path, end: str) -> None:
+    text = f"import atexit, os, signal, sys, threading, time\nprint('begun', flush=True)\n{end}"
+    words, told = program(tmp_path, "script", text), []
+    for cold in (True, False):
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        start = started(words, cold=cold, env=CLEAN, cwd=tmp_path, text=True, **pipes)
+        out, err = start.communicate(timeout=DEADLINE_SECONDS)
+        told.append((start.returncode, out, err.splitlines()[-1:]))
+    assert told[0] == told[1]
+    assert told[1][0] == ENDS[end]
+
+
+@pytest.mark.skipif(not warm.WARM, reason="every start is cold here")
+def test_a_fork_hears_signals_and_is_waited_for(tmp_path: Path) -> None:
+    text = "import sys, time; print('waits', flush=True); time.sleep(3600)"
+    words = program(tmp_path, "-c", text)
+    with started(words, cold=False, env=CLEAN, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"waits\n"
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
+        process.terminate()
+        assert process.wait(timeout=DEADLINE_SECONDS) == -signal.SIGTERM
+        assert process.poll() == -signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+@pytest.mark.parametrize("different", ["OMP_NUM_THREADS", "LC_ALL", "PYTHONWARNINGS"])
+def test_what_is_read_at_a_start_is_not_forked(tmp_path: Path, different: str) -> None:
+    env = CLEAN | {different: "2" if different[0] == "O" else "C"}
+    words = [sys.executable, "-c", "pass"]
+    with warm.popen(words, env=env, clean=CLEAN, cwd=tmp_path, stderr=subprocess.DEVNULL) as start:
+        assert not isinstance(start, warm.Warm)
