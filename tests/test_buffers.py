@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError
 from service.data.task import Task, supervised
+from service.optimization.buffers import Moving as Moving_
+from service.optimization.buffers import buffers_in_words
 
 HERE = Path(__file__)
 
@@ -137,3 +139,23 @@ def test_plan_check_and_start_tell_of_them(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "book, teacher, passes" in done.stdout, verb
         assert "mean" in done.stdout, verb
+
+
+class Queue(nn.Module):
+    """A queue of earlier outputs and the place of the next one, beside a counter of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(4, track_running_stats=True)
+        self.register_buffer("queue", torch.zeros(8, 4))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+
+@pytest.mark.parametrize(("rule", "told"), [("mean", True), ("first", False)])
+def test_a_place_in_a_queue_is_told_what_it_needs(rule, told):
+    moving = Moving_(["norm.running_mean", "norm.num_batches_tracked", "queue", "place"], [])
+    [line] = buffers_in_words(Queue(), moving, rule)
+    assert line.endswith("If place is a place in a queue, use model.buffers: first.") == told
+    counted = Moving_(["norm.running_mean", "norm.num_batches_tracked"], [])
+    [line] = buffers_in_words(Queue(), counted, rule)
+    assert "queue" not in line

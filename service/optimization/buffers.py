@@ -123,7 +123,7 @@ def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
         }[rule]
         lines.append(
             f"Buffers that change in training: {_listed(moving.kept)}. They {what} "
-            f"(model.buffers: {rule})."
+            f"(model.buffers: {rule}).{_of_a_queue(model, moving, rule)}"
         )
     unsaved = [n for n in moving.kept if n not in model.state_dict(keep_vars=True)]
     if unsaved:
@@ -137,6 +137,21 @@ def buffers_in_words(model: nn.Module, moving: Moving, rule: Rule) -> list[str]:
             "keeps its own."
         )
     return lines
+
+
+def _of_a_queue(model: nn.Module, moving: Moving, rule: Rule) -> str:
+    """What to do if a whole number is a place in a queue, whose elements a mean would mix."""
+    buffers = {name: model.get_buffer(name) for name in moving.kept}
+    whole = [
+        name
+        for name, buffer in buffers.items()
+        if buffer.dim() == 0
+        and not (buffer.dtype.is_floating_point or buffer.dtype == torch.bool)
+        and not name.endswith("num_batches_tracked")
+    ]
+    if rule not in ("mean", "sum") or not whole or len(whole) == len(buffers):
+        return ""
+    return f" If {_listed(whole)} is a place in a queue, use model.buffers: first."
 
 
 class Buffers:
