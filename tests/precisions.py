@@ -51,6 +51,14 @@ def nan_row() -> Task:
     return images(bad=float("nan"))
 
 
+def weightless() -> Task:
+    """Rows whose weights are all 0."""
+    rows = TensorDataset(torch.ones(ROWS, 3), torch.zeros(ROWS, dtype=torch.long))
+    return supervised(
+        model=lambda: nn.Linear(3, 2), train=rows, weight=lambda targets: torch.zeros(len(targets))
+    )
+
+
 class Root(nn.Module):
     """The square root of a weighted sum: 0 for the row of zeros, with no gradient there."""
 

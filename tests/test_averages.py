@@ -46,6 +46,25 @@ def runs(processes, tmp_path_factory):
     return places
 
 
+class Shared(nn.Module):
+    """One buffer in two of its modules, as of rotary position embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(1, 1), nn.Linear(1, 1)
+        shared = torch.zeros(3)
+        self.one.register_buffer("shared", shared)
+        self.other.register_buffer("shared", shared)
+
+
+def test_a_buffer_of_two_modules_moves_once_a_step():
+    model = Shared()
+    average = MovingAverage(model, decay=0.5)
+    model.one.shared.fill_(1)
+    average.move(100)
+    assert average.model.other.shared.tolist() == [0.5] * 3
+
+
 def test_each_step_moves_it_by_a_share_that_falls_to_the_decays(runs):
     average = state(runs[1], 1, average=True)
     for step in range(2, STEPS + 1):

@@ -192,6 +192,29 @@ def test_the_seconds_of_a_pulse_add_up_to_the_time_since_it_began():
     assert heartbeat.seconds()["starting"] == pytest.approx(5, abs=2)
 
 
+def test_a_clock_that_was_set_back_gives_no_negative_seconds():
+    heartbeat = Heartbeat(started=time.time() + 1000)
+    heartbeat.enter("data", 3)
+    assert all(value >= 0 for value in heartbeat.seconds().values())
+
+
+def test_a_save_newer_than_the_log_of_a_killed_attempt_leaves_a_readable_run(tmp_path):
+    spec = load_spec(SPEC)
+    opened = open_run(tmp_path, spec, fresh=False)
+    opened.start_attempt(processes=1, device="cpu", step=0)
+    opened.directory.metrics.write_text('{"step": 4}\n')
+    opened.close()  # killed, and the checkpoint of step 6 was just published
+    again = open_run(tmp_path, spec, fresh=False)
+    again.start_attempt(processes=1, device="cpu", step=6)
+    again.end_attempt("done", step=12)
+    again.close()
+    last = open_run(tmp_path, spec, fresh=False)
+    last.close()
+    facts = last.facts
+    assert facts["attempts"][0]["to_step"] == 6
+    assert facts["account"]["steps_again"] == 0
+
+
 def test_who_trains_and_who_watches_write_one_beat(tmp_path):
     heartbeat, failed = Heartbeat(scratch=tmp_path), []
 

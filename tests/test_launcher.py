@@ -305,6 +305,13 @@ def polled(world: World, most_steps: int) -> list[int]:
     return asked
 
 
+def test_a_resumed_run_looks_for_a_stop_after_its_first_step(alone: World) -> None:
+    poll = StopPoll(alone, most_steps=50)
+    assert not poll.agreed(1000, wanted=False)
+    assert poll.next_step == 1001, "nothing is known yet of the duration of a step"
+    assert poll.agreed(1001, wanted=True)
+
+
 def test_all_ranks_ask_at_the_same_steps_and_stop_together(processes: ProcessesOf) -> None:
     first, *others = processes(3).run(polled, 7)
     assert all(other == first for other in others)

@@ -191,6 +191,24 @@ def test_fp16_whose_gradients_are_never_finite_ends(processes, tmp_path):
     assert "not finite at any scale" in told
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_without_any_gradient_are_logged_and_clipped(processes, tmp_path, precision):
+    late = {"name": "sgd", "lr": 0.1, "groups": [{"match": "*", "unfreeze_at_step": 3}]}
+    spec = job("images", optimizer=late, max_grad_norm=1.0, model={"precision": precision})
+    processes(1).run(train_in_process, spec, tmp_path)
+    first, *_, last = read_metrics(tmp_path / "job/metrics.jsonl")
+    assert (first["train/grad_norm"], last["train/grad_norm"] > 0) == (0, True)
+
+
+def test_a_skipped_step_without_weight_has_no_mean_loss(processes, tmp_path):
+    faults = {"on_non_finite": "skip", "skips_allowed": 100}
+    ((code, _),) = processes(1).run(ended, job("weightless", faults=faults), tmp_path)
+    assert code == 0
+    rows = list(read_metrics(tmp_path / "job/metrics.jsonl"))
+    assert not any("train/loss" in row for row in rows)
+    assert rows[-1]["train/skipped_steps"] == rows[-1]["step"]
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [

@@ -19,9 +19,11 @@ from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassRecall
 
 from service.basics.errors import SpecError, is_out_of_memory
 from service.data.task import load_task, supervised
+from service.evaluation.metrics import Gathered
 from service.health.watchdog import _line_of
 from service.plan.plan import make_plan
 from service.runs.checkpoint_files import saving_in_words
@@ -160,6 +162,22 @@ def exchanged(world):
     dist.all_reduce(values)
     refused(lambda: dist.all_reduce(torch.ones(2)), RuntimeError, "device type cpu")
     return values.tolist(), world.highest([world.index]), dist.get_backend()
+
+
+def merged(world):
+    """A torchmetrics object whose states have a dimension, over all processes."""
+    measures = Gathered({"recall": MulticlassRecall(3, average="micro")}, world)
+    outputs = torch.eye(3).to(world.device)
+    measures.add(outputs, torch.tensor([0, 1, world.index], device=world.device))
+    return measures.values()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_torchmetrics_objects_are_merged_on_the_host(simulated, count):
+    right = (2, 4)[count - 1]
+    assert (
+        simulated(count).run(merged) == [{"test/recall": pytest.approx(right / 3 / count)}] * count
+    )
 
 
 def test_its_processes_also_have_a_host_group(simulated):

@@ -29,7 +29,8 @@ class StopPoll:
         self._world = world
         self._most_steps = most_steps
         self._asked_at = time.monotonic()
-        self._asked_step = 0
+        self._asked_step: int | None = None
+        """The step of the last check; the first one, where a run begins or resumes, has none."""
         self.next_step = 0
         """The step of the next check."""
 
@@ -38,7 +39,7 @@ class StopPoll:
         if step < self.next_step:
             return False
         now = time.monotonic()
-        steps = step - self._asked_step
+        steps = 0 if self._asked_step is None else step - self._asked_step
         fitting = int(POLL_SECONDS * steps / max(now - self._asked_at, 1e-9))
         fitting = min(fitting, 2 * steps)  # after a few fast steps the next may be slow
         # The shortest interval of all processes is used, so a larger number is more urgent.

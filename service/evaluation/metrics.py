@@ -153,7 +153,7 @@ class Gathered:
         own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
         states = self._world.gather({name: metric.metric_state for name, metric in own.items()})
         for name in own:
-            total = self._metrics[name] = copy.deepcopy(self._empty[name])
+            total = self._metrics[name] = copy.deepcopy(self._empty[name]).cpu()
             for state in states:
                 total.merge_state(state[name])
             total._update_count = 1  # otherwise it warns that it was never updated

@@ -127,7 +127,8 @@ class Heartbeat:
         """On the monotonic clock; counts only while training waits for the writer."""
         self._waits_for_the_writer = False
         self._seen: _Seen | None = None
-        since = monotonic() - (time.time() - self.started)
+        # A clock that was set back must not give a negative duration.
+        since = monotonic() - max(0.0, time.time() - self.started)
         self._place: tuple[Work, int, int, float] = ("starting", 0, -1, since)
 
     def enter(self, work: Work, step: int | None = None, micro_batch: int = -1) -> None:

@@ -36,8 +36,8 @@ class MovingAverage:
         self.model = copy_for_average(model) if twin is None else twin
         self._decay = decay
         self._parameters = list(model.parameters())
-        self._owners = [(m, name) for m in model.modules() for name in m._buffers]
-        self._copies = [(m, name) for m in self.model.modules() for name in m._buffers]
+        self._owners = _buffers_of(model)
+        self._copies = _buffers_of(self.model)
         if twin is not None:
             for kept, live in self._pairs():
                 kept.copy_(live)
@@ -78,6 +78,18 @@ def copy_for_average(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).requires_grad_(False).eval()
     except Exception as error:
         raise SpecError(f"model.moving_average: the model cannot be copied: {error}") from error
+
+
+def _buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The module and key of each buffer, a shared one once."""
+    seen: set[int] = set()
+    found = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or id(buffer) not in seen:
+                seen.add(id(buffer))
+                found.append((module, name))
+    return found
 
 
 def _present(owners: list[tuple[nn.Module, str]]) -> list[Tensor]:

@@ -126,7 +126,8 @@ class LossScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         """The same as torch's method, for sharded gradients too: 0 or more by device."""
         if self._told is None:
-            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+            found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+            return found or {found_inf.device: found_inf}  # torch needs one also without gradients
         members = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [own_rows(p.grad) for p in members if p.grad is not None]
         for kind in {grad.dtype: None for grad in grads}:

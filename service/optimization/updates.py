@@ -164,9 +164,10 @@ class Updates:
 
     def _norm(self) -> Tensor:
         norm = nn.utils.get_total_norm(gradient_values(self._parameters))
+        norm = norm.to(self._world.device)  # without any gradient, torch gives one on the CPU
         if not self._is_sharded:
             return norm
-        square = norm.to(self._world.device, self._world.wide).square()
+        square = norm.to(self._world.wide).square()
         square /= self._copies
         return self._world.sum(square).sqrt().to(norm.dtype)
 
@@ -259,7 +260,8 @@ class Updates:
             faults = [fault for found in self._world.gather(faults) for fault in found]
         if faulty or endless:
             self._answer(faults, endless)
-        values = {"train/loss": loss_sum / float(last.weight)}
+        # A skipped step may have no weight at all, and then it has no mean loss.
+        values = {"train/loss": loss_sum / float(last.weight)} if last.weight else {}
         values |= self._reading([held[at] for at in latest])
         return values if stragglers is None else values | stragglers.reading(told)
 

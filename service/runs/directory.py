@@ -219,6 +219,9 @@ class OpenRun:
             NoProgress: the limit is reached.
         """
         attempts = self.facts["attempts"]
+        # The last save of an attempt that was killed can be newer than its last logged row.
+        if attempts and attempts[-1].get("outcome") == "lost":
+            attempts[-1]["to_step"] = max(attempts[-1]["to_step"], step)
         failures = failures_in_a_row(attempts, step)
         self.facts["state"] = "running"
         attempts.append(

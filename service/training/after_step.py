@@ -147,7 +147,7 @@ class AfterStep:
 
         It affects neither the best checkpoint nor the end of the run.
         """
-        if state.step > 0 or not self.plan.spec.test.at_start or not self.tests:
+        if state.step > 0 or not self.plan.spec.test.at_start or self.plan.test_rows == 0:
             return False
         try:
             values = self._tested(state)

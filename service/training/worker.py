@@ -229,9 +229,11 @@ def carry_out(
         unentered = attempt.end(outcome, step=state.step)
     if outcome == "stopped":
         due = "" if state.untested is None else ", in its test, which is then repeated"
+        where = attempt.directory.path
+        saved = f"the state is saved in {where}" if state.step else f"{where} has no state yet"
         raise Stopped(
-            f"Stopped after step {state.step} of {plan.steps}; the state is saved in "
-            f"{attempt.directory.path}. Run the same command again to continue{due}."
+            f"Stopped after step {state.step} of {plan.steps}; {saved}. Run the same command again "
+            f"to continue{due}."
         )
     # No process exits before all have finished: a peer that failed now would be alone.
     world.fail_together(unentered)
@@ -383,6 +385,8 @@ def test_run(
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
     sets = chosen_test_sets(test_sets(task, drawn_alike(spec, task.test_data)), data)
+    if not any(part.rows for part in sets):
+        raise SpecError("task.test: has no rows, so there is nothing to test. Give the task some.")
     if predictions is None:
         return test_each(model, sets, task=task, plan=plan, world=world, step=chosen.step)
     if len(sets) > 1:
