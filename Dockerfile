@@ -16,7 +16,7 @@ WORKDIR /source
 # What the source needs, without the source: a layer that a change of the source leaves alone.
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    /opt/pip/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    /opt/pip/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['metrics'], sep='\n')" > requirements.txt \
     && /opt/pip/bin/pip --python /opt/evenstep/bin/python install --quiet --constraint constraints.txt \
         ${PIP_INDEX:+--extra-index-url "${PIP_INDEX}"} --requirement requirements.txt
 

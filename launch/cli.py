@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,7 @@ from launch.rank.job import Job, TestJob
 from launch.slurm_step import node_of, note_exit_code, slurm_grace, step_here
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
+from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import Accepted
 from service.recipes import recipes
 from service.runs.directory import RunDirectory, check_run, find_run
@@ -255,8 +257,11 @@ def _start(
     collect_garbage()
     environment = place or Environment()
     here = RankContext(Heartbeat(rank=environment.rank, started=STARTED), leave_hung)
+    first = environment.rank - environment.local_rank
+    ranks = range(first, first + environment.local_world_size)
     with stop_on_signals(heard) as stop:
-        end = outcome_of(lambda: work(job, environment, stop=stop, here=here), here=here)
+        with nullcontext() if environment.local_rank else _endpoint(job, ranks):
+            end = outcome_of(lambda: work(job, environment, stop=stop, here=here), here=here)
         leave(end.code)
 
 
@@ -273,8 +278,17 @@ def _in_processes(
     from launch.processes.local import run_locally
 
     ranks = range(1, processes) if echoed_logs else ()
-    with echoed(echoed_logs or Path(), ranks, complain):
+    echo = echoed(echoed_logs or Path(), ranks, complain)
+    with _endpoint(job, range(processes)), echo:
         return run_locally(job, processes=processes, max_restarts=max_restarts, elastic=elastic)
+
+
+def _endpoint(job: Job | TestJob, ranks: range) -> AbstractContextManager[None]:
+    """The metrics endpoint of this launcher, if the spec of the run asks for one."""
+    if isinstance(job, TestJob):
+        return nullcontext()
+    run = job.runs / job.spec.name
+    return metrics_endpoint(job.spec, run, ranks=ranks, started=STARTED, say=complain)
 
 
 @evenstep.command()

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -19,6 +20,7 @@ from service.distributed.generators import generators_given_back
 from service.distributed.world import in_place
 from service.health.stop_request import StopRequest, stop_on_signals
 from service.in_processes import run_in_processes
+from service.monitoring.endpoint import metrics_endpoint
 from service.optimization.precision import multiplied_in
 from service.plan.changing import Accepted
 from service.plan.plan import make_plan
@@ -146,7 +148,10 @@ def _run(
     )
     # Only the main thread can receive signals.
     hears = threading.current_thread() is threading.main_thread()
-    with stop_on_signals() if hears else nullcontext(StopRequest()) as stop:
+    endpoint = metrics_endpoint(
+        loaded, place / loaded.name, ranks=range(1), started=time.time(), say=print
+    )
+    with endpoint, stop_on_signals() if hears else nullcontext(StopRequest()) as stop:
         try:
             run_to_the_end(plan, task, world, runs=place, stop=stop, fresh=fresh)
         except Stopped as stopped:

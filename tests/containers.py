@@ -89,6 +89,7 @@ def built_image() -> str:
     _try(base)
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*facts["project"]["dependencies"], *facts["build-system"]["requires"]]
+    wanted += facts["project"]["optional-dependencies"]["metrics"]
     wheels = wheels_of("evenstep", wanted, python=_python_of(base))
     build(ROOT, IMAGE, wheels=wheels, words=("--build-arg", f"BASE_IMAGE={base}"))
     podman("image", "prune", "--force", "--filter", "until=24h")  # layers of an older tree

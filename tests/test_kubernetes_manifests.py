@@ -588,6 +588,10 @@ def test_every_field_has_its_reason() -> None:
     named = {part for word in words for part in re.split(r"[^A-Za-z0-9]+", word)}
     objects = [made for target in TARGETS for made in render(job(**EVERY_OPTION), target=target)]  # type: ignore[arg-type]
     objects += render(job(storage_class="fast"))  # with a claim of its own
+    watched = JOB | {"tracking": {"metrics_port": 9400}}
+    monitored = {"scrape_from": {"kubernetes.io/metadata.name": "m"}, "liveness_probe": True}
+    objects += render(load_spec(watched | {"kubernetes": {"image": IMAGE} | monitored}))
+    objects.append(yaml.safe_load((ROOT / "k8s/overlays/monitored/podmonitor.yaml").read_text()))
     for options in (KEYS_OF_OBJECTS, FABRIC, LOOSENED):
         objects += render(job(**options))
     for gang in ({"gang": "volcano", "gang_queue": "q"}, {"gang": "coscheduling"}):

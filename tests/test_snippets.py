@@ -43,6 +43,7 @@ NOT_RUN = {
     ): "a part of a task: how it augments is left open",
     ("docs/how-to/cluster-options.md", "apiVersion: argoproj"): "for Argo CD, not for Evenstep",
     ("docs/how-to/cluster-options.md", "apiVersion: kustomize"): "for Flux, not for Evenstep",
+    ("docs/how-to/monitoring.md", "scrape_configs:"): "for Prometheus, not for Evenstep",
     ("docs/how-to/sweep.md", "program: evenstep"): "for W&B's agent; test_sweep runs such a sweep",
 }
 NAMES_NOTHING = {

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
@@ -24,9 +24,10 @@ from launch.nodes.handshake import JoinRequest
 from launch.nodes.rendezvous import Membership, host, is_loopback, join
 from launch.nodes.secret_file import secret_in
 from launch.processes.echo import echoed
-from launch.processes.signals import heard
+from launch.processes.signals import STARTED, heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
 from service.basics.running_time import TimeLimit
+from service.monitoring.endpoint import metrics_endpoint
 from service.runs.directory import RunDirectory
 from service.spec.files import dump_spec
 
@@ -65,7 +66,10 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         code, first = 1, node.index * processes
         ranks = [rank for rank in range(first, first + processes) if rank]
         try:
-            with echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say):
+            with (
+                _endpoint(job, node, processes),
+                echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say),
+            ):
                 ended = run_locally(
                     replace(job, group=group),
                     processes=processes,
@@ -79,6 +83,16 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
             company.part(code)
             del store  # node 0's store; the others need it only until here
         return code
+
+
+def _endpoint(job: _Job, node: Node, processes: int) -> AbstractContextManager[None]:
+    """The metrics endpoint of this machine, which the first of its launchers serves."""
+    if node.local_index:
+        return nullcontext()
+    first = node.index * processes
+    ranks = range(first, first + node.local_nodes * processes)
+    run = job.runs / job.spec.name
+    return metrics_endpoint(job.spec, run, ranks=ranks, started=STARTED, say=_say)
 
 
 def _meet(job: _Job, node: Node, processes: int) -> tuple[Membership, Group, object]:

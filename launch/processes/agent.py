@@ -43,6 +43,7 @@ from launch.rank.store import LOOPBACK, close, local_store
 from service.basics.errors import EvenstepError, Stopped
 from service.basics.running_time import RunningClock
 from service.health.stop_request import StopRequest
+from service.monitoring.endpoint import endpoint_processes
 
 PEERS_LEAVE_SECONDS = 5.0
 """After a failure the others end by themselves; one that cannot is killed after this time."""
@@ -341,6 +342,7 @@ def _our_own() -> set[int | None]:
     return {
         forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
         resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+        *endpoint_processes(),
     }
 
 

@@ -49,18 +49,24 @@ class Throughput:
         steps = self._steps()
         return (self._heartbeat.seconds_waited - self._waited) / steps if steps else 0.0
 
-    def reading(self, *, rows_per_step: int) -> dict[str, float]:
+    def reading(self, *, rows_per_step: int, weight: float | None = None) -> dict[str, float]:
         """Rows per second and the fraction of time waited, since the last reading.
 
         Also, if known, the operations per second and their fraction of the peak.
+
+        Args:
+            weight: the weight of the rows of the latest step, if the task gives weights.
         """
         seconds = max(perf_counter() - self._since, 1e-9)
         waited = self._heartbeat.seconds_waited - self._waited
-        rate = self._steps() * rows_per_step / seconds
+        steps = self._steps()
+        rate = steps * rows_per_step / seconds
         values = {
             "train/rows_per_second": rate,
             "train/data_wait": min(max(waited, 0.0) / seconds, 1.0),
         }
+        if weight is not None:
+            values["train/weight_per_second"] = steps * weight / seconds
         if self._flops_a_row is not None:
             flops = rate * self._flops_a_row
             values["system/tflops"] = flops / 1e12

@@ -35,6 +35,7 @@ _FORMS = {
     "train/lr": ("lr", "{:.1e}"),
     "train/grad_norm": ("grad_norm", "{:.3g}"),
     "train/rows_per_second": ("rows/s", "{:.0f}"),
+    "train/weight_per_second": ("weight/s", "{:.0f}"),
     "train/data_wait": ("data_wait", "{:.0%}"),
     "system/peak_memory_gib": ("memory", "{:.2f}GiB"),
     "system/tflops": ("tflop/s", "{:.3g}"),

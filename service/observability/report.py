@@ -29,6 +29,7 @@ from service.spec.files import dump_values
 TITLES = {
     "train/grad_norm": "Gradient norm",
     "train/rows_per_second": "Rows per second",
+    "train/weight_per_second": "Weight per second",
     "train/data_wait": "Waiting for data (fraction)",
     "train/lr": "Learning rate",
     "system/peak_memory_gib": "Peak memory (GiB)",
@@ -59,8 +60,14 @@ def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[S
         raise SpecError(f"-o: {file} cannot be written: {error.strerror}.") from error
 
 
-def page(histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = ()) -> str:
-    """The page as HTML; `now`, in seconds since 1970, is its creation time."""
+def page(
+    histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = (), script: str = ""
+) -> str:
+    """The page as HTML; `now`, in seconds since 1970, is its creation time.
+
+    Args:
+        script: what a page that is served does besides; it may ask its own server.
+    """
     several = len(histories) > 1
     title = f"{len(histories)} runs" if several else histories[0].name
     body = [
@@ -71,15 +78,21 @@ def page(histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = 
         _timeline(histories),
         *(_facts(history, alone=not several) for history in histories),
     ]
+    return shell(title, "".join(body), script=script)
+
+
+def shell(title: str, body: str, *, script: str = "") -> str:
+    """A whole page with this body, the style and the script of the report."""
+    # Whatever a run's name or message contains, this page makes no request but to its own server.
+    connects = "; connect-src 'self'; form-action 'self'" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        # Whatever a run's name or message contains, this page makes no request.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"style-src 'unsafe-inline'; script-src 'unsafe-inline'{connects}\">"
         f"<title>{escape(title)} - evenstep</title><style>{_shipped('report.css')}</style></head>"
-        f"<body><main>{''.join(body)}</main><script>{_shipped('report.js')}</script></body></html>\n"
+        f"<body><main>{body}</main><script>{_shipped('report.js')}{script}</script></body></html>\n"
     )
 
 

@@ -102,6 +102,8 @@ class Updates:
         self._by_kernel = by_kernel and not self._is_sharded
         self._has_stepped = bool(state.optimizer.state)
         self._held: list[_Taken] = []
+        self.weight: float | None = None
+        """Of the latest step that was looked at, where the task gives weights."""
         if self._skips or state.scaler is not None:
             _require_skippable(state.optimizer, normalization, asked=self._skips)
 
@@ -261,7 +263,9 @@ class Updates:
         if faulty or endless:
             self._answer(faults, endless)
         # A skipped step may have no weight at all, and then it has no mean loss.
-        values = {"train/loss": loss_sum / float(last.weight)} if last.weight else {}
+        weight = float(last.weight)
+        self.weight = weight if isinstance(last.weight, Tensor) else None
+        values = {"train/loss": loss_sum / weight} if weight else {}
         values |= self._reading([held[at] for at in latest])
         return values if stragglers is None else values | stragglers.reading(told)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,10 +118,14 @@ class History:
     @property
     def steps(self) -> int | None:
         """Steps of the whole run; None if unknown."""
+        return self.steps_at(self.last)
+
+    def steps_at(self, last: Mapping[str, float]) -> int | None:
+        """The same, if the last row is known already."""
         wanted = find(self.spec, ("length", "steps"))
         if is_number(wanted) and wanted:
             return int(wanted)
-        epochs, last = find(self.spec, ("length", "epochs")), self.last
+        epochs = find(self.spec, ("length", "epochs"))
         if not is_number(epochs) or not epochs or not last.get("epoch", 0) > 0:
             return None
         # An epoch is written with six decimals: a whole number of steps may be slightly exceeded.

@@ -34,7 +34,7 @@ __all__ = [
 Outcome = Literal["done", "stopped", "failed"]
 
 _ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would create one for every row
-_OF_SPEED = ("time", "train/rows_per_second", "train/data_wait")
+_OF_SPEED = ("time", "train/rows_per_second", "train/weight_per_second", "train/data_wait")
 
 
 Kind = Literal["image", "text", "histogram", "file"]

@@ -274,6 +274,12 @@ class KubernetesSpec(Part):
     """The Secret whose key `key.json` is the key of a Google Cloud service account."""
     egress: tuple[str, ...] = Field(default=(), strict=False)
     """Address blocks to which the pods may connect, besides each other and DNS: 10.1.2.0/24."""
+    scrape_from: dict[LabelKey, LabelValue] = Field(default={})
+    """Labels of the namespaces whose pods may read the metrics at `tracking.metrics_port`, such as
+    `kubernetes.io/metadata.name: monitoring`. Default: none may."""
+    liveness_probe: bool = False
+    """Restart a pod in which the hang watch of a process has stopped, by /healthz at
+    `tracking.metrics_port`. Long saves, tests and starts are healthy."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """Failures of one node, caused by that node, after which the job fails."""
     grace_seconds: Annotated[int, Field(ge=30)] = 180

@@ -5,9 +5,12 @@ No torch here: a spec is read, validated and printed on machines without it.
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -277,6 +280,35 @@ class TrackioSpec(Part):
     """A Hugging Face Space, as `user/name`. Default: stored on this machine, for `trackio show`."""
 
 
+class MLflowSpec(Part):
+    """Where MLflow shows the run."""
+
+    experiment: Annotated[str, Field(min_length=1, max_length=500, examples=["digits"])]
+    """The experiment the run belongs to."""
+    uri: Annotated[str, Field(examples=["http://mlflow.example.com:5000"])] | None = None
+    """The tracking server. Default: MLFLOW_TRACKING_URI, or a local database."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in urlsplit(uri).netloc:
+            raise wrong(
+                "must have no password, which everybody who can read the run would see: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return uri
+
+
+def _an_address(text: str) -> str:
+    try:
+        return str(ip_address(text))
+    except ValueError as error:
+        raise wrong(f"must be an address such as 127.0.0.1 or 0.0.0.0, but is {text!r}") from error
+
+
+IpAddress = Annotated[str, AfterValidator(_an_address)]
+
+
 class TrackingSpec(Part):
     """What is logged and how often."""
 
@@ -288,6 +320,13 @@ class TrackingSpec(Part):
     """Also write a TensorBoard event file, in the run's directory."""
     trackio: TrackioSpec | None = None
     """Also log to trackio."""
+    mlflow: MLflowSpec | None = None
+    """Also log to MLflow."""
+    metrics_port: Annotated[int, Field(ge=1024, le=65535, examples=[9400])] | None = None
+    """Port of an endpoint for Prometheus on each launcher: /metrics (OpenMetrics) and /healthz."""
+    metrics_address: IpAddress = "127.0.0.1"
+    """The address on which it listens besides loopback; 0.0.0.0 is every address. The pods of a
+    rendered job use that of the pod."""
 
 
 class FaultsSpec(Part):

@@ -58,7 +58,8 @@ class AfterStep:
         self.heartbeat.enter("log", state.step)
         values = self.updates.look(self.stragglers)
         values |= state.schedule.used()
-        values |= self.throughput.reading(rows_per_step=self.plan.global_batch)
+        rows, weight = self.plan.global_batch, self.updates.weight
+        values |= self.throughput.reading(rows_per_step=rows, weight=weight)
         values |= self.checkpoints.timings()
         if self.plan.spec.model.compile:
             values["train/compiled_graphs"] = compiled_graphs()

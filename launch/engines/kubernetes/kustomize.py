@@ -8,25 +8,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.engines.kubernetes.dashboard import dashboard
 from launch.engines.kubernetes.manifests import render, to_yaml
-from launch.engines.kubernetes.pods import Manifest
+from launch.engines.kubernetes.monitoring import pod_monitor
+from launch.engines.kubernetes.pods import Manifest, labels, own_pods
 from service.spec.files import load_spec
+from service.spec.models import Spec
 
 BASE = "single-gpu"
 """The overlay that equals the base."""
+
+DASHBOARD = "grafana-dashboard.json"
 
 _MADE = "# Made by: python -m launch.engines.kubernetes.kustomize\n"
 
 
 def kustomization(specs: Path) -> dict[str, str]:
     """Every file of the base and of the overlays, by its path in the directory of `specs`."""
-    rendered = {path.stem: _by_kind(render(load_spec(path))) for path in sorted(specs.glob("*"))}
+    rendered = {path.stem: _by_kind(_objects(load_spec(path))) for path in sorted(specs.glob("*"))}
     base = rendered[BASE]
     files = {f"base/{kind.lower()}.yaml": to_yaml([made]) for kind, made in base.items()}
     files["base/kustomization.yaml"] = _kustomization({"resources": sorted(_names(base))})
     for name, objects in rendered.items():
         files |= _overlay(f"overlays/{name}", base, objects)
     return {path: _MADE + text for path, text in files.items()}
+
+
+def _objects(spec: Spec) -> list[Manifest]:
+    """What `render` makes; and where a Prometheus may scrape, what has its operator do so."""
+    objects = render(spec)
+    if spec.kubernetes is None or not spec.kubernetes.scrape_from:
+        return objects
+    metadata = {"name": spec.name, "labels": labels(spec)}
+    kind = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor"}
+    return [*objects, {**kind, "metadata": metadata, "spec": pod_monitor(own_pods(spec))}]
 
 
 def write(directory: Path) -> None:
@@ -36,6 +51,7 @@ def write(directory: Path) -> None:
     for path, text in kustomization(directory / "specs").items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text(text, encoding="utf-8")
+    (directory / DASHBOARD).write_text(dashboard(), encoding="utf-8")
 
 
 def _overlay(place: str, base: dict[str, Manifest], objects: dict[str, Manifest]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from launch.engines.kubernetes.monitoring import ingress
 from launch.engines.kubernetes.pod_template import KEY, newer_fields, overrides
 from launch.engines.kubernetes.pods import (
     MEETING_SECRET,
@@ -233,7 +234,10 @@ def _claim(cluster: KubernetesSpec) -> Manifest:
 
 
 def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
-    """The run's pods connect to each other, to DNS, and to the tracker if it is online."""
+    """The run's pods connect to each other, to DNS, and to the tracker if it is online.
+
+    Others connect to them only to read their metrics, and only if the spec names them.
+    """
     own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.nodes > 1 else []
     names = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
     ports = [{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]
@@ -249,7 +253,7 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
     return {
         "podSelector": own_pods(spec),
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": [{"from": own}] if own else [],
+        "ingress": [*([{"from": own}] if own else []), *ingress(spec, cluster)],
         "egress": egress,
     }
 

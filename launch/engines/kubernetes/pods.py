@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from launch.engines.kubernetes.fabrics import fabric_variables
+from launch.engines.kubernetes.monitoring import container_ports, probe
+from launch.engines.kubernetes.monitoring import variables as monitoring_variables
 from launch.engines.kubernetes.queues import gang_labels, pod_annotations, scheduler
 from service.spec.kubernetes import (
     KubernetesSpec,
@@ -156,14 +158,16 @@ def _spread(spec: Spec, rule: SpreadSpec) -> Manifest:
 def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manifest]) -> Manifest:
     resources, loosened = _resources(cluster), cluster.loosened_security
     added = {"add": list(loosened.capabilities)} if loosened.capabilities else {}
-    ports = [{"name": "rendezvous", "containerPort": cluster.port, "protocol": "TCP"}]
+    meeting = {"name": "rendezvous", "containerPort": cluster.port, "protocol": "TCP"}
+    ports = [*([meeting] if cluster.nodes > 1 else []), *container_ports(spec)]
     return {
         "name": name,
         "image": cluster.image,
         "imagePullPolicy": "IfNotPresent" if "@sha256:" in cluster.image else "Always",
         "command": ["evenstep", "run", f"{SPEC_DIRECTORY}/spec.yaml", "--runs", RUNS_DIRECTORY],
-        "env": [*world, *_environment(cluster)],
-        **({"ports": ports} if cluster.nodes > 1 else {}),
+        "env": [*world, *_environment(spec, cluster)],
+        **({"ports": ports} if ports else {}),
+        **probe(spec, cluster),
         "resources": {"requests": resources, "limits": dict(resources)},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -186,7 +190,7 @@ _MEETING_MOUNT = {
 }
 
 
-def _environment(cluster: KubernetesSpec) -> list[Manifest]:
+def _environment(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
     threads = max(1, int(quantity(cluster.cpu)) // cluster.processes_per_node)
     variables = {
         "HOME": "/tmp",
@@ -206,6 +210,7 @@ def _environment(cluster: KubernetesSpec) -> list[Manifest]:
     variables |= {s.variable: s.file for s in STORAGE_KEYS if getattr(cluster, s.field)}
     variables |= cluster.env  # the user's variables take precedence
     values: dict[str, Manifest] = {name: {"value": text} for name, text in variables.items()}
+    values = monitoring_variables(spec) | values
     values |= {name: {"valueFrom": _key_of(v)} for name, v in cluster.env_from.items()}
     return [{"name": name, **value} for name, value in values.items()]
 

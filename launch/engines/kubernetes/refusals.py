@@ -7,6 +7,7 @@ import os.path
 import re
 from collections.abc import Iterable
 
+from launch.engines.kubernetes.monitoring import check_monitoring
 from launch.engines.kubernetes.pod_template import KEY, merged_template
 from launch.engines.kubernetes.pods import Manifest, own_mounts, world_variables
 from launch.engines.kubernetes.security import loosenings
@@ -35,6 +36,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     _check_mounts(cluster)
     _check_variables(cluster)
     _check_grace(spec, cluster)
+    check_monitoring(spec, cluster)
     # With more rows than can exist, to refuse only what fails with any number of rows.
     processes = cluster.nodes * cluster.processes_per_node
     make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
