@@ -126,7 +126,7 @@ class Kept(TrackerBackend):
             raise OSError("the place is gone")
         self.steps.append(step)
 
-    def close(self):
+    def close(self, outcome):
         self.steps.append("closed")
 
 

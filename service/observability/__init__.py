@@ -8,6 +8,7 @@ From top to bottom; a room imports only from rooms below it:
 * tensorboard_backend: the TensorBoard backend: an event file in the run's directory.
 * report: the report: one self-contained page about one or several runs.
 * sweeps: A sweep: its runs, and each setting's mean and deviation over seeds. No torch.
+* mlflow_backend: the backend of MLflow: a run on a tracking server, or in a local database.
 * background_writer: sends the rows of a run to a tracker from a background thread.
 * logged_files: images, texts, histograms and files that hooks log, in the directory of the run.
 * console: the console: a live bar on a terminal, one plain line for each row elsewhere.

@@ -32,7 +32,7 @@ class TrackerBackend(Protocol):
     ) -> None:
         """Write one row, and the files that hooks have logged with it."""
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """Flush the remaining rows, then close."""
 
 
@@ -67,6 +67,7 @@ class BackgroundWriter(Writer):
         self._received_rows = 0
         self._written_rows = 0
         self._error: str | None = None
+        self._outcome: Outcome = "failed"
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -76,6 +77,7 @@ class BackgroundWriter(Writer):
 
     def close(self, outcome: Outcome) -> None:
         """Wait at most `close_seconds` for the tracker; report the number of missing rows."""
+        self._outcome = outcome
         self._rows.end()
         if not joined(self._thread, self._close_seconds):
             self._error = f"it had not finished after {self._close_seconds:g} s"
@@ -94,7 +96,7 @@ class BackgroundWriter(Writer):
                 if row.step > backend.held_step:
                     backend.put(row.step, row.time, row.values, row.files)
                 self._written_rows += 1
-            backend.close()
+            backend.close(self._outcome)
         except Exception as error:
             message = " ".join(str(error).split())[:200]
             self._error = f"{type(error).__name__}: {message}"

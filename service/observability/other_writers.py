@@ -9,10 +9,18 @@ from typing import Any
 
 from service.basics.errors import SpecError
 from service.observability.background_writer import BackgroundWriter, TrackerBackend
+from service.observability.mlflow_backend import MLflow
 from service.observability.tensorboard_backend import TensorBoard
 from service.observability.trackio_backend import Trackio
 from service.runs.tracking import Writer
 from service.spec.models import TrackingSpec
+
+_PACKAGES = (  # the key, the module, the package, the extra
+    ("tensorboard", "tensorboard", "tensorboard", "tensorboard"),
+    ("trackio", "trackio", "trackio", "trackio"),
+    ("mlflow", "mlflow", "mlflow-skinny", "mlflow"),
+    ("metrics_port", "prometheus_client", "prometheus-client", "metrics"),
+)
 
 
 def require_packages(spec: TrackingSpec) -> None:
@@ -21,12 +29,11 @@ def require_packages(spec: TrackingSpec) -> None:
     Raises:
         SpecError: says how to install it.
     """
-    wanted = {"tensorboard": spec.tensorboard, "trackio": spec.trackio is not None}
-    for package, asked in wanted.items():
-        if asked and find_spec(package) is None:
+    for key, module, package, extra in _PACKAGES:
+        if getattr(spec, key) not in (None, False) and find_spec(module) is None:
             raise SpecError(
-                f"tracking.{package}: the package {package} is not installed. "
-                f"Use: pip install 'evenstep[{package}]'"
+                f"tracking.{key}: the package {package} is not installed. "
+                f"Use: pip install 'evenstep[{extra}]'"
             )
 
 
@@ -35,17 +42,24 @@ def second_writers(
     *,
     directory: Path,
     name: str,
+    run_id: str,
     config: Mapping[str, Any],
     resume_step: int | None,
     say: Callable[[str], None],
 ) -> list[Writer]:
-    """The writers of the trackers in the spec; trackio shows `config` as configuration."""
+    """The writers of the trackers in the spec; `config` is what they show as configuration.
+
+    `run_id` is the same in every attempt.
+    """
     backends: dict[str, Callable[[], TrackerBackend]] = {}
     if spec.tensorboard:
         backends["TensorBoard"] = lambda: TensorBoard.open(directory / "tensorboard")
     if spec.trackio is not None:
         asked = spec.trackio
         backends["trackio"] = lambda: Trackio.open(asked, name=name, config=config)
+    if spec.mlflow is not None:
+        where = spec.mlflow
+        backends["MLflow"] = lambda: MLflow.open(where, run=run_id, name=name, config=config)
     metrics = directory / "metrics.jsonl"
     return [
         BackgroundWriter(tracker, open_backend, metrics=metrics, resume_step=resume_step, say=say)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from service.observability.background_writer import TrackerBackend
 from service.observability.logged_files import read_histogram, size_of_png
-from service.runs.tracking import LoggedFile
+from service.runs.tracking import LoggedFile, Outcome
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -48,7 +48,7 @@ class TensorBoard(TrackerBackend):
         summary = Summary(value=[*scalars, *shown])
         self._writer.add_event(Event(step=step, wall_time=time, summary=summary))
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         self._writer.close()
 
 

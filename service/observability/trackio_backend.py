@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from service.observability.background_writer import TrackerBackend
 from service.observability.logged_files import read_histogram
-from service.runs.tracking import LoggedFile
+from service.runs.tracking import LoggedFile, Outcome
 from service.spec.models import TrackioSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Trackio(TrackerBackend):
         shown = {file.key: _shown(file) for file in files if file.path.is_file()}
         self._run.log({**values, **shown}, step=step)
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         self._run.finish()  # type: ignore[no-untyped-call]
 
 

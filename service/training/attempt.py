@@ -235,6 +235,7 @@ def _tracker(attempt: Attempt, *, step: int) -> Tracker:
         plan.spec.tracking,
         directory=directory.path,
         name=plan.spec.name,
+        run_id=opened.id,
         config=config,
         resume_step=resume_step,
         say=screen.say,
