@@ -18,7 +18,7 @@ from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.overrides import overridden
 from launch.commands.places import Directory, Place
-from launch.commands.runs import list_runs, report
+from launch.commands.runs import list_runs, report, watch
 from launch.commands.sweep import sweep
 from launch.environment import (
     Environment,
@@ -345,7 +345,7 @@ def schema(page: bool) -> None:
         click.echo(json.dumps(spec_schema(), indent=2))
 
 
-for _command in (new, check, doctor, fork, list_runs, report, sweep):
+for _command in (new, check, doctor, fork, list_runs, report, sweep, watch):
     evenstep.add_command(_command)
 
 

@@ -3,7 +3,7 @@
 From top to bottom; a room imports only from rooms below it:
 
 * sweep: `evenstep sweep`: the product of several values, each setting a run on this machine.
-* runs: the commands that show runs: `runs` and `report`.  No torch.
+* runs: the commands that show runs: `runs`, `watch` and `report`.  No torch.
 * reduction: one process of a test all-reduce: `python -m launch.commands.reduction BYTES`.
 * jobs: the commands that come before a run: `new`, `check` and `doctor`.
 * fork: `evenstep fork`: a new run that starts from a checkpoint of another one.

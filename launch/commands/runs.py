@@ -1,8 +1,12 @@
-"""The commands that show runs: `runs` and `report`.  No torch."""
+"""The commands that show runs: `runs`, `watch` and `report`.  No torch."""
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +14,66 @@ import click
 
 from launch.commands.places import Directory
 from service.basics.errors import SpecError, printable
+from service.runs.directory import find_run
 
 if TYPE_CHECKING:
+    from service.monitoring.live_runs import LiveRuns
     from service.runs.history import History
 
 _WIDEST = 120  # characters of a cell, so that one run does not widen the whole table
+_ALL = click.option("--all", "everything", is_flag=True, help="All runs in the directory --runs.")
+_RUNS = click.option("--runs", "place", type=Directory(), default="runs", show_default=True)
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1)
+@_ALL
+@_RUNS
+@click.option("--every", metavar="SECONDS", type=click.FloatRange(min=0.1), default=1.0)
+@click.option("--once", is_flag=True, help="Print them one time.")
+def watch(runs: tuple[Path, ...], everything: bool, place: Path, every: float, once: bool) -> None:
+    """Show RUNs while they run: directories, or names in ./runs. Ctrl-C ends it, not the runs.
+
+    On a terminal a table, elsewhere a line whenever a run has news."""
+    from service.monitoring.watch import watch as show
+
+    with _ends_cleanly():
+        show(_live(runs, everything, place), stream=sys.stdout, seconds=every, once=once)
+
+
+def _live(runs: tuple[Path, ...], everything: bool, place: Path) -> LiveRuns:
+    """The named runs, those of a sweep, or all in a directory."""
+    from service.monitoring.live_runs import LiveRuns, run_paths
+
+    if everything == bool(runs):
+        raise SpecError("RUN or --all: name the runs, or say --all for those in --runs.")
+    if everything:
+        if not place.is_dir():
+            raise SpecError(f"There is no directory {place}. Name the one that has the runs.")
+        return LiveRuns(directory=place)
+    paths: list[Path] = []
+    for name in runs:
+        sweep = _sweep_at(name)
+        paths += list(run_paths(sweep)) if sweep is not None else [find_run(name).path]
+    return LiveRuns(list(dict.fromkeys(paths)))
+
+
+@contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """A context that a signal ends as Ctrl-C does: what looks at runs has not failed then."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        yield
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1)
+@_ALL
+@_RUNS
+@click.option("--serve", is_flag=True, help="Serve the page on this machine; it updates itself.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True)
 @click.option(
     "-o",
     "--output",
@@ -26,21 +81,28 @@ _WIDEST = 120  # characters of a cell, so that one run does not widen the whole 
     default="report.html",
     show_default=True,
 )
-def report(runs: tuple[Path, ...], output: Path) -> None:
+def report(
+    runs: tuple[Path, ...], everything: bool, place: Path, serve: bool, port: int, output: Path
+) -> None:
     """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
 
     For a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
+    if serve:
+        _serve(_live(runs, everything, place), port, lists=everything)
+        return
+    if everything or not runs:
+        raise SpecError("RUN: name the runs of the page; --all is for --serve.")
     from service.observability.report import write_report
     from service.observability.sweeps import in_lines, read_sweep, rows_of, table_of
     from service.runs.history import read_history
 
     sweeps, histories = [], []
     for run in runs:
-        place = _sweep_at(run)
-        if place is None:
+        sweep_place = _sweep_at(run)
+        if sweep_place is None:
             histories.append(read_history(run))
         else:
-            sweeps.append(read_sweep(place))
+            sweeps.append(read_sweep(sweep_place))
             histories += sweeps[-1].histories
     if not histories:
         raise SpecError(f"{sweeps[0].path}: no run of this sweep has started yet.")
@@ -49,6 +111,25 @@ def report(runs: tuple[Path, ...], output: Path) -> None:
         click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))
     names = ", ".join(printable(history.name) for history in histories)
     click.echo(f"{printable(str(output))}: {names}")
+
+
+def _serve(runs: LiveRuns, port: int, *, lists: bool) -> None:
+    from service.monitoring.http_server import bound
+    from service.monitoring.live_report import LiveReport, serve
+
+    found, broken = runs.look()
+    for words in broken:
+        click.echo(f"warning: {printable(words)}", err=True)
+    try:
+        listening = bound("127.0.0.1", port)
+    except OSError as error:
+        raise SpecError(f"--port: {port}: {error.strerror}. Choose another; 0 is any.") from error
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    names = f"{len(found):,} runs" if len(found) != 1 else printable(found[0].name)
+    with listening, _ends_cleanly():
+        click.echo(f"{address} shows {names}, on this machine only; Ctrl-C ends it.")
+        sys.stdout.flush()
+        serve(LiveReport(runs, names, lists=lists), [listening])
 
 
 def _sweep_at(path: Path) -> Path | None:

@@ -1,5 +1,5 @@
 // The values under the pointer.  The curves are there without it.
-for (const figure of document.querySelectorAll(".chart")) {
+function drawValues() { for (const figure of document.querySelectorAll(".chart")) {
   const { x, lines } = JSON.parse(figure.querySelector("script").textContent);
   const area = figure.querySelector(".area");
   const add = (name) => area.appendChild(Object.assign(document.createElement("div"), { className: name }));
@@ -46,4 +46,5 @@ for (const figure of document.querySelectorAll(".chart")) {
   area.addEventListener("pointermove", show);
   area.addEventListener("pointerdown", show);
   area.addEventListener("pointerleave", leave);
-}
+} }
+drawValues();

@@ -1,0 +1,29 @@
+// A served page asks whether something is new, and takes the new page only then.
+(() => {
+  const ask = "state" + location.search;
+  let known = null, wait = 2000;
+  const renew = async () => {
+    const text = await (await fetch(location.href)).text();
+    const fresh = new DOMParser().parseFromString(text, "text/html");
+    const open = [...document.querySelectorAll("details")].map((each) => each.open);
+    const chosen = new Set([...document.querySelectorAll("input:checked")].map((each) => each.value));
+    document.querySelector("main").replaceWith(fresh.querySelector("main"));
+    [...document.querySelectorAll("details")].forEach((each, at) => {
+      if (at in open) each.open = open[at];
+    });
+    for (const each of document.querySelectorAll("input")) each.checked = chosen.has(each.value);
+    drawValues();
+  };
+  const look = async () => {
+    try {
+      const { version } = await (await fetch(ask)).json();
+      if (known !== null && version !== known) await renew();
+      known = version;
+      wait = 2000;
+    } catch {
+      wait = Math.min(30000, 2 * wait); // the server has ended, or is slow
+    }
+    setTimeout(look, wait);
+  };
+  look();
+})();

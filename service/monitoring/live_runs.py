@@ -1,0 +1,166 @@
+"""Runs that are looked at again and again; a look reads only what has changed. No torch."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.basics.errors import EvenstepError
+from service.monitoring.snapshot import LatestValues
+from service.runs.directory import RunDirectory
+from service.runs.history import History
+from service.spec.documents import read_document
+
+MOST_LOSSES = 60
+"""Of the latest losses, so many are kept for a small chart."""
+_LOSS = "train/loss"
+_LOOK_BYTES = 1 << 17
+
+Signature = tuple[int, ...]
+"""Inode, size and time of change of each file of a run that a look reads."""
+
+
+@dataclass(frozen=True)
+class RunNow:
+    """What is known of one run at this moment."""
+
+    name: str
+    path: Path
+    state: str
+    step: int
+    steps: int | None
+    latest: Mapping[str, float]
+    """The latest value of everything that was measured, by key."""
+    losses: Sequence[float]
+    news: float
+    """When it was last heard of, in seconds since 1970."""
+    signature: Signature
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("new", "running")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, by the latest rate; None where it is not known."""
+        rate, rows = self.latest.get("train/rows_per_second", 0.0), self.latest.get("rows", 0.0)
+        if self.steps is None or not rate > 0 or not rows > 0 or not self.is_running:
+            return None
+        return max(0, self.steps - self.step) * rows / rate
+
+
+class LiveRun:
+    """One run, whose files are read again when they have changed."""
+
+    def __init__(self, path: Path, *, name: str | None = None) -> None:
+        self._directory = RunDirectory(path)
+        self._name = name or path.name
+        self._values = LatestValues(
+            self._directory, keep=_LOSS, most=MOST_LOSSES, look_bytes=_LOOK_BYTES
+        )
+        self._signature: Signature = ()
+        self._now: RunNow | None = None
+        self._spec: dict[str, Any] | None = None
+
+    def look(self) -> RunNow:
+        """What is known of it now.
+
+        Raises:
+            EvenstepError: it is no run, or what it left cannot be read.
+        """
+        signature = signature_of(self._directory)
+        if self._now is None or signature != self._signature or self._now.is_running:
+            self._now, self._signature = self._read(signature), signature
+        return self._now
+
+    def _read(self, signature: Signature) -> RunNow:
+        facts = self._directory.read_facts()
+        # How long the run is to be: of one that is done, nobody asks.
+        spec = {} if facts["state"] == "done" else self._known_spec()
+        history = History(self._directory, facts, spec)
+        latest = dict(self._values.look())
+        batch = spec.get("batch")
+        rows = batch.get("global_batch") if isinstance(batch, dict) else None
+        if isinstance(rows, int):
+            latest["rows"] = float(rows)
+        attempts = history.attempts
+        steps = [int(latest.get("step", 0)), *(int(a.get("to_step", 0)) for a in attempts)]
+        moments = [float(history.facts.get("created", 0.0)), latest.get("time", 0.0)]
+        moments += [float(a[key]) for a in attempts for key in ("started", "ended") if key in a]
+        return RunNow(
+            self._name,
+            self._directory.path,
+            history.state,
+            max(steps),
+            history.steps_at(latest),
+            latest,
+            tuple(self._values.kept),
+            max(moment for moment in moments if moment == moment),
+            signature,
+        )
+
+    def _known_spec(self) -> dict[str, Any]:
+        """The spec as plain values, read once; of a run that lacks one, nothing."""
+        if self._spec is None:
+            try:
+                self._spec = dict(read_document(self._directory.spec).values)
+            except EvenstepError:
+                return {}
+        return self._spec
+
+
+class LiveRuns:
+    """Several runs: those that are named, or all in a directory."""
+
+    def __init__(self, paths: Sequence[Path] = (), *, directory: Path | None = None) -> None:
+        self._directory = directory
+        self._runs = {path: LiveRun(path) for path in paths}
+
+    def look(self) -> tuple[list[RunNow], list[str]]:
+        """The runs, the latest news first, and why others cannot be read."""
+        if self._directory is not None:
+            paths = list(run_paths(self._directory))
+            self._runs = {path: self._runs.get(path) or LiveRun(path) for path in paths}
+        found, broken = [], []
+        for run in self._runs.values():
+            try:
+                found.append(run.look())
+            except EvenstepError as error:
+                broken.append(str(error))
+        return sorted(found, key=lambda run: (not run.is_running, -run.news)), broken
+
+
+def run_paths(directory: Path) -> Iterator[Path]:
+    """The runs in a directory; a link is none, wherever it leads."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+            )
+    except OSError:
+        return
+    for name in names:
+        if _facts_of(directory / name / "run.json"):
+            yield directory / name
+
+
+def signature_of(directory: RunDirectory) -> Signature:
+    """Equal as long as no file of the run that is shown has changed."""
+    files = (directory.facts, directory.metrics, directory.failures)
+    return tuple(number for file in files for number in _facts_of(file))
+
+
+def _facts_of(path: Path) -> tuple[int, int, int] | tuple[()]:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return ()
+    if stat.S_ISLNK(found.st_mode):
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,285 @@
+"""`evenstep watch` and `report --serve`: runs as they are now, of any number and with any name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import free_port, get, listens
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from injuring import until
+from jobs import spec_of, train_in_process
+from processes import ProcessesOf
+
+from service.monitoring.http_server import BadRequest, Request
+from service.monitoring.live_report import MOST_SIDE_BY_SIDE, LiveReport
+from service.monitoring.live_runs import LiveRun, LiveRuns
+from service.monitoring.watch import cells_of, line_of, sparkline
+from service.runs.directory import RunDirectory
+
+HOSTILE = "\x1b]0;gone\x07<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, processes: ProcessesOf) -> Path:
+    """Two runs of this machine, and a directory in which one of them is a link."""
+    place = tmp_path_factory.mktemp("watched")
+    for name in ("first", "other"):
+        spec = spec_of("cut_of_digits", name=name)
+        processes(1).run(train_in_process, spec, place / "runs", 17)
+    return place
+
+
+def write_run(runs: Path, name: str, *, state: str = "running", steps: int = 40) -> RunDirectory:
+    """A run as another process would have begun it, without a process."""
+    run = RunDirectory(runs / name)
+    run.path.mkdir(parents=True)
+    facts = {"format": 1, "id": name, "state": state, "created": time.time(), "attempts": []}
+    run.facts.write_text(json.dumps(facts))
+    spec = {"name": name, "batch": {"global_batch": 8}, "length": {"steps": steps}}
+    run.spec.write_text(json.dumps(spec))
+    return run
+
+
+def add_row(run: RunDirectory, step: int, **values: float) -> None:
+    row = {"step": step, "epoch": 0.1, "time": time.time(), "train/loss": 2.0 / step, **values}
+    with run.metrics.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ---- in a terminal
+
+
+def test_watch_prints_a_line_for_each_run_where_there_is_no_terminal(place: Path) -> None:
+    told = evenstep("watch", "first", "runs/other", cwd=place)
+    assert told.returncode == 0, told.stderr
+    lines = sorted(told.stdout.splitlines())
+    assert [line.split(" ")[:3] for line in lines] == [
+        ["first", "state=stopped", "step=17/40"],
+        ["other", "state=stopped", "step=17/40"],
+    ]
+    assert "\x1b" not in told.stdout
+    assert evenstep("watch", "--all", cwd=place).stdout.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("watch",), "RUN or --all: name the runs"),
+        (("watch", "first", "--all"), "RUN or --all: name the runs"),
+        (("watch", "frist"), "did you mean 'first'?"),
+        (("watch", "--all", "--runs", "nowhere"), "There is no directory nowhere."),
+        (("report", "--all"), "--all is for --serve"),
+        (("report",), "RUN: name the runs"),
+    ],
+)
+def test_a_mistake_is_one_line(place: Path, words: tuple[str, ...], told: str) -> None:
+    ended = evenstep(*words, cwd=place)
+    assert ended.returncode == 64
+    assert told in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+class OnTerminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *words: object, cwd: Path) -> None:
+        ours, theirs = pty.openpty()
+        environ = {k: v for k, v in CLEAN.items() if k != "CI"}
+        self.process = subprocess.Popen(
+            [str(BIN / "evenstep"), *map(str, words)],
+            cwd=cwd,
+            env=environ | {"TERM": "xterm", "COLUMNS": "140", "LINES": "20", "LANG": "C.UTF-8"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        self._ours = ours
+        self.said = b""
+
+    def read(self) -> str:
+        with suppress(OSError):  # nothing new, or nobody is there any more
+            self.said += os.read(self._ours, 1 << 20)
+        return self.said.decode(errors="replace")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE_SECONDS)
+        os.close(self._ours)
+
+
+def test_watch_draws_a_table_that_follows_a_run_and_ends_cleanly(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "live")
+    write_run(tmp_path / "runs", HOSTILE.replace("/", "_"), state="done")
+    add_row(run, 2, **{"train/rows_per_second": 4.0, "train/data_wait": 0.25, "test/loss": 0.5})
+    shown = OnTerminal("watch", "--all", "--every", "0.1", cwd=tmp_path)
+    try:
+        until(lambda: "2/40" in shown.read(), "the table")
+        first = shown.read()
+        assert first.count("\x1b[?1049h") == 1, "a screen of its own"
+        assert "\x1b[2J" not in first.partition("2/40")[2], "it is not cleared: no flicker"
+        for cell in ("live", "running", "loss 0.5", "25%", "0:01:16"):  # 38 steps of 2 s
+            assert cell in first, cell
+        assert "\x1b]0;" not in first, "a name sets no title"
+        add_row(run, 3)
+        until(lambda: "3/40" in shown.read(), "the news")
+        shown.process.send_signal(signal.SIGINT)
+        assert shown.process.wait(DEADLINE_SECONDS) == 0
+
+        def after_the_screen() -> str:
+            return shown.read().rpartition("\x1b[?1049l")[2]
+
+        until(lambda: "3/40" in after_the_screen(), "the table stays where the command was given")
+        assert "Traceback" not in shown.read()
+        assert "\x1b[?25h" in shown.read(), "the cursor is back"
+    finally:
+        shown.close()
+
+
+def test_every_text_of_a_run_is_safe_to_print(tmp_path: Path) -> None:
+    run = write_run(tmp_path, HOSTILE.replace("/", "_"), state="\x1b[31mred\x07")
+    add_row(run, 1, **{"test/\x1b[2J": 1.0})
+    now = LiveRun(run.path).look()
+    for text in (*cells_of(now), line_of(now)):
+        assert not re.search(r"[\x00-\x1f\x7f]", text), text
+
+
+def test_a_small_chart_is_low_where_values_are_low_and_marks_what_is_not_finite() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], columns=8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5, 5], columns=8) == "▁▁"
+    assert sparkline([0.0, float("nan"), 7.0], columns=2) == "!▁"
+    assert sparkline([], columns=8) == ""
+
+
+# ---- in a browser
+
+
+@contextmanager
+def served(*words: object, cwd: Path) -> Iterator[tuple[int, Any]]:
+    """(the port, the process) of `report WORDS --serve`."""
+    port = free_port()
+    process = subprocess.Popen(
+        [str(BIN / "evenstep"), "report", *map(str, words), "--serve", "--port", str(port)],
+        cwd=cwd,
+        env=CLEAN,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until(lambda: process.poll() is not None or listens(port), "it listens")
+        yield port, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_page_is_served_on_loopback_and_has_what_changed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "live")
+    add_row(run, 2)
+    with served("live", cwd=tmp_path) as (port, process):
+        page = get(port, "/")
+        assert page.status == 200
+        assert "<h1>live</h1>" in page.text
+        assert "connect-src &#x27;self&#x27;" in page.text or "connect-src 'self'" in page.text
+        assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", page.text)
+        state = json.loads(get(port, "/state").text)["version"]
+        assert json.loads(get(port, "/state").text)["version"] == state, "nothing has changed"
+        add_row(run, 3, **{"test/accuracy": 0.75})
+
+        def is_new() -> bool:
+            return bool(json.loads(get(port, "/state").text)["version"] != state)
+
+        until(is_new, "the page learns of it")
+        assert "test/accuracy" in get(port, "/").text
+        for path in ("/../../etc/passwd", "/runs/live/run.json", "/live"):
+            assert get(port, path).status == 404
+        assert get(port, "/?run=../live").status == 404
+        assert get(port, "/", Host="evil.example").status == 421, "no DNS rebinding"
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        assert process.returncode == 0, said
+        assert (
+            said == f"http://127.0.0.1:{port}/ shows live, on this machine only; Ctrl-C ends it.\n"
+        )
+
+
+def asked(report: LiveReport, path: str = "/", **query: list[str]) -> str:
+    return report.answer(Request(path, query, {})).body.decode()
+
+
+def test_of_a_thousand_runs_a_look_reads_only_the_one_that_changed(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, f"run-{n:04d}", state="done") for n in range(1000)]
+    for run in runs:
+        add_row(run, 7)
+    live = LiveRuns(directory=tmp_path)
+    report = LiveReport(live, "1,000 runs", lists=True)
+    page = asked(report)
+    assert page.count("<tr><td><input") == 1000
+    read: list[str] = []
+    plain_read = LiveRun._read
+
+    def counted(self: LiveRun, signature: Any) -> Any:
+        read.append(self._directory.name)
+        return plain_read(self, signature)
+
+    LiveRun._read = counted  # type: ignore[method-assign]  # counts, and reads as before
+    try:
+        assert asked(report) == page
+        add_row(runs[123], 8)
+        report._looked = -1e9
+        assert "run=run-0123" in asked(report)
+        assert read == ["run-0123"]
+    finally:
+        LiveRun._read = plain_read  # type: ignore[method-assign]
+
+
+def test_the_list_follows_no_link_and_shows_chosen_runs_side_by_side(
+    place: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("first", "other"):
+        (runs / name).mkdir(parents=True)
+        for file in ("run.json", "spec.yaml", "metrics.jsonl"):
+            (runs / name / file).write_bytes((place / "runs" / name / file).read_bytes())
+    (runs / "link").symlink_to(place / "runs/first")
+    secret = write_run(runs, "leaky", state="done")
+    secret.metrics.symlink_to(place / "runs/first/metrics.jsonl")
+    write_run(runs, "<b>bold", state="done")
+    report = LiveReport(LiveRuns(directory=runs), "runs", lists=True)
+    page = asked(report)
+    assert "&lt;b&gt;bold" in page
+    assert "<b>bold" not in page.replace("<b>runs</b>", "")
+    assert "link" not in re.findall(r'value="([^"]*)"', page)
+    both = asked(report, run=["first", "other"])
+    assert "Side by side" in both
+    assert "train/loss" in both
+    with pytest.raises(BadRequest, match="no such run"):
+        asked(report, run=["link"])
+    with pytest.raises(BadRequest, match="link"):
+        asked(report, run=["leaky"])
+    with pytest.raises(BadRequest, match=f"at most {MOST_SIDE_BY_SIDE}"):
+        asked(report, run=[str(n) for n in range(MOST_SIDE_BY_SIDE + 1)])
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(place: Path) -> None:
+    with served("first", cwd=place) as (port, _):
+        told = evenstep("report", "first", "--serve", "--port", port, cwd=place)
+    assert told.returncode == 64
+    assert (
+        told.stderr == f"error: --port: {port}: Address already in use. Choose another; 0 is any.\n"
+    )
