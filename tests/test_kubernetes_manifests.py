@@ -352,6 +352,16 @@ def test_a_name_that_no_host_could_have_is_refused(name: str, message: str) -> N
         render(job(nodes=2).model_copy(update={"name": name}))
 
 
+def test_names_that_differ_are_not_given_one_name_in_their_place() -> None:
+    told = []
+    for name in ("my_run", "my.run", "My-run"):
+        with pytest.raises(SpecError) as refused:
+            render(job(nodes=2).model_copy(update={"name": name}))
+        told.append(str(refused.value).partition("Use --name ")[2].rstrip("."))
+        render(job(nodes=2).model_copy(update={"name": told[-1]}))
+    assert len(set(told)) == 3
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no image": ({"image": ""}, "kubernetes.image: must be a container image, such as reg"),
     "an image with a capital": ({"image": "Team/e:1"}, "kubernetes.image: must be a container"),

@@ -161,6 +161,17 @@ def test_a_collection_is_measures_and_what_is_no_metric_is_reported():
         measured_by(task({"other": Other()}))
 
 
+def test_a_measure_by_name_may_have_a_name_of_ones_own():
+    rows = TensorDataset(torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 1, 0]))
+    task = supervised(
+        model=nn.Identity, train=rows, test=rows, loss="cross_entropy", measures={"a": "accuracy"}
+    )
+    assert tuple(task.measures) == ("a",)
+    outputs, labels = rows.tensors
+    right = (outputs.argmax(1) == labels).float()[:, None]  # [B, 1]
+    assert torch.equal(task.measure(outputs, labels).float(), right)
+
+
 def test_a_part_of_a_metric_can_decide():
     best = {"measure": "test/classes/each/1", "mode": "max"}
     spec = load_spec(spec_of("plain_rows", checkpoint={"best": best}))

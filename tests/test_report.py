@@ -6,14 +6,14 @@ import re
 
 import pytest
 from browser import needs_chromium, probe
-from commands import evenstep
+from commands import ROOT, evenstep
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import spec_of, train_in_process
 
 from service.basics.errors import SpecError
 from service.observability.charts import Axis, path, short, smoothed, step_axis, thinned, value_axis
-from service.observability.report import page
+from service.observability.report import _title, page
 from service.runs.history import differing, read_history
 
 BEST = {"best": {"measure": "test/accuracy", "mode": "max"}}
@@ -230,6 +230,13 @@ def test_a_curve_of_zeros_has_an_axis_that_shows_zero():
     assert value_axis([0.0, 0.0]) == Axis(-1.0, 1.0)
     assert value_axis([5e-324, 0.0]) == Axis(-1.0, 1.0)
     assert 0.0 in value_axis([0.0]).ticks()
+
+
+def test_what_the_console_shows_of_stragglers_has_a_title_in_words():
+    shown = (ROOT / "service/observability/console.py").read_text()
+    keys = set(re.findall(r"system/slowest_\w+", shown))
+    assert len(keys) == 2
+    assert not [key for key in keys if "slowest_" in _title(key)]
 
 
 def test_numbers_are_short():
