@@ -34,6 +34,8 @@ from saves import (
 )
 from torch import nn
 
+import service.checkpoints.checkpoints
+import service.runs.checkpoint_files
 from service.basics.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
 from service.checkpoints.snapshots import content_of, expected_bytes
 from service.optimization.learning_rates import Schedule
@@ -866,3 +868,89 @@ def test_the_moving_average_is_saved_verified_and_exported(processes, alone, tmp
         export_weights(
             find_checkpoint(tmp_path / "without", "1"), tmp_path / "b.safetensors", average=True
         )
+
+
+# ---- storage that misbehaves
+
+
+def held_open(name, words):
+    """As an NFS client answers while another process has a file of a removed checkpoint open."""
+    if name == "unlink" and Path(words[0]).name == MODEL:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), words[0])
+
+
+def test_an_old_checkpoint_that_somebody_reads_fails_neither_a_save_nor_a_restart(tmp_path, alone):
+    with watched(held_open):
+        made = saved(tmp_path, alone, 1, 2, 3, keep=2)
+        assert steps_in(tmp_path) == [2, 3]
+        assert len(list(tmp_path.glob(".step-00000001.removed-*"))) == 1
+        assert made.restore(new_state())
+    assert made.restore(new_state())
+    assert not list(tmp_path.glob(".*")), "removed as soon as nobody reads it"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(tmp_path, alone, capsys):
+    def refused(name, words):
+        if name == "rename" and "step-00000001.removed" in str(words[1]):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with watched(refused):
+        saved(tmp_path, alone, 1, 2, 3, keep=2)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    told = f"WARNING: {tmp_path / 'step-00000001'} could not be removed: this user has no"
+    assert told in capsys.readouterr().out
+
+
+def test_storage_that_does_not_answer_is_not_damage(tmp_path, alone, monkeypatch):
+    saved(tmp_path, alone, 1, 2)
+    newest = checkpoints_in(tmp_path)[-1]
+    read = service.runs.checkpoint_files.sha256_of
+    left = [1]
+
+    def broken(path, *span):
+        if left and path.name == MODEL:
+            left.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, *span)
+
+    monkeypatch.setattr(service.runs.checkpoint_files, "sha256_of", broken)
+    assert damage_of(newest) is None, "one request without an answer, on NFS mounted soft"
+    left[:] = [1, 1]
+    assert "Input/output error" in damage_of(newest), "a disk that is broken"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN])
+def test_storage_that_does_not_answer_is_no_mistake_of_the_user(tmp_path, alone, code, monkeypatch):
+    def broken(directory):
+        raise OSError(code, os.strerror(code), str(directory))
+
+    saved(tmp_path, alone, 1)
+    monkeypatch.setattr(service.checkpoints.checkpoints, "checkpoints_in", broken)
+    with pytest.raises(EvenstepError, match="cannot be used") as told:
+        checkpoints(tmp_path, alone).restore(new_state())
+    assert told.value.exit_code == 1, "so that it is started again"
+
+
+def restore_elsewhere(world, directory):
+    """Rank 1 looks at another directory, which is not the same storage."""
+    place = Path(directory, "other" if world.index else "shared")
+    return restore_in_process(world, place)
+
+
+def test_a_process_that_does_not_find_the_checkpoint_says_that_storage_is_not_shared(
+    tmp_path, alone, processes
+):
+    saved(tmp_path / "shared", alone, 1)
+    (tmp_path / "other").mkdir()
+    for kind, told in processes(2).run(restore_elsewhere, tmp_path):
+        assert kind == "NoCheckpoint"
+        assert "Process 1 finds no checkpoint in" in told
+        assert "Give all processes the same storage." in told
+
+
+def test_memory_that_was_short_at_the_start_fails_no_later_save(tmp_path, alone):
+    made = checkpoints(tmp_path, alone)
+    made.reserve(2**60)
+    save_now(made, at_step(1))
+    save_now(made, at_step(2))
+    assert steps_in(tmp_path) == [1, 2]

@@ -30,6 +30,8 @@ _STANDING_IN_THE_WAY = {
 }
 # Temporary errors of the machine or its storage, which do not mean that the file is damaged.
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+PASSING |= {errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN}
+PASSING |= {getattr(errno, "EREMOTEIO", errno.ESTALE)}  # only on Linux
 # Small enough to stay in the cache while it is hashed, large enough that a writing thread takes the
 # GIL only some hundred times per gigabyte.
 _CHUNK_BYTES = 4 << 20
@@ -274,6 +276,11 @@ def kind_of(error: OSError) -> type[EvenstepError]:
     return NotSaved if error.errno in _STANDING_IN_THE_WAY else EvenstepError
 
 
+def kind_of_unread(error: OSError) -> type[EvenstepError]:
+    """Exit code 64 if the user must fix the cause; 1 if a restart may succeed."""
+    return EvenstepError if error.errno in PASSING | {errno.EIO} else SpecError
+
+
 @contextmanager
 def told_when_unwritten(path: Path) -> Iterator[None]:
     """A context in which a failed write raises a readable error.
@@ -298,7 +305,7 @@ def told_when_unread(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = EvenstepError if error.errno in PASSING else SpecError
+        kind = kind_of_unread(error)
         named = error.filename if isinstance(error.filename, str | os.PathLike) else path
         raise kind(f"{named} cannot be read: {error.strerror or error}.") from error
 
@@ -339,9 +346,12 @@ def remove(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """The same while another failure is handled: an error is ignored."""
+    """The same, as far as possible: what cannot be removed stays, without an error."""
     with suppress(OSError):
-        remove(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path, begin: int = 0, end: int | None = None) -> str:

@@ -25,11 +25,10 @@ from typing import Any, Protocol
 import torch
 
 from service.basics.atomic_files import (
-    PASSING,
     in_the_way,
     kind_of,
+    kind_of_unread,
     make_directory,
-    remove,
     remove_if_possible,
     replace_file,
     sync_directory,
@@ -331,8 +330,9 @@ class Checkpoints:
 
     def _copied(self, content: Content | Shard) -> tuple[Content | Shard, Arrival | None]:
         try:
-            if self._reserved is not None:
-                self._reserved.result()
+            reserved, self._reserved = self._reserved, None
+            if reserved is not None:
+                wait([reserved])  # if it failed, the copy tries again
             if isinstance(content, Shard):
                 return self._snapshot.part(content)
             return self._snapshot.whole(content)
@@ -557,7 +557,10 @@ class Checkpoints:
         tested = {checkpoint.step for checkpoint in found if not checkpoint.untested}
         for old in found:
             if old.step not in stay or (old.untested and old.step in tested):
-                self._remove(old.path)
+                try:
+                    self._remove(old.path)
+                except OSError as error:  # the new one is saved all the same
+                    self._say(f"WARNING: {old.path} could not be removed: {in_the_way(error)}.")
 
     def _mark_best(self, best: int | None) -> None:
         if best is None or best == best_of(self._directory):
@@ -570,7 +573,7 @@ class Checkpoints:
         for partial in list(self._directory.glob(".step-*.partial-*")):
             self._remove(partial)
         for leftover in self._directory.glob(".step-*.removed-*"):
-            remove(leftover)
+            remove_if_possible(leftover)
             self._get_on()
 
     def _remove(self, path: Path) -> None:
@@ -632,7 +635,7 @@ class Checkpoints:
             self._mark_best(best["step"] if best else None)
             return newest.path.name, newest.step, str(manifest["sha256"])
         except OSError as error:
-            kind = EvenstepError if error.errno in PASSING else SpecError
+            kind = kind_of_unread(error)
             named = f" ({error.filename})" if error.filename else ""
             raise kind(
                 f"The checkpoints in {self._directory} cannot be used: "
@@ -677,9 +680,15 @@ class Checkpoints:
 
     def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
         chosen = Checkpoint(self._directory / name, step)
-        if read_manifest(chosen)["sha256"] != sha256:
+        try:
+            finds = "another" if read_manifest(chosen)["sha256"] != sha256 else None
+        except NoCheckpoint as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            finds = "no"
+        if finds is not None:
             raise NoCheckpoint(
-                f"Process {self._world.index} finds another checkpoint in {chosen.path} than "
+                f"Process {self._world.index} finds {finds} checkpoint in {chosen.path}, unlike "
                 "rank 0. Give all processes the same storage."
             )
         load(chosen.path, state, index=self._world.index, rename=self._rename)

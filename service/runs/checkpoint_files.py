@@ -297,6 +297,21 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     Raises:
         OSError: it may not be read, or cannot be read at the moment: its state is unknown.
     """
+    try:
+        try:
+            return _damage_found(checkpoint)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # NFS mounted `soft` gives this error for a server that does not answer for a while.
+            return _damage_found(checkpoint)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM) or error.errno in PASSING:
+            raise
+        return f"{error.filename or checkpoint.path}: {error.strerror or error}"
+
+
+def _damage_found(checkpoint: Checkpoint) -> str | None:
     directory = checkpoint.path
     try:
         if directory.is_symlink() or not directory.is_dir():
@@ -318,10 +333,6 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         _require_state(directory, checkpoint.step)
     except _Damaged as damage:
         return str(damage)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM) or error.errno in PASSING:
-            raise
-        return f"{error.filename or directory}: {error.strerror or error}"
     return None
 
 
