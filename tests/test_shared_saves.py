@@ -1,9 +1,11 @@
 """A save that the processes of a node share: the same bytes, whole or absent, whoever is struck."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +33,7 @@ from saves import (
 import service.checkpoints.checkpoints
 from service.basics.errors import EvenstepError
 from service.basics.limits import Limits
-from service.basics.multipart import PART_BYTES, digest_of, parts_of, shared_out
+from service.basics.multipart import PART_BYTES, digest_of, parts_of, shared_out, write_pieces
 from service.checkpoints.snapshots import content_of
 from service.distributed.world import World
 from service.runs.checkpoint_files import (
@@ -565,6 +567,30 @@ def test_a_mistake_of_one_writer_leaves_no_other_waiting(tmp_path, processes, wh
     assert f"Process {who} could not write its share of the checkpoint of step 1: " in text
     assert "RuntimeError: nobody has foreseen this" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks are found by /proc")
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_pieces_are_written_so_that_no_nfs_client_extends_them(tmp_path, has_locks, monkeypatch):
+    """For a file with a lock on some bytes, or opened with O_DSYNC: `nfs_can_extend_write`."""
+    seen = []
+
+    def notice(name, words):
+        if name == "write":
+            facts = Path(f"/proc/self/fdinfo/{words[0]}").read_text()
+            flags = int(facts.split("flags:")[1].split()[0], 8)
+            seen.append(("POSIX  ADVISORY  WRITE" in facts, bool(flags & os.O_DSYNC)))
+
+    def refuse(*words):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+    pieces = [(MODEL, 4100, [memoryview(b"abc")]), (MODEL, 9, [memoryview(b"de")])]
+    with watched(notice):
+        write_pieces(tmp_path, pieces, moved=lambda: None)
+    assert seen == [(has_locks, not has_locks)] * 2
+    assert (tmp_path / MODEL).read_bytes()[4100:] == b"abc"
 
 
 def patience_of_writers(world):

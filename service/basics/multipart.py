@@ -6,9 +6,11 @@ of its parts (a composite checksum, as in S3), so no process must read it from e
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,14 +87,35 @@ def write_pieces(
     *,
     moved: Callable[[], None],
 ) -> None:
-    """Write pieces (file, start, bytes) and sync them; others may write at the same time."""
+    """Write pieces (file, start, bytes) and sync them; others may write at the same time.
+
+    Pieces begin and end within pages. For a write beyond the end of the file that it knows, an NFS
+    client of Linux sends the whole page, with zeros where another machine has just written, unless
+    the file has a lock on some of its bytes, or is opened with O_DSYNC.
+    """
     for file, of_file in groupby(pieces, key=lambda piece: piece[0]):
-        with opened_to_write(directory / file) as descriptor:
+        with ExitStack() as opened:
+            descriptor = opened.enter_context(opened_to_write(directory / file))
+            is_locked = None
             for _, begin, content in of_file:
+                if is_locked is None:
+                    is_locked = _locked_from(descriptor, begin)
+                    if not is_locked:
+                        again = opened_to_write(directory / file, os.O_DSYNC)
+                        descriptor = opened.enter_context(again)
                 os.lseek(descriptor, begin, os.SEEK_SET)
                 put(descriptor, content, moved=moved)
             os.fsync(descriptor)
             moved()
+
+
+def _locked_from(descriptor: int, begin: int) -> bool:
+    """Lock the byte at `begin`, which this process alone writes, until the file is closed."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, begin)
+    except OSError:  # this storage has no locks
+        return False
+    return True
 
 
 def hash_parts(
