@@ -13,6 +13,7 @@ from injuring import started, until
 TASKS = '''
 import atexit
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +49,21 @@ class Pooled(Rows):
 
 def of(rows):
     return supervised(model=lambda: nn.Linear(1, 2), train=rows, loss="cross_entropy")
+
+
+class Leaving(Rows):
+    def __getitem__(self, row):
+        if row == 12:
+            sys.exit(0)
+        return super().__getitem__(row)
+
+
+def leaving():
+    return of(Leaving())
+
+
+def refusing():
+    sys.exit("no data here")
 
 
 def broken():
@@ -107,6 +123,22 @@ def test_a_pool_of_the_tasks_own_can_be_ended(tmp_path):
     job(tmp_path, "pooled", length={"steps": 1})
     done = evenstep("run", "job.yaml", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", 2)])
+def test_a_task_that_leaves_has_failed(tmp_path, words):
+    job(tmp_path, "leaving", length={"epochs": 1})
+    ended = evenstep("run", "job.yaml", *words, cwd=tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert "the task called sys.exit; it must raise an error" in ended.stderr
+    assert "in __getitem__" in ended.stderr, "where"
+
+
+def test_a_task_that_leaves_while_it_is_created_is_a_mistake(tmp_path):
+    job(tmp_path, "refusing")
+    ended = evenstep("plan", "job.yaml", cwd=tmp_path)
+    assert ended.returncode == 64, ended.stderr
+    assert "raised SystemExit: no data here (" in ended.stderr
 
 
 @pytest.mark.parametrize("words", [(), ("--processes", 2)])

@@ -222,7 +222,7 @@ def outcome_of(
     except KeyboardInterrupt as error:
         _let_leave(error, 130)
         return End(130, "interrupted")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lost = lost_peer(error)
         if lost is not None:
             return _told(lost, here, silent)
@@ -230,6 +230,8 @@ def outcome_of(
         # Exceptions of the user's code may contain secrets: the log of a pod is read by many
         # people.
         advice = backend_advice(error)
+        if isinstance(error, SystemExit):
+            advice = " (the task called sys.exit; it must raise an error, or return)"
         message = str(redacted(f"{type(error).__name__}: {error}{advice}"))
         trace = str(redacted(traceback.format_exc()))
         print(

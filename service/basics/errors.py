@@ -180,7 +180,7 @@ def told_as_mistake(what: str) -> Iterator[None]:
         yield
     except EvenstepError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         raise SpecError(f"{what}: {with_place(error)}") from error

@@ -344,7 +344,7 @@ def new_model(task: Task) -> nn.Module:
         model: object = task.model()
     except SpecError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         if isinstance(task.model, nn.Module):  # calling it ran a forward pass
@@ -806,7 +806,7 @@ def _import(source: str) -> Any:
         return importlib.import_module(source)
     except SpecError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"task: cannot import {source}: {with_place(error)}") from error
 
 
@@ -830,7 +830,7 @@ def imported(where: str, key: str) -> Any:
         raise
     except AttributeError as error:
         raise SpecError(f"{key}: cannot import {where}: {error}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"{key}: cannot import {where}: {with_place(error)}") from error
 
 
@@ -864,5 +864,5 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str)
         return factory(**arguments)
     except SpecError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"task: {where} raised {with_place(error)}") from error
