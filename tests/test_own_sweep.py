@@ -14,7 +14,9 @@ from injuring import until
 from launch.cli import evenstep as command
 from launch.commands.sweep import shares_of
 from launch.engines.settings import settings_of
+from launch.processes.side_by_side import Command, run_side_by_side
 from service.basics.errors import SpecError
+from service.health.stop_request import StopRequest
 from service.observability.sweeps import mean_and_deviation, read_sweep, rows_of
 from service.runs.history import read_history
 
@@ -146,6 +148,30 @@ def test_a_request_to_stop_saves_all_and_the_same_command_resumes(tmp_path):
     for run, before in zip(runs, stopped, strict=True):
         first, second = read_history(run).attempts
         assert second["from_step"] == first["to_step"] == before.step
+
+
+def test_a_run_that_cannot_be_started_ends_no_other(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    script = "import time; time.sleep(0.5); print('saved')"
+    commands = [
+        Command("first", [sys.executable, "-c", script], tmp_path / "first"),
+        Command("second", [sys.executable, "-c", script], tmp_path / "pipe"),
+        Command("third", [str(tmp_path / "no program")], tmp_path / "third"),
+        Command("fourth", [sys.executable, "-c", script], tmp_path / "fourth"),
+    ]
+    ends = {}
+    run_side_by_side(
+        commands,
+        places=[{}, {}],
+        stop=StopRequest(),
+        began=lambda command: None,
+        ended=lambda command, code: ends.update({command.name: code}),
+        unstarted=lambda command, error: ends.update({command.name: str(error)}),
+    )
+    assert (ends["first"], ends["fourth"]) == (0, 0)
+    assert (tmp_path / "first").read_text() == "saved\n"
+    assert ends["second"].endswith("pipe could not be written: a pipe is in its place. Remove it.")
+    assert ends["third"] == "this machine starts no process: No such file or directory."
 
 
 # ---- what is planned

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from launch.engines.settings import Settings, settings_of
 from launch.environment import launched, node_here
 from launch.processes.side_by_side import Command, run_side_by_side
 from launch.processes.signals import heard
-from service.basics.atomic_files import in_the_way, is_there, make_directory
-from service.basics.errors import SpecError, Stopped, printable
+from service.basics.atomic_files import in_the_way, is_there, make_directory, plain
+from service.basics.errors import EvenstepError, SpecError, Stopped, printable
 from service.basics.limits import limits
 from service.health.stop_request import stop_on_signals
 from service.observability.sweeps import (
@@ -120,10 +121,16 @@ def _run_all(
         codes[command.name] = code
         _say(f"{command.name}: {_end_in_words(command, code)}")
 
+    def unstarted(command: Command, error: EvenstepError) -> None:
+        codes[command.name] = error.exit_code
+        _say(f"{command.name}: not started: {error}")
+
     commands = [_command(run, place, processes) for run in left]
     with stop_on_signals(heard) as stop:
         try:
-            run_side_by_side(commands, places=places, stop=stop, began=began, ended=ended)
+            run_side_by_side(
+                commands, places=places, stop=stop, began=began, ended=ended, unstarted=unstarted
+            )
         except KeyboardInterrupt:
             _say("interrupted")
             sys.exit(130)
@@ -149,7 +156,8 @@ def _end_in_words(command: Command, code: int) -> str:
     if code == Stopped.exit_code:
         return "stopped, its state is saved"
     words = f"failed with {code}" + (f" ({CODES[code]})" if code in CODES else "")
-    with command.log.open("rb") as log:
+    lines: list[str] = []
+    with suppress(OSError), open(command.log, "rb", opener=plain) as log:  # else: no last words
         log.seek(max(0, log.seek(0, 2) - _LAST_BYTES))
         lines = log.read().decode(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.basics.atomic_files import told_when_unwritten, without_link
-from service.basics.errors import Stopped
+from service.basics.errors import EvenstepError, Stopped
 from service.health.stop_request import PARENT, StopRequest
 
 _LOOK_SECONDS = 0.05
@@ -42,11 +42,13 @@ def run_side_by_side(
     stop: StopRequest,
     began: Callable[[Command], None],
     ended: Callable[[Command, int], None],
+    unstarted: Callable[[Command, EvenstepError], None],
 ) -> None:
     """Run every command, at most one per place at a time; a place is a part of the environment.
 
     A request to stop is sent to all running commands, and no other one is started. They die with
-    this process, however it ends. When a command ends, the next one gets its place.
+    this process, however it ends. When a command ends, the next one gets its place. A command
+    that cannot be started is passed to `unstarted`, and the others go on.
 
     Raises:
         KeyboardInterrupt: a second Ctrl-C, after all commands have received it and ended.
@@ -58,7 +60,11 @@ def run_side_by_side(
             while waiting and free and not stop.requested:
                 command, place = waiting.pop(0), free.pop(0)
                 began(command)
-                running.append(_Running(command, place, _started(command, places[place])))
+                try:
+                    running.append(_Running(command, place, _started(command, places[place])))
+                except EvenstepError as error:
+                    free.append(place)
+                    unstarted(command, error)
             if stop.requested:
                 _hand_on(running)
             for one in [one for one in running if one.process.poll() is not None]:
@@ -74,15 +80,25 @@ def run_side_by_side(
 
 
 def _started(command: Command, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    with told_when_unwritten(command.log), open(command.log, "wb", opener=without_link) as log:
-        return subprocess.Popen(
-            command.words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **variables, PARENT: str(os.getpid())},
-            start_new_session=True,  # Ctrl-C on the terminal reaches it once, from here
-        )
+    """Start the command.
+
+    Raises:
+        EvenstepError: its log cannot be written, or the system starts no process.
+    """
+    with told_when_unwritten(command.log):
+        log = open(command.log, "wb", opener=without_link)  # noqa: SIM115  # closed below
+    with log:
+        try:
+            return subprocess.Popen(
+                command.words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variables, PARENT: str(os.getpid())},
+                start_new_session=True,  # Ctrl-C on the terminal reaches it once, from here
+            )
+        except OSError as error:
+            raise EvenstepError(f"this machine starts no process: {error.strerror}.") from error
 
 
 def _hand_on(running: Sequence[_Running]) -> None:
