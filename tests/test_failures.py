@@ -1,5 +1,6 @@
 """Reports of failures, and the account of a run: what they hold, and what they never hold."""
 
+import errno
 import json
 import math
 import os
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from commands import evenstep
+from saves import watched
 
 from service.basics.errors import NoProgress, SpecError
-from service.health.heartbeat import Heartbeat
+from service.health.heartbeat import Heartbeat, _opened_to_append
 from service.health.watchdog import _told, who_is_behind
 from service.runs.directory import check_run, open_run, read_beat
 from service.runs.failure_reports import line_of_secret, read_failures, redacted, write_failure
@@ -349,3 +351,19 @@ def test_two_threads_report_progress_concurrently(tmp_path):
     assert failed == []
     assert [path.name for path in tmp_path.iterdir()] == ["rank-3.beat"]
     assert read_beat(tmp_path, 3)["rank"] == 3
+
+
+def test_a_directory_that_an_nfs_client_remembers_as_missing_is_looked_for_again(tmp_path):
+    log = tmp_path / "runs/job/logs/rank-1.log"
+    log.parent.mkdir(parents=True)
+    asked = set()
+
+    def remembered(name, words):
+        """As the client does it: it asks the server again for a directory that is opened."""
+        asked.add(str(words[0]))
+        if words[0] == log and str(tmp_path / "runs") not in asked:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(log))
+
+    with watched(remembered), _opened_to_append(log) as file:
+        file.write(b"what was said before")
+    assert log.read_text() == "what was said before"

@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from service.basics.atomic_files import replace_unsynced, told_when_unwritten, without_link
+from service.basics.running_time import TimeLimit
 from service.runs.directory import RunDirectory
 
 # In the order of one step.
@@ -47,6 +48,7 @@ WORDS: dict[Work, str] = {
     "agree": "agreeing on whether to stop",
     "save": "saving a checkpoint",
 }
+_VISIBLE_SECONDS = 10.0
 WRITER = "checkpoints"
 """Name of the thread that writes checkpoints."""
 
@@ -234,7 +236,7 @@ class Heartbeat:
             final = directory.logs / f"rank-{self.rank}.log"
             sys.stdout.flush()
             sys.stderr.flush()
-            with told_when_unwritten(final), open(final, "ab", opener=without_link) as file:
+            with told_when_unwritten(final), _opened_to_append(final) as file:
                 file.write(log.read_bytes())
                 file.flush()
                 os.dup2(file.fileno(), 1)
@@ -289,3 +291,22 @@ def group() -> str:
     """Unique name of this attempt, equal on all of its processes."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     return "/".join(os.environ.get(name, "-") for name in names)
+
+
+def _opened_to_append(path: Path) -> IO[bytes]:
+    """Open a file in a directory that another machine may have created only now.
+
+    An NFS client that has looked for the directory before remembers for a while that it is missing.
+    Opening the directory above makes the client ask again.
+    """
+    limit = TimeLimit(_VISIBLE_SECONDS)
+    while True:
+        for directory in (path.parents[2], path.parents[1], path.parent):
+            with suppress(OSError):
+                os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            return open(path, "ab", opener=without_link)
+        except FileNotFoundError:
+            if not limit.left:
+                raise
+        time.sleep(0.1)
