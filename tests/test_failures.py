@@ -243,6 +243,10 @@ def test_a_beat_that_cannot_be_written_ends_no_run(tmp_path):
     assert read_beat(tmp_path, 0) is None
 
 
+def test_reports_that_cannot_be_listed_end_no_watchdog():
+    assert list(read_failures(Path("runs") / ("n" * 300))) == []
+
+
 def test_a_rank_behind_that_failed_has_no_line_and_is_reported_anyway():
     failed = {"rank": 1, "step": 4, "work": "forward", "micro_batch": 2, "message": "no such file"}
     told = _told(failed, 0, 3.0)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +30,12 @@ from injuring import (
 from jobs import plan_of
 from processes import ProcessesOf
 
+from launch.processes.agent import Agent, Rank, rank_spec
+from launch.processes.echo import echoed
+from launch.processes.local import _last_words
 from service.distributed.agreed_stop import StopPoll
 from service.distributed.world import World
+from service.health.stop_request import StopRequest
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 
@@ -160,6 +166,42 @@ def test_a_hung_rank_is_named_with_its_line(tmp_path):
     assert not hung["waits_for_others"]
 
 
+@pytest.mark.parametrize(("hangs", "code"), [(True, 1), (False, 0)])
+def test_ranks_that_cannot_leave_a_note_end_all_the_same(tmp_path, hangs, code):
+    injuries = [("no scratch", "forward", 1, 3), ("hang", "forward", 1, 5)][: 1 + hangs]
+    environ = injured(tmp_path, *injuries, faults={"hang_timeout_seconds": 2.0})
+    with tempfile.TemporaryDirectory(prefix="e-") as scratch:  # short: sockets lie in it
+        found, _, err = ended("--processes", 2, cwd=tmp_path, TMPDIR=scratch, **environ)
+    assert found == code, err
+    assert ("error: rank 1 ended with code 1" in err) is hangs
+    assert ("in _hang: time.sleep(3600)" in err) is hangs
+    log = (tmp_path / "runs/job/logs/rank-1.log").read_text()
+    assert "1.json could not be written: No such file or directory." in log
+
+
+def test_the_last_words_of_a_rank_are_read_from_any_file(tmp_path):
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.seek(4 << 30)  # of weeks: what is not written takes no room
+        file.write(b"the end")
+    assert _last_words(log).strip("\0") == "the end"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(log)
+    for name in ("pipe", "link", "none"):
+        assert _last_words(tmp_path / name) == ""
+
+
+def test_a_log_that_cannot_be_read_ends_no_launcher(tmp_path):
+    said = []
+    (tmp_path / "rank-1.log").symlink_to("rank-1.log")
+    os.mkfifo(tmp_path / "rank-2.log")
+    with echoed(tmp_path, [1, 2, 3, 4], said.append):
+        (tmp_path / "rank-3.log").mkdir()
+        (tmp_path / "rank-3.log" / "any").write_text("so that it has a size")
+        (tmp_path / "rank-4.log").write_text("four")
+    assert said == ["[rank 4] four"]
+
+
 # In the second case the lead waits for the share of rank 1 for longer than a hang is given, and
 # then syncs files of its own for a while.
 @pytest.mark.parametrize(("ranks", "timeout"), [((0,), 3.0), ((1, 0), 2.0)])
@@ -211,6 +253,20 @@ def test_a_frozen_rank_does_not_hold_up_a_stop(tmp_path):
     assert code == 137, err
     assert "Rank 0 has not answered" in err
     assert time.monotonic() - started_at < SOONER_SECONDS, "not the 120 s that a stop may take"
+
+
+def test_a_rank_that_ends_while_a_request_comes_does_not_end_its_launcher(capfd):
+    """As if SIGTERM goes to all processes: between its look and its signal a rank can end."""
+    stop = StopRequest()
+    agent = Agent(rank_spec(print, processes=1), stop=stop, stop_budget_seconds=lambda: 9.0)
+    process = multiprocessing.get_context("forkserver").Process(target=print)
+    process.start()
+    until(lambda: not Path(f"/proc/{process.pid}").exists(), "its end")
+    stop.hear(signal.SIGTERM)
+    agent._hurry([Rank(0, process)], 0.0)
+    assert agent.stop_budget_seconds == 9.0
+    process.join()
+    agent._worker_group.spec.rdzv_handler.shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork server is found by /proc")

@@ -137,7 +137,11 @@ def test_a_stop_is_given_what_its_saves_were_measured_to_take(tmp_path: Path) ->
     opened.start_attempt(processes=2, device="cpu", step=4)
     opened.end_attempt("stopped", step=9, longest_save_seconds=0.25)
     opened.close()
+    facts = directory.facts.read_text()
     assert budget_seconds(spec, directory) == 2 * (2 * 100.5 + 10), "twice what it takes"
+    directory.facts.write_text("{")
+    assert budget_seconds(spec, directory) == 120, "what cannot be read ends no stop"
+    directory.facts.write_text(facts)
     asked = spec_of("plain_rows", faults={"stop_budget_seconds": 7})
     assert budget_seconds(load_spec(asked), directory) == 7, "who says a number gets it"
     in_pod = load_spec(JOB | {"kubernetes": POD})

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
@@ -44,6 +44,8 @@ class _Job(Protocol):
     runs: Any
     fresh: bool
 
+    def directory(self) -> RunDirectory: ...
+
 
 def run_node(job: Any, node: Node, *, processes: int) -> int:
     """Run this node's processes in the group of all nodes; return the exit code of this node.
@@ -59,30 +61,34 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
         return 0
     with _stop_raises():
         company, group, store = _meet(job, node, processes)
-        take_interface(company.own_address)
-        watch = _Watch(company)
-        from launch.processes.local import run_locally
+    # From here on a request to stop is recorded, for `run_locally`; at the end it changes nothing.
+    take_interface(company.own_address)
+    first = node.index * processes
+    ranks = range(first, first + processes)
+    watch = _Watch(company, job, ranks)
+    from launch.processes.local import run_locally
 
-        code, first = 1, node.index * processes
-        ranks = [rank for rank in range(first, first + processes) if rank]
-        try:
-            with (
-                _endpoint(job, node, processes),
-                echoed(RunDirectory(job.runs / job.spec.name).logs, ranks, _say),
-            ):
-                ended = run_locally(
-                    replace(job, group=group),
-                    processes=processes,
-                    node_lost=lambda: company.lost_time,
-                )
-                code = watch.outcome(ended)
-        except EvenstepError as error:
-            code = error.exit_code
-            raise
-        finally:
-            company.part(code)
-            del store  # node 0's store; the others need it only until here
-        return code
+    code = 1
+    try:
+        logs = RunDirectory(job.runs / job.spec.name).logs
+        with (
+            _endpoint(job, node, processes),
+            echoed(logs, [rank for rank in ranks if rank], _say),
+        ):
+            ended = run_locally(
+                replace(job, group=group),
+                processes=processes,
+                node_lost=lambda: company.lost_time,
+            )
+            code = watch.outcome(ended)
+    except EvenstepError as error:
+        code = error.exit_code
+        raise
+    finally:
+        watch.end()
+        company.part(code)
+        del store  # node 0's store; the others need it only until here
+    return code
 
 
 def _endpoint(job: _Job, node: Node, processes: int) -> AbstractContextManager[None]:
@@ -145,27 +151,54 @@ def _store(address: str) -> tuple[object, str, int]:
 
 
 class _Watch:
-    """Kills the local processes if a node is lost and they do not end by themselves."""
+    """Ends the local processes after another node has ended, if they do not end by themselves."""
 
-    def __init__(self, company: Membership) -> None:
+    def __init__(self, company: Membership, job: _Job, ranks: Collection[int]) -> None:
         self._company = company
+        self._job = job
+        self._ranks = ranks
         self._over = threading.Event()
         self._killed = False
-        company.watch(self._when_lost)
+        company.watch(self._when_lost, self._when_stopped)
 
     def outcome(self, code: int) -> int:
         """The exit code of this node, from that of its processes."""
-        self._over.set()
+        self.end()
         code = PeerLost.exit_code if self._killed else code
         if code == PeerLost.exit_code and self._company.lost is not None:
             _say(self._company.lost)
         return code
 
+    def end(self) -> None:
+        """The local processes have ended."""
+        self._over.set()
+
     def _when_lost(self) -> None:
-        if TimeLimit(_PATIENCE_SECONDS).wait(self._over.wait):
-            return
+        limit = TimeLimit(_PATIENCE_SECONDS)
+        while limit.left:
+            if self._over.wait(limit.look):
+                return
+            if self._some_save():
+                limit = TimeLimit(_PATIENCE_SECONDS)
         self._killed = True
-        for process in psutil.Process().children(recursive=True):
+        kill_each(psutil.Process().children(recursive=True))
+
+    def _some_save(self) -> bool:
+        from launch.processes.saving import some_save
+
+        processes = {process.pid for process in psutil.Process().children(recursive=True)}
+        return some_save(self._job, self._ranks, processes)
+
+    def _when_stopped(self) -> None:
+        """Stop the local processes: they may wait for ranks that the other node never started."""
+        if not TimeLimit(_PATIENCE_SECONDS).wait(self._over.wait):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_each(processes: Iterable[psutil.Process]) -> None:
+    """Kill these processes; some die with one that was killed before."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
 
 

@@ -35,7 +35,7 @@ from launch.nodes.handshake import (
     Seal,
     answered,
 )
-from service.basics.errors import PeerLost, SpecError
+from service.basics.errors import PeerLost, SpecError, Stopped
 from service.basics.running_time import RunningClock, TimeLimit
 
 _CONNECT_SECONDS = 5.0
@@ -120,9 +120,15 @@ class Membership:
             if not friend.say({"store": store_port, "address": store_address}):
                 raise PeerLost(_loss(friend, None))
 
-    def watch(self, when_lost: Callable[[], None]) -> None:
-        """In a background thread, call `when_lost` once if a node is lost or fails."""
-        threading.Thread(target=self._follow, args=(when_lost,), daemon=True).start()
+    def watch(
+        self, when_lost: Callable[[], None], when_stopped: Callable[[], None] = lambda: None
+    ) -> None:
+        """In background threads, call `when_lost` once if a node is lost or fails.
+
+        And `when_stopped` once, when the first has ended because of a request to stop.
+        """
+        callbacks = (when_lost, when_stopped)
+        threading.Thread(target=self._follow, args=callbacks, daemon=True).start()
 
     def part(self, code: int) -> None:
         """Send the exit code of this node, and wait until the other nodes have ended as well.
@@ -137,8 +143,9 @@ class Membership:
         for friend in self.friends:
             friend.close()
 
-    def _follow(self, when_lost: Callable[[], None]) -> None:
+    def _follow(self, when_lost: Callable[[], None], when_stopped: Callable[[], None]) -> None:
         """Wait until each node has sent its closing message, or the first is lost."""
+        stopped = False
         with selectors.DefaultSelector() as events:
             for friend in self.friends:
                 events.register(friend.connection, selectors.EVENT_READ, friend)
@@ -154,6 +161,9 @@ class Membership:
                         self._lose(friend, end, when_lost)
                         return
                     self._ends.add(friend.index)
+                    if end == Stopped.exit_code and not stopped:
+                        stopped = True
+                        threading.Thread(target=when_stopped, daemon=True).start()
         self._gone.set()
 
     def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:

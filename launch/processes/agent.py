@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,6 +49,7 @@ from service.monitoring.endpoint import endpoint_processes
 PEERS_LEAVE_SECONDS = 5.0
 """After a failure the others end by themselves; one that cannot is killed after this time."""
 _LOOK_SECONDS = 0.02
+_ASK_SECONDS = 1.0  # between two looks for ranks that save
 _PR_SET_CHILD_SUBREAPER = 36
 _SERVER_LOST = 255  # what multiprocessing reports for a process whose fork server is gone
 
@@ -136,6 +138,7 @@ class Agent(SimpleElasticAgent):
         *,
         stop: StopRequest,
         stop_budget_seconds: Callable[[], float],
+        some_save: Callable[[Sequence[Rank]], bool] = lambda ranks: False,
         first: int = 0,
         variables: Mapping[str, str] | None = None,
     ) -> None:
@@ -143,19 +146,24 @@ class Agent(SimpleElasticAgent):
 
         `variables` are added to the environment of each rank. `stop_budget_seconds` is called when
         a request to stop arrives, because the duration of saves has been measured by then.
+        `some_save` tells whether one of these ranks is writing a checkpoint.
         """
         super().__init__(ranks)
         self._first = first
         self._variables = dict(variables or {})
         self._stop = stop
         self._stop_budget = stop_budget_seconds
+        self._some_save = some_save
         self.stop_budget_seconds = math.inf
         """The time limit that the ranks got for a stop, once it was requested."""
         self._forwarded = False
         self._failed = False
         self._clock = RunningClock()
-        self._deadline: float | None = None
+        self._stop_by = math.inf
         """On a clock that pauses with this process: ranks stopped with it are not late."""
+        self._leave_by = math.inf
+        """On the same clock: when a rank that a failed one leaves behind is killed."""
+        self._ask_at = -math.inf
         self.ranks: list[Rank] = []
         """In the order of their start, so by number."""
         self.first_ended: list[Rank] = []
@@ -249,9 +257,9 @@ class Agent(SimpleElasticAgent):
         if self._stop.requested and not self._forwarded:
             self._forwarded = True
             self.stop_budget_seconds = self._stop_budget()
-            self._deadline = self._deadline or now + self.stop_budget_seconds
+            self._stop_by = now + self.stop_budget_seconds
             for rank in alive:
-                os.kill(rank.process.pid or 0, signal.SIGTERM)
+                rank.process.terminate()  # it may have ended in the meantime
             print(
                 f"{self._stop.signal_name}: saving the state after the current step; Ctrl-C ends "
                 "the run immediately.",
@@ -259,16 +267,19 @@ class Agent(SimpleElasticAgent):
                 flush=True,
             )
         failed = any(rank.ended not in (None, 0, Stopped.exit_code) for rank in self.ranks)
-        if failed and not self._failed:
+        if failed and now > self._ask_at:
             # Also while they stop: if one is gone, the others cannot agree.
+            self._ask_at = now + _ASK_SECONDS
+            if not self._failed or self._some_save(alive):
+                self._leave_by = now + PEERS_LEAVE_SECONDS
             self._failed = True
-            self._deadline = min(now + PEERS_LEAVE_SECONDS, self._deadline or math.inf)
-        if self._deadline is not None and now > self._deadline:
+        deadline = min(self._stop_by, self._leave_by)
+        if now > deadline:
             self.overran = self._forwarded and not self._failed
             for rank in alive:
                 rank.ended_by_us = True
                 rank.process.kill()
-            if now > self._deadline + PEERS_LEAVE_SECONDS:
+            if now > deadline + PEERS_LEAVE_SECONDS:
                 end_server()  # it makes no progress, and only it can notice that they are gone
 
 
@@ -351,6 +362,5 @@ def _children() -> Iterator[int]:
     if sys.platform != "linux":
         return
     for task in Path("/proc/self/task").iterdir():
-        children = task / "children"
-        if children.exists():
-            yield from map(int, children.read_text().split())
+        with suppress(FileNotFoundError, ProcessLookupError):  # this thread has just ended
+            yield from map(int, (task / "children").read_text().split())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from service.basics.atomic_files import plain
 
 _LOOK_SECONDS = 1.0
 _SPOKEN = re.compile(r"\[rank (\d+)\] (.*)")
@@ -51,16 +53,23 @@ class _Echo:
     def look(self, *, last: bool = False) -> None:
         """Print the complete lines that were added; with `last`, also one without a line end."""
         for rank, file in self._files.items():
-            if _size(file) <= self._read[rank]:
-                continue
-            with file.open("rb") as opened:
-                opened.seek(self._read[rank])
-                added = opened.read()
-            whole = added if last else added[: added.rfind(b"\n") + 1]
-            self._read[rank] += len(whole)
-            for line in whole.decode(errors="replace").splitlines():
-                self._say(f"[rank {rank}] {line}")
+            with suppress(OSError):  # it has been removed, or its storage does not answer
+                self._say_more(rank, file, last=last)
+
+    def _say_more(self, rank: int, file: Path, *, last: bool) -> None:
+        if _size(file) <= self._read[rank]:
+            return
+        with open(file, "rb", opener=plain) as opened:
+            opened.seek(self._read[rank])
+            added = opened.read()
+        whole = added if last else added[: added.rfind(b"\n") + 1]
+        self._read[rank] += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            self._say(f"[rank {rank}] {line}")
 
 
 def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.environment import launched
+from launch.processes.saving import some_save
 from launch.processes.signals import STARTED, heard
 from launch.processes.terminal import outlive_readers, require_reader
 from launch.processes.warm_start import begin_server, collect_garbage, set_since
-from launch.rank.exit import leave
+from launch.rank.exit import leave, tell
 from launch.rank.job import TestJob
-from service.basics.atomic_files import make_directory, replace_unsynced, told_of
+from service.basics.atomic_files import (
+    make_directory,
+    plain,
+    replace_unsynced,
+    told_of,
+    told_when_unwritten,
+)
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import budget_seconds
@@ -42,6 +49,7 @@ FINAL = {0, STOPPED, SpecError.exit_code, WillFailAgain.exit_code}
 # Open files of the launcher, or of a process with a connection to each of the others.
 _FILES, _FILES_A_PROCESS = 64, 4
 _LAST_WORDS = 4000  # characters of the output of a process that crashed
+_LAST_BYTES = 65536  # which are searched for them
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,16 @@ def _attempt(
     """Run all processes once, until the last one ends."""
     from launch.processes.agent import Agent, NotStarted, rank_spec
 
-    notes.mkdir()
+    with told_when_unwritten(notes):
+        notes.mkdir(parents=True)  # something may have cleaned up the temporary directory
     group = getattr(job, "group", None)
     agent = Agent(
         rank_spec(process, job, str(notes), started, processes=processes),
         stop=stop,
         stop_budget_seconds=lambda: budget_seconds(job.spec, job.directory()),
+        some_save=lambda ranks: some_save(
+            job, [rank.number for rank in ranks], [rank.process.pid for rank in ranks]
+        ),
         first=group.index * group.processes if group else 0,
         variables=set_since(),
     )
@@ -212,11 +224,8 @@ def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
     place = directory.logs if directory.logs.exists() else notes
     beat = read_beat(place, rank.number)
     known = beat if beat and beat.get("process") == rank.process.pid else {}
-    stacks = "\n".join(
-        _last_words(path)
-        for path in (place / f"rank-{rank.number}.stacks", place / f"rank-{rank.number}.log")
-        if path.exists()
-    )
+    files = (place / f"rank-{rank.number}.{kind}" for kind in ("stacks", "log"))
+    stacks = "\n".join(filter(None, map(_last_words, files)))
     if place != notes and rank.number not in _noted(notes):
         told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
         write_failure(directory.failures, {**known, **told})
@@ -237,8 +246,14 @@ def _noted(notes: Path) -> set[int]:
 
 
 def _last_words(path: Path) -> str:
-    words = path.read_text(errors="replace").partition("\nExtension modules:")[0]
-    return words[-_LAST_WORDS:]
+    """The end of a file of any size; empty if it cannot be read."""
+    try:
+        with open(path, "rb", opener=plain) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+            words = file.read(_LAST_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    return words.partition("\nExtension modules:")[0][-_LAST_WORDS:]
 
 
 def process(environment: dict[str, str], job: Any, notes: str, started: float) -> None:
@@ -265,11 +280,17 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
 
     def note(code: int, message: str, trace: str = "", *, said: bool = False) -> None:
         ending = Ending(place.rank, code, message, time.time(), trace, said)
-        _write_whole(Path(notes, f"{place.rank}.json"), json.dumps(asdict(ending)))
+        path = Path(notes, f"{place.rank}.json")
+        try:
+            _write_whole(path, json.dumps(asdict(ending)))
+        except OSError as error:  # the exit code still counts
+            tell(f"{message}\nWARNING: {told_of(path, error)}".lstrip())
 
     def leave_hung(code: int, message: str) -> NoReturn:
-        note(code, message)
-        os._exit(code)
+        try:
+            note(code, message)
+        finally:  # without this exit, all ranks would wait for ever
+            os._exit(code)
 
     heartbeat = Heartbeat(rank=place.rank, scratch=Path(notes), started=started)
     here = RankContext(heartbeat, leave_hung, mark=_mark(Path(notes), place.rank))
@@ -328,11 +349,17 @@ def root_cause(
         )
     lost = [f"error: rank {e.rank}: {e.message}" for e in endings if e.code == PEER_LOST]
     noted = {ending.rank for ending in endings}
-    for rank in agent.first_ended:
-        if rank.ended and (rank.ended_by_us or rank.number not in noted):
-            code = 128 - rank.ended if rank.ended < 0 else rank.ended
-            told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
-            return Cause(code, told, rank.number)
+    silent = [
+        rank
+        for rank in agent.first_ended
+        if rank.ended and (rank.ended_by_us or rank.number not in noted)
+    ]
+    silent.sort(key=lambda rank: rank.ended in (STOPPED, PEER_LOST))
+    for rank in silent[:1]:
+        assert rank.ended is not None
+        code = 128 - rank.ended if rank.ended < 0 else rank.ended
+        told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
+        return Cause(code, told, rank.number)
     if STOPPED in [ending.code for ending in endings]:
         return Cause(STOPPED)
     return Cause(PEER_LOST, lost[0]) if lost else Cause(0)

@@ -72,7 +72,7 @@ def _count(heard: int, code: int) -> NoReturn:
         if signals.poll(look * 1000) and set(os.read(heard, 512)) & _STOPS:
             os._exit(code)  # other signals arrive there too, such as SIGCHLD
     text = f"WARNING: this process did not release everything within {LEAVING_SECONDS:g} s: ended."
-    teller = threading.Thread(target=_tell, args=(text,), daemon=True)
+    teller = threading.Thread(target=tell, args=(text,), daemon=True)
     teller.start()  # in its own thread: nobody may be reading its output
     teller.join(1.0)
     os._exit(code)
@@ -82,12 +82,13 @@ def _heard(number: int, frame: FrameType | None) -> None:
     """Do nothing: receiving the signal is enough."""
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Write to standard error without any lock, which another thread may hold."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 def leave_hung(code: int, message: str) -> NoReturn:
     """End this process from another thread than the hanging one, which may hold any lock."""
-    _tell(f"error: {message}")
+    tell(f"error: {message}")
     os._exit(code)

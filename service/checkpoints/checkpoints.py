@@ -241,6 +241,7 @@ class Checkpoints:
     def close(self) -> None:
         """Let the writer finish its save.  It gets an error if other processes are gone."""
         if self._pending is not None:
+            self._heartbeat.enter("save")
             self._wait_for(self._pending)
         self._writer.shutdown(wait=True)
 
@@ -377,6 +378,10 @@ class Checkpoints:
     # ---- the writer thread: parallel to training; communicates with other writers only
 
     def _carry_out(self, job: _Job) -> None:
+        with self._heartbeat.saving():
+            self._save(job)
+
+    def _save(self, job: _Job) -> None:
         shard = job.content
         if isinstance(shard, Content):  # otherwise it was divided before it was copied
             shard = self._layout(shard).shard(self._writers.index)
@@ -533,8 +538,7 @@ class Checkpoints:
         """Report the progress of a save."""
         if threading.get_ident() == self._trainer:
             self._heartbeat.moved()
-        else:
-            self._heartbeat.writer_moved()
+        self._heartbeat.writer_moved()
 
     def _require_room(self, job: _Job) -> None:
         needed = job.size_bytes
@@ -579,11 +583,13 @@ class Checkpoints:
     def _remove(self, path: Path) -> None:
         """Rename it first: a half-deleted checkpoint would look like a damaged one.
 
-        The writer of a killed job that is still running does not find it any more, either.
+        The writer of a killed job that is still running does not find it any more, either. What
+        cannot be removed now (on NFS, while another process has a file of it open) is removed by a
+        later `_sweep`.
         """
         gone = path.with_name(f".{path.name.lstrip('.')}.removed-{secrets.token_hex(4)}")
         os.rename(path, gone)
-        remove(gone)
+        remove_if_possible(gone)
         self._get_on()
 
     def _set_aside(self, damaged: Checkpoint) -> None:

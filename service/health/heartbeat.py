@@ -128,6 +128,7 @@ class Heartbeat:
         self._writer_moved = 0.0
         """On the monotonic clock; counts only while training waits for the writer."""
         self._waits_for_the_writer = False
+        self._saves = False
         self._seen: _Seen | None = None
         # A clock that was set back must not give a negative duration.
         since = monotonic() - max(0.0, time.time() - self.started)
@@ -196,6 +197,16 @@ class Heartbeat:
             self.moved()  # first: the wait is over and must not count towards a hang
             self._waits_for_the_writer = False
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A context in which this process writes its part of a checkpoint."""
+        self.writer_moved()
+        self._saves = True
+        try:
+            yield
+        finally:
+            self._saves = False
+
     def during(self, work: Work, batches: Iterable[B]) -> Iterator[B]:
         """The same batches; each one is recorded when it is taken."""
         for batch in batches:
@@ -260,6 +271,7 @@ class Heartbeat:
         place = self.place
         most_seconds = self._seen.most_seconds if self._seen else math.inf  # inf: no watchdog
         standing = self._standing_seconds(place, most_seconds)
+        saves = round(monotonic() - self._writer_moved, 3) if self._saves else None
         return {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -273,6 +285,7 @@ class Heartbeat:
             "last_collective": self.trace.name,
             "collectives": self.trace.count,
             "standing_seconds": round(standing, 3),
+            "save_standing_seconds": saves,
             "longest_save_seconds": round(self.longest_save_seconds, 3),
             "seconds": self.seconds(),
         }

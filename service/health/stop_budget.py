@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.basics.atomic_files import remove_if_possible, write_file
+from service.basics.errors import EvenstepError
 from service.runs.directory import RunDirectory, read_beat
 from service.spec.models import Spec
 
@@ -98,7 +99,10 @@ def budget_seconds(spec: Spec, directory: RunDirectory) -> float:
     """The launcher's limit for a stop: from the spec, or enough for the saves so far."""
     if spec.faults.stop_budget_seconds != "auto":
         return spec.faults.stop_budget_seconds
-    measured = longest_save(directory)
+    try:
+        measured = longest_save(directory)
+    except EvenstepError:  # run.json cannot be read now, and the stop must not fail because of it
+        measured = measured_in([read_beat(directory.logs, 0) or {}])
     return LEAST_SECONDS if measured is None else max(LEAST_SECONDS, 2 * measured.seconds)
 
 

@@ -110,7 +110,11 @@ def _written(directory: Path, report: Mapping[str, Any]) -> Path:
 
 def read_failures(directory: Path) -> Iterator[dict[str, Any]]:
     """Every report in the directory, the earliest first; unreadable ones are skipped."""
-    for path in sorted(directory.glob("*.json")):
+    try:
+        paths = sorted(directory.glob("*.json"))
+    except OSError:  # the storage does not answer: the watchdog must go on all the same
+        return
+    for path in paths:
         try:
             report = read_json(path, at_most=LARGEST_REPORT_BYTES)
         except (OSError, ValueError):

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -268,6 +269,12 @@ def _give_room_back(injury: dict[str, Any]) -> None:
     _filler().unlink()
 
 
+def _remove_the_scratch(injury: dict[str, Any]) -> None:
+    """As a cleaner of temporary files does: TMPDIR is the test's own."""
+    for scratch in Path(os.environ["TMPDIR"]).glob("evenstep-*"):
+        shutil.rmtree(scratch)
+
+
 def _slow_the_disk(injury: dict[str, Any]) -> None:
     """From now on it takes as long to sync a few bytes as it takes elsewhere for a gigabyte."""
     _slow.append(0.5)
@@ -302,6 +309,7 @@ INJURIES = {
     "disk full": _fill_the_disk,
     "no room": _take_all_room,
     "room again": _give_room_back,
+    "no scratch": _remove_the_scratch,
     "slow disk": _slow_the_disk,
     "cut a file": _damage,
     "flip a bit": _damage,
