@@ -176,7 +176,8 @@ class Checkpoints:
             1, WRITER, initializer=_begin_writing, initargs=(world.device,)
         )
         self._snapshot = Snapshot(world.device)
-        self._pending: Future[None] | None = None
+        self._pending: Future[None] | EvenstepError | None = None
+        """The current save, or why it could not begin; None if there is nothing to wait for."""
         self._unsaved: EvenstepError | None = None
         """Why the last save failed, if the run continued."""
         self._failures = 0
@@ -223,7 +224,10 @@ class Checkpoints:
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
         if self._world.index < self._writers.processes:
-            self._pending = self._begin(state, places, records, seal, began)
+            try:
+                self._pending = self._begin(state, places, records, seal, began)
+            except EvenstepError as error:
+                self._pending = error
         if not self._spec.asynchronous:
             self._settle()
         self._timings["save/stall_seconds"] = time.perf_counter() - began
@@ -240,7 +244,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let the writer finish its save.  It gets an error if other processes are gone."""
-        if self._pending is not None:
+        if isinstance(self._pending, Future):
             self._heartbeat.enter("save")
             self._wait_for(self._pending)
         self._writer.shutdown(wait=True)
@@ -267,23 +271,18 @@ class Checkpoints:
         seal: Seal | None,
         began: float,
     ) -> Future[None] | None:
-        """Start the save; `_settle` returns its outcome."""
-        begun: Future[None] = Future()
-        try:
-            content = content_of(state, places)
-            is_shared = self._writers_of(content.size_bytes) > 1
-            if not (self._world.is_lead or is_shared):
-                return None
-            if is_shared:
-                self._writers.meet()
-            job = self._job(content, is_shared, records, seal, began)
-            if self._spec.asynchronous:
-                return self._writer.submit(self._carry_out, job)
-            self._carry_out(job)
-            begun.set_result(None)
-        except EvenstepError as error:
-            begun.set_exception(error)
-        return begun
+        """Start the save, or carry it out; `_settle` waits for what this returns."""
+        content = content_of(state, places)
+        is_shared = self._writers_of(content.size_bytes) > 1
+        if not (self._world.is_lead or is_shared):
+            return None
+        if is_shared:
+            self._writers.meet()
+        job = self._job(content, is_shared, records, seal, began)
+        if self._spec.asynchronous:
+            return self._writer.submit(self._carry_out, job)
+        self._carry_out(job)
+        return None
 
     def _job(
         self,
@@ -351,8 +350,8 @@ class Checkpoints:
             EvenstepError: it failed and the run must stop, or the state is not finite.
         """
         pending, self._pending = self._pending, None
-        failed: EvenstepError | None = None
-        if pending is not None:
+        failed = pending if isinstance(pending, EvenstepError) else None
+        if isinstance(pending, Future):
             self._wait_for(pending)
             try:
                 pending.result()
