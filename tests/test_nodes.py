@@ -66,7 +66,10 @@ MISTAKES = {
         {"JOB_COMPLETION_INDEX": "1"},
         "this is node 1, but not of how many: set PET_NNODES",
     ),
-    "an index too many": (PET | {"PET_NODE_RANK": "3"}, "PET_NODE_RANK=3 of PET_NNODES=3 cannot"),
+    "an index too many": (
+        PET | {"PET_NODE_RANK": "3"},
+        "PET_NODE_RANK=3 of PET_NNODES=3 is not possible",
+    ),
     "no index": ({"PET_NNODES": "2", "PET_MASTER_ADDR": "a"}, "PET_NODE_RANK is not set"),
     "an elastic range": (PET | {"PET_NNODES": "1:4"}, "PET_NNODES must be a whole number"),
     "a port in words": (PET | {"PET_MASTER_PORT": "any"}, "PET_MASTER_PORT must be a whole"),
