@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, OFFLINE, evenstep
 from wandb_log import read_segments
 from wandb_server import WandBServer
 
@@ -54,7 +54,8 @@ def test_an_agent_runs_every_trial_as_a_run_of_its_own(swept, tmp_path):
 
 def test_checkpoints_are_referred_to_on_request_and_not_copied(tmp_path):
     words = ("run", "digits", "tracking.wandb.artifacts=reference")
-    done = evenstep(*words, cwd=tmp_path, HOME=str(tmp_path))  # wandb stages artifacts below it
+    # wandb stages artifacts below HOME.
+    done = evenstep(*words, cwd=tmp_path, **OFFLINE, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/digits"
     [log] = read_segments(run)

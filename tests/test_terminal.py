@@ -9,9 +9,10 @@ import termios
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, command
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, start
 from injuring import facts_of, injured, rows_of, until
 
 from service.runs.checkpoint_files import checkpoints_in
@@ -61,18 +62,20 @@ def running(place: Path, *words: object, output: list[int]) -> Iterator[subproce
 
     def begin() -> None:
         os.setsid()
-        for descriptor in output:
-            if os.isatty(descriptor):
-                fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+        for terminal in output:
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         for number in (1, 2):
             os.close(number) if not output else os.dup2(output[0], number)
 
-    process = subprocess.Popen(
-        [str(BIN / "evenstep"), "run", "job.yaml", *map(str, words)],
+    if output and not os.isatty(output[0]):
+        how: dict[str, Any] = {"stdout": output[0], "stderr": output[0], "start_new_session": True}
+    else:
+        how = {"preexec_fn": begin}
+    process = start(
+        [BIN / "evenstep", "run", "job.yaml", *words],
         cwd=place,
         env=CLEAN | {"CHAOS": str(place)},
-        stdin=subprocess.DEVNULL,
-        preexec_fn=begin,
+        **how,
     )
     try:
         yield process
