@@ -17,7 +17,7 @@ from launch.commands.engines import ENGINES, accepted_by, commands_of, complain,
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory, Place
+from launch.commands.places import Directory, Place, run_at
 from launch.commands.runs import list_runs, report, watch
 from launch.commands.sweep import sweep
 from launch.environment import (
@@ -39,7 +39,7 @@ from service.health.stop_request import die_with_parent, stop_on_signals
 from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import Accepted
 from service.recipes import recipes
-from service.runs.directory import RunDirectory, check_run, find_run
+from service.runs.directory import RunDirectory, check_run
 from service.runs.failure_reports import redacted
 from service.spec.files import Override, spec_schema
 from service.spec.models import Spec
@@ -188,7 +188,7 @@ def _start_in_store(
 
 
 @evenstep.command()
-@click.argument("run", type=Directory())
+@click.argument("run", type=Place())
 @overridden
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option(
@@ -200,7 +200,7 @@ def _start_in_store(
 @click.option("--data", metavar="NAME", help="One of several test sets. Default: all.")
 @_PROCESSES
 def test(
-    run: Path,
+    run: Path | Address,
     overrides: tuple[Override, ...],
     checkpoint: str,
     predictions: Path | None,
@@ -212,10 +212,18 @@ def test(
     KEY=VALUE changes the spec for this test only: other rows, or new paths of files."""
     place = launched()
     asked = _process_count(processes)
-    found = find_run(run)
-    found.read_spec(overrides)  # an error is reported here, once
-    job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
-    _start(job, place, processes=asked)
+    if isinstance(run, Address) and place is not None:
+        raise SpecError(
+            f"{run}: torchrun cannot test a run in an object store. Use evenstep test "
+            "--processes N."
+        )
+    with run_at(run, checkpoint=checkpoint) as found:
+        found.read_spec(overrides)  # an error is reported here, once
+        job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
+        if not isinstance(run, Address):
+            _start(job, place, processes=asked)
+        code = _in_processes(job, processes=asked)  # so that the copy can be removed afterwards
+    leave(code)
 
 
 def _start(
@@ -269,9 +277,9 @@ def _in_processes(
     job: Job | TestJob,
     *,
     processes: int,
-    max_restarts: int,
-    elastic: bool,
-    echoed_logs: Path | None,
+    max_restarts: int = 0,
+    elastic: bool = False,
+    echoed_logs: Path | None = None,
 ) -> int:
     """Run the job in processes of this launcher; the exit code of the whole."""
     from launch.processes.echo import echoed
@@ -292,19 +300,20 @@ def _endpoint(job: Job | TestJob, ranks: range) -> AbstractContextManager[None]:
 
 
 @evenstep.command()
-@click.argument("run_a", type=Directory())
-@click.argument("run_b", type=Directory())
+@click.argument("run_a", type=Place())
+@click.argument("run_b", type=Place())
 @click.option(
     "--level", type=click.Choice(["rows", "losses", "bits"]), default="losses", show_default=True
 )
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Of losses."
 )
-def verify(run_a: Path, run_b: Path, level: str, tolerance: float) -> None:
+def verify(run_a: Path | Address, run_b: Path | Address, level: str, tolerance: float) -> None:
     """Check that two runs took the same steps, or name the first step that differs (exit 1)."""
     from service.runs.verification import compare
 
-    compared = compare(find_run(run_a), find_run(run_b), level=level, tolerance=tolerance)
+    with run_at(run_a) as one, run_at(run_b) as other:
+        compared = compare(one, other, level=level, tolerance=tolerance)
     click.echo("\n".join(map(printable, compared.lines)))
     sys.exit(0 if compared.equal else 1)
 

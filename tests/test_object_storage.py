@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep
 from injuring import until
 from stores import BUCKET, Proxy, s3_server
 
+from launch.cli import evenstep as commands
 from service.basics.errors import SpecError
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, find_run
@@ -449,6 +452,49 @@ def test_only_the_newest_checkpoint_is_brought_and_the_others_stay(
     assert uploading.finish(lambda: DEADLINE_SECONDS) is None
     assert steps_in(address) == [8, 12]  # keep is 2
     assert damage_of(Checkpoint(here.checkpoints / "step-00000008", 8)) is None
+
+
+# ---- commands that read
+
+
+def test_runs_in_a_store_are_read_by_the_commands(client, address, place, tmp_path, monkeypatch):
+    local = local_run(place, tmp_path / "local", 4, 8)
+    assert mirror_of(address, local).publish()
+    monkeypatch.chdir(tmp_path)
+    at = f"{address}/job"
+    told = said_by("runs", str(address))
+    assert re.search(r"^job +done +24", told, re.MULTILINE), told
+    assert re.findall(r"step +(\d+) .*good", said_by("checkpoints", at)) == ["4", "8"]
+    said_by("export", at, "--checkpoint", "4", "-o", "remote.safetensors")
+    said_by("export", local.path, "--checkpoint", "4", "-o", "local.safetensors")
+    assert Path("remote.safetensors").read_bytes() == Path("local.safetensors").read_bytes()
+    assert "job" in said_by("report", at)
+    assert said_by("verify", at, local.path, "--level", "bits")
+    for words, told in (
+        (("export", at, "--checkpoint", "5", "-o", "a.safetensors"), "there is no '5'; .* 4, 8"),
+        (("export", f"{address}/jab", "-o", "a.safetensors"), "no run .*jab; did you mean 'job'"),
+    ):
+        with pytest.raises(SpecError, match=told):
+            said_by(*words)
+
+
+def test_a_deleted_object_is_found_by_checkpoints(client, address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4, 8)
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    store = store_at(address / "job")
+    store.remove([mirror.published.files["checkpoints/step-00000008/state.json"][0].name])
+    told = said_by("checkpoints", f"{address}/job", code=1)
+    assert re.search(r"step +4 .*good\nstep +8 +damaged: .*lifecycle rule", told), told
+
+
+def said_by(*words, code=0):
+    """What a command prints, in this process."""
+    done = CliRunner().invoke(commands, [str(word) for word in words], standalone_mode=False)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 # ---- runs to upload

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory
+from launch.commands.places import Place, run_at
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError, printable
 from service.runs.checkpoint_files import (
@@ -26,20 +26,32 @@ from service.runs.checkpoint_files import (
 from service.runs.directory import LATEST_TIME, find_run, is_number
 from service.runs.export import export_weights
 from service.spec.files import Override
+from service.storage.address import Address
 
-_RUN = click.argument("run", type=Directory())
+_RUN = click.argument("run", type=Place())
 
 
 @click.command()
 @_RUN
-def checkpoints(run: Path) -> None:
+def checkpoints(run: Path | Address) -> None:
     """List the checkpoints of RUN, a directory or a name in ./runs, and verify every byte.
 
     Exits with 1 if one is damaged."""
+    if isinstance(run, Address):
+        from service.storage.reading import checkpoints_at
+
+        sys.exit(1 if sum(_shown(*each) for each in checkpoints_at(run)) else 0)
     found = find_run(run)
     found.read_facts()
     with told_when_unread(found.checkpoints):
         sys.exit(1 if _listed(found.checkpoints) else 0)
+
+
+def _shown(checkpoint: Checkpoint, damage: str | None, best: int | None) -> bool:
+    """Print a checkpoint; whether it is damaged."""
+    rank = 1 if checkpoint.step == best else None
+    click.echo(printable("  ".join(_columns(checkpoint, damage, rank=rank))))
+    return damage is not None
 
 
 def _listed(directory: Path) -> int:
@@ -88,7 +100,7 @@ def _ordinal(number: int) -> str:
 @click.option("--trained", is_flag=True, help="Export only the parameters that the run trains.")
 @click.option("--merged", is_flag=True, help="Export the result of the task's `merged`.")
 def export(
-    run: Path,
+    run: Path | Address,
     overrides: tuple[Override, ...],
     file: Path,
     checkpoint: str,
@@ -100,8 +112,6 @@ def export(
     for a transformers model, as a directory DIR that its from_pretrained reads.
 
     For a directory the task builds the model; KEY=VALUE gives new paths of files that moved."""
-    found = find_run(run)
-    found.read_facts()
     if file.suffix not in ("", ".safetensors"):
         raise SpecError(
             f"-o: {file} must end in .safetensors, or be a directory "
@@ -115,18 +125,22 @@ def export(
             f"{overrides[0]}: exporting only the weights needs no task, so there is nothing "
             "to change. Leave it out, or name a directory."
         )
-    chosen = find_checkpoint(found.checkpoints, checkpoint)
-    place = file.absolute()
-    if file.suffix and not merged:
-        written = in_words(export_weights(chosen, place, average=average, trained=trained))
-    else:
-        from service.checkpoints.pretrained import export_merged, export_pretrained
-
-        spec = found.read_spec(overrides)
-        if file.suffix:
-            written = in_words(export_merged(chosen, place, spec=spec, average=average))
+    with run_at(run, checkpoint=checkpoint) as found:
+        found.read_facts()
+        chosen = find_checkpoint(found.checkpoints, checkpoint)
+        place = file.absolute()
+        if file.suffix and not merged:
+            written = in_words(export_weights(chosen, place, average=average, trained=trained))
         else:
-            written = export_pretrained(chosen, place, spec=spec, average=average, merged=merged)
+            from service.checkpoints.pretrained import export_merged, export_pretrained
+
+            spec = found.read_spec(overrides)
+            if file.suffix:
+                written = in_words(export_merged(chosen, place, spec=spec, average=average))
+            else:
+                written = export_pretrained(
+                    chosen, place, spec=spec, average=average, merged=merged
+                )
     what = "averaged weights" if average else "weights"
     what = f"trained {what}" if trained else f"merged {what}" if merged else what
     click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from service.basics.errors import SpecError
+from service.runs.directory import RunDirectory, find_run
 from service.storage.address import Address, address_in
 
 
@@ -26,6 +29,27 @@ class Place(click.ParamType[Path | Address]):
         return address_in(str(value)) or Path(value)
 
 
+@contextmanager
+def run_at(place: Path | Address, *, checkpoint: str | None = None) -> Iterator[RunDirectory]:
+    """The run at a place: its directory, or a copy of what is needed, until the context ends.
+
+    Args:
+        checkpoint: the one to copy: `best`, `latest`, or a step; None for none.
+    Raises:
+        SpecError: there is no such run.
+    """
+    if isinstance(place, Path):
+        yield find_run(place)
+        return
+    from service.storage.reading import copied
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    with copied(place, checkpoint=checkpoint, say=say) as found:
+        yield found
+
+
 class Directory(click.ParamType[Path]):
     """A directory; an address is refused, by a command that cannot use one yet."""
 
@@ -37,6 +61,6 @@ class Directory(click.ParamType[Path]):
         if address_in(str(value)) is not None:
             command = f"evenstep {ctx.info_name}" if ctx is not None else "this command"
             raise SpecError(
-                f"{value}: {command} does not read object stores yet. Name a directory."
+                f"{value}: {command} does not work with object stores yet. Name a directory."
             )
         return Path(value)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.places import Directory
+from launch.commands.places import Directory, Place, run_at
 from service.basics.errors import SpecError, printable
 from service.runs.directory import find_run
+from service.storage.address import Address
 
 if TYPE_CHECKING:
     from service.monitoring.live_runs import LiveRuns
@@ -69,7 +70,7 @@ def _ends_cleanly() -> Iterator[None]:
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1)
+@click.argument("runs", metavar="RUN...", type=Place(), nargs=-1)
 @_ALL
 @_RUNS
 @click.option("--serve", is_flag=True, help="Serve the page on this machine; it updates itself.")
@@ -82,13 +83,21 @@ def _ends_cleanly() -> Iterator[None]:
     show_default=True,
 )
 def report(
-    runs: tuple[Path, ...], everything: bool, place: Path, serve: bool, port: int, output: Path
+    runs: tuple[Path | Address, ...],
+    everything: bool,
+    place: Path,
+    serve: bool,
+    port: int,
+    output: Path,
 ) -> None:
     """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
 
     For a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
     if serve:
-        _serve(_live(runs, everything, place), port, lists=everything)
+        here = tuple(run for run in runs if isinstance(run, Path))
+        if len(here) < len(runs):
+            raise SpecError("--serve does not work with object stores yet. Name directories.")
+        _serve(_live(here, everything, place), port, lists=everything)
         return
     if everything or not runs:
         raise SpecError("RUN: name the runs of the page; --all is for --serve.")
@@ -97,16 +106,17 @@ def report(
     from service.runs.history import read_history
 
     sweeps, histories = [], []
-    for run in runs:
-        sweep_place = _sweep_at(run)
-        if sweep_place is None:
-            histories.append(read_history(run))
-        else:
-            sweeps.append(read_sweep(sweep_place))
-            histories += sweeps[-1].histories
-    if not histories:
-        raise SpecError(f"{sweeps[0].path}: no run of this sweep has started yet.")
-    write_report(histories, output, sweeps=sweeps)
+    with ExitStack() as stack:  # a report reads rows as it needs them
+        for run in runs:
+            sweep_place = None if isinstance(run, Address) else _sweep_at(run)
+            if sweep_place is None:
+                histories.append(read_history(stack.enter_context(run_at(run)).path))
+            else:
+                sweeps.append(read_sweep(sweep_place))
+                histories += sweeps[-1].histories
+        if not histories:
+            raise SpecError(f"{sweeps[0].path}: no run of this sweep has started yet.")
+        write_report(histories, output, sweeps=sweeps)
     for sweep in sweeps:
         click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))
     names = ", ".join(printable(history.name) for history in histories)
@@ -140,12 +150,22 @@ def _sweep_at(path: Path) -> Path | None:
 
 
 @click.command(name="runs")
-@click.argument("directory", type=Directory(), default="runs")
-def list_runs(directory: Path) -> None:
+@click.argument("directory", type=Place(), default="runs")
+def list_runs(directory: Path | Address) -> None:
     """List the runs in DIRECTORY (default: runs), the most recently changed first."""
     from service.runs.history import histories_in
 
-    found, broken = histories_in(directory)
+    if isinstance(directory, Address):
+        from service.storage.reading import copied_runs
+
+        with copied_runs(directory) as (place, unread):
+            found, broken = histories_in(place)
+            _list(found, [*broken, *unread], directory)
+    else:
+        _list(*histories_in(directory), directory)
+
+
+def _list(found: Sequence[History], broken: Sequence[str], directory: Path | Address) -> None:
     rows = [("run", "state", "step", "best", "when"), *map(_row, found)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows if found else []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from service.basics.atomic_files import remove, sync_file, without_link
@@ -26,13 +26,19 @@ class Gone(NoCheckpoint):
     """An object that is published is not in the store, or is not what was uploaded."""
 
 
-def bring_files(store: Store, published: Published, directory: Path) -> None:
+def bring_files(
+    store: Store, published: Published, directory: Path, *, only: Collection[str] | None = None
+) -> None:
     """Bring all files but those of checkpoints into the directory of a run.
 
+    Args:
+        only: bring no other files than these.
     Raises:
         Gone: one of them is not as it was uploaded.
     """
     files = {p: pieces for p, pieces in published.files.items() if not _is_of_checkpoint(p)}
+    if only is not None:
+        files = {path: pieces for path, pieces in files.items() if path in only}
     facts = {RUN: files.pop(RUN)} if RUN in files else {}
     _bring(store, files, directory)
     _bring(store, facts, directory)  # last: a directory with it has all of them

@@ -29,6 +29,7 @@ from service.storage.published import (
     checkpoints_of,
     decoded,
     stamps_in,
+    step_of,
 )
 from service.storage.staging import Staged, Staging
 from service.storage.store import NoObject, Store, in_parallel
@@ -85,7 +86,7 @@ class Mirror:
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint that the store holds; 0 if it holds none."""
-        return max(map(_step_of, checkpoints_of(self._held)), default=0)
+        return max(map(step_of, checkpoints_of(self._held)), default=0)
 
     def take_over(self) -> None:
         """Publish under this lease what the store holds, and delete what was never published.
@@ -169,17 +170,17 @@ class Mirror:
         """The checkpoints that only the store has, as far as the spec keeps them."""
         self._absent = {k: files for k, files in self._absent.items() if k not in checkpoints}
         if checkpoints and self._absent:
-            newest = max(checkpoints, key=_step_of)
+            newest = max(checkpoints, key=step_of)
             state = read_state(checkpoints[newest][0].file.parent)
             first = state["best"]
             best = [each["step"] for each in (first, *state["runners_up"])] if first else []
             stay = kept(
-                [_step_of(name) for name in (*checkpoints, *self._absent)],
+                [step_of(name) for name in (*checkpoints, *self._absent)],
                 newest=self._spec.keep,
                 every=self._spec.keep_every_steps,
                 best=best,
             )
-            self._absent = {k: files for k, files in self._absent.items() if _step_of(k) in stay}
+            self._absent = {k: files for k, files in self._absent.items() if step_of(k) in stay}
         return {
             path: list(pieces) for files in self._absent.values() for path, pieces in files.items()
         }
@@ -320,7 +321,3 @@ def _unchanged(pieces: Sequence[Piece], staged: Staged) -> Iterator[Piece]:
         if hashlib.sha256(content).hexdigest() != piece.sha256:
             return
         yield piece
-
-
-def _step_of(name: str) -> int:
-    return int(name.removeprefix("step-").partition(".")[0])

@@ -24,6 +24,7 @@ FORMAT = 1
 PUBLISHED, DATA = "published/", "data/"
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"published/(\d{6,})-(\d{6,})\.json", re.ASCII)
+_CHECKPOINT = re.compile(r"step-\d{8,15}(\.untested)?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TRIES = 5
 
@@ -108,9 +109,14 @@ def checkpoints_of(published: Published | None) -> dict[str, Files]:
     for path, pieces in (published.files if published is not None else {}).items():
         place, _, file = path.partition("/")
         name, _, rest = file.partition("/")
-        if place == CHECKPOINTS and rest:
+        if place == CHECKPOINTS and rest and _CHECKPOINT.fullmatch(name):
             found.setdefault(name, {})[path] = pieces
     return dict(found)
+
+
+def step_of(name: str) -> int:
+    """The step in the name of a checkpoint."""
+    return int(name.removeprefix("step-").partition(".")[0])
 
 
 def stamps_in(names: Iterable[str]) -> list[Stamp]:
