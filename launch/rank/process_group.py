@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from launch.environment import Environment
+from launch.environment import RUN_OF_STORE, Environment
 from launch.rank.joining import (
     connect_in_few_requests,
     keep_to_loopback,
@@ -194,7 +194,9 @@ def _accelerator(environment: Environment, device: str, timeout_seconds: float) 
     with warnings.catch_warnings():
         # It warns that it uses the CPU, which is intended here.
         warnings.simplefilter("ignore", UserWarning)
-        if not environment.is_alone and not dist.is_initialized():
+        # Also a single process of a launcher: accelerate would wait at its store's port, 0.
+        launched = not environment.is_alone or RUN_OF_STORE in os.environ
+        if launched and not dist.is_initialized():
             _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
         return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
 
