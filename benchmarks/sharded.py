@@ -6,7 +6,8 @@ A decoder of the recipe gpt with 25 million weights (100 MB, AdamW: 400 MB with 
 on rows of 32 characters, over gloo:
 
 memory  how far the resident memory of the largest of 2 and 4 fresh processes rises, from before
-        the model is made to the end of the run, against one process that holds all of it.
+        the model is made to the end of the run, against one process that holds all of it. Each has
+        trained a small model before, so that code and threads do not count.
 step    compared with a hand-written loop on torch's `fully_shard`, in alternating pairs of runs.
 save    how long a save blocks training, compared with torch.save of the whole state by one process;
         and a resume against torch's DCP, that loads the same state into the same sharded model.
@@ -48,11 +49,12 @@ ROWS, STEPS, WARM, PAIRS = 8, 24, 6, 3
 MIB = 1 << 20
 
 
-def task() -> Task:
+def task(**sizes: Any) -> Task:
     """The decoder, some rows to train on, and so few to test on that it takes no time."""
-    book = gpt.task(**SIZES).train_data()
+    sized = gpt.task(**SIZES | sizes)
+    book = sized.train_data()
     return supervised(
-        model=model,
+        model=sized.model,
         train=TensorDataset(*book[: ROWS * STEPS]),
         test=TensorDataset(*book[:8]),
         loss=nats,
@@ -87,26 +89,41 @@ def risen_bytes(world: World, job: dict[str, Any], runs: Path) -> int:
     import torch.distributed.fsdp  # exclude the memory of torch itself
 
     assert torch.distributed.fsdp
+    small = {"name": "small", "task_args": {"width": 64, "layers": 2}}
+    train_in_process(world, job | small, runs)
     before = psutil.Process().memory_info().rss
     train_in_process(world, job, runs)
     return peak_bytes(world.device) - before
 
 
 def memory() -> None:
-    job = {"length": {"steps": 3}, "checkpoint": {"asynchronous": False}}
 
-    def risen(count: int, mode: str) -> float:
+    def risen(count: int, passes: int, **exchange: Any) -> float:
+        job = job_of("sharded" if count > 1 else "ddp", length={"steps": 3})
+        spec = job | {
+            "batch": {"global_batch": ROWS, "micro_batch": ROWS // count // passes},
+            "checkpoint": {"asynchronous": False},
+            "exchange": job["exchange"] | exchange,
+        }
         with Processes(count) as fresh, tempfile.TemporaryDirectory() as place:
-            spec = job_of(mode, **job)
             return max(fresh.run(risen_bytes, spec, Path(place), timeout_seconds=280)) / MIB
 
     unit = max(sum(p.nbytes for p in u.parameters()) for u in units_of(model()).values()) / MIB
-    whole = risen(1, "ddp")
+    whole = risen(1, 4)
     print(f"largest unit {unit:.0f} MiB; one process, whole: {whole:.0f} MiB")
-    print("| processes | MiB of largest | whole / W + largest unit | ratio |\n|--:|--:|--:|--:|")
-    for count in (2, 4):
-        found, goal = risen(count, "sharded"), whole / count + unit
-        print(f"| {count} | {found:.0f} | {goal:.0f} | {found / goal:.2f} |", flush=True)
+    print(
+        "| processes | micro-batches of each | MiB of largest | whole / W + largest unit | ratio |"
+    )
+    print("|--:|---|--:|--:|--:|")
+    each = {"sync_each_micro_batch": True}
+    for count, passes, how, exchange in (
+        (2, 1, "1", {}),
+        (4, 1, "1", {}),
+        (2, 2, "2, each synced", each),
+        (2, 2, "2", {}),
+    ):
+        found, goal = risen(count, passes, **exchange), whole / count + unit
+        print(f"| {count} | {how} | {found:.0f} | {goal:.0f} | {found / goal:.2f} |", flush=True)
 
 
 # ---- the step
@@ -151,14 +168,14 @@ def seconds_of_a_run(pool: Processes) -> float:
 
 def step() -> None:
     print("| processes | hand-written, ms | Evenstep, ms | ratio of each pair |\n|--:|--:|--:|---|")
-    with Processes(2) as pool:
+    with Processes(2) as theirs, Processes(2) as pool:  # a run changes settings of its process
         pairs = [
-            (max(pool.run(seconds_by_hand, timeout_seconds=280)), seconds_of_a_run(pool))
+            (max(theirs.run(seconds_by_hand, timeout_seconds=280)), seconds_of_a_run(pool))
             for _ in range(PAIRS)
         ]
-    hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
-    told = ", ".join(f"{mine / theirs:.2f}" for theirs, mine in pairs)
-    print(f"| 2 | {hand:.0f} | {own:.0f} | {told} |", flush=True)
+    by_hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
+    told = ", ".join(f"{mine / hand:.2f}" for hand, mine in pairs)
+    print(f"| 2 | {by_hand:.0f} | {own:.0f} | {told} |", flush=True)
 
 
 # ---- saves and resumes

@@ -150,7 +150,7 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "launch/engines/kubernetes/fabrics.py",
         '"tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},',
     ): ("as above", "; its effect: nothing yet"),
-    ("launch/commands/sweep.py", '"cuda": "CUDA_VISIBLE_DEVICES",  # of NVIDIA and of AMD'): (
+    ("launch/commands/sweep.py", '"cuda": "CUDA_VISIBLE_DEVICES",  # NVIDIA and AMD'): (
         "each maker has a variable of its own for the devices that a process sees",
         "; its effect: nothing yet",
     ),

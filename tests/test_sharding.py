@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from jobs import train_in_process
 from processes import ProcessesFailed
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError
@@ -27,6 +30,7 @@ from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.sharding import deferred_init
+from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
 from service.sharding.deferred_init import NotDeferred, made_deferred
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
@@ -167,6 +171,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "parameters kept until the backward pass": {
         "exchange": {"mode": "sharded", "reshard_after_forward": False}
     },
+    "gradients summed after each micro-batch": {
+        "exchange": {"mode": "sharded", "sync_each_micro_batch": True}
+    },
     "moving average, BatchNorm, early stopping": {
         "task_args": {"norm": "batch"},
         "batch": {"global_batch": 29, "micro_batch": 5},
@@ -209,7 +216,8 @@ def on_nodes(world: World, spec: dict[str, Any], runs: Path, on_node: int, stop:
 def test_hybrid_over_two_nodes_is_the_run_of_one_process(processes, tmp_path):
     processes(1).run(train_in_process, job("ddp"), tmp_path / "alone")
     place = tmp_path / "moved"
-    processes(4).run(on_nodes, job("hybrid"), place, 2, 5)
+    each = {"mode": "hybrid", "sync_each_micro_batch": True}
+    processes(4).run(on_nodes, job("hybrid") | {"exchange": each}, place, 2, 5)
     processes(3).run(train_in_process, job("sharded"), place, 8)
     processes(4).run(on_nodes, job("hybrid"), place, 2, None)
     assert difference(tmp_path / "alone", place) < 1e-9
@@ -403,6 +411,37 @@ def test_weights_that_are_made_unit_by_unit_have_the_same_bits(processes):
         assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
+class Whole(TorchDispatchMode):
+    """Counts, whenever something is sent, the parameters of blocks that are whole in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in str(func):
+            alive = [p for p in gc.get_objects() if type(p) is nn.Parameter and p.numel() == 242]
+            self.most = max(self.most, sum(not (p.is_meta or is_sharded(p)) for p in alive))
+        return func(*args, **(kwargs or {}))
+
+
+def most_whole_at_once(world: World) -> int:
+    """How many of the twelve matrices of six blocks are whole at one time while they are made."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(Block(11, "layer") for _ in range(6)))
+
+    model, deferred = made_deferred(make, least_numbers=100)
+    gc.collect()  # what a test before has left
+    with Whole() as whole:
+        shard(model, world, spec=ExchangeSpec(mode="sharded"), deferred=deferred)
+    return whole.most
+
+
+def test_no_process_ever_holds_more_than_one_unit_whole(processes):
+    assert processes(3).run(most_whole_at_once) == [2, 2, 2]
+
+
 class Stubborn(nn.Module):
     """What it does with a large tensor while it is made needs the tensor's memory."""
 
@@ -450,10 +489,10 @@ def test_deferred_weights_take_no_memory_and_leave_the_generator_as_it_would_be(
         ({"model": {"compile": True}}, "model.compile yet: leave it out"),
         ({"batch": {"global_batch": 8, "micro_batch": "auto"}}, "give a number of rows"),
         ({"exactness": "bitwise"}, "exactness: bitwise"),
-        ({"exchange": {"mode": "ddp", "units": ["a"]}}, "exchange.units belongs to"),
+        ({"exchange": {"mode": "ddp", "units": ["a"]}}, "exchange.units needs exchange.mode"),
         (
             {"exchange": {"mode": "ddp", "reshard_after_forward": False}},
-            "exchange.reshard_after_forward belongs to",
+            "exchange.reshard_after_forward needs exchange.mode",
         ),
     ],
 )
@@ -493,6 +532,34 @@ def test_a_parameter_that_cannot_be_sharded_is_refused_by_name():
     net = Net("layer")
     net.blocks[1].factor = nn.Parameter(torch.tensor(1.0))
     assert "blocks.1.factor has no dimension. Give it the shape [1]." in units_and_words(net)[1]
+
+
+def sent_by_hand(world: World, numbers: int) -> tuple[list[float], list[float], int, int]:
+    """(what is gathered, the sums of own numbers, and bytes that are kept of what was sent)."""
+    group = dist.group.WORLD
+    first = world.index * numbers
+    gather, scatter = GatherInPlace(), ReduceScatterInPlace()
+
+    def space(comm: Any, size: int) -> Tensor:
+        return comm.allocate((size,), dtype=torch.float32, device=world.device)
+
+    before = space(gather, 4)
+    every = space(gather, numbers * world.processes)
+    own = every[first : first + numbers].copy_(torch.arange(first, first + numbers))
+    gather(every, own, group)
+    given, sums = space(scatter, len(every)), space(scatter, numbers)
+    given.copy_(every * (world.index + 1))
+    scatter(sums, given, group, dist.ReduceOp.SUM)
+    kept = before.untyped_storage().nbytes(), given.untyped_storage().nbytes()
+    return every.tolist(), sums.tolist(), *kept
+
+
+@pytest.mark.parametrize("numbers", [0, 5])
+def test_units_travel_in_place_and_leave_nothing_behind(processes, numbers):
+    for index, found in enumerate(processes(3).run(sent_by_hand, numbers)):
+        every = [float(number) for number in range(3 * numbers)]
+        own = every[index * numbers : (index + 1) * numbers]
+        assert found == (every, [6 * number for number in own], 0, 0)
 
 
 class Borrowing(Net):

@@ -458,6 +458,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "model.activation_checkpointing": "{match: 'blocks.*'}",
         "exchange.mode": "sharded",
         "exchange.reshard_after_forward": "false",
+        "exchange.sync_each_micro_batch": "true",
         "exchange.units": "['blocks.*']",
         "loader.workers": "4",
         "loader.prefetch": "4",
@@ -475,7 +476,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
     assert values.keys() == CANNOT_CHANGE_THE_RESULT.keys()
     for key, value in values.items():
         sharded, best = "exchange.mode=sharded", "checkpoint.best={measure: test/a, mode: max}"
-        of_sharded = key in ("exchange.units", "exchange.reshard_after_forward")
+        of_sharded = key.startswith("exchange.") and key != "exchange.mode"
         needs = (sharded,) if of_sharded else (best,) if key == "checkpoint.keep_best" else ()
         other = good(f"{key}={value}", *needs)
         assert other != good(*needs)

@@ -32,6 +32,7 @@ LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank"
 LAUNCH += ("slurm_step", "environment")
 SPEAKS = (
     "service/distributed/world.py",
+    "service/sharding/cpu_exchange.py",
     "service/sharding/sharding.py",
     "service/distributed/recursive_doubling.py",
 )

@@ -152,6 +152,8 @@ class Updates:
         if len(self._held) >= _HELD_AT_MOST and self._held[-1].step <= state.step:
             self.look()
         self._held.append(_Taken(state.step + 1, losses, weight, norm, broken, turn))
+        if self._is_sharded:
+            state.zero_grad()  # a test gathers units and needs the memory
         if not ends:
             return
         state.step += 1

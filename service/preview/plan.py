@@ -295,8 +295,9 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
     for name, parameters in units.items():
         whole = sum(p.nbytes for p in parameters.values())
         held = sum(held_bytes(p, plan.processes) for p in parameters.values())
-        # Gradients are exchanged with the last micro-batch: until then they are whole.
-        parts = plan.processes if plan.rounds == 1 else 1
+        # Unless they are exchanged after each micro-batch, they are whole until the last.
+        at_once = plan.rounds == 1 or plan.spec.exchange.sync_each_micro_batch
+        parts = plan.processes if at_once else 1
         trained += sum(held_bytes(p, parts) for p in parameters.values() if p.requires_grad)
         largest, held_of_all = max(largest, whole), held_of_all + held
         numbers = f"{sum(p.numel() for p in parameters.values()):,}"

@@ -6,4 +6,5 @@ From top to bottom; a room imports only from rooms below it:
   parameter.
 * deferred_init: models created without memory for their weights, whose values are created later,
   one by one.
+* cpu_exchange: the exchange of FSDP2's units between processes on CPUs, with little memory.
 """

@@ -29,6 +29,7 @@ from service.distributed.gradient_sync import GradientSync, Seed
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
+from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
 from service.sharding.deferred_init import Deferring
 from service.spec.models import ExchangeSpec
 
@@ -131,14 +132,15 @@ def held_bytes(parameter: nn.Parameter, processes: int) -> int:
 
 
 def give_large_blocks_back() -> None:
-    """Let the C library return freed blocks of a megabyte and more to the system.
+    """Let the C library return freed blocks of 128 KiB and more to the system.
 
-    Units are allocated and freed in every pass. glibc keeps such blocks for itself,
+    Units and activations are allocated and freed in every pass. glibc starts with this limit, but
+    raises it to the size of the largest freed block; then it keeps smaller blocks for itself,
     between other blocks: a process grew by 80 MiB in each of the first steps.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:  # not in other C libraries
-        adjust(_MMAP_THRESHOLD, 1 << 20)
+        adjust(_MMAP_THRESHOLD, 1 << 17)
 
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
@@ -194,9 +196,22 @@ def shard(
         # Sums, already divided by the weight of the step: not means over processes.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    if world.device.type == "cpu":
+        _exchange_on_cpus(_sharded_modules(model))
     for name, unit in {ROOT: model, **units}.items():
         _name_its_collective(name, unit, world.trace)
     model.register_forward_hook(_let_go_after_a_test)
+
+
+def _exchange_on_cpus(modules: Sequence[Any]) -> None:
+    gather, scatter = GatherInPlace(), ReduceScatterInPlace()
+    for module in modules:
+        module.set_custom_all_gather(gather)
+        module.set_custom_reduce_scatter(scatter)
+        # By default FSDP2 gathers the next unit before it computes the backward pass of this one.
+        # On a CPU the gathering blocks: it saves no time and needs memory for one more unit. With
+        # the unit itself as the one to prefetch, no other is.
+        module.set_modules_to_backward_prefetch([module])
 
 
 def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
@@ -389,6 +404,7 @@ class ShardedSync(GradientSync):
         world: World,
         *,
         micro_batches: int,
+        each: bool = False,
         unreached: Sequence[str] = (),
         gathered: Sequence[Tensor] = (),
         telling: bool = False,
@@ -398,6 +414,7 @@ class ShardedSync(GradientSync):
 
         Args:
             micro_batches: of a step, over all processes.
+            each: exchange gradients after each micro-batch, not only with the last of a step.
             unreached: names of the parameters on which no loss depends; they get no gradient.
             gathered: tensors to which forward passes add, such as BatchNorm's statistics.
             telling, stopwatch: as for `OverlappedSync`.
@@ -406,6 +423,7 @@ class ShardedSync(GradientSync):
         self._sharded = cast(Any, model)  # fully_shard has added methods
         self._world = world
         self._count = micro_batches
+        self._each = each
         self._gathered = list(gathered)
         self._seed = Seed(telling)
         self._stopwatch = stopwatch
@@ -435,11 +453,9 @@ class ShardedSync(GradientSync):
         return passes if self._stopwatch is None else self._stopwatch.over(passes)
 
     def _passes(self, micro_batches: Sequence[T]) -> Iterator[T]:
-        if len(micro_batches) > 1:
-            self._sharded.set_requires_gradient_sync(False)
         for place, batch in enumerate(micro_batches, start=1):
-            if place == len(micro_batches):
-                self._sharded.set_requires_gradient_sync(True)
+            if place in (1, len(micro_batches)):
+                self._exchange_now(last=place == len(micro_batches))
             self._counts = getattr(batch, "number", 0) < self._count
             before = [] if self._counts else [tensor.clone() for tensor in self._gathered]
             yield batch
@@ -448,6 +464,12 @@ class ShardedSync(GradientSync):
         self._require_reached()
         for parameter in self._unreached:  # an optimizer would apply weight decay to zeros
             parameter.grad = None
+
+    def _exchange_now(self, *, last: bool) -> None:
+        """Set whether the next backward passes exchange gradients or add them up."""
+        self._sharded.set_requires_gradient_sync(last or self._each)
+        if self._each:  # in hybrid mode, between nodes still once a step
+            self._sharded.set_requires_all_reduce(last)
 
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
         if self._stopwatch is not None:

@@ -219,6 +219,10 @@ class ExchangeSpec(Part):
     reshard_after_forward: bool = True
     """With `sharded`: release the parameters of a unit after its forward pass and gather them
     again for its backward pass. `false` sends a third less, and keeps all of them in between."""
+    sync_each_micro_batch: bool = False
+    """With `sharded`: sum gradients over the processes after every micro-batch, not only with the
+    last of a step. A process with several micro-batches then never has the gradients of the whole
+    model in memory, but gradients are sent with each of them."""
 
     @property
     def shards(self) -> bool:
@@ -522,7 +526,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if self.exchange.mode == "ddp":
-            for key in ("units", "reshard_after_forward"):
+            for key in ("units", "reshard_after_forward", "sync_each_micro_batch"):
                 if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
                     raise wrong(f"exchange.{key} needs exchange.mode: sharded or hybrid")
             return self

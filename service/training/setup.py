@@ -386,6 +386,7 @@ def _exchange(
             state.model,
             world,
             micro_batches=plan.micro_batches,
+            each=spec.exchange.sync_each_micro_batch,
             unreached=unreached,
             gathered=model.normalization.sums(),
             telling=telling,
