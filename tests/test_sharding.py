@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from service.data.task import Task, load_task, supervised
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
 from service.plan.plan import make_plan
+from service.plan.sampling import weighted
 from service.preview.plan import planned
 from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
@@ -477,6 +479,80 @@ def test_deferred_weights_take_no_memory_and_leave_the_generator_as_it_would_be(
         assert torch.equal(value, expected), name
         assert parameter.requires_grad == expected.requires_grad
     assert torch.equal(model.mask, whole.mask)
+
+
+# ---- together with other settings
+
+
+def test_it_begins_with_the_weights_of_another_run(processes, tmp_path):
+    from_file = {"init": {"from": str(tmp_path / "first.safetensors")}, "seed": 5}
+    averaged = {"model": {"moving_average": 0.9}, "length": {"steps": 2}}
+    processes(1).run(train_in_process, job("ddp", **averaged), tmp_path / "alone")
+    shutil.copy(
+        tmp_path / "alone/job/checkpoints/step-00000002/model.safetensors",
+        tmp_path / "first.safetensors",
+    )
+    for count, mode in ((1, "ddp"), (3, "sharded")):
+        spec = job(mode, **averaged | {"length": {"steps": STEPS}} | from_file)
+        processes(count).run(train_in_process, spec, tmp_path / mode)
+    assert difference(tmp_path / "ddp", tmp_path / "sharded") < 1e-9
+
+
+def crowded() -> Task:
+    """Two test sets, rows drawn by weights, a measure of one's own, and a hook."""
+    task = shared()
+    train, test = task.train_data(), task.test_data()
+
+    def note(context: Any) -> None:
+        context.log("again", context.measures["accuracy"])
+
+    return supervised(
+        model=task.model,
+        train=train,
+        test={"near": test, "few": TensorDataset(*(part[:5] for part in test.tensors))},
+        measures={
+            "accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).double(),
+            "size": lambda outputs, targets: outputs.abs().sum(1),
+        },
+        sampling=weighted(torch.arange(82) % 4),
+        after_test=note,
+    )
+
+
+def test_test_sets_sampling_hooks_and_best_checkpoints_are_as_without(processes, tmp_path):
+    spec = {
+        "task": f"{__file__}:crowded",
+        "length": {"steps": STEPS},
+        "test": {"every_steps": 3, "micro_batch": 4, "at_start": True},
+        "checkpoint": {
+            "every_steps": 3,
+            "keep": 1,
+            "keep_best": 2,
+            "best": {"measure": "test/few/size", "mode": "max"},
+        },
+        "early_stopping": {
+            "measure": "test/near/loss",
+            "mode": "min",
+            "patience": 2,
+            "min_delta": 5.0,
+        },
+    }
+    found = []
+    for count, mode in ((1, "ddp"), (2, "sharded"), (3, "sharded")):
+        place = tmp_path / str(count)
+        processes(count).run(train_in_process, job(mode, **spec), place)
+        rows = read_metrics(place / "job/metrics.jsonl")
+        kept = [c.step for c in checkpoints_in(place / "job/checkpoints")]
+        found.append((rows, kept, read_receipt(place / "job/receipt.jsonl")))
+    (rows, kept, receipt), *others = found
+    measured = {k for k in rows[-1] if k.startswith(("test/", "train/loss", "train/grad", "hook"))}
+    assert rows[-1]["step"] < STEPS, "stopped early"
+    assert len(measured) > 8
+    for other_rows, other_kept, other_receipt in others:
+        assert (other_kept, other_receipt) == (kept, receipt)
+        for row, other in zip(rows, other_rows, strict=True):
+            pairs = [(row[k], other[k]) for k in measured & row.keys()]
+            assert all(abs(a - b) < 1e-9 for a, b in pairs)
 
 
 # ---- what cannot be sharded

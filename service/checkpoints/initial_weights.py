@@ -20,6 +20,7 @@ from service.checkpoints.snapshots import Renaming, read_weights, weights_of
 from service.distributed.world import World
 from service.runs.checkpoint_files import checkpoints_in, find_checkpoint
 from service.runs.directory import RunDirectory, find_run
+from service.sharding.sharding import own_rows, rows_like
 from service.spec.models import InitSpec, Spec
 
 _INDEX_BYTES = 64 << 20
@@ -45,7 +46,7 @@ class InitialWeights:
         own = model.state_dict()
         with torch.no_grad():
             for name, tensor in self.taken.items():
-                own[name].copy_(tensor)
+                own_rows(own[name]).copy_(rows_like(own[name], tensor))
 
     def in_words(self) -> str:
         """One line for the user."""
@@ -148,7 +149,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name in sorted(tensors):
         whole.update(name.encode())
-        whole.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        whole.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

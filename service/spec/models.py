@@ -399,11 +399,6 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
         (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),
         (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
-        (
-            spec.init is not None,
-            "init",
-            "use exchange.mode: ddp for the first steps, then continue sharded",
-        ),
         (exchange.precision != "full", "exchange.precision: bf16", "leave it out"),
         (
             exchange.bucket_mib != 25,
