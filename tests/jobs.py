@@ -19,6 +19,7 @@ from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.plan.plan import make_plan
 from service.preview.plan import planned
 from service.recipes import digits, find_recipe
+from service.runs.tracking import read_metrics, tells_of_speed
 from service.spec.files import load_spec
 from service.training.worker import run
 
@@ -117,12 +118,14 @@ def train_in_process(
         return None
 
 
-def weights(runs: Path, step: int, file: str = "model") -> dict[str, Tensor]:
-    """The weights of the run `job` after a step, by name."""
-    return load_file(runs / f"job/checkpoints/step-{step:08d}/{file}.safetensors")
+def weights(runs: Path, step: int | None = None, file: str = "model") -> dict[str, Tensor]:
+    """The weights of the run `job` after a step, by name; by default its newest."""
+    places = sorted((runs / "job/checkpoints").glob("step-*"))
+    place = places[-1] if step is None else places[0].with_name(f"step-{step:08d}")
+    return load_file(place / f"{file}.safetensors")
 
 
-def difference(one: Path, other: Path, step: int) -> float:
+def difference(one: Path, other: Path, step: int | None = None) -> float:
     """How far the weights of two runs `job` are apart after a step."""
     return furthest(weights(one, step), weights(other, step))
 
@@ -131,3 +134,16 @@ def furthest(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """The largest difference of two sets of weights, which have the same names."""
     assert some.keys() == others.keys()
     return max((some[name] - others[name]).abs().max().item() for name in some)
+
+
+def same_bits(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights have the same names and bits."""
+    return some.keys() == others.keys() and all(torch.equal(some[n], others[n]) for n in some)
+
+
+def rows_of(runs: Path) -> list[dict[str, float]]:
+    """The record of the run `job`, without what tells of speed."""
+    return [
+        {key: value for key, value in row.items() if not tells_of_speed(key)}
+        for row in read_metrics(runs / "job/metrics.jsonl")
+    ]

@@ -10,15 +10,13 @@ import own_steps
 import pytest
 import torch
 from commands import evenstep
-from jobs import spec_of, train_in_process
-from safetensors.torch import load_file
+from jobs import difference, rows_of, spec_of, train_in_process, weights
 from torch.nn import functional as F
 
 from service.basics.errors import DataBroken, SpecError
 from service.data.batches import Batch
 from service.data.losses import Loss, StepContext, read_losses
 from service.distributed.world import alone
-from service.runs.tracking import read_metrics, tells_of_speed
 
 HERE = Path(own_steps.__file__)
 STEPS = 12
@@ -35,23 +33,6 @@ def job(factory: str, **sections: Any) -> dict[str, Any]:
         }
         | sections
     )
-
-
-def weights(runs: Path, step: int = STEPS) -> dict[str, Any]:
-    return load_file(runs / f"job/checkpoints/step-{step:08d}/model.safetensors")
-
-
-def difference(one: Path, other: Path) -> float:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def rows_of(runs: Path) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in row.items() if not tells_of_speed(k)}
-        for row in read_metrics(runs / "job/metrics.jsonl")
-    ]
 
 
 def assert_same_rows(one: Path, other: Path) -> None:
@@ -234,7 +215,7 @@ PARAMETER = torch.ones(ROWS, requires_grad=True)
             {"a": Loss.of_all_rows(torch.abs, PARAMETER[:2])},
             r"micro-batch, but one is \[2\]",
         ),
-        ({"a b": PARAMETER}, "is named 'a b'"),
+        ({"a b": PARAMETER}, "but is 'a b'"),
         ({"loss": PARAMETER, "b": PARAMETER}, "none may be named 'loss'"),
     ],
 )

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import ready_tasks
-from jobs import spec_of, train_in_process
-from safetensors.torch import load_file
+from jobs import furthest, spec_of, train_in_process, weights
 from torch import Tensor, nn
 
 from service.basics.errors import SpecError
@@ -41,14 +40,6 @@ def refused_by_run(world: World, spec: dict[str, Any], runs: Path) -> str:
     with pytest.raises(SpecError) as told:
         train_in_process(world, spec, runs)
     return str(told.value)
-
-
-def weights(runs: Path, step: int = 5) -> dict[str, Tensor]:
-    return load_file(runs / f"job/checkpoints/step-{step:08}/model.safetensors")
-
-
-def furthest(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    return max(float((some[name] - others[name]).abs().max()) for name in others)
 
 
 # ---- the last micro-batch of a step

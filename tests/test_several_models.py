@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import several_models
-from jobs import plan_of, spec_of, train_in_process
+from jobs import difference, plan_of, rows_of, spec_of, train_in_process, weights
 from processes import ProcessesFailed
 from test_fitting import rows_that_fit
-from test_own_steps import assert_same_rows, difference, rows_of, weights
+from test_own_steps import assert_same_rows
 
 from service.basics.errors import SpecError
 from service.distributed.world import alone

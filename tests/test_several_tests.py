@@ -7,8 +7,8 @@ import own_steps
 import pytest
 import torch
 from commands import evenstep
-from jobs import train_in_process
-from test_own_steps import job, rows_of, weights
+from jobs import rows_of, train_in_process, weights
+from test_own_steps import job
 from torch.nn import functional as F
 
 from service.basics.errors import SpecError
@@ -101,7 +101,7 @@ ROWS = torch.utils.data.TensorDataset(torch.zeros(4, 6), torch.zeros(4, dtype=to
     ("tests", "said"),
     [
         ({"a": ROWS, "b": []}, "the test set 'b' is empty"),
-        ({"a/b": ROWS}, "one is 'a/b'"),
+        ({"a/b": ROWS}, "but is 'a/b'"),
         ({"a": iter([])}, "can only be iterated"),
     ],
 )
