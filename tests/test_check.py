@@ -57,7 +57,7 @@ def test_new_replaces_nothing(tmp_path):
     (tmp_path / "my_task.py").write_text("mine")
     refused = evenstep("new", ".", cwd=tmp_path)
     assert refused.returncode == 64
-    assert "holds my_task.py already" in refused.stderr
+    assert "already contains my_task.py" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["my_task.py"]
     assert (tmp_path / "my_task.py").read_text() == "mine"
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from service.task import supervised
 
-LOOKED_AT = (25, 35, 85, 325)
-SAVED = {85: 80, 325: 320}
+LOOKED_AT = (25, 35, 85, 325, 565)
+SAVED = {85: 80, 325: 320, 565: 560}
 
 
 class Watched(nn.Linear):
@@ -71,7 +71,7 @@ JOB: dict[str, Any] = {
     "name": "job",
     "task": "./mine.py:task",
     "batch": {"global_batch": 12, "micro_batch": 4},
-    "length": {"steps": 330},
+    "length": {"steps": 570},
     "optimizer": {"name": "adam", "lr": 0.01},
     "checkpoint": {"every_steps": 40},
     "tracking": {"log_every_steps": 40},
@@ -94,13 +94,14 @@ def facts_of(place: Path, processes: int) -> list[list[dict[str, int]]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_a_step_reads_writes_opens_and_keeps_nothing(tmp_path):
     (looks,) = facts_of(tmp_path, 1)
-    before, after, saved, last = looks
+    before, after, saved, later, last = looks
     # The looks themselves: a file of /proc is read in a few pieces, and a line is written.
     assert after["calls"] - before["calls"] <= 9
-    # In 240 steps with logs and saves: a block is some object of Python, and those of a leak would
-    # be one a step at least.
-    assert last["files"] - saved["files"] < 6  # one for each save
-    assert last["blocks"] - saved["blocks"] < 240
+    # Twice 240 steps with logs and saves: a block is some object of Python, and those of a leak are
+    # one a step at least, each time. A save that is still being written holds some hundred blocks.
+    assert last["files"] - saved["files"] < 6  # fewer than the saves
+    grown = [later["blocks"] - saved["blocks"], last["blocks"] - later["blocks"]]
+    assert min(grown) < 240
 
     *_, checkpoint = sorted((tmp_path / "runs/job/checkpoints").glob("step-*"))
     size = sum(file.stat().st_size for file in checkpoint.iterdir())

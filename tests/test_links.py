@@ -37,6 +37,9 @@ def submit(runs: Path) -> None:
 
 
 def log_of_a_sweep(runs: Path) -> None:
+    def refuse(_: Command, error: EvenstepError) -> None:
+        raise error
+
     command = Command("one", [sys.executable, "-c", "print('taken')"], runs / "one.log")
     run_side_by_side(
         [command],
@@ -44,6 +47,7 @@ def log_of_a_sweep(runs: Path) -> None:
         stop=StopRequest(),
         began=lambda command: None,
         ended=lambda command, code: None,
+        unstarted=refuse,
     )
 
 

@@ -591,6 +591,6 @@ def test_the_table_says_over_how_many_rows(alone: World) -> None:
     told = {mode: dict(prepare(_conv_net(), mode, alone).table(**sizes)) for mode in MODES}
     assert told["micro"]["normalised over"] == "17 rows, one micro-batch"
     assert told["sync"]["normalised over"].startswith("51 rows")
-    assert "apart" in told["local"]["running statistics change"]
+    assert "separately" in told["local"]["running statistics change"]
     assert told["sync"]["BatchNorm layers"] == "3, batchnorm: sync"
     assert prepare(nn.Linear(2, 2), "sync", alone).table(**sizes) == [("BatchNorm layers", "none")]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
 
 LOOPBACK = "127.0.0.1"
 
@@ -39,10 +39,13 @@ class LocalStore(NamedTuple):
     """The store of one machine's processes, while their launcher keeps it open."""
 
     store: Store
+    """What torch's agent holds; it asks nothing of it."""
     file: str
     """The path by which they open it; empty if it is at an address instead."""
     port: int
     """0 if it is a file."""
+    memory: BinaryIO | None
+    """That file."""
 
 
 def local_store() -> LocalStore:
@@ -53,12 +56,14 @@ def local_store() -> LocalStore:
     """
     if not hasattr(os, "memfd_create"):  # not on Linux
         store = own_store(LOOPBACK)
-        return LocalStore(store, "", store.port)
-    file = f"/proc/{os.getpid()}/fd/{os.memfd_create('evenstep-store')}"
-    return LocalStore(FileStore(file, -1), file, 0)
+        return LocalStore(store, "", store.port, None)
+    memory = os.fdopen(os.memfd_create("evenstep-store"), "rb")
+    # The launcher does not open it as a store: at its end torch's object writes once more to the
+    # path, which could by then be another file with the same descriptor.
+    return LocalStore(HashStore(), f"/proc/{os.getpid()}/fd/{memory.fileno()}", 0, memory)
 
 
 def close(store: LocalStore) -> None:
     """Free its memory. No process can open it any more."""
-    if store.file:
-        os.close(int(store.file.rpartition("/")[2]))
+    if store.memory is not None:
+        store.memory.close()
