@@ -157,11 +157,32 @@ def test_every_text_of_a_run_is_safe_to_print(tmp_path: Path) -> None:
         assert not re.search(r"[\x00-\x1f\x7f]", text), text
 
 
+@pytest.mark.parametrize(
+    "row",
+    [{"step": "NaN"}, {"step": "Infinity"}, {"time": "Infinity"}, {"time": -1}, {"step": 1e300}],
+)
+def test_a_row_whose_step_or_time_is_none_does_not_end_a_look_at_all_runs(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    for name in ("good", "strange"):
+        add_row(write_run(tmp_path, name), 3)
+    strange = write_run(tmp_path, "other")
+    strange.spec.write_text(json.dumps({"batch": {"global_batch": 10**400}}))
+    with strange.metrics.open("a") as file:
+        file.write(json.dumps({"step": 4, "time": time.time(), "train/loss": 1.0, **row}) + "\n")
+    found, broken = LiveRuns(directory=tmp_path).look()
+    assert len(found) + len(broken) == 3
+    assert {now.name for now in found} >= {"good", "strange"}
+    for now in found:
+        assert line_of(now)
+
+
 def test_a_small_chart_is_low_where_values_are_low_and_marks_what_is_not_finite() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], columns=8) == "▁▂▃▄▅▆▇█"
     assert sparkline([5, 5], columns=8) == "▁▁"
     assert sparkline([0.0, float("nan"), 7.0], columns=2) == "!▁"
     assert sparkline([], columns=8) == ""
+    assert sparkline([-1.7e308, 1.7e308], columns=8) == "▁█"
 
 
 # ---- in a browser

@@ -176,8 +176,10 @@ class Agent(SimpleElasticAgent):
         try:
             self.run()
         finally:
-            self._shutdown()
-            self._worker_group.spec.rdzv_handler.shutdown()
+            try:
+                self._shutdown()
+            finally:
+                self._worker_group.spec.rdzv_handler.shutdown()
 
     # ---- methods of torch's agent that would read its store, which another program may have
     # changed

@@ -79,7 +79,8 @@ def _addresses(spec: Spec) -> list[str]:
         is_any = ip_address(asked).is_unspecified
     except ValueError as error:
         raise SpecError(f"{ADDRESS}: must be an address of this machine, but {error}.") from error
-    return [asked] if is_any else list(dict.fromkeys((_LOOPBACK, asked)))
+    # Unspecified in IPv6, the socket takes no connection to IPv4's loopback, where the probe asks.
+    return [asked] if is_any and ":" not in asked else list(dict.fromkeys((_LOOPBACK, asked)))
 
 
 @contextmanager

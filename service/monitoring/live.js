@@ -3,8 +3,9 @@
   const ask = "state" + location.search;
   let known = null, wait = 2000;
   const renew = async () => {
-    const text = await (await fetch(location.href)).text();
-    const fresh = new DOMParser().parseFromString(text, "text/html");
+    const answer = await fetch(location.href);
+    if (!answer.ok) throw new Error(answer.statusText); // keep what is shown, and ask again
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     const open = [...document.querySelectorAll("details")].map((each) => each.open);
     const chosen = new Set([...document.querySelectorAll("input:checked")].map((each) => each.value));
     document.querySelector("main").replaceWith(fresh.querySelector("main"));

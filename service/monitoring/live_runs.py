@@ -11,7 +11,7 @@ from typing import Any
 
 from service.basics.errors import EvenstepError
 from service.monitoring.snapshot import LatestValues
-from service.runs.directory import RunDirectory
+from service.runs.directory import LATEST_TIME, RunDirectory, is_number
 from service.runs.history import History
 from service.spec.documents import read_document
 
@@ -85,9 +85,13 @@ class LiveRun:
         latest = dict(self._values.look())
         batch = spec.get("batch")
         rows = batch.get("global_batch") if isinstance(batch, dict) else None
-        if isinstance(rows, int):
+        if is_number(rows):
             latest["rows"] = float(rows)
         attempts = history.attempts
+        # Not every value of a row that somebody else wrote is a step or a time.
+        for key, most in (("step", 2**53), ("time", LATEST_TIME)):
+            if not is_number(latest.get(key, 0), most):
+                del latest[key]
         steps = [int(latest.get("step", 0)), *(int(a.get("to_step", 0)) for a in attempts)]
         moments = [float(history.facts.get("created", 0.0)), latest.get("time", 0.0)]
         moments += [float(a[key]) for a in attempts for key in ("started", "ended") if key in a]
@@ -99,7 +103,7 @@ class LiveRun:
             history.steps_at(latest),
             latest,
             tuple(self._values.kept),
-            max(moment for moment in moments if moment == moment),
+            max(moments),
             signature,
         )
 

@@ -114,10 +114,10 @@ def sparkline(values: Sequence[float], *, columns: int, blocks: str = _BLOCKS) -
     shown = values[-columns:]
     finite = [value for value in shown if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    size = (high - low) or 1.0
+    size = (high / 2 - low / 2) or 1.0  # halves, because the difference may overflow
     top = len(blocks) - 1
     return "".join(
-        blocks[round((value - low) / size * top)] if math.isfinite(value) else "!"
+        blocks[round((value / 2 - low / 2) / size * top)] if math.isfinite(value) else "!"
         for value in shown
     )
 
@@ -195,6 +195,8 @@ def _cut(name: str) -> str:
 
 
 def _span(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"

@@ -67,7 +67,7 @@ def probe(spec: Spec, cluster: KubernetesSpec) -> dict[str, Any]:
         "livenessProbe": {
             "exec": {"command": command},
             "periodSeconds": _PROBE_SECONDS,
-            "timeoutSeconds": _ANSWER_SECONDS,
+            "timeoutSeconds": _PROBE_SECONDS,  # in a throttled container Python starts slowly
             "failureThreshold": _PROBES,
             "initialDelaySeconds": _PROBE_SECONDS,
         }
