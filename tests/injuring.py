@@ -86,7 +86,11 @@ def descendants(process: int) -> set[int]:
     """The processes below this one, however deep."""
     found: set[int] = set()
     for task in Path(f"/proc/{process}/task").glob("*"):
-        for child in (task / "children").read_text().split():
+        try:
+            children = (task / "children").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            continue
+        for child in children.split():
             found |= {int(child)} | descendants(int(child))
     return found
 

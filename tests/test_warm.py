@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -116,8 +115,6 @@ def test_a_fork_hears_signals_and_is_waited_for(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(timeout=DEADLINE_SECONDS) == -signal.SIGTERM
         assert process.poll() == -signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(process.pid, 0)
 
 
 @pytest.mark.parametrize("different", ["OMP_NUM_THREADS", "LC_ALL", "PYTHONWARNINGS"])
