@@ -58,8 +58,8 @@ RAN = {
     "service/training/attempt.py": SIM,
     "service/training/setup.py": SIM,
     "service/training/worker.py": SIM,
-    "launch/engines/kubernetes/pods.py": CPU,
-    "launch/engines/kubernetes/fabrics.py": "CPU, which renders it",
+    "launch/engines/kubernetes/pod/pods.py": CPU,
+    "launch/engines/kubernetes/pod/fabrics.py": "CPU, which renders it",
     "service/spec/kubernetes.py": CPU,
     "service/distributed/world.py": SIM,
     "launch/processes/agent.py": CPU,
@@ -138,16 +138,16 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "launch/commands/doctor.py",
         'fix = "Check the firewall on loopback; for NCCL, set NCCL_DEBUG=INFO."',
     ): ("NCCL's own setting", ""),
-    ("launch/engines/kubernetes/fabrics.py", '"infiniband": {"NCCL_NET": "IB"},'): (
+    ("launch/engines/kubernetes/pod/fabrics.py", '"infiniband": {"NCCL_NET": "IB"},'): (
         "NCCL's own setting, of a profile that the user names",
         "; its effect: nothing yet",
     ),
     (
-        "launch/engines/kubernetes/fabrics.py",
+        "launch/engines/kubernetes/pod/fabrics.py",
         '"efa": {"NCCL_NET": "AWS Libfabric", "FI_PROVIDER": "efa", "FI_EFA_USE_HUGE_PAGE": "0"},',
     ): ("as above", "; its effect: nothing yet"),
     (
-        "launch/engines/kubernetes/fabrics.py",
+        "launch/engines/kubernetes/pod/fabrics.py",
         '"tcp": {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"},',
     ): ("as above", "; its effect: nothing yet"),
     ("launch/commands/sweep.py", '"cuda": "CUDA_VISIBLE_DEVICES",  # NVIDIA and AMD'): (

@@ -1,4 +1,4 @@
-"""Writes launch/engines/kubernetes/pod_fields.json: every field of a pod's template and its type.
+"""Writes launch/engines/kubernetes/pod/pod_fields.json: the fields of a pod template.
 
 `python tests/pod_fields.py`: from the schemas of Kubernetes that kubernetes-validate carries.
 A type is text, integer, boolean, quantity, anything, the name of an object, [type] for a list,
@@ -15,7 +15,7 @@ from typing import Any
 import kubernetes_validate
 
 OLDEST, NEWEST = "1.31", "1.37"
-FILE = Path(__file__).parents[1] / "launch/engines/kubernetes/pod_fields.json"
+FILE = Path(__file__).parents[1] / "launch/engines/kubernetes/pod/pod_fields.json"
 ROOT = "io.k8s.api.core.v1.PodTemplateSpec"
 PLAIN = {"string": "text", "integer": "integer", "boolean": "boolean", "number": "number"}
 SPECIAL = {"Quantity": "quantity", "IntOrString": "integer or text", "Time": "text"}

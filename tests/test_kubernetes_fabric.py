@@ -12,8 +12,8 @@ from commands import ROOT, evenstep
 from pod_security import violations
 from test_kubernetes_manifests import FABRIC, IMAGE, JOB, LOOSENED, TARGETS, job, of_kind, pod_of
 
-from launch.engines.kubernetes.fabrics import FABRICS
 from launch.engines.kubernetes.manifests import notes, render
+from launch.engines.kubernetes.pod.fabrics import FABRICS
 from launch.engines.kubernetes.states import advised
 from launch.engines.kubernetes.targets import template_of
 from service.basics.errors import SpecError

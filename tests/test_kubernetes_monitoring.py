@@ -14,7 +14,7 @@ from test_kubernetes_manifests import IMAGE, JOB, TARGETS, of_kind, pod_of
 
 from launch.engines.kubernetes.dashboard import dashboard
 from launch.engines.kubernetes.manifests import render
-from launch.engines.kubernetes.monitoring import PORT
+from launch.engines.kubernetes.pod.monitoring import PORT
 from service.basics.errors import SpecError
 from service.monitoring.metrics import METRICS
 from service.spec.files import load_spec

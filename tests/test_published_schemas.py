@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from test_kubernetes_manifests import TARGETS, WAYS, job, of_kind, pod_of
 
 from launch.engines.kubernetes.manifests import render
-from launch.engines.kubernetes.queues import QUEUE
+from launch.engines.kubernetes.pod.queues import QUEUE
 
 DIRECTORY = os.environ.get("EVENSTEP_CRDS")
 pytestmark = pytest.mark.skipif(

@@ -46,6 +46,11 @@ def rooms_of(wing: Path) -> list[Path]:
 
 
 ROOMS = [path for wing in WINGS for path in rooms_of(ROOT / "service" / wing)]
+PACKAGES = sorted(
+    path.parent for part in ("service", "launch") for path in (ROOT / part).rglob("__init__.py")
+)
+ENGINES = [path for path in PACKAGES if path.is_relative_to(ROOT / "launch/engines/kubernetes")]
+ENGINES += [ROOT / "launch/engines/slurm"]
 LAUNCHER = sorted((ROOT / "launch").rglob("*.py"))
 
 
@@ -70,9 +75,9 @@ def wing_of(name: str) -> str | None:
     return parts[1] if parts[0] == "service" and len(parts) > 1 else None
 
 
-def floor_plan(wing: str) -> list[str]:
-    """The rooms that the docstring of a wing names, from top to bottom."""
-    text = (ROOT / "service" / wing / "__init__.py").read_text(encoding="utf-8")
+def floor_plan(package: Path) -> list[str]:
+    """The rooms that the docstring of a package names, from top to bottom."""
+    text = (package / "__init__.py").read_text(encoding="utf-8")
     return re.findall(r"^\* (\w+)", ast.get_docstring(ast.parse(text)) or "", re.MULTILINE)
 
 
@@ -88,7 +93,7 @@ def test_a_room_imports_only_from_wings_below_and_rooms_below(path):
     wings = {found for name in names if (found := wing_of(name)) is not None}
     above = wings - set(WINGS[WINGS.index(wing) :]) - {"recipes"}
     assert not above, f"{name_of(path)} imports from wings above its own: {sorted(above)}"
-    plan = floor_plan(wing)
+    plan = floor_plan(path.parent)
     own = {name.split(".")[2] for name in names if name.startswith(f"service.{wing}.")}
     too_high = [room for room in own if plan.index(room) <= plan.index(path.stem)]
     assert not too_high, f"{name_of(path)} imports rooms that its floor plan has above it"
@@ -96,9 +101,25 @@ def test_a_room_imports_only_from_wings_below_and_rooms_below(path):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_floor_plan_of_a_wing_names_each_of_its_rooms(wing):
-    rooms = {path.stem for path in rooms_of(ROOT / "service" / wing)}
-    assert set(floor_plan(wing)) == rooms
-    assert len(rooms) <= MOST_ROOMS, "too many for one wing: cut it"
+    package = ROOT / "service" / wing
+    assert set(floor_plan(package)) == {path.stem for path in rooms_of(package)}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=name_of)
+def test_no_package_has_more_rooms_than_a_reader_can_look_through(package):
+    assert len(rooms_of(package)) <= MOST_ROOMS, "too many rooms for one package: divide it"
+
+
+@pytest.mark.parametrize("package", ENGINES, ids=name_of)
+def test_a_room_of_an_engine_imports_only_from_rooms_below(package):
+    dotted, plan = ".".join(package.relative_to(ROOT).parts) + ".", floor_plan(package)
+    inside = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert set(plan) == {path.stem for path in rooms_of(package)} | inside
+    for path in rooms_of(package):
+        names = {name for name in imported_by(path) if name.startswith(dotted)}
+        rooms = {name.removeprefix(dotted).split(".")[0] for name in names}
+        too_high = [room for room in rooms if plan.index(room) <= plan.index(path.stem)]
+        assert not too_high, f"{name_of(path)} imports rooms that its floor plan has above it"
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=name_of)
@@ -134,7 +155,7 @@ def test_a_wing_below_distributed_does_without_torch(path):
         "environment",
         "slurm_step",
         "nodes/secret_file",
-        "engines/kubernetes/*",
+        "engines/kubernetes/**/*",
     ],
 )
 def test_what_a_launcher_without_torch_needs_does_not_import_it(name):

@@ -12,7 +12,7 @@ from service.spec.models import Spec
 
 if TYPE_CHECKING:
     from launch.engines.kubernetes.manifests import Target
-    from launch.engines.kubernetes.pods import Manifest
+    from launch.engines.kubernetes.pod.pods import Manifest
 
 
 def _target() -> click.Option:

@@ -9,8 +9,8 @@ from typing import Any
 
 from launch.engines.contract import progress_in
 from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
-from launch.engines.kubernetes.pods import Manifest
-from launch.engines.kubernetes.queues import QUEUE
+from launch.engines.kubernetes.pod.pods import Manifest
+from launch.engines.kubernetes.pod.queues import QUEUE
 from launch.engines.kubernetes.states import (
     advised,
     ending,

@@ -10,8 +10,8 @@ from typing import Any
 
 from launch.engines.kubernetes.dashboard import dashboard
 from launch.engines.kubernetes.manifests import render, to_yaml
-from launch.engines.kubernetes.monitoring import pod_monitor
-from launch.engines.kubernetes.pods import Manifest, labels, own_pods
+from launch.engines.kubernetes.pod.monitoring import pod_monitor
+from launch.engines.kubernetes.pod.pods import Manifest, labels, own_pods
 from service.spec.files import load_spec
 from service.spec.models import Spec
 

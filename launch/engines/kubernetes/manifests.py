@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from launch.engines.kubernetes.monitoring import ingress
-from launch.engines.kubernetes.pod_template import KEY, newer_fields, overrides
-from launch.engines.kubernetes.pods import (
+from launch.engines.kubernetes.pod.monitoring import ingress
+from launch.engines.kubernetes.pod.pod_template import KEY, newer_fields, overrides
+from launch.engines.kubernetes.pod.pods import (
     MEETING_SECRET,
     Manifest,
     claim_name,
@@ -21,9 +21,9 @@ from launch.engines.kubernetes.pods import (
     meeting_secret_name,
     own_pods,
 )
-from launch.engines.kubernetes.queues import pod_group
+from launch.engines.kubernetes.pod.queues import pod_group
+from launch.engines.kubernetes.pod.security import level_of, loosenings
 from launch.engines.kubernetes.refusals import check, checked_template
-from launch.engines.kubernetes.security import level_of, loosenings
 from launch.engines.kubernetes.targets import TARGETS, template_of, with_template
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret

@@ -7,10 +7,10 @@ import os.path
 import re
 from collections.abc import Iterable
 
-from launch.engines.kubernetes.monitoring import check_monitoring
-from launch.engines.kubernetes.pod_template import KEY, merged_template
-from launch.engines.kubernetes.pods import Manifest, own_mounts, world_variables
-from launch.engines.kubernetes.security import loosenings
+from launch.engines.kubernetes.pod.monitoring import check_monitoring
+from launch.engines.kubernetes.pod.pod_template import KEY, merged_template
+from launch.engines.kubernetes.pod.pods import Manifest, own_mounts, world_variables
+from launch.engines.kubernetes.pod.security import loosenings
 from service.basics.errors import SpecError
 from service.health.stop_budget import LEAST_SECONDS
 from service.plan.plan import make_plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from launch.engines.kubernetes.pods import Manifest, labels, pod_template, world_variables
-from launch.engines.kubernetes.queues import EXCLUSIVE, queue_labels
+from launch.engines.kubernetes.pod.pods import Manifest, labels, pod_template, world_variables
+from launch.engines.kubernetes.pod.queues import EXCLUSIVE, queue_labels
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec

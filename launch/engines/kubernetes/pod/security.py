@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from launch.engines.kubernetes.pods import Manifest
+from launch.engines.kubernetes.pod.pods import Manifest
 
 _VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "projected"} | {
     "persistentVolumeClaim",

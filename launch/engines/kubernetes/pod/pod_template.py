@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.engines.kubernetes.pods import MAIN, Manifest
+from launch.engines.kubernetes.pod.pods import MAIN, Manifest
 from service.basics.errors import SpecError, did_you_mean
 from service.spec.files import on_one_line
 from service.spec.kubernetes import OWN_LABELS

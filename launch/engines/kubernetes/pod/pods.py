@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from launch.engines.kubernetes.fabrics import fabric_variables
-from launch.engines.kubernetes.monitoring import container_ports, probe
-from launch.engines.kubernetes.monitoring import variables as monitoring_variables
-from launch.engines.kubernetes.queues import gang_labels, pod_annotations, scheduler
+from launch.engines.kubernetes.pod.fabrics import fabric_variables
+from launch.engines.kubernetes.pod.monitoring import container_ports, probe
+from launch.engines.kubernetes.pod.monitoring import variables as monitoring_variables
+from launch.engines.kubernetes.pod.queues import gang_labels, pod_annotations, scheduler
 from service.spec.kubernetes import (
     KubernetesSpec,
     MountSpec,
