@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from clients import closed_by_server, get, raw, serving, silent
+from injuring import until
 
 from service.monitoring.http_server import MOST_CONNECTIONS, Answer, is_address
 
@@ -19,6 +22,10 @@ HI = Answer(200, b"hi")
         ("::1", True),
         ("localhost:9400", True),
         ("LOCALHOST", True),
+        ("localhost.localdomain:9400", True),
+        ("localhost.", True),
+        ("127.0.0.2:9400", True),
+        ("localdomain", False),
         ("evil.example", False),
         ("evil.example:9400", False),
         ("127.0.0.1.evil.example", False),
@@ -66,10 +73,19 @@ def test_silent_clients_are_closed_for_one_that_asks() -> None:
             each.close()
 
 
-def test_a_client_that_takes_nothing_of_a_large_answer_holds_up_nobody() -> None:
-    large = Answer(200, b"x" * (64 << 20))
+def test_clients_that_take_nothing_of_a_large_answer_hold_up_nobody() -> None:
+    large = Answer(200, b"x" * (8 << 20))
     with serving(large) as port:
-        slow = silent(port, 1)
-        slow[0].sendall(b"y\r\n\r\n")  # the end of its request; it reads nothing
-        assert len(get(port, "/").text) == 64 << 20
-        slow[0].close()
+        slow = silent(port, MOST_CONNECTIONS)
+        for each in slow:
+            each.sendall(b"y\r\n\r\n")  # the end of its request; it reads nothing
+            until(lambda each=each: has_an_answer(each), "it is being answered")
+        for _ in range(3):
+            assert len(get(port, "/").text) == 8 << 20
+        for each in slow:
+            each.close()
+
+
+def has_an_answer(connection: socket.socket) -> bool:
+    """Whether something can be read, which stays unread."""
+    return connection.recv(1, socket.MSG_PEEK) != b""

@@ -20,13 +20,15 @@ from injuring import descendants, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.parser import text_string_to_metric_families as parse_older
 
+from service.health.heartbeat import Heartbeat
+from service.monitoring.endpoint import metrics_endpoint
 from service.monitoring.http_server import Answer
 from service.monitoring.liveness import SPARE_SECONDS, Liveness
 from service.monitoring.metrics import METRICS
 from service.monitoring.metrics_reference import with_table
 from service.monitoring.probe import outcome
-from service.monitoring.snapshot import LatestValues
-from service.runs.directory import RunDirectory
+from service.monitoring.snapshot import LatestValues, is_there
+from service.runs.directory import RunDirectory, read_beat
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 
@@ -214,6 +216,21 @@ def test_a_port_that_is_taken_is_one_line_and_training_goes_on(place: Path) -> N
     )
 
 
+@pytest.mark.parametrize("address", ["127.0.0.2", "0.0.0.0"])
+def test_a_name_is_answered_only_where_others_than_loopback_are(
+    place: Path, tmp_path: Path, address: str
+) -> None:
+    port, said = free_port(), list[str]()
+    words = [f"tracking.metrics_port={port}", f"tracking.metrics_address={address}"]
+    spec = load_spec(place / "job.yaml", overrides=words)
+    with metrics_endpoint(spec, tmp_path, ranks=range(1), started=0.0, say=said.append):
+        until(lambda: listens(port), "it listens")
+        assert get(port, "/healthz", Host="127.0.0.2").status == 200
+        status = get(port, "/healthz", Host="evil.example").status
+    assert status == (421 if address == "127.0.0.2" else 200)
+    assert said == []
+
+
 def test_what_is_not_installed_is_told_before_anything_starts(place: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.modules.update(prometheus_client=None)"
@@ -309,7 +326,48 @@ def test_a_run_whose_disk_takes_no_heartbeat_is_healthy(tmp_path: Path) -> None:
     assert len(liveness.look({0: beat()})) == 1
 
 
+def test_a_later_process_with_the_number_of_a_rank_is_not_that_rank(tmp_path: Path) -> None:
+    clock = Clock()
+    liveness = Liveness(tmp_path, timeouts={}, timeout_seconds=10, clock=clock)
+    heartbeat = Heartbeat(scratch=tmp_path)
+    heartbeat.write()
+    own = read_beat(tmp_path, 0)
+    assert own is not None
+    assert is_there(own)
+    later = {**own, "process_start": "17"}
+    liveness.look({0: own, 1: later})
+    clock.now = 1e6
+    [told] = liveness.look({0: own, 1: later})
+    assert told.startswith("rank 0 ")
+    # A new process of that number that has written at the same moment is not silent.
+    assert liveness.look({0: later}) == []
+    assert not is_there(later), "nor is its memory that of the rank"
+
+
 # ---- the latest values
+
+
+def test_a_look_that_begins_at_the_beginning_of_a_line_keeps_that_line(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    lines = [f'{{"step": {n}, "v{n % 3}": {n}}}\n' for n in range(100, 120)]
+    run.metrics.write_text("".join(lines))
+    line = len(lines[0])
+    for extra in range(-2, line + 2):
+        found = LatestValues(run, look_bytes=3 * line + extra).look()
+        held = {key: value for key, value in found.items() if key != "step"}
+        assert len(held) == 3 if extra >= 0 else 2, extra
+
+    # A line that is longer than a look is left out as a whole.
+    values = LatestValues(run, keep="v", most=9, look_bytes=50)
+    run.metrics.write_text('{"v": 1, "text": "' + "x" * 99)
+    values.look()
+    with run.metrics.open("a") as file:
+        file.write('{"v": 2}')
+    values.look()
+    with run.metrics.open("a") as file:
+        file.write('"}\n{"v": 3}\n')
+    values.look()
+    assert list(values.kept) == [3.0]
 
 
 def test_the_latest_value_of_every_key_is_found_in_a_file_that_grows(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,6 +68,12 @@ for step in task["steps"]:
     files = [logged.write(step, "text", "note", f"at {step}".encode())] if step == 3 else []
     tracker.log(step, {"train/loss": 1 / step, "train/lr/*.bias": 0.5, **task["values"]}, files)
 tracker.close(task["outcome"])
+if task["prints_limits"]:
+    import os
+    from mlflow.environment_variables import (
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT)
+    said += ["", str(MLFLOW_HTTP_REQUEST_TIMEOUT.get()), str(MLFLOW_HTTP_REQUEST_MAX_RETRIES.get())]
+    said.append(str([name for name in os.environ if name.startswith("MLFLOW_HTTP")]))
 print(json.dumps(said))
 """
 
@@ -87,6 +95,7 @@ def attempt(place: Path, uri: str, steps: list[int], **more: Any) -> list[str]:
     asked = {"experiment": "by hand", "uri": uri}
     task = {"place": str(place), "mlflow": asked, "steps": steps, "resume": None}
     task |= {"config": {"a": {"b": 1}}, "values": {}, "outcome": "done", "close_seconds": 60}
+    task["prints_limits"] = False
     said: list[str] = python(ATTEMPT, json.dumps(task | more))
     return said
 
@@ -143,7 +152,7 @@ def test_a_resume_sends_what_a_dead_server_lacks_with_its_files(
     [held] = python(CLIENT, server, "by hand")
     losses = [(step, float(value)) for step, value, _ in held["metrics"]["train/loss"]]
     assert losses == [(step, 1 / step) for step in (1, 2, 3, 4, 5)]
-    assert [float(v) for _, v, _ in held["metrics"]["train/lr/_.bias"]] == [0.5] * 5
+    assert [float(v) for _, v, _ in held["metrics"][key_of("train/lr/*.bias")]] == [0.5] * 5
     assert math.isnan(float(held["metrics"]["b"][0][1]))
     assert held["parameters"]["a.b"] == "2"
     assert len(held["parameters"]["c"]) == 6000
@@ -151,12 +160,50 @@ def test_a_resume_sends_what_a_dead_server_lacks_with_its_files(
     assert held["files"] == ["logged/step-00000003/texts/note.txt"], "as in the run's directory"
 
     # An attempt from an older checkpoint repeats no step; a parameter that is changed is a tag.
-    changed["config"] = {"a": {"b": 3}}
+    changed["config"] = {"a": {"b": 3}, "c": None}
     assert attempt(tmp_path, server, [4, 5, 6], resume=3, outcome="failed", **changed) == []
     [held] = python(CLIENT, server, "by hand")
     assert [step for step, _, _ in held["metrics"]["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert (held["parameters"]["a.b"], held["tags"]["evenstep.changed.a.b"]) == ("2", "3")
+    assert held["tags"]["evenstep.changed.c"] == "(not given)"
     assert held["status"] == "FAILED"
+
+    # A tag may be shorter than a parameter, and its key longer; what is as at first has no tag.
+    key = "k" * 245
+    changed["config"] = {"a": {"b": 2, key: 1}, "c": "x" * 7000}
+    assert attempt(tmp_path, server, [7], resume=6, **changed) == []
+    [held] = python(CLIENT, server, "by hand")
+    assert not [tag for tag in held["tags"] if tag.startswith("evenstep.changed")]
+    changed["config"] = {"a": {"b": 2, key: 2}, "c": "y" * 7000}
+    assert attempt(tmp_path, server, [8], resume=7, **changed) == []
+    [held] = python(CLIENT, server, "by hand")
+    told = {k: v for k, v in held["tags"].items() if k.startswith("evenstep.changed")}
+    assert sorted(map(len, told)) == [18, 250]
+    assert len(told["evenstep.changed.c"]) == 5000
+
+    # Keys that MLflow takes for one, or not at all, keep no row out.
+    changed["config"] |= {"a@b": 1, "a#b": 2, "y.z": 3, "y": {"z": 4}, "q" * 300: 5, "": 6, "r/": 7}
+    assert attempt(tmp_path, server, [9], resume=8, **changed) == []
+    [held] = python(CLIENT, server, "by hand")
+    assert held["metrics"]["train/loss"][-1][0] == 9
+    assert [held["parameters"][key_of(key)] for key in ("a@b", "a#b", "r/")] == ["1", "2", "7"]
+    assert [held["parameters"][key] for key in ("y.z", key_of('"y.z"'))] == ["4", "3"]
+
+    # Limits for our requests alone: not for those of the task, nor for the processes it starts.
+    assert attempt(tmp_path, server, [10], resume=9, prints_limits=True)[1:] == ["120", "7", "[]"]
+
+
+def test_two_keys_never_become_one_key_of_mlflow() -> None:
+    keys = ["a/b", "a*b", "a?b", "a_b", "/a/b", "a//b", "a/./b", "a/../b", "../b", ".", "..", "a/"]
+    keys += ["x" * 250, "x" * 251, "x" * 252, "é", "a b", "\udc80", "", "a:b"]
+    found = {key: key_of(key) for key in keys}
+    assert len(set(found.values())) == len(keys)
+    for key, accepted in found.items():
+        assert re.fullmatch(r"[\w. /-]{1,250}", accepted), key
+        assert os.path.normpath(accepted) == accepted
+        assert not accepted.startswith(("/", ".."))
+    for plain in ("a/b", "a_b", "x" * 250, "é", "a b", "train/lr"):
+        assert found.get(plain, key_of(plain)) == plain
 
 
 @contextmanager

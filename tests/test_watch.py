@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import needs_chromium, opened
 from clients import free_port, get, listens
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 from injuring import until
@@ -237,6 +238,56 @@ def test_the_page_is_served_on_loopback_and_has_what_changed(tmp_path: Path) -> 
         assert (
             said == f"http://127.0.0.1:{port}/ shows live, on this machine only; Ctrl-C ends it.\n"
         )
+
+
+# The first question of the page whether something is new waits until `go` is true.
+WAITS = """
+const ask = window.fetch;
+window.fetch = async (...words) => {
+  while (!window.go) await new Promise((then) => setTimeout(then, 10));
+  return ask(...words);
+};
+"""
+
+
+@needs_chromium
+def test_a_page_in_a_browser_follows_its_run_from_the_moment_of_its_load(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "live")
+    other = write_run(tmp_path / "runs", "<img src=x onerror=alert(1)>other", state="done")
+    for each in (run, other):
+        add_row(each, 2)
+    with served("--all", cwd=tmp_path) as (port, process), opened(tmp_path / "profile") as tab:
+        tab.open(f"http://127.0.0.1:{port}/?run=live", before=WAITS)
+        tab.until("document.querySelectorAll('svg').length > 0")
+        tab.value("document.querySelector('details').open = true")
+        version = json.loads(get(port, "/state?run=live").text)["version"]
+        assert tab.value("document.querySelector('main').dataset.version") == version
+        add_row(run, 3, **{"test/accuracy": 0.75})
+        until(
+            lambda: json.loads(get(port, "/state?run=live").text)["version"] != version, "it is new"
+        )
+        assert not tab.value("document.body.textContent.includes('accuracy')")
+        tab.value("window.go = true")
+        tab.until("document.body.textContent.includes('accuracy')")
+        assert tab.value("document.querySelector('details').open"), "as the reader left it"
+        add_row(run, 4, **{"test/recall": 0.5})
+        tab.until("document.body.textContent.includes('recall')")
+
+        # The list: what is chosen stays chosen while the list is renewed, and is shown.
+        tab.open(f"http://127.0.0.1:{port}/", before="window.go = true")
+        tab.until("document.querySelectorAll('input').length === 2")
+        tab.value("document.querySelectorAll('input').forEach((each) => each.click())")
+        add_row(run, 5)
+        tab.until("document.body.textContent.includes('5/40')")
+        assert tab.value("document.querySelectorAll('input:checked').length") == 2
+        tab.value("document.querySelector('button').click()")
+        tab.until("document.body.textContent.includes('Side by side')")
+        assert tab.value("location.search").count("run=") == 2
+        assert tab.errors == []
+
+        process.kill()  # the server ends: what is shown stays
+        process.wait(DEADLINE_SECONDS)
+        assert tab.value("document.body.textContent.includes('Side by side')")
 
 
 def asked(report: LiveReport, path: str = "/", **query: list[str]) -> str:

@@ -6,6 +6,8 @@ From top to bottom; a room imports only from rooms below it:
 * running_time: time limits that count only the time in which this process has run.
 * randomness: keys for random numbers: each is named by its purpose, so there is no stream to
   save.
+* process_starts: when a process started: with its number, what tells it from a later one of that
+  number. No torch.
 * multipart: large files in parts that several threads and processes write at the same time. No
   torch.
 * limits: the cores and the memory that this process may use, as a container limits them. No

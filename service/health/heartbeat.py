@@ -17,6 +17,7 @@ from time import monotonic
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from service.basics.atomic_files import replace_unsynced, told_when_unwritten, without_link
+from service.basics.process_starts import start_of
 from service.basics.running_time import TimeLimit
 from service.runs.directory import RunDirectory
 
@@ -276,6 +277,7 @@ class Heartbeat:
             "rank": self.rank,
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "process_start": start_of(os.getpid()),
             "group": group(),
             "time": round(time.time(), 3),
             "started": self.started,

@@ -9,13 +9,13 @@ From top to bottom; a room imports only from rooms below it:
   write it.
 * exporter: the program of a metrics endpoint: serves /metrics and /healthz beside a launcher.
 * metrics: the metrics of a launcher: their names, what they mean, and their values in a snapshot.
+* liveness: whether the hang watch of each rank still works, for a liveness probe. No torch.
 * live_runs: runs that are looked at again and again; a look reads only what has changed. No
   torch.
 * endpoint: starts the metrics endpoint of a launcher: a process that can hurt nothing. No torch.
 * snapshot: what the files of a run say at this moment: heartbeats, the latest values, attempts.
   No torch.
 * probe: A liveness probe: `python -m service.monitoring.probe PORT`. No package, no torch.
-* liveness: whether the hang watch of each rank still works, for a liveness probe. No torch.
 * http_server: A small HTTP server that only reads, and that no client can make slow, large or
   forgetful.
 """

@@ -123,7 +123,7 @@ def _started(
     task = {
         "watched": watched.record(),
         "sockets": [each.fileno() for each in sockets],
-        "names_allowed": any(each.getsockname()[0] != _LOOPBACK for each in sockets),
+        "names_allowed": not all(ip_address(each.getsockname()[0]).is_loopback for each in sockets),
         "timeout_seconds": faults.hang_timeout_seconds,
         "timeouts": {
             "starting": faults.startup_timeout_seconds,

@@ -2,8 +2,9 @@
 
 One request for each connection. A client has a few seconds to send its request and to take the
 answer; the number of connections and the length of a request are limited. Where there are too many
-connections, the oldest one without a whole request is closed, so that a flood of silent clients
-does not keep out one that asks.
+connections, one is closed for the next: the oldest without a whole request, or else the one that
+takes its answer for the longest time. So a flood of silent or slow clients does not keep out one
+that asks.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from urllib.parse import parse_qs, urlsplit
 MOST_CONNECTIONS = 32
 REQUEST_SECONDS = 5.0
 """For a client to send its whole request."""
-TAKE_SECONDS = 20.0
+TAKE_SECONDS = 10.0
 """For a client to take the answer."""
 HEAD_BYTES = 8192
 """Of the request line and all headers."""
 _QUEUE = 1024  # connections that the kernel holds for us
 _ACCEPTED_AT_ONCE = 16  # of these, before the ones that we have get their turn
+_LOOPBACK_NAMES = ("localhost", "localhost.localdomain")  # which no public DNS can give away
 _WORDS = {
     200: "OK",
     304: "Not Modified",
@@ -67,6 +69,7 @@ class BadRequest(Exception):
 
 
 Answering = Callable[[Request], Awaitable[Answer]]
+_Clients = dict[asyncio.Task[None], asyncio.StreamWriter]
 
 
 @dataclass
@@ -78,8 +81,10 @@ class ReadOnlyServer:
     names_allowed: bool = True
     """Whether the Host header may be a name. With `False` it is an address or `localhost`: a page
     of another site that has its name point to this machine (DNS rebinding) then gets nothing."""
-    _waiting: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
+    _waiting: _Clients = field(default_factory=dict)
     """Connections without a whole request, the oldest first."""
+    _taking: _Clients = field(default_factory=dict)
+    """Connections whose answer is being sent, the oldest first."""
     _open: int = 0
     _has_failed: bool = False
 
@@ -109,17 +114,20 @@ class ReadOnlyServer:
         self._waiting[task] = writer
         try:
             answer, has_body = await self._answer(reader, task)
+            self._taking[task] = writer
             await _send(writer, answer, has_body=has_body)
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             writer.transport.abort()  # too slow, gone, or in the way of others
         finally:
             self._waiting.pop(task, None)
+            self._taking.pop(task, None)
             self._open -= 1
 
     def _closed_the_oldest(self) -> bool:
-        """Whether a connection without a request was closed for a new one."""
-        for task, writer in self._waiting.items():
-            del self._waiting[task]
+        """Whether a connection that its client holds up was closed for a new one."""
+        clients = self._waiting or self._taking
+        for task, writer in clients.items():
+            del clients[task]
             writer.transport.abort()
             task.cancel()
             return True
@@ -174,11 +182,11 @@ class ReadOnlyServer:
 
 
 def is_address(host: str) -> bool:
-    """Whether a Host header is `localhost` or an address, each with or without a port."""
+    """Whether a Host header is a name of loopback or an address, with or without a port."""
     name, colon, port = host.rpartition(":")
     if not colon or not port.isdecimal() or (":" in name and not name.startswith("[")):
         name = host
-    if name.lower() == "localhost":
+    if name.lower().removesuffix(".") in _LOOPBACK_NAMES:
         return True
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))

@@ -1,7 +1,7 @@
 // A served page asks whether something is new, and takes the new page only then.
 (() => {
   const ask = "state" + location.search;
-  let known = null, wait = 2000;
+  let wait = 2000;
   const renew = async () => {
     const answer = await fetch(location.href);
     if (!answer.ok) throw new Error(answer.statusText); // keep what is shown, and ask again
@@ -18,8 +18,8 @@
   const look = async () => {
     try {
       const { version } = await (await fetch(ask)).json();
-      if (known !== null && version !== known) await renew();
-      known = version;
+      // The page has its own version, so that nothing is missed between its load and this question.
+      if (version !== document.querySelector("main").dataset.version) await renew();
       wait = 2000;
     } catch {
       wait = Math.min(30000, 2 * wait); // the server has ended, or is slow

@@ -62,7 +62,8 @@ class LiveReport:
             if self._pages.get(key, ("", b""))[0] != version:
                 if len(self._pages) >= MOST_SIDE_BY_SIDE:
                     self._pages.clear()
-                self._pages[key] = (version, self._page(chosen, found, broken).encode(errors=_ESC))
+                text = self._page(chosen, found, broken, version=version)
+                self._pages[key] = (version, text.encode(errors=_ESC))
             return Answer(200, self._pages[key][1], _HTML, _POLICY)
 
     def _look(self) -> tuple[list[RunNow], list[str]]:
@@ -84,10 +85,17 @@ class LiveReport:
         return [known[name] for name in asked]
 
     def _page(
-        self, chosen: list[RunNow] | None, found: Sequence[RunNow], broken: Sequence[str]
+        self,
+        chosen: list[RunNow] | None,
+        found: Sequence[RunNow],
+        broken: Sequence[str],
+        *,
+        version: str,
     ) -> str:
+        """The page; what was written since `version` may be in it, and is then told as new."""
         if chosen is None:
-            return shell(self.title, list_of(self.title, found, broken), script=_script())
+            body = list_of(self.title, found, broken)
+            return shell(self.title, body, script=_script(), version=version)
         histories = []
         for run in chosen:
             try:
@@ -97,7 +105,7 @@ class LiveReport:
                 raise BadRequest(404, str(error)) from error
         if not histories:
             raise BadRequest(404, "there is no run yet")
-        return page(histories, now=self.now(), script=_script())
+        return page(histories, now=self.now(), script=_script(), version=version)
 
 
 _ESC = "backslashreplace"

@@ -8,16 +8,14 @@ heartbeat cannot be read, where the disk takes no writes, where its process is g
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
-import psutil  # type: ignore[import-untyped]  # its wheel has no types
-
 from service.basics.running_time import RunningClock
+from service.monitoring.snapshot import is_there
 
 SPARE_SECONDS = 60.0
 """Beyond twice the limit of a hang, by which the watch or its sentinel have ended the process."""
@@ -27,8 +25,8 @@ _PROBE_BYTES = 8192
 
 
 class _Seen(NamedTuple):
-    beat: tuple[object, object]
-    """The process, and the time that it wrote."""
+    beat: tuple[object, ...]
+    """The process, when it started, and the time that it wrote."""
     since: float
     """When this was first seen, on the clock of this object."""
 
@@ -62,11 +60,11 @@ class Liveness:
         for rank in self._seen.keys() - beats.keys():
             del self._seen[rank]  # it cannot be read: nothing is known
         for rank, beat in beats.items():
-            told = (beat.get("process"), beat.get("time"))
+            told = (beat.get("process"), beat.get("process_start"), beat.get("time"))
             if rank not in self._seen or self._seen[rank].beat != told:
                 self._seen[rank] = _Seen(told, now)
             silent = now - self._seen[rank].since
-            if silent > self.limit_of(beat) and _is_there(beat) and self._disk_takes_writes():
+            if silent > self.limit_of(beat) and is_there(beat) and self._disk_takes_writes():
                 wrong.append(
                     f"rank {rank} (process {beat.get('process')}): its hang watch has written no "
                     f"heartbeat for {silent:.0f} s; the last one was at step {beat.get('step')}, "
@@ -83,14 +81,4 @@ class Liveness:
         """Whether a heartbeat could be written: on a full disk a run goes on without."""
         with suppress(OSError), TemporaryFile(dir=self._logs, buffering=0) as file:
             return file.write(bytes(_PROBE_BYTES)) == _PROBE_BYTES
-        return False
-
-
-def _is_there(beat: Mapping[str, Any]) -> bool:
-    """Whether the process of a heartbeat is on this machine and has not ended."""
-    if beat.get("host") != socket.gethostname() or not isinstance(beat.get("process"), int):
-        return False
-    try:
-        return bool(psutil.Process(beat["process"]).status() != psutil.STATUS_ZOMBIE)
-    except (psutil.Error, ValueError):
         return False

@@ -15,6 +15,7 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.basics.atomic_files import plain
 from service.basics.errors import EvenstepError
+from service.basics.process_starts import start_of
 from service.runs.directory import RunDirectory, read_beat
 from service.runs.goodput import account_of
 from service.runs.history import History
@@ -83,7 +84,6 @@ class Observer:
         self._watched = watched
         self._directory = RunDirectory(Path(watched.path))
         self._values = LatestValues(self._directory)
-        self._host = socket.gethostname()
 
     def look(self) -> Snapshot:
         """What the files say now; what cannot be read is left out."""
@@ -107,8 +107,9 @@ class Observer:
             return None
         return beat
 
-    def _memory(self, beat: Mapping[str, Any]) -> int | None:
-        if beat.get("host") != self._host or not isinstance(beat.get("process"), int):
+    @staticmethod
+    def _memory(beat: Mapping[str, Any]) -> int | None:
+        if not is_there(beat):
             return None
         try:
             return int(psutil.Process(beat["process"]).memory_info().rss)
@@ -122,6 +123,19 @@ class Observer:
             return None  # not begun yet
         # Without the spec's file: what of it matters here does not change while a launcher runs.
         return History(self._directory, facts, dict(self._watched.spec))
+
+
+def is_there(beat: Mapping[str, Any]) -> bool:
+    """Whether the process of a heartbeat is on this machine and has not ended.
+
+    A later process that has its number is not the same; of a heartbeat that does not say when its
+    process started, any process of that number counts.
+    """
+    process, start = beat.get("process"), beat.get("process_start")
+    if beat.get("host") != socket.gethostname() or not isinstance(process, int):
+        return False
+    found = start_of(process)
+    return found is not None and start in (None, found)
 
 
 class LatestValues:
@@ -146,6 +160,8 @@ class LatestValues:
         self._file = (0, 0)
         """Device and inode of the file that was read."""
         self._read = 0
+        self._is_within_a_line = False
+        """Whether what was read ends within a line that is longer than a look."""
         self._values: dict[str, float] = {}
 
     def look(self) -> Mapping[str, float]:
@@ -169,15 +185,21 @@ class LatestValues:
             if (facts.st_dev, facts.st_ino) != self._file or facts.st_size < self._read:
                 # The file of a resumed run is another one.
                 self._file, self._read, self._values = (facts.st_dev, facts.st_ino), 0, {}
+                self._is_within_a_line = False
                 self.kept.clear()
-            begin = max(self._read, facts.st_size - self._look_bytes)
+            # With one byte more, which may be the end of the line before.
+            begin = max(self._read, facts.st_size - self._look_bytes - 1)
+            if begin > self._read:
+                self._is_within_a_line = True
             file.seek(begin)
-            added = file.read(self._look_bytes)
+            added = file.read(self._look_bytes + 1)
         whole = added[: added.rfind(b"\n") + 1]
-        lines = whole.split(b"\n")[:-1]
-        torn = begin > self._read  # the first of them lacks its beginning
         self._read = begin + len(whole)
-        return lines[1:] if torn else lines
+        lines = whole.split(b"\n")[:-1]
+        if lines and self._is_within_a_line:
+            del lines[0]  # its beginning was not read
+            self._is_within_a_line = False
+        return lines
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -59,7 +59,9 @@ def second_writers(
         backends["trackio"] = lambda: Trackio.open(asked, name=name, config=config)
     if spec.mlflow is not None:
         where = spec.mlflow
-        backends["MLflow"] = lambda: MLflow.open(where, run=run_id, name=name, config=config)
+        backends["MLflow"] = lambda: MLflow.open(
+            where, run=run_id, name=name, config=config, say=say
+        )
     metrics = directory / "metrics.jsonl"
     return [
         BackgroundWriter(tracker, open_backend, metrics=metrics, resume_step=resume_step, say=say)

@@ -61,12 +61,18 @@ def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[S
 
 
 def page(
-    histories: Sequence[History], *, now: float, sweeps: Sequence[Sweep] = (), script: str = ""
+    histories: Sequence[History],
+    *,
+    now: float,
+    sweeps: Sequence[Sweep] = (),
+    script: str = "",
+    version: str = "",
 ) -> str:
     """The page as HTML; `now`, in seconds since 1970, is its creation time.
 
     Args:
         script: what a page that is served does besides; it may ask its own server.
+        version: what that script compares with the version that its server has.
     """
     several = len(histories) > 1
     title = f"{len(histories)} runs" if several else histories[0].name
@@ -78,11 +84,12 @@ def page(
         _timeline(histories),
         *(_facts(history, alone=not several) for history in histories),
     ]
-    return shell(title, "".join(body), script=script)
+    return shell(title, "".join(body), script=script, version=version)
 
 
-def shell(title: str, body: str, *, script: str = "") -> str:
+def shell(title: str, body: str, *, script: str = "", version: str = "") -> str:
     """A whole page with this body, the style and the script of the report."""
+    main = f'<main data-version="{escape(version)}">' if version else "<main>"
     # Whatever a run's name or message contains, this page makes no request but to its own server.
     connects = "; connect-src 'self'; form-action 'self'" if script else ""
     return (
@@ -92,7 +99,7 @@ def shell(title: str, body: str, *, script: str = "") -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         f"style-src 'unsafe-inline'; script-src 'unsafe-inline'{connects}\">"
         f"<title>{escape(title)} - evenstep</title><style>{_shipped('report.css')}</style></head>"
-        f"<body><main>{body}</main><script>{_shipped('report.js')}{script}</script></body></html>\n"
+        f"<body>{main}{body}</main><script>{_shipped('report.js')}{script}</script></body></html>\n"
     )
 
 

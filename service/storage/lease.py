@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from service.basics.errors import SpecError, printable
+from service.basics.process_starts import start_of
 from service.basics.running_time import RunningClock
 from service.storage.published import PUBLISHED, stamps_in
 from service.storage.store import NoObject, Store
@@ -213,7 +214,7 @@ def _holder() -> str:
 
 def _place() -> str:
     """`MACHINE PROCESS`: the boot and the process namespace; the process and when it began."""
-    return f"{_machine()} {os.getpid()}:{_began(os.getpid())}"
+    return f"{_machine()} {os.getpid()}:{start_of(os.getpid())}"
 
 
 def _machine() -> str:
@@ -224,18 +225,8 @@ def _machine() -> str:
         return f"{socket.gethostname()}/{secrets.token_hex(8)}"
 
 
-def _began(process: int) -> str | None:
-    """When a process of this machine began, in ticks since the boot; None where it is gone."""
-    try:
-        told = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None
-    after_name = told.rpartition(")")[2].split()
-    return None if after_name[0] in "ZX" else after_name[19]
-
-
 def _is_gone(record: _Record) -> bool:
     """Whether its holder was a process of this machine that has ended."""
     machine, _, process = record.place.partition(" ")
     number, _, began = process.partition(":")
-    return machine == _machine() and number.isdecimal() and _began(int(number)) != began
+    return machine == _machine() and number.isdecimal() and start_of(int(number)) != began
