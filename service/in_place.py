@@ -21,7 +21,7 @@ from service.distributed.world import in_place
 from service.health.stop_request import StopRequest, stop_on_signals
 from service.in_processes import run_in_processes
 from service.monitoring.endpoint import metrics_endpoint
-from service.optimization.precision import multiplied_in
+from service.optimization.precision import convolutions_timed, multiplied_in
 from service.plan.changing import Accepted
 from service.plan.plan import make_plan
 from service.recipes import find_recipe
@@ -116,7 +116,8 @@ def _run_alone(
 def _given_back(spec: Spec) -> Iterator[None]:
     """Compute as the spec requires; afterwards restore the settings of the caller's process."""
     threads = torch.get_num_threads()
-    with multiplied_in(spec.model.precision), generators_given_back():
+    timed = convolutions_timed(spec.model.cudnn_benchmark)
+    with multiplied_in(spec.model.precision), timed, generators_given_back():
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ ASKS = re.compile(
 )
 # A line that names one vendor's device, library or tool.
 VENDOR = re.compile(
-    r"torch\.(cuda|xpu|mps|npu|mtia|version\.cuda)\b|\"(cuda|xpu|mps|npu)\"|nvidia-smi|cudnn"
+    r"torch\.(cuda|xpu|mps|npu|mtia|version\.cuda)\b|\"(cuda|xpu|mps|npu)\"|nvidia-smi|cudnn(?!_benchmark)"
     r"|CUBLAS_|NCCL_|CUDA\b|torch/(cuda|xpu|npu)/"
 )
 
@@ -50,6 +50,7 @@ RAN = {
     "service/optimization/optimizers.py": SIM,
     "service/distributed/recursive_doubling.py": SIM,
     "service/optimization/precision.py": SIM,
+    "service/in_place.py": CPU,
     "service/distributed/profiler.py": SIM,
     "service/health/heartbeat.py": SIM,
     "service/training/dry_run.py": SIM,
@@ -59,6 +60,7 @@ RAN = {
     "service/training/setup.py": SIM,
     "service/training/worker.py": SIM,
     "launch/engines/kubernetes/pod/pods.py": CPU,
+    "launch/engines/kubernetes/refusals.py": CPU,
     "launch/engines/kubernetes/pod/fabrics.py": "CPU, which renders it",
     "service/spec/kubernetes.py": CPU,
     "service/distributed/world.py": SIM,
@@ -75,6 +77,18 @@ NVIDIA = "; its branch for NVIDIA: nothing yet"
 APPLE = "; its branch for Apple: nothing yet"
 # Lines that still name one vendor: why, and what of it nothing has run.
 NAMED: dict[tuple[str, str], tuple[str, str]] = {
+    ("service/optimization/precision.py", "before = torch.backends.cudnn.benchmark"): (
+        "cuDNN's own setting",
+        "; its effect: nothing yet",
+    ),
+    ("service/optimization/precision.py", "torch.backends.cudnn.benchmark = wanted or before"): (
+        "as above",
+        "; its effect: nothing yet",
+    ),
+    ("service/optimization/precision.py", "torch.backends.cudnn.benchmark = before"): (
+        "as above",
+        "; its effect: nothing yet",
+    ),
     (
         "service/distributed/devices.py",
         'current = getattr(module_of(device), "current_device", None)  # torch.mps has but one',

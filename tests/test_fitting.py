@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from jobs import plan_of, spec_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from service.basics.errors import OutOfMemory
+from service.basics.errors import DataBroken, OutOfMemory
 from service.basics.limits import workers_each
+from service.data.loading import workers_with_room
 from service.data.task import load_task, supervised
 from service.plan.plan import largest_micro_batch
 from service.spec.files import load_spec
@@ -157,3 +159,40 @@ def test_workers_are_settled_with_the_run_too(tmp_path):
     done = evenstep("run", "digits", "loader.workers=auto", "--stop-at", 2, cwd=tmp_path)
     assert done.returncode == 75, done.stderr
     assert load_spec(tmp_path / "runs/digits/spec.yaml").loader.workers == workers_each(1)
+
+
+class Photos:
+    """Rows that are read one at a time, of 1,016 bytes with their target."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, row):
+        return torch.zeros(1008, dtype=torch.uint8), torch.tensor(row % 3)
+
+
+def photos():
+    return supervised(model=lambda: nn.Linear(1008, 3), train=Photos(), test=())
+
+
+def test_workers_by_default_take_at_most_half_of_the_shared_memory():
+    def room_for(rows, task=None):
+        loaded = load_spec(spec_of("photos", batch={"global_batch": rows}))
+        return workers_with_room(photos() if task is None else task, loaded)
+
+    disk = os.statvfs("/dev/shm")
+    rows = disk.f_bavail * disk.f_frsize // 2 // (2 * 1016)  # read ahead by one worker, 2 steps
+    assert room_for(rows * 10 // 35) == 3
+    assert room_for(rows * 2) == 0
+    assert room_for(8, wide()) == 0, "rows in memory need no workers"
+    with pytest.raises(DataBroken, match="the file is gone"):
+        room_for(8, broken())
+
+
+class Gone(Photos):
+    def __getitem__(self, row):
+        raise OSError("the file is gone")
+
+
+def broken():
+    return supervised(model=lambda: nn.Linear(1, 3), train=Gone(), test=())

@@ -507,3 +507,31 @@ def test_the_doctor_sees_it(with_sim, tmp_path):
     told = evenstep("doctor", cwd=tmp_path, **with_sim).stdout
     assert "4 of sim (Simulated device, 1 GiB)" in told
     assert "2 processes on sim by simccl" in told
+
+
+def test_by_default_a_process_computes_its_share_in_one_pass(with_sim, tmp_path):
+    def run(*words, code=0, device=with_sim):
+        words = (
+            "run",
+            "digits",
+            "tracking.wandb=",
+            "batch={global_batch: 96}",
+            "schedule={}",
+            "test={}",
+            *words,
+        )
+        done = evenstep(*words, cwd=tmp_path, **device)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    begun = run("length={steps: 4}", "--stop-at", 2, "--processes", 2, code=75)
+    assert "batch.micro_batch: 48 rows, the share of a process on a device" in begun
+    recorded = load_spec(tmp_path / "runs/digits/spec.yaml")
+    assert recorded.batch.micro_batch == 48
+    # On other devices and at other numbers of processes the run keeps it.
+    too_few = run("length={steps: 4}", "--processes", 3, code=64)
+    assert "2 micro-batches of 48" in too_few
+    assert "batch.micro_batch=32" in too_few
+    assert "the share of" not in run("length={steps: 4}", device={})
+    assert (tmp_path / "runs/digits/checkpoints/step-00000004").is_dir()
+    assert load_spec(tmp_path / "runs/digits/spec.yaml").batch.micro_batch == 48

@@ -306,7 +306,7 @@ def test_a_spec_is_written_as_a_person_would() -> None:
         "batch: {global_batch: 128}",
         "length: {epochs: 20.0}",
         "model: {batchnorm: micro, buffers: mean, precision: fp32, compile: false, "
-        "channels_last: false}",
+        "cudnn_benchmark: false, channels_last: false}",
         "optimizer:",
         "  name: sgd",
         "  lr: 0.1",

@@ -67,7 +67,7 @@ class Asked:
     def workers(self) -> int:
         """Loader workers of each process."""
         asked = self.spec.loader.workers if self.spec else 0
-        return workers_each(self.processes) if asked == "auto" else int(asked)
+        return workers_each(self.processes) if asked == "auto" else asked or 0
 
 
 def examined(asked: Asked) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import grace_periods
 from service.health.stop_request import StoppedEarly, StopRequest
 from service.health.watchdog import Leave, watched
+from service.optimization.precision import convolutions_timed
 from service.plan.plan import Plan, make_plan
 from service.runs.failure_reports import redacted, write_failure
 from service.spec.models import Spec
@@ -154,12 +155,16 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
 
 @contextmanager
 def _world(spec: Spec, environment: Environment) -> Iterator[World]:
-    with process_group(
-        environment,
-        precision=spec.model.precision,
-        bitwise=spec.exactness == "bitwise",
-        timeout_seconds=_collective_timeout(spec),
-    ) as world:
+    timed = convolutions_timed(spec.model.cudnn_benchmark)
+    with (
+        timed,
+        process_group(
+            environment,
+            precision=spec.model.precision,
+            bitwise=spec.exactness == "bitwise",
+            timeout_seconds=_collective_timeout(spec),
+        ) as world,
+    ):
         yield world
 
 

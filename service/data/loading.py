@@ -44,7 +44,7 @@ from service.distributed.world import World
 from service.health.stop_request import STOP_SIGNALS, die_with_parent
 from service.plan.plan import Plan
 from service.plan.samplers import micro_batches
-from service.spec.models import LoaderSpec
+from service.spec.models import LoaderSpec, Spec
 
 # Row ids are computed for many steps at a time: a call costs the same for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
@@ -330,7 +330,7 @@ def _told(rows: NDArray[np.int64]) -> str:
 def _collated(
     reader: _Reader, orders: Iterable[Order], plan: Plan, world: World
 ) -> Iterator[tuple[Order, Any]]:
-    if plan.spec.loader.workers == 0:
+    if not plan.spec.loader.workers:
         return ((order, reader[order][1]) for order in orders)
     loader = DataLoader(
         reader,
@@ -343,6 +343,30 @@ def _collated(
         worker_init_fn=_outlive_signals,
     )
     return _in_our_words(loader)
+
+
+def workers_with_room(task: Task, spec: Spec) -> int:
+    """How many workers each process of a machine can have without harm.
+
+    None if rows are not read by workers; otherwise so many that the rows which they read ahead
+    take at most half of the free space in /dev/shm.
+
+    Raises:
+        DataBroken: the data set fails on its first row.
+    """
+    data = task.train_data()
+    if is_stream(data) or _held(data, task) is not None or len(data) == 0:
+        return 0
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR or not os.path.isdir("/dev/shm"):
+        return 0
+    reader = _Reader(data, spec.seed, rows=len(data), collate=collate_of(task))
+    _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
+    row = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(first))
+    asked = spec.batch.global_batch
+    rows = len(data) if asked == "all" else asked  # of all processes, at most
+    disk = os.statvfs("/dev/shm")
+    ahead = spec.loader.prefetch * rows * row
+    return int(disk.f_bavail * disk.f_frsize // 2 // max(1, ahead))
 
 
 def require_short_paths(data: Data, *, task: Task, plan: Plan) -> None:

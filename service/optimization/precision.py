@@ -47,6 +47,17 @@ def multiplied_in(precision: str) -> Iterator[None]:
             operations.fp32_precision = value
 
 
+@contextmanager
+def convolutions_timed(wanted: bool) -> Iterator[None]:
+    """A context in which cuDNN times its algorithms for convolutions, if `wanted`."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 _BACKENDS: Any = torch.backends  # its modules have properties that their types do not tell
 _PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.mkldnn.matmul)
 _IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)

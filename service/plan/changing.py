@@ -164,11 +164,13 @@ def changes(old: Spec, new: Spec) -> list[Change]:
 
     A task's file and the source of `init` may be in another directory: only their own names count.
     Parameter groups may be in another order: a checkpoint stores them by their parameters' names.
-    `micro_batch: auto` equals the number that was found.
+    `micro_batch: auto`, or none, equals the number with which the run began.
     """
     before, after = _compared(old), _compared(new)
-    if new.batch.micro_batch == "auto":
-        after["batch"]["micro_batch"] = before["batch"].get("micro_batch", "auto")
+    if not isinstance(new.batch.micro_batch, int):
+        after["batch"].pop("micro_batch", None)
+        begun = before["batch"].get("micro_batch")
+        after["batch"] |= {} if begun is None else {"micro_batch": begun}
     if old.optimizer is not None and new.optimizer is not None:
         groups = [values["optimizer"]["groups"] for values in (before, after)]
         if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):

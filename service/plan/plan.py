@@ -242,6 +242,23 @@ def make_plan(
     )
 
 
+def share_of_process(spec: Spec, *, processes: int, train_rows: int | None) -> int | None:
+    """The default micro-batch on an accelerator: the rows of one process in one pass.
+
+    None if the spec gives the number, or must give the same bits at any number of processes.
+    """
+    if spec.batch.micro_batch is not None or spec.exactness == "bitwise":
+        return None
+    asked = spec.batch.global_batch
+    rows = _known(train_rows, "batch.global_batch: all") if asked == "all" else asked
+    return largest_micro_batch(rows, processes)
+
+
+def with_micro_batch(spec: Spec, rows: int | str | None) -> Spec:
+    """The same spec with this number of rows in a micro-batch."""
+    return spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_batch": rows})})
+
+
 def largest_micro_batch(global_batch: int, processes: int) -> int:
     """Rows of the largest micro-batch that leaves one for each process; 1 if there are too many."""
     largest = max(1, math.ceil(global_batch / processes))

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.basics.errors import Diverged, EvenstepError, SpecError, told_as_mistake
-from service.basics.limits import memory_each, workers_each
+from service.basics.limits import memory_each
 from service.checkpoints.checkpoints import Checkpoints
 from service.checkpoints.initial_weights import initial_weights
 from service.checkpoints.snapshots import optimizer_state
@@ -27,13 +28,17 @@ from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test_each
 from service.optimization.buffers import BufferValues, buffers_in_words
-from service.optimization.compilation import compile_in_place
 from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
-from service.plan.plan import Plan, make_plan
+from service.plan.plan import Plan, make_plan, with_micro_batch
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
-from service.training.batch_size_finder import fitting_rows, with_micro_batch, with_workers
+from service.training.batch_size_finder import (
+    default_on,
+    default_workers,
+    fitting_rows,
+    with_workers,
+)
 from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words
 from service.training.own_train_step import after_update_by
 from service.training.setup import (
@@ -43,6 +48,7 @@ from service.training.setup import (
     build_model,
     build_optimizer,
     build_state,
+    compiled,
     drawn_alike,
     rehearse,
 )
@@ -63,9 +69,10 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         SpecError: an error that would end the run before its first step.
         EvenstepError: an error that would end it at its first step, test or checkpoint.
     """
-    spec = with_workers(spec, workers_each(processes))
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
+    workers = default_workers(spec, task=task, world=world, processes_here=processes)
+    spec = with_workers(spec, workers)
     plan = yield from _planned(spec, task, world=world, processes=processes)
     spec = plan.spec
     model, seconds = _timed(lambda: build_model(plan, task, world))
@@ -109,15 +116,13 @@ def _rehearsed(
 
 def _compiled(state: TrainState, each: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The model compiled in place, if the spec says so; nothing else is computed after it."""
-    compile_in_place(state.model, telling=False)
+    model, world = state.model, each[0].dry_run.world
+    task = each[0].dry_run.task
+    called = compiled(each[0].dry_run.callee(model), model, task=task, world=world, telling=False)
     for part in each:
         if isinstance(state.optimizer, Turns):
             state.optimizer.begin(str(part.turn))
-
-        def compiled(dry_run: DryRun = part.dry_run) -> None:
-            dry_run.compile(dry_run.callee(state.model), state.model)
-
-        _, seconds = _timed(compiled)
+        _, seconds = _timed(partial(part.dry_run.compile, called, model))
         whose = "" if part.turn is None else f"{part.turn}: "
         yield "compile", f"{whose}a forward and a backward pass ({seconds:.2f} s)"
 
@@ -133,8 +138,9 @@ def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:
 def _planned(
     spec: Spec, task: Task, *, world: World, processes: int
 ) -> Generator[Finding, None, Plan]:
-    """The plan of the run, with the micro-batch size that `auto` finds."""
-    plan = _plan(spec, task, processes)
+    """The plan of the run, with the micro-batch size that `auto` finds, or of this device."""
+    share = default_on(world, spec, task=task, processes=processes)
+    plan = _plan(spec if share is None else with_micro_batch(spec, share), task, processes)
     require_possible(plan, task)
     if spec.batch.micro_batch == "auto":
         memory = memory_each(processes)

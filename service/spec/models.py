@@ -33,9 +33,10 @@ class BatchSpec(Part):
     """Rows of one optimizer step over all processes; `all` is the whole data set (full-batch)."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows of one forward pass. It changes the arithmetic, so it is part of the experiment; the
-    number of processes only decides which process computes which micro-batch. Default: 32, or
-    less if the global batch is smaller. `auto`: the most rows that fit in memory when the run
-    first starts; the run's spec.yaml records the number, and later attempts use it."""
+    number of processes only decides which process computes which micro-batch. `auto`: the most
+    rows that fit in memory when the run first starts. Default: 32, or less if the global batch is
+    smaller; on a GPU, unless `exactness` is `bitwise`, the global batch divided by the processes
+    with which the run first starts. The run's spec.yaml records the number for later attempts."""
 
     @model_validator(mode="after")
     def _pieces_of_the_whole(self) -> Self:
@@ -89,6 +90,9 @@ class ModelSpec(Part):
     """Precision of the forward and backward pass; weights keep the dtype that the model gave."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its convolution algorithms and use the fastest. Another attempt may measure
+    other times and round differently, so a resumed run may not end with the same bits."""
     channels_last: bool = False
     """Store images as NHWC, which is faster for convolutions on recent GPUs."""
     moving_average: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -242,9 +246,10 @@ class ExchangeSpec(Part):
 class LoaderSpec(Part):
     """How rows are read."""
 
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """Worker processes for each training process; with 0 the training process reads the rows.
-    `auto`: the container's cores for each training process, minus the one that trains."""
+    `auto`: the container's cores for each training process, minus the one that trains. Default:
+    0 on a CPU; on a GPU as `auto`, if half of /dev/shm is enough for the rows they read ahead."""
     stream: Literal["whole", "split"] = "whole"
     """For iterable data. `whole`: every process reads all rows, and the result does not depend on
     the number of processes. `split`: each process reads its part, and the result depends on it."""
@@ -515,6 +520,15 @@ class Spec(Part):
             raise wrong(
                 "exactness: bitwise sums gradients in its own fixed order: "
                 "remove the section exchange"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _not_chosen_by_time(self) -> Self:
+        if self.exactness == "bitwise" and self.model.cudnn_benchmark:
+            raise wrong(
+                "exactness: bitwise needs the same algorithms in every attempt: "
+                "remove model.cudnn_benchmark"
             )
         return self
 

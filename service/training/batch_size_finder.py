@@ -1,4 +1,4 @@
-"""The batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
+"""The batch-size finder (`batch.micro_batch: auto`), `loader.workers: auto`, and their defaults.
 
 The micro-batch is part of the experiment: dropout is keyed by its number, and BatchNorm may use
 its statistics. So its size is determined before the first step, agreed by all processes, stored in
@@ -19,14 +19,20 @@ from service.basics import randomness
 from service.basics.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.snapshots import expected_bytes
-from service.data.loading import resident_bytes, sample
+from service.data.loading import resident_bytes, sample, workers_with_room
 from service.data.task import Task, new_model, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
 from service.optimization.activation_checkpointing import checkpoint_activations
 from service.optimization.optimizers import trained_by
-from service.plan.plan import Plan, largest_micro_batch, make_plan
+from service.plan.plan import (
+    Plan,
+    largest_micro_batch,
+    make_plan,
+    share_of_process,
+    with_micro_batch,
+)
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec
@@ -45,7 +51,9 @@ def settled(
     processes_here: int,
     say: Callable[[str], None],
 ) -> Spec:
-    """The spec with numbers instead of `auto`; every process calls it.
+    """The spec with numbers instead of `auto` and of what depends on the device.
+
+    Every process calls it.
 
     Args:
         processes_here: processes of the job on this machine, which share its cores and memory.
@@ -53,11 +61,25 @@ def settled(
     Raises:
         OutOfMemory: not even a micro-batch of one row fits.
         SpecError: the task breaks a rule, or the run cannot be read.
+        DataBroken: the data set fails on its first row.
     """
-    if spec.loader.workers == "auto":
-        spec = with_workers(spec, world.from_lead(workers_each(processes_here)))
-    if spec.batch.micro_batch != "auto":
-        return spec
+    here = processes_here
+    spec, told = _with_micro_batch(
+        spec, task=task, world=world, runs=runs, fresh=fresh, processes_here=here
+    )
+    spec, also_told = _with_workers(spec, task=task, world=world, processes_here=here)
+    for line in (told, also_told):
+        if line and world.is_lead:
+            say(line)
+    return spec
+
+
+def _with_micro_batch(
+    spec: Spec, *, task: Task, world: World, runs: Path, fresh: bool, processes_here: int
+) -> tuple[Spec, str]:
+    """With the micro-batch of the run if it has begun, or else its own; and what to say of it."""
+    if isinstance(spec.batch.micro_batch, int):
+        return spec, ""
     begun: Spec | None = None
     failed: EvenstepError | None = None
     if world.is_lead and not fresh:
@@ -68,24 +90,76 @@ def settled(
     world.fail_together(failed)
     taken_up = world.from_lead([begun.batch.micro_batch] if begun is not None else [])
     if taken_up:
-        return with_micro_batch(spec, taken_up[0])
-    memory = memory_each(processes_here)
-    rows = fitting_rows(
-        spec, task=task, world=world, processes=world.processes, memory_bytes=memory
+        return with_micro_batch(spec, taken_up[0]), ""
+    if spec.batch.micro_batch == "auto":
+        memory = memory_each(processes_here)
+        rows = fitting_rows(
+            spec, task=task, world=world, processes=world.processes, memory_bytes=memory
+        )
+        found = f"batch.micro_batch: auto found {rows} rows, for all of this run."
+        return with_micro_batch(spec, rows), found
+    share = default_on(world, spec, task=task, processes=world.processes)
+    if share is None:
+        return spec, ""
+    chosen = (
+        f"batch.micro_batch: {share} rows, the share of a process on a device, for all of this "
+        "run. Set it if runs at other numbers of processes must have the same results."
     )
+    return with_micro_batch(spec, share), chosen
+
+
+def default_on(world: World, spec: Spec, *, task: Task, processes: int) -> int | None:
+    """Rows of the default micro-batch on an accelerator; None if the plan's default holds.
+
+    On a CPU, 32 rows are as fast as more. An accelerator is idle during most of such a pass.
+    """
+    if world.device.type == "cpu":
+        return None
+    return share_of_process(spec, processes=processes, train_rows=task.train_rows)
+
+
+def _with_workers(spec: Spec, *, task: Task, world: World, processes_here: int) -> tuple[Spec, str]:
+    """With the number of loader workers of each process; and what to say of it."""
+    if isinstance(spec.loader.workers, int):
+        return spec, ""
+    if spec.loader.workers is None and world.device.type == "cpu":
+        return with_workers(spec, 0), ""
+    workers, failed = 0, None
     if world.is_lead:
-        say(f"batch.micro_batch: auto found {rows} rows, for all of this run.")
-    return with_micro_batch(spec, rows)
+        try:
+            workers = default_workers(spec, task=task, world=world, processes_here=processes_here)
+        except EvenstepError as error:
+            failed = error
+    world.fail_together(failed)
+    workers = world.from_lead(workers)
+    chosen = ""
+    if workers and spec.loader.workers is None:
+        chosen = (
+            f"loader.workers: {workers} for each process, by default on a device with so many "
+            "free cores; set loader.workers=0 for none."
+        )
+    return with_workers(spec, workers), chosen
 
 
-def with_micro_batch(spec: Spec, rows: int | str | None) -> Spec:
-    """The same spec with this number of rows in a micro-batch."""
-    return spec.model_copy(update={"batch": spec.batch.model_copy(update={"micro_batch": rows})})
+def default_workers(spec: Spec, *, task: Task, world: World, processes_here: int) -> int:
+    """Loader workers of each process if the spec does not give their number.
+
+    By default none on a CPU, where they would take the cores that train.
+
+    Raises:
+        DataBroken: the data set fails on its first row.
+    """
+    most = workers_each(processes_here)
+    if spec.loader.workers == "auto":
+        return most
+    if world.device.type == "cpu" or not most:
+        return 0
+    return min(most, workers_with_room(task, spec))
 
 
 def with_workers(spec: Spec, workers: int) -> Spec:
-    """The same spec with this number of loader workers, if it says `auto`."""
-    if spec.loader.workers != "auto":
+    """The same spec with this number of loader workers, unless it has its own."""
+    if isinstance(spec.loader.workers, int):
         return spec
     return spec.model_copy(update={"loader": spec.loader.model_copy(update={"workers": workers})})
 

@@ -35,7 +35,7 @@ from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Turns, told_of_turn
 from service.optimization.precision import computed
 from service.spec.models import Spec
-from service.training.train_step import summed_loss
+from service.training.train_step import is_with_loss, summed_loss, summed_within
 
 T = TypeVar("T")
 
@@ -133,7 +133,8 @@ class DryRun:
         """
         said = told_as_mistake("model.compile: torch cannot compile this model here")
         whose = nullcontext() if self.turn is None else told_of_turn(self.turn)
-        with whose, self._undone(bare), said, require_compiled(bare):
+        called = nullcontext() if is_with_loss(wrapped) else require_compiled(bare)
+        with whose, self._undone(bare), said, called:
             self._pass(wrapped)
 
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
@@ -167,7 +168,8 @@ class DryRun:
         if step_of(self.task) is not None:
             return alone(self._taken(callee, training=True).parts or {})
         if not checked:
-            return summed_loss(callee, self.batch, task=self.task, world=self.world)
+            summed = summed_within if is_with_loss(callee) else summed_loss
+            return summed(callee, self.batch, task=self.task, world=self.world)
         return self._losses(computed(callee, self.batch.inputs, self.world), self.batch).sum()
 
     def forward(self, model: nn.Module) -> None:

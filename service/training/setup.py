@@ -69,6 +69,7 @@ from service.training.dry_run import (
     together_found,
 )
 from service.training.own_train_step import after_update_by, require_own_step
+from service.training.train_step import ModelWithLoss
 
 T = TypeVar("T")
 
@@ -324,6 +325,7 @@ def build_exchanges(
     model: Model,
     rehearsal: Rehearsal,
     *,
+    task: Task,
     plan: Plan,
     world: World,
 ) -> tuple[Sequence[Exchange], Stopwatch]:
@@ -339,7 +341,7 @@ def build_exchanges(
         SpecError: torch cannot compile it.
     """
     if plan.spec.model.compile:  # inside the wrapper, which can then overlap the exchange
-        compile_in_place(state.model, telling=world.is_lead)
+        called = compiled(called, state.model, task=task, world=world, telling=world.is_lead)
         if state.average is not None:
             compile_in_place(state.average.model, telling=False)
     stopwatch = Stopwatch(world.device)
@@ -355,6 +357,27 @@ def build_exchanges(
     if isinstance(state.optimizer, Turns):
         state.optimizer.end()
     return exchanges, stopwatch
+
+
+def compiled(
+    called: nn.Module, model: nn.Module, *, task: Task, world: World, telling: bool
+) -> nn.Module:
+    """Let torch compile the model in place; returns the module that training calls.
+
+    That is the model together with its loss and the casts between them, unless the task has its
+    own step: the compiler then computes a loss such as cross-entropy without keeping its
+    intermediate values.
+
+    Args:
+        called: the model, or the model within the task's own step.
+        telling: let torch report on stderr why it recompiles.
+    """
+    compile_in_place(model, telling=telling)
+    if called is not model:
+        return called
+    whole = ModelWithLoss(model, task, world)
+    compile_in_place(whole, telling=False)
+    return whole
 
 
 def _exchange(
@@ -380,6 +403,8 @@ def _exchange(
             telling=telling,
             stopwatch=timed,
         )
+        if spec.model.compile:
+            rehearsed.dry_run.compile(ordered.model, state.model)
         return kept_equal(ordered, buffers)
     if holds_rows(state.model):
         sharded = ShardedSync(
@@ -446,7 +471,9 @@ def prepare_training(
     own = step_of(task)
     stepped = SteppedModel(state.model, own, world) if own is not None else None
     called = stepped or state.model
-    exchanges, stopwatch = build_exchanges(state, called, model, rehearsal, plan=plan, world=world)
+    exchanges, stopwatch = build_exchanges(
+        state, called, model, rehearsal, task=task, plan=plan, world=world
+    )
     stragglers = StragglerDetector(
         world, rounds=plan.rounds, throughput=throughput, stopwatch=stopwatch, say=say
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,55 @@ from service.plan.plan import Plan
 from service.training.receipts import Receipt
 
 
+def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
+    """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
+    outputs = computed(model, batch.inputs, world)
+    summed = getattr(task, "summed_loss", None)
+    if summed is not None and batch.weight is None:
+        total: Tensor = summed(outputs, batch.targets)
+        return total
+    # A task without a loss has its own step, which is handled elsewhere.
+    losses: Tensor = task.loss(outputs, batch.targets)  # type: ignore[attr-defined]  # [B] or [B, T]
+    require_loss_shape(losses, batch)
+    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+
+
+class ModelWithLoss(nn.Module):
+    """The model and its loss as one module, which torch compiles as one graph."""
+
+    def __init__(self, model: nn.Module, task: Task, world: World) -> None:
+        super().__init__()
+        self.model = model
+        self._task = task
+        self._world = world
+
+    def forward(self, inputs: Any, targets: Any, weight: Tensor | None, rows: int) -> Tensor:
+        """`summed_loss` of a micro-batch of so many rows."""
+        batch = Batch(0, cast(Any, range(rows)), inputs, targets, weight, 0)
+        return summed_loss(self.model, batch, task=self._task, world=self._world)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the model, by their names without the wrapper."""
+        return self.model.named_parameters(*args, **kwargs)
+
+
+def summed_within(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
+    """`summed_loss` by a `ModelWithLoss`, which may be wrapped."""
+    total: Tensor = model(batch.inputs, batch.targets, batch.weight, len(batch.rows))
+    return total
+
+
+def is_with_loss(model: nn.Module) -> bool:
+    """Whether this is a `ModelWithLoss`, or one in DistributedDataParallel."""
+    return isinstance(getattr(model, "module", model), ModelWithLoss)
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """The parts that every optimizer step of a run uses."""
+
+    summed_loss: ClassVar[Callable[..., Tensor]] = staticmethod(summed_loss)
+    """The pass of a micro-batch through the model for training."""
 
     weighs: ClassVar[bool] = True
     """Whether losses are sums, divided by the weight of the step; otherwise they are divided."""
@@ -56,7 +102,7 @@ class TrainStep:
         for batch in exchange.over(step.micro_batches):
             enter("exchange" if batch is last else "forward", state.step, batch.number)
             world.seed(batch.key)
-            loss_sum = summed_loss(exchange.model, batch, task=self.task, world=world)
+            loss_sum = self.summed_loss(exchange.model, batch, task=self.task, world=world)
             exchange.backward(loss_sum, divisor)
             losses[batch.number] = loss_sum.detach()
         if state.frozen:
@@ -115,17 +161,11 @@ class TrainStep:
         return world.sum(each.to(world.device)).sum() / weight
 
 
-def summed_loss(model: nn.Module, batch: Batch, *, task: Task, world: World) -> Tensor:
-    """Weighted sum of the losses of one micro-batch: a scalar with a graph."""
-    outputs = computed(model, batch.inputs, world)
-    summed = getattr(task, "summed_loss", None)
-    if summed is not None and batch.weight is None:
-        total: Tensor = summed(outputs, batch.targets)
-        return total
-    # A task without a loss has its own step, which is handled elsewhere.
-    losses: Tensor = task.loss(outputs, batch.targets)  # type: ignore[attr-defined]  # [B] or [B, T]
-    require_loss_shape(losses, batch)
-    return losses.sum() if batch.weight is None else (losses * batch.weight).sum()
+@dataclass(frozen=True)
+class CompiledTrainStep(TrainStep):
+    """The same for a compiled `ModelWithLoss`."""
+
+    summed_loss: ClassVar[Callable[..., Tensor]] = staticmethod(summed_within)
 
 
 @contextmanager

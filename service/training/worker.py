@@ -61,7 +61,7 @@ from service.training.own_train_step import OwnTrainStep, TurnsTrainStep
 from service.training.receipts import Receipt
 from service.training.setup import Prepared, drawn_alike, prepare_training, together
 from service.training.train_loop import train
-from service.training.train_step import TrainStep
+from service.training.train_step import CompiledTrainStep, TrainStep, is_with_loss
 
 
 def run(
@@ -284,7 +284,8 @@ def train_step(prepared: Prepared, task: Task, attempt: Attempt, receipt: Receip
     updates, stepped, optimizer = prepared.updates, prepared.stepped, prepared.state.optimizer
     first = prepared.exchanges[0].sync
     if stepped is None:
-        return TrainStep(task, world, plan, first, updates, receipt, heartbeat)
+        kind = CompiledTrainStep if is_with_loss(first.model) else TrainStep
+        return kind(task, world, plan, first, updates, receipt, heartbeat)
     each = [
         OwnTrainStep(
             task,

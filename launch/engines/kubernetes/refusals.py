@@ -13,7 +13,7 @@ from launch.engines.kubernetes.pod.pods import Manifest, own_mounts, world_varia
 from launch.engines.kubernetes.pod.security import loosenings
 from service.basics.errors import SpecError
 from service.health.stop_budget import LEAST_SECONDS
-from service.plan.plan import make_plan
+from service.plan.plan import make_plan, share_of_process, with_micro_batch
 from service.runs.directory import require_no_secret
 from service.spec.kubernetes import KubernetesSpec, quantity
 from service.spec.models import Spec
@@ -39,7 +39,11 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     check_monitoring(spec, cluster)
     # With more rows than can exist, to refuse only what fails with any number of rows.
     processes = cluster.nodes * cluster.processes_per_node
-    make_plan(spec, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
+    share = None
+    if not cluster.on_cpu:
+        share = share_of_process(spec, processes=processes, train_rows=_MANY_ROWS)
+    planned = spec if share is None else with_micro_batch(spec, share)
+    make_plan(planned, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
 
 
 def checked_template(cluster: KubernetesSpec, rendered: Manifest) -> Manifest:
