@@ -275,8 +275,6 @@ def test_a_mistake_in_a_job_is_one_sentence(tmp_path, factory, sections, said):
             {"optimizer": None, "schedule": {"name": "linear"}},
             "each of them has its own schedule",
         ),
-        ({"optimizer": None, "exchange": {"mode": "sharded"}}, "with exchange.mode: sharded yet"),
-        ({"optimizer": None, "exchange": {"mode": "hybrid"}}, "with exchange.mode: hybrid yet"),
         ({"optimizers": {"a-b": SGD}}, "optimizers: a name must be letters, digits and _"),
         (
             {"optimizers": {"a": {"every": 2, **SGD}}},

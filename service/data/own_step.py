@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,17 +12,20 @@ from service.data.batches import Batch
 from service.data.losses import Entry, LossPart, StepContext, read_losses
 from service.data.task import WithStep
 from service.distributed.world import World
+from service.sharding.sharding import release
 
 
-@dataclass
 class Pass:
     """One micro-batch in the step."""
 
-    batch: Batch
-    context: StepContext
-    parts: Mapping[str, LossPart] | None = None
-    """The result of the step, once it has run."""
-    outputs: Any = None
+    # Not a dataclass: torch's FSDP2 looks for tensors in these, and replaces them by copies.
+
+    def __init__(self, batch: Batch, context: StepContext) -> None:
+        self.batch = batch
+        self.context = context
+        self.parts: Mapping[str, LossPart] | None = None
+        """The result of the step, once it has run."""
+        self.outputs: Any = None
 
     def through(self, callee: nn.Module) -> Mapping[str, LossPart]:
         """The losses by name from a forward pass of `callee`: the tensors that it returns.
@@ -55,35 +57,74 @@ class Pass:
 
 
 class SteppedModel(nn.Module):
-    """The model within the task's step: training calls it instead of the model."""
+    """The model within the task's step: training calls it instead of the model.
+
+    If the model is sharded, this is the root of its units: during the step, all parameters that are
+    in no other unit are gathered, whatever the step calls.
+    """
 
     def __init__(self, model: nn.Module, task: WithStep, world: World) -> None:
         super().__init__()
         self.model = model
         self._step = task.step
         self._world = world
+        self._beside: list[SteppedModel] = []  # not a list of submodules
 
-    def forward(self, asked: Pass) -> list[Tensor]:
-        """Run the step, unless it has run; return its sums, which have the graph."""
-        if asked.parts is None:
-            self.take(asked)
-        assert asked.parts is not None
-        return [part.sum for part in asked.parts.values()]
+    @classmethod
+    def of(cls, model: nn.Module, task: WithStep, world: World) -> SteppedModel:
+        """The one with which this model was sharded, or a new one."""
+        return cls._root_of(model) or cls(model, task, world)
 
-    def take(self, asked: Pass) -> Pass:
-        """Call the task's step.
+    @classmethod
+    def root(cls, model: nn.Module, task: WithStep, world: World) -> SteppedModel:
+        """A new one, which `of` returns from now on."""
+        made = vars(model)[_ROOT] = cls(model, task, world)  # not a submodule of its own submodule
+        return made
 
+    @staticmethod
+    def _root_of(model: nn.Module) -> SteppedModel | None:
+        found: SteppedModel | None = vars(model).get(_ROOT)
+        return found
+
+    def forward(self, asked: Pass | None) -> list[Tensor]:
+        """Run the step, unless it has run; return its sums, which have the graph.
+
+        Args:
+            asked: None runs nothing; if the model is sharded, its parameters that are in no other
+                unit stay gathered.
         Raises:
-            SpecError: its result is not losses.
+            SpecError: the result of the step is not losses.
         """
-        with self._world.autocast():
-            given = self._step(self.model, asked.batch, asked.context)
-        asked.parts, asked.outputs = read_losses(given, asked.batch, context=asked.context)
-        return asked
+        if asked is None:
+            return []
+        if asked.parts is None:
+            average = asked.context.average
+            root = None if average is None else self._root_of(average)
+            if root is not None and average is not self.model and not self._beside:
+                root(None)
+                self._beside.append(root)
+            with self._world.autocast():
+                given = self._step(self.model, asked.batch, asked.context)
+            asked.parts, asked.outputs = read_losses(given, asked.batch, context=asked.context)
+        # FSDP2 registers a hook on each result, which it cannot do on a view of another tensor.
+        return [p.sum.clone() if p.sum._is_view() else p.sum for p in asked.parts.values()]
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    def let_go(self) -> None:
+        """After the backward passes: release the parameters of a sharded moving average."""
+        while self._beside:
+            release(self._beside.pop())
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the model, by their names without the wrapper."""
-        return self.model.named_parameters(*args, **kwargs)
+        if not recurse:  # it has none of its own
+            return iter(())
+        return self.model.named_parameters(prefix, True, remove_duplicate)
+
+
+_ROOT = "_evenstep_root"
+"""The attribute of a sharded model for its root."""
 
 
 def total_of(parts: Mapping[str, LossPart], *, divisors: Mapping[str, float | Tensor]) -> Tensor:

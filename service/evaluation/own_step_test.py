@@ -37,6 +37,7 @@ class CountedSteps:
         """`step` optimizer steps were taken before this test."""
         self._task, self._world = task, world
         self._rows, self._measures = plan.test_rows, task.measures
+        self._count = plan.test_micro_batches
         self._step, self._epoch = step, plan.epoch(step)
         self._averaged = plan.spec.model.moving_average is not None
         self._ledger = Ledger()
@@ -51,7 +52,10 @@ class CountedSteps:
         """
         average = model if self._averaged else None
         context = StepContext(self._step, self._epoch, False, batch.key, average=average)
-        taken = SteppedModel(model, self._task, self._world).take(Pass(batch, context))
+        taken = Pass(batch, context)
+        SteppedModel.of(model, self._task, self._world)(taken)
+        if batch.number >= self._count:  # other processes still compute, and a pass is a collective
+            return
         rows: Entry = (float(len(batch.rows)), 0.0, 0.0)
         weight: Entry = (sum(part.weight for part in (taken.parts or {}).values()), 0.0, 0.0)
         told = {_ROWS: rows, _WEIGHT: weight}

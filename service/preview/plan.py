@@ -62,7 +62,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     require_hooks(task, plan)
     model = new_model(task)
     if spec.exchange.shards:
-        require_shardable(model, task, spec)
+        require_shardable(model, spec)
     kept = [name for name, p in model.named_parameters() if not p.requires_grad]
     trained = trained_by(model, spec, task)
     groups, optimizer = trained.groups, trained.optimizer

@@ -2,6 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
+* row_updates: changes of weights of which each process has only some rows, such as those of a
+  task's function.
 * sharding: sharded data parallelism (torch's FSDP2): each process has some rows of every
   parameter.
 * deferred_init: models created without memory for their weights, whose values are created later,

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from service.basics.errors import SpecError, WillFailAgain
 from service.distributed.gradient_sync import GradientSync, Seed
@@ -151,6 +153,7 @@ def shard(
     world: World,
     *,
     spec: ExchangeSpec,
+    root: nn.Module | None = None,
     deferred: Deferring | None = None,
     filled: bool = True,
 ) -> None:
@@ -159,6 +162,7 @@ def shard(
     All processes get the weights and buffers of rank 0, as with DistributedDataParallel.
 
     Args:
+        root: a module around the model, which training calls instead of it: a task's own step.
         deferred: creates the values of deferred parameters.
         filled: whether the values matter; otherwise deferred parameters have arbitrary values.
     Raises:
@@ -182,7 +186,8 @@ def shard(
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
     for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
         world.watch_over(group)
-    for unit in [*units.values(), model]:
+    root = root or model
+    for unit in [*units.values(), root]:
         _make(unit, deferred if filled and world.is_lead else None)
         if filled:
             _give_all(unit, world)
@@ -190,17 +195,19 @@ def shard(
             unit.to(world.device)
         # Parameters outside all blocks are needed last in the forward and first in the backward
         # pass.
-        goes = spec.reshard_after_forward and unit is not model
+        goes = spec.reshard_after_forward and unit is not root
         fully_shard(unit, mesh=mesh, reshard_after_forward=goes)
-    for module in _sharded_modules(model):
+    for module in _sharded_modules(root):
         # Sums, already divided by the weight of the step: not means over processes.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if world.device.type == "cpu":
-        _exchange_on_cpus(_sharded_modules(model))
-    for name, unit in {ROOT: model, **units}.items():
+        _exchange_on_cpus(_sharded_modules(root))
+    for name, unit in {ROOT: root, **units}.items():
         _name_its_collective(name, unit, world.trace)
-    model.register_forward_hook(_let_go_after_a_test)
+    if root is not model:
+        _InnerBackward(root, units)
+    root.register_forward_hook(_let_go_after_a_test)
 
 
 def _exchange_on_cpus(modules: Sequence[Any]) -> None:
@@ -229,6 +236,39 @@ def _name_its_collective(name: str, unit: nn.Module, trace: Trace) -> None:
         trace.begin(f"parameters of {name}")
 
     unit.register_forward_pre_hook(begin, prepend=True)  # before torch's own hook, which waits
+
+
+class _InnerBackward:
+    """Refuses a task's own step that runs a backward pass through a unit.
+
+    The derivative of that pass (as of a penalty on a gradient) needs the parameters of the unit
+    again, and no hook of FSDP2 gathers them for it.
+    """
+
+    def __init__(self, root: nn.Module, units: Mapping[str, nn.Module]) -> None:
+        self._step_runs = False
+        root.register_forward_pre_hook(lambda *_: self._runs(True))
+        root.register_forward_hook(lambda *_: self._runs(False), always_call=True)
+        for name, unit in units.items():
+            unit.register_forward_hook(partial(self._watch, name))
+
+    def _runs(self, runs: bool) -> None:
+        self._step_runs = runs
+
+    def _watch(self, name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled():
+            for value in tree_leaves(outputs):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    value.register_hook(partial(self._refuse, name))  # type: ignore[no-untyped-call]
+
+    def _refuse(self, name: str, grad: Tensor) -> None:
+        if self._step_runs:
+            raise SpecError(
+                f"exchange.mode: sharded: task.step runs a backward pass (torch.autograd.grad) "
+                f"through {name}, whose parameters are released after its forward pass. Let "
+                "exchange.units name only modules that no such pass goes through, such as another "
+                "model: the parameters of all others are gathered for the whole step."
+            )
 
 
 def _require_alike(model: nn.Module, world: World) -> None:
@@ -284,14 +324,37 @@ def _give_all(unit: nn.Module, world: World) -> None:
 def _let_go_after_a_test(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """After a pass without gradients: release the parameters, as no backward pass will."""
     if not torch.is_grad_enabled():
-        for module in _sharded_modules(model):
-            module.reshard()
+        release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Keep only this process's rows of all parameters that are gathered now."""
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def require_one_type(model: nn.Module, spec: ExchangeSpec) -> None:
+    """Check that the trained parameters of each unit have one type; called before the first pass.
+
+    Raises:
+        SpecError: they do not; FSDP2 sums the gradients of a unit in one buffer.
+    """
+    for unit, named in parameters_by_unit(model, units_of(model, spec.units)).items():
+        trained = [(name, p) for name, p in named.items() if p.requires_grad]
+        for name, parameter in trained:
+            if parameter.dtype != trained[0][1].dtype:
+                kinds = [str(p.dtype).removeprefix("torch.") for p in (trained[0][1], parameter)]
+                raise SpecError(
+                    f"exchange.mode: sharded needs the trained parameters of a unit to be of one "
+                    f"type, but {trained[0][0]} has {kinds[0]} and {name} {kinds[1]}, both in the "
+                    f"unit {unit}. Convert one, or choose exchange.units so that they are apart."
+                )
 
 
 # ---- tensors of which each process has some rows
@@ -413,6 +476,7 @@ class ShardedSync(GradientSync):
         """Exchange the gradients of a sharded model that has run a backward pass.
 
         Args:
+            model: the root of its units.
             micro_batches: of a step, over all processes.
             each: exchange gradients after each micro-batch, not only with the last of a step.
             unreached: names of the parameters on which no loss depends; they get no gradient.

@@ -389,16 +389,18 @@ def _not_in_turns(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead), for a spec with `optimizers`."""
     return [
         (spec.schedule != ConstantSpec(), "schedule", "each of them has its own schedule"),
-        (spec.exchange.shards, f"exchange.mode: {spec.exchange.mode}", "use ddp"),
     ]
 
 
 def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead) for everything not yet sharded."""
     model, exchange = spec.model, spec.exchange
-    name = spec.optimizer.name if spec.optimizer is not None else "several"
+    named = {f"optimizers.{n}.optimizer.name": t.optimizer for n, t in spec.optimizers.items()}
+    if spec.optimizer is not None:
+        named = {"optimizer.name": spec.optimizer}
+    known = f"use one of {', '.join(BY_NUMBER)}"
     return [
-        (name not in BY_NUMBER, f"optimizer.name: {name}", f"use one of {', '.join(BY_NUMBER)}"),
+        *((o.name not in BY_NUMBER, f"{key}: {o.name}", known) for key, o in named.items()),
         (model.compile, "model.compile", "leave it out"),
         (model.channels_last, "model.channels_last", "leave it out"),
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),

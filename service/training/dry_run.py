@@ -215,7 +215,7 @@ class DryRun:
     def callee(self, model: nn.Module) -> nn.Module:
         """The module that training calls: the model, or the model within the task's own step."""
         own = step_of(self.task)
-        return model if own is None else SteppedModel(model, own, self.world)
+        return model if own is None else SteppedModel.of(model, own, self.world)
 
     def _losses(self, outputs: Any, batch: Batch) -> Tensor:
         task = with_loss(self.task)
@@ -241,6 +241,9 @@ class DryRun:
         before.give_back()
         model.zero_grad(set_to_none=True)
         self.normalization.forget()
+        callee = self.callee(model)
+        if isinstance(callee, SteppedModel):
+            callee.let_go()
 
 
 @dataclass(frozen=True)
@@ -376,12 +379,18 @@ def nested_in_words(found: FirstPass, spec: Spec) -> str | None:
     )
 
 
-def teacher_of(model: nn.Module, task: Task, spec: Spec) -> nn.Module | None:
-    """The moving average that a task's own step gets before the first step, if there is one."""
+def teacher_of(
+    model: nn.Module, task: Task, spec: Spec, *, twin: nn.Module | None = None
+) -> nn.Module | None:
+    """The moving average that a task's own step gets before the first step, if there is one.
+
+    Args:
+        twin: the model for the average, if it is sharded.
+    """
     decay = spec.model.moving_average
     if step_of(task) is None or decay is None:
         return None
-    return MovingAverage(model, decay).model
+    return MovingAverage(model, decay, twin=twin).model
 
 
 def _asserted(batch: Batch, error: RuntimeError) -> str:

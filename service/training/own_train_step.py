@@ -22,6 +22,8 @@ from service.evaluation.named_sums import Ledger
 from service.optimization.optimizers import Turns
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
+from service.sharding.row_updates import as_on_one_process
+from service.sharding.sharding import holds_rows
 from service.training.dry_run import FirstPass
 from service.training.train_step import TrainStep
 
@@ -77,7 +79,9 @@ class OwnTrainStep(TrainStep):
             total = total_of(parts, divisors=self._divisors(parts, step, weights))
             exchange.backward(total, divisor)
             losses[batch.number] = total.detach()
-            ledger.add(asked.entries())
+            if batch.number < self.plan.micro_batches:  # another is only for a collective
+                ledger.add(asked.entries())
+        self.stepped.let_go()
         if state.frozen:
             state.drop_frozen_gradients()
         return losses
@@ -110,8 +114,11 @@ class OwnTrainStep(TrainStep):
         ).to(self.world.device)
         for batch in step.micro_batches:
             self.heartbeat.enter("forward", state.step, batch.number)
-            asked = taken[batch.number] = self.stepped.take(self._begun(state, batch))
+            asked = taken[batch.number] = self._begun(state, batch)
+            self.stepped(asked)
             assert asked.parts is not None, "it has just run"
+            if batch.number == self.plan.micro_batches:  # only for a collective
+                continue
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:
                     table[place, batch.number] = asked.parts[name].weight
@@ -143,6 +150,10 @@ class OwnTrainStep(TrainStep):
             grads = iter(torch.autograd.grad(values.sum(), needed))
         slopes = [next(grads) if feature.requires_grad else None for feature in whole]
         for number, across in found.items():
+            if number == self.plan.micro_batches:  # only for a collective, with weight zero
+                share = torch.stack([f.sum() for f in across.features if f.requires_grad]).sum()
+                taken[number].settle(name, share)
+                continue
             rows = self._rows(number)
             pairs = zip(across.features, slopes, strict=True)
             pulled = sum((f * g[rows]).sum() for f, g in pairs if g is not None)
@@ -160,7 +171,8 @@ class OwnTrainStep(TrainStep):
         one = next(iter(found.values())).features[place]
         table = one.new_zeros(self.plan.global_batch, *one.shape[1:])
         for number, across in found.items():
-            table[self._rows(number)] = across.features[place].detach()
+            if number < self.plan.micro_batches:
+                table[self._rows(number)] = across.features[place].detach()
         table += 0.0  # -0 becomes 0, as when other processes add their zeros
         return self.world.sum(table).requires_grad_(one.requires_grad)
 
@@ -232,7 +244,7 @@ class TurnsTrainStep(TrainStep):
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
     ) -> None:
         """Take the update of the last turn and count the step; then set the learning rates."""
-        self.receipt.note(state.step, step.micro_batches)
+        self.receipt.note(state.step, self.consumed(step))
         self.heartbeat.enter("update")
         self.updates.apply(losses, 1.0, logging=logging, turn=self._due[-1].turn)
         state.schedule.set(state.step)
@@ -257,13 +269,14 @@ def after_update_by(
     """The task's function for after an update, as a function of the optimizer's name, or None.
 
     After the first update of each optimizer it is checked that all processes have the same
-    weights; if it raises, this is an error of the task.
+    weights, unless each has other rows; if it raises, this is an error of the task.
     """
     act = after_update_of(task)
     if act is None:
         return None
     places = {name: place for place, name in enumerate(plan.spec.optimizers)}
     unchecked: set[str | None] = set(places or [None])
+    sharded = holds_rows(state.model)
 
     def follow(turn: str | None) -> None:
         step = state.step
@@ -273,13 +286,13 @@ def after_update_by(
         context = StepContext(step, plan.epoch(step), True, key, False, average, turn)
         first = turn in unchecked
         failing = told_as_mistake("task.after_update: failed") if first else nullcontext()
-        with torch.no_grad(), failing:
+        with torch.no_grad(), failing, as_on_one_process() if sharded else nullcontext():
             act(state.model, context)
         if context.logged:
             name = next(iter(context.logged))
             raise SpecError(f"task.after_update: {name!r} cannot be logged here; log it in step.")
         unchecked.discard(turn)
-        if first and world.processes > 1:
+        if first and world.processes > 1 and not sharded:
             _require_equal(state, world)
 
     return follow

@@ -54,6 +54,8 @@ from service.sharding.sharding import (
     give_large_blocks_back,
     holds_rows,
     parameters_by_unit,
+    release,
+    require_one_type,
     shard,
     told_as_used_outside,
     units_of,
@@ -135,13 +137,15 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         module = drawn_model(spec, task)
     checkpoint_activations(module, spec.model.activation_checkpointing)
     if spec.exchange.shards:
-        require_shardable(module, task, spec)
+        require_shardable(module, spec)
     twin: nn.Module | None = None
     if sharded:
         twin = copy_for_average(module) if spec.model.moving_average else None
-        shard(module, world, spec=spec.exchange, deferred=deferred)
+        root = _root_for(module, task, world)
+        shard(module, world, spec=spec.exchange, root=root, deferred=deferred)
         if twin is not None:  # it gets its values from the model
-            shard(twin, world, spec=spec.exchange, filled=False)
+            root = _root_for(twin, task, world)
+            shard(twin, world, spec=spec.exchange, root=root, filled=False)
     else:
         module.to(world.device)
     bitwise = spec.exactness == "bitwise"
@@ -153,6 +157,12 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         module.to(**nhwc)
     require_sparse_can_travel(module, spec, device=world.device.type, many=plan.processes > 1)
     return Model(module, normalization, twin, made_whole)
+
+
+def _root_for(model: nn.Module, task: Task, world: World) -> nn.Module | None:
+    """The module around the model to shard, for a task with its own step."""
+    own = step_of(task)
+    return None if own is None else SteppedModel.root(model, own, world)
 
 
 def drawn_model(spec: Spec, task: Task) -> nn.Module:
@@ -172,18 +182,13 @@ def unit_by_unit(spec: Spec, task: Task) -> tuple[nn.Module, Deferring | None, s
     return module, deferred, None
 
 
-def require_shardable(model: nn.Module, task: Task, spec: Spec) -> None:
+def require_shardable(model: nn.Module, spec: Spec) -> None:
     """Check that a model can be sharded at all, whatever the number of processes.
 
     Raises:
-        SpecError: it cannot, or the task has its own step.
+        SpecError: it cannot.
     """
     parameters_by_unit(model, units_of(model, spec.exchange.units))
-    if step_of(task) is not None:
-        raise SpecError(
-            "exchange.mode: sharded does not work with a task that has its own step yet: "
-            "use exchange.mode: ddp."
-        )
     sparse = sparse_parameters(model)
     if sparse:
         raise SpecError(
@@ -254,9 +259,12 @@ def rehearse(
         world=world,
         normalization=model.normalization,
         two_rows=two_rows,
-        average=teacher_of(model.module, task, plan.spec),
+        average=teacher_of(model.module, task, plan.spec, twin=model.twin),
         place=_last_of_a_step(plan, len(batch.rows)),
     )
+    if holds_rows(model.module):
+        require_one_type(model.module, plan.spec.exchange)
+        _set_up_exchange(dry_run.callee(model.module))
     with told_as_used_outside(model.module) if holds_rows(model.module) else nullcontext():
         each = rehearsed(dry_run, model.module, optimizer)
     found = together_found(each, plan.spec)
@@ -277,6 +285,16 @@ def rehearse(
             require_own_step(plan, part.found, model.normalization, moving=buffers is not None)
         require_measures(plan.spec, task, known=found.tested)
     return Rehearsal(each, found, buffers)
+
+
+def _set_up_exchange(root: nn.Module) -> None:
+    """Let FSDP2 set up its units, which it does in the first pass, with all that will be trained.
+
+    In the turn of one of several optimizers, the parameters of the others seem frozen.
+    """
+    if isinstance(root, SteppedModel):
+        root(None)
+        release(root)
 
 
 def _last_of_a_step(plan: Plan, rows: int) -> str:
@@ -408,7 +426,7 @@ def _exchange(
         return kept_equal(ordered, buffers)
     if holds_rows(state.model):
         sharded = ShardedSync(
-            state.model,
+            called,
             world,
             micro_batches=plan.micro_batches,
             each=spec.exchange.sync_each_micro_batch,
@@ -469,7 +487,7 @@ def prepare_training(
     throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
     state = build_state(model, optimization, plan, world)
     own = step_of(task)
-    stepped = SteppedModel(state.model, own, world) if own is not None else None
+    stepped = SteppedModel.of(state.model, own, world) if own is not None else None
     called = stepped or state.model
     exchanges, stopwatch = build_exchanges(
         state, called, model, rehearsal, task=task, plan=plan, world=world

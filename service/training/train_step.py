@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -113,15 +113,19 @@ class TrainStep:
         self, state: TrainState, step: Step, losses: Mapping[int, Tensor], *, logging: bool
     ) -> None:
         """Update the weights, count the step, and set the learning rates of the next one."""
-        consumed = step.micro_batches
-        if consumed[-1].number >= self.plan.micro_batches:  # only for a collective
-            consumed = consumed[:-1]
-        self.receipt.note(state.step, consumed)
+        self.receipt.note(state.step, self.consumed(step))
         again = self._closure(state, step, losses) if self.updates.asks_again else None
         self.heartbeat.enter("update")
         weight = step.weight if self.weighs else 1.0
         self.updates.apply(losses, weight, logging=logging, closure=again)
         state.schedule.set(state.step)
+
+    def consumed(self, step: Step) -> Sequence[Batch]:
+        """The micro-batches of this process that count."""
+        batches = step.micro_batches
+        if batches[-1].number >= self.plan.micro_batches:  # only for a collective
+            return batches[:-1]
+        return batches
 
     def named(self) -> dict[str, float]:
         """The values that a custom step reports; a loss reports none."""
