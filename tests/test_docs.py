@@ -47,7 +47,7 @@ def test_every_command_of_a_page_works(page, tmp_path):
 @contextmanager
 def variables_for(text, directory):
     """What the commands of a page find: an S3 server with the bucket my-bucket, if they use it."""
-    if "$ evenstep run digits length.epochs=3 --runs s3://my-bucket" not in text:
+    if not any("s3://my-bucket" in word for words, _ in commands_of(text) for word in words):
         yield {}
         return
     for package in ("moto", "s3fs"):

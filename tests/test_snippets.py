@@ -19,6 +19,7 @@ import yaml
 from commands import ROOT
 
 import launch.cli
+from service.data.streams import is_stream
 from service.data.task import Task
 from service.spec.files import load_spec
 
@@ -138,7 +139,8 @@ def test_every_piece_of_python_runs(page, tmp_path, monkeypatch):
             task = make()
             assert isinstance(task, Task)
             task.model()
-            assert task.train_data()[0] is not None
+            rows = task.train_data()
+            assert is_stream(rows) or rows[0] is not None  # what a stream reads, test_docs runs
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

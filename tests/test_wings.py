@@ -19,6 +19,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
     "monitoring",
     "observability",
     "health",
+    "remote",
     "storage",
     "runs",
     "plan",

@@ -174,10 +174,12 @@ def _from_stream(
     own = range(spans[0].start, spans[-1].stop)
     read = range(plan.global_batch) if stream.mode == "whole" else own
     for step in range(start, plan.steps):
-        rows = stream.take(len(read))
+        stream.pass_over(own.start - read.start)
+        rows = stream.take(len(own))
+        stream.pass_over(read.stop - own.stop)
         for number, span in zip(share, spans, strict=True):
             first = step * plan.global_batch + span.start
-            piece = rows[span.start - read.start : span.stop - read.start]
+            piece = rows[span.start - own.start : span.stop - own.start]
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
             yield Order(step, number, key, first, contents(piece)), collate(piece)
 

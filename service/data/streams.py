@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -76,19 +77,33 @@ class Stream:
             DataBroken: it has no rows, or fails.
         """
         rows = []
-        for _ in range(count):
-            seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
-            try:
+        with self._told_when_failed():
+            for _ in range(count):
+                seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
                 rows.append(self._next())
-            except EvenstepError:
-                raise
-            except Exception as error:
-                raise DataBroken(
-                    f"The stream {type(self._data).__name__} failed after {self._taken} rows: "
-                    f"{with_place(error)}"
-                ) from error
-            self._taken += 1
+                self._taken += 1
         return rows
+
+    def pass_over(self, count: int) -> None:
+        """Go on by `count` rows that other processes use.
+
+        A stream whose iterator has a `skip(count)`, which returns the number of rows that were
+        left, does not make these rows.
+
+        Raises:
+            DataBroken: as for `take`.
+        """
+        while count:
+            skip = getattr(self._started(), "skip", None)
+            if skip is None:
+                self.take(count)
+                return
+            with self._told_when_failed():
+                passed = skip(count)
+            self._rows, self._taken = self._rows + passed, self._taken + passed
+            count -= passed
+            if count:
+                self._begin_next()
 
     def place(self) -> dict[str, Any]:
         """Its position: plain values for JSON.
@@ -130,21 +145,37 @@ class Stream:
             self._taken = place["taken"] - place["rows"]
         self.take(place["taken"] - self._taken)
 
+    @contextmanager
+    def _told_when_failed(self) -> Iterator[None]:
+        try:
+            yield
+        except EvenstepError:
+            raise
+        except Exception as error:
+            raise DataBroken(
+                f"The stream {type(self._data).__name__} failed after {self._taken} rows: "
+                f"{with_place(error)}"
+            ) from error
+
     def _next(self) -> Any:
+        while (row := next(self._started(), _END)) is _END:
+            self._begin_next()
+        self._rows += 1
+        return row
+
+    def _started(self) -> Iterator[Any]:
         if self._rest is None:
             self._begin(self._passes)
-        for _ in range(2):
-            assert self._rest is not None
-            row = next(self._rest, _END)
-            if row is not _END:
-                self._rows += 1
-                return row
-            if self._rows == 0:
-                break
-            self._begin(self._passes + 1)
-        raise DataBroken(
-            f"The stream {type(self._data).__name__} returned no row in a whole epoch."
-        )
+        assert self._rest is not None
+        return self._rest
+
+    def _begin_next(self) -> None:
+        """Start again from the beginning, after the last row."""
+        if self._rows == 0:
+            raise DataBroken(
+                f"The stream {type(self._data).__name__} returned no row in a whole epoch."
+            )
+        self._begin(self._passes + 1)
 
     def _begin(self, number: int) -> None:
         if hasattr(self._data, "set_epoch"):

@@ -11,12 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from service.basics.errors import EvenstepError, SpecError, did_you_mean
 from service.basics.running_time import TimeLimit
 from service.storage.address import Address
-from service.storage.troubles import NO_BUCKET, Verb, is_no_bucket, trouble_of
+from service.storage.troubles import (
+    NO_BUCKET,
+    Verb,
+    is_beyond_end,
+    is_no_bucket,
+    trouble_of,
+)
 
 AT_ONCE = 8
 """Requests at the same time."""
@@ -44,6 +50,14 @@ class NoObject(Exception):
     """There is no object of this name."""
 
 
+class Listed(NamedTuple):
+    """An object in a list."""
+
+    size: int
+    version: str
+    """Changes when the object is replaced, where the driver tells something like that."""
+
+
 class Store:
     """The objects below one address, by their names relative to it; used by any thread."""
 
@@ -55,6 +69,8 @@ class Store:
         self._driver = driver
         self._patience_seconds = patience_seconds
         self._over = threading.Event()
+        # Its own: Python's generator belongs to the task, in whose process data are read.
+        self._random = random.Random()
         self.succeeded = time.monotonic()
         """When the last request succeeded, by the monotonic clock."""
 
@@ -98,8 +114,30 @@ class Store:
         assert isinstance(content, bytes)
         return content
 
+    def get_range(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes of an object from `begin` to `end`; fewer if it is shorter.
+
+        Raises:
+            NoObject: there is none.
+        """
+
+        def ranged(path: str) -> bytes:
+            try:
+                content: bytes = self._driver.cat_file(path, start=begin, end=end)
+            except OSError as error:
+                if not is_beyond_end(error):
+                    raise
+                return b""
+            return content
+
+        return self._ask("read", name, ranged)
+
     def sizes(self, prefix: str) -> dict[str, int]:
         """The names of all objects below a prefix, which ends with a slash, and their sizes."""
+        return {name: each.size for name, each in self.listing(prefix).items()}
+
+    def listing(self, prefix: str) -> dict[str, Listed]:
+        """All objects whose name is the prefix, or begins with it as a directory."""
         at = f"{self.address.path}/"
 
         def listed(path: str) -> Mapping[str, Mapping[str, Any]]:
@@ -113,7 +151,11 @@ class Store:
 
         found = self._ask("list", prefix, listed)
         names = ((key.lstrip("/").removeprefix(at), told) for key, told in found.items())
-        return {name: int(told["size"]) for name, told in names if name.startswith(prefix)}
+        return {
+            name: Listed(int(told["size"]), _version_of(told))
+            for name, told in names
+            if name.startswith(prefix)
+        }
 
     def children(self) -> list[str]:
         """The names one level below the address."""
@@ -178,7 +220,7 @@ class Store:
                     raise StoreRefused(told) from error
                 if not limit.left or self._over.is_set():
                     raise StoreFailed(told) from error
-            self._over.wait(pause * (0.5 + random.random()))
+            self._over.wait(pause * (0.5 + self._random.random()))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
@@ -210,6 +252,12 @@ def open_store(address: Address, *, patience_seconds: float = PATIENCE_SECONDS) 
     if hasattr(driver, "retries"):
         driver.retries = 1
     return Store(driver, address, patience_seconds=patience_seconds)
+
+
+def _version_of(told: Mapping[str, Any]) -> str:
+    """What a driver tells of an object that changes when it is replaced."""
+    names = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime")
+    return str(next((told[name] for name in names if told.get(name)), ""))
 
 
 Item = TypeVar("Item")

@@ -96,6 +96,12 @@ def is_no_bucket(error: Exception) -> bool:
     return not names.isdisjoint({"NoSuchBucket", "ContainerNotFound"})
 
 
+def is_beyond_end(error: Exception) -> bool:
+    """Whether the bytes that were requested begin after the end of the object."""
+    names = {name for each in _chain(error) for name in _names_of(each)}
+    return not names.isdisjoint({"InvalidRange", "416"})
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and what caused it."""
     seen: set[int] = set()

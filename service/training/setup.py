@@ -48,6 +48,7 @@ from service.optimization.train_state import TrainState, require_measures
 from service.optimization.updates import Updates
 from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
+from service.remote.rows import StoredRows
 from service.sharding.deferred_init import Deferring, NotDeferred, made_deferred
 from service.sharding.sharding import (
     ShardedSync,
@@ -525,7 +526,23 @@ def _throughput(plan: Plan, found: FirstPass, *, world: World, heartbeat: Heartb
 
 def _stream(data: Any, plan: Plan, world: World) -> Stream:
     mode, seed = plan.spec.loader.stream, plan.spec.seed
+    if isinstance(data, StoredRows):
+        _require_same_files(data, world)
     return Stream(data, mode=mode, index=world.index, of=world.processes, seed=seed)
+
+
+def _require_same_files(data: StoredRows, world: World) -> None:
+    """Check that every process has found the same files.
+
+    Raises:
+        SpecError: one has not, for example because a file was added meanwhile.
+    """
+    found = world.gather(together(world, data.fingerprint))
+    if len(set(found)) > 1:
+        raise SpecError(
+            f"{data.name}: the processes found different files, or files of different sizes. Write "
+            "to this place before or after a run only, and let every node see the same files."
+        )
 
 
 def drawn_alike(spec: Spec, bring: Callable[[], T]) -> T:
