@@ -127,6 +127,13 @@ FABRIC: dict[str, Any] = {
     "queue_topology_required": "example.com/rack",
     "scheduler": "own-scheduler",
 }
+IN_A_BUCKET: dict[str, Any] = {
+    "runs": "s3://team-bucket/runs",
+    "s3_secret": "s3-keys",
+    "service_account_annotations": {
+        "eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/trainer"
+    },
+}
 WAYS: dict[str, dict[str, Any]] = {
     "the least": {},
     "on the CPU": {"device": "cpu"},
@@ -134,6 +141,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "every option": EVERY_OPTION,
     "keys of objects": KEYS_OF_OBJECTS,
     "a fabric": FABRIC,
+    "runs in a bucket": IN_A_BUCKET,
 }
 LOOSENED: dict[str, Any] = {
     "nodes": 2,
@@ -327,6 +335,56 @@ def test_an_offline_tracker_needs_no_way_out() -> None:
     assert "443" not in str(offline)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_in_a_bucket_needs_no_claim(target: Any) -> None:
+    objects = render(job(**IN_A_BUCKET), target=target)
+    assert "persistentVolumeClaim" not in to_yaml(objects)
+    assert "PersistentVolumeClaim" not in {made["kind"] for made in objects}
+    pod = pod_of(objects)
+    command = pod["containers"][0]["command"]
+    assert command[-2:] == ["--runs", "s3://team-bucket/runs"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert "runs" not in mounts
+    variables = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    assert variables["EVENSTEP_SCRATCH"].startswith(mounts["scratch"] + "/")
+    assert variables["AWS_SHARED_CREDENTIALS_FILE"] == f"{mounts['s3-secret']}/credentials"
+    account = of_kind(objects, "ServiceAccount")["metadata"]
+    assert account["annotations"] == IN_A_BUCKET["service_account_annotations"]
+    assert pod["serviceAccountName"] == account["name"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        (None, ("0.0.0.0/0", 443)),
+        ("https://storage.example.com:9443", ("0.0.0.0/0", 9443)),
+        ("http://10.1.2.3:9000", ("10.1.2.3/32", 9000)),
+        ("http://10.1.2.3", ("10.1.2.3/32", 80)),
+        ("http://minio.storage.svc.cluster.local:9000", ("storage", None)),
+    ],
+)
+def test_a_policy_lets_the_endpoint_of_the_runs_through(endpoint: Any, expected: Any) -> None:
+    env = {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
+    offline = JOB | {"tracking": {}}
+
+    def rules(**options: Any) -> list[tuple[Any, Any]]:
+        cluster = {"image": IMAGE, "env": env} | options
+        policy = of_kind(render(load_spec(offline | {"kubernetes": cluster})), "NetworkPolicy")
+        found = []
+        for rule in policy["spec"]["egress"]:
+            (to, *_), (port, *_) = rule["to"], rule.get("ports", [{"port": None}])
+            named = to.get("namespaceSelector", {}).get("matchLabels", {}).values()
+            found.append(
+                (to.get("ipBlock", {}).get("cidr") or next(iter(named), None), port["port"])
+            )
+        return found
+
+    assert expected in rules(**IN_A_BUCKET)
+    assert expected not in rules()
+    at_metadata = ("169.254.169.254/32", 80) in rules(**IN_A_BUCKET)
+    assert at_metadata is (endpoint is None), "a cloud's own store, with the identity of the pod"
+
+
 def test_the_trainer_of_kubeflow_sets_its_own_five_variables() -> None:
     (container,) = pod_of(render(job(nodes=2), target="kubeflow"))["containers"]
     assert container["name"] == "node", "the name by which the trainer finds it"
@@ -434,6 +492,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a label in words": (
         {"topology": "rack 1"},
         "kubernetes.topology: must be the key of a Kubernetes label",
+    ),
+    "two places for the runs": (
+        {"runs": "s3://b/runs", "storage_claim": "c"},
+        "must have one of runs and storage_claim: at s3://b/runs there is no claim",
+    ),
+    "a directory as an address": (
+        {"runs": "/runs"},
+        "kubernetes.runs: must be an address in object storage, SCHEME://BUCKET/PREFIX",
+    ),
+    "an address without a bucket": ({"runs": "s3://"}, "kubernetes.runs: must be an address"),
+    "an address with a key in it": (
+        {"runs": "s3://key:secret@bucket/runs"},
+        "kubernetes.runs",
+    ),
+    "annotations of an account that exists": (
+        {"service_account": "own", "service_account_annotations": {"a/b": "c"}},
+        "must have one of service_account, which exists, and service_account_annotations",
     ),
     "less time than the save may take": (
         {"grace_seconds": 60},
@@ -602,7 +677,7 @@ def test_every_field_has_its_reason() -> None:
     monitored = {"scrape_from": {"kubernetes.io/metadata.name": "m"}, "liveness_probe": True}
     objects += render(load_spec(watched | {"kubernetes": {"image": IMAGE} | monitored}))
     objects.append(yaml.safe_load((ROOT / "k8s/overlays/monitored/podmonitor.yaml").read_text()))
-    for options in (KEYS_OF_OBJECTS, FABRIC, LOOSENED):
+    for options in (KEYS_OF_OBJECTS, FABRIC, LOOSENED, IN_A_BUCKET):
         objects += render(job(**options))
     for gang in ({"gang": "volcano", "gang_queue": "q"}, {"gang": "coscheduling"}):
         objects += render(job(**gang, nodes=2, exclusive_topology="a/b"), target="jobset")

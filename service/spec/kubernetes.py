@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from service.spec.part import (
     ABSOLUTE_PATH,
+    ADDRESS,
     CAPABILITY,
     DATA_KEY,
     DEVICE,
@@ -196,6 +197,8 @@ class KubernetesSpec(Part):
     """Size of /dev/shm, which loader workers and NCCL use to exchange data."""
     scratch: Quantity = "10Gi"
     """Size of /tmp, the only other place where a pod can write."""
+    runs: Annotated[str, Field(pattern=ADDRESS, examples=["s3://bucket/runs"])] | None = None
+    """Keep the runs at this address in object storage, without any claim."""
     storage_claim: DnsName | None = None
     """An existing PersistentVolumeClaim for the runs. Default: a new one is created."""
     storage: Quantity = "50Gi"
@@ -250,6 +253,9 @@ class KubernetesSpec(Part):
     """Additional annotations of the pods, such as the networks of Multus."""
     service_account: DnsName | None = None
     """An existing ServiceAccount, such as one with a cloud identity. Default: a new one."""
+    service_account_annotations: dict[LabelKey, str] = Field(default={})
+    """Annotations of the new ServiceAccount, which give it a cloud identity, such as
+    `eks.amazonaws.com/role-arn`."""
     user: Annotated[int, Field(ge=1, le=2**31 - 1)] = 10001
     """The uid and gid of the pods' processes, and the group of their volumes."""
     supplemental_groups: tuple[Annotated[int, Field(ge=1, le=2**31 - 1)], ...] = Field(
@@ -341,6 +347,18 @@ class KubernetesSpec(Part):
         if self.fabric is not None and self.on_cpu:
             raise wrong(
                 "must have a device with fabric, because on CPUs gloo exchanges data over TCP"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_place_of_runs(self) -> Self:
+        for key in ("storage_claim", "storage_class", "storage"):
+            if self.runs is not None and key in self.model_fields_set:
+                raise wrong(f"must have one of runs and {key}: at {self.runs} there is no claim")
+        if self.service_account is not None and self.service_account_annotations:
+            raise wrong(
+                "must have one of service_account, which exists, and service_account_annotations, "
+                "which are those of a new one"
             )
         return self
 

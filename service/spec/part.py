@@ -46,6 +46,7 @@ QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 ABSOLUTE_PATH = r"^/[^\s:]+$"
+ADDRESS = r"^[a-z][a-z0-9+.-]*://[^\s]+$"
 RELATIVE_PATH = r"^\.?[^/\s:.][^/\s:]*(/\.?[^/\s:.][^/\s:]*)*$"
 DATA_KEY = r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,251}$"
 IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
@@ -70,6 +71,7 @@ PATTERNS_IN_WORDS = {
     QUANTITY: "a Kubernetes quantity, such as 500m, 4 or 16Gi",
     DNS_LABEL: "a DNS label: up to 63 lower-case letters, digits and -",
     DNS_NAME: "a Kubernetes name: lower-case letters, digits, - and .",
+    ADDRESS: "an address in object storage, SCHEME://BUCKET/PREFIX",
     ABSOLUTE_PATH: "an absolute path without spaces and :",
     RELATIVE_PATH: "a relative path without .., spaces and :, such as images/train",
     DATA_KEY: "a key of a Secret or ConfigMap: letters, digits, - _ and .",

@@ -6,8 +6,10 @@ import base64
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -34,6 +36,9 @@ from service.spec.models import Spec
 Target = Literal["job", "jobset", "kubeflow"]
 
 _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10"]
+_CREDENTIALS = (("169.254.169.254", 80), ("169.254.169.252", 988), ("169.254.170.23", 80))
+"""Where pods get the credentials of their cloud identity: the metadata servers of AWS and of GKE,
+and EKS Pod Identity. IRSA and Azure's workload identity use public addresses."""
 _SECRET_BYTES = 32
 _CONFIG_MAP_BYTES = 1_000_000  # the server's limit is a little more, for the whole object
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")  # the key of a ConfigMap
@@ -67,6 +72,8 @@ def render(
     if cluster.pod_template:
         workload = with_template(workload, checked_template(cluster, template_of(workload)))
     account = _object(spec, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
+    if cluster.service_account_annotations:
+        account["metadata"]["annotations"] = dict(cluster.service_account_annotations)
     objects = [
         *([account] if cluster.service_account is None else []),
         _config_map(spec, files or {}),
@@ -74,7 +81,7 @@ def render(
             spec, "networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(spec, cluster)}
         ),
     ]
-    if cluster.storage_claim is None:
+    if cluster.storage_claim is None and cluster.runs is None:
         claim = _object(spec, "v1", "PersistentVolumeClaim", {"spec": _claim(cluster)})
         claim["metadata"]["name"] = claim_name(spec, cluster)
         objects.append(claim)
@@ -234,7 +241,8 @@ def _claim(cluster: KubernetesSpec) -> Manifest:
 
 
 def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
-    """The run's pods connect to each other, to DNS, and to the tracker if it is online.
+    """The run's pods connect to each other, to DNS, to the store of the runs, and to the tracker if
+    it is online.
 
     Others connect to them only to read their metrics, and only if the spec names them.
     """
@@ -246,8 +254,8 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
         egress.insert(0, {"to": own})
     wandb = spec.tracking.wandb
     if wandb is not None and wandb.mode in ("auto", "online"):
-        public = {"cidr": "0.0.0.0/0", "except": _PRIVATE}
-        egress.append({"to": [{"ipBlock": public}], "ports": [{"port": 443, "protocol": "TCP"}]})
+        egress.append(_to_public(443))
+    egress += [rule for rule in _to_store(cluster) if rule not in egress]
     if cluster.egress:
         egress.append({"to": [{"ipBlock": {"cidr": block}} for block in cluster.egress]})
     return {
@@ -256,6 +264,39 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
         "ingress": [*([{"from": own}] if own else []), *ingress(spec, cluster)],
         "egress": egress,
     }
+
+
+def _to_public(port: int) -> Manifest:
+    public = {"cidr": "0.0.0.0/0", "except": _PRIVATE}
+    return {"to": [{"ipBlock": public}], "ports": [{"port": port, "protocol": "TCP"}]}
+
+
+def _to_store(cluster: KubernetesSpec) -> list[Manifest]:
+    """The way to the object storage with the runs, and to where a cloud gives credentials.
+
+    The cloud's own endpoints are public. An endpoint with a private address and a name of its own
+    needs `kubernetes.egress`: a policy knows no names.
+    """
+    if cluster.runs is None:
+        return []
+    endpoint = urlsplit(cluster.env.get("AWS_ENDPOINT_URL", ""))
+    if not endpoint.hostname:
+        metadata = [
+            {"to": [{"ipBlock": {"cidr": f"{host}/32"}}], "ports": [{"port": n, "protocol": "TCP"}]}
+            for host, n in _CREDENTIALS
+        ]
+        return [_to_public(443), *metadata]
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        block = {"cidr": str(ip_network(endpoint.hostname))}
+        return [{"to": [{"ipBlock": block}], "ports": [{"port": port, "protocol": "TCP"}]}]
+    except ValueError:
+        pass  # a name
+    names = endpoint.hostname.split(".")
+    if names[2:3] == ["svc"]:  # of a Service: its pods may listen on another port
+        namespace = {"matchLabels": {"kubernetes.io/metadata.name": names[1]}}
+        return [{"to": [{"namespaceSelector": namespace}]}]
+    return [_to_public(port)]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -17,6 +17,7 @@ from service.plan.plan import make_plan, share_of_process, with_micro_batch
 from service.runs.directory import require_no_secret
 from service.spec.kubernetes import KubernetesSpec, quantity
 from service.spec.models import Spec
+from service.storage.address import address_in
 
 _MANY_ROWS = 1 << 60
 _QUANTITIES = ("cpu", "memory", "shared_memory", "scratch", "storage")
@@ -32,6 +33,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     """
     require_name(spec.name, cluster.nodes)
     require_no_secret(spec)
+    _check_runs(cluster)
     _check_quantities(cluster)
     _check_mounts(cluster)
     _check_variables(cluster)
@@ -97,6 +99,20 @@ def require_name(name: str, nodes: int) -> None:
         raise SpecError(
             f"name: on a cluster it is part of host names: up to {longest} lower-case letters, "
             f"digits and -, beginning with a letter; but is {name!r}. Use --name {near}-{mark}."
+        )
+
+
+def _check_runs(cluster: KubernetesSpec) -> None:
+    if cluster.runs is None:
+        return
+    try:
+        address_in(cluster.runs)
+    except SpecError as error:
+        raise SpecError(f"kubernetes.runs: {error}") from error
+    if cluster.nodes > 1:
+        raise SpecError(
+            f"kubernetes.runs: a run on several nodes ({cluster.nodes} here) cannot live in an "
+            "object store yet. Use nodes: 1 with more processes_per_node, or storage_claim."
         )
 
 

@@ -164,7 +164,13 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
         "name": name,
         "image": cluster.image,
         "imagePullPolicy": "IfNotPresent" if "@sha256:" in cluster.image else "Always",
-        "command": ["evenstep", "run", f"{SPEC_DIRECTORY}/spec.yaml", "--runs", RUNS_DIRECTORY],
+        "command": [
+            "evenstep",
+            "run",
+            f"{SPEC_DIRECTORY}/spec.yaml",
+            "--runs",
+            cluster.runs or RUNS_DIRECTORY,
+        ],
         "env": [*world, *_environment(spec, cluster)],
         **({"ports": ports} if ports else {}),
         **probe(spec, cluster),
@@ -204,6 +210,8 @@ def _environment(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
     }
     if cluster.nodes > 1:
         variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
+    if cluster.runs is not None:
+        variables["EVENSTEP_SCRATCH"] = "/tmp/runs"
     if cluster.on_cpu:
         variables["EVENSTEP_DEVICE"] = "cpu"
     variables |= fabric_variables(cluster)
@@ -236,7 +244,7 @@ def _resources(cluster: KubernetesSpec) -> Manifest:
 def own_mounts(cluster: KubernetesSpec) -> list[Manifest]:
     """The mounts of Evenstep's own volumes in a pod."""
     return [
-        {"name": "runs", "mountPath": RUNS_DIRECTORY},
+        *([{"name": "runs", "mountPath": RUNS_DIRECTORY}] if cluster.runs is None else []),
         {"name": "spec", "mountPath": SPEC_DIRECTORY, "readOnly": True},
         {"name": "scratch", "mountPath": "/tmp"},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -250,8 +258,9 @@ def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
     shared = {"medium": "Memory", "sizeLimit": cluster.shared_memory}
     # The file of a secret is readable only by its group, which fsGroup makes the pod's group.
     key = {"secretName": cluster.wandb_secret, "optional": True, "defaultMode": 0o440}
+    claim = {"claimName": claim_name(spec, cluster)}
     own: list[Manifest] = [
-        {"name": "runs", "persistentVolumeClaim": {"claimName": claim_name(spec, cluster)}},
+        *([{"name": "runs", "persistentVolumeClaim": claim}] if cluster.runs is None else []),
         {"name": "spec", "configMap": {"name": spec.name}},
         {"name": "scratch", "emptyDir": {"sizeLimit": cluster.scratch}},
         {"name": "shared-memory", "emptyDir": shared},
