@@ -439,27 +439,40 @@ def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path)
     (tmp_path / "loud.py").write_text(LOUD)
     words = ["run", "digits", "length={steps: 12}", "schedule={name: constant}"]
     words += ["task=./loud.py:task"]
-    other = start(
-        [BIN / "evenstep", *words],
-        cwd=tmp_path,
-        env=CLEAN | variables | {"PET_NODE_RANK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    done = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="0")
-    output, _ = other.communicate(timeout=60)
-    assert (done.returncode, other.returncode) == (0, 0), (done.stderr, output)
-    assert "digits: 2 processes on cpu" in done.stdout
-    assert "Done after step 12" in done.stdout
-    assert "step=" not in output, "one node speaks for all"
-    assert output.count("[rank 1] this is 1 of 2\n") == 1, output
-    assert "this is 0 of 2\n" in done.stdout
-    for told in (output, done.stdout):
+
+    def trained(*more: str) -> tuple[str, str]:
+        """What both nodes say about it."""
+        other = start(
+            [BIN / "evenstep", *words, *more],
+            cwd=tmp_path,
+            env=CLEAN | variables | {"PET_NODE_RANK": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        done = evenstep(*words, *more, cwd=tmp_path, **variables, PET_NODE_RANK="0")
+        output, _ = other.communicate(timeout=60)
+        assert (done.returncode, other.returncode) == (0, 0), (done.stderr, output)
+        return done.stdout, output
+
+    def late(*more: str) -> subprocess.CompletedProcess[str]:
+        return evenstep(*words, *more, cwd=tmp_path, **variables, PET_NODE_RANK="1")
+
+    first, second = trained()
+    assert "digits: 2 processes on cpu" in first
+    assert "Done after step 12" in first
+    assert "step=" not in second, "one node speaks for all"
+    assert second.count("[rank 1] this is 1 of 2\n") == 1, second
+    assert "this is 0 of 2\n" in first
+    for told in (first, second):
         assert re.search(r"by (lo\w*) =\1\n", told), "the one by which they met, exactly"
-    late = evenstep(*words, cwd=tmp_path, **variables, PET_NODE_RANK="1")
-    assert late.returncode == 0
-    assert "Nothing to do" in late.stderr
+    assert "Nothing to do" in late().stderr
+
+    longer = ("--change", "length.steps=15")
+    assert "Done after step 15" in trained(*longer)[0], "a finished run is extended"
+    again = late(*longer)
+    assert again.returncode == 0
+    assert "Nothing to do" in again.stderr
 
 
 def test_one_node_of_its_own_tells_what_its_ranks_write(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from launch.processes.signals import STARTED, heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
 from service.basics.running_time import TimeLimit
 from service.monitoring.endpoint import metrics_endpoint
+from service.plan.changing import changes
 from service.runs.directory import RunDirectory
 from service.spec.files import dump_spec
 
@@ -223,11 +224,15 @@ def _stop_raises() -> Iterator[None]:
 
 
 def _is_done(job: _Job) -> bool:
-    """Whether a pod that starts late finds the run finished, so that its peers are gone."""
+    """Whether a pod that starts late finds the run finished, so that its peers are gone.
+
+    A run that this command would change, such as make longer, is not finished.
+    """
     directory = RunDirectory(job.runs / job.spec.name)
     if job.fresh or not directory.facts.exists():
         return False
-    return bool(directory.read_facts()["state"] == "done")
+    done = directory.read_facts()["state"] == "done"
+    return done and not changes(directory.read_spec(), job.spec)
 
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
