@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,13 @@ import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS
 from injuring import until
 
+from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node import kill_each
-from launch.nodes.rendezvous import join
-from service.basics.errors import Stopped
+from launch.nodes.rendezvous import host, join
+from launch.rank.process_group import _join
+from launch.rank.store import own_store
+from service.basics.errors import PeerLost, Stopped
 from service.runs.checkpoint_files import checkpoints_in
 from service.spec.files import dump_spec, load_spec
 
@@ -100,7 +104,7 @@ class Node:
 
     def __init__(self, place: Path, index: int, variables: dict[str, str]) -> None:
         self.port = int(variables["PET_MASTER_PORT"])
-        self._log = place / f"node-{index}.log"
+        self._log = place / f"node-{index}-{self.port}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [BIN / "evenstep", "run", "job.yaml"],
@@ -151,6 +155,49 @@ def test_a_node_that_is_stopped_before_its_first_step_stops_the_others(place: Pa
         company.friends[0].close()
     assert code == Stopped.exit_code, output
     assert "before the first step" in output
+
+
+def test_a_node_ends_with_76_if_the_first_is_lost_while_the_processes_connect(place: Path) -> None:
+    """It would otherwise count as a failure of its own, of which a cluster allows only a few."""
+    digest = hashlib.sha256(dump_spec(load_spec(place / "job.yaml")).encode()).hexdigest()
+    with nodes(place, 1) as [node]:
+        own = JoinRequest(0, 2, 1, digest)
+        company = host(own, address="127.0.0.1", port=node.port, seconds=60, say=print)
+        store = own_store("127.0.0.1")
+        company.begin("127.0.0.1", store.port)
+        store.wait([f"nodes-{store.port}/here/1"], timedelta(seconds=DEADLINE_SECONDS))
+        del store  # it closes all connections, as the kernel does for a killed process
+        company.friends[0].close()
+        code = node.end()
+        output = node.output
+    assert code == PeerLost.exit_code, output
+    assert "Node 0 (127.0.0.1) is gone" in output
+
+
+def test_a_store_that_does_not_listen_belongs_to_a_lost_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {RUN_OF_STORE: "run", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables |= {STORE_FILE: "", "GLOO_ENABLE_STORE_V2_API": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeerLost, match="client socket has timed out"):
+        _join(Environment(1, 2, 0, 1), "gloo", 0.5)
+
+
+def test_every_request_to_stop_is_followed_while_the_nodes_connect(place: Path) -> None:
+    """SIGUSR1 is what a Slurm script hands on; SIGHUP comes when a terminal is closed."""
+    with ExitStack() as stack:
+        alone = {s: stack.enter_context(nodes(place, 0))[0] for s in ("SIGUSR1", "SIGHUP")}
+        for name, node in alone.items():
+            until(lambda node=node: "meeting at" in node.output, "the rendezvous", of=node.process)
+            node.process.send_signal(signal.Signals[name])
+        ends = {name: (node.end(), node.output) for name, node in alone.items()}
+    for name, (code, output) in ends.items():
+        assert code == Stopped.exit_code, output
+        assert f"Stopped by {name}" in output
 
 
 def unread_bytes(port: int) -> int:

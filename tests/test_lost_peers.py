@@ -44,6 +44,13 @@ LOSSES = {
         f"NCCL communicator was aborted on rank 0.  Original reason for failure was: {_NCCL}"
         + _REMOTE
     ),
+    "a store that is gone": dist.DistNetworkError(
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown "
+        "or crash?"
+    ),
+    "a store that was gone before": dist.DistNetworkError(
+        "The client socket has timed out after 3000ms while trying to connect to (10.0.0.1, 29744)."
+    ),
     "a first process gone before they met": dist.DistBackendError(_STORE),
     "a peer that gloo misses": RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "

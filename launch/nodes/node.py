@@ -27,6 +27,7 @@ from launch.processes.echo import echoed
 from launch.processes.signals import STARTED, heard
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
 from service.basics.running_time import TimeLimit
+from service.health.stop_request import STOP_SIGNALS
 from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import changes
 from service.runs.directory import RunDirectory
@@ -205,22 +206,28 @@ def kill_each(processes: Iterable[psutil.Process]) -> None:
 
 @contextmanager
 def _stop_raises() -> Iterator[None]:
-    """Handle signals in process 1 of a pod, which ignores every signal without a handler.
+    """Let a request to stop end the wait for other nodes; Ctrl-C does so without a handler.
 
-    While the local processes run, `launch.processes.local` replaces this handler by its own.
+    Process 1 of a pod ignores every signal without a handler. A signal that the process was told to
+    ignore (SIGHUP under nohup) stays ignored. While the local processes run,
+    `launch.processes.local` replaces this handler by its own.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         raise Stopped(f"Stopped by {name} before training started; nothing has changed.")
 
-    before = signal.signal(signal.SIGTERM, stop)
-    if heard.requested:  # while this module was being imported
-        stop(signal.SIGTERM, None)
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS if n != signal.SIGINT}
+    followed = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in followed:
+        signal.signal(number, stop)
     try:
+        if heard.signal_name is not None:  # while this module was being imported
+            stop(signal.Signals[heard.signal_name], None)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in followed:
+            signal.signal(number, before[number])
 
 
 def _is_done(job: _Job) -> bool:

@@ -25,7 +25,14 @@ from launch.rank.joining import (
 )
 from service.basics.errors import SpecError, Stopped
 from service.basics.limits import stay_near, threads_each
-from service.distributed.world import BOUNDED, World, be_patient, connect_patience, unconnected
+from service.distributed.world import (
+    BOUNDED,
+    World,
+    be_patient,
+    connect_patience,
+    lost_peer,
+    unconnected,
+)
 from service.optimization.precision import multiply_in
 
 # Keep finished groups until the process exits. An exception's traceback may refer to the
@@ -211,14 +218,14 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
         keep_to_loopback()
     connect_in_few_requests(environment)
     patience = timedelta(seconds=timeout_seconds)
-    store = store_of(environment, seconds=timeout_seconds)
-    if store is None:
-        dist.init_process_group(backend, timeout=patience)
-        return
-    wait_for_all(store, environment, seconds=timeout_seconds)
     bounded = backend in BOUNDED
     brief = connect_patience(environment.world_size)
     try:
+        store = store_of(environment, seconds=timeout_seconds)
+        if store is None:
+            dist.init_process_group(backend, timeout=patience)
+            return
+        wait_for_all(store, environment, seconds=timeout_seconds)
         dist.init_process_group(
             backend,
             store=store,
@@ -229,7 +236,7 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
         if backend == "gloo":  # an impostor does not answer here
             dist.barrier()
     except (RuntimeError, ValueError) as error:
-        lost = unconnected(error)
+        lost = lost_peer(error) or unconnected(error)
         if lost is None:
             raise
         raise lost from error

@@ -50,6 +50,8 @@ _LOST = (
     "Connection refused",
     "ncclRemoteError",
     "remote process exited",
+    "Connection was likely closed",
+    "client socket has timed out",
 )
 # NCCL's reports of a user's error, and the remedy.
 _BACKEND_ADVICE = (
