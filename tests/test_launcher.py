@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +30,9 @@ from injuring import (
     until,
 )
 from jobs import plan_of
-from processes import ProcessesOf
+from processes import Processes, ProcessesOf
 
-from launch.processes.agent import Agent, Rank, rank_spec
+from launch.processes.agent import Agent, Rank, end_strangers, rank_spec, reap_strangers
 from launch.processes.echo import echoed
 from launch.processes.local import _last_words
 from service.distributed.agreed_stop import StopPoll
@@ -285,6 +287,59 @@ def test_a_frozen_fork_server_does_not_hold_up_a_stop(tmp_path):
         os.kill(launcher.pid, signal.SIGTERM)
         _, err = launcher.communicate(timeout=SOONER_SECONDS)
     assert launcher.returncode == 137, err
+
+
+BEFORE = """
+sleep 600 >/dev/null 2>&1 & echo $! > {0}/plain
+setsid sleep 600 >/dev/null 2>&1 & echo $! > {0}/daemon
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid")
+def test_what_was_started_before_the_launcher_is_left_alone(tmp_path):
+    """Such as a mount or a shipper of logs, in the entrypoint of a container."""
+    environ = injured(tmp_path, ("kill one", "forward", 1, 6))
+    before = ("sh", "-c", BEFORE.format(tmp_path), "sh")
+    with started(
+        "--processes", 2, "--max-restarts", 1, cwd=tmp_path, before=before, **environ
+    ) as run:
+        _, err = run.communicate(timeout=DEADLINE_SECONDS)
+    left = {name: int((tmp_path / name).read_text()) for name in ("plain", "daemon")}
+    alive = {name for name, process in left.items() if is_alive(process)}
+    for name in alive:
+        os.kill(left[name], signal.SIGKILL)
+    assert run.returncode == 0, err
+    assert "restart 1 of 1" in err
+    assert alive == {"plain", "daemon"}, err
+
+
+def beside_subprocesses(world: World) -> tuple[set[int], int | None, bool]:
+    """Exit codes of subprocesses of a thread, beside a launcher that reaps; whom it kills."""
+    codes: set[int] = set()
+    thread = threading.Thread(
+        target=lambda: codes.update(
+            subprocess.run(["sh", "-c", "exit 3"]).returncode for _ in range(200)
+        )
+    )
+    thread.start()
+    while thread.is_alive():
+        reap_strangers()
+    with subprocess.Popen(["sleep", "600"]) as own:
+        of_a_rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        end_strangers()
+        killed = own.poll()
+        own.kill()
+    left = is_alive(of_a_rank.pid)
+    of_a_rank.wait()
+    return codes, killed, left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found by /proc")
+def test_subprocesses_of_the_launcher_itself_keep_their_exit_codes():
+    """Such as those by which cloud storage gets its credentials, in the threads that upload."""
+    with Processes(1) as own:
+        assert own.run(beside_subprocesses) == [({3}, None, False)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")

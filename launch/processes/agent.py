@@ -312,28 +312,29 @@ def _environment(worker: Any, group: WorkerGroup) -> dict[str, str]:
 
 # ---- processes that ranks leave behind: data-loader workers, wandb-core
 
+_EARLIER: set[int | None] = set()
+"""The children that this process had before the first rank, such as a daemon of an entrypoint."""
+
 
 def adopt_strangers() -> None:
     """Become the parent of orphaned processes of a rank, as PID 1 of a container is already."""
+    _EARLIER.update(_children())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap_strangers() -> None:
     """Reap every adopted process that has ended, so that it does not remain a zombie."""
-    ours = _our_own()
-    for process in _children():
-        if process not in ours:
-            _reap(process, os.WNOHANG)
+    for process in _strangers():
+        _reap(process, os.WNOHANG)
 
 
 def end_strangers() -> None:
     """Kill what the ranks have left behind."""
-    ours = _our_own()
-    for process in _children():
-        if process not in ours:
-            os.kill(process, signal.SIGKILL)  # a child that only we reap: its id is not reused
-            _reap(process, 0)
+    for process in _strangers():
+        with suppress(ProcessLookupError):  # another thread had started it, and has reaped it
+            os.kill(process, signal.SIGKILL)
+        _reap(process, 0)
 
 
 def end_server() -> None:
@@ -346,7 +347,25 @@ def end_server() -> None:
 
 
 def _reap(process: int, options: int) -> None:
-    os.waitpid(process, options)
+    with suppress(ChildProcessError):  # as above
+        os.waitpid(process, options)
+
+
+def _strangers() -> Iterator[int]:
+    """The children of this process that a rank has started.
+
+    A rank and the fork server have sessions of their own. What is in the session of this process
+    belongs to it, such as a command by which a thread gets credentials, or to whoever started it:
+    a script that runs a command in the background, and then becomes this process by `exec`.
+    """
+    ours = _our_own() | _EARLIER
+    own = os.getsid(0)
+    for process in _children():
+        session = own
+        with suppress(ProcessLookupError):  # another thread has just reaped it
+            session = os.getsid(process)
+        if process not in ours and session != own:
+            yield process
 
 
 def _our_own() -> set[int | None]:
