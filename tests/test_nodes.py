@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from commands import BIN, CLEAN, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 
 from launch.environment import (
     RUN_OF_STORE,
@@ -27,11 +28,11 @@ from launch.environment import (
     read_secrets,
 )
 from launch.nodes import secret_file
-from launch.nodes.handshake import JoinRequest, answered
+from launch.nodes.handshake import Doorkeeper, JoinRequest, Seal, answered
 from launch.nodes.node import check_interfaces, take_interface
-from launch.nodes.rendezvous import Membership, host, join
+from launch.nodes.rendezvous import Membership, Peer, host, join
 from service.basics.atomic_files import replace_file
-from service.basics.errors import EvenstepError, PeerLost, SpecError
+from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
 
 PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
     "PET_MASTER_ADDR": "run-0.run",
@@ -158,6 +159,15 @@ def test_an_interface_that_the_user_chose_is_kept(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
     take_interface("127.0.0.1")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0,ib1"
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+
+
+def test_the_interface_is_that_of_the_first_address_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
+    take_interface("198.51.100.1", "127.0.0.1")  # the store is on another machine
     assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
 
 
@@ -418,6 +428,48 @@ def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:
     assert heard["last"].wait(10)
     assert first.lost == "Node 1 (127.0.0.1) is gone."
     first.part(76), last.part(76)
+
+
+def test_a_node_hears_a_stop_that_comes_with_the_address_of_the_store(meeting: Meeting) -> None:
+    """Both messages of node 0 may arrive in one piece."""
+    with socket.create_server(("127.0.0.1", meeting.port)) as door:
+        meeting.join(replace(OWN, nodes=2, index=1))
+        connection, _ = door.accept()
+        with connection:
+            doorkeeper = Doorkeeper(b"")
+            connection.sendall(doorkeeper.challenge())
+            _, seal = doorkeeper.introduced(connection.recv(4096).strip())
+            place = seal.sealed({"store": 4321, "address": "127.0.0.1"})
+            connection.sendall(place + seal.sealed({"end": Stopped.exit_code}))
+            company, found = meeting.end()[1]
+            stopped = threading.Event()
+            company.watch(lambda: None, stopped.set)
+            assert stopped.wait(DEADLINE_SECONDS)
+    assert found == ("127.0.0.1", 4321)
+    company.part(Stopped.exit_code)
+    assert company.lost is None
+
+
+def test_the_store_listens_where_other_machines_reach_it() -> None:
+    """Tasks on the machine of node 0 connect by its name, which may be 127.0.1.1 there."""
+    own = [each for found in psutil.net_if_addrs().values() for each in found]
+    real = [each.address for each in own if each.family == socket.AF_INET]
+    real = [address for address in real if not address.startswith("127.")]
+    if not real:
+        pytest.skip("needs an address of this machine that is not loopback")
+    with ExitStack() as stack:
+        ends = [connection_to(address, stack) for address in ("127.0.1.1", real[0])]
+        seal = Seal(b"key", own="0", other="node")
+        friends = [Peer(n, end, "", seal) for n, (end, _) in enumerate(ends, start=1)]
+        assert Membership(friends).own_address == real[0]
+        assert Membership(friends[:1]).own_address == "127.0.1.1", "all are on this machine"
+
+
+def connection_to(address: str, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """The end of a connection that listened at the address, and the end that connected."""
+    with socket.create_server(("", 0)) as door:
+        other = stack.enter_context(socket.create_connection((address, door.getsockname()[1])))
+        return stack.enter_context(door.accept()[0]), other
 
 
 LOUD = """

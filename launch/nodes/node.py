@@ -64,7 +64,7 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
     with _stop_raises():
         company, group, store = _meet(job, node, processes)
     # From here on a request to stop is recorded, for `run_locally`; at the end it changes nothing.
-    take_interface(company.own_address)
+    take_interface(group.address, company.own_address)
     first = node.index * processes
     ranks = range(first, first + processes)
     watch = _Watch(company, job, ranks)
@@ -265,18 +265,27 @@ def check_interfaces() -> None:
             )
 
 
-def take_interface(address: str) -> None:
+def take_interface(*addresses: str) -> None:
     """Let gloo and NCCL use the interface of the rendezvous, unless the user chose another.
 
     By default gloo may choose loopback, and NCCL an interface that the nodes cannot use to reach
     each other. NCCL treats a name as a prefix (`eth1` would allow `eth10`) unless it starts with
     `=`.
+
+    Args:
+        addresses: the interface is that of the first which this machine has. That of the store
+            comes before the own end of the connection to node 0, which is loopback for a process on
+            the same machine.
     """
-    for name, addresses in psutil.net_if_addrs().items():
-        if address in {each.address.partition("%")[0] for each in addresses}:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
-            return
+    own = {
+        each.address.partition("%")[0]: name
+        for name, found in psutil.net_if_addrs().items()
+        for each in found
+    }
+    name = next((own[address] for address in addresses if address in own), None)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def _say(text: str) -> None:

@@ -61,6 +61,8 @@ class Peer:
     address: str
     seal: Seal
     lines: Lines = field(default_factory=Lines)
+    unread: list[dict[str, Any]] = field(default_factory=list)
+    """Messages that arrived together with an earlier one, for the next `hear`."""
 
     def __post_init__(self) -> None:
         self.connection.settimeout(_SEND_SECONDS)
@@ -76,6 +78,9 @@ class Peer:
 
     def hear(self) -> list[dict[str, Any]] | None:
         """The received messages, when there is something to read; None if the other end is gone."""
+        if self.unread:
+            messages, self.unread = self.unread, []
+            return messages
         try:
             piece = self.connection.recv(LINE_BYTES)
             return [self.seal.opened(line) for line in self.lines.fed(piece)] if piece else None
@@ -107,8 +112,14 @@ class Membership:
 
     @property
     def own_address(self) -> str:
-        """Address of this machine, on the interface to the other nodes."""
-        return str(self.friends[0].connection.getsockname()[0]).removeprefix("::ffff:")
+        """Address of this machine, on the interface to the other nodes.
+
+        A node on the same machine may have connected through loopback, on which others cannot reach
+        this one.
+        """
+        ends = [str(friend.connection.getsockname()[0]) for friend in self.friends]
+        own = [end.removeprefix("::ffff:") for end in ends]
+        return next((address for address in own if not is_loopback(address)), own[0])
 
     def begin(self, store_address: str, store_port: int) -> None:
         """Node 0: send all of them the address of the store.
@@ -150,8 +161,8 @@ class Membership:
             for friend in self.friends:
                 events.register(friend.connection, selectors.EVENT_READ, friend)
             while len(self._ends) < len(self.friends):
-                for key, _ in events.select():
-                    friend = key.data
+                unread = [friend for friend in self.friends if friend.unread]
+                for friend in unread or [key.data for key, _ in events.select()]:
                     heard = friend.hear()
                     if heard == []:
                         continue
@@ -505,7 +516,8 @@ def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
             if heard is None:
                 break
             if heard:
-                return heard[0]
+                first, *friend.unread = heard
+                return first
     return None
 
 
