@@ -73,7 +73,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".slurm", submit),
         (".slurm/job", submit),
         ("one.log", log_of_a_sweep),
-        (".meetings", meet),
+        (secret_file.folder_in(Path()).name, meet),
     ],
 )
 def test_nothing_is_written_through_a_link(

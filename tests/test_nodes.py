@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -122,15 +123,38 @@ def test_node_0_keeps_the_secret_that_it_has_made(
     monkeypatch.setattr(secret_file, "replace_file", replaced)
     with secret_file.secret_in(tmp_path, "job", makes=True, seconds=1) as secret:
         assert secret == made[0].encode()
-    assert not (tmp_path / ".meetings/job").exists()
+    assert not (secret_file.folder_in(tmp_path) / "job").exists()
+
+
+BY_A_USER = """
+import os
+import sys
+from pathlib import Path
+from launch.nodes.secret_file import secret_in
+
+os.seteuid(int(sys.argv[1]))
+with secret_in(Path("runs"), "job", makes=True, seconds=1) as secret:
+    print(secret.decode())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two users")
+def test_users_who_share_a_runs_directory_each_write_their_secret(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").chmod(0o1777)
+    words = [sys.executable, "-c", BY_A_USER]
+    for user in ("65533", "65534"):
+        done = subprocess.run([*words, user], cwd=tmp_path, capture_output=True, text=True)
+        assert len(done.stdout.strip()) == 64, done.stderr
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
 def test_a_pipe_or_a_link_in_the_place_of_a_secret_is_reported(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
-    (tmp_path / ".meetings").mkdir()
-    make(tmp_path / ".meetings/job")
+    secret_file.folder_in(tmp_path).mkdir()
+    make(secret_file.folder_in(tmp_path) / "job")
     waits = secret_file.secret_in(tmp_path, "job", makes=False, seconds=60)
     with pytest.raises(EvenstepError, match="job"), waits:
         pass

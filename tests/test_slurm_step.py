@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from commands import BIN, CLEAN, evenstep, start
 
+from launch.nodes.secret_file import folder_in
 from launch.slurm_step import hosts_of, node_of, slurm_grace, step_here, step_of, tasks_of
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod, StopBudget, grace_periods
@@ -134,7 +135,7 @@ def test_a_command_with_leaked_variables_runs_as_without_them(tmp_path: Path) ->
         other.kill()
     assert done.returncode == 0, done.stderr
     assert "digits: 1 process on cpu" in done.stdout
-    assert not (tmp_path / "runs/.meetings").exists()
+    assert not folder_in(tmp_path / "runs").exists()
 
 
 def test_tasks_of_one_step_train_together(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_tasks_of_one_step_train_together(tmp_path: Path) -> None:
     assert "place 0 2 0 2" in told[0]
     assert "place 1 2 1 2" in told[1]
     assert "WARNING: no secret" not in "".join(told)
-    assert list((tmp_path / "runs/.meetings").iterdir()) == [], "the secret is gone"
+    assert list(folder_in(tmp_path / "runs").iterdir()) == [], "the secret is gone"
 
 
 def test_saves_that_take_longer_than_slurm_gives_a_stop_are_warned_of() -> None:

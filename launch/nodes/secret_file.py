@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -19,11 +20,18 @@ from service.basics.atomic_files import (
 from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
 
-FOLDER = ".meetings"
-"""In the runs directory, which every node can access."""
 _BYTES = 32
 _MOST_BYTES = 1024
 _POLL_SECONDS = 0.1
+
+
+def folder_in(runs: Path) -> Path:
+    """The folder of the secrets of this user, in the runs directory, which every node can access.
+
+    A team may share the directory: nobody else could write into a folder that only its owner can
+    read.
+    """
+    return runs / f".meetings-{os.geteuid()}"
 
 
 @contextmanager
@@ -39,7 +47,7 @@ def secret_in(runs: Path, name: str, *, makes: bool, seconds: float) -> Iterator
         PeerLost: there was no file in time.
         EvenstepError: it cannot be written or read.
     """
-    file = runs / FOLDER / name
+    file = folder_in(runs) / name
     if makes:
         # Never read again: if others can write to the runs directory, they might have replaced it.
         secret = secrets.token_hex(_BYTES)
