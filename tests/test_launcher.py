@@ -32,7 +32,14 @@ from injuring import (
 from jobs import plan_of
 from processes import Processes, ProcessesOf
 
-from launch.processes.agent import Agent, Rank, end_strangers, rank_spec, reap_strangers
+from launch.processes.agent import (
+    Agent,
+    Rank,
+    end_strangers,
+    of_ranks,
+    rank_spec,
+    reap_strangers,
+)
 from launch.processes.echo import echoed
 from launch.processes.local import _last_words
 from service.distributed.agreed_stop import StopPoll
@@ -314,8 +321,11 @@ def test_what_was_started_before_the_launcher_is_left_alone(tmp_path):
     assert alive == {"plain", "daemon"}, err
 
 
-def beside_subprocesses(world: World) -> tuple[set[int], int | None, bool]:
-    """Exit codes of subprocesses of a thread, beside a launcher that reaps; whom it kills."""
+def beside_subprocesses(world: World) -> tuple[set[int], list[bool], int | None, bool]:
+    """Exit codes of subprocesses of a thread, beside a launcher that reaps; whom it kills.
+
+    And whether a subprocess of its own, and one of a rank, belong to the ranks.
+    """
     codes: set[int] = set()
     thread = threading.Thread(
         target=lambda: codes.update(
@@ -327,19 +337,20 @@ def beside_subprocesses(world: World) -> tuple[set[int], int | None, bool]:
         reap_strangers()
     with subprocess.Popen(["sleep", "600"]) as own:
         of_a_rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        found = {process.pid for process in of_ranks()}
         end_strangers()
         killed = own.poll()
         own.kill()
     left = is_alive(of_a_rank.pid)
     of_a_rank.wait()
-    return codes, killed, left
+    return codes, [own.pid in found, of_a_rank.pid in found], killed, left
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are found by /proc")
 def test_subprocesses_of_the_launcher_itself_keep_their_exit_codes():
     """Such as those by which cloud storage gets its credentials, in the threads that upload."""
     with Processes(1) as own:
-        assert own.run(beside_subprocesses) == [({3}, None, False)]
+        assert own.run(beside_subprocesses) == [({3}, [False, True], None, False)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")

@@ -176,6 +176,8 @@ class _Watch:
         self._over.set()
 
     def _when_lost(self) -> None:
+        from launch.processes.agent import of_ranks
+
         limit = TimeLimit(_PATIENCE_SECONDS)
         while limit.left:
             if self._over.wait(limit.look):
@@ -183,7 +185,7 @@ class _Watch:
             if self._some_save():
                 limit = TimeLimit(_PATIENCE_SECONDS)
         self._killed = True
-        kill_each(psutil.Process().children(recursive=True))
+        kill_each(of_ranks())
 
     def _some_save(self) -> bool:
         from launch.processes.saving import some_save

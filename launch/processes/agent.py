@@ -25,6 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -335,6 +336,19 @@ def end_strangers() -> None:
         with suppress(ProcessLookupError):  # another thread had started it, and has reaped it
             os.kill(process, signal.SIGKILL)
         _reap(process, 0)
+
+
+def of_ranks() -> list[psutil.Process]:
+    """The fork server, the ranks, and everything that they have started."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    found: list[psutil.Process] = []
+    for process in [*_strangers(), *([] if server is None else [server])]:
+        with suppress(psutil.NoSuchProcess):
+            first = psutil.Process(process)
+            found += [first, *first.children(recursive=True)]
+    return found
 
 
 def end_server() -> None:
