@@ -2,6 +2,7 @@
 
 import random
 import runpy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,10 @@ from test_features import difference
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import TensorDataset, random_split
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from service.basics.errors import SpecError, with_place
+import launch
+import service
+from service.basics.errors import SpecError, is_own_code, with_place
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import first_rows, split, to_device
 from service.data.streams import Stream
@@ -342,9 +344,19 @@ def made_of(model: str) -> supervised:
         "untested": lambda: Confused(4, 3),
         "matrix": lambda: nn.Linear(4, 3),
     }
-    matrix = {"confusion": MulticlassConfusionMatrix(num_classes=3)} if model == "matrix" else ()
     rows = [(torch.ones(4), row % 3) for row in range(60)]
-    return supervised(model=makers[model], train=rows, test=rows[:7], measures=matrix)
+    return supervised(
+        model=makers[model],
+        train=rows,
+        test=rows[:7],
+        measures={"confusion": confusion_matrix()} if model == "matrix" else (),
+    )
+
+
+def confusion_matrix():
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
+    return MulticlassConfusionMatrix(num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +454,29 @@ def test_the_packages_of_the_system_are_not_the_persons_own_code(tmp_path, packa
 
 def test_an_error_outside_the_users_code_has_no_place():
     assert with_place(ValueError("no")) == "ValueError: no"
+
+
+@pytest.mark.parametrize(
+    ("file", "is_own"),
+    [
+        ("/home/me/task.py", True),
+        ("task.py", True),
+        ("/home/me/my-site-packages/task.py", True),
+        ("/usr/lib/python3/dist-packages/some.py", False),
+        ("/home/me/.venv/lib//site-packages//some.py", False),
+        ("<frozen runpy>", False),
+        (runpy.__file__, False),
+        ("SERVICE/data/task.py", False),
+        ("SERVICE//./data/task.py", False),
+        ("LAUNCH/cli.py", False),
+        ("SERVICE/recipes/digits.py", True),
+        ("SERVICE/recipes//digits.py", True),
+        ("SERVICEs/task.py", True),
+    ],
+)
+def test_the_users_own_code_is_what_is_not_installed(file, is_own):
+    file = file.replace("SERVICE", str(Path(service.__file__).parent))
+    assert is_own_code(file.replace("LAUNCH", str(Path(launch.__file__).parent))) is is_own
 
 
 def to_json(values: dict[str, Any]) -> str:
