@@ -6,5 +6,9 @@ start.
 
 import gc
 
+from service.recipes import find_recipe
+from service.spec.files import load_spec
+
+load_spec(find_recipe("digits"))  # builds the validator of a spec, once for all
 gc.collect()
 gc.freeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import collector
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -116,6 +117,8 @@ def train_in_process(
         return run(plan, task, world, runs=runs, stop=StopRequest())
     except Stopped:
         return None
+    finally:
+        collector.rest()
 
 
 def weights(runs: Path, step: int | None = None, file: str = "model") -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ Ts = TypeVarTuple("Ts")
 # What every child would otherwise import for itself, two seconds and more each time.
 _PRELOAD = [
     "pytest",
+    "hypothesis.strategies",
+    "torchmetrics",
     "accelerate",
     "torch.distributed",
     "torch._dynamo",
@@ -249,6 +251,7 @@ def _serve(connection: Connection, log: str, environment: dict[str, str], device
     """A child's life: one call after the other, until the connection closes."""
     _isolate(log)
     os.environ.update(environment)
+    import collector
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator
@@ -268,6 +271,7 @@ def _serve(connection: Connection, log: str, environment: dict[str, str], device
         except EOFError:
             break
         connection.send_bytes(_outcome(world, call))
+        collector.rest()
     if dist.is_initialized():
         dist.destroy_process_group()
 

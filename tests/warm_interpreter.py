@@ -63,6 +63,7 @@ def main(control: socket.socket, modules: list[str]) -> None:
     sys.path[:] = _installed
     for name in modules:
         __import__(name)
+    _use_once()
     gc.collect()
     gc.freeze()  # a collection in a fork would copy the pages of all that was imported
     running: dict[int, tuple[int, int]] = {}  # process: its pidfd, the pipe for its exit code
@@ -88,6 +89,21 @@ def main(control: socket.socket, modules: list[str]) -> None:
                     pidfd, pipe = running.pop(key.data)
                     selector.unregister(pidfd)
                     _tell_exit(key.data, pidfd, pipe)
+
+
+def _use_once() -> None:
+    """Do what every command does with the imports, where each would take 0.1 s for it again."""
+    import torch.library
+
+    from service.recipes import find_recipe
+    from service.spec.files import load_spec
+
+    load_spec(find_recipe("digits"))  # builds the validator of a spec
+    # At its end torch takes back its operators one by one, before all of its memory is.
+    registry: Any = weakref.finalize._registry  # type: ignore[attr-defined]
+    for finalizer, about in registry.items():
+        if about.func is torch.library._del_library:
+            finalizer.atexit = False
 
 
 def _received(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
