@@ -6,16 +6,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import webdataset
 from jobs import spec_of, train_in_process
 from test_features import difference
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from service.basics.errors import DataBroken, SpecError
 from service.data.serialization import from_plain, plain
@@ -38,10 +35,14 @@ def of(stream: Any, named: bool = False) -> supervised:
 
 def of_torchdata(workers: int = 0) -> supervised:
     rows = TensorDataset(INPUTS, TARGETS)
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
     return of(StatefulDataLoader(rows, batch_size=None, shuffle=True, num_workers=workers))
 
 
 def of_hugging_face(buffer: int) -> supervised:
+    import datasets
+
     table = datasets.Dataset.from_dict({"input": INPUTS.tolist(), "labels": TARGETS.tolist()})
     stream = table.with_format("torch").to_iterable_dataset(num_shards=3)
     if buffer:
@@ -50,6 +51,8 @@ def of_hugging_face(buffer: int) -> supervised:
 
 
 def of_webdataset(shard: str) -> supervised:
+    import webdataset
+
     rows = webdataset.WebDataset(shard, shardshuffle=False, nodesplitter=lambda shards: shards)
     rows = rows.shuffle(10, rng=random.Random(1)).decode()
     return of(rows.map(lambda row: (torch.from_numpy(row["x.npy"]), int(row["cls"]))))
@@ -98,9 +101,13 @@ def test_a_stream_of_a_library_gives_the_same_run_and_resumes(
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("kind", ["DataLoader", "StatefulDataLoader"])
 def test_a_loader_of_batches_is_distinguished_from_a_stream_of_rows(kind):
-    loader = kind(TensorDataset(INPUTS, TARGETS), batch_size=4)
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = {"DataLoader": DataLoader, "StatefulDataLoader": StatefulDataLoader}[kind](
+        TensorDataset(INPUTS, TARGETS), batch_size=4
+    )
     with pytest.raises(SpecError, match=r"returns batches\. Give its data set"):
         Stream(loader, mode="whole", index=0, of=1)
     task = supervised(model=lambda: nn.Linear(4, 3), train=[(INPUTS[0], 0)], test=loader)

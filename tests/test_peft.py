@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from service.runs.export import export_weights
 from service.spec.files import load_spec
 from service.task import Task, custom, own_loss
 
-transformers = pytest.importorskip("transformers", reason="needs the package transformers")
-peft = pytest.importorskip("peft", reason="needs the package peft")
-
+# Both are imported where they are used: that takes seconds, and every worker loads all tests.
+pytestmark = [
+    pytest.mark.skipif(find_spec(name) is None, reason=f"needs the package {name}")
+    for name in ("transformers", "peft")
+]
 # What peft asks of transformers has a newer name there.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark += [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
 STEPS = 6
 
 
 def base() -> nn.Module:
     """A small BERT in float64, with the same weights each time."""
+    import transformers
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=17, intermediate_size=24, num_labels=3, **sizes)
@@ -34,6 +39,8 @@ def base() -> nn.Module:
 
 
 def adapted() -> nn.Module:
+    import peft
+
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     model = peft.get_peft_model(base(), config)
     return model.double()
@@ -87,6 +94,9 @@ def test_adapters_are_trained_resumed_and_exported(processes, tmp_path):
 
 def exported(run: Path) -> list[Any]:
     """The model again, from what the three exports write."""
+    import peft
+    import transformers
+
     newest, spec = checkpoints_in(run / "checkpoints")[-1], load_spec(run / "spec.yaml")
     assert export_pretrained(newest, run / "adapters", spec=spec).startswith("Peft")
     export_pretrained(newest, run / "merged", spec=spec, merged=True)

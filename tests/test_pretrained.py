@@ -3,11 +3,14 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 
 import pytest
 from commands import DEADLINE_SECONDS, command, evenstep
 
-pytest.importorskip("transformers", reason="an optional extra of the package")
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason="an optional extra of the package"
+)
 
 TASK = """
 import torch

@@ -19,7 +19,6 @@ from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchmetrics.classification import MulticlassRecall
 
 from service.basics.errors import SpecError, is_out_of_memory
 from service.data.task import load_task, supervised
@@ -166,6 +165,8 @@ def exchanged(world):
 
 def merged(world):
     """A torchmetrics object whose states have a dimension, over all processes."""
+    from torchmetrics.classification import MulticlassRecall
+
     measures = Gathered({"recall": MulticlassRecall(3, average="micro")}, world)
     outputs = torch.eye(3).to(world.device)
     measures.add(outputs, torch.tensor([0, 1, world.index], device=world.device))
