@@ -7,16 +7,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Most of their time the tests wait for processes; a file stays on one worker, with its fixtures.
+# Hundreds of interpreters are started, and each would compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
+
+# Half of their time the tests wait for processes; a file stays on one worker, with its fixtures.
 WORKERS := 3
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-fast test-cluster test-slow chaos check docs clean
+.PHONY: run test tests test-fast test-cluster test-slow chaos check lint types docs clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
 
-test: $(READY) check
+# mypy needs one core for a minute, so the tests start beside it.
+test: $(READY) lint
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: $(READY)
 	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster"
 
 # Without the command line, injuries and trackers: see CONTRIBUTING.md. The longest come first.
@@ -46,9 +53,13 @@ chaos: $(READY)
 	$(BIN)/python -m tests.chaos.campaign --injuries 60 --mode sharded
 	$(BIN)/python -m tests.chaos.campaign --injuries 40 --mode moved
 
-check: $(READY)
+check: lint types
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt
