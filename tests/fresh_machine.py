@@ -183,7 +183,8 @@ def lend_packages(tree: Path, lender: Path, machine: Machine) -> None:
         raise NotHere(f"{lender} has the packages of another Python")
     (own / "lent.pth").write_text(f"{tree}\n{theirs}\n")
     for script in (lender / "bin").iterdir():
-        if script.is_symlink() or script.name.startswith(("python", "activate", "Activate")):
+        is_python = script.name.startswith(("python", "activate", "Activate"))
+        if script.is_symlink() or script.is_dir() or is_python:
             continue
         first, _, rest = script.read_bytes().partition(b"\n")
         if first.startswith(b"#!"):  # by way of a shell: a path with spaces cannot stand after #!
