@@ -14,6 +14,8 @@ from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.spec.files import fingerprint, load_spec
 
+SHORT = ("length.epochs=4",)
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
@@ -22,6 +24,15 @@ def alone(tmp_path_factory):
     done = evenstep("run", "digits", cwd=place)
     assert done.returncode == 0, done.stderr
     return place / "runs" / "digits", done.stdout
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Four epochs of it."""
+    place = tmp_path_factory.mktemp("short")
+    done = evenstep("run", "digits", *SHORT, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "digits"
 
 
 def test_the_digits_recipe_reaches_97_percent(alone):
@@ -43,37 +54,38 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(alone):
 
 
 @pytest.mark.parametrize("way", ["--processes 2", "--processes 3", "torchrun 2"])
-def test_the_same_job_three_ways(alone, tmp_path, way):
+def test_the_same_job_three_ways(short, tmp_path, way):
     kind, count = way.split()
     if kind == "torchrun":
-        done = torchrun(int(count), "run", "digits", cwd=tmp_path)
+        done = torchrun(int(count), "run", "digits", *SHORT, cwd=tmp_path)
     else:
-        done = evenstep("run", "digits", kind, count, cwd=tmp_path)
+        done = evenstep("run", "digits", *SHORT, kind, count, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "digits"
     facts = json.loads((run / "run.json").read_text())
     assert facts["attempts"][-1]["processes"] == int(count)
-    assert read_receipt(run / "receipt.jsonl") == read_receipt(alone[0] / "receipt.jsonl")
-    assert done.stdout.count("step=180/180") == 1, "one process speaks for all"
-    last, first = (read_metrics(p / "metrics.jsonl")[-1] for p in (run, alone[0]))
+    assert read_receipt(run / "receipt.jsonl") == read_receipt(short / "receipt.jsonl")
+    assert done.stdout.count("step=60/60") == 1, "one process speaks for all"
+    last, first = (read_metrics(p / "metrics.jsonl")[-1] for p in (run, short))
     assert last["test/accuracy"] == pytest.approx(first["test/accuracy"], abs=0.012)
 
 
 def test_run_again_it_resumes_and_then_has_nothing_to_do(tmp_path):
-    stopped = evenstep("run", "digits", "--stop-at", 13, cwd=tmp_path)
+    run = ("run", "digits", *SHORT)
+    stopped = evenstep(*run, "--stop-at", 13, cwd=tmp_path)
     assert stopped.returncode == 75, stopped.stderr
-    assert "Stopped after step 13 of 180" in stopped.stderr
-    resumed = evenstep("run", "digits", "--processes", 2, "--stop-at", 30, cwd=tmp_path)
+    assert "Stopped after step 13 of 60" in stopped.stderr
+    resumed = evenstep(*run, "--processes", 2, "--stop-at", 30, cwd=tmp_path)
     assert resumed.returncode == 75, resumed.stderr
     assert "Resuming after step 13" in resumed.stdout
-    done = evenstep("run", "digits", cwd=tmp_path)
+    done = evenstep(*run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = evenstep("run", "digits", cwd=tmp_path)
+    again = evenstep(*run, cwd=tmp_path)
     assert again.returncode == 0
     assert "Nothing to do" in again.stdout
     steps = [row["step"] for row in read_metrics(tmp_path / "runs/digits/metrics.jsonl")]
     assert steps == sorted(set(steps)), "no step twice"
-    assert set(range(10, 181, 10)) <= set(steps), "no gap"
+    assert set(range(10, 61, 10)) <= set(steps), "no gap"
 
 
 def test_wandb_gets_one_run_over_all_attempts(tmp_path):
@@ -115,7 +127,7 @@ def test_only_the_lead_imports_wandb(tmp_path):
     spec = re.sub("(?m)^task:.*$", "task: ./spy.py:task", spec)
     spec = re.sub("(?m)^task_args:.*$", "", spec)
     (tmp_path / "spy.yaml").write_text(spec)
-    done = evenstep("run", "spy.yaml", "--processes", 2, cwd=tmp_path, **OFFLINE)
+    done = evenstep("run", "spy.yaml", "length.epochs=1", "--processes", 2, cwd=tmp_path, **OFFLINE)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rank-0").read_text() == "True"
     assert (tmp_path / "rank-1").read_text() == "False"

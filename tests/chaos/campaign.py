@@ -176,9 +176,12 @@ def spec_of(name: str, *, steps: int, hang_seconds: float, mode: str = "ddp") ->
     }
 
 
-def write_plan(place: Path, run: Path, injuries: Sequence[Injury]) -> None:
-    """Leave the plan where the job finds it."""
+def write_plan(
+    place: Path, run: Path, injuries: Sequence[Injury], *, pause_seconds: float = 0.0
+) -> None:
+    """Leave the plan where the job finds it; it pauses so long in each training pass."""
     plan = {"run": str(run), "injuries": [asdict(injury) for injury in injuries]}
+    plan["pause_seconds"] = pause_seconds
     (place / "plan.json").write_text(json.dumps(plan))
 
 

@@ -75,6 +75,8 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         moment(self._pass())
+        if PLACE is not None and self.training:
+            time.sleep(_plan()["pause_seconds"])
         if _slow_test and not self.training:
             time.sleep(_slow_test[0])
         outputs = self.layers(images)
