@@ -21,8 +21,8 @@ ILLS = ("unreachable", "no key", "refusing key", "failing", "hanging", "SIGSTOP"
 FINISH_SECONDS = 3.0
 END_SECONDS = FINISH_SECONDS + 6.0
 """What the end may take: some for W&B, and 5 s to end its child."""
-SPEC = ("length.epochs=2", "tracking.log_every_steps=1")
-STEPS = 30  # of two epochs of the digits
+SPEC = ("length.epochs=6", "tracking.log_every_steps=1")
+STEPS = 90  # of the digits' six epochs
 
 
 @dataclass
