@@ -440,9 +440,15 @@ def _names(part: type[Part]) -> tuple[str, ...]:
 # ---- write
 
 
+_last_dumped: tuple[Spec, str] | None = None
+
+
 def dump_spec(spec: Spec) -> str:
     """The spec as YAML, including defaults; `load_spec` reads back an equal one."""
-    return _yaml(plain_values(spec))
+    global _last_dumped  # a run needs the text of its spec four times, and each time takes 5 ms
+    if _last_dumped is None or _last_dumped[0] is not spec:
+        _last_dumped = spec, _yaml(plain_values(spec))
+    return _last_dumped[1]
 
 
 def dump_values(values: Mapping[str, Any]) -> str:
