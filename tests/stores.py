@@ -82,9 +82,16 @@ def put_bucket(port: int, bucket: str) -> None:
 
 _SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host"
 
-Harm = str | int | None
-"""`drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; a status; a code of S3's,
-with status 403; None: nothing."""
+Harm = str | int | float | bytes | Callable[[], None] | None
+"""What happens to a request, if not None.
+
+`drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; `stall`: nothing is read and
+answered until the proxy ends; an int: a status; a float: so many seconds pass first; a code of S3,
+with its status; bytes: this is the answer; a function: done, and called before the answer, which is
+lost.
+"""
+_STATUS = {"AuthorizationHeaderMalformed": 400, "PermanentRedirect": 301, "NoSuchBucket": 404}
+_STATUS |= {"SlowDown": 503, "InternalError": 500, "ExpiredToken": 400, "NotImplemented": 501}
 
 
 class Proxy:
@@ -92,8 +99,11 @@ class Proxy:
 
     def __init__(self, server: Server) -> None:
         self.harm: Callable[[str, str], Harm] = lambda method, path: None
+        self.ignored: set[str] = set()
+        """Headers of requests that the server does not get, in small letters."""
         self.seen: list[tuple[str, str]] = []
         self._server = server
+        self._over = threading.Event()
         self._listener = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._listener.daemon_threads = True
         self._thread = threading.Thread(target=self._listener.serve_forever, daemon=True)
@@ -103,6 +113,7 @@ class Proxy:
         return self
 
     def __exit__(self, *told: object) -> None:
+        self._over.set()
         self._listener.shutdown()
         self._listener.server_close()
         self._thread.join()
@@ -119,26 +130,39 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def _forward(self) -> None:
-                body = _body(self)
                 proxy.seen.append((self.command, self.path))
                 harm = proxy.harm(self.command, self.path)
+                if harm == "stall":
+                    proxy._over.wait()
+                    self.close_connection = True
+                    return
+                body = _body(self)
+                if isinstance(harm, float):
+                    proxy._over.wait(harm)
+                if isinstance(harm, bytes):
+                    self._answer(200, [("Content-Type", "application/xml")], harm)
+                    return
                 if isinstance(harm, int):
                     self._answer(harm, [], _ERRORS[harm])
                     return
-                if harm is not None and harm[0].isupper():
-                    self._answer(403, [], _error(harm))
+                if isinstance(harm, str) and harm[0].isupper():
+                    self._answer(_STATUS.get(harm, 403), [], _error(harm))
                     return
                 if harm == "drop":
                     self.close_connection = True
                     return
                 upstream = http.client.HTTPConnection("127.0.0.1", proxy._server.port)
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP}
+                headers = {
+                    k: v for k, v in self.headers.items() if k.lower() not in _HOP | proxy.ignored
+                }
                 headers["Host"] = self.headers["Host"]
                 upstream.request(self.command, self.path, body=body, headers=headers)
                 answer = upstream.getresponse()
                 content = answer.read()
                 upstream.close()
-                if harm == "lose":
+                if harm == "lose" or callable(harm):
+                    if callable(harm):
+                        harm()
                     self.close_connection = True
                     return
                 kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
@@ -181,4 +205,9 @@ def _error(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
 
 
-_ERRORS = {403: _error("AccessDenied"), 500: _error("InternalError"), 503: _error("SlowDown")}
+_ERRORS = {
+    405: b"<html>Welcome</html>",
+    403: _error("AccessDenied"),
+    500: _error("InternalError"),
+    503: _error("SlowDown"),
+}

@@ -1,8 +1,6 @@
 """Runs that live in an object store: a real server that speaks S3, and a proxy that does harm."""
 
 import itertools
-import json
-import os
 import random
 import re
 import shutil
@@ -16,7 +14,21 @@ import pytest
 from click.testing import CliRunner
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 from injuring import until
-from stores import BUCKET, Proxy, s3_server
+from stored import (
+    Dying,
+    Killed,
+    add_checkpoint,
+    assert_same,
+    brought_back,
+    local_run,
+    make_job,
+    mirror_of,
+    newest_step,
+    steps_in,
+    store_at,
+    uploading_of,
+)
+from stores import BUCKET, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
 from service.basics.errors import SpecError
@@ -26,53 +38,15 @@ from service.runs.metrics_file import read_metrics
 from service.runs.verification import compare
 from service.spec.files import load_spec
 from service.storage.address import Address, address_in
-from service.storage.beside import Uploading, brought
-from service.storage.bringing import bring_checkpoint, bring_files, bring_newest
+from service.storage.beside import brought
+from service.storage.bringing import bring_files, bring_newest
 from service.storage.lease import require_rights, taken
-from service.storage.mirror import LeaseLost, Mirror
+from service.storage.mirror import LeaseLost
 from service.storage.published import newest_published
 from service.storage.store import Store, StoreFailed, open_store
 
 pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
 pytest.importorskip("s3fs", reason="needs s3fs")
-
-TASK = """
-import os
-import time
-
-import torch
-from torch import nn
-
-from service.data.task import supervised
-
-HOLD_AT = int(os.environ.get("HOLD_AT_ROW", 10**9))
-
-
-class Rows:
-    read = 0
-
-    def __len__(self):
-        return 43
-
-    def __getitem__(self, row):
-        Rows.read += 1
-        while Rows.read > HOLD_AT:  # until it is killed
-            time.sleep(0.01)
-        return torch.tensor([row / 43.0]), int(row > 21)
-
-
-def task():
-    return supervised(model=lambda: nn.Linear(1, 2), train=Rows(), loss="cross_entropy")
-"""
-SPEC = {
-    "name": "job",
-    "task": "./my_task.py:task",
-    "batch": {"global_batch": 7},
-    "length": {"steps": 24},
-    "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-    "checkpoint": {"every_steps": 4, "keep": 2},
-    "tracking": {"log_every_steps": 1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +68,7 @@ def client(server, monkeypatch):
 def place(tmp_path_factory):
     """A directory with the job, and one undisturbed run of it in `runs`."""
     directory = tmp_path_factory.mktemp("job")
-    (directory / "my_task.py").write_text(TASK)
-    (directory / "job.yaml").write_text(json.dumps(SPEC))
-    done = evenstep("run", "job.yaml", "checkpoint.keep=9", cwd=directory)
-    assert done.returncode == 0, done.stderr
+    make_job(directory)
     return directory
 
 
@@ -212,7 +183,7 @@ def test_a_missing_driver_is_named_with_what_installs_it(scheme, told):
 
 def test_a_missing_bucket_is_named(client):
     with pytest.raises(SpecError, match="s3://no-such-bucket/runs: the bucket does not exist"):
-        require_rights(open_store(Address("s3", "no-such-bucket/runs")))
+        require_rights(open_store(Address("s3", "no-such-bucket/runs")), say=print)
 
 
 @pytest.mark.parametrize(
@@ -225,13 +196,16 @@ def test_a_missing_right_is_named(client, address, monkeypatch, method, verb):
             403 if method == ("LIST" if "list-type" in path else m) else None
         )
         with pytest.raises(SpecError, match=f"no right to {verb} objects"):
-            require_rights(open_store(address))
+            require_rights(open_store(address), say=print)
 
 
 @pytest.mark.parametrize(
     ("code", "told"),
     [
         ("RequestTimeTooSkewed", "clock of this machine"),
+        ("PermanentRedirect", "another region, or at another endpoint"),
+        ("ExpiredToken", "session token has expired"),
+        ("NotImplemented", "the store does not know a request that runs need"),
         ("AuthorizationHeaderMalformed", "another region"),
         ("SignatureDoesNotMatch", "secret key does not fit"),
     ],
@@ -239,15 +213,92 @@ def test_a_missing_right_is_named(client, address, monkeypatch, method, verb):
 def test_what_the_store_says_is_said_in_words(client, address, monkeypatch, code, told):
     with Proxy(client) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
-        proxy.harm = lambda method, path: code
+        # A client asks for the region of the bucket by HEAD, and follows the answer.
+        proxy.harm = lambda method, path: code if method != "HEAD" else None
         with pytest.raises(SpecError, match=told):
-            require_rights(open_store(address))
+            require_rights(open_store(address), say=print)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (405, "what answers is perhaps no object store"),
+        ("nonsense", "Invalid endpoint: nonsense. Correct AWS_ENDPOINT_URL"),
+        ("https", "what answers is perhaps no object store"),
+        ("http://no-such-host.invalid", "cannot be reached"),
+    ],
+)
+def test_an_endpoint_that_is_no_store_is_named(client, address, monkeypatch, answer, told):
+    with Proxy(client) as proxy:
+        url = proxy.server.url if answer == 405 else answer
+        url = proxy.server.url.replace("http", "https") if answer == "https" else url
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        proxy.harm = lambda method, path: answer
+        with pytest.raises((SpecError, StoreFailed), match=told):
+            require_rights(open_store(address, patience_seconds=0.0), say=print)
+
+
+def test_a_store_whose_listings_are_late_is_refused(client, address, monkeypatch):
+    empty = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: empty if "list-type" in path else None
+        with pytest.raises(SpecError, match="a store in which a write is visible at once"):
+            require_rights(open_store(address), say=print)
+
+
+def test_a_store_without_conditional_writes_is_named(client, address, monkeypatch):
+    said = []
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.ignored = {"if-none-match"}
+        require_rights(open_store(address), say=said.append)
+    assert "this store has no conditional writes" in said[0]
+
+
+def test_what_the_bucket_does_by_itself_is_told(client, place, tmp_path):
+    store = open_store(Address("s3", "with-rules/runs/job"))
+    put_bucket(client.port, "with-rules")
+    assert not list(store.rules())
+    store._driver.call_s3(
+        "put_bucket_versioning",
+        Bucket="with-rules",
+        VersioningConfiguration={"Status": "Enabled"},
+    )
+
+    def expiring(prefix, **what):
+        rule = {"ID": f"old {prefix}", "Status": "Enabled", "Filter": {"Prefix": prefix}}
+        return rule | (what or {"Expiration": {"Days": 30}})
+
+    rules = [
+        expiring("logs/"),
+        expiring("runs/"),
+        expiring("runs/job/", NoncurrentVersionExpiration={"NoncurrentDays": 3}),
+    ]
+    store._driver.call_s3(
+        "put_bucket_lifecycle_configuration",
+        Bucket="with-rules",
+        LifecycleConfiguration={"Rules": rules},
+    )
+    versions, lifecycle = store.rules()
+    assert "the bucket keeps versions" in versions
+    assert "the lifecycle rule 'old runs/' of the bucket deletes objects here" in lifecycle
+
+    address = Address("s3", "with-rules/runs")  # and such a bucket holds runs as any other
+    local = local_run(place, tmp_path / "local", 4, 8)
+    mirror = mirror_of(address, local)
+    mirror.publish()
+    shutil.rmtree(local.checkpoints / "step-00000004")
+    add_checkpoint(place, local, 12)
+    mirror.publish()
+    assert steps_in(address) == [8, 12]
+    assert_same(brought_back(address, tmp_path / "back"), local)
 
 
 def test_a_store_that_does_not_answer_is_named(client, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreFailed, match=r"cannot be reached.*AWS_ENDPOINT_URL"):
-        require_rights(open_store(address, patience_seconds=0.1))
+        require_rights(open_store(address, patience_seconds=0.1), say=print)
 
 
 # ---- leases
@@ -303,34 +354,6 @@ def test_a_lease_that_is_not_renewed_runs_out_and_its_holder_publishes_no_more(
 # ---- uploads and their faults
 
 
-class Killed(BaseException):
-    """The process is gone."""
-
-
-class Dying:
-    """A driver whose process is killed at one of its requests, just before or just after it."""
-
-    def __init__(self, driver, *, at, done):
-        self._driver, self._at, self._done = driver, at, done
-        self._counting = threading.Lock()
-        self.requests = 0
-
-    def __getattr__(self, name):
-        request = getattr(self._driver, name)
-
-        def counted(*told, **named):
-            with self._counting:
-                self.requests += 1
-                number = self.requests
-            if number < self._at or (number == self._at and self._done):
-                answer = request(*told, **named)
-            if number >= self._at:
-                raise Killed
-            return answer
-
-        return counted
-
-
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_a_run_that_is_killed_at_any_request_leaves_a_good_checkpoint(place, tmp_path, done):
     address = Address("memory", f"killed-{done}")
@@ -375,7 +398,7 @@ def test_uploads_go_on_through_every_fault(client, address, place, tmp_path, mon
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
 
         def harm(method, path):
-            drawn = draw.choice(["drop", "lose", "cut", 500, 503, None, None, None, None, None])
+            drawn = draw.choice(["drop", "lose", "cut", 500, 503, 0.2, *[None] * 6])
             harms.append(drawn)
             return drawn
 
@@ -387,8 +410,32 @@ def test_uploads_go_on_through_every_fault(client, address, place, tmp_path, mon
         add_checkpoint(place, local, 8)
         assert uploading.finish(lambda: DEADLINE_SECONDS) is None, said
         proxy.harm = lambda method, path: None
-    assert len(set(harms)) == 6
+    assert len(set(harms)) == 7
     assert "lost" not in said
+    assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_an_upload_of_which_nothing_is_taken_is_made_again(
+    client, address, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("service.storage.store._STANDING_SECONDS", 1.0)
+    local, stalled = local_run(place, tmp_path / "local", 4), []
+    local.logged.mkdir(exist_ok=True)
+    (local.logged / "large.bin").write_bytes(random.Random(1).randbytes(12 << 20))
+
+    def harm(method, path):
+        if method == "PUT" and "large.bin" in path and not stalled:
+            stalled.append(path)
+            return "stall"
+        return None
+
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        uploading = uploading_of(address, local, print, patience_seconds=60.0)
+        proxy.harm = harm
+        uploading.start(when_lost=lambda: None)
+        assert uploading.finish(lambda: DEADLINE_SECONDS) is None
+    assert stalled
     assert_same(brought_back(address, tmp_path / "back"), local)
 
 
@@ -501,103 +548,3 @@ def said_by(*words, code=0):
         raise done.exception
     assert done.exit_code == code, done.output
     return done.output
-
-
-# ---- runs to upload
-
-
-def local_run(place, directory, *steps):
-    """A copy of the undisturbed run with the checkpoints of these steps only."""
-    directory.mkdir()
-    shutil.copytree(place / "runs/job", directory / "job")
-    run = RunDirectory(directory / "job")
-    for part in ("checkpoints", "logs", "failures"):
-        shutil.rmtree(run.path / part, ignore_errors=True)
-    for step in steps:
-        add_checkpoint(place, run, step)
-    return run
-
-
-def add_checkpoint(place, run, step):
-    """What a save does: a checkpoint appears whole."""
-    name = f"step-{step:08d}"
-    partial = run.checkpoints / f".{name}.partial-test"
-    shutil.copytree(place / "runs/job/checkpoints" / name, partial)
-    partial.rename(run.checkpoints / name)
-
-
-def mirror_of(address, run, lease=None, patience_seconds=0.0):
-    """The upload of a run, by one that has just got the lease."""
-    lease = lease or taken(store_at(address / "job"), say=lambda text: None)
-    store = lease.store
-    store._patience_seconds = patience_seconds
-    spec = load_spec(run.spec)
-    return Mirror(
-        store,
-        lease,
-        run,
-        held=newest_published(store),
-        scratch="test",
-        spec=spec.checkpoint.model_copy(update={"keep": 2}),
-        say=print,
-    )
-
-
-def uploading_of(address, run, say, patience_seconds=0.0):
-    """The same beside training; it notes what it says."""
-    from service.storage.beside import _Note
-
-    mirror = mirror_of(address, run, patience_seconds=patience_seconds)
-    return Uploading(mirror, mirror._lease, run, _Note(run, "test", published=False), say=say)
-
-
-def store_at(address):
-    """The store of an address; to make a client of S3 takes half a second, so it is made once."""
-    key = (address.scheme, os.environ.get("AWS_ENDPOINT_URL"))
-    if key not in drivers:
-        drivers[key] = open_store(address)._driver
-    return Store(drivers[key], address, patience_seconds=0.0)
-
-
-drivers = {}
-
-
-def newest_step(address):
-    return max(steps_in(address), default=0)
-
-
-def steps_in(address):
-    """The steps of the checkpoints that the store holds."""
-    held = newest_published(store_at(address / "job"))
-    paths = held.files if held is not None else ()
-    return sorted({int(path.split("/")[1][5:]) for path in paths if path.endswith("manifest.json")})
-
-
-def brought_back(address, directory):
-    """All that the store holds of a run, in a new directory; each checkpoint is good."""
-    shutil.rmtree(directory, ignore_errors=True)
-    store = store_at(address / "job")
-    held = newest_published(store)
-    assert held is not None
-    run = RunDirectory(directory / "job")
-    bring_files(store, held, run.path)
-    for step in steps_in(address):
-        bring_checkpoint(store, held, f"step-{step:08d}", run.path)
-        damage = damage_of(Checkpoint(run.checkpoints / f"step-{step:08d}", step))
-        assert damage is None, damage
-    return run
-
-
-def assert_same(one, other):
-    """Two directories of a run hold the same files with the same bytes."""
-
-    def content(run):
-        files = (path for path in run.path.rglob("*") if path.is_file())
-        paths = {path.relative_to(run.path): path for path in files}
-        return {
-            path: file.read_bytes()
-            for path, file in paths.items()
-            if path.name[0] != "." and path.parts[0] != "wandb"
-        }
-
-    assert content(one) == content(other)

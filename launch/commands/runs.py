@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,9 @@ def report(
         for run in runs:
             sweep_place = None if isinstance(run, Address) else _sweep_at(run)
             if sweep_place is None:
-                histories.append(read_history(stack.enter_context(run_at(run)).path))
+                found = read_history(stack.enter_context(run_at(run)).path)
+                address = str(run) if isinstance(run, Address) else None
+                histories.append(replace(found, address=address))
             else:
                 sweeps.append(read_sweep(sweep_place))
                 histories += sweeps[-1].histories

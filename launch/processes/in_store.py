@@ -17,7 +17,9 @@ from service.storage.address import Address
 from service.storage.beside import Uploading, brought
 
 _WITHOUT_SUCCESS_SECONDS = 600.0
-"""How long the end of a run waits for a store that does nothing that it is asked."""
+"""How long the end of a run waits for a store that takes nothing."""
+_LAST_SECONDS = 60.0
+"""How long it waits at least."""
 
 
 def require_one_launcher(address: Address, place: Environment | None, node: Node | None) -> None:
@@ -42,7 +44,9 @@ def require_one_launcher(address: Address, place: Environment | None, node: Node
 @contextmanager
 def kept_in_store(address: Address, spec: Spec, *, fresh: bool) -> Iterator[Uploading]:
     """A context with the run brought here, for what is checked before it starts."""
-    uploading = brought(address / spec.name, spec, fresh=fresh, say=_say)
+    uploading = brought(
+        address / spec.name, spec, fresh=fresh, say=_say, is_stopped=lambda: heard.requested
+    )
     try:
         yield uploading
     except BaseException:
@@ -63,23 +67,37 @@ def uploaded(
         budget_seconds: how long a stop may take, from the request on.
     """
 
-    def left() -> float:
-        if heard.heard_at is not None:
-            return heard.heard_at + budget_seconds() - time.monotonic()
-        return uploading.succeeded + _WITHOUT_SUCCESS_SECONDS - time.monotonic()
-
     # Two more requests do not hurt: the processes agree on one.
     uploading.start(when_lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    code = train()
     try:
-        failed = uploading.finish(left)
-    except KeyboardInterrupt:
-        failed = EvenstepError(f"interrupted: {uploading.missing()}.")
+        code = train()
+    except BaseException:
+        failed = _finished(uploading, budget_seconds)
+        if failed is not None:
+            print(f"error: {failed}", file=sys.stderr, flush=True)
+        raise
+    failed = _finished(uploading, budget_seconds)
     if failed is None:
         print(f"Everything is in {address}.", flush=True)
         return code
     print(f"error: {failed}", file=sys.stderr, flush=True)
     return failed.exit_code if code in (0, Stopped.exit_code) else code
+
+
+def _finished(uploading: Uploading, budget_seconds: Callable[[], float]) -> EvenstepError | None:
+    """Wait for the end of the upload; what is wrong if it is not complete."""
+    ended = time.monotonic()
+
+    def left() -> float:
+        if heard.heard_at is not None:
+            return heard.heard_at + budget_seconds() - time.monotonic()
+        until = max(uploading.moved + _WITHOUT_SUCCESS_SECONDS, ended + _LAST_SECONDS)
+        return until - time.monotonic()
+
+    try:
+        return uploading.finish(left)
+    except KeyboardInterrupt:
+        return EvenstepError(f"interrupted: {uploading.missing()}.")
 
 
 def _say(text: str) -> None:

@@ -134,7 +134,7 @@ def _labels(histories: Sequence[History]) -> list[str]:
     """The names of the runs; with their path if two have the same name."""
     names = [history.name for history in histories]
     return [
-        name if names.count(name) == 1 else str(history.directory.path)
+        name if names.count(name) == 1 else history.place
         for name, history in zip(names, histories, strict=True)
     ]
 
@@ -364,7 +364,7 @@ def _flag(moment: float, text: str, begin: float, whole: float) -> str:
 def _facts(history: History, *, alone: bool) -> str:
     git = history.facts.get("git") or {}
     known = [
-        ("directory", str(history.directory.path)),
+        ("directory", history.place),
         ("id", str(history.facts.get("id", "-"))),
         ("command", "evenstep " + " ".join(map(str, history.facts.get("command", ())))),
         *((name, str(value)) for name, value in history.facts.get("versions", {}).items()),

@@ -55,6 +55,8 @@ class History:
     facts: dict[str, Any]
     spec: dict[str, Any]
     failures: tuple[Failure, ...] = ()
+    address: str | None = None
+    """Where the run lives, if `directory` is a copy."""
 
     def __repr__(self) -> str:
         """The text in a notebook: `<run digits: done, step 180 of 180>`."""
@@ -85,6 +87,11 @@ class History:
 
     def _read(self) -> AbstractContextManager[None]:
         return told_when_unread(self.directory.metrics)
+
+    @property
+    def place(self) -> str:
+        """Where the run is, for a person."""
+        return self.address or str(self.directory.path)
 
     @property
     def name(self) -> str:

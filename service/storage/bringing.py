@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from service.basics.atomic_files import remove, sync_file, without_link
+from service.basics.atomic_files import remove, sync_directory, sync_file, without_link
 from service.basics.errors import NoCheckpoint
 from service.storage.published import (
     CHECKPOINTS,
@@ -16,6 +15,8 @@ from service.storage.published import (
     Piece,
     Published,
     checkpoints_of,
+    is_newest,
+    step_of,
 )
 from service.storage.store import NoObject, Store, in_parallel
 
@@ -45,22 +46,30 @@ def bring_files(
 
 
 def bring_checkpoint(store: Store, published: Published, name: str, directory: Path) -> None:
-    """Bring one checkpoint into the directory of a run; it exists only when it is whole.
+    """Bring one checkpoint into the directory of a run, where it appears when it is whole.
+
+    It replaces one of this name.
 
     Raises:
         Gone: a file of it is not as it was uploaded.
     """
     target = directory / CHECKPOINTS / name
-    if target.exists():
-        return
-    partial = target.with_name(f".{name}.partial-{secrets.token_hex(4)}")
+    partial = arrivals_of(directory) / name
     prefix = f"{CHECKPOINTS}/{name}/"
     files = checkpoints_of(published)[name]
     try:
         _bring(store, {p.removeprefix(prefix): pieces for p, pieces in files.items()}, partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(target)
         os.rename(partial, target)
+        sync_directory(target.parent)
     finally:
-        remove(partial)
+        remove(arrivals_of(directory))
+
+
+def arrivals_of(directory: Path) -> Path:
+    """Where a checkpoint is while it is brought into the directory of a run: beside it."""
+    return directory.with_name(f".{directory.name}.bringing")
 
 
 def bring_newest(
@@ -69,31 +78,34 @@ def bring_newest(
     """Bring the newest checkpoint that is whole, and return its name; None if there is none.
 
     Raises:
-        Gone: there are checkpoints, but none of them is whole.
+        Gone: there are checkpoints, but none of them is whole; or there is a newer publication.
     """
-    names = newest_first(published)
+    names = newest_first(checkpoints_of(published))
     for name in names:
         try:
             bring_checkpoint(store, published, name, directory)
         except Gone as gone:
+            if not is_newest(store, published):
+                raise
             say(f"WARNING: {gone} Trying the checkpoint before.")
         else:
             return name
     if names:
-        raise Gone(
-            f"{store.address}: none of the {len(names)} checkpoints can be read. Restore the "
-            "objects, for example from the versions of the bucket, or start over with --fresh."
-        )
+        raise none_can_be_read(store, len(names))
     return None
 
 
-def newest_first(published: Published) -> list[str]:
-    """The names of all checkpoints, the newest first; of two of one step, the tested one."""
-    tested = {name for name in checkpoints_of(published) if "." not in name}
-    order = sorted(
-        checkpoints_of(published), key=lambda name: (name.partition(".")[0], name in tested)
+def none_can_be_read(store: Store, checkpoints: int) -> Gone:
+    """The error of a run with no good checkpoint."""
+    return Gone(
+        f"{store.address}: none of the {checkpoints} checkpoints can be read. Restore the "
+        "objects, for example from the versions of the bucket, or start over with --fresh."
     )
-    return order[::-1]
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """The names of checkpoints, the newest first; of two of one step, the tested one."""
+    return sorted(names, key=lambda name: (step_of(name), "." not in name), reverse=True)
 
 
 def _is_of_checkpoint(path: str) -> bool:

@@ -30,10 +30,14 @@ from service.storage.store import NoObject, Store
 LEASE = "lease/"
 SECONDS = 30.0
 SECONDS_VARIABLE = "EVENSTEP_LEASE_SECONDS"
+_PROBE = f"{LEASE}probe-"
 _NAME = re.compile(r"lease/(\d{6,})\.json", re.ASCII)
 _LEAST_SECONDS = 1.5
 _LONGEST_SECONDS = 3600.0
 _LONGEST_HOLDER = 300  # characters
+_LOOK_SECONDS = 1.0
+_MOST_SECONDS = 10.0
+"""What one look counts at most in a wait: more means that this machine has not run."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,40 @@ class Lease:
     term: int
     _record: _Record
     _writing: threading.Lock = field(default_factory=threading.Lock)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _lost: threading.Event = field(default_factory=threading.Event)
 
     @property
     def seconds(self) -> float:
         return self._record.seconds
+
+    @property
+    def is_known_lost(self) -> bool:
+        """Whether its thread has found that another launcher has taken the run over."""
+        return self._lost.is_set()
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """Renew it from now on, by a thread of its own, until it is released."""
+        threading.Thread(target=self._keep, args=(say,), name="lease", daemon=True).start()
+
+    def _keep(self, say: Callable[[str], None]) -> None:
+        renewed, is_told, wait = time.monotonic(), False, self.seconds / 3
+        while not self._over.wait(wait):
+            try:
+                self.renew()
+                if self.is_lost():
+                    self._lost.set()
+                    return
+            except Exception as error:  # whatever it is: a thread that ended would lose the run
+                wait = min(_LOOK_SECONDS, self.seconds / 3)
+                if not is_told and time.monotonic() - renewed > self.seconds:
+                    is_told = True
+                    say(
+                        f"WARNING: {error} The lease of this run was not renewed for "
+                        f"{self.seconds:g} s, so another launcher could take the run over."
+                    )
+            else:
+                renewed, is_told, wait = time.monotonic(), False, self.seconds / 3
 
     def renew(self) -> None:
         """Rewrite it, so that it goes on."""
@@ -80,6 +114,7 @@ class Lease:
 
     def release(self) -> None:
         """Let the next launcher begin at once."""
+        self._over.set()
         with self._writing:
             self._record = replace(self._record, released=True)
             self.store.put(_name(self.term), self._record.encoded())
@@ -106,33 +141,50 @@ def lease_seconds() -> float:
     return seconds
 
 
-def taken(store: Store, *, say: Callable[[str], None]) -> Lease:
+def taken(
+    store: Store,
+    *,
+    say: Callable[[str], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Lease:
     """Take the lease of the run at this store's address; waits while it may still be held.
 
+    Args:
+        is_stopped: whether this launcher has been asked to stop; then a wait ends.
     Raises:
         SpecError: another launcher holds it; or a right is missing, see `require_rights`.
+        Stopped: see `is_stopped`.
     """
     seconds = lease_seconds()
-    probe = require_rights(store)
+    asked = store.until(is_stopped)
+    probe = require_rights(asked, say=say)
     me = _Record(_holder(), _place(), secrets.token_hex(8), 0, seconds)
     while True:
-        newest = _newest(store)
-        last = stamps_in(store.sizes(PUBLISHED))
+        newest = _newest(asked)
+        last = stamps_in(asked.sizes(PUBLISHED))
         if newest:
-            _wait_for(store, newest, probe, say)
+            _wait_for(asked, newest, probe, say)
         term = 1 + max(newest, last[-1].term if last else 0)
-        if store.create(_name(term), me.encoded()):
-            store.remove(_name(old) for old in _terms(store) if old < term)
+        if asked.create(_name(term), me.encoded()):
+            store.remove(name for name in store.sizes(LEASE) if _is_over(name, term))
             return Lease(store, term, me)
 
 
-def require_rights(store: Store) -> float:
+def _is_over(name: str, term: int) -> bool:
+    """Whether this object is an earlier lease, or the probe of a launcher that was killed."""
+    match = _NAME.fullmatch(name)
+    return name.startswith(_PROBE) or (match is not None and int(match[1]) < term)
+
+
+def require_rights(store: Store, *, say: Callable[[str], None]) -> float:
     """Check that objects can be written, read, listed and deleted here; the store's time.
 
+    Args:
+        say: told if two launchers that start in the same second cannot be kept apart.
     Raises:
         SpecError: one of these is not possible; says which.
     """
-    name, content = f"{LEASE}probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
+    name, content = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(16)
     store.put(name, content)
     if store.get(name) != content or name not in store.sizes(LEASE):
         raise SpecError(
@@ -140,6 +192,11 @@ def require_rights(store: Store) -> float:
             "a store in which a write is visible at once, as it is in S3, GCS and Azure."
         )
     moment = store.modified(name)
+    if store.create(name, secrets.token_bytes(16)):
+        say(
+            f"WARNING: {store.address}: this store has no conditional writes, so of two launchers "
+            "that start in the same second none may be refused. Start one after the other."
+        )
     store.remove([name])
     return moment.timestamp() if moment is not None else 0.0
 
@@ -163,9 +220,9 @@ def _wait_for(store: Store, term: int, now: float, say: Callable[[str], None]) -
         f"{store.address}: {first.holder} held this run until {age:.0f} s ago. Waiting up to "
         f"{first.seconds:.0f} s to see whether it still runs."
     )
-    waited = RunningClock()
+    waited = RunningClock(_MOST_SECONDS)
     while waited() < first.seconds:
-        time.sleep(min(1.0, first.seconds / 10))
+        store.wait(min(_LOOK_SECONDS, first.seconds / 10))
         last = _read(store, term)
         if last is None or last.released:
             return
@@ -229,4 +286,15 @@ def _is_gone(record: _Record) -> bool:
     """Whether its holder was a process of this machine that has ended."""
     machine, _, process = record.place.partition(" ")
     number, _, began = process.partition(":")
-    return machine == _machine() and number.isdecimal() and start_of(int(number)) != began
+    if machine != _machine() or not number.isdecimal():
+        return False
+    found = start_of(int(number))
+    if found is not None or Path(f"/proc/{number}").exists():  # without a start it has ended
+        return found != began
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False  # of another user, whose processes /proc may hide
+    return False

@@ -8,13 +8,24 @@ pieces; the object that publishes them is written last. Only then is deleted wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from service.basics.errors import EvenstepError
+from service.basics.errors import EvenstepError, NoCheckpoint
 from service.basics.multipart import PART_BYTES
-from service.runs.checkpoint_files import BEST, MANIFEST, checkpoints_in, kept, read_state
+from service.runs.checkpoint_files import (
+    BEST,
+    MANIFEST,
+    Checkpoint,
+    checkpoints_in,
+    damage_of,
+    kept,
+    read_state,
+)
 from service.runs.directory import RunDirectory
 from service.spec.models import CheckpointSpec
 from service.storage.lease import Lease
@@ -35,6 +46,8 @@ from service.storage.staging import Staged, Staging
 from service.storage.store import NoObject, Store, in_parallel
 
 _BEST = f"{CHECKPOINTS}/{BEST}"
+_Key = tuple[str, int, str]
+"""Of a piece: its path, its begin and its SHA-256."""
 
 
 class LeaseLost(EvenstepError):
@@ -63,21 +76,36 @@ class Mirror:
         self._scratch = scratch
         self._spec = spec
         self._say = say
-        self._staging = Staging(run)
+        self._staging = Staging(run, say=say)
         self._number = 0
-        self._ready: dict[tuple[str, int, str], Piece] = {}
-        """What was uploaded for a publication that failed: path, begin and SHA-256."""
+        self._ready: dict[_Key, Piece] = {}
+        """What was uploaded for a publication that failed."""
+        self._sent: set[_Key] = set()
+        """The same, also if it did not arrive."""
         self._known: dict[str, tuple[tuple[int, int, int], Sequence[Piece]]] = {}
         """The pieces of files that were seen before, with the file's identity."""
         self._identities: dict[str, tuple[int, int, int]] = {}
         """The same identities, of what is being published."""
         self._obsolete: set[str] = set()
+        self._is_uncleaned = False
+        self._replaced: set[str] = set()
+        """What the files needed that are uploaded again: it stays until they are."""
+        self.moved = time.monotonic()
+        """When the upload last came forward, by the monotonic clock."""
         self._staging.clear()
-        local = {each.path.name for each in checkpoints_in(run.checkpoints)}
+        local = checkpoints_in(run.checkpoints)
+        names, newest = {each.path.name for each in local}, max((c.step for c in local), default=0)
         self._absent = {
-            name: files for name, files in checkpoints_of(held).items() if name not in local
+            name: files
+            for name, files in checkpoints_of(held).items()
+            if name not in names and step_of(name) < newest
         }
-        """Checkpoints that the store holds and the scratch directory does not."""
+        """Checkpoints that the store holds and the scratch directory does not; none that is newer,
+        for the run goes on from an older one then, and takes these steps again."""
+        self._unverified = set(names)
+        """Checkpoints that were here at the start: nobody has read them yet."""
+        self._damaged: dict[str, int] = {}
+        """Those of them that are damaged, with the number of their directory."""
 
     @property
     def published(self) -> Published | None:
@@ -97,88 +125,184 @@ class Mirror:
             self._number += 1
             self._put(self._held.files, self._held.run)
         needed = set(self._held.objects()) if self._held is not None else set()
+        is_all_known = True
         for stamp in stamps_in(self._store.sizes(PUBLISHED)):
             name = f"{PUBLISHED}{stamp}.json"
-            with suppress(NoObject):
+            try:
                 other = decoded(self._store.get(name), stamp, self._store)
-                if self._held is None or other.run != self._held.run:
-                    needed |= other.objects()  # a run that --fresh has set aside
-                elif other.stamp != self._held.stamp:
-                    self._obsolete.add(name)
-        self._obsolete |= set(self._store.sizes(DATA)) - needed
-        self._clean()
+            except NoObject:
+                continue
+            except NoCheckpoint as damaged:
+                is_all_known = False
+                self._say(f"WARNING: {damaged} It stays, and so do all objects of earlier runs.")
+                continue
+            if self._held is None or other.run != self._held.run:
+                needed |= other.objects()  # a run that --fresh has set aside
+            elif other.stamp != self._held.stamp:
+                self._obsolete.add(name)
+        listed = set(self._store.sizes(DATA))
+        if is_all_known:
+            self._obsolete |= listed - needed
+        self._forget_missing(listed)
+        self._clean_if_possible()
+
+    def _forget_missing(self, listed: set[str]) -> None:
+        """Forget the files of which the store has lost an object, so that they are uploaded again.
+
+        They stay published until then: a reader says what is missing.
+        """
+        if self._held is None:
+            return
+        missing = self._held.objects() - listed
+        if not missing:
+            return
+        self._say(
+            f"WARNING: {self._store.address}: {len(missing)} objects are published, but not in the "
+            f"store, such as {min(missing)}: somebody, or a lifecycle rule of the bucket, has "
+            "deleted them. What is on this machine is uploaded again."
+        )
+        lost = {
+            path
+            for path, pieces in self._held.files.items()
+            if any(piece.name in missing for piece in pieces)
+        }
+        broken = {
+            name for name, files in checkpoints_of(self._held).items() if not lost.isdisjoint(files)
+        }
+        lost |= {path for name in broken for path in checkpoints_of(self._held)[name]}
+        self._absent = {name: files for name, files in self._absent.items() if name not in broken}
+        whole = {path: pieces for path, pieces in self._held.files.items() if path not in lost}
+        self._replaced = self._held.objects()
+        self._held = replace(self._held, files=whole)
 
     def publish(self) -> bool:
         """Upload the run as it is now; whether something has changed.
+
+        Of several new checkpoints each has its own publication, the newest first: only one at a
+        time is held on disk, however long its upload takes.
 
         Raises:
             EvenstepError: the store does not take it; what it held before is unchanged.
             LeaseLost: another launcher writes this run now.
         """
+        has_changed = False
+        while True:
+            changed, is_all = self._publish_next()
+            has_changed = has_changed or changed
+            self.moved = time.monotonic()
+            if is_all:
+                return has_changed
+
+    def _publish_next(self) -> tuple[bool, bool]:
+        """One publication: whether something has changed, and whether all is up."""
         try:
-            run = str(self._run.read_facts()["id"])
             self._number += 1
-            files = self._uploaded(run)
-            if self._held is not None and (self._held.files, self._held.run) == (files, run):
-                return False
-            self._require_arrived(files)
-            self._put(files, run)
-            self._known = {path: (same, files[path]) for path, same in self._identities.items()}
-            self._clean()
-            return True
+            files, run, is_all = self._uploaded()
+            changed = self._held is None or (self._held.files, self._held.run) != (files, run)
+            if changed:
+                self._require_arrived(files)
+                self._put(files, run)
+                self._known = {path: (same, files[path]) for path, same in self._identities.items()}
+            self._clean_if_possible()
+            return changed, is_all
         finally:
             self._staging.clear()
 
     # ---- what is to be published
 
-    def _uploaded(self, run: str) -> Files:
-        """All files of the run, whose pieces are in the store."""
+    def _uploaded(self) -> tuple[Files, str, bool]:
+        """All files of the run, whose pieces are in the store; its id; whether that is all."""
+        place = self._staging.place()
+        run = str(self._run.read_facts()["id"])
         if self._held is not None and self._held.run != run:  # by --fresh
             self._held, self._absent, self._known = None, {}, {}
         self._identities = {}
-        checkpoints = self._staging.checkpoints()
+        planned, is_all = self._checkpoints()
         best = self._staging.best()
-        planned: dict[str, list[Piece | _Span]] = {}
-        for name, staged in checkpoints.items():
-            planned |= self._checkpoint(name, staged)
-        planned |= self._kept_absent(checkpoints)
         if best is not None and f"{CHECKPOINTS}/{best.strip()}/{MANIFEST}" in planned:
             planned[_BEST] = [_Span.of_text(_BEST, best)]
-        elif self._held is not None and _BEST in self._held.files:
-            planned[_BEST] = list(self._held.files[_BEST])
-        for each in self._staging.others():  # after the checkpoints, whose rows are in these
+        others = self._staging.others()  # after the checkpoints, whose rows are in these
+        if self._staging.place() != place:
+            raise EvenstepError(
+                f"{self._run.path} was replaced while it was read; it is read again."
+            )
+        for each in others:
             planned[each.path] = self._growing(each)
         spans = [span for parts in planned.values() for span in parts if isinstance(span, _Span)]
         pieces = dict(zip(map(id, spans), in_parallel(self._piece, spans), strict=True))
-        return {
+        files = {
             path: [part if isinstance(part, Piece) else pieces[id(part)] for part in parts]
             for path, parts in planned.items()
         }
+        return files, run, is_all
 
-    def _checkpoint(self, name: str, staged: Sequence[Staged]) -> dict[str, list[Piece | _Span]]:
-        """The files of a checkpoint: as the store has them, or to be uploaded."""
-        manifest = next(each for each in staged if each.path.endswith(f"/{MANIFEST}"))
-        told = self._held.files.get(manifest.path) if self._held is not None else None
-        own = hashlib.sha256(manifest.file.read_bytes()).hexdigest()
-        if told is not None and [piece.sha256 for piece in told] == [own]:
-            return {path: list(each) for path, each in checkpoints_of(self._held)[name].items()}
-        return {each.path: list(_Span.all_of(each, 0)) for each in staged}
+    def _checkpoints(self) -> tuple[_Planned, bool]:
+        """The files of the checkpoints: those that the store has, and the newest that it has not.
 
-    def _kept_absent(
-        self, checkpoints: Mapping[str, Sequence[Staged]]
-    ) -> dict[str, list[Piece | _Span]]:
+        Also whether there are no more that it has not.
+        """
+        planned: _Planned = {}
+        new = []
+        manifests = self._staging.manifests()
+        for each, manifest in manifests.items():
+            pieces = self._pieces_of(each, manifest)
+            if pieces is None:
+                new.append(each)
+            else:
+                planned |= {path: list(parts) for path, parts in pieces.items()}
+        staged: list[Staged] = []
+        while new and not staged:
+            each = new.pop(0)
+            if not self._is_damaged(each):
+                with suppress(FileNotFoundError):  # removed, so there is a newer one soon
+                    staged = self._staging.checkpoint(each.path)
+        planned |= {file.path: list(_Span.all_of(file, 0)) for file in staged}
+        if not planned and self._held is not None:  # never take away the last of the store
+            planned = {
+                path: list(parts)
+                for files in checkpoints_of(self._held).values()
+                for path, parts in files.items()
+            }
+        return planned | self._kept_absent(list(manifests)), not new
+
+    def _pieces_of(self, checkpoint: Checkpoint, manifest: bytes) -> Files | None:
+        """What the store has of a checkpoint; None if it has another one, or none, of this name."""
+        files = checkpoints_of(self._held).get(checkpoint.path.name, {})
+        told = files.get(f"{CHECKPOINTS}/{checkpoint.path.name}/{MANIFEST}")
+        if told is None:
+            return None
+        same = [piece.sha256 for piece in told] == [hashlib.sha256(manifest).hexdigest()]
+        return files if same or self._is_damaged(checkpoint) else None
+
+    def _is_damaged(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint that was here at the start is damaged; the store's is better."""
+        name = checkpoint.path.name
+        if name not in self._unverified:
+            return False
+        try:
+            number = os.stat(checkpoint.path).st_ino
+            if self._damaged.get(name) == number:
+                return True
+            damage = damage_of(checkpoint)
+        except FileNotFoundError:
+            return True  # it is not here any more
+        if damage is None:
+            self._unverified.discard(name)
+            return False
+        self._damaged[name] = number
+        self._say(f"WARNING: {checkpoint.path} is not uploaded: {damage}.")
+        return True
+
+    def _kept_absent(self, here: Sequence[Checkpoint]) -> _Planned:
         """The checkpoints that only the store has, as far as the spec keeps them."""
-        self._absent = {k: files for k, files in self._absent.items() if k not in checkpoints}
-        if checkpoints and self._absent:
-            newest = max(checkpoints, key=step_of)
-            state = read_state(checkpoints[newest][0].file.parent)
-            first = state["best"]
-            best = [each["step"] for each in (first, *state["runners_up"])] if first else []
+        names = {each.path.name for each in here}
+        self._absent = {k: files for k, files in self._absent.items() if k not in names}
+        if here and self._absent:
             stay = kept(
-                [step_of(name) for name in (*checkpoints, *self._absent)],
+                [each.step for each in here] + [step_of(name) for name in self._absent],
                 newest=self._spec.keep,
                 every=self._spec.keep_every_steps,
-                best=best,
+                best=_best_steps(here[0]),
             )
             self._absent = {k: files for k, files in self._absent.items() if step_of(k) in stay}
         return {
@@ -191,7 +315,10 @@ class Mirror:
         identity, known = self._known.get(staged.path, ((0, 0, 0), ()))
         if identity == staged.identity:
             return list(known)
-        if not (identity[0] == staged.identity[0] and staged.grows):
+        # A file that replaces another one may have its number. It has other rows then, with other
+        # times, at least in the last piece.
+        grew = staged.grows and identity[0] == staged.identity[0]
+        if not (grew and list(_unchanged(known[-1:], staged))):
             told = self._held.files.get(staged.path, ()) if self._held is not None else ()
             known = list(_unchanged(told, staged))
         pieces, end = list(known), staged.size_bytes
@@ -211,14 +338,18 @@ class Mirror:
         """Upload a span, unless it has been."""
         content = span.read()
         sha256 = hashlib.sha256(content).hexdigest()
-        known = self._ready.get((span.path, span.begin, sha256))
+        key = span.path, span.begin, sha256
+        known = self._ready.get(key)
         if known is not None:
             return known
         at = "" if span.is_whole else f"@{span.begin}"
         name = f"{DATA}{Stamp(self._lease.term, self._number)}/{span.path}{at}"
         self._store.put(name, content)
+        if key not in self._sent:
+            self._sent.add(key)
+            self.moved = time.monotonic()
         piece = Piece(span.begin, span.begin + len(content), sha256, name)
-        self._ready[span.path, span.begin, sha256] = piece
+        self._ready[key] = piece
         return piece
 
     # ---- publish
@@ -252,9 +383,27 @@ class Mirror:
         before, self._held = self._held, new
         needed = new.objects()
         self._obsolete |= {piece.name for piece in self._ready.values()} - needed
-        self._ready = {}
+        self._ready, self._sent = {}, set()
         if before is not None:
-            self._obsolete |= {*before.objects(), before.name} - needed
+            self._obsolete |= {*before.objects(), *self._replaced, before.name} - needed
+            self._replaced = set()
+
+    def _clean_if_possible(self) -> None:
+        """Delete what is obsolete; what cannot be deleted now is tried again after the next save.
+
+        Raises:
+            LeaseLost: another launcher writes this run now.
+        """
+        try:
+            self._clean()
+        except LeaseLost:
+            raise
+        except EvenstepError as error:
+            if not self._is_uncleaned:
+                self._say(f"WARNING: {error} All is uploaded, but old objects are not deleted.")
+            self._is_uncleaned = True
+        else:
+            self._is_uncleaned = False
 
     def _clean(self) -> None:
         """Delete what is obsolete, if this launcher still holds the run.
@@ -267,6 +416,15 @@ class Mirror:
             raise LeaseLost(self._lost())
         self._store.remove(sorted(self._obsolete))
         self._obsolete = set()
+
+    def require_lease(self) -> None:
+        """Check that no other launcher has taken the run over, as far as it is known.
+
+        Raises:
+            LeaseLost: it has.
+        """
+        if self._lease.is_known_lost:
+            raise LeaseLost(self._lost())
 
     def _lost(self) -> str:
         return (
@@ -301,6 +459,20 @@ class _Span:
         if isinstance(self._source, bytes):
             return self._source
         return _read(self._source, self.begin, self.end)
+
+
+_Planned = dict[str, list[Piece | _Span]]
+"""By path: the pieces of a file that are in the store, and its bytes that are not."""
+
+
+def _best_steps(newest: Checkpoint) -> list[int]:
+    """The steps of the best checkpoints, according to the newest one."""
+    try:
+        state = read_state(newest.path)
+        first = state["best"]
+        return [int(each["step"]) for each in (first, *state["runners_up"])] if first else []
+    except (NoCheckpoint, KeyError, TypeError, ValueError):  # damaged, or from another version
+        return []
 
 
 def _read(file: Path, begin: int, end: int) -> bytes:

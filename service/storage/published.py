@@ -103,6 +103,11 @@ def newest_published(store: Store) -> Published | None:
     )
 
 
+def is_newest(store: Store, published: Published) -> bool:
+    """Whether this is still the newest publication: objects of an earlier one may be deleted."""
+    return stamps_in(store.sizes(PUBLISHED))[-1:] == [published.stamp]
+
+
 def checkpoints_of(published: Published | None) -> dict[str, Files]:
     """The files of each checkpoint that is published, by its name."""
     found: dict[str, dict[str, Sequence[Piece]]] = {}
@@ -146,6 +151,11 @@ def decoded(content: bytes, stamp: Stamp, store: Store) -> Published:
     )
 
 
+def is_sound(path: str) -> bool:
+    """Whether a file of this path can be published: in the directory, with a printable name."""
+    return path.isprintable() and not any(part in ("", ".", "..") for part in path.split("/"))
+
+
 def _require_sound(files: Files) -> None:
     """Check that the paths stay in the directory of a run, whoever wrote them, and the pieces fit.
 
@@ -153,8 +163,7 @@ def _require_sound(files: Files) -> None:
         ValueError: they do not.
     """
     for path, pieces in files.items():
-        parts = path.split("/")
-        if not path.isprintable() or any(part in ("", ".", "..") for part in parts):
+        if not is_sound(path):
             raise ValueError(path)
         end = 0
         for piece in pieces:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from service.basics.errors import EvenstepError, SpecError, did_you_mean
 from service.runs.checkpoint_files import Checkpoint, best_of, damage_of
 from service.runs.directory import RunDirectory
+from service.spec.part import RUN_NAME
 from service.storage.address import Address
 from service.storage.bringing import (
     RUN,
@@ -19,11 +22,13 @@ from service.storage.bringing import (
     bring_newest,
     newest_first,
 )
-from service.storage.published import Published, newest_published, step_of
+from service.storage.published import Published, checkpoints_of, newest_published, step_of
 from service.storage.store import Store, in_parallel, open_store
 
 _LISTED = (RUN, "spec.yaml", "metrics.jsonl")
 """The files from which a list of runs is made."""
+_TRIES = 5
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -38,14 +43,17 @@ def copied(
         SpecError: there is no such run, or no such checkpoint.
     """
     store = open_store(address)
-    held = _published(store)
     with _place() as place:
         run = RunDirectory(place / address.name)
-        bring_files(store, held, run.path)
-        if checkpoint == "latest":
-            bring_newest(store, held, run.path, say=say)
-        elif checkpoint is not None:
-            bring_checkpoint(store, held, _named(run, held, checkpoint, address), run.path)
+
+        def bring(held: Published) -> None:
+            bring_files(store, held, run.path)
+            if checkpoint == "latest":
+                bring_newest(store, held, run.path, say=say)
+            elif checkpoint is not None:
+                bring_checkpoint(store, held, _named(run, held, checkpoint, address), run.path)
+
+        _with_newest(store, _published(store), bring)
         yield run
 
 
@@ -58,20 +66,43 @@ def checkpoints_at(address: Address) -> Iterator[tuple[Checkpoint, str | None, i
         SpecError: there is no such run.
     """
     store = open_store(address)
-    held = _published(store)
     with _place() as place:
         run = RunDirectory(place / address.name)
-        bring_files(store, held, run.path)
+
+        def bring(held: Published) -> Published:
+            bring_files(store, held, run.path)
+            return held
+
+        held = _with_newest(store, _published(store), bring)
         best = best_of(run.checkpoints)
-        for name in reversed(newest_first(held)):
+        seen: set[str] = set()
+        while left := [n for n in newest_first(checkpoints_of(held)) if n not in seen]:
+            seen.add(name := left[-1])
             with tempfile.TemporaryDirectory(dir=place) as one:
                 checkpoint = Checkpoint(RunDirectory(Path(one)).checkpoints / name, step_of(name))
-                try:
-                    bring_checkpoint(store, held, name, Path(one))
-                except Gone as gone:
-                    yield checkpoint, str(gone), best
-                else:
-                    yield checkpoint, damage_of(checkpoint), best
+                held, damage = _brought(store, held, checkpoint, Path(one))
+                if damage is not None or checkpoint.path.exists():
+                    yield checkpoint, damage, best
+
+
+def _brought(
+    store: Store, held: Published, checkpoint: Checkpoint, directory: Path
+) -> tuple[Published, str | None]:
+    """Bring a checkpoint, unless the run has removed it meanwhile.
+
+    Returns the newest publication then, and what is wrong with the checkpoint.
+    """
+
+    def bring(held: Published) -> Published:
+        if checkpoint.path.name in checkpoints_of(held):
+            bring_checkpoint(store, held, checkpoint.path.name, directory)
+        return held
+
+    try:
+        newest = _with_newest(store, held, bring)
+    except Gone as gone:
+        return held, str(gone)
+    return newest, damage_of(checkpoint) if checkpoint.path.exists() else None
 
 
 @contextmanager
@@ -82,16 +113,38 @@ def copied_runs(address: Address) -> Iterator[tuple[Path, list[str]]]:
     with _place() as place:
 
         def bring(name: str) -> str | None:
+            below = store.below(name)
             try:
-                held = newest_published(store.below(name))
+                held = newest_published(below)
                 if held is not None:
-                    bring_files(store.below(name), held, place / name, only=_LISTED)
-            except EvenstepError as error:
-                return str(error)
+                    _with_newest(
+                        below, held, lambda h: bring_files(below, h, place / name, only=_LISTED)
+                    )
+            except (EvenstepError, OSError) as error:
+                return f"{below.address}: {error}" if isinstance(error, OSError) else str(error)
             return None
 
-        told = in_parallel(bring, store.children())
+        # Whoever may write to the bucket chooses the names there; one such as `..` is no run.
+        names = [name for name in store.children() if re.fullmatch(RUN_NAME, name, re.ASCII)]
+        told = in_parallel(bring, names)
         yield place, [each for each in told if each is not None]
+
+
+def _with_newest(store: Store, held: Published, act: Callable[[Published], Result]) -> Result:
+    """What `act` gives for a publication, or for a newer one that replaces it meanwhile.
+
+    Raises:
+        Gone: an object of the newest publication is missing.
+    """
+    for _ in range(_TRIES):
+        try:
+            return act(held)
+        except Gone:
+            newest = newest_published(store)
+            if newest is None or newest.stamp == held.stamp:
+                raise
+            held = newest
+    return act(held)
 
 
 def _published(store: Store) -> Published:
@@ -107,7 +160,7 @@ def _named(run: RunDirectory, held: Published, which: str, address: Address) -> 
     """The name of the checkpoint `best` or of a step."""
     step = best_of(run.checkpoints) if which == "best" else None
     step = int(which) if which.isdecimal() else step
-    names = newest_first(held)
+    names = newest_first(checkpoints_of(held))
     for name in names:
         if step_of(name) == step:
             return name

@@ -9,17 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.basics.atomic_files import remove
-from service.runs.checkpoint_files import BEST, MANIFEST, checkpoints_in
+from service.runs.checkpoint_files import BEST, MANIFEST, Checkpoint, checkpoints_in
 from service.runs.directory import RunDirectory
-from service.storage.published import CHECKPOINTS
+from service.storage.published import CHECKPOINTS, is_sound
 
 _OF_OTHERS = ("wandb", CHECKPOINTS)
 """Directories of a run that are not walked: W&B uploads its own; checkpoints are added whole."""
+_WITHOUT_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _LINES = ".jsonl"
 _TAIL_BYTES = 1 << 20
 
@@ -45,22 +46,35 @@ class Staged:
 class Staging:
     """A directory beside that of the run, on the same file system."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, *, say: Callable[[str], None]) -> None:
         self._run = run
+        self._say = say
+        self._refused: set[str] = set()
         self._place = run.path.with_name(f".{run.name}.uploading")
 
     def clear(self) -> None:
         """Let go what is held."""
         remove(self._place)
 
-    def checkpoints(self) -> dict[str, list[Staged]]:
-        """The files of each complete checkpoint, by its name; all exist at the same time."""
-        while True:
+    def manifests(self) -> dict[Checkpoint, bytes]:
+        """The manifest of each complete checkpoint, the newest first."""
+        found = {}
+        for each in reversed(checkpoints_in(self._run.checkpoints)):
             try:
-                found = [each.path for each in checkpoints_in(self._run.checkpoints)]
-                return {path.name: self._whole(path) for path in found}
-            except FileNotFoundError:
-                continue  # one was removed, so there is a newer one: hold that
+                found[each] = (each.path / MANIFEST).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                # The run has just removed it, or somebody has: it is no checkpoint then.
+                continue
+        return found
+
+    def checkpoint(self, path: Path) -> list[Staged]:
+        """The files of a checkpoint.
+
+        Raises:
+            FileNotFoundError: the run has removed it meanwhile.
+        """
+        held = [self._held(path / name) for name in sorted(os.listdir(path)) if name[:1] != "."]
+        return [each for each in held if each is not None]
 
     def best(self) -> str | None:
         """The content of the file that names the best checkpoint."""
@@ -69,8 +83,16 @@ class Staging:
         except FileNotFoundError:
             return None
 
-    def others(self) -> Iterator[Staged]:
+    def others(self) -> list[Staged]:
         """All other files."""
+        return list(self._others())
+
+    def place(self) -> tuple[int, int]:
+        """The identity of the directory of the run, which `--fresh` replaces."""
+        told = os.stat(self._run.path)
+        return told.st_dev, told.st_ino
+
+    def _others(self) -> Iterator[Staged]:
         for directory, names, files in os.walk(self._run.path):
             is_root = directory == str(self._run.path)
             names[:] = [n for n in names if n[:1] != "." and not (is_root and n in _OF_OTHERS)]
@@ -83,25 +105,23 @@ class Staging:
                     if held is not None:
                         yield held
 
-    def _whole(self, path: Path) -> list[Staged]:
-        # The manifest first: it tells whether this is the checkpoint that is already up.
-        names = sorted(os.listdir(path), key=lambda name: name != MANIFEST)
-        held = (self._held(path / name) for name in names if name[:1] != ".")
-        return [each for each in held if each is not None]
-
     def _held(self, file: Path) -> Staged | None:
-        """A link to the file; None where it is no plain file."""
-        told = os.lstat(file)
-        if not stat.S_ISREG(told.st_mode):
-            return None
+        """A link to the file; None where it is no plain file, or has a name for no store."""
         path = file.relative_to(self._run.path).as_posix()
+        if not is_sound(path):
+            if path not in self._refused:
+                self._refused.add(path)
+                self._say(f"WARNING: {str(file)!a} is not uploaded: rename it.")
+            return None
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            return None
         link = self._place / path
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             link.unlink(missing_ok=True)
             os.link(file, link)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK):
+            if error.errno not in _WITHOUT_LINKS:
                 raise
             link = file  # a file system without links: it may vanish, and is then staged again
         told = os.stat(link)

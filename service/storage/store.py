@@ -6,19 +6,22 @@ fsspec has a driver for each kind of store. It is imported only when a store is 
 from __future__ import annotations
 
 import random
-import threading
+import socket
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
-from service.basics.errors import EvenstepError, SpecError, did_you_mean
-from service.basics.running_time import TimeLimit
+from service.basics.errors import EvenstepError, SpecError, Stopped, did_you_mean
+from service.basics.multipart import PART_BYTES
+from service.basics.running_time import RunningClock
 from service.storage.address import Address
 from service.storage.troubles import (
     NO_BUCKET,
     Verb,
+    deletes,
     is_beyond_end,
     is_no_bucket,
     trouble_of,
@@ -29,11 +32,14 @@ AT_ONCE = 8
 PATIENCE_SECONDS = 20.0
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _EXTRAS |= {"az": "azure", "abfs": "azure", "abfss": "azure"}
-_SETTINGS: dict[str, dict[str, Any]] = {
-    # Requests are made again here: a driver that does so too would delay a stop, and what is said.
-    "s3": {"config_kwargs": {"retries": {"max_attempts": 0}}},
-}
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
+_LOOK_SECONDS = 0.5
+_STANDING_SECONDS = 20.0
+"""How long a connection may take no byte of what is sent, and give none of an answer."""
+_ANSWER_SECONDS, _LEAST_BYTES_PER_SECOND = 60.0, 50_000
+"""The longest time of one request, and how much longer it may be for its content."""
+_LIST_SECONDS = 600.0  # thousands of requests, of a thousand names each
+_LONGEST_REQUEST_SECONDS = 1000.0
 
 Result = TypeVar("Result")
 
@@ -67,21 +73,34 @@ class Store:
         """`patience_seconds`: how long a request that fails is made again."""
         self.address = address
         self._driver = driver
+        # Drivers whose requests run in an event loop can end one after a time; others cannot.
+        self._limits = getattr(driver, "async_impl", None) is True
         self._patience_seconds = patience_seconds
-        self._over = threading.Event()
         # Its own: Python's generator belongs to the task, in whose process data are read.
         self._random = random.Random()
-        self.succeeded = time.monotonic()
-        """When the last request succeeded, by the monotonic clock."""
+        self._is_stopped: Callable[[], bool] = lambda: False
 
     def below(self, name: str) -> Store:
         """The same store, at an address below."""
         address = self.address / name
         return Store(self._driver, address, patience_seconds=self._patience_seconds)
 
+    def until(self, is_stopped: Callable[[], bool]) -> Store:
+        """The same store, whose requests and waits raise `Stopped` as soon as this is true."""
+        stopping = self.below("")
+        stopping.address, stopping._is_stopped = self.address, is_stopped
+        return stopping
+
     def put(self, name: str, content: bytes) -> None:
         """Write an object; an earlier one of this name is replaced."""
-        self._ask("write", name, lambda path: self._driver.pipe_file(path, content))
+        limit = self._limit(len(content))
+        self._ask("write", name, lambda path: self._driver.pipe_file(path, content, **limit))
+
+    def copy(self, name: str, to: Store, new: str) -> None:
+        """Copy an object inside the store, to another address of the same driver."""
+        at = f"{to.address.path}/{new}"
+        limit = self._limit()
+        self._ask("write", name, lambda path: self._driver.cp_file(path, at, **limit))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write an object unless there is one of this name; whether it was written.
@@ -89,10 +108,11 @@ class Store:
         It is one atomic request where the store has conditional writes, as S3, GCS and Azure do.
         `content` is like no other writer's, so that it is recognized after a lost answer.
         """
+        limit = self._limit(len(content))
 
         def written(path: str) -> bool:
             try:
-                self._driver.pipe_file(path, content, mode="create")
+                self._driver.pipe_file(path, content, mode="create", **limit)
             except FileExistsError:
                 return False
             return True
@@ -110,7 +130,8 @@ class Store:
         Raises:
             NoObject: there is none.
         """
-        content = self._ask("read", name, lambda path: self._driver.cat_file(path))
+        limit = self._limit(PART_BYTES)
+        content = self._ask("read", name, lambda path: self._driver.cat_file(path, **limit))
         assert isinstance(content, bytes)
         return content
 
@@ -120,10 +141,11 @@ class Store:
         Raises:
             NoObject: there is none.
         """
+        limit = self._limit(end - begin)
 
         def ranged(path: str) -> bytes:
             try:
-                content: bytes = self._driver.cat_file(path, start=begin, end=end)
+                content: bytes = self._driver.cat_file(path, start=begin, end=end, **limit)
             except OSError as error:
                 if not is_beyond_end(error):
                     raise
@@ -138,11 +160,13 @@ class Store:
 
     def listing(self, prefix: str) -> dict[str, Listed]:
         """All objects whose name is the prefix, or begins with it as a directory."""
-        at = f"{self.address.path}/"
+        at, limit = f"{self.address.path}/", {"timeout": _LIST_SECONDS} if self._limits else {}
 
         def listed(path: str) -> Mapping[str, Mapping[str, Any]]:
             try:
-                found: Mapping[str, Mapping[str, Any]] = self._driver.find(path, detail=True)
+                found: Mapping[str, Mapping[str, Any]] = self._driver.find(
+                    path, detail=True, **limit
+                )
             except FileNotFoundError as error:
                 if is_no_bucket(error):
                     raise
@@ -185,42 +209,85 @@ class Store:
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete objects; those that are gone already count as deleted."""
+        limit = self._limit()
 
         def removed(name: str) -> None:
             try:
-                self._ask("delete", name, lambda path: self._driver.rm_file(path))
+                self._ask("delete", name, lambda path: self._driver.rm_file(path, **limit))
             except NoObject:
                 return
 
         in_parallel(removed, names)
 
-    def give_up(self) -> None:
-        """Fail the requests that are being tried again, and all that follow, at their next try."""
-        self._over.set()
+    def rules(self) -> Iterator[str]:
+        """What the bucket does by itself, and a user should know; of S3 only, as far as it tells.
+
+        Credentials need no right to ask for it.
+        """
+        bucket, _, prefix = self.address.path.partition("/")
+
+        def asked(about: str) -> Mapping[str, Any]:
+            try:
+                told: Mapping[str, Any] = self._driver.call_s3(f"get_bucket_{about}", Bucket=bucket)
+            except Exception:  # no right, no such setting, or a store that does not know it
+                return {}
+            return told
+
+        if hasattr(self._driver, "call_s3"):
+            if asked("versioning").get("Status") == "Enabled":
+                yield (
+                    f"{self.address}: the bucket keeps versions: what a run deletes stays there, "
+                    "and is paid for. A lifecycle rule for noncurrent versions limits that."
+                )
+            for rule in asked("lifecycle_configuration").get("Rules", ()):
+                if deletes(rule, f"{prefix}/"):
+                    yield (
+                        f"WARNING: {self.address}: the lifecycle rule {rule.get('ID', '')!r} of "
+                        "the bucket deletes objects here after some time, also those that a run "
+                        "still needs. Restrict it to another prefix."
+                    )
+
+    def wait(self, seconds: float) -> None:
+        """Wait this long.
+
+        Raises:
+            Stopped: see `until`.
+        """
+        over = time.monotonic() + seconds
+        while (left := over - time.monotonic()) > 0:
+            self._require_not_stopped()
+            time.sleep(min(left, _LOOK_SECONDS))
+
+    def _require_not_stopped(self) -> None:
+        if self._is_stopped():
+            raise Stopped("Stopped before the run was brought here.")
+
+    def _limit(self, size_bytes: int = 0) -> dict[str, float]:
+        """The argument of a driver that ends a request which takes too long."""
+        seconds = _ANSWER_SECONDS + size_bytes / _LEAST_BYTES_PER_SECOND
+        return {"timeout": seconds} if self._limits else {}
 
     def _ask(self, verb: Verb, name: str, request: Callable[[str], Result]) -> Result:
         """Make a request until it succeeds, cannot succeed, or the patience is over."""
         path = f"{self.address.path}/{name}".rstrip("/")
-        limit, pause = TimeLimit(self._patience_seconds), _FIRST_PAUSE_SECONDS
+        # A request that is not answered counts with all of its time.
+        waited, pause = RunningClock(_LONGEST_REQUEST_SECONDS), _FIRST_PAUSE_SECONDS
         while True:
+            self._require_not_stopped()
             try:
-                result = request(path)
-                self.succeeded = time.monotonic()
-                return result
+                return request(path)
             except Exception as error:
                 if isinstance(error, FileNotFoundError) and not is_no_bucket(error):
                     if verb != "write":
                         raise NoObject(name) from error
                     raise StoreRefused(f"{self.address}: {NO_BUCKET}.") from error
                 trouble = trouble_of(error, verb)
-                if trouble is None:
-                    raise
                 told = f"{self.address}: {trouble.told}."
                 if not trouble.is_passing:
                     raise StoreRefused(told) from error
-                if not limit.left or self._over.is_set():
+                if waited() >= self._patience_seconds:
                     raise StoreFailed(told) from error
-            self._over.wait(pause * (0.5 + self._random.random()))
+            self.wait(pause * (0.5 + self._random.random()))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
@@ -247,8 +314,14 @@ def open_store(address: Address, *, patience_seconds: float = PATIENCE_SECONDS) 
         known = did_you_mean(address.scheme, [*_EXTRAS, "memory"])
         raise SpecError(f"{address}: there is no driver for {address.scheme}://{known}") from error
     # Listings are never cached: other machines write there too.
-    settings = _SETTINGS.get(_EXTRAS.get(address.scheme, ""), {})
-    driver = kind(use_listings_cache=False, skip_instance_cache=True, **settings)
+    settings = _s3_settings() if _EXTRAS.get(address.scheme) == "s3" else {}
+    try:
+        driver = kind(use_listings_cache=False, skip_instance_cache=True, **settings)
+    except Exception as error:  # a driver that looks for credentials before the first request
+        raise SpecError(
+            f"{address}: the driver for {address.scheme}:// cannot be used: {error}. Check its "
+            "credentials."
+        ) from error
     if hasattr(driver, "retries"):
         driver.retries = 1
     return Store(driver, address, patience_seconds=patience_seconds)
@@ -258,6 +331,32 @@ def _version_of(told: Mapping[str, Any]) -> str:
     """What a driver tells of an object that changes when it is replaced."""
     names = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime")
     return str(next((told[name] for name in names if told.get(name)), ""))
+
+
+def _s3_settings() -> dict[str, Any]:
+    from aiobotocore.config import AioConfig
+    from botocore.exceptions import ParamValidationError
+
+    # Requests are made again here: a driver that does so too would delay a stop, and what is said.
+    settings: dict[str, Any] = {"retries": {"max_attempts": 0}, "read_timeout": _STANDING_SECONDS}
+    standing = {"connector_args": {"socket_factory": _socket_that_ends}}
+    try:
+        AioConfig(**standing)
+    except ParamValidationError:
+        pass  # an earlier version: then the limit of the whole request ends it
+    else:
+        settings |= standing
+    return {"config_kwargs": settings}
+
+
+def _socket_that_ends(address: tuple[Any, ...]) -> socket.socket:
+    """A socket for an address of `getaddrinfo`, which fails when its peer takes nothing."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    if sys.platform == "linux":
+        milliseconds = int(1000 * _STANDING_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return made
 
 
 Item = TypeVar("Item")

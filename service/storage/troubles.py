@@ -5,7 +5,7 @@ No driver is imported: botocore, gcsfs and adlfs are known by the names and code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 Verb = Literal["write", "read", "list", "delete"]
@@ -37,6 +37,8 @@ _MISTAKES = {
     "whether AWS_ENDPOINT_URL names the store that they are for",
     "SignatureDoesNotMatch": "the secret key does not fit the access key. Check the credentials",
     "AuthenticationFailed": "the credentials are not accepted. Check them",
+    "AuthorizationFailure": "the credentials, or the network that this machine is in, are not "
+    "accepted. Check both",
     "ExpiredToken": "the session token has expired. Get a new one",
     "InvalidToken": "the session token is not valid. Get a new one",
     "TokenRefreshRequired": "the session token must be renewed",
@@ -51,10 +53,16 @@ _MISTAKES = {
     "AWS_DEFAULT_REGION, or AWS_ENDPOINT_URL",
     "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_DEFAULT_REGION",
     "IllegalLocationConstraintException": "the bucket is in another region. Set AWS_DEFAULT_REGION",
+    "NotImplemented": "the store does not know a request that runs need, such as a write with the "
+    "condition that there is no object of this name",
     "301": "the bucket is in another region, or at another endpoint. Set AWS_DEFAULT_REGION, or "
     "AWS_ENDPOINT_URL",
 }
-_UNREACHED = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError")
+_UNREACHED = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"}
+_UNREACHED |= {"ClientConnectorDNSError", "ServiceRequestError"}  # of gcsfs and azure
+_STRANGE = {"", "405", "501", "ResponseParserError", "HTTPClientError", "SSLError"}
+"""An answer without a code of S3, or none that can be read."""
+_UNANSWERED = ("FSTimeoutError", "ReadTimeoutError", "ServerTimeoutError", "TimeoutError")
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch", "403"}
 _LONGEST = 300  # characters of what a driver says
 
@@ -68,11 +76,14 @@ class Trouble(NamedTuple):
     """Whether the same request may succeed a little later."""
 
 
-def trouble_of(error: Exception, verb: Verb) -> Trouble | None:
-    """What this error of a request means; None where it is no error of a driver."""
+def trouble_of(error: Exception, verb: Verb) -> Trouble:
+    """What this error of a request means."""
     chain = list(_chain(error))
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
+        return Trouble(f"{error}. Correct AWS_ENDPOINT_URL", is_passing=False)
     if not any(_is_of_a_driver(each) for each in chain):
-        return None
+        # Of the driver or of what is below it, as all that a request raises: told by its name.
+        return Trouble(f"{type(error).__name__}: {error}"[:_LONGEST].rstrip("."), is_passing=True)
     names = [name for each in chain for name in _names_of(each)]
     for name in names:
         if name in _MISTAKES:
@@ -83,10 +94,18 @@ def trouble_of(error: Exception, verb: Verb) -> Trouble | None:
             is_passing=False,
         )
     said = next((text for each in chain if (text := str(each))), "") or type(error).__name__
-    if not set(_UNREACHED).isdisjoint(names):
+    if not _UNREACHED.isdisjoint(names):
         said = (
             f"it cannot be reached ({said}). Check the network, and AWS_ENDPOINT_URL if it is set"
         )
+    elif not set(_UNANSWERED).isdisjoint(names):
+        said = f"it did not answer a request to {verb} in time ({said})"
+    elif not _STRANGE.isdisjoint(names):
+        said = (
+            f"what answers is perhaps no object store ({said[:_LONGEST]}). Check AWS_ENDPOINT_URL "
+            "if it is set"
+        )
+        return Trouble(said, is_passing=True)
     return Trouble(said[:_LONGEST].rstrip("."), is_passing=True)
 
 
@@ -100,6 +119,17 @@ def is_beyond_end(error: Exception) -> bool:
     """Whether the bytes that were requested begin after the end of the object."""
     names = {name for each in _chain(error) for name in _names_of(each)}
     return not names.isdisjoint({"InvalidRange", "416"})
+
+
+def deletes(rule: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a lifecycle rule of S3 deletes objects below a prefix, which have no tags."""
+    chosen = rule.get("Filter", {})
+    chosen = chosen.get("And", chosen)
+    if rule.get("Status") != "Enabled" or chosen.keys() & {"Tag", "Tags"}:
+        return False
+    told = str(chosen.get("Prefix", rule.get("Prefix", "")))
+    expires = rule.get("Expiration", {}).keys() & {"Days", "Date"}
+    return bool(expires) and (prefix.startswith(told) or told.startswith(prefix))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

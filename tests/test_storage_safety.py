@@ -1,0 +1,610 @@
+"""Runs in an object store: nothing is lost, and nothing is said that is not so."""
+
+import errno
+import os
+import shutil
+import threading
+import time
+from typing import ClassVar
+
+import fsspec
+import pytest
+from commands import DEADLINE_SECONDS
+from fsspec.implementations.memory import MemoryFileSystem
+from injuring import until
+from stored import (
+    add_checkpoint,
+    assert_same,
+    brought_back,
+    local_run,
+    make_job,
+    mirror_of,
+    newest_step,
+    steps_in,
+    store_at,
+    uploading_of,
+)
+
+from launch.processes.in_store import uploaded
+from service.basics.errors import SpecError, Stopped
+from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
+from service.runs.metrics_file import read_metrics
+from service.spec.files import load_spec
+from service.storage import beside
+from service.storage.address import Address
+from service.storage.beside import brought
+from service.storage.bringing import Gone, bring_files, bring_newest
+from service.storage.lease import taken
+from service.storage.published import newest_published
+from service.storage.reading import checkpoints_at, copied, copied_runs
+
+
+class Faulty(MemoryFileSystem):
+    """A store in memory, to whose requests `harm(verb, path)` does something first."""
+
+    protocol = "faulty"
+    store: ClassVar = {}  # one for all instances, as in the base class
+    pseudo_dirs: ClassVar = [""]
+    harm = staticmethod(lambda verb, path: None)
+
+    def pipe_file(self, path, value, mode="overwrite", **told):
+        self.harm("write", path)
+        super().pipe_file(path, value, mode=mode, **told)
+
+    def cat_file(self, path, **told):
+        self.harm("read", path)
+        return super().cat_file(path, **told)
+
+    def find(self, path, **told):
+        self.harm("list", path)
+        return super().find(path, **told)
+
+    def rm_file(self, path):
+        self.harm("delete", path)
+        super().rm_file(path)
+
+
+@pytest.fixture
+def harm(monkeypatch):
+    """Sets what the store does to requests; until then nothing."""
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
+    return lambda act: monkeypatch.setattr(Faulty, "harm", staticmethod(act))
+
+
+def nothing(verb, path):
+    """No harm."""
+
+
+def killed(verb, path):
+    """The end of the thread that asks."""
+    raise SystemExit
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("job")
+    make_job(directory)
+    return directory
+
+
+@pytest.fixture
+def address(request, harm, tmp_path, monkeypatch):
+    """An address of runs that no other test uses."""
+    monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "1.5")
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "scratch"))
+    return Address("faulty", f"{request.node.name.replace('[', '-').strip(']')}/runs")
+
+
+def bring_here(address, place, said, **asked):
+    """What a launcher does first: the upload, and the directory of the run."""
+    spec = load_spec(place / "job.yaml")
+    uploading = brought(address / "job", spec, **{"fresh": False, "say": said.append} | asked)
+    uploading._lease.store._patience_seconds = 0.0
+    return uploading, uploading._run
+
+
+def in_time():
+    """Seconds left, as often as it is asked."""
+    over = time.monotonic() + DEADLINE_SECONDS
+    return lambda: over - time.monotonic()
+
+
+def steps_here(run):
+    return [each.step for each in checkpoints_in(run.checkpoints)]
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def published(address, run):
+    """Upload a run, and release its lease."""
+    mirror = mirror_of(address, run)
+    assert mirror.publish()
+    mirror._lease.release()
+    return mirror
+
+
+# ---- what is said at the end
+
+
+def test_an_upload_that_a_driver_ends_with_any_error_is_no_success(address, place, tmp_path, harm):
+    local, said = local_run(place, tmp_path / "local", 4), []
+
+    def broken(verb, path):
+        if "/data/" in path and verb == "write":
+            raise RuntimeError("the driver has lost its head")
+
+    uploading = uploading_of(address, local, said.append)
+    harm(broken)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: said, "words about the error")
+    failed = uploading.finish(lambda: 0.0)
+    assert "the driver has lost its head" in str(failed)
+    assert "RuntimeError" in said[0]
+    assert "no checkpoint is in the store, and step 4 is here" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_upload_whose_thread_is_dead_is_no_success(address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4)
+
+    def silent(text):
+        raise SystemExit(1)
+
+    uploading = uploading_of(address, local, silent)
+    local.facts.write_text("{")
+    uploading.start(when_lost=lambda: None)
+    uploading._worker.join(DEADLINE_SECONDS)
+    assert not uploading._worker.is_alive()
+    assert "The run is not completely uploaded" in str(uploading.finish(in_time()))
+
+
+def test_the_end_has_its_try_at_once(address, place, tmp_path, harm, monkeypatch):
+    monkeypatch.setattr(beside, "_FIRST_PAUSE_SECONDS", 1e4)
+    local, said = local_run(place, tmp_path / "local", 4), []
+
+    def down(verb, path):
+        raise ConnectionError("down")
+
+    uploading = uploading_of(address, local, said.append)
+    harm(down)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: said, "words about the error")
+    harm(nothing)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [4]
+
+
+def test_an_upload_that_does_not_come_forward_is_not_kept_going_by_the_lease(
+    address, place, tmp_path, harm
+):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    renewed = threading.Semaphore(0)
+
+    def refused(verb, path):
+        if "/data/" in path and verb == "write":
+            raise PermissionError(errno.EACCES, "AccessDenied")
+        if "/lease/" in path and verb == "write":
+            renewed.release()
+
+    uploading = uploading_of(address, local, said.append)
+    moved = uploading.moved
+    harm(refused)
+    uploading._lease.keep(said.append)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: said, "words about the missing right")
+    for _ in range(3):
+        assert renewed.acquire(timeout=DEADLINE_SECONDS)
+    assert uploading.moved == moved
+    assert uploading.finish(lambda: 0.0).exit_code == 42
+
+
+def test_a_lease_that_cannot_be_released_changes_no_result(address, place, tmp_path, harm):
+    local = local_run(place, tmp_path / "local", 4)
+
+    def refused(verb, path):
+        if "/lease/" in path and verb == "write":
+            raise PermissionError(errno.EACCES, "AccessDenied")
+
+    uploading = uploading_of(address, local, print)
+    harm(refused)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [4]
+
+
+def test_what_is_trained_before_an_error_of_the_launcher_is_uploaded(address, place, tmp_path):
+    local, said = local_run(place, tmp_path / "local", 4), []
+
+    def train():
+        add_checkpoint(place, local, 8)
+        raise SpecError("too many files are open")
+
+    with pytest.raises(SpecError, match="too many files"):
+        uploaded(
+            address / "job",
+            uploading_of(address, local, said.append),
+            train,
+            budget_seconds=lambda: DEADLINE_SECONDS,
+        )
+    assert steps_in(address) == [4, 8]
+    taken(store_at(address / "job"), say=said.append)
+    assert not said  # it did not have to wait
+
+
+def test_old_objects_that_cannot_be_deleted_do_not_stop_the_upload(address, place, tmp_path, harm):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    uploading = uploading_of(address, local, said.append)
+
+    def refused(verb, path):
+        if verb == "delete":
+            raise PermissionError(errno.EACCES, "AccessDenied")
+
+    harm(refused)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: newest_step(address) == 4, "step 4 in the store")
+    add_checkpoint(place, local, 8)
+    shutil.rmtree(local.checkpoints / "step-00000004")
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [8]
+    harm(nothing)
+    mirror = mirror_of(address, local)
+    mirror.take_over()
+    held = newest_published(store_at(address / "job"))
+    assert set(store_at(address / "job").sizes("data/")) == held.objects()
+
+
+# ---- what is on this machine
+
+
+def test_a_damaged_directory_of_a_checkpoint_does_not_keep_others_from_the_store(
+    address, place, tmp_path
+):
+    local = local_run(place, tmp_path / "local", 4, 8)
+    (local.checkpoints / "step-00000004/manifest.json").unlink()
+    uploading = uploading_of(address, local, print)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [8]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_was_trained_while_the_store_was_away_is_uploaded_by_the_next_start(
+    address, place, tmp_path, harm
+):
+    published(address, local_run(place, tmp_path / "elsewhere", 4))
+    said = []
+    uploading, run = bring_here(address, place, said)
+
+    def down(verb, path):
+        raise ConnectionError("down")
+
+    harm(down)
+    uploading.start(when_lost=lambda: None)
+    for step in (8, 12):
+        add_checkpoint(place, run, step)
+    failed = uploading.finish(lambda: 0.0)
+    assert "step 4 is in the store, and step 12 is here" in str(failed)
+    assert "run the same command again on this machine" in str(failed)
+    uploading._lease._over.set()  # as the end of its process does
+    harm(killed)
+    until(lambda: not uploading._worker.is_alive(), "the end of its thread")
+    harm(nothing)
+    again, run = bring_here(address, place, said)
+    assert steps_here(run) == [4, 8, 12]
+    again.start(when_lost=lambda: None)
+    assert again.finish(in_time()) is None
+    assert newest_step(address) == 12
+
+
+def test_a_run_that_the_store_has_lost_goes_on_from_this_machine(address, place, tmp_path):
+    said = []
+    uploading, run = bring_here(address, place, said)
+    shutil.copytree(place / "runs/job", run.path)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    store = store_at(address / "job")
+    for part in ("data/", "published/", "lease/"):
+        store.remove(store.sizes(part))
+    again, run = bring_here(address, place, said)
+    assert "holds nothing of this run any more" in said[-1]
+    assert steps_here(run)[-1] == 24
+    again.start(when_lost=lambda: None)
+    assert again.finish(in_time()) is None
+    assert newest_step(address) == 24
+
+
+def test_steps_that_only_this_machine_has_are_not_removed(address, place, tmp_path):
+    said = []
+    uploading, run = bring_here(address, place, said)
+    shutil.copytree(place / "runs/job", run.path)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    elsewhere = local_run(place, tmp_path / "elsewhere", 4)  # the run has gone on elsewhere
+    published(address, elsewhere)
+    _, run = bring_here(address, place, said)
+    assert steps_here(run) == [4]
+    assert "has step 24, which the store has not, so it is moved to" in said[-2]
+    [aside] = run.path.parent.glob(".job-*")
+    assert (aside / "checkpoints/step-00000024").is_dir()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors"])
+def test_a_damaged_checkpoint_does_not_replace_the_good_one_in_the_store(
+    address, place, tmp_path, file
+):
+    local, said = local_run(place, tmp_path / "local", 4, 8), []
+    published(address, local)
+    flip(local.checkpoints / "step-00000008" / file)
+    uploading = uploading_of(address, local, said.append)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    brought_back(address, tmp_path / "back")  # where each is good
+    assert steps_in(address) == [4, 8]
+
+
+def test_a_damaged_checkpoint_that_only_this_machine_has_is_not_uploaded(address, place, tmp_path):
+    local, said = local_run(place, tmp_path / "local", 4, 8), []
+    flip(local.checkpoints / "step-00000008/model.safetensors")
+    uploading = uploading_of(address, local, said.append)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [4]
+    assert "step-00000008 is not uploaded" in said[0]
+
+
+@pytest.mark.parametrize("injured", [(4, 8), (8,)], ids=["all", "newest"])
+def test_a_damaged_checkpoint_on_this_machine_is_brought_again(address, place, tmp_path, injured):
+    said = []
+    uploading, run = bring_here(address, place, said)
+    shutil.copytree(local_run(place, tmp_path / "local", 4, 8).path, run.path)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    for step in injured:
+        flip(run.checkpoints / f"step-{step:08d}/model.safetensors")
+    _, run = bring_here(address, place, said)
+    assert damage_of(Checkpoint(run.checkpoints / "step-00000008", 8)) is None
+    assert "It is brought again from the store" in said[-2]
+
+
+def test_a_checkpoint_that_this_machine_has_lost_is_brought_again(address, place, tmp_path):
+    said = []
+    uploading, run = bring_here(address, place, said)
+    shutil.copytree(local_run(place, tmp_path / "local", 4, 8).path, run.path)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    shutil.rmtree(run.checkpoints / "step-00000008")
+    _, run = bring_here(address, place, said)
+    assert steps_here(run) == [4, 8]
+
+
+def test_of_a_checkpoint_that_was_uploaded_damaged_the_one_before_is_used(address, place, tmp_path):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    mirror = mirror_of(address, local)
+    add_checkpoint(place, local, 8)  # as if the disk had lost a bit just after the save
+    flip(local.checkpoints / "step-00000008/model.safetensors")
+    assert mirror.publish()
+    mirror._lease.release()
+    uploading, run = bring_here(address, place, said)
+    assert steps_here(run) == [4]
+    assert "step-00000008 was uploaded damaged" in said[-2]
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [4]  # the run takes the steps after 4 again
+
+
+def test_leftovers_of_starts_that_were_killed_are_removed(address, place, tmp_path):
+    published(address, local_run(place, tmp_path / "local", 4))
+    first, run = bring_here(address, place, [])
+    first.abandon()
+    for left in (".job.bringing/step-00000008", ".job.stale-0123", ".job.uploading/checkpoints"):
+        (run.path.parent / left).mkdir(parents=True)
+    store_at(address / "job").put("lease/probe-0123", b"of a launcher that was killed")
+    bring_here(address, place, [])
+    assert {path.name for path in run.path.parent.iterdir()} == {"job", ".job.scratch"}
+    assert [*store_at(address / "job").sizes("lease/")] == ["lease/000003.json"]
+
+
+def test_a_file_of_lines_that_gets_the_number_of_the_one_before_is_uploaded_whole(
+    address, place, tmp_path
+):
+    local = local_run(place, tmp_path / "local", 4)
+    mirror = mirror_of(address, local)
+    old = [b'{"step": %d, "time": 1.25}\n' % step for step in range(50)]
+    local.metrics.write_bytes(b"".join(old))
+    mirror.publish()
+    new = old[:10] + [b'{"step": %d, "time": 2.5}\n' % step for step in range(10, 80)]
+    local.metrics.write_bytes(b"".join(new))  # in place, so with the same number
+    mirror.publish()
+    bring_files(store_at(address / "job"), mirror.published, tmp_path / "back")
+    assert (tmp_path / "back/metrics.jsonl").read_bytes() == b"".join(new)
+
+
+def test_a_file_with_a_name_for_no_store_is_left_out_and_named(address, place, tmp_path):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    (local.path / "notes\u00a0.txt").write_text("x")
+    os.close(os.open(os.fsencode(local.path) + b"/bad\xff.txt", os.O_CREAT | os.O_WRONLY))
+    uploading = uploading_of(address, local, said.append)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert len(said) == 2
+    assert r"bad\udcff.txt' is not uploaded: rename it" in "".join(said)
+    assert steps_in(address) == [4]
+
+
+def test_however_long_an_upload_takes_it_holds_one_checkpoint_on_the_disk(
+    address, place, tmp_path, harm
+):
+    local = local_run(place, tmp_path / "local", 4, 8)  # keep is 2
+    going_on, at_data = threading.Event(), threading.Event()
+
+    def slow(verb, path):
+        if verb == "write" and "/data/" in path:
+            at_data.set()
+            assert going_on.wait(DEADLINE_SECONDS)
+
+    uploading = uploading_of(address, local, print)
+    harm(slow)
+    uploading.start(when_lost=lambda: None)
+    assert at_data.wait(DEADLINE_SECONDS)
+    for step in (12, 16, 20, 24):
+        add_checkpoint(place, local, step)
+        shutil.rmtree(local.checkpoints / f"step-{step - 8:08d}")
+        assert len(weights_on_disk(local)) <= 2 + 1
+    going_on.set()
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [20, 24]
+    assert len(weights_on_disk(local)) == 2
+
+
+def weights_on_disk(run):
+    """The weights below the scratch directory of a run, linked or not."""
+    files = run.path.parent.rglob("*model.safetensors")
+    return {os.stat(file).st_ino for file in files}
+
+
+# ---- what is in the store
+
+
+def test_a_run_is_held_while_it_is_brought(address, place, tmp_path, harm):
+    published(address, local_run(place, tmp_path / "local", 4))
+    going_on, at_data = threading.Event(), threading.Event()
+
+    def slow(verb, path):
+        if verb == "read" and "/data/" in path:
+            at_data.set()
+            assert going_on.wait(DEADLINE_SECONDS)
+
+    harm(slow)
+    bringing = threading.Thread(target=bring_here, args=(address, place, []))
+    bringing.start()
+    assert at_data.wait(DEADLINE_SECONDS)
+    with pytest.raises(SpecError, match="is being written by process"):
+        taken(store_at(address / "job"), say=print)
+    going_on.set()
+    bringing.join()
+
+
+def test_a_run_whose_publication_is_damaged_starts_over_where_it_is_asked_to(
+    address, place, tmp_path
+):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    mirror = published(address, local)
+    store = store_at(address / "job")
+    store.put(mirror.published.name, b"{}")
+    with pytest.raises(Exception, match=r"is damaged, or of another version .* --fresh"):
+        bring_here(address, place, said)
+    uploading, run = bring_here(address, place, said, fresh=True)
+    assert not run.path.exists()
+    shutil.copytree(local_run(place, tmp_path / "new", 8).path, run.path)
+    before = set(store.sizes("data/"))
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [8]
+    assert before < set(store.sizes("data/"))  # perhaps somebody restores the publication
+
+
+def test_objects_that_were_deleted_are_uploaded_again(address, place, tmp_path):
+    local, said = local_run(place, tmp_path / "local", 4, 8), []
+    mirror = published(address, local)
+    store = store_at(address / "job")
+    files = mirror.published.files
+    for path in ("checkpoints/step-00000008/model.safetensors", "metrics.jsonl"):
+        store.remove([files[path][0].name])
+    uploading = uploading_of(address, local, said.append)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert "2 objects are published, but not in the store" in said[0]
+    assert_same(brought_back(address, tmp_path / "back"), local)
+    assert set(store.sizes("data/")) == newest_published(store).objects()
+
+
+def test_a_reader_sees_a_newer_run_if_the_run_goes_on_meanwhile(address, place, tmp_path, harm):
+    local = local_run(place, tmp_path / "local", 4, 8)
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    numbers = iter((12, 16, 20))
+
+    def publishing(verb, path):
+        if verb == "read" and "/data/" in path and (step := next(numbers, None)):
+            harm(nothing)
+            add_checkpoint(place, local, step)
+            for old in range(4, step, 4):
+                shutil.rmtree(local.checkpoints / f"step-{old:08d}", ignore_errors=True)
+            with local.metrics.open("ab") as file:
+                file.write(b'{"step": %d}\n' % (step + 90))
+            mirror.publish()
+
+    said = []
+    harm(publishing)
+    with copied(address / "job", checkpoint="latest", say=said.append) as run:
+        assert steps_here(run) == [12]
+        assert read_metrics(run.metrics)[-1]["step"] == 12 + 90
+    harm(publishing)
+    told = [(each.step, damage) for each, damage, _ in checkpoints_at(address / "job")]
+    assert told == [(16, None)]
+    harm(publishing)
+    with copied_runs(address) as (copies, unread):
+        assert read_metrics(copies / "job/metrics.jsonl")
+    assert not unread
+    assert not said
+
+
+def test_names_in_the_store_lead_to_no_other_place_of_the_reader(
+    address, place, tmp_path, monkeypatch
+):
+    published(address, local_run(place, tmp_path / "local", 4))
+    driver = store_at(address)._driver
+    for key in list(driver.store):
+        if key.startswith(f"/{address.path}/job/"):
+            driver.store[key.replace("/runs/job/", "/runs/../")] = driver.store[key]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary/run.json").write_text("mine")
+    with copied_runs(address) as (copies, unread):
+        assert [path.name for path in copies.iterdir()] == ["job"]
+    assert not unread
+    assert (tmp_path / "temporary/run.json").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_in_the_store_is_passed_over_and_told(address, place, tmp_path):
+    mirror = published(address, local_run(place, tmp_path / "local", 4, 8))
+    store, said = store_at(address / "job"), []
+    held = mirror.published
+    for step in (4, 8):
+        store.remove([held.files[f"checkpoints/step-{step:08d}/state.json"][0].name])
+    with pytest.raises(Gone, match="none of the 2 checkpoints can be read"):
+        bring_newest(store, held, tmp_path / "back", say=said.append)
+    assert len(said) == 2
+
+
+# ---- stops and names
+
+
+def test_a_stop_ends_the_wait_for_a_lease_and_a_download(address, place, tmp_path, harm):
+    published(address, local_run(place, tmp_path / "local", 4))
+    stopped = threading.Event()
+
+    def stopping(verb, path):
+        if verb == "read" and "/data/" in path:
+            stopped.set()
+
+    harm(stopping)
+    with pytest.raises(Stopped):
+        bring_here(address, place, [], is_stopped=stopped.is_set)
+    harm(nothing)
+    held = taken(store_at(address / "job"), say=print)  # so it was released
+    held._record = held._record.__class__(**held._record.__dict__ | {"seconds": 3600.0})
+    held.renew()
+    stopped.clear()
+    with pytest.raises(Stopped):
+        taken(store_at(address / "job"), say=lambda told: stopped.set(), is_stopped=stopped.is_set)
+
+
+def test_a_run_cannot_have_the_name_of_a_part_of_one(address, place):
+    spec = load_spec(place / "job.yaml")
+    with pytest.raises(SpecError, match="cannot be called 'data'"):
+        brought(address / "data", spec, fresh=False, say=print)
