@@ -52,6 +52,7 @@ chaos: $(READY)
 	$(BIN)/python -m tests.chaos.campaign --injuries 200
 	$(BIN)/python -m tests.chaos.campaign --injuries 60 --mode sharded
 	$(BIN)/python -m tests.chaos.campaign --injuries 40 --mode moved
+	$(BIN)/python -m tests.chaos.at_requests
 
 check: lint types
 
