@@ -45,7 +45,7 @@ from service.spec.files import load_spec
 from service.training.setup import prepare_training
 
 SIZES = {"width": 512, "layers": 8, "heads": 8, "length": 32, "dropout": 0.0}
-ROWS, STEPS, WARM, PAIRS = 8, 24, 6, 3
+ROWS, STEPS, WARM, PAIRS = 8, 12, 4, 2
 MIB = 1 << 20
 
 
@@ -74,7 +74,7 @@ def job_of(mode: str, **sections: Any) -> dict[str, Any]:
         "length": {"steps": STEPS},
         "optimizer": {"name": "adamw", "lr": 0.0001},
         "max_grad_norm": 1.0,
-        "tracking": {"log_every_steps": 6},
+        "tracking": {"log_every_steps": 4},
         "exchange": {"mode": mode},
         "test": {"micro_batch": 4},
         **sections,
@@ -121,6 +121,8 @@ def memory() -> None:
         (4, 1, "1", {}),
         (2, 2, "2, each synced", each),
         (2, 2, "2", {}),
+        (2, 1, "1, return_memory: false", {"return_memory": False}),
+        (4, 1, "1, return_memory: false", {"return_memory": False}),
     ):
         found, goal = risen(count, passes, **exchange), whole / count + unit
         print(f"| {count} | {how} | {found:.0f} | {goal:.0f} | {found / goal:.2f} |", flush=True)
@@ -158,24 +160,27 @@ def seconds_by_hand(world: World) -> float:
     return statistics.median(seconds[WARM:])
 
 
-def seconds_of_a_run(pool: Processes) -> float:
+def seconds_of_a_run(pool: Processes, *, return_memory: bool) -> float:
+    job = job_of("sharded", exchange={"mode": "sharded", "return_memory": return_memory})
     with tempfile.TemporaryDirectory() as place:
-        pool.run(train_in_process, job_of("sharded"), Path(place), timeout_seconds=280)
+        pool.run(train_in_process, job, Path(place), timeout_seconds=280)
         rows = read_metrics(Path(place, "job", "metrics.jsonl"))
     rates = [r["train/rows_per_second"] for r in rows if "train/rows_per_second" in r][1:]
     return ROWS / statistics.median(rates)
 
 
 def step() -> None:
-    print("| processes | hand-written, ms | Evenstep, ms | ratio of each pair |\n|--:|--:|--:|---|")
-    with Processes(2) as theirs, Processes(2) as pool:  # a run changes settings of its process
-        pairs = [
-            (max(theirs.run(seconds_by_hand, timeout_seconds=280)), seconds_of_a_run(pool))
-            for _ in range(PAIRS)
-        ]
-    by_hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
-    told = ", ".join(f"{mine / hand:.2f}" for hand, mine in pairs)
-    print(f"| 2 | {by_hand:.0f} | {own:.0f} | {told} |", flush=True)
+    print("| return_memory | hand-written, ms | Evenstep, ms | ratio of each pair |")
+    print("|---|--:|--:|---|")
+    for returned in (True, False):
+        with Processes(2) as theirs, Processes(2) as pool:  # a run changes settings of its process
+            pairs = []
+            for _ in range(PAIRS):
+                hand = max(theirs.run(seconds_by_hand, timeout_seconds=280))
+                pairs.append((hand, seconds_of_a_run(pool, return_memory=returned)))
+        by_hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
+        told = ", ".join(f"{mine / hand:.2f}" for hand, mine in pairs)
+        print(f"| {str(returned).lower()} | {by_hand:.0f} | {own:.0f} | {told} |", flush=True)
 
 
 # ---- saves and resumes

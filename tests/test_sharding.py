@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import features
 import numpy as np
 import pytest
+import test_features
 import torch
 import torch.distributed as dist
+from commands import evenstep
 from jobs import train_in_process
 from processes import ProcessesFailed
 from safetensors.torch import load_file
@@ -32,7 +36,7 @@ from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.sharding import deferred_init
-from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
+from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace, Scratch
 from service.sharding.deferred_init import NotDeferred, made_deferred
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
@@ -171,7 +175,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "max_grad_norm": None,
     },
     "parameters kept until the backward pass": {
-        "exchange": {"mode": "sharded", "reshard_after_forward": False}
+        "exchange": {"mode": "sharded", "reshard_after_forward": False, "return_memory": False}
     },
     "gradients summed after each micro-batch": {
         "exchange": {"mode": "sharded", "sync_each_micro_batch": True}
@@ -555,6 +559,32 @@ def test_test_sets_sampling_hooks_and_best_checkpoints_are_as_without(processes,
             assert all(abs(a - b) < 1e-9 for a, b in pairs)
 
 
+def test_a_stream_is_read_as_by_one_process(processes, tmp_path):
+    spec = features.FEATURES["a stream, read whole"] | {"length": {"steps": STEPS}}
+    processes(1).run(train_in_process, spec, tmp_path / "alone")
+    for stop in (5, None):
+        three = spec | {"exchange": {"mode": "sharded"}}
+        processes(3).run(train_in_process, three, tmp_path / "three", stop)
+    assert max(test_features.difference(tmp_path / "alone", tmp_path / "three")) < 1e-9
+
+
+def test_it_is_traced_and_its_predictions_are_written(tmp_path):
+    words = ("digits", "length.epochs=1", "tracking.wandb=", "exchange.mode=sharded")
+    done = evenstep("run", *words, "--processes", 2, "--profile", "5:2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        trace = json.loads((tmp_path / f"runs/digits/profile/rank-{rank}.json").read_text())
+        names = [event["name"] for event in trace["traceEvents"]]
+        assert {"step 5", "step 6"} <= {*names}
+        assert any(name.startswith("FSDP::all_gather") for name in names)
+    for count in (1, 3):
+        out = f"{count}.npy"
+        done = evenstep("test", "digits", "--processes", count, "--predictions", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, three = (np.load(tmp_path / f"{count}.npy") for count in (1, 3))
+    assert (one == three).all()
+
+
 # ---- what cannot be sharded
 
 
@@ -610,11 +640,15 @@ def test_a_parameter_that_cannot_be_sharded_is_refused_by_name():
     assert "blocks.1.factor has no dimension. Give it the shape [1]." in units_and_words(net)[1]
 
 
-def sent_by_hand(world: World, numbers: int) -> tuple[list[float], list[float], int, int]:
-    """(what is gathered, the sums of own numbers, and bytes that are kept of what was sent)."""
+def sent_by_hand(
+    world: World, numbers: int, scratch_bytes: int
+) -> tuple[list[float], list[float], int, int, bool]:
+    """(what is gathered, the sums of own numbers, bytes that are kept of what was sent twice, and
+    whether the second one used the same memory)."""
     group = dist.group.WORLD
     first = world.index * numbers
-    gather, scatter = GatherInPlace(), ReduceScatterInPlace()
+    scratch, rows = Scratch(scratch_bytes), Scratch(scratch_bytes // 3)
+    gather, scatter = GatherInPlace(scratch), ReduceScatterInPlace(scratch, rows)
 
     def space(comm: Any, size: int) -> Tensor:
         return comm.allocate((size,), dtype=torch.float32, device=world.device)
@@ -623,19 +657,27 @@ def sent_by_hand(world: World, numbers: int) -> tuple[list[float], list[float], 
     every = space(gather, numbers * world.processes)
     own = every[first : first + numbers].copy_(torch.arange(first, first + numbers))
     gather(every, own, group)
+    numbers_of_all = every.tolist()
     given, sums = space(scatter, len(every)), space(scatter, numbers)
-    given.copy_(every * (world.index + 1))
+    given.copy_(torch.tensor(numbers_of_all) * (world.index + 1))
     scatter(sums, given, group, dist.ReduceOp.SUM)
     kept = before.untyped_storage().nbytes(), given.untyped_storage().nbytes()
-    return every.tolist(), sums.tolist(), *kept
+    return numbers_of_all, sums.tolist(), *kept, given.data_ptr() == every.data_ptr()
 
 
 @pytest.mark.parametrize("numbers", [0, 5])
-def test_units_travel_in_place_and_leave_nothing_behind(processes, numbers):
-    for index, found in enumerate(processes(3).run(sent_by_hand, numbers)):
+@pytest.mark.parametrize("fits", [True, False])
+def test_units_travel_in_place_in_memory_that_is_used_again_or_freed(processes, numbers, fits):
+    scratch_bytes = 60 if fits else 0
+    for index, found in enumerate(processes(3).run(sent_by_hand, numbers, scratch_bytes)):
+        *values, before, after, is_same = found
         every = [float(number) for number in range(3 * numbers)]
         own = every[index * numbers : (index + 1) * numbers]
-        assert found == (every, [6 * number for number in own], 0, 0)
+        assert values == [every, [6 * number for number in own]]
+        if fits:
+            assert is_same
+        elif numbers:
+            assert (before, after) == (0, 0)
 
 
 class Borrowing(Net):

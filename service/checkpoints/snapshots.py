@@ -115,7 +115,7 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             aliases[name] = first[place]
         else:
             first[place] = name
-            weights[name] = tensor.detach()
+            weights[name] = tensor.detach() if tensor.requires_grad else tensor
     return weights, aliases
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,7 +31,7 @@ from service.distributed.gradient_sync import GradientSync, Seed
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
-from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
+from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace, Scratch
 from service.sharding.deferred_init import Deferring
 from service.spec.models import ExchangeSpec
 
@@ -187,6 +187,7 @@ def shard(
     for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
         world.watch_over(group)
     root = root or model
+    kept_bytes = 0 if spec.return_memory else _most_exchanged(units.values(), sizes[-1])
     for unit in [*units.values(), root]:
         _make(unit, deferred if filled and world.is_lead else None)
         if filled:
@@ -202,16 +203,27 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if world.device.type == "cpu":
-        _exchange_on_cpus(_sharded_modules(root))
-    for name, unit in {ROOT: root, **units}.items():
-        _name_its_collective(name, unit, world.trace)
+        _exchange_on_cpus(_sharded_modules(root), kept_bytes, sizes[-1])
+    _hook_into_passes(root, units, world.trace)
     if root is not model:
         _InnerBackward(root, units)
+
+
+def _most_exchanged(units: Iterable[nn.Module], processes: int) -> int:
+    """Bytes of the largest unit in an exchange: each process sends as many rows as the first."""
+    sizes = [sum(held_bytes(p, processes) for p in unit.parameters()) for unit in units]
+    return processes * max(sizes, default=0)
+
+
+def _hook_into_passes(root: nn.Module, units: Mapping[str, nn.Module], trace: Trace) -> None:
+    for name, unit in {ROOT: root, **units}.items():
+        _name_its_collective(name, unit, trace)
     root.register_forward_hook(_let_go_after_a_test)
 
 
-def _exchange_on_cpus(modules: Sequence[Any]) -> None:
-    gather, scatter = GatherInPlace(), ReduceScatterInPlace()
+def _exchange_on_cpus(modules: Sequence[Any], kept_bytes: int, processes: int) -> None:
+    scratch, rows = Scratch(kept_bytes), Scratch(kept_bytes // processes)
+    gather, scatter = GatherInPlace(scratch), ReduceScatterInPlace(scratch, rows)
     for module in modules:
         module.set_custom_all_gather(gather)
         module.set_custom_reduce_scatter(scatter)
@@ -375,7 +387,8 @@ def own_rows(tensor: Tensor) -> Tensor:
     """The rows of a sharded tensor on this process, not a copy; any other tensor completely."""
     if not is_sharded(tensor):
         return tensor
-    rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():  # on the whole tensor, detach() takes longer
+        rows: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
     return rows
 
 

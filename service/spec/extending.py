@@ -39,6 +39,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "model.activation_checkpointing": "recomputed values have the same bits",
     "exchange.mode": "which process has which rows of a parameter does not matter",
     "exchange.reshard_after_forward": "it decides when parameters are sent, not their values",
+    "exchange.return_memory": "it decides when memory is freed",
     "exchange.sync_each_micro_batch": "it only changes the order of a sum, as more processes do",
     "exchange.units": "which process has which rows of a parameter does not matter",
     "loader.workers": "rows are keyed by seed, epoch and row, not by the process that reads them",

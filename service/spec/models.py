@@ -227,6 +227,9 @@ class ExchangeSpec(Part):
     """With `sharded`: sum gradients over the processes after every micro-batch, not only with the
     last of a step. A process with several micro-batches then never has the gradients of the whole
     model in memory, but gradients are sent with each of them."""
+    return_memory: bool = True
+    """With `sharded` on CPUs: return the memory of a unit to the system as soon as it is released.
+    `false` makes a step faster, and needs more memory."""
 
     @property
     def shards(self) -> bool:
@@ -537,7 +540,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if self.exchange.mode == "ddp":
-            for key in ("units", "reshard_after_forward", "sync_each_micro_batch"):
+            for key in ("units", "reshard_after_forward", "sync_each_micro_batch", "return_memory"):
                 if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
                     raise wrong(f"exchange.{key} needs exchange.mode: sharded or hybrid")
             return self

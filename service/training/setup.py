@@ -132,7 +132,8 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     made_whole: str | None = None
     deferred: Deferring | None = None
     if sharded:
-        give_large_blocks_back()
+        if spec.exchange.return_memory:
+            give_large_blocks_back()
         module, deferred, made_whole = unit_by_unit(spec, task)
     else:
         module = drawn_model(spec, task)
