@@ -1,9 +1,13 @@
 """Optimizer values of another shape or type in a checkpoint are refused before a kernel runs."""
 
 import pytest
+import test_several_models
+import test_sharding
 import torch
 from jobs import spec_of, train_in_process
+from processes import ProcessesFailed
 from safetensors.torch import load_file, save_file
+from test_checkpoints import reseal
 from torch import nn
 
 from service.basics.errors import SpecError
@@ -49,3 +53,43 @@ def _state(job):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
     plan = make_plan(load_spec(job), processes=1, train_rows=103, test_rows=517)
     return TrainState(model, optimizer, make_schedule(optimizer, plan))
+
+
+class OwnAdam(torch.optim.Adam):
+    """A class of the user's that has torch's fused kernel."""
+
+    def __init__(self, params, lr, fused=True):
+        super().__init__(params, lr=lr, fused=fused)
+
+
+ADAM = {"name": "adam", "lr": 0.01}
+TRAINED = {
+    "several optimizers": (1, test_several_models.job("gan")),
+    "a companion": (
+        1,
+        spec_of(
+            "cut_of_digits",
+            task_args={"double": True},
+            optimizer={"name": "muon", "lr": 0.01, "companion": ADAM},
+        ),
+    ),
+    "a class of the user's": (
+        1,
+        spec_of("plain_rows", optimizer=ADAM | {"name": f"{__name__}:OwnAdam"}),
+    ),
+    "sharded": (2, test_sharding.job("sharded", optimizer=ADAM)),
+}
+
+
+@pytest.mark.parametrize("way", TRAINED)
+def test_it_is_refused_whoever_steps_the_parameter(processes, tmp_path, way):
+    count, job = TRAINED[way]
+    processes(count).run(train_in_process, job, tmp_path, 3)
+    [directory] = (tmp_path / "job/checkpoints").glob("step-*")
+    held = load_file(directory / "optimizer.safetensors")
+    key = max((k for k in held if k.startswith("exp_avg:")), key=lambda k: held[k].numel())
+    forged = torch.zeros(1, dtype=held[key].dtype)
+    save_file(held | {key: forged}, directory / "optimizer.safetensors")
+    reseal(directory)
+    with pytest.raises(ProcessesFailed, match=r"SpecError.* does not match the optimizer: exp_avg"):
+        processes(count).run(train_in_process, job, tmp_path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
 from service.checkpoints.packing import DTYPES, is_wrapped, kept, pack, rewrapped, unpacked
-from service.optimization.optimizers import require_one_state, step_of
+from service.optimization.optimizers import require_one_state, step_of, stepped_by
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
 from service.sharding.sharding import (
@@ -471,6 +471,8 @@ def _load_groups(
 
 # State of torch.optim with its own shapes, which its operations check.
 _OF_OTHER_SHAPES = {"row_var", "col_var"}
+# State that torch's fused kernels read.
+_OF_KERNELS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "step"}
 
 
 def _require_like_parameters(
@@ -487,13 +489,11 @@ def _require_like_parameters(
     Raises:
         SpecError: names the wrong state.
     """
-    whose = type(optimizer).__module__.partition(".")[0]
-    if whose != "torch" or isinstance(optimizer, torch.optim.LBFGS):
-        return
+    steps = stepped_by(optimizer)
     for name, entries in values.items():
         parameter = parameters[name]
         for key, value in entries.items():
-            if not isinstance(value, Tensor) or key in _OF_OTHER_SHAPES:
+            if not isinstance(value, Tensor) or not _is_checked(key, steps.get(id(parameter))):
                 continue
             number = value.dim() == 0 and value.dtype in (torch.float32, torch.float64)
             if number and (parameter.dim() == 0 or key in _NUMBERS):
@@ -506,6 +506,17 @@ def _require_like_parameters(
                 f"The checkpoint {directory} does not match the optimizer: {key} of {name} is "
                 f"{_kind(value)} instead of {wanted}. Use a checkpoint of this model and optimizer."
             )
+
+
+def _is_checked(key: str, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether this state of an optimizer has the shape of the parameter, or is one number."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return False
+    if type(optimizer).__module__.partition(".")[0] == "torch":
+        return key not in _OF_OTHER_SHAPES
+    # A class of the user's that extends one of torch's may have more state beside it.
+    fused = optimizer is not None and any(group.get("fused") for group in optimizer.param_groups)
+    return fused and key in _OF_KERNELS
 
 
 _NUMBERS = {"step", "eta", "mu", "mu_product"}

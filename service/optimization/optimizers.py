@@ -629,6 +629,12 @@ def _members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     return [inner for member in optimizer.members for inner in _members(member)]
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> dict[int, torch.optim.Optimizer]:
+    """The optimizer that steps each parameter, by the `id` of the parameter."""
+    members = _members(optimizer)
+    return {id(p): m for m in members for group in m.param_groups for p in group["params"]}
+
+
 _REFUSES_WITHOUT: WeakSet[type[torch.optim.Optimizer]] = WeakSet()
 """Classes whose step raises without a closure, although its signature does not require one."""
 
