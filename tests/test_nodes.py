@@ -390,6 +390,25 @@ def test_another_listener_is_not_mistaken_for_node_0(meeting: Meeting) -> None:
     assert isinstance(ends[1], PeerLost)
 
 
+def test_a_listener_that_speaks_too_slowly_does_not_hold_up_a_node(meeting: Meeting) -> None:
+    """It sends a byte of its challenge now and then, for ever."""
+    ended = threading.Event()
+
+    def speak(door: socket.socket) -> None:
+        with door.accept()[0] as connection, suppress(OSError):
+            while not ended.wait(0.2):
+                connection.send(b"x")
+
+    with socket.create_server(("127.0.0.1", meeting.port)) as door:
+        speaking = threading.Thread(target=speak, args=(door,), daemon=True)
+        speaking.start()
+        meeting.join(replace(OWN, nodes=2, index=1), seconds=1)
+        ends = meeting.end()  # within 30 s; all of it would take 800
+        ended.set()
+        speaking.join(30)
+    assert isinstance(ends[1], PeerLost)
+
+
 def connected(port: int) -> socket.socket:
     """A connection to node 0, once it listens."""
     while True:

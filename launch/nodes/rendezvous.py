@@ -467,8 +467,7 @@ def join(
             reason = _unreachable(address, port, error)
             time.sleep(_POLL_SECONDS)
             continue
-        connection.settimeout(max(0.1, min(_INTRODUCTION_SECONDS, waiting.left)))
-        friend = _introduce(own, secret, connection, address)
+        friend = _introduce(own, secret, connection, address, waiting.left)
         if friend is not None:
             answer = _heard(friend, waiting)
             if answer and "refused" in answer:
@@ -486,13 +485,18 @@ def join(
 
 
 def _introduce(
-    own: JoinRequest, secret: bytes, connection: socket.socket, address: str
+    own: JoinRequest, secret: bytes, connection: socket.socket, address: str, seconds: float
 ) -> Peer | None:
-    """Answer node 0's challenge; None if the listener is not node 0."""
+    """Answer node 0's challenge; None if the listener is not node 0, or too slow."""
     lines = Lines()
     first: list[bytes] = []
+    # For all of it: a listener that sends a byte now and then must not hold up this node.
+    limit = TimeLimit(min(_INTRODUCTION_SECONDS, seconds))
     try:
         while not first:
+            if not limit.left:
+                raise Foreign("it is too slow")
+            connection.settimeout(max(0.1, limit.left))
             piece = connection.recv(LINE_BYTES)
             if not piece:
                 raise Foreign("it closed")
