@@ -19,7 +19,13 @@ from kubernetes_server import recorded
 from pod_security import violations
 
 from launch.engines.kubernetes.kustomize import kustomization
-from launch.engines.kubernetes.manifests import code_beside, new_secret, render, to_yaml
+from launch.engines.kubernetes.manifests import (
+    code_beside,
+    new_secret,
+    render,
+    to_yaml,
+    with_words,
+)
 from launch.engines.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
 from service.basics.errors import SpecError
 from service.spec.files import load_spec
@@ -211,6 +217,41 @@ def test_jobset_and_trainer_know_every_field(way: str) -> None:
                 assert kinds[made["kind"]].from_dict(made).to_dict() == made
                 seen.add(made["kind"])
     assert seen == kinds.keys()
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a value or an argument of a container.
+
+    Source: k8s.io/kubernetes, third_party/forked/golang/expansion/expand.go
+    """
+    made, at = "", 0
+    while at < len(text):
+        if text[at] != "$" or at + 1 == len(text):
+            made, at = made + text[at], at + 1
+        elif text[at + 1] == "$":
+            made, at = made + "$", at + 2
+        elif text[at + 1] == "(" and ")" in text[at + 2 :]:
+            end = text.index(")", at + 2)
+            name = text[at + 2 : end]
+            made, at = made + variables.get(name, f"$({name})"), end + 1
+        else:
+            made, at = made + text[at : at + 2], at + 2
+    return made
+
+
+def test_kubernetes_leaves_values_and_arguments_as_they_are() -> None:
+    texts = ["$(HOME)", "a$$b", "$$(HOME)", "$$$(HOME)$", "cost $5", "$(", "$(date)$$", "$(A)(B)"]
+    env = {f"V{number}": text for number, text in enumerate(texts)}
+    objects = with_words(render(job(env=env)), ["--accept", *texts])
+    (container,) = pod_of(objects)["containers"]
+    known: dict[str, str] = {}
+    for each in container["env"]:
+        known[each["name"]] = expanded(each.get("value", ""), known)
+    assert {name: known[name] for name in env} == env
+    assert [expanded(word, known) for word in container["command"]][-len(texts) :] == texts
+    assert expanded("$(HOME)", known) == "/tmp", "as they would be"
+    with pytest.raises(SpecError, match="must not contain a NUL character, but WORD does"):
+        job(env={"WORD": "a\0b"})
 
 
 def test_every_option_arrives() -> None:

@@ -267,7 +267,7 @@ class KubernetesSpec(Part):
     loosened_security: LoosenedSecuritySpec = Field(default=LoosenedSecuritySpec())
     """Exceptions to Pod Security `restricted`. Default: none."""
     env: dict[Variable, str] = Field(default={})
-    """Additional environment variables."""
+    """Additional environment variables. Values are literal: `$(NAME)` stays as it is."""
     env_from: dict[Variable, VariableSpec] = Field(default={})
     """Environment variables by name, each with the key of a Secret or ConfigMap."""
     mounts: tuple[MountSpec, ...] = Field(default=(), strict=False)
@@ -321,6 +321,14 @@ class KubernetesSpec(Part):
                 raise wrong(f"must be address blocks, but {error}") from error
             raise wrong(f"must be address blocks, such as {block}/32, but has {block!r}")
         return egress
+
+    @field_validator("env")
+    @classmethod
+    def _without_nul(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            if "\0" in value:
+                raise wrong(f"must not contain a NUL character, but {name} does")
+        return env
 
     @field_validator("labels")
     @classmethod

@@ -20,6 +20,7 @@ from launch.engines.kubernetes.pod.pods import (
     Manifest,
     claim_name,
     labels,
+    literal,
     meeting_secret_name,
     own_pods,
 )
@@ -98,7 +99,7 @@ def render(
 def with_words(value: Any, more: Sequence[str]) -> Any:
     """An object, or a part of one, with additional arguments for every `evenstep run` in it."""
     if isinstance(value, list):
-        words = [*value, *more] if value[:2] == ["evenstep", "run"] else value
+        words = [*value, *map(literal, more)] if value[:2] == ["evenstep", "run"] else value
         return [with_words(each, more) for each in words]
     if isinstance(value, dict):
         return {key: with_words(inner, more) for key, inner in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -105,6 +106,15 @@ def _identity(cluster: KubernetesSpec) -> Manifest:
         **({"supplementalGroups": groups} if groups else {}),
         "seccompProfile": {"type": "RuntimeDefault"},
     }
+
+
+def literal(text: str) -> str:
+    """A value or an argument of a container that Kubernetes leaves as `text`.
+
+    It replaces `$(NAME)` by the value of a variable, and `$$` by `$`.
+    Source: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/
+    """
+    return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Manifest]:
@@ -216,7 +226,8 @@ def _environment(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
         variables["EVENSTEP_DEVICE"] = "cpu"
     variables |= fabric_variables(cluster)
     variables |= {s.variable: s.file for s in STORAGE_KEYS if getattr(cluster, s.field)}
-    variables |= cluster.env  # the user's variables take precedence
+    # The user's variables take precedence.
+    variables |= {name: literal(text) for name, text in cluster.env.items()}
     values: dict[str, Manifest] = {name: {"value": text} for name, text in variables.items()}
     values = monitoring_variables(spec) | values
     values |= {name: {"valueFrom": _key_of(v)} for name, v in cluster.env_from.items()}
