@@ -56,9 +56,10 @@ def test_the_value_of_a_name_like_password_is_secret(name):
     assert redacted("it was correct horse", {name: "correct horse"}) == "it was ***"
 
 
-@pytest.mark.parametrize(
-    "name", ["PWD", "OLDPWD", "GIT_AUTHOR_NAME", "PATH", "SSH_AUTH_SOCK", "XAUTHORITY", "COMPASS"]
-)
+HARMLESS = ["PWD", "OLDPWD", "GIT_AUTHOR_NAME", "PATH", "SSH_AUTH_SOCK", "XAUTHORITY", "COMPASS"]
+
+
+@pytest.mark.parametrize("name", [*HARMLESS, "TOKENIZERS_PARALLELISM"])
 def test_the_value_of_a_harmless_name_is_not_secret(name):
     assert redacted("it was correct horse", {name: "correct horse"}) == "it was correct horse"
 

@@ -261,6 +261,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "spec: {containers: [{name: a, env: [{name: HF_TOKEN, value: a1b2c3d4e5f6a7b8}]}]}",
         ".spec.containers[0].env[0].value contains a secret",
     ),
+    "a secret as an argument": (
+        "spec: {initContainers: [{name: a, image: b, args: [--api-key=a1b2c3d4e5]}]}",
+        ".spec.initContainers[0].args[0] contains a secret",
+    ),
     "a mount of no volume": (
         "spec: {containers: [{name: trainer, volumeMounts: [{name: q, mountPath: /q}]}]}",
         ": /q mounts the volume q, which is not in spec.volumes (meeting, runs, scratch, shared-m",

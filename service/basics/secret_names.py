@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _SECRET = re.compile(
-    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_(PASS|PWD|PAT)$|AUTH(?!OR(?!I))",
-    re.IGNORECASE,  # but not GIT_AUTHOR_NAME
+    r"KEY|TOKEN(?!IZE)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_(PASS|PWD|PAT)$|AUTH(?!OR(?!I))",
+    re.IGNORECASE,  # but not GIT_AUTHOR_NAME and TOKENIZER
 )
 # The path of a secret is not a secret, and a spec may contain it.
 _NAMES_A_PLACE = re.compile(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
@@ -251,7 +252,13 @@ class OpenRun:
         if not known or not task_files or not isinstance(known[-1], dict):
             return []
         before = known[-1]
-        names = sorted({*before, *task_files})
+        # A name without .py is that of a module elsewhere. In a notebook some may be loaded that
+        # the task does not use, so that they come and go: only a change counts.
+        names = [
+            name
+            for name in sorted({*before, *task_files})
+            if name.endswith(".py") or (name in before and name in task_files)
+        ]
         return [name for name in names if before.get(name) != task_files.get(name)]
 
     def end_attempt(
@@ -563,8 +570,17 @@ def require_no_secret(spec: Spec) -> None:
             )
 
 
+_ARGUMENT = re.compile(r"-{0,2}([\w-]+)=\S{8,}")
+
+
 def _named_values(value: Any) -> dict[str, str]:
-    """The variables in a pod template: each `{name: ..., value: ...}`, at any depth."""
+    """The variables in a pod template: each `{name: ..., value: ...}`, at any depth.
+
+    And the arguments of commands, such as `--api-key=...`: each as a whole, by its name.
+    """
+    if isinstance(value, str):
+        argument = _ARGUMENT.fullmatch(value)
+        return {argument[1].replace("-", "_"): value} if argument else {}
     if isinstance(value, list):
         return {k: v for each in value for k, v in _named_values(each).items()}
     if not isinstance(value, dict):
