@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.environment import Node
+from service.basics.atomic_files import without_link
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
 from service.spec.models import Spec
@@ -139,8 +140,11 @@ def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int
     variables = os.environ if variables is None else variables
     folder, task = variables.get("EVENSTEP_EXIT_CODES"), variables.get("SLURM_PROCID", "")
     if folder and task.isdecimal():
-        with suppress(OSError):  # the script then uses srun's exit code
-            Path(folder, task).write_text(f"{code}\n")
+        with (
+            suppress(OSError),  # the script then uses srun's exit code
+            open(Path(folder, task), "w", opener=without_link) as file,
+        ):
+            file.write(f"{code}\n")
     return code
 
 

@@ -283,7 +283,9 @@ def test_a_change_that_was_entered_and_never_written_is_forgotten(place, tmp_pat
 def submitted_to_slurm(text, place):
     """(spec file, words) of the script's `evenstep run`, but for its directory of runs."""
     spec = place / "slurm.yaml"
-    spec.write_text(re.search(r"<<'END_OF_SPEC'\n(.*?)\nEND_OF_SPEC\n", text, re.DOTALL)[1])
+    spec.write_text(
+        re.search(r"<<'END_OF_SPEC' \|\| exit\n(.*?)\nEND_OF_SPEC\n", text, re.DOTALL)[1]
+    )
     line = next(line for line in text.splitlines() if "--name " in line and line.endswith(" &"))
     words = shlex.split(line.removesuffix(" &").replace('"$name"', "digits"))
     return spec, words

@@ -102,7 +102,9 @@ def test_every_line_has_its_reason() -> None:
     patterns = {row: row.replace("[", "[[]") for row in rows}
     used = set()
     for text in scripts():
-        text = re.sub(r"(<<'END_OF_SPEC'\n).*?\n(END_OF_SPEC\n)", r"\1\2", text, flags=re.DOTALL)
+        text = re.sub(
+            r"(<<'END_OF_SPEC' \|\| exit\n).*?\n(END_OF_SPEC\n)", r"\1\2", text, flags=re.DOTALL
+        )
         for line in text.splitlines():
             words = re.sub(r"\s# .*", "", line).strip()
             if not words or (words.startswith("#") and not words.startswith(("#SBATCH", "#!"))):
@@ -154,7 +156,7 @@ def test_a_container_sees_the_runs_and_what_is_mounted() -> None:
 
 def test_the_nodes_read_the_very_spec_that_was_rendered() -> None:
     text = script(**EVERY_OPTION)
-    found = re.search(r"<<'END_OF_SPEC'\n(.*)\nEND_OF_SPEC\n", text, re.DOTALL)
+    found = re.search(r"<<'END_OF_SPEC' \|\| exit\n(.*)\nEND_OF_SPEC\n", text, re.DOTALL)
     assert found is not None
     assert load_spec(yaml.safe_load(found[1])) == job(**EVERY_OPTION)
 
@@ -205,6 +207,22 @@ REFUSED = {
         {"slurm.env": "{STORE: 'https://me:word@example.com/data'}"},
         "slurm: prolog or env contains an apparent secret",
     ),
+    "a key in the arguments of the task": (
+        {"task_args": f"{{token: ghp_{'a' * 36}}}"},
+        "task_args.token contains a secret",
+    ),
+    "a NUL in an image": (
+        {"slurm.container": '{image: "/shared/e\\0.sqsh"}'},
+        "slurm.container.image: must be a file or a name of an image",
+    ),
+    "a control character in an option": (
+        {"slurm.options": '["--mail-user=a\\e[2J"]'},
+        "must be an option of sbatch with two dashes",
+    ),
+    "a mount that is two": (
+        {"slurm.container": '{image: /e, mounts: [{source: "/data,/etc", path: /d}]}'},
+        "must be an absolute path without spaces, commas and :",
+    ),
     "a name with a space": ({"slurm.partition": "'my gpus'"}, "must be a name in Slurm"),
 }
 
@@ -213,8 +231,14 @@ REFUSED = {
 def test_what_no_cluster_could_run_is_refused(case: str) -> None:
     changed, message = REFUSED[case]
     overrides = [f"{key}={value}" for key, value in changed.items()]
+    given = JOB | {"slurm": {}} if "task_args" in changed else JOB
     with pytest.raises(SpecError, match=re.escape(message)):
-        render(Script(load_spec(JOB, overrides=overrides), RUNS, 120.0))
+        render(Script(load_spec(given, overrides=overrides), RUNS, 120.0))
+
+
+def test_a_key_among_the_values_of_a_sweep_is_refused() -> None:
+    with pytest.raises(SpecError, match="--sweep: a value is an apparent secret"):
+        script(sweep=settings_of([f"task_args.token=ghp_{'a' * 36},none"]))
 
 
 def test_no_secret_of_the_environment_stands_in_the_script(tmp_path: Path) -> None:
@@ -226,12 +250,16 @@ def test_no_secret_of_the_environment_stands_in_the_script(tmp_path: Path) -> No
 
 
 def test_a_directory_that_sbatch_would_misread_is_refused(tmp_path: Path) -> None:
-    for name in ("my runs", "100%", "runs\ntouch"):
+    for name in ("my runs", "100%", "runs\ntouch", "it's", 'a"b', "a#b", "a\\b"):
         words = ("slurm", "render", "digits", "slurm={nodes: 1}", "--runs", name)
         done = evenstep(*words, cwd=tmp_path)
         assert done.returncode == 64
-        assert "contains a space, a control character or a %" in done.stderr
+        assert "contains a space, a control character, a quote, or one of % #" in done.stderr
         assert done.stderr.count("\n") == 1
+    contained = job(container={"image": "/e"})
+    for name in ("a,b", "a:b"):
+        with pytest.raises(SpecError, match="a comma or a colon, which separate the mounts"):
+            render(Script(contained, Path("/shared") / name, 120.0))
 
 
 def test_a_sweep_is_an_array_with_a_run_for_each_combination() -> None:

@@ -13,7 +13,7 @@ from launch.commands.overrides import overrides_and_files, with_files
 from launch.engines.contract import Engine
 from launch.engines.kubernetes.engine import Kubernetes
 from launch.engines.slurm.engine import Slurm
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, printable
 from service.plan.changing import Accepted
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
@@ -124,7 +124,7 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
 
     def status(name: str, **options: Any) -> None:
         for line in engine.status(_run_name(name), complain=complain, **options):
-            click.echo(line)
+            click.echo(printable(line))
 
     def logs(name: str, **options: Any) -> None:
         for line in engine.logs(_run_name(name), complain=complain, **options):

@@ -45,9 +45,13 @@ TEST_MEASURE = r"^test/\S+$"
 QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
-ABSOLUTE_PATH = r"^/[^\s:]+$"
-ADDRESS = r"^[a-z][a-z0-9+.-]*://[^\s]+$"
-RELATIVE_PATH = r"^\.?[^/\s:.][^/\s:]*(/\.?[^/\s:.][^/\s:]*)*$"
+# Neither spaces nor control characters, of which NUL would cut off a text.
+ABSOLUTE_PATH = r"^/[^\s\x00-\x1f\x7f:]+$"
+RELATIVE_PATH = (
+    r"^\.?[^/\s\x00-\x1f\x7f:.][^/\s\x00-\x1f\x7f:]*"
+    r"(/\.?[^/\s\x00-\x1f\x7f:.][^/\s\x00-\x1f\x7f:]*)*$"
+)
+ADDRESS = r"^[a-z][a-z0-9+.-]*://[^\s\x00-\x1f\x7f]+$"
 DATA_KEY = r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]{0,251}$"
 IMAGE = r"^[a-z0-9][a-z0-9.-]*(:\d+)?(/[a-z0-9._-]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
 DEVICE = r"^(cpu|[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
@@ -61,8 +65,9 @@ SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,@-]*$"
 SLURM_CONSTRAINT = r"^[A-Za-z0-9_.:*&|()\[\]-]+$"
 SLURM_TIME = r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$"
 SLURM_MEMORY = r"^\d+[KMGT]?$"
-SLURM_IMAGE = r"^[A-Za-z0-9/.][^\s,:]*(:[^\s,]+)?$"
-SBATCH_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\]+)?$"
+SLURM_IMAGE = r"^[A-Za-z0-9/.][^\s\x00-\x1f\x7f,:]*(:[^\s\x00-\x1f\x7f,]+)?$"
+SLURM_PATH = r"^/[^\s\x00-\x1f\x7f:,]+$"
+SBATCH_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\x00-\x1f\x7f\"'#\\]+)?$"
 WORD_OF_A_SHELL = r"^[A-Za-z0-9_./+-]+$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "letters and digits, and after the first one . _ - too",
@@ -88,6 +93,7 @@ PATTERNS_IN_WORDS = {
     SLURM_TIME: "a time as HH:MM:SS or D-HH:MM:SS",
     SLURM_MEMORY: "a size in Slurm's format, such as 500M or 64G",
     SLURM_IMAGE: "a file or a name of an image, without spaces and commas",
+    SLURM_PATH: "an absolute path without spaces, commas and :",
     SBATCH_OPTION: "an option of sbatch with two dashes and no spaces, such as --exclusive",
     WORD_OF_A_SHELL: "a command or its path, of letters, digits and _ . / + -",
 }

@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from service.spec.part import (
-    ABSOLUTE_PATH,
     SBATCH_OPTION,
     SLURM_CONSTRAINT,
     SLURM_IMAGE,
     SLURM_MEMORY,
     SLURM_NAME,
+    SLURM_PATH,
     SLURM_TIME,
     VARIABLE,
     WORD_OF_A_SHELL,
@@ -50,9 +50,9 @@ OWN_OPTIONS = {
 class SlurmMountSpec(Part):
     """A directory or file of the nodes that is mounted in the container."""
 
-    source: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/shared/data"])]
+    source: Annotated[str, Field(pattern=SLURM_PATH, examples=["/shared/data"])]
     """The path on the nodes."""
-    path: Annotated[str, Field(pattern=ABSOLUTE_PATH, examples=["/data"])]
+    path: Annotated[str, Field(pattern=SLURM_PATH, examples=["/data"])]
     """The path in the container."""
     read_only: bool = True
     """Whether it is read-only."""

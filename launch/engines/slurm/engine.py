@@ -21,7 +21,13 @@ from launch.engines.slurm.queue import (
 from launch.engines.slurm.script import Script, place_of, render
 from launch.engines.slurm.states import state_in_words
 from launch.processes.echo import spoken
-from service.basics.atomic_files import make_directory, replace_file, told_when_unwritten
+from service.basics.atomic_files import (
+    make_directory,
+    plain,
+    replace_file,
+    told_when_unread,
+    told_when_unwritten,
+)
 from service.basics.errors import SpecError
 from service.health.stop_budget import budget_seconds
 from service.runs.directory import RunDirectory
@@ -29,6 +35,7 @@ from service.spec.models import Spec
 
 _POLL_SECONDS = 2.0
 _LAST_LINES = 200
+_MOST_BYTES = 4 << 20
 _LABELLED = re.compile(r"(\d+): (.*)")
 
 
@@ -130,7 +137,7 @@ class Slurm:
             yield f"{name}: {f'job {last}' if last else 'it'} {told}"
         yield from _failures(place, last)
         log = _log(place, last)
-        progress = progress_in(_end_of(log)) if log.is_file() else None
+        progress = progress_in(_end_of(log))
         yield from [f"  {progress}"] if progress else []
         yield f"  log: {log}"
         for run in sorted(runs.absolute().glob(f"{name}-*/run.json")) if "%a" in log.name else []:
@@ -190,21 +197,30 @@ def _known(runs: Path, name: str) -> Path:
 
 
 def _last_job(place: Path) -> str:
-    file = place / "job"
-    return file.read_text().strip() if file.is_file() else ""
+    """The number of the latest job; empty if it is not known."""
+    number = _text_of(place / "job").strip()
+    return number if re.fullmatch(r"\d{1,12}", number, re.ASCII) else ""
 
 
 def _log(place: Path, number: str) -> Path:
-    script = place / "job.sh"
-    is_array = script.is_file() and "\n#SBATCH --array=" in script.read_text()
+    is_array = "\n#SBATCH --array=" in _text_of(place / "job.sh")
     return place / (f"log-{number}_%a" if is_array else f"log-{number}")
+
+
+def _text_of(file: Path) -> str:
+    """The text of a small file of a job; empty if it is none, such as a pipe or a link."""
+    try:
+        with open(file, "rb", opener=plain) as opened:
+            return opened.read(_MOST_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _failures(place: Path, number: str) -> Iterator[str]:
     """The attempts that crashed by themselves."""
-    file = place / f"failures-{number}"
-    if file.is_file():
-        codes = [code_in_words(int(code)) for code in file.read_text().split()]
+    told = re.findall(r"^\d{1,3}$", _text_of(place / f"failures-{number}"), re.M | re.A)
+    if told:
+        codes = [code_in_words(int(code)) for code in told]
         times = "once" if len(codes) == 1 else f"{len(codes)} times"
         yield f"  failed {times}, the last with {codes[-1]}"
 
@@ -214,15 +230,19 @@ def _number_of(file: Path) -> list[int]:
 
 
 def _end_of(file: Path) -> list[str]:
-    with file.open("rb") as opened:
-        opened.seek(max(0, opened.seek(0, 2) - _LAST_LINES * 200))
-        return opened.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+    """The last lines of a log; none if there is no log."""
+    try:
+        with open(file, "rb", opener=plain) as opened:
+            opened.seek(max(0, opened.seek(0, 2) - _LAST_LINES * 200))
+            return opened.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+    except OSError:
+        return []
 
 
 def _lines_of(file: Path, followed: Path | None) -> Iterator[str]:
     """The lines of a log; with `followed`, also new ones until no job of the run is left."""
     begun = b""
-    with file.open("rb") as opened:
+    with told_when_unread(file), open(file, "rb", opener=plain) as opened:
         while True:
             over = followed is None or not jobs_of(followed)
             *lines, begun = (begun + opened.read()).split(b"\n")

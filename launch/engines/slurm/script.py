@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launch.engines.settings import Settings
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain, printable
+from service.runs.directory import require_no_secret
 from service.runs.failure_reports import is_secret
 from service.spec.files import dump_values
 from service.spec.models import Spec
@@ -103,11 +104,28 @@ def _check(script: Script, asked: SlurmSpec) -> None:
             "sbatch passes on the environment in which the job is submitted; or keep it in a file "
             "that only you can read."
         )
-    if re.search(r"[\s\x00-\x1f\x7f%]", str(script.runs)):
-        # A line's end would begin a line of the shell.
+    require_no_secret(script.spec)
+    if any(is_secret(text) for settings in script.sweep for text in settings):
         raise SpecError(
-            f"--runs: {printable(str(script.runs))} contains a space, a control character or a %, "
-            "which sbatch would misinterpret. Use another directory."
+            "--sweep: a value is an apparent secret, which would be in the script. Let the task "
+            "read it from the environment."
+        )
+    _check_directory(script, asked)
+
+
+def _check_directory(script: Script, asked: SlurmSpec) -> None:
+    """Refuse a directory whose name means something else in the script."""
+    runs = str(script.runs)
+    # A line's end would begin a line of the shell.
+    if re.search(r"[\s\x00-\x1f\x7f%#\"'\\]", runs):
+        raise SpecError(
+            f"--runs: {printable(runs)} contains a space, a control character, a quote, or one of "
+            "% # \\, which sbatch would misinterpret. Use another directory."
+        )
+    if asked.container is not None and re.search("[,:]", runs):
+        raise SpecError(
+            f"--runs: {runs} contains a comma or a colon, which separate the mounts of a "
+            "container. Use another directory."
         )
 
 
@@ -166,9 +184,12 @@ def _spec_file(script: Script) -> str:
             "set -u",
             f"place={quoted(str(script.place))}",
             'spec="$place/spec-$SLURM_JOB_ID.yaml"',
-            f"cat >\"$spec\" <<'{_END}'",
+            'rm -f "$spec"',
+            "set -C # a link that is put there meanwhile is not followed",
+            f"cat >\"$spec\" <<'{_END}' || exit",
             f"{dump_values(given).rstrip()}",
             _END,
+            "set +C",
             "",
         ]
     )
@@ -207,6 +228,7 @@ again() {{
 
 again_if_allowed() {{
     failures="$place/failures-$SLURM_JOB_ID"
+    [ ! -L "$failures" ] || rm -f "$failures"
     echo "$code" >>"$failures"
     [ "$(wc -l <"$failures")" -gt {restarts} ] || again
 }}
