@@ -167,8 +167,9 @@ class _Watch:
     def _last_moved(self, place: Position, now: float, timeout: float) -> _Awaited:
         """The rank for which this process may wait, according to the latest heartbeats.
 
-        It has the whole timeout, from its last progress: on a busy machine or a slow disk its
-        watchdog may be delayed, and then its heartbeat is old.
+        It has the whole timeout, from its last progress, and at least half of it for its next
+        heartbeat: on a busy machine or a slow disk its watchdog may be delayed, and then its
+        heartbeat is old.
         """
         ours = (place.step, ORDER.index(place.work))
         behind = [
@@ -180,7 +181,7 @@ class _Watch:
         last = min(behind, key=lambda beat: beat["standing_seconds"], default=None)
         if last is None:
             return _Awaited(place, None, 0.0, now)
-        left = max(timeout - last["standing_seconds"], self._look_seconds)
+        left = max(timeout - last["standing_seconds"], timeout / 2)
         return _Awaited(place, last["rank"], last["time"], now + left)
 
     def _may_wait(self, timeout: float) -> bool:
