@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import pytest
 from commands import CLEAN
 from injuring import (
@@ -28,7 +31,8 @@ from processes import ProcessesOf
 
 from service.distributed.world import World, be_patient
 from service.health.heartbeat import Heartbeat
-from service.health.watchdog import watched
+from service.health.sentinel import LOCKED_CODE
+from service.health.watchdog import _Watch, watched
 from service.runs.directory import RunDirectory
 from service.runs.verification import compare
 
@@ -101,6 +105,42 @@ def test_a_process_that_holds_pythons_lock_is_killed(
     assert "in _hang_with_the_lock" in stacks
 
 
+CONTAINERS = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="a process namespace needs root, and unshare",
+)
+COLD_TIMEOUT_SECONDS = 6.0
+"""For one that imports everything itself, in its first step too."""
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+@CONTAINERS
+def test_process_1_of_a_container_continues_after_a_pause(tmp_path: Path) -> None:
+    faults = {"hang_timeout_seconds": COLD_TIMEOUT_SECONDS}
+    environ = injured(tmp_path, length={"steps": 100_000}, faults=faults)
+    with started(cwd=tmp_path, before=CONTAINER, **environ) as outer:
+        until(lambda: rows_of(tmp_path) > 1, "a step", of=outer)
+        [run] = [p for p in descendants(outer.pid) if psutil.Process(p).ppid() == outer.pid]
+        stop_and_continue(descendants(outer.pid), 1.5 * COLD_TIMEOUT_SECONDS)
+        rows = rows_of(tmp_path)
+        until(lambda: rows_of(tmp_path) > rows + 5, "steps after the pause", of=outer)
+        os.kill(run, signal.SIGTERM)
+        _, err = outer.communicate(timeout=DEADLINE_SECONDS)
+    assert outer.returncode == 75, err
+
+
+@CONTAINERS
+def test_process_1_that_holds_pythons_lock_is_ended(tmp_path: Path) -> None:
+    injury = ("hang, lock held", "forward", 0, 40)
+    faults = {"hang_timeout_seconds": COLD_TIMEOUT_SECONDS}
+    environ = injured(tmp_path, injury, length={"steps": 80}, faults=faults)
+    with started(cwd=tmp_path, before=CONTAINER, **environ) as outer:
+        _, err = outer.communicate(timeout=DEADLINE_SECONDS)
+    assert outer.returncode == LOCKED_CODE, err
+    assert "error: This process has not answered for" in err
+    assert "in _hang_with_the_lock" in (tmp_path / "runs/job/logs/rank-0.stacks").read_text()
+
+
 def outlast(world: World) -> list[int]:
     """What each process hears where one of them comes later than torch's own limit."""
     be_patient(timedelta(seconds=1), None)
@@ -137,6 +177,24 @@ def wait_for_one_that_is_held_up(world: World, place: Path) -> list[str]:
     ):
         world.barrier()
     return told
+
+
+def leave(code: int, message: str) -> NoReturn:
+    raise AssertionError(message)
+
+
+def test_a_rank_that_has_stood_still_for_long_has_time_for_its_next_heartbeat(
+    tmp_path: Path,
+) -> None:
+    """Its watchdog may be late on a busy machine: an eighth of the limit was too short."""
+    other = Heartbeat(rank=0, scratch=tmp_path)
+    other._place = ("save", 1, -1, time.monotonic() - 1.9)
+    other.write()
+    ours = Heartbeat(rank=1, scratch=tmp_path)
+    ours.enter("save", 1)
+    watch = _Watch(ours, 2, 2.0, {}, leave, threading.Event(), None)
+    awaited = watch._last_moved(ours.place, 100.0, 2.0)
+    assert (awaited.rank, awaited.until) == (0, 101.0)
 
 
 def test_a_rank_that_tells_nothing_has_the_whole_limit_too(

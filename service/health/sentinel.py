@@ -8,6 +8,7 @@ separate process can count its own running time.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -54,13 +55,12 @@ class Sentinel:
 def sentinel(mark: Path | None = None) -> Sentinel | None:
     """The sentinel of this process, started if there is none; None if it is not possible.
 
-    Process 1 of a container cannot be killed by its own children, and a machine at its
-    limits may refuse to start another process.
+    A machine at its limits may refuse to start another process.
 
     Args:
         mark: the file for the reason of a kill; by default standard error.
     """
-    if not _started and sys.executable and os.getpid() != 1:
+    if not _started and sys.executable:
         started = _start(mark)
         if started is not None:
             _started.append(started)
@@ -72,14 +72,39 @@ def running() -> Sentinel | None:
     return _started[0] if _started else None
 
 
+LOCKED_CODE = 40
+"""Exit code of process 1 of a container whose sentinel has ended it."""
+
+
+def _ending_signal() -> int | None:
+    """The signal by which a sentinel ends this process; None if there is none.
+
+    Process 1 of a container gets no SIGKILL from its own children, and Python handles no signal
+    while a library holds its lock. So `_exit` of the C library is itself the handler of a signal
+    that nobody else uses: it is called with the number of the signal, as the exit code.
+    """
+    if os.getpid() != 1:
+        return signal.SIGKILL
+    if signal.getsignal(LOCKED_CODE) is not signal.SIG_DFL:
+        return None
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    library.signal.restype = ctypes.c_void_p
+    library.signal(LOCKED_CODE, ctypes.cast(library._exit, ctypes.c_void_p))
+    return LOCKED_CODE
+
+
 def _start(mark: Path | None) -> Sentinel | None:
+    number = _ending_signal()
+    if number is None:
+        return None
     script = [sys.executable, "-I", "-S", sentinel_process.__file__]
     # A request to stop this process is not meant for its sentinel, which inherits the blocked
     # signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         program = subprocess.Popen(
-            [*script, str(os.getpid()), str(mark or "")],
+            [*script, str(os.getpid()), str(mark or ""), str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             bufsize=0,

@@ -4,6 +4,9 @@ It is run as a script, without the package and without site-packages, so that it
 milliseconds. Each line of standard input is a sign of life: the seconds until the next one is
 overdue, and the file with the stacks of the parent at that time.
 
+Process 1 of a container gets no signal of its own children that it does not handle, so it is sent
+another one than SIGKILL.
+
 Silence is counted in checks: while everything is stopped, nothing is counted. Nor is anything
 counted while only the parent is stopped, by a signal or a debugger.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import select
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -21,10 +23,10 @@ from contextlib import suppress
 _LOOK_SECONDS = 1.0
 
 
-def main(parent: int, mark: str) -> None:
+def main(parent: int, mark: str, number: int) -> None:
     """Watch until the parent is gone; write the reason to the file `mark` before it is killed.
 
-    Without a mark, the reason goes to standard error.
+    Without a mark, the reason goes to standard error. `number` is the signal that ends the parent.
     """
     limit, stacks, rest, silent = math.inf, "", b"", 0.0
     while os.getppid() == parent:
@@ -41,7 +43,7 @@ def main(parent: int, mark: str) -> None:
         elif not _is_stopped(parent):
             silent += min(time.monotonic() - began, look)
             if silent >= limit:
-                _kill(parent, _reason(silent, stacks), mark)
+                _kill(parent, _reason(silent, stacks), mark, number)
                 return
 
 
@@ -53,7 +55,7 @@ def _reason(silent: float, stacks: str) -> str:
     )
 
 
-def _kill(parent: int, reason: str, mark: str) -> None:
+def _kill(parent: int, reason: str, mark: str, number: int) -> None:
     with suppress(OSError):  # even with a full disk or no reader, it must end
         if mark:
             with open(mark, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -61,7 +63,7 @@ def _kill(parent: int, reason: str, mark: str) -> None:
         else:
             os.write(2, f"error: {reason}\n".encode(errors="surrogateescape"))
     if os.getppid() == parent:  # otherwise it has ended, and its number may be reused
-        os.kill(parent, signal.SIGKILL)
+        os.kill(parent, number)
 
 
 def _is_stopped(process: int) -> bool:
@@ -74,4 +76,4 @@ def _is_stopped(process: int) -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

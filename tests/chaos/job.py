@@ -193,8 +193,8 @@ def _parent(process: int) -> int:
 
 
 def _launcher() -> int:
-    """The process that started the fork server that this process was forked from."""
-    return _parent(os.getppid())
+    """The process that started the fork server that this process was forked from; 0 for none."""
+    return _parent(os.getppid()) if os.getppid() else 0  # process 1 of a container has none
 
 
 def _kill_all(injury: dict[str, Any]) -> None:
