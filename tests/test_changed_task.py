@@ -59,5 +59,30 @@ def test_a_changed_file_of_the_task_is_reported(tmp_path, files, told):
     assert [sorted(each["task_files"]) for each in attempts] == [["changing.py", "rows.py"]] * 2
 
 
+OPTIMIZER = "import torch\n\n\nclass Own(torch.optim.SGD):\n    pass\n"
+
+
+@pytest.mark.parametrize("changed", ["rows", "own"])
+def test_a_changed_file_elsewhere_is_reported(tmp_path, changed):
+    """A module that the task imports from another folder, and the file of an optimizer."""
+    job, library = tmp_path / "job", tmp_path / "library"
+    job.mkdir(), library.mkdir()
+    (job / "changing.py").write_text(TASK)
+    (job / "job.yaml").write_text(SPEC.replace("name: sgd", "name: ../library/own.py:Own"))
+    (library / "rows.py").write_text(ROWS)
+    (library / "own.py").write_text(OPTIMIZER)
+    path = {"PYTHONPATH": str(library)}
+    done = evenstep("run", "job.yaml", "--stop-at", 2, cwd=job, **path)
+    assert done.returncode == 75, done.stderr
+    with (library / f"{changed}.py").open("a") as file:
+        file.write("# changed\n")
+    done = evenstep("run", "job.yaml", cwd=job, **path)
+    assert done.returncode == 0, done.stderr
+    told = f"has changed since the last attempt of this run: {changed}. The steps up to 2"
+    assert told in done.stdout
+    attempts = json.loads((job / "runs/job/run.json").read_text())["attempts"]
+    assert [sorted(each["task_files"]) for each in attempts] == [["changing.py", "own", "rows"]] * 2
+
+
 def test_changes_that_the_task_does_not_use_are_not_reported(tmp_path):
     assert "has changed" not in resumed(tmp_path, unused="1")

@@ -751,13 +751,16 @@ def load_task(where: str, arguments: Mapping[str, Any], *, seed: int = 0) -> Tas
     return task
 
 
+_OF_THE_COMMAND = {"__main__", "__mp_main__", "service", "launch"}
+
+
 def source_digests(where: str) -> dict[str, str]:
     """SHA-256 of each file with code of the loaded task, sorted by name.
 
-    These are the file of its module, and of every loaded module below the same folder (for a module
-    of a package: below the folder of the package) that belongs to the user, not to an installed
-    package. Names are relative to the folder, so a copy elsewhere has the same.  Empty for a
-    notebook.
+    These are the file of its module, and of every loaded module that belongs to the user, not to an
+    installed package. Below the folder of the module (for a module of a package: below the folder
+    of the package) names are relative to it; elsewhere the name is that of the module. So a copy
+    at another place has the same names.  Empty for a notebook.
     """
     source = where.rpartition(":")[0]
     name = Path(source).stem if source.endswith(".py") else source
@@ -765,14 +768,16 @@ def source_digests(where: str) -> dict[str, str]:
     if file is None:
         return {}
     folder = Path(file).resolve().parents[0 if source.endswith(".py") else source.count(".")]
-    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    found = {Path(each).resolve() for each in loaded if each and is_own_code(each)}
-    digests = {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in found
-        if path.is_relative_to(folder) and path.is_file()
-    }
-    return dict(sorted(digests.items()))
+    found: dict[str, Path] = {}
+    for name, module in list(sys.modules.items()):
+        each = getattr(module, "__file__", None)
+        path = Path(each).resolve() if each and is_own_code(each) else folder
+        if path.is_relative_to(folder):
+            found[path.relative_to(folder).as_posix()] = path
+        elif name.partition(".")[0] not in _OF_THE_COMMAND:
+            found[name] = path
+    files = {name: path for name, path in sorted(found.items()) if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 @contextmanager
