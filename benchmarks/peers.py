@@ -9,7 +9,7 @@ fused optimizer and nothing to log, save or display.  Each epoch of a trainer fo
 hand-written loop, in the same process, so that a busy machine slows both: medians of the ratios of
 processor time.  The test pass follows each trainer's documentation for loss and accuracy; whether
 it counts every row once is measured.  A trainer that is not installed is skipped; for one that
-cannot be imported, its line shows the error.
+fails, its line shows the error.
 """
 
 from __future__ import annotations
@@ -464,6 +464,15 @@ def row(name: str, peer: Peer, *, pairs: int) -> str:
     return f"| {name} | {turns.calls:.0f} | {steps:.2f} | {test:.1f} | {'yes' if exact else 'no'} |"
 
 
+def line(name: str, peer: Peer, *, pairs: int) -> str:
+    """The row of a trainer; if it fails here, a row that says why, and the others still count."""
+    try:
+        return row(name, peer, pairs=pairs)
+    except Exception as error:  # on every process, and before any of them waits for another
+        told = " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "\\|")
+        return f"| {name} | not measured: {told} | | | |"
+
+
 def ours(world: World, *, pairs: int) -> list[str]:
     """The table rows of the hand-written loops and of Evenstep, from the same epochs."""
     times = step.trained(world, pairs=pairs)
@@ -496,10 +505,7 @@ def main() -> None:
             lines += ours(world, pairs=given.pairs)
             for name, peer in PEERS.items():
                 if given.only.lower() in name.lower() and importlib.util.find_spec(peer.package):
-                    try:
-                        lines.append(row(name, peer, pairs=given.pairs))
-                    except ImportError as error:  # on every process, and before any of them waits
-                        lines.append(f"| {name} | not measured: {error} | | | |")
+                    lines.append(line(name, peer, pairs=given.pairs))
         if world.is_lead:
             print("\n".join(lines))
 
