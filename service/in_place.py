@@ -32,6 +32,7 @@ from service.spec.models import Spec
 from service.training.batch_size_finder import settled
 from service.training.worker import run as run_to_the_end
 
+_OF_TRACKERS = ("WANDB_", "MLFLOW_", "TRACKIO_")
 _ALONE = threading.Lock()
 """Locked by the run of this process: threads, random numbers and precision are process-wide."""
 
@@ -50,7 +51,8 @@ def run(
     """Train and test `spec`; return its history, with `rows` for a data frame, and `model()`.
 
     Called again, it resumes.  An interrupt saves and stops: then `state` is `stopped`.  Random
-    generators, threads, precision and signal handlers are restored when this returns.
+    generators, threads, precision, signal handlers and the variables of trackers are restored when
+    this returns.
 
     Args:
         spec: a file, the name of a recipe, plain values, or a `Spec`.  The task of a notebook is
@@ -115,13 +117,23 @@ def _run_alone(
 @contextmanager
 def _given_back(spec: Spec) -> Iterator[None]:
     """Compute as the spec requires; afterwards restore the settings of the caller's process."""
-    threads = torch.get_num_threads()
+    threads, variables = torch.get_num_threads(), _variables_of_trackers()
+    hooks = sys.excepthook, sys.exit  # wandb replaces both, once more in each run
     timed = convolutions_timed(spec.model.cudnn_benchmark)
     with multiplied_in(spec.model.precision), timed, generators_given_back():
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+            sys.excepthook, sys.exit = hooks
+            for name in _variables_of_trackers().keys() - variables.keys():
+                del os.environ[name]
+            os.environ.update(variables)
+
+
+def _variables_of_trackers() -> dict[str, str]:
+    """What a tracker is told by, of which a run sets some."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
 
 
 def _run(

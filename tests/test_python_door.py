@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, OFFLINE, evenstep
 from injuring import descendants, is_alive, until
 
 from service.runs.tracking import read_metrics
@@ -187,13 +187,19 @@ for number, set_before in enumerate((
         assert inside == wanted, (number, precision, inside)
         assert settings() == before, (number, precision, settings(), before)
         assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == expected
+import gc, os, sys
+variables, hooks, frozen = dict(os.environ), (sys.excepthook, sys.exit), gc.get_freeze_count()
+run({**spec, "name": "tracked", "tracking": {"wandb": {"project": "p", "mode": "offline"}}})
+assert dict(os.environ) == variables
+assert (sys.excepthook, sys.exit) == hooks, "wandb's stay otherwise"
+assert gc.get_freeze_count() == frozen
 print("all given back")
 """
 
 
 def test_a_run_from_python_multiplies_as_its_spec_says_and_gives_back_what_it_changed(tmp_path):
     environ = {"EVENSTEP_DEVICE": "cpu"}
-    done = python(KEEPING, tmp_path, **environ)
+    done = python(KEEPING, tmp_path, **environ, **OFFLINE)
     assert done.stdout.endswith("all given back\n"), done.stderr
 
 
