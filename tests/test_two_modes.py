@@ -12,6 +12,7 @@ from commands import evenstep
 from jobs import train_in_process
 from safetensors.torch import load_file
 
+from service.basics.errors import SpecError
 from service.plan.samplers import rows_at
 from service.preview.check import checked
 from service.runs.tracking import read_metrics
@@ -149,6 +150,13 @@ def test_such_an_optimizer_may_train_some_of_the_parameters(processes, tmp_path)
     for file, tensors in whole.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, parts[file][name]), (file, name)
+
+
+def test_an_average_of_the_weights_for_training_is_refused(alone):
+    """It would be tested in the place of those that the optimizer means to be tested."""
+    averaged = load_spec(job(model={"moving_average": 0.9}))
+    with pytest.raises(SpecError, match=r"model\.moving_average: Averaging has weights of its own"):
+        list(checked(averaged, world=alone))
 
 
 def test_check_tries_it_too(alone):

@@ -38,6 +38,7 @@ from service.optimization.optimizers import (
     Frozen,
     Turns,
     frozen_for_now,
+    modal,
     require_its_loss,
     require_sparse_can_travel,
     sparse_parameters,
@@ -313,10 +314,20 @@ def _last_of_a_step(plan: Plan, rows: int) -> str:
 
 
 def build_state(model: Model, optimization: Optimization, plan: Plan, world: World) -> TrainState:
-    """The content of a checkpoint before the first step."""
+    """The content of a checkpoint before the first step.
+
+    Raises:
+        SpecError: the weights cannot be averaged.
+    """
     spec, module = plan.spec, model.module
     average = None
     if spec.model.moving_average:
+        for own in modal(optimization.optimizer):
+            raise SpecError(
+                f"model.moving_average: {type(own).__name__} has weights of its own for tests "
+                "(eval()), and an average of those for training would be tested in their place. "
+                "Leave the moving average out."
+            )
         average = MovingAverage(module, spec.model.moving_average, twin=model.twin)
     return TrainState(
         module,
