@@ -197,6 +197,29 @@ def test_a_special_file_blocks_no_command(
     called("report", tmp_path / "runs/torn", "-o", tmp_path / "one.html")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"runs": {"../job": []}},
+        {"runs": {"/etc": []}},
+        {"runs": {"a\0b": []}},
+        {"runs": {EVIL: []}},
+        {"runs": {"job": [["a", EVIL]]}, "format": 7},
+        {"runs": {"job": [[1]]}},
+        {"runs": []},
+        [],
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_sweep_is_one_line(sound: Path, tmp_path: Path, told: Any) -> None:
+    """Its file names runs, which are looked for below it and nowhere else."""
+    text = told if isinstance(told, str) else json.dumps({"format": 1} | told if told else told)
+    (tmp_path / "sweep.json").write_text(text)
+    done = CliRunner().invoke(commands, ["report", str(tmp_path), "-o", str(tmp_path / "a.html")])
+    assert isinstance(done.exception, SpecError), done.exception
+    assert "sweep.json cannot be read" in str(done.exception)
+
+
 def test_what_a_terminal_would_obey_is_written_out(sound: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a\x1b[31mb"
     shutil.copytree(sound, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from service.basics.atomic_files import is_there, read_json, replace_file, told_when_unwritten
 from service.basics.errors import SpecError
 from service.runs.history import History, read_history
+from service.spec.part import RUN_NAME
 
 FORMAT = 1
 _FILE = "sweep.json"
@@ -62,6 +64,10 @@ def read_sweep(path: Path) -> Sweep:
         }
         if told["format"] != FORMAT:
             raise ValueError(f"its format is {told['format']}")
+        # Each becomes a path below the sweep, and nowhere else.
+        for name in settings:
+            if not re.fullmatch(RUN_NAME, name):
+                raise ValueError(f"{name!r} is not the name of a run")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs are "
