@@ -1,5 +1,7 @@
 """Optimizer values of another shape or type in a checkpoint are refused before a kernel runs."""
 
+import json
+
 import pytest
 import test_several_models
 import test_sharding
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import reseal
 from torch import nn
 
-from service.basics.errors import SpecError
+from service.basics.errors import NoCheckpoint, SpecError
 from service.checkpoints.snapshots import load
 from service.optimization.learning_rates import make_schedule
 from service.optimization.train_state import TrainState
@@ -46,6 +48,29 @@ def test_a_value_that_does_not_fit_is_refused_by_name(checkpoint, tmp_path, key,
     with pytest.raises(SpecError, match=told):
         load(tmp_path, _state(job))
     load(directory, _state(job))  # and the one that fits is taken
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("betas", {"tuple": [{"value": 0.9}]}, r"betas of a group is \(0\.9,\), and now \(0\.9, "),
+        ("betas", {"value": "x"}, "betas of a group is 'x', and now"),
+        ("eps", {"value": float("nan")}, "eps of a group is nan, and now 1e-08"),
+        ("lr", {"value": []}, r"lr of a group is \[\], and now"),
+        ("amsgrad", {"value": 1}, "amsgrad of a group is 1, and now False"),
+        ("weight_decay", {"dtype": "X"}, "does not have the format of this version .*KeyError"),
+        ("weight_decay", {"tuple": 3}, "does not have the format of this version .*TypeError"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_by_name(checkpoint, tmp_path, key, value, told):
+    job, directory = checkpoint
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = json.loads((directory / "state.json").read_text())
+    state["optimizer"]["groups"][0]["values"][key] = value
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises((SpecError, NoCheckpoint), match=told):
+        load(tmp_path, _state(job))
 
 
 def _state(job):

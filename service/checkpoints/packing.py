@@ -73,7 +73,7 @@ def unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in packed:
         return tuple(unpack(part, tensors) for part in packed["tuple"])
     if "dtype" in packed:
-        return next(kind for kind, name in DTYPES.items() if name == packed["dtype"])
+        return {name: kind for kind, name in DTYPES.items()}[packed["dtype"]]
     return packed["value"]
 
 

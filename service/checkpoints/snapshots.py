@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -225,7 +226,7 @@ def load(
         found = [rest["best"], *rest.get("runners_up", [])] if rest["best"] else []
         state.bests = [Best(**best) for best in found]
         state.remember(rest["memory"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise NoCheckpoint(
             f"The checkpoint {directory} does not have the format of this version "
             f"({type(error).__name__}: {error})."
@@ -456,6 +457,7 @@ def _load_groups(
     The order may have changed; which parameters share a group may not.
     """
     names = {id(p): name for name, p in state.model.named_parameters()}
+    steps = stepped_by(state.optimizer)
     home = {name: number for number, (members, _) in enumerate(groups) for name in members}
     for group in state.optimizer.param_groups:
         members = [names[id(parameter)] for parameter in group["params"]]
@@ -466,7 +468,30 @@ def _load_groups(
                 f"{members[0]!r} shared its group with other parameters. "
                 "Use the original groups, or start over with --fresh."
             )
-        group |= groups[number][1]
+        values = groups[number][1]
+        if type(steps[id(group["params"][0])]).__module__.partition(".")[0] == "torch":
+            for key in values.keys() & group.keys():
+                if not _is_alike(values[key], group[key]):
+                    raise SpecError(
+                        f"The checkpoint {directory} does not match the optimizer: {key} of a "
+                        f"group is {values[key]!r:.40}, and now {group[key]!r:.40}. Use a "
+                        "checkpoint of this optimizer."
+                    )
+        group |= values
+
+
+def _is_alike(saved: Any, own: Any) -> bool:
+    """Whether a saved option of an optimizer of torch is of the same kind as the current one."""
+    if isinstance(own, tuple | list):
+        same = isinstance(saved, tuple | list) and len(saved) == len(own)
+        return same and all(map(_is_alike, saved, own))
+    if saved is None or own is None or isinstance(own, Tensor):
+        return True
+    if isinstance(own, bool | str):
+        return type(saved) is type(own)
+    if isinstance(saved, Tensor):
+        return saved.numel() == 1
+    return isinstance(saved, int | float) and not isinstance(saved, bool) and math.isfinite(saved)
 
 
 # State of torch.optim with its own shapes, which its operations check.
