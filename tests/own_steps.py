@@ -53,6 +53,56 @@ def vae() -> Task:
     )
 
 
+# ---- a detector: images with any number of boxes, and a model that computes its own losses
+
+
+class Detector(nn.Module):
+    """As those of torchvision: losses by name in training, and found boxes otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box, self.label = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if targets is None:
+            return [{"boxes": self.box(i), "labels": self.label(i).argmax(-1)} for i in images]
+        boxes = [(self.box(i) - t["boxes"]).square() for i, t in zip(images, targets, strict=True)]
+        labels = torch.stack([self.label(image) for image in images])
+        first = torch.stack([target["labels"][0] for target in targets])
+        return {"box": torch.cat(boxes).mean(), "label": F.cross_entropy(labels, first)}
+
+
+def detect(model: nn.Module, batch: Batch, context: StepContext) -> StepResult:
+    losses = model(batch.inputs, batch.targets)
+    boxes = sum(len(target["boxes"]) for target in batch.targets)
+    found = None if context.training else model(batch.inputs)
+    return {
+        "box": Loss.mean(losses["box"], weight=boxes),
+        "label": Loss.mean(losses["label"]),
+    }, found
+
+
+def as_lists(rows: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Any], list[Any]]:
+    images, targets = zip(*rows, strict=True)
+    return list(images), list(targets)
+
+
+def detector() -> Task:
+    rows: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for number, image in enumerate(points().double()):
+        boxes = torch.linspace(0, 1, 4 * (1 + number % 3), dtype=torch.float64).view(-1, 4)
+        rows.append((image, {"boxes": boxes, "labels": torch.arange(len(boxes)) % 3}))
+    return custom(
+        step=detect,
+        model=lambda: Detector().double(),
+        train=rows[:71],
+        test=rows[71:],
+        collate=as_lists,
+    )
+
+
 # ---- the loss of a classifier, in its ways of being given
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError
-from service.data.task import Task, supervised
+from service.data.batches import Batch
+from service.data.losses import Losses, StepContext
+from service.data.task import Task, custom, supervised
 from service.optimization.buffers import Moving as Moving_
 from service.optimization.buffers import buffers_in_words
 
 HERE = Path(__file__)
+ADAM = {"name": "adam", "lr": 0.01}
 
 
 class Moving(nn.Module):
@@ -106,6 +110,56 @@ def test_bitwise_keeps_their_bits(processes, tmp_path, rule):
     for count in (2, 4):
         for name, value in saved(tmp_path / str(count)).items():
             assert value.numpy().tobytes() == alone[name].numpy().tobytes(), name
+
+
+class Critic(nn.Module):
+    """With the buffers that the critic of a GAN often has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+        self.last = nn.Linear(8, 1)
+        self.book: Tensor
+        self.register_buffer("book", torch.zeros(8))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        found = self.first(rows).tanh()
+        if self.training:
+            with torch.no_grad():
+                self.book.mul_(0.9).add_(found.mean(0), alpha=0.1)
+        return self.last(found + self.book)
+
+
+def gan() -> Task:
+    def models() -> dict[str, nn.Module]:
+        return {"critic": Critic().double(), "generator": nn.Linear(3, 6).double()}
+
+    def step(models: Any, batch: Batch, context: StepContext) -> Losses:
+        fake = models["generator"](torch.randn(len(batch.rows), 3, dtype=torch.float64))
+        if context.optimizer == "generator":
+            return {"generator": -models["critic"](fake).flatten()}
+        return {"distance": (models["critic"](fake) - models["critic"](batch.inputs[0])).flatten()}
+
+    torch.manual_seed(1)
+    rows = TensorDataset(torch.randn(210, 6).double())
+    return custom(step=step, model=models, train=rows, test=rows)
+
+
+def test_those_of_a_model_that_several_optimizers_use_do_not_depend_on_it_either(
+    processes, tmp_path
+):
+    """They move in the turn of each optimizer, whose own parameters may be elsewhere."""
+    turns = {"critic": {"optimizer": ADAM}, "generator": {"every": 2, "optimizer": ADAM}}
+    spec = job("mean", task=f"{HERE}:gan", task_args={}, optimizers=turns)
+    del spec["optimizer"]
+    sharded = spec | {"exchange": {"mode": "sharded"}}
+    for count, each in ((1, spec), (3, spec), (2, sharded)):
+        processes(count).run(train_in_process, each, tmp_path / str(count))
+    alone = saved(tmp_path / "1")
+    assert alone["critic.book"].abs().max() > 0
+    for count in (2, 3):
+        for name, value in saved(tmp_path / str(count)).items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_bitwise_refuses_by_name_what_each_process_has_of_its_own(processes, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -18,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.environment import (
     RUN_OF_STORE,
@@ -29,7 +32,7 @@ from launch.environment import (
     read_secrets,
 )
 from launch.nodes import secret_file
-from launch.nodes.handshake import Doorkeeper, JoinRequest, Seal, answered
+from launch.nodes.handshake import Doorkeeper, Foreign, JoinRequest, Seal, answered
 from launch.nodes.node import check_interfaces, take_interface
 from launch.nodes.rendezvous import Membership, Peer, host, join
 from service.basics.atomic_files import replace_file
@@ -388,6 +391,52 @@ def test_another_listener_is_not_mistaken_for_node_0(meeting: Meeting) -> None:
         ends = meeting.end()
         connection.close()
     assert isinstance(ends[1], PeerLost)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["said", "proof", "nonce", "challenge", "index", "x"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=100) | anything.map(lambda value: json.dumps(value).encode()))
+def test_whatever_is_sent_is_a_message_or_foreign(line: bytes) -> None:
+    with suppress(Foreign):
+        answered(
+            line, OWN, SECRET
+        )  # of node 0: any challenge is answered, without the secret in it
+    for read in (Doorkeeper(SECRET).introduced, Seal(b"key", own="0", other="node").opened):
+        with pytest.raises(Foreign):
+            read(line)
+
+
+def test_a_recorded_message_is_of_no_use() -> None:
+    """Sent again, in another meeting of the same job, in another order, or back to its sender."""
+    keeper = Doorkeeper(SECRET)
+    answer, node = answered(keeper.challenge(), replace(OWN, index=1), SECRET)
+    request, host_seal = keeper.introduced(answer)
+    assert request == replace(OWN, index=1)
+    with pytest.raises(Foreign):
+        Doorkeeper(SECRET).introduced(answer)
+    first, second = host_seal.sealed({"store": 1}), host_seal.sealed({"end": 0})
+    with pytest.raises(Foreign):
+        node.opened(second)
+    assert node.opened(first) == {"store": 1}
+    with pytest.raises(Foreign):
+        node.opened(first)
+    with pytest.raises(Foreign):
+        node.opened(node.sealed({"end": 0}))
+    with pytest.raises(Foreign):
+        host_seal.opened(second)
 
 
 def test_a_listener_that_speaks_too_slowly_does_not_hold_up_a_node(meeting: Meeting) -> None:

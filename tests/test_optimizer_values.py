@@ -102,6 +102,10 @@ TRAINED = {
         1,
         spec_of("plain_rows", optimizer=ADAM | {"name": f"{__name__}:OwnAdam"}),
     ),
+    "several optimizers, sharded": (
+        2,
+        test_several_models.job("gan", exchange={"mode": "sharded"}),
+    ),
     "sharded": (2, test_sharding.job("sharded", optimizer=ADAM)),
 }
 

@@ -51,7 +51,7 @@ def hard_runs(processes, tmp_path_factory):
     return places
 
 
-@pytest.mark.parametrize("factory", ["vae", "distillation", "tokens", "noisy_update"])
+@pytest.mark.parametrize("factory", ["vae", "distillation", "tokens", "noisy_update", "detector"])
 def test_the_number_of_processes_changes_nothing(processes, tmp_path, factory):
     for count in (1, 2, 3):
         processes(count).run(train_in_process, job(factory), tmp_path / str(count))

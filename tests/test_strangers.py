@@ -48,11 +48,13 @@ def as_stranger(address: str, port: int) -> TCPStore:
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
 
 
+@pytest.mark.parametrize("words", [(), ("--max-restarts", 1), ("--processes", 2)])
 def test_the_launcher_of_one_node_listens_nowhere_and_its_ranks_only_on_loopback(
-    tmp_path: Path,
+    tmp_path: Path, words: tuple[object, ...]
 ) -> None:
-    environ = injured(tmp_path, length={"steps": 100_000}, checkpoint={"every_steps": 1000})
-    with started("--processes", 2, cwd=tmp_path, **environ) as command:
+    endless = {"length": {"steps": 100_000}, "checkpoint": {"every_steps": 1000}}
+    environ = injured(tmp_path, **endless, loader={"workers": 1})
+    with started(*words, cwd=tmp_path, **environ) as command:
         until(lambda: rows_of(tmp_path), "a step")
         found = listening(command.pid)
         command.send_signal(signal.SIGTERM)
@@ -60,6 +62,7 @@ def test_the_launcher_of_one_node_listens_nowhere_and_its_ranks_only_on_loopback
     assert command.returncode == 75, err
     assert command.pid not in found.values(), "it has no store at an address"
     assert {address for address, _ in found} <= LOOPBACK, found
+    assert words or not found, "a process that trains by itself talks to nobody"
 
 
 @contextmanager
