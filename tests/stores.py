@@ -94,6 +94,14 @@ _STATUS = {"AuthorizationHeaderMalformed": 400, "PermanentRedirect": 301, "NoSuc
 _STATUS |= {"SlowDown": 503, "InternalError": 500, "ExpiredToken": 400, "NotImplemented": 501}
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client was killed
+            super().handle_error(request, client_address)
+
+
 class Proxy:
     """Forwards requests to a server; `harm(method, path)` says what happens to each."""
 
@@ -104,8 +112,7 @@ class Proxy:
         self.seen: list[tuple[str, str]] = []
         self._server = server
         self._over = threading.Event()
-        self._listener = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._listener.daemon_threads = True
+        self._listener = _Listener(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._listener.serve_forever, daemon=True)
 
     def __enter__(self) -> Proxy:
