@@ -246,6 +246,29 @@ def hard() -> Task:
     return custom(step=hard_step, model=classifier, train=train, test=test, measures=("accuracy",))
 
 
+class Branched(nn.Module):
+    """Two layers, of which the second is used on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, rows: Tensor, both: bool) -> Tensor:
+        outputs: Tensor = self.used(rows)
+        return outputs + self.spare(rows) if both else outputs
+
+
+def late_branch() -> Task:
+    """One whose branch is used from the fourth step on, in the first micro-batch only."""
+
+    def step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:
+        outputs = model(batch.inputs.float(), context.step >= 3 and batch.number == 0)
+        return {"loss": F.cross_entropy(outputs, batch.targets, reduction="none")}
+
+    train, test = classified()
+    return custom(step=step, model=Branched, train=train, test=test)
+
+
 # ---- rows that see each other
 
 
@@ -266,6 +289,21 @@ def contrast_step(model: nn.Module, batch: Batch, context: StepContext) -> Losse
 def contrast(dropout: float = 0.2) -> Task:
     train, test = classified()
     return custom(step=contrast_step, model=lambda: classifier(dropout), train=train, test=test)
+
+
+def other_row(one: Tensor) -> Tensor:
+    """How alike each row is to another one, by chance: [N]."""
+    return (one - one[torch.randperm(len(one))]).square().sum(1).neg().exp()
+
+
+def random_contrast_step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:
+    one = model(batch.inputs)
+    return {name: Loss.of_all_rows(other_row, one) for name in ("near", "far")}
+
+
+def random_contrast() -> Task:
+    train, test = classified()
+    return custom(step=random_contrast_step, model=classifier, train=train, test=test)
 
 
 def whole_batch(dropout: float = 0.2) -> Task:

@@ -1,5 +1,6 @@
 """The section `exchange`: how gradients travel changes what it says, and nothing else."""
 
+import own_steps
 import pytest
 import torch
 from commands import evenstep
@@ -85,6 +86,16 @@ def test_a_graph_that_is_not_static_is_reported(tmp_path):
 def test_a_graph_that_grows_is_reported(tmp_path):
     done = told(tmp_path, "later", "exchange.static_graph=true")
     assert done.returncode == 42, done.stderr
+    assert "exchange.static_graph" in done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
+
+
+def test_a_graph_that_grows_before_the_last_micro_batch_is_reported(tmp_path):
+    job = SPEC.format(file=own_steps.__file__, name="late_branch")
+    (tmp_path / "job.yaml").write_text(job)
+    words = ("exchange.static_graph=true", "batch.micro_batch=5", "--processes", 2)
+    done = evenstep("run", "job.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 42, done.stdout
     assert "exchange.static_graph" in done.stderr
     assert done.stderr.count("error:") == 1, done.stderr
 

@@ -217,7 +217,8 @@ print(json.dumps({
 READ_TRACKIO = """
 import json
 from trackio.sqlite_storage import SQLiteStorage
-print(json.dumps(SQLiteStorage.get_logs("tests", "job")))
+[name] = SQLiteStorage.get_runs("tests")
+print(json.dumps(SQLiteStorage.get_logs("tests", name)))
 """
 
 

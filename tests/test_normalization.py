@@ -303,7 +303,7 @@ def _train_with_ddp(world: World, rows: int) -> dict[str, Tensor]:
     """Weights and statistics after three steps, the rows being shared out unevenly."""
     model = _conv_net().double()
     prepare(model, "sync", world)
-    exchange = OverlappedSync(model, world, find_unused=False, spec=ExchangeSpec())
+    exchange = OverlappedSync(model, world, spec=ExchangeSpec())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     shares = {1: (rows,), 2: (rows - 3, 3), 3: (rows - 8, 0, 8)}[world.processes]
     for step in range(3):

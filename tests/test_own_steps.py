@@ -142,6 +142,24 @@ def test_rows_that_see_each_other_do_so_at_any_number_of_processes(processes, tm
     assert_same_rows(tmp_path / "1", tmp_path / "3")
 
 
+def test_a_loss_of_all_rows_may_draw_random_numbers(processes, tmp_path):
+    for count in (1, 3):
+        processes(count).run(train_in_process, job("random_contrast"), tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "3") < 1e-12
+    assert_same_rows(tmp_path / "1", tmp_path / "3")
+    last = rows_of(tmp_path / "1")[-1]
+    assert last["train/near"] != last["train/far"], "each loss has its own"
+
+
+def test_statistics_over_all_processes_cost_a_model_without_batchnorm_nothing(processes, tmp_path):
+    """Five micro-batches on two processes: one of them has an additional one without rows."""
+    spec = job("by_step", task_args={"step": "weighed"}, model={"batchnorm": "sync"})
+    for count in (1, 2):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
+    assert_same_rows(tmp_path / "1", tmp_path / "2")
+
+
 def test_rows_that_see_each_other_do_so_across_micro_batches(processes, tmp_path):
     arguments = {"task_args": {"dropout": 0.0}, "test": {"micro_batch": 7}}
     processes(2).run(train_in_process, job("contrast", **arguments), tmp_path / "apart")

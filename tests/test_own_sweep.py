@@ -213,6 +213,13 @@ def test_a_folder_with_one_variant_and_what_only_the_command_gives(tmp_path):
     }
 
 
+def test_a_sweep_names_no_run_elsewhere(tmp_path):
+    names = ["good", "../other", "/etc", "..", "a/b", ""]
+    facts = {"format": 1, "runs": {name: [] for name in names}}
+    (tmp_path / "sweep.json").write_text(json.dumps(facts))
+    assert list(read_sweep(tmp_path).settings) == ["good"]
+
+
 def test_a_mean_and_deviation_of_numbers_of_any_size():
     assert mean_and_deviation([0.9, 0.92]) == "0.91 ± 0.01414"
     assert mean_and_deviation([1e200, 3e200]) == "2e+200 ± 1.414e+200"

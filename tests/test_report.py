@@ -123,6 +123,9 @@ def test_the_account_of_a_run_is_shown_where_it_keeps_one(place, tmp_path):
     assert "Time accounting" in text
     (whole,) = re.findall(r"<tr><td>all</td>(.*?)</tr>", text)
     assert "<td>1,003</td><td>1 min 01 s</td><td>0.25 s</td><td>7.5 s</td>" in whole
+    del facts["account"]["steps_again"]
+    (run / "run.json").write_text(json.dumps(facts))
+    assert "Time accounting" in page([read_history(run)], now=0)
 
 
 def test_the_table_shows_what_differs_and_nothing_else(place):

@@ -37,8 +37,8 @@ import json
 from trackio.sqlite_storage import SQLiteStorage
 print(json.dumps({
     "runs": SQLiteStorage.get_runs("tests"),
-    "rows": SQLiteStorage.get_logs("tests", "digits"),
-    "config": SQLiteStorage.get_run_config("tests", "digits"),
+    "rows": [SQLiteStorage.get_logs("tests", name) for name in SQLiteStorage.get_runs("tests")],
+    "config": SQLiteStorage.get_run_config("tests", SQLiteStorage.get_runs("tests")[0]),
 }))
 """
 
@@ -88,13 +88,43 @@ def test_tensorboard_reads_exactly_the_rows_of_both_attempts(kept):
 
 def test_trackio_holds_exactly_the_rows_of_both_attempts(kept):
     found = read(READ_TRACKIO, TRACKIO_DIR=str(kept / "trackio"))
-    assert found["runs"] == ["digits"]
-    held = [{k: v for k, v in row.items() if k != "timestamp"} for row in found["rows"]]
+    assert found["runs"] == [json.loads((kept / "runs/digits/run.json").read_text())["id"]]
+    held = [{k: v for k, v in row.items() if k != "timestamp"} for row in found["rows"][0]]
     rows = read_metrics(kept / "runs/digits/metrics.jsonl")
     wanted = [{k: v for k, v in row.items() if k not in ("time", "epoch")} for row in rows]
     assert sorted(held, key=lambda row: row["step"]) == wanted
     assert found["config"]["optimizer"]["lr"] == 0.1
     assert found["config"]["spec_sha256"]
+
+
+# What a run of this name and id would send, twice.
+TWO_RUNS = """
+import sys
+from pathlib import Path
+from service.observability.other_writers import second_writers
+from service.runs.tracking import MetricsFile, Tracker
+from service.spec.models import TrackingSpec
+tracking = TrackingSpec.model_validate({"trackio": {"project": "tests"}})
+for number in ("digits-1", "digits-2"):
+    place = Path(sys.argv[1], number)
+    place.mkdir()
+    [writer] = second_writers(tracking, directory=place, name="digits", run_id=number, config={},
+                              resume_step=None, say=print)
+    tracker = Tracker([MetricsFile(place / "metrics.jsonl", resume_step=None), writer],
+                      epoch_at=float, resume_step=None)
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 1 / step})
+    tracker.close("done")
+print("0")
+"""
+
+
+def test_a_fresh_run_of_the_same_name_is_another_run_in_trackio(tmp_path):
+    environ = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    read(TWO_RUNS, tmp_path, **environ)
+    found = read(READ_TRACKIO, **environ)
+    assert sorted(found["runs"]) == ["digits-1", "digits-2"]
+    assert [sorted(row["step"] for row in rows) for rows in found["rows"]] == [[1, 2, 3]] * 2
 
 
 def test_what_is_not_installed_is_reported_before_anything_is_started(tmp_path):

@@ -320,6 +320,18 @@ def test_of_a_thousand_runs_a_look_reads_only_the_one_that_changed(tmp_path: Pat
         LiveRun._read = plain_read  # type: ignore[method-assign]
 
 
+def test_two_runs_of_one_name_can_both_be_chosen(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, "same").path for name in ("a", "b")]
+    for step, path in enumerate(paths, start=2):
+        add_row(RunDirectory(path), step)
+    report = LiveReport(LiveRuns(paths), "runs", lists=True)
+    page = asked(report)
+    for path in paths:
+        assert f'value="{path}"' in page
+        assert str(path) not in asked(report, run=[str(path)]).partition("Side by side")[2]
+    assert "Side by side" in asked(report, run=list(map(str, paths)))
+
+
 def test_the_list_follows_no_link_and_shows_chosen_runs_side_by_side(
     place: Path, tmp_path: Path
 ) -> None:

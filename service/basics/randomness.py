@@ -29,6 +29,7 @@ SAMPLE: Final = 9  # seed, purpose, ...: rows by weight, from several sources, b
 UPDATE: Final = 10  # seed, step, turn: the task's after_update
 OPTIMIZER: Final = 11  # seed, step, turn, pass: the step of an optimizer
 STORED: Final = 12  # seed, epoch, ...: the order of rows in files
+ACROSS: Final = 13  # seed, step, turn, loss: a loss over all rows of a step
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.distributed.stragglers import Stopwatch
-from service.distributed.world import World, graph_changed
+from service.distributed.world import World, graph_changed, graph_grew
 from service.spec.models import ExchangeSpec
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class OverlappedSync(GradientSync):
         model: nn.Module,
         world: World,
         *,
-        find_unused: bool,
+        unreached: Sequence[str] = (),
         spec: ExchangeSpec,
         telling: bool = False,
         stopwatch: Stopwatch | None = None,
@@ -57,14 +57,18 @@ class OverlappedSync(GradientSync):
         """Exchange the gradients of `model`.
 
         Args:
-            find_unused: search after each forward pass for parameters on which the loss does not
-                depend.
+            unreached: names of the parameters on which the loss did not depend in the dry run. If
+                there are any, they are searched for after each forward pass; with a static graph,
+                no loss may depend on them.
             spec: the number format of the messages, and when they are sent.
             telling: let a non-finite loss make the gradients of all processes non-finite.
             stopwatch: times the forward passes.
         """
-        self.model = world.wrap(model, find_unused=find_unused, spec=spec)
+        self.model = world.wrap(model, find_unused=bool(unreached), spec=spec)
         self._exchanges = self.model is not model
+        named = dict(model.named_parameters())
+        is_static = self._exchanges and spec.static_graph
+        self._never_used = [named[name] for name in unreached] if is_static else []
         self._world = world
         self._seed = Seed(telling)
         self._stopwatch = stopwatch
@@ -84,6 +88,10 @@ class OverlappedSync(GradientSync):
             if changed is None:
                 raise
             raise changed from error
+        # With a static graph, DDP itself checks this in the last pass only. A gradient of an
+        # earlier pass would be exchanged by this process and not by the others.
+        if self._never_used and any(each.grad is not None for each in self._never_used):
+            raise graph_grew()
         if self._exchanges:
             self._world.require_exchanged(self.model)
 

@@ -515,6 +515,11 @@ def graph_changed(error: RuntimeError) -> WillFailAgain | None:
     """`error` as a violation of `exchange.static_graph`, if it is one."""
     if "compatible with static_graph" not in str(error):
         return None
+    return graph_grew()
+
+
+def graph_grew() -> WillFailAgain:
+    """A violation of `exchange.static_graph`."""
     return WillFailAgain(
         "exchange.static_graph: the loss of a micro-batch depends on parameters on which the loss "
         "of "

@@ -122,7 +122,11 @@ class LiveRuns:
 
     def __init__(self, paths: Sequence[Path] = (), *, directory: Path | None = None) -> None:
         self._directory = directory
-        self._runs = {path: LiveRun(path) for path in paths}
+        names = [path.name for path in paths]
+        self._runs = {
+            path: LiveRun(path, name=path.name if names.count(path.name) == 1 else str(path))
+            for path in paths
+        }
 
     def look(self) -> tuple[list[RunNow], list[str]]:
         """The runs, the latest news first, and why others cannot be read."""

@@ -14,7 +14,8 @@ from typing import Protocol
 from service.basics.background_queue import BackgroundQueue
 from service.basics.running_time import joined
 from service.observability.logged_files import files_of_step
-from service.runs.tracking import LoggedFile, Outcome, Row, Writer, read_metrics
+from service.runs.metrics_file import rows_in
+from service.runs.tracking import LoggedFile, Outcome, Row, Writer
 
 
 class TrackerBackend(Protocol):
@@ -106,7 +107,7 @@ class BackgroundWriter(Writer):
         """Send the rows that earlier attempts could not send."""
         if self._resume_step is None or backend.held_step >= self._resume_step:
             return
-        for record in read_metrics(self._metrics):
+        for _, record in rows_in(self._metrics):  # one at a time: there may be millions
             if backend.held_step < record["step"] <= self._resume_step:
                 values = {k: v for k, v in record.items() if k not in ("step", "epoch", "time")}
                 step = int(record["step"])

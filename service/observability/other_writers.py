@@ -56,7 +56,7 @@ def second_writers(
         backends["TensorBoard"] = lambda: TensorBoard.open(directory / "tensorboard")
     if spec.trackio is not None:
         asked = spec.trackio
-        backends["trackio"] = lambda: Trackio.open(asked, name=name, config=config)
+        backends["trackio"] = lambda: Trackio.open(asked, run=run_id, name=name, config=config)
     if spec.mlflow is not None:
         where = spec.mlflow
         backends["MLflow"] = lambda: MLflow.open(

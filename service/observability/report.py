@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -57,6 +58,8 @@ def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[S
             written.write(text)
         os.replace(partial, file)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise SpecError(f"-o: {file} cannot be written: {error.strerror}.") from error
 
 
@@ -437,7 +440,7 @@ def _account(history: History) -> str:
     whole = history.facts.get("account", {}).get("seconds", {})
     if not each or not whole:
         return ""
-    again = history.facts["account"]["steps_again"]
+    again = history.facts["account"].get("steps_again", 0)
     total = {"steps": sum(told["steps"] for told in each), "taken again": again, **whole}
     head = ("#", *total)
     body = []

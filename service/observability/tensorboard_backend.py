@@ -76,7 +76,8 @@ def _shown(file: LoggedFile) -> Any:
             bucket=counts,
         )
         return Summary.Value(tag=file.key, histo=bars)
-    return _text(file.key, file.path.read_text() if file.kind == "text" else str(file.path))
+    is_text = file.kind == "text"
+    return _text(file.key, file.path.read_text(encoding="utf-8") if is_text else str(file.path))
 
 
 def _text(tag: str, text: str) -> Any:

@@ -22,13 +22,18 @@ class Trackio(TrackerBackend):
         self.held_step = held_step
 
     @classmethod
-    def open(cls, spec: TrackioSpec, *, name: str, config: Mapping[str, Any]) -> Self:
-        """Create the run `name`, or resume it."""
+    def open(cls, spec: TrackioSpec, *, run: str, name: str, config: Mapping[str, Any]) -> Self:
+        """Create the run, or resume the one of an earlier attempt.
+
+        Args:
+            run: the id of the run, the same in every attempt. trackio finds a run by its name, so
+                the name has this id: another run of this name is not this one.
+        """
         import trackio
 
-        run = trackio.init(
+        opened = trackio.init(
             project=spec.project,
-            name=name,
+            name=run if run.startswith(name) else f"{name}-{run}",
             space_id=spec.space,
             config=dict(config),
             resume="allow",
@@ -36,7 +41,7 @@ class Trackio(TrackerBackend):
             auto_log_cpu=False,
         )
         # trackio's counter points to the step after the last one in the run.
-        return cls(run, held_step=int(run._next_step) - 1)
+        return cls(opened, held_step=int(opened._next_step) - 1)
 
     def put(
         self,
@@ -59,7 +64,7 @@ def _shown(file: LoggedFile) -> Any:
     if file.kind == "image":
         return trackio.Image(file.path)
     if file.kind == "text":
-        return trackio.Markdown(file.path.read_text())
+        return trackio.Markdown(file.path.read_text(encoding="utf-8"))
     if file.kind == "histogram":
         return trackio.Histogram(np_histogram=read_histogram(file.path))
     return str(file.path)

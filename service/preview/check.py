@@ -271,7 +271,7 @@ def _step(state: TrainState, dry_run: DryRun) -> float:
     """One update with one micro-batch; creates the optimizer state that a checkpoint contains."""
     batch, world = dry_run.batch, dry_run.world
     called = dry_run.callee(state.model)
-    exchange = OverlappedSync(called, world, find_unused=False, spec=ExchangeSpec())
+    exchange = OverlappedSync(called, world, spec=ExchangeSpec())
     weight: float | Tensor = len(batch.rows) if batch.weight is None else batch.weight.sum()
     if step_of(dry_run.task) is not None:
         weight = 1.0  # its losses are already divided

@@ -64,6 +64,9 @@ class OwnTrainStep(TrainStep):
             The contribution of each micro-batch of this process to the loss of the step.
         """
         exchange, enter = self.exchange, self.heartbeat.enter
+        if not self.plan.spec.exchange.shards:
+            # The one without rows would be for BatchNorm, which `require_own_step` excludes.
+            step = step._replace(micro_batches=self.consumed(step))
         divisor = self.updates.divisor(1.0)
         ledger = self._latest[0] = Ledger()
         losses: dict[int, Tensor] = {}
@@ -122,7 +125,10 @@ class OwnTrainStep(TrainStep):
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:
                     table[place, batch.number] = asked.parts[name].weight
-        for name in self.across:
+        for number, name in enumerate(self.across):
+            # The forward passes leave the generators of each process in another state.
+            seed = self.plan.spec.seed
+            self.world.seed(randomness.key(randomness.ACROSS, seed, state.step, self.place, number))
             self._bring_together(name, taken)
         if not self.own_weights:
             return taken, {}

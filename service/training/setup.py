@@ -452,7 +452,7 @@ def _exchange(
     overlapped = OverlappedSync(
         called,
         world,
-        find_unused=bool(unreached),
+        unreached=unreached,
         spec=spec.exchange,
         telling=telling,
         stopwatch=timed,
