@@ -24,8 +24,7 @@ from service.health.heartbeat import Heartbeat
 from service.monitoring.endpoint import metrics_endpoint
 from service.monitoring.http_server import Answer
 from service.monitoring.liveness import SPARE_SECONDS, Liveness
-from service.monitoring.metrics import METRICS
-from service.monitoring.metrics_reference import with_table
+from service.monitoring.metrics import METRICS, with_table
 from service.monitoring.probe import outcome
 from service.monitoring.snapshot import LatestValues, is_there
 from service.runs.directory import RunDirectory, read_beat
@@ -394,7 +393,7 @@ def test_the_latest_value_of_every_key_is_found_in_a_file_that_grows(tmp_path: P
 
 def test_the_table_of_the_page_is_the_one_that_the_code_makes() -> None:
     page = (ROOT / "docs/reference/metrics.md").read_text()
-    assert with_table(page) == page, "run: python -m service.monitoring.metrics_reference"
+    assert with_table(page) == page, "run: python -m service.monitoring.metrics"
     assert len(re.findall(r"^\| `evenstep_", page, re.MULTILINE)) == len(METRICS)
 
 

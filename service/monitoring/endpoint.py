@@ -1,4 +1,4 @@
-"""Starts the metrics endpoint of a launcher: a process that can hurt nothing. No torch."""
+"""Starts the process that serves or sends the metrics of a launcher; it hurts nothing. No torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ ADDRESS = "EVENSTEP_METRICS_ADDRESS"
 """The variable with the address to listen on besides loopback, such as that of a pod."""
 _LOOPBACK = "127.0.0.1"
 _END_SECONDS = 5.0
+_SEND_SECONDS = 8.0  # for a last look at the disk, and for sending it to a server that is slow
 _PROCESSES: set[int] = set()
 
 
@@ -39,7 +40,7 @@ def metrics_endpoint(
     started: float,
     say: Callable[[str], None],
 ) -> Iterator[None]:
-    """A context in which the endpoint of the spec serves what these ranks of the run do.
+    """A context in which what these ranks of the run do is served or sent, as the spec says.
 
     Where it cannot listen, `say` is told so in one line, and the run goes on without.
 
@@ -49,8 +50,8 @@ def metrics_endpoint(
     Raises:
         SpecError: a package is not installed.
     """
-    port = spec.tracking.metrics_port
-    if port is None:
+    port, is_sent = spec.tracking.metrics_port, spec.tracking.opentelemetry is not None
+    if port is None and not is_sent:
         yield
         return
     from service.observability.other_writers import require_packages
@@ -58,9 +59,11 @@ def metrics_endpoint(
     require_packages(spec.tracking)
     process = None
     try:
-        with _listening(_addresses(spec), port) as sockets:
+        with _listening([] if port is None else _addresses(spec), port or 0) as sockets:
             process = _started(spec, run, ranks, started, sockets)
     except OSError as error:
+        if is_sent:
+            process = _started(spec, run, ranks, started, [])
         say(
             f"WARNING: tracking.metrics_port: {port} cannot be served on this machine: "
             f"{error.strerror or error}. Training goes on without it."
@@ -69,7 +72,7 @@ def metrics_endpoint(
         yield
     finally:
         if process is not None:
-            _end(process)
+            _end(process, sends=is_sent)
 
 
 def _addresses(spec: Spec) -> list[str]:
@@ -120,7 +123,9 @@ def _started(
         spec={"name": spec.name, "length": values["length"]},
     )
     faults = spec.faults
+    sent = spec.tracking.opentelemetry
     task = {
+        "opentelemetry": None if sent is None else sent.model_dump(),
         "watched": watched.record(),
         "sockets": [each.fileno() for each in sockets],
         "names_allowed": not all(ip_address(each.getsockname()[0]).is_loopback for each in sockets),
@@ -147,8 +152,17 @@ def _started(
     return process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the endpoint, and wait until its port is free again."""
+def _end(process: subprocess.Popen[str], *, sends: bool) -> None:
+    """End the endpoint, and wait until its port is free again.
+
+    Args:
+        sends: let it send the last values first.
+    """
+    if sends and process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()  # it reads to the end
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SEND_SECONDS)
     process.kill()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_SECONDS)

@@ -1,4 +1,4 @@
-"""The program of a metrics endpoint: serves /metrics and /healthz beside a launcher.
+"""The program of a metrics endpoint: serves /metrics and /healthz beside a launcher, or sends them.
 
 A process of its own, so that no client can take time, memory or descriptors from training. It reads
 the files that a run writes anyway. Standard input gives it its task, and ends with the launcher, as
@@ -22,12 +22,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING, Any
 
 from service.health.stop_request import STOP_SIGNALS, die_with_parent
 from service.monitoring.http_server import Answer, BadRequest, ReadOnlyServer, Request
@@ -35,6 +30,11 @@ from service.monitoring.liveness import LOOK_SECONDS, Liveness
 from service.monitoring.metrics import METRICS, Value, values
 from service.monitoring.snapshot import Observer, Snapshot, Watched
 from service.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from service.monitoring.otlp import Sender
 
 FRESH_SECONDS = 1.0
 """The files are read at most so often, however many clients ask."""
@@ -79,18 +79,21 @@ class Figures:
             self.snapshot, self.wrong, self.taken = snapshot, wrong, time.monotonic()
             self._new.notify_all()
 
-    def latest(self) -> tuple[Snapshot | None, list[str]]:
-        """The latest snapshot, a new one where the disk gives it in time; and what is wrong."""
+    def latest(self, *, most_seconds: float = FRESH_SECONDS) -> tuple[Snapshot | None, list[str]]:
+        """The latest snapshot, and what is wrong.
+
+        If it is older than `most_seconds`, a new one where the disk gives it in time.
+        """
         asked = time.monotonic()
         with self._new:
-            if asked - self.taken > FRESH_SECONDS:
+            if asked - self.taken > most_seconds:
                 self._asked.set()
                 self._new.wait_for(lambda: self.taken > asked, timeout=_WAIT_SECONDS)
             return self.snapshot, self.wrong
 
 
-class _Snapshot(Collector):
-    """One snapshot, in the form of the client library."""
+class _Snapshot:
+    """One snapshot, in the form of Prometheus's client library."""
 
     def __init__(self, found: Iterable[Value]) -> None:
         self._values: dict[str, list[Value]] = {}
@@ -98,6 +101,8 @@ class _Snapshot(Collector):
             self._values.setdefault(value.name, []).append(value)
 
     def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
         for metric in METRICS:
             if metric.name not in self._values:
                 continue
@@ -110,8 +115,12 @@ class _Snapshot(Collector):
 
 def exposition(found: Iterable[Value], accept: str) -> tuple[bytes, str]:
     """(the text, its content type): OpenMetrics, or the older format for who asks for that."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import choose_encoder
+
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(found))
+    collector: Any = _Snapshot(found)  # with the one method that matters of its Collector
+    registry.register(collector)
     encode, kind = choose_encoder(accept)
     return encode(registry), kind
 
@@ -132,7 +141,7 @@ async def _answer(figures: Figures, request: Request) -> Answer:
 
 
 def main() -> None:
-    """Serve what the first line of standard input says, until standard input ends."""
+    """Serve or send what the first line of standard input says, until standard input ends."""
     die_with_parent(int(sys.argv[1]))
     for number in STOP_SIGNALS:  # a stop takes a save, which is to be seen too
         signal.signal(number, signal.SIG_IGN)
@@ -141,7 +150,13 @@ def main() -> None:
     task = json.loads(sys.stdin.readline())
     figures = _figures(task)
     threading.Thread(target=figures.keep_looking, name="snapshots", daemon=True).start()
-    threading.Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
+    sender = _sender(figures, task["opentelemetry"]) if task["opentelemetry"] else None
+    ending = threading.Thread(
+        target=_end_with_launcher, args=(figures, sender), name="launcher", daemon=True
+    )
+    ending.start()
+    if not task["sockets"]:
+        ending.join()
     sockets = [socket.socket(fileno=descriptor) for descriptor in task["sockets"]]
     server = ReadOnlyServer(
         sockets,
@@ -161,8 +176,24 @@ def _figures(task: Mapping[str, Any]) -> Figures:
     return Figures(Observer(watched), liveness)
 
 
-def _end_with_launcher() -> None:
+def _sender(figures: Figures, asked: Mapping[str, Any]) -> Sender:
+    from service.monitoring.otlp import Sender
+
+    def look() -> Iterable[Value]:
+        snapshot, wrong = figures.latest()
+        return [] if snapshot is None else values(snapshot, healthy=not wrong)
+
+    def say(words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+
+    return Sender(look, endpoint=asked["endpoint"], every_seconds=asked["every_seconds"], say=say)
+
+
+def _end_with_launcher(figures: Figures, sender: Sender | None) -> None:
     sys.stdin.read()
+    if sender is not None:
+        figures.latest(most_seconds=0.0)  # the run has ended in the meantime
+        sender.finish()
     os._exit(0)
 
 

@@ -1,14 +1,21 @@
-"""The metrics of a launcher: their names, what they mean, and their values in a snapshot."""
+"""The metrics of a launcher: their names, what they mean, and their values in a snapshot.
+
+`python -m service.monitoring.metrics` writes their table into the page of metrics.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.health.heartbeat import ORDER
 from service.monitoring.snapshot import Snapshot
 
 Kind = Literal["gauge", "counter"]
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+_BEGIN = "<!-- metrics: python -m service.monitoring.metrics -->\n"
+_END = "\n<!-- /metrics -->"
 STATES = ("new", "running", "done", "stopped", "failed", "gave up", "lost")
 
 
@@ -189,3 +196,25 @@ def _of_a_rank(snapshot: Snapshot, rank: int, run: Mapping[str, str]) -> Iterato
             yield Value("evenstep_rank_work_seconds", {**labels, "work": work}, float(seconds))
     if rank in snapshot.memory:
         yield Value("evenstep_rank_memory_bytes", labels, float(snapshot.memory[rank]))
+
+
+def table() -> str:
+    """Every metric: its name in a query, its kind, its labels, what it is."""
+    lines = ["| metric | kind | labels | what it is |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{metric.sample}` | {metric.kind} | {labels} | {metric.about} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str) -> str:
+    """The page with the table between its two marks made anew."""
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    assert begin, f"{PAGE} has no mark {_BEGIN.strip()}"
+    assert end, f"{PAGE} has no mark {_END.strip()}"
+    return f"{before}{begin}{table()}{end}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

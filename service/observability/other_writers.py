@@ -20,6 +20,13 @@ _PACKAGES = (  # the key, the module, the package, the extra
     ("trackio", "trackio", "trackio", "trackio"),
     ("mlflow", "mlflow", "mlflow-skinny", "mlflow"),
     ("metrics_port", "prometheus_client", "prometheus-client", "metrics"),
+    ("opentelemetry", "opentelemetry.sdk", "opentelemetry-sdk", "otel"),
+    (
+        "opentelemetry",
+        "opentelemetry.exporter.otlp.proto.http",
+        "opentelemetry-exporter-otlp-proto-http",
+        "otel",
+    ),
 )
 
 
@@ -30,11 +37,18 @@ def require_packages(spec: TrackingSpec) -> None:
         SpecError: says how to install it.
     """
     for key, module, package, extra in _PACKAGES:
-        if getattr(spec, key) not in (None, False) and find_spec(module) is None:
+        if getattr(spec, key) not in (None, False) and not _is_installed(module):
             raise SpecError(
                 f"tracking.{key}: the package {package} is not installed. "
                 f"Use: pip install 'evenstep[{extra}]'"
             )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package above it
+        return False
 
 
 def second_writers(

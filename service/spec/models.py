@@ -311,6 +311,34 @@ class MLflowSpec(Part):
         return uri
 
 
+class OpenTelemetrySpec(Part):
+    """Where the metrics of a launcher are sent by OpenTelemetry's protocol, OTLP over HTTP."""
+
+    endpoint: Annotated[str, Field(examples=["http://collector:4318"])] | None = None
+    """The address of the receiver; `/v1/metrics` is added. Default: what OpenTelemetry's own
+    variables name (OTEL_EXPORTER_OTLP_ENDPOINT), or http://localhost:4318."""
+    every_seconds: Annotated[float, Field(ge=1, le=3600)] = 15.0
+    """Time between two messages."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _of_http(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise wrong(
+                f"must be an address such as http://collector:4318, but is {endpoint!r}: OTLP is "
+                "sent over HTTP"
+            )
+        if "@" in parts.netloc:
+            raise wrong(
+                "must have no password, which everybody who can read the run would see: set "
+                "OTEL_EXPORTER_OTLP_HEADERS"
+            )
+        return endpoint
+
+
 def _an_address(text: str) -> str:
     try:
         return str(ip_address(text))
@@ -339,6 +367,8 @@ class TrackingSpec(Part):
     metrics_address: IpAddress = "127.0.0.1"
     """The address on which it listens besides loopback; 0.0.0.0 is every address. The pods of a
     rendered job use that of the pod."""
+    opentelemetry: OpenTelemetrySpec | None = None
+    """Also send these metrics to an OpenTelemetry collector."""
 
 
 class FaultsSpec(Part):

@@ -8,7 +8,8 @@ From top to bottom; a room imports only from rooms below it:
 * setup: builds what a run trains, part by part, in the order that its random numbers need.
 * own_train_step: one optimizer step of a task with its own step, with one optimizer or with
   several in turn.
-* batch_size_finder: the batch-size finder (`batch.micro_batch: auto`) and `loader.workers: auto`.
+* batch_size_finder: the batch-size finder (`batch.micro_batch: auto`), `loader.workers: auto`,
+  and their defaults.
 * dry_run: the dry run: one forward and backward pass before the first step, to find errors.
 * train_step: one optimizer step: its forward and backward passes, and the update.
 * after_step: what happens after a step, as planned: test, log, save, and whether to stop.
