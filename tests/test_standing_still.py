@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from service.runs.verification import compare
 TIMEOUT_SECONDS = 2.0
 STEPS = 80
 HELD_UP_TIMEOUT_SECONDS = 4.0
+SOON_SECONDS = 60.0
 
 
 def stop_and_continue(processes: set[int], seconds: float) -> None:
@@ -201,6 +203,35 @@ def test_a_rank_that_tells_nothing_has_the_whole_limit_too(
     processes: ProcessesOf, tmp_path: Path
 ) -> None:
     assert processes(2).run(wait_for_one_that_is_held_up, tmp_path) == [[], []]
+
+
+def hang_beside_a_strange_beat(world: World, place: Path) -> list[str]:
+    """What the watchdog of rank 0 says, with a heartbeat that another version of rank 1 wrote."""
+    heartbeat = Heartbeat(rank=0, scratch=place)
+    heartbeat.enter("forward", 1)
+    strange = heartbeat.record() | {"rank": 1, "work": "dancing"}
+    (place / "rank-1.beat").write_text(json.dumps(strange))
+    told: list[str] = []
+    over = threading.Event()
+
+    def leave(code: int, message: str) -> NoReturn:
+        told.append(message)
+        over.set()
+        raise SystemExit(code)  # of the watchdog's thread
+
+    limits = dict.fromkeys(("startup_timeout_seconds", "hook_timeout_seconds"), 60.0)
+    with watched(
+        heartbeat, processes=2, timeout_seconds=HELD_UP_TIMEOUT_SECONDS, leave=leave, **limits
+    ):
+        over.wait(SOON_SECONDS)
+    return told
+
+
+def test_a_heartbeat_that_is_not_understood_ends_no_watchdog(
+    processes: ProcessesOf, tmp_path: Path
+) -> None:
+    [[told]] = processes(1).run(hang_beside_a_strange_beat, tmp_path)
+    assert told.startswith("Rank 1 has not answered for"), told
 
 
 LOOKS = """

@@ -207,9 +207,10 @@ class _Watch:
         return True
 
     def _beat(self, rank: int) -> dict[str, Any] | None:
-        """The last heartbeat of that rank in this attempt."""
+        """The last heartbeat of that rank in this attempt, if this version understands it."""
         beat = read_beat(self._heartbeat.scratch, rank) if self._heartbeat.scratch else None
-        return beat if beat and beat.get("group") == group() else None
+        known = beat and beat.get("group") == group() and beat.get("work") in ORDER
+        return beat if known else None
 
     def close(self) -> None:
         if self._stacks is not None:
