@@ -319,7 +319,8 @@ _EARLIER: set[int | None] = set()
 
 def adopt_strangers() -> None:
     """Become the parent of orphaned processes of a rank, as PID 1 of a container is already."""
-    _EARLIER.update(_children())
+    if not _EARLIER:  # later on, what ranks have left behind could be among them
+        _EARLIER.update(_children())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
