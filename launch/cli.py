@@ -172,19 +172,35 @@ def _start_in_store(
     **starting: Any,
 ) -> NoReturn:
     """Bring the run of an address here, train it in processes, upload it; exit with their code."""
-    from launch.processes.in_store import kept_in_store, require_one_launcher, uploaded
+    from launch.processes.in_store import followed, kept_in_store, require_supported, uploaded
     from service.health.stop_budget import budget_seconds
 
-    require_one_launcher(address, place, node)
-    with kept_in_store(address, spec, fresh=fresh) as uploading:
+    require_supported(address, spec, place, node)
+    several = node is not None and node.nodes > 1
+    if node is not None and several and node.index > 0:
+        from launch.nodes.node import run_node
+
+        following = followed(address, spec, node)
+        processes, met = starting["processes"], following.bring
+        job = job_in(following.runs)
+        leave(note_exit_code(run_node(job, node, processes=processes, when_met=met)))
+    with kept_in_store(address, spec, fresh=fresh, several=several) as uploading:
         job = job_in(uploading.runs)
+
+    def train() -> int:
+        if node is not None and several:
+            from launch.nodes.node import run_node
+
+            return run_node(job, node, processes=starting["processes"])
+        return _in_processes(job, echoed_logs=job.directory().logs if node else None, **starting)
+
     code = uploaded(
         address / spec.name,
         uploading,
-        lambda: _in_processes(job, echoed_logs=job.directory().logs if node else None, **starting),
+        train,
         budget_seconds=lambda: budget_seconds(spec, job.directory()),
     )
-    leave(code)
+    leave(note_exit_code(code))
 
 
 @evenstep.command()

@@ -147,7 +147,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "every option": EVERY_OPTION,
     "keys of objects": KEYS_OF_OBJECTS,
     "a fabric": FABRIC,
-    "runs in a bucket": IN_A_BUCKET,
+    "runs in a bucket": IN_A_BUCKET | {"nodes": 2, "processes_per_node": 2},
 }
 LOOSENED: dict[str, Any] = {
     "nodes": 2,
@@ -424,6 +424,15 @@ def test_a_policy_lets_the_endpoint_of_the_runs_through(endpoint: Any, expected:
     assert expected not in rules()
     at_metadata = ("169.254.169.254/32", 80) in rules(**IN_A_BUCKET)
     assert at_metadata is (endpoint is None), "a cloud's own store, with the identity of the pod"
+
+
+def test_sharded_nodes_are_refused_where_only_node_0_uploads() -> None:
+    sharded = JOB | {"exchange": {"mode": "sharded"}}
+    cluster = {"image": IMAGE, "nodes": 2} | IN_A_BUCKET
+    with pytest.raises(
+        SpecError, match=r"kubernetes\.runs: with exchange\.mode=sharded the 2 nodes"
+    ):
+        render(load_spec(sharded | {"kubernetes": cluster}))
 
 
 def test_the_trainer_of_kubeflow_sets_its_own_five_variables() -> None:

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 from stored import (
     Dying,
@@ -131,10 +132,63 @@ def test_what_cannot_live_in_a_store_yet_is_refused_by_name(place, address):
     torchrun |= {"MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "1"}
     nodes = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"}
     nodes |= {"PET_MASTER_ADDR": "127.0.0.1"}
-    for variables, told in ((torchrun, "torchrun cannot"), (nodes, "on several nodes (2 here)")):
-        done = evenstep("run", "job.yaml", "--runs", str(address), cwd=place, **variables)
+    sharded = "exchange={mode: sharded}"
+    for variables, words, told in (
+        (torchrun, (), "torchrun cannot"),
+        (nodes, (sharded,), "with exchange.mode=sharded the 2 nodes would each write a part"),
+    ):
+        done = evenstep("run", "job.yaml", *words, "--runs", str(address), cwd=place, **variables)
         assert done.returncode == SpecError.exit_code, done.stderr
         assert told in done.stderr
+
+
+def on_nodes(place, address, scratch, server, port, *words):
+    """Run the job on two nodes, each with its own scratch directory; the outputs and codes."""
+    command = [BIN / "evenstep", "run", "job.yaml", *words, "--runs", str(address)]
+    nodes = [
+        start(
+            command,
+            cwd=place,
+            env=CLEAN
+            | server.variables
+            | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(index)}
+            | {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+            | {"EVENSTEP_SCRATCH": str(scratch / str(index)), "EVENSTEP_LEASE_SECONDS": "1.5"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=DEADLINE_SECONDS)[0] for node in nodes]
+    return outputs, [node.returncode for node in nodes]
+
+
+def test_two_nodes_without_a_shared_disk_go_on_with_the_same_bits_on_empty_disks(
+    server, place, address, client, tmp_path
+):
+    def port():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    two = "batch={global_batch: 7, micro_batch: 4}"
+    whole = on_nodes(place, address / "whole", tmp_path / "w", client, port(), two)
+    assert whole[1] == [0, 0], whole[0]
+    cut = on_nodes(place, address / "cut", tmp_path / "a", client, port(), two, "--stop-at", "9")
+    assert cut[1] == [75, 75], cut[0]
+    scratch = tmp_path / "b"
+    assert not scratch.exists(), "both disks are empty"
+    done = on_nodes(place, address / "cut", scratch, client, port(), two)
+    assert done[1] == [0, 0], done[0]
+    assert "Brought" in done[0][1], done[0][1]
+    assert "(step-00000009)" in done[0][1]
+    late = on_nodes(place, address / "cut", tmp_path / "c", client, port(), two)
+    assert late[1] == [0, 0], late[0]
+    assert "Nothing to do" in late[0][1]
+    ends = [brought_back(address / name, tmp_path / name) for name in ("whole", "cut")]
+    compared = compare(*ends, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
 
 
 def test_no_driver_is_imported_without_an_address():

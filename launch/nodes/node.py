@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import FrameType
@@ -49,9 +49,13 @@ class _Job(Protocol):
     def directory(self) -> RunDirectory: ...
 
 
-def run_node(job: Any, node: Node, *, processes: int) -> int:
+def run_node(
+    job: Any, node: Node, *, processes: int, when_met: Callable[[], None] = lambda: None
+) -> int:
     """Run this node's processes in the group of all nodes; return the exit code of this node.
 
+    Args:
+        when_met: called when all nodes have connected, before the processes start.
     Raises:
         SpecError: the nodes disagree, the port is taken, or an interface does not exist.
         PeerLost: not all nodes connected, or one was lost.
@@ -72,6 +76,7 @@ def run_node(job: Any, node: Node, *, processes: int) -> int:
 
     code = 1
     try:
+        when_met()
         logs = RunDirectory(job.runs / job.spec.name).logs
         with (
             _endpoint(job, node, processes),

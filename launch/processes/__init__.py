@@ -13,6 +13,8 @@ From top to bottom; a room imports only from rooms below it:
   together.
 * saving: finds the ranks of this machine that are writing a checkpoint, so that they may finish
   it.
+* following: A further node of a run in a store: it brings what node 0 has published, and uploads
+  nothing.
 * echo: copies the log files of the other ranks into the launcher's own output.
 * agent: torch's elastic agent over processes that are forked from a warm server and end in
   bounded time.

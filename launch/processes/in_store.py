@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launch.environment import Environment, Node
+from launch.environment import Environment, Node, meeting_secret
+from launch.processes.following import Following
 from launch.processes.signals import heard
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.spec.models import Spec
 from service.storage.address import Address
 from service.storage.beside import Uploading, brought
+from service.storage.scratch import scratch_runs
 
 _WITHOUT_SUCCESS_SECONDS = 600.0
 """How long the end of a run waits for a store that takes nothing."""
@@ -22,33 +24,59 @@ _LAST_SECONDS = 60.0
 """How long it waits at least."""
 
 
-def require_one_launcher(address: Address, place: Environment | None, node: Node | None) -> None:
+def require_supported(
+    address: Address, spec: Spec, place: Environment | None, node: Node | None
+) -> None:
     """Refuse what does not work yet for a run that lives in a store.
 
     Raises:
         SpecError: names it.
     """
-    instead = (
-        "Start it with `evenstep run --processes N` on one machine, or give --runs a directory "
-        "that all of them share."
-    )
     if place is not None:
-        raise SpecError(f"--runs {address}: torchrun cannot start such a run yet. {instead}")
-    if node is not None and node.nodes > 1:
         raise SpecError(
-            f"--runs {address}: a run on several nodes ({node.nodes} here) cannot live in an "
-            f"object store yet. {instead}"
+            f"--runs {address}: torchrun cannot start such a run yet. Start it with `evenstep run "
+            "--processes N` on each machine (with PET_NNODES for several machines), or give --runs "
+            "a directory that all of them share."
+        )
+    if node is None or node.nodes == 1:
+        return
+    if spec.exchange.shards:
+        raise SpecError(
+            f"--runs {address}: with exchange.mode={spec.exchange.mode} the {node.nodes} nodes "
+            "would each write a part of a checkpoint, and only node 0 uploads. Use "
+            "exchange.mode=ddp, one node, or give --runs a directory that all nodes share."
+        )
+    if node.secret_name and not meeting_secret():
+        raise SpecError(
+            f"--runs {address}: the nodes share no directory in which node 0 could leave a secret "
+            "for the others. Give all of them the same EVENSTEP_SECRET_FILE."
         )
 
 
+def followed(address: Address, spec: Spec, node: Node) -> Following:
+    """What a node other than the first has of the run, as far as it is needed before the start."""
+    run = address / spec.name
+    following = Following(run, scratch_runs(run), node=node.index, say=_say)
+    following.begin()
+    return following
+
+
 @contextmanager
-def kept_in_store(address: Address, spec: Spec, *, fresh: bool) -> Iterator[Uploading]:
-    """A context with the run brought here, for what is checked before it starts."""
+def kept_in_store(
+    address: Address, spec: Spec, *, fresh: bool, several: bool
+) -> Iterator[Uploading]:
+    """A context with the run brought here, for what is checked before it starts.
+
+    Args:
+        several: whether other nodes follow, which bring what this one has published.
+    """
     uploading = brought(
         address / spec.name, spec, fresh=fresh, say=_say, is_stopped=lambda: heard.requested
     )
     try:
         yield uploading
+        if several:
+            uploading.publish_now()
     except BaseException:
         uploading.abandon()
         raise

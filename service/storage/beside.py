@@ -71,6 +71,14 @@ class Uploading:
         self._when_lost = when_lost
         self._worker.start()
 
+    def publish_now(self) -> None:
+        """Publish what is here, so that the other nodes can bring it; before `start`.
+
+        Raises:
+            EvenstepError: the store does not take it.
+        """
+        self._publish(ending=False)
+
     def abandon(self) -> None:
         """Let the next launcher begin: nothing was trained."""
         _release(self._lease)

@@ -33,7 +33,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     """
     require_name(spec.name, cluster.nodes)
     require_no_secret(spec)
-    _check_runs(cluster)
+    _check_runs(spec, cluster)
     _check_quantities(cluster)
     _check_mounts(cluster)
     _check_variables(cluster)
@@ -102,17 +102,18 @@ def require_name(name: str, nodes: int) -> None:
         )
 
 
-def _check_runs(cluster: KubernetesSpec) -> None:
+def _check_runs(spec: Spec, cluster: KubernetesSpec) -> None:
     if cluster.runs is None:
         return
     try:
         address_in(cluster.runs)
     except SpecError as error:
         raise SpecError(f"kubernetes.runs: {error}") from error
-    if cluster.nodes > 1:
+    if cluster.nodes > 1 and spec.exchange.shards:
         raise SpecError(
-            f"kubernetes.runs: a run on several nodes ({cluster.nodes} here) cannot live in an "
-            "object store yet. Use nodes: 1 with more processes_per_node, or storage_claim."
+            f"kubernetes.runs: with exchange.mode={spec.exchange.mode} the {cluster.nodes} nodes "
+            "would each write a part of a checkpoint, and only node 0 uploads. Use nodes: 1 with "
+            "more processes_per_node, exchange.mode=ddp, or storage_claim."
         )
 
 
