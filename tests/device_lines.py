@@ -70,6 +70,7 @@ RAN = {
     "launch/commands/sweep.py": "CPU; the shares of devices as a pure function",
     "launch/rank/joining.py": CPU,
     "launch/nodes/node.py": CPU,
+    "launch/rank/network.py": CPU,
     "launch/rank/process_group.py": SIM,
     "launch/commands/reduction.py": SIM,
 }
@@ -77,6 +78,18 @@ NVIDIA = "; its branch for NVIDIA: nothing yet"
 APPLE = "; its branch for Apple: nothing yet"
 # Lines that still name one vendor: why, and what of it nothing has run.
 NAMED: dict[tuple[str, str], tuple[str, str]] = {
+    (
+        "launch/rank/network.py",
+        "return f\"{name}; NCCL_IB_DISABLE keeps it from the RDMA devices {', '.join(found)}\"",
+    ): ("NCCL's own setting", "; NCCL's choice of a network: nothing yet"),
+    (
+        "launch/rank/network.py",
+        'if environ.get("NCCL_IB_DISABLE", "0") not in ("", "0"):',
+    ): ("as above", "; NCCL's choice of a network: nothing yet"),
+    (
+        "launch/rank/network.py",
+        'variable = "GLOO_SOCKET_IFNAME" if device == "cpu" else "NCCL_SOCKET_IFNAME"',
+    ): ("each backend has its own variable", "; NCCL's choice of a network: nothing yet"),
     ("service/optimization/precision.py", "before = torch.backends.cudnn.benchmark"): (
         "cuDNN's own setting",
         "; its effect: nothing yet",

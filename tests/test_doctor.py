@@ -27,6 +27,7 @@ def test_every_check_is_made_and_real_processes_add_up(tmp_path):
     assert {"packages", "devices", "cores", "memory", "/dev/shm", "disk", "fsync", "lock"} | {
         "clock",
         "host name",
+        "RDMA",
         "all-reduce",
         "W&B",
         "kubectl",

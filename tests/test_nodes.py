@@ -35,6 +35,7 @@ from launch.nodes import secret_file
 from launch.nodes.handshake import Doorkeeper, Foreign, JoinRequest, Seal, answered
 from launch.nodes.node import check_interfaces, take_interface
 from launch.nodes.rendezvous import Membership, Peer, host, join
+from launch.rank.network import interface_in_words
 from service.basics.atomic_files import replace_file
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
 
@@ -604,6 +605,11 @@ def test_two_nodes_on_one_machine_train_as_one(meeting: Meeting, tmp_path: Path)
 
     first, second = trained()
     assert "digits: 2 processes on cpu" in first
+    assert re.match(
+        r"Network: \d+\.\d\d GB/s for each process, in a sum of [0-9.]+ MiB over 2 processes on "
+        r"2 nodes, by gloo over lo\w*\.\n",
+        first,
+    ), "the first line"
     assert "Done after step 12" in first
     assert "step=" not in second, "one node speaks for all"
     assert second.count("[rank 1] this is 1 of 2\n") == 1, second
@@ -626,7 +632,23 @@ def test_one_node_of_its_own_tells_what_its_ranks_write(tmp_path: Path) -> None:
     done = evenstep(*words, "task=./loud.py:task", cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
     assert "this is 0 of 2\n" in done.stdout
+    assert "Network:" not in done.stdout
     assert done.stderr.count("[rank 1] this is 1 of 2\n") == 1, done.stderr
+
+
+def test_the_line_about_the_network_names_what_it_goes_through(tmp_path: Path) -> None:
+    chosen = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth2"}
+    assert interface_in_words("cpu", chosen, rdma=tmp_path) == "eth1"
+    assert interface_in_words("cpu", {}, rdma=tmp_path) == "the interface that it chooses"
+    none = "eth2; this machine has no RDMA device"
+    assert interface_in_words("cuda", chosen, rdma=tmp_path / "gone") == none
+    (tmp_path / "mlx5_0").mkdir()
+    assert interface_in_words("cuda", chosen, rdma=tmp_path) == (
+        "the RDMA devices mlx5_0, or eth2 if NCCL cannot use them"
+    )
+    assert "NCCL_IB_DISABLE keeps it from the RDMA devices mlx5_0" in interface_in_words(
+        "cuda", {"NCCL_IB_DISABLE": "1"}, rdma=tmp_path
+    )
 
 
 def test_what_the_environment_says_twice_is_refused(tmp_path: Path) -> None:

@@ -175,6 +175,24 @@ def _driver() -> str:
     return done.stdout.strip().partition("\n")[0] or "unknown"
 
 
+def _rdma(asked: Asked) -> Iterator[Finding]:
+    """What the GPUs of several nodes could exchange through."""
+    import torch
+
+    from launch.rank.network import rdma_devices
+
+    if not torch.accelerator.is_available() or os.environ.get("EVENSTEP_DEVICE") == "cpu":
+        yield Finding("RDMA", "skipped", "no GPU")
+    elif found := rdma_devices():
+        yield Finding("RDMA", "ok", f"{', '.join(found)} on this machine")
+    else:
+        told = (
+            "no device on this machine: several nodes exchange over TCP. The first line of such a "
+            "run gives the bandwidth that they measured"
+        )
+        yield Finding("RDMA", "ok", told)
+
+
 def _all_reduce(asked: Asked) -> Iterator[Finding]:
     """A sum over real processes, through the code that a run would use."""
     import torch
@@ -523,6 +541,7 @@ CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
     _run_directory,
     _stop,
     _host_name,
+    _rdma,
     _all_reduce,
     _wandb,
     _kubectl,

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from launch.environment import Environment
 from launch.rank.exit import end_in_time
 from launch.rank.job import Job, TestJob
+from launch.rank.joining import on_one_node
+from launch.rank.network import bandwidth_in_words
 from launch.rank.process_group import process_group, stay_near_device
 from service.basics.errors import (
     LINES,
@@ -91,6 +93,10 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
     watched_here = here.watched(spec, environment)
     with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
         world.leave_limits_to_the_watchdog()
+        if not on_one_node(environment):
+            told = bandwidth_in_words(world, processes_here=environment.local_world_size)
+            if world.is_lead:
+                print(told, flush=True)
         task = load_task(spec.task, spec.task_args, seed=spec.seed)
         spec = settled(
             spec,
