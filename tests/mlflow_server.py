@@ -32,7 +32,9 @@ def mlflow_server(place: Path) -> Iterator[str]:
         )
         try:
             until(lambda: process.poll() is not None or listens(port), "it listens")
-            assert get(port, "/health").status == 200, (place / "server.log").read_text()
+            # The first question makes the database: on a slow disk longer than a run waits for it.
+            for path in ("/health", "/api/2.0/mlflow/experiments/get?experiment_id=0"):
+                assert get(port, path).status == 200, (place / "server.log").read_text()
             yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
