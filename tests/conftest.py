@@ -33,7 +33,8 @@ def pytest_configure() -> None:
 LONGEST = (
     *("docs", "shared_saves", "checkpoints", "launcher", "simulated_device", "wandb", "mlflow"),
     *("sharding", "optimizers", "hooks", "python_door", "object_storage", "standing_still"),
-    *("metrics_endpoint", "terminal", "contention", "run_command", "readme", "features", "start"),
+    *("chaos", "precision", "metrics_endpoint", "terminal", "contention", "run_command", "ready"),
+    *("readme", "features", "start"),
 )
 
 
