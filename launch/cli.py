@@ -96,6 +96,11 @@ evenstep.add_command(export)
 )
 @click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
 @click.option(
+    "--nodes",
+    metavar="N|LEAST:MOST",
+    help="Machines of the job, as PET_NNODES; with a range it continues when some leave or join.",
+)
+@click.option(
     "--change", is_flag=True, help="Let KEY=VALUE change a run that has begun; it is recorded."
 )
 @click.option("--accept-changes", is_flag=True, help="The same for all differences in SPEC.")
@@ -115,6 +120,7 @@ def run(
     fresh: bool,
     max_restarts: int,
     elastic: bool,
+    nodes: str | None,
     stop_at: int | None,
     profile: str | None,
     **accepting: Any,
@@ -123,7 +129,7 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    node = _node(processes) if place is None else None
+    node = _node(processes, nodes) if place is None else None
     asked = _process_count(node.processes if node else processes)
     window = _window(profile)
     loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
@@ -134,7 +140,8 @@ def run(
     def job_in(directory: Path) -> Job:
         if node is None or node.index == 0:
             _tell_allowance(RunDirectory(directory / loaded.name))
-        if place is None or place.rank == 0:
+        joins = node is not None and node.least > 0 and node.index > 0  # a run that may be going on
+        if (place is None or place.rank == 0) and not joins:
             check_run(directory, loaded, fresh=fresh, accepted=accepted)
         return Job(
             loaded,
@@ -389,9 +396,11 @@ def _name_in_sweep(spec: str, overrides: tuple[Override, ...]) -> str | None:
     return f"{load_named(spec, overrides, None).name}-{run_id}"
 
 
-def _node(processes: str | None) -> Node | None:
+def _node(processes: str | None, nodes: str | None) -> Node | None:
     """The node that this command launches, if the environment describes one."""
-    node = node_here()
+    if nodes is not None and "PET_NNODES" in os.environ:
+        raise SpecError("--nodes: PET_NNODES already sets it; leave it out.")
+    node = node_here({**os.environ, "PET_NNODES": nodes} if nodes is not None else None)
     if node is not None and processes is not None:
         raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
     step = step_here() if node is None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +83,10 @@ class Node:
     secret_name: str = ""
     """The file in the runs directory in which node 0 writes a secret for the others.
     Empty: there is no such file."""
+    least: int = 0
+    """The smallest number of nodes with which an elastic job runs; 0: it needs all of them."""
+    returns: bool = False
+    """Whether a cluster starts a lost node again."""
 
 
 def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
@@ -104,7 +107,7 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
                 "PET_NNODES (1 if every pod trains by itself)."
             )
         return None
-    nodes = _number(re.sub(r"^(\d+):\1$", r"\1", variables["PET_NNODES"]), "PET_NNODES")
+    least, nodes = range_of_nodes(variables["PET_NNODES"], "PET_NNODES")
     processes = variables.get("PET_NPROC_PER_NODE", "1")
     if nodes > 1 and index is None:
         raise SpecError(
@@ -114,13 +117,38 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
     place = _number(index or "0", "PET_NODE_RANK")
     if not place < max(nodes, 1):
         raise SpecError(
-            f"PET_NODE_RANK={place} of PET_NNODES={nodes} is not possible: count from 0."
+            f"PET_NODE_RANK={place} of PET_NNODES={variables['PET_NNODES']} is not possible: "
+            "count from 0."
         )
     address = variables.get("PET_MASTER_ADDR", "")
     if nodes > 1 and not address:
         address = first_address(socket.getfqdn(), place)
     port = _number(variables.get("PET_MASTER_PORT", "29500"), "PET_MASTER_PORT")
-    return Node(place, nodes, "auto" if processes == "gpu" else processes, address, port)
+    return Node(
+        place,
+        nodes,
+        "auto" if processes == "gpu" else processes,
+        address,
+        port,
+        least=least if least < nodes else 0,
+        returns="JOB_COMPLETION_INDEX" in variables,
+    )
+
+
+def range_of_nodes(text: str, name: str) -> tuple[int, int]:
+    """The least and the most nodes in `N` or `LEAST:MOST`, as torchrun writes it.
+
+    Raises:
+        SpecError: they are no whole numbers, or not possible.
+    """
+    first, colon, last = text.partition(":")
+    if colon and not (first.isdecimal() and last.isdecimal()):
+        raise SpecError(f"{name} must be a whole number or LEAST:MOST, but is {text!r}.")
+    least = _number(first, name)
+    most = int(last) if colon else least
+    if colon and not 1 <= least <= most:
+        raise SpecError(f"{name}={text} is not possible: LEAST:MOST needs 1 <= LEAST <= MOST.")
+    return least, most
 
 
 def first_address(own: str, index: int) -> str:

@@ -69,7 +69,7 @@ RAN = {
     "launch/commands/doctor.py": SIM,
     "launch/commands/sweep.py": "CPU; the shares of devices as a pure function",
     "launch/rank/joining.py": CPU,
-    "launch/nodes/node.py": CPU,
+    "launch/nodes/node_part.py": CPU,
     "launch/rank/network.py": CPU,
     "launch/rank/process_group.py": SIM,
     "launch/commands/reduction.py": SIM,
@@ -189,11 +189,11 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "as above",
         "; its effect: nothing yet",
     ),
-    ("launch/nodes/node.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
+    ("launch/nodes/node_part.py", '_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
-    ("launch/nodes/node.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
+    ("launch/nodes/node_part.py", 'os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")'): (
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),

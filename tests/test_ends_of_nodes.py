@@ -20,7 +20,7 @@ from injuring import until
 
 from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
 from launch.nodes.handshake import JoinRequest
-from launch.nodes.node import kill_each
+from launch.nodes.node_part import kill_each
 from launch.nodes.rendezvous import host, join
 from launch.rank.process_group import _join
 from launch.rank.store import own_store

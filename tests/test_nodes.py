@@ -33,7 +33,7 @@ from launch.environment import (
 )
 from launch.nodes import secret_file
 from launch.nodes.handshake import Doorkeeper, Foreign, JoinRequest, Seal, answered
-from launch.nodes.node import check_interfaces, take_interface
+from launch.nodes.node_part import check_interfaces, take_interface
 from launch.nodes.rendezvous import Membership, Peer, host, join
 from launch.rank.network import interface_in_words
 from service.basics.atomic_files import replace_file
@@ -77,7 +77,7 @@ MISTAKES = {
         "PET_NODE_RANK=3 of PET_NNODES=3 is not possible",
     ),
     "no index": ({"PET_NNODES": "2", "PET_MASTER_ADDR": "a"}, "PET_NODE_RANK is not set"),
-    "an elastic range": (PET | {"PET_NNODES": "1:4"}, "PET_NNODES must be a whole number"),
+    "a range without its end": (PET | {"PET_NNODES": "1:"}, "PET_NNODES must be a whole number"),
     "a port in words": (PET | {"PET_MASTER_PORT": "any"}, "PET_MASTER_PORT must be a whole"),
 }
 

@@ -25,13 +25,27 @@ class Foreign(Exception):
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """The configuration that a node sends; all but the index must be equal on all nodes."""
+    """The configuration that a node sends; nodes to spec, and least, must be equal on all."""
 
     index: int
     nodes: int
     processes: int
     spec: str
     """A digest."""
+    least: int = 0
+    """The smallest number of nodes with which the job runs; 0: all of them."""
+    generation: int = 0
+    """The last generation that it belonged to. It may differ between nodes."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the job also runs with fewer nodes."""
+        return self.least > 0
+
+    @property
+    def range(self) -> str:
+        """The numbers of nodes with which the job runs, as torchrun writes them."""
+        return f"{self.least}:{self.nodes}" if self.is_elastic else str(self.nodes)
 
 
 class Lines:
@@ -106,6 +120,7 @@ class Doorkeeper:
         seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
         said = seal.opened(line)
         kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
+        kinds |= {"least": int, "generation": int}
         if {key: type(value) for key, value in said.items()} != kinds:
             raise Foreign("no introduction")
         return JoinRequest(**said), seal

@@ -19,7 +19,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,7 @@ from launch.nodes.handshake import (
     answered,
 )
 from service.basics.errors import PeerLost, SpecError, Stopped
-from service.basics.running_time import RunningClock, TimeLimit
+from service.basics.running_time import LOOK_SECONDS, RunningClock, TimeLimit
 
 _CONNECT_SECONDS = 5.0
 _INTRODUCTION_SECONDS = 10.0
@@ -44,7 +44,7 @@ _INTRODUCTION_SECONDS = 10.0
 _SEND_SECONDS = 5.0
 _POLL_SECONDS = 0.25
 _TELL_AFTER_SECONDS = 10.0
-_FAREWELL_SECONDS = 30.0
+FAREWELL_SECONDS = 30.0
 _ACCEPTED_AT_ONCE = 256
 _MOST_UNKNOWN = 4096
 _SPARE_FILES = 64
@@ -89,6 +89,11 @@ class Peer:
         except (OSError, Foreign):
             return None
 
+    @property
+    def own_address(self) -> str:
+        """Address of this machine, on the interface to the other end."""
+        return str(self.connection.getsockname()[0]).removeprefix("::ffff:")
+
     def hang_up(self) -> None:
         """Tell the other end that this one closes; its last message can still be read."""
         with suppress(OSError):  # the other end has already closed it
@@ -107,8 +112,10 @@ class Membership:
         """A description of the node that was lost first."""
         self.lost_time: float | None = None
         """The time when this was detected, in seconds since the epoch."""
-        self._gone = threading.Event()
-        self._ends: set[int] = set()
+        self.farewells: dict[int, dict[str, Any] | None] = {}
+        """The closing message of each node that has ended; None of one that is gone."""
+        self._settled = threading.Event()
+        self._all_ended = threading.Event()
 
     @property
     def own_address(self) -> str:
@@ -141,26 +148,30 @@ class Membership:
         callbacks = (when_lost, when_stopped)
         threading.Thread(target=self._follow, args=callbacks, daemon=True).start()
 
-    def part(self, code: int) -> None:
+    def await_ends(self, seconds: float) -> None:
+        """Wait until every other node has sent its closing message or is gone, at most so long."""
+        TimeLimit(seconds).wait(self._all_ended.wait)
+
+    def part(self, code: int, **more: bool) -> None:
         """Send the exit code of this node, and wait until the other nodes have ended as well.
 
         Node 0's store must outlive the processes that use it; processes do not wait for a node that
         has failed.
         """
         for friend in self.friends:
-            friend.say({"end": code})
+            friend.say({"end": code, **more})
         if code in GOOD_ENDS and self.lost is None:
-            TimeLimit(_FAREWELL_SECONDS).wait(self._gone.wait)
+            TimeLimit(FAREWELL_SECONDS).wait(self._settled.wait)
         for friend in self.friends:
             friend.close()
 
     def _follow(self, when_lost: Callable[[], None], when_stopped: Callable[[], None]) -> None:
-        """Wait until each node has sent its closing message, or the first is lost."""
+        """Wait until each node has sent its closing message, or is gone."""
         stopped = False
         with selectors.DefaultSelector() as events:
             for friend in self.friends:
                 events.register(friend.connection, selectors.EVENT_READ, friend)
-            while len(self._ends) < len(self.friends):
+            while len(self.farewells) < len(self.friends):
                 unread = [friend for friend in self.friends if friend.unread]
                 for friend in unread or [key.data for key, _ in events.select()]:
                     heard = friend.hear()
@@ -168,21 +179,24 @@ class Membership:
                         continue
                     end = heard[0].get("end") if heard else None
                     events.unregister(friend.connection)
+                    self.farewells[friend.index] = heard[0] if heard else None
                     if end not in GOOD_ENDS:
                         self._lose(friend, end, when_lost)
-                        return
-                    self._ends.add(friend.index)
-                    if end == Stopped.exit_code and not stopped:
+                    elif end == Stopped.exit_code and not stopped:
                         stopped = True
                         threading.Thread(target=when_stopped, daemon=True).start()
-        self._gone.set()
+        self._settled.set()
+        self._all_ended.set()
 
     def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:
+        if self.lost is not None:  # only the first is the reason
+            return
         self.lost, self.lost_time = _loss(friend, end), time.time()
-        self._gone.set()
+        self._settled.set()
         for other in self.friends:  # they are connected only to node 0
-            other.hang_up()
-        when_lost()
+            if other is not friend:  # it may hear, although it has hung up
+                other.hang_up()
+        threading.Thread(target=when_lost, daemon=True).start()
 
 
 # ---- node 0
@@ -206,9 +220,9 @@ def host(
         SpecError: the port is taken, or the nodes have different configurations.
         PeerLost: not all of them connected in time.
     """
-    waiting = _Patience(seconds, say)
-    with _listen(_own_interface(address), port) as door, selectors.DefaultSelector() as events:
-        hall = _Hall(own, secret, door, events, say)
+    waiting = Patience(seconds, say)
+    with listen(address, port) as door, selectors.DefaultSelector() as events:
+        hall = Hall(own, secret, door, events, say)
         while len(hall.friends) < own.nodes - 1:
             reason = hall.missing(port)
             if not waiting.goes_on(
@@ -232,7 +246,7 @@ class _Unknown:
     lines: Lines = field(default_factory=Lines)
 
 
-class _Hall:
+class Hall:
     """All connections to node 0, in one loop: nodes that wait, and those not yet identified."""
 
     def __init__(
@@ -244,6 +258,8 @@ class _Hall:
         say: Callable[[str], None],
     ) -> None:
         self._own, self._secret, self._say = own, secret, say
+        self.generation = own.generation
+        """The highest that a node has belonged to."""
         self._clock = RunningClock()
         self._door, self._events = door, events
         self._most_unknown = _room_for(own.nodes)
@@ -280,10 +296,19 @@ class _Hall:
         while self._unknown and next(iter(self._unknown.values())).until < now:
             self._drop(next(iter(self._unknown.values())))
 
-    def close(self) -> None:
+    def taken(self, indexes: Iterable[int]) -> list[Peer]:
+        """The peers of these waiting nodes, which wait no longer."""
+        found = [self.friends.pop(index) for index in sorted(indexes)]
+        for friend in found:
+            self._events.unregister(friend.connection)
+        return found
+
+    def close(self, **last_message: int) -> None:
         """Close all connections."""
         self.send_away()
         for friend in self.friends.values():
+            if last_message:
+                friend.say(last_message)
             friend.close()
 
     def send_away(self) -> None:
@@ -342,6 +367,11 @@ class _Hall:
         self._release(unknown)
         friend = Peer(other.index, unknown.connection, unknown.address, seal)
         difference = _difference(self._own, other)
+        if difference is not None and self._own.is_elastic:  # the job can do without it
+            self._say(f"{difference} It was refused.")
+            friend.say({"refused": difference})
+            friend.close()
+            return
         if difference is not None:
             for each in [friend, *self.friends.values()]:
                 each.say({"refused": difference})
@@ -357,6 +387,9 @@ class _Hall:
             self._forget(self.friends[other.index])
         self.friends[other.index] = friend
         self._events.register(friend.connection, selectors.EVENT_READ, friend)
+        self.generation = max(self.generation, other.generation)
+        if self._own.is_elastic:
+            friend.say({"waiting": True})
 
     def _forget(self, friend: Peer) -> None:
         if self.friends.get(friend.index) is friend:
@@ -424,7 +457,15 @@ def _own_interface(address: str) -> str:
     return next((each for each in found if each in own and not is_loopback(each)), "")
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def listen(address: str, port: int) -> socket.socket:
+    """The socket to which the other nodes connect.
+
+    Args:
+        address: the address of this node for the others; if it is local, only it is listened on.
+    Raises:
+        SpecError: the port is taken.
+    """
+    address = _own_interface(address)
     both = not address and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
     try:
@@ -458,7 +499,29 @@ def join(
         SpecError: the nodes have different configurations.
         PeerLost: node 0 was not found, or did not start, in time.
     """
-    waiting = _Patience(seconds, say)
+    place: dict[str, Any] = {"address": address, "port": port, "secret": secret}
+    friend, answer = enter(own, **place, seconds=seconds, say=say)
+    return Membership([friend]), (str(answer["address"]), int(answer["store"]))
+
+
+def enter(
+    own: JoinRequest,
+    *,
+    address: str,
+    port: int,
+    seconds: float,
+    say: Callable[[str], None],
+    secret: bytes = b"",
+) -> tuple[Peer, dict[str, Any]]:
+    """The connection to node 0, and its message when the nodes begin, or when the job has ended.
+
+    Once node 0 of an elastic job has let this node wait, the wait has no limit.
+
+    Raises:
+        SpecError: the nodes have different configurations.
+        PeerLost: node 0 was not found, or did not start, in time.
+    """
+    waiting = Patience(seconds, say)
     reason = ""
     while waiting.goes_on(reason):
         try:
@@ -473,9 +536,11 @@ def join(
             if answer and "refused" in answer:
                 friend.close()
                 raise SpecError(str(answer["refused"]))
-            if answer and "store" in answer:
-                return Membership([friend]), (str(answer["address"]), int(answer["store"]))
+            if answer and ("store" in answer or "end" in answer):
+                return friend, answer
             friend.close()
+            if answer:  # it waited, perhaps for hours, and node 0 is gone
+                waiting = Patience(seconds, say)
         reason = (
             f"node 0 at {address}:{port} closed the connection before all nodes were connected. It "
             "exited, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
@@ -509,23 +574,29 @@ def _introduce(
     return Peer(0, connection, address, seal, lines)
 
 
-def _heard(friend: Peer, waiting: _Patience) -> dict[str, Any] | None:
-    """The message of node 0 when all nodes are connected; None if it is lost, or time is up."""
+def _heard(friend: Peer, waiting: Patience) -> dict[str, Any] | None:
+    """The message of node 0 when all nodes are connected; None if time is up.
+
+    If it is lost: its last message, that this node waits, if there was one.
+    """
+    last: dict[str, Any] | None = None
     with selectors.DefaultSelector() as events:
         events.register(friend.connection, selectors.EVENT_READ)
-        while waiting.left:
-            if not events.select(waiting.look):
+        while last or waiting.left:
+            if not events.select(LOOK_SECONDS if last else waiting.look):
                 continue
             heard = friend.hear()
             if heard is None:
                 break
-            if heard:
-                first, *friend.unread = heard
-                return first
-    return None
+            while heard:
+                last, *heard = heard
+                if "waiting" not in last:
+                    friend.unread = heard
+                    return last
+    return last
 
 
-class _Patience:
+class Patience:
     """A deadline, and one log line if the wait is long."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
@@ -549,7 +620,7 @@ class _Patience:
 
 
 def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
-    for name, what in (("nodes", "PET_NNODES"), ("processes", "PET_NPROC_PER_NODE")):
+    for name, what in (("range", "PET_NNODES"), ("processes", "PET_NPROC_PER_NODE")):
         ours, theirs = getattr(own, name), getattr(other, name)
         if ours != theirs:
             return (

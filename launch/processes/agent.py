@@ -264,7 +264,7 @@ class Agent(SimpleElasticAgent):
             for rank in alive:
                 rank.process.terminate()  # it may have ended in the meantime
             print(
-                f"{self._stop.signal_name}: saving the state after the current step; Ctrl-C ends "
+                f"{self._stop.reason}: saving the state after the current step; Ctrl-C ends "
                 "the run immediately.",
                 file=sys.stderr,
                 flush=True,
@@ -373,7 +373,7 @@ def _strangers() -> Iterator[int]:
     belongs to it, such as a command by which a thread gets credentials, or to whoever started it:
     a script that runs a command in the background, and then becomes this process by `exec`.
     """
-    ours = _our_own() | _EARLIER
+    ours = our_own() | _EARLIER
     own = os.getsid(0)
     for process in _children():
         session = own
@@ -383,7 +383,8 @@ def _strangers() -> Iterator[int]:
             yield process
 
 
-def _our_own() -> set[int | None]:
+def our_own() -> set[int | None]:
+    """The children of this process that are not ranks, and outlive them."""
     from multiprocessing import forkserver, resource_tracker
 
     return {

@@ -40,6 +40,11 @@ def require_supported(
         )
     if node is None or node.nodes == 1:
         return
+    if node.least:
+        raise SpecError(
+            f"--runs {address}: a run in an object store cannot have elastic nodes yet. Use a "
+            "fixed number of nodes, or give --runs a directory that all nodes share."
+        )
     if spec.exchange.shards:
         raise SpecError(
             f"--runs {address}: with exchange.mode={spec.exchange.mode} the {node.nodes} nodes "

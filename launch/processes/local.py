@@ -87,6 +87,7 @@ def run_locally(
     max_restarts: int = 0,
     elastic: bool = False,
     node_lost: NodeLost = lambda: None,
+    started: float = STARTED,
 ) -> int:
     """Run the job in `processes` processes; return the exit code of the job.
 
@@ -96,6 +97,7 @@ def run_locally(
     Args:
         max_restarts: how often all of them are restarted after a failure.
         elastic: continue with one process fewer each time.
+        started: when this attempt began, in seconds since the epoch.
     Raises:
         SpecError: this machine cannot start that many processes.
     """
@@ -103,29 +105,32 @@ def run_locally(
     with stop_on_signals(heard) as stop, tempfile.TemporaryDirectory(prefix="evenstep-") as notes:
         try:
             _get_ready()
-            return _attempts(job, processes, max_restarts, elastic, stop, Path(notes), node_lost)
+            attempts = _Attempts(max_restarts, elastic, node_lost, started)
+            return _attempts(job, processes, attempts, stop, Path(notes))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
 
 
-def _attempts(
-    job: Any,
-    processes: int,
-    max_restarts: int,
-    elastic: bool,
-    stop: StopRequest,
-    notes: Path,
-    node_lost: NodeLost,
-) -> int:
-    started = STARTED
+@dataclass(frozen=True)
+class _Attempts:
+    """The arguments of `run_locally` about restarts."""
+
+    max_restarts: int
+    elastic: bool
+    node_lost: NodeLost
+    started: float
+
+
+def _attempts(job: Any, processes: int, asked: _Attempts, stop: StopRequest, notes: Path) -> int:
+    started, max_restarts = asked.started, asked.max_restarts
     for restart in range(max_restarts + 1):
         if stop.requested:
             when = "before the first step" if restart == 0 else "before it was started again"
-            print(f"Stopped by {stop.signal_name} {when}.", file=sys.stderr, flush=True)
+            print(f"Stopped by {stop.reason} {when}.", file=sys.stderr, flush=True)
             return STOPPED
         before = job.run_id() if max_restarts else None
-        cause = _attempt(job, processes, stop, notes / str(restart), started, node_lost)
+        cause = _attempt(job, processes, stop, notes / str(restart), started, asked.node_lost)
         started = time.time()
         if cause.told:
             print(cause.told, file=sys.stderr, flush=True)
@@ -133,7 +138,7 @@ def _attempts(
             return cause.code
         if stop.requested:
             continue
-        processes = max(1, processes - 1) if elastic else processes
+        processes = max(1, processes - 1) if asked.elastic else processes
         job = job.again(before)
         print(
             f"Restarting on {processes} {'process' if processes == 1 else 'processes'} from "

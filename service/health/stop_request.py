@@ -36,6 +36,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.regroups = False
+        """Whether the launcher asks for it, to continue with other nodes; no signal has arrived."""
         self.heard_at: float | None = None
         """When it was first asked for, by the monotonic clock."""
         self.interrupt = False
@@ -45,12 +47,17 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether a request to stop has arrived."""
-        return self.signal_name is not None
+        return self.regroups or self.signal_name is not None
+
+    @property
+    def reason(self) -> str:
+        """What asks for it: the name of a signal, or the change of nodes."""
+        return self.signal_name or "a change of nodes"
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
         # It sets only a flag: a collective in a signal handler would be out of order.
-        if self.interrupt or (self.requested and number == signal.SIGINT):
+        if self.interrupt or (self.signal_name and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         self.heard_at = self.heard_at or time.monotonic()

@@ -397,7 +397,7 @@ def _spot(loc: tuple[str | int, ...]) -> _Spot:
         elif keyed_by_user and loc[-1] != "[key]":
             steps, keyed_by_user = (*steps, step), False
         elif chosen_by_name:
-            parts = [part for part in parts if step in _names(part)]
+            parts = [p for p in parts if "name" not in p.model_fields or step in _names(p)]
             chosen_by_name = False
         elif keyed_by_user or not parts:
             return _Spot(steps, fields, one_of_several=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from service.spec.part import (
     ABSOLUTE_PATH,
@@ -170,6 +171,32 @@ def _require_one(part: Part, *keys: str) -> None:
         raise wrong(f"must have one of {', '.join(others)} and {last}, but has {has}")
 
 
+class NodesSpec(Part):
+    """The nodes of an elastic job: it continues with those that are there."""
+
+    least: Annotated[int, Field(ge=1)]
+    """With fewer pods the job waits."""
+    most: Annotated[int, Field(ge=2)]
+    """Pods that are asked for."""
+    wait_seconds: Annotated[int, Field(ge=1)] = 30
+    """How long the pods that are there wait for more before they begin."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.least >= self.most:
+            raise wrong(
+                f"must have least below most, but has {self.least} and {self.most}; for a fixed "
+                f"number write nodes: {self.most}"
+            )
+        return self
+
+
+def _number_or_range(given: Any) -> str:
+    return "range" if isinstance(given, Mapping | NodesSpec) else "number"
+
+
+Nodes = Annotated[Annotated[int, Field(ge=1)], Tag("number")] | Annotated[NodesSpec, Tag("range")]
+
 OWN_LABELS = tuple(
     f"app.kubernetes.io/{key}" for key in ("name", "instance", "component", "managed-by")
 )
@@ -183,8 +210,9 @@ class KubernetesSpec(Part):
         str, Field(pattern=IMAGE, examples=["registry.example.com/team/evenstep:0.1.0"])
     ]
     """The container image, preferably with its digest."""
-    nodes: Annotated[int, Field(ge=1)] = 1
-    """Pods that train together."""
+    nodes: Annotated[Nodes, Discriminator(_number_or_range)] = 1
+    """Pods that train together. With `least` and `most`, the job continues with those that are
+    there."""
     processes_per_node: Annotated[int, Field(ge=1)] = 1
     """Training processes in each pod; each uses one device."""
     device: Annotated[str, Field(pattern=DEVICE)] = "nvidia.com/gpu"
@@ -298,6 +326,21 @@ class KubernetesSpec(Part):
     """Port of the rendezvous on node 0."""
     meeting_seconds: Annotated[int, Field(ge=1)] = 600
     """How long a node waits at the rendezvous for the others before it restarts."""
+
+    @property
+    def most_nodes(self) -> int:
+        """The largest number of pods."""
+        return self.nodes.most if isinstance(self.nodes, NodesSpec) else self.nodes
+
+    @property
+    def least_nodes(self) -> int:
+        """The smallest number of pods with which the job trains."""
+        return self.nodes.least if isinstance(self.nodes, NodesSpec) else self.nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of pods may change."""
+        return isinstance(self.nodes, NodesSpec)
 
     @property
     def on_cpu(self) -> bool:

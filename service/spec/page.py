@@ -114,7 +114,9 @@ def _members(value: Schema, schema: Schema) -> list[Schema]:
 
 def _type(value: Schema, schema: Schema) -> str:
     if _members(value, schema):
-        return "a section"
+        choices = value.get("oneOf") or value.get("anyOf") or []
+        kinds = [_type(choice, schema) for choice in choices if "$ref" not in choice]
+        return " or ".join([*(kind for kind in kinds if kind != "null"), "a section"])
     if "anyOf" in value:
         kinds = [_type(choice, schema) for choice in value["anyOf"]]
         return " or ".join(kind for kind in dict.fromkeys(kinds) if kind != "null")
@@ -157,7 +159,7 @@ def _number(value: float) -> str:
 
 def _default(value: Schema, schema: Schema) -> str:
     default = value.get("default")
-    if _members(value, schema) or default is None:
+    if default is None or (_members(value, schema) and not isinstance(default, int)):
         return "-"
     if default in ([], {}):
         return "none"

@@ -86,7 +86,7 @@ def render(
         claim = _object(spec, "v1", "PersistentVolumeClaim", {"spec": _claim(cluster)})
         claim["metadata"]["name"] = claim_name(spec, cluster)
         objects.append(claim)
-    if secret is not None and cluster.nodes > 1:
+    if secret is not None and cluster.most_nodes > 1:
         objects.append(_meeting_secret(spec, secret))
     group = pod_group(cluster)
     if group is not None:
@@ -158,7 +158,7 @@ def _code(path: str, key: str) -> str:
 def how_to_make_the_secret(spec: Spec) -> list[str]:
     """The command that creates the secret of the rendezvous, if there are several nodes."""
     cluster = spec.kubernetes
-    if cluster is None or cluster.nodes == 1:
+    if cluster is None or cluster.most_nodes == 1:
         return []
     place = f" -n {cluster.namespace}" if cluster.namespace else ""
     return [
@@ -233,7 +233,7 @@ def _service(spec: Spec, cluster: KubernetesSpec) -> Manifest:
 
 
 def _claim(cluster: KubernetesSpec) -> Manifest:
-    mode = "ReadWriteMany" if cluster.nodes > 1 else "ReadWriteOnce"
+    mode = "ReadWriteMany" if cluster.most_nodes > 1 else "ReadWriteOnce"
     return {
         "accessModes": [mode],
         **({"storageClassName": cluster.storage_class} if cluster.storage_class else {}),
@@ -247,7 +247,7 @@ def _network_policy(spec: Spec, cluster: KubernetesSpec) -> Manifest:
 
     Others connect to them only to read their metrics, and only if the spec names them.
     """
-    own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.nodes > 1 else []
+    own: list[Manifest] = [{"podSelector": own_pods(spec)}] if cluster.most_nodes > 1 else []
     names = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
     ports = [{"port": n, "protocol": p} for n in (53, 5353) for p in ("UDP", "TCP")]
     egress: list[Manifest] = [{"to": names, "ports": ports}]

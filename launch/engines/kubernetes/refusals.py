@@ -31,7 +31,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     Raises:
         SpecError: names the key, and what to write instead.
     """
-    require_name(spec.name, cluster.nodes)
+    require_name(spec.name, cluster.most_nodes)
     require_no_secret(spec)
     _check_runs(spec, cluster)
     _check_quantities(cluster)
@@ -40,12 +40,13 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     _check_grace(spec, cluster)
     check_monitoring(spec, cluster)
     # With more rows than can exist, to refuse only what fails with any number of rows.
-    processes = cluster.nodes * cluster.processes_per_node
-    share = None
-    if not cluster.on_cpu:
-        share = share_of_process(spec, processes=processes, train_rows=_MANY_ROWS)
-    planned = spec if share is None else with_micro_batch(spec, share)
-    make_plan(planned, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
+    for nodes in {cluster.least_nodes, cluster.most_nodes}:
+        processes = nodes * cluster.processes_per_node
+        share = None
+        if not cluster.on_cpu:
+            share = share_of_process(spec, processes=processes, train_rows=_MANY_ROWS)
+        planned = spec if share is None else with_micro_batch(spec, share)
+        make_plan(planned, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
 
 
 def checked_template(cluster: KubernetesSpec, rendered: Manifest) -> Manifest:
@@ -109,11 +110,17 @@ def _check_runs(spec: Spec, cluster: KubernetesSpec) -> None:
         address_in(cluster.runs)
     except SpecError as error:
         raise SpecError(f"kubernetes.runs: {error}") from error
-    if cluster.nodes > 1 and spec.exchange.shards:
+    if cluster.is_elastic:
         raise SpecError(
-            f"kubernetes.runs: with exchange.mode={spec.exchange.mode} the {cluster.nodes} nodes "
-            "would each write a part of a checkpoint, and only node 0 uploads. Use nodes: 1 with "
-            "more processes_per_node, exchange.mode=ddp, or storage_claim."
+            "kubernetes.runs: a run in a bucket cannot have elastic nodes yet. Write a fixed "
+            "number of nodes, or use storage_claim."
+        )
+    if cluster.most_nodes > 1 and spec.exchange.shards:
+        raise SpecError(
+            f"kubernetes.runs: with exchange.mode={spec.exchange.mode} the "
+            f"{cluster.most_nodes} nodes would each write a part of a checkpoint, and only node 0 "
+            "uploads. Use nodes: 1 with more processes_per_node, exchange.mode=ddp, or "
+            "storage_claim."
         )
 
 

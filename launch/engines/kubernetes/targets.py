@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 
 from launch.engines.kubernetes.pod.pods import Manifest, labels, pod_template, world_variables
-from launch.engines.kubernetes.pod.queues import EXCLUSIVE, queue_labels
+from launch.engines.kubernetes.pod.queues import EXCLUSIVE, queue_annotations, queue_labels
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec
@@ -27,13 +27,14 @@ def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
             "kubernetes.exclusive_topology: a Job has no exclusive placement. Use --target jobset "
             "or kubeflow, or leave it out."
         )
-    several = cluster.nodes > 1
+    several = cluster.most_nodes > 1
     address = f"{spec.name}-0.{spec.name}" if several else None
     world = world_variables(cluster, address=address)
     template = pod_template(spec, cluster, container="trainer", world=world, subdomain=several)
     content = {
         **({"suspend": True} if cluster.queue else {}),
         **_group(cluster),
+        **_success(cluster),
         "backoffLimitPerIndex": cluster.restarts,
         "maxFailedIndexes": 0,
         "podReplacementPolicy": "Failed",
@@ -47,7 +48,8 @@ def job(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
 
 def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
     """A JobSet: its controller restarts the whole group, and creates the Service."""
-    address = f"{spec.name}-{GROUP}-0-0.{spec.name}" if cluster.nodes > 1 else None
+    _require_fixed(cluster, "jobset")
+    address = f"{spec.name}-{GROUP}-0-0.{spec.name}" if cluster.most_nodes > 1 else None
     world = world_variables(cluster, address=address)
     template = pod_template(spec, cluster, container="trainer", world=world, subdomain=False)
     content = {
@@ -61,12 +63,13 @@ def jobset(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
 def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]:
     """A TrainJob with its own runtime, because the default ones have no shared memory, no
     securityContext and no failure policy. The trainer sets the five variables itself."""
+    _require_fixed(cluster, "kubeflow")
     template = pod_template(spec, cluster, container="node", world=[], subdomain=False)
     group = _job_set(cluster, "node", template, replicas=False)
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     of_the_jobs = group["replicatedJobs"][0]["template"]
     of_the_jobs["metadata"] = {**of_the_jobs.get("metadata", {}), "labels": step}
-    ml = {"numNodes": cluster.nodes, "torch": {}}
+    ml: Manifest = {"numNodes": cluster.most_nodes, "torch": {}}
     runtime = _workload(
         spec,
         cluster,
@@ -85,7 +88,7 @@ def kubeflow(spec: Spec, cluster: KubernetesSpec) -> tuple[list[Manifest], bool]
             "kind": "TrainingRuntime",
             "name": spec.name,
         },
-        "trainer": {"numNodes": cluster.nodes, "numProcPerNode": cluster.processes_per_node},
+        "trainer": {"numNodes": cluster.most_nodes, "numProcPerNode": cluster.processes_per_node},
     }
     train_job = _workload(spec, cluster, "trainer.kubeflow.org/v1alpha1", "TrainJob", asked)
     return [runtime, train_job], False
@@ -124,16 +127,33 @@ def _workload(
 ) -> Manifest:
     place = {"namespace": cluster.namespace} if cluster.namespace else {}
     queue = queue_labels(cluster) if kind != "TrainingRuntime" else {}
-    metadata = {"name": spec.name, **place, "labels": {**labels(spec), **queue}}
+    metadata: Manifest = {"name": spec.name, **place, "labels": {**labels(spec), **queue}}
+    if kind == "Job" and (marks := queue_annotations(cluster)):
+        metadata["annotations"] = marks
     return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": content}
 
 
 def _group(cluster: KubernetesSpec) -> Manifest:
     return {
         "completionMode": "Indexed",
-        "completions": cluster.nodes,
-        "parallelism": cluster.nodes,
+        "completions": cluster.most_nodes,
+        "parallelism": cluster.most_nodes,
     }
+
+
+def _success(cluster: KubernetesSpec) -> Manifest:
+    """An elastic Job is done with its node 0: an index may never have had a pod."""
+    if not cluster.is_elastic:
+        return {}
+    return {"successPolicy": {"rules": [{"succeededIndexes": "0"}]}}
+
+
+def _require_fixed(cluster: KubernetesSpec, target: str) -> None:
+    if cluster.is_elastic:
+        raise SpecError(
+            f"kubernetes.nodes: --target {target} restarts all pods when one is lost. Use "
+            "--target job for least and most, or write a fixed number of nodes."
+        )
 
 
 def _rules(container: str) -> list[Manifest]:

@@ -18,7 +18,7 @@ FABRICS: dict[str, dict[str, str]] = {
 
 def fabric_variables(cluster: KubernetesSpec) -> dict[str, str]:
     """The variables of the spec's fabric. A single node needs none: its devices need no network."""
-    if cluster.fabric is None or cluster.nodes == 1:
+    if cluster.fabric is None or cluster.most_nodes == 1:
         return {}
     variables = dict(FABRICS[cluster.fabric])
     if cluster.hugepages:  # they were requested, so use them

@@ -33,7 +33,7 @@ def check_monitoring(spec: Spec, cluster: KubernetesSpec) -> None:
                 f"kubernetes.{key}: needs the endpoint of the metrics. Add tracking.metrics_port, "
                 "such as 9400."
             )
-    if port == cluster.port and cluster.nodes > 1:
+    if port == cluster.port and cluster.most_nodes > 1:
         raise SpecError(
             f"tracking.metrics_port: {port} is kubernetes.port, at which the nodes meet. "
             "Use another, such as 9400."

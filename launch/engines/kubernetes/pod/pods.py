@@ -117,10 +117,16 @@ def literal(text: str) -> str:
     return re.sub(r"\$(?=[$(])", "$$", text)
 
 
+def numbers_of_nodes(cluster: KubernetesSpec) -> str:
+    """The number of nodes, or the least and the most, as torchrun writes them."""
+    least, most = cluster.least_nodes, cluster.most_nodes
+    return f"{least}:{most}" if cluster.is_elastic else str(most)
+
+
 def world_variables(cluster: KubernetesSpec, *, address: str | None) -> list[Manifest]:
     """The five variables of torchrun, which Kubeflow sets too: the position of a node."""
     variables: list[Manifest] = [
-        {"name": "PET_NNODES", "value": str(cluster.nodes)},
+        {"name": "PET_NNODES", "value": numbers_of_nodes(cluster)},
         {"name": "PET_NPROC_PER_NODE", "value": str(cluster.processes_per_node)},
         {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _RANK}}},
     ]
@@ -147,7 +153,7 @@ def _scheduling(spec: Spec, cluster: KubernetesSpec) -> Manifest:
         "topologySpreadConstraints": [_spread(spec, rule) for rule in cluster.topology_spread],
     }
     wishes["imagePullSecrets"] = [{"name": name} for name in cluster.pull_secrets]
-    if cluster.topology != "none" and cluster.nodes > 1:
+    if cluster.topology != "none" and cluster.most_nodes > 1:
         near = {"topologyKey": cluster.topology, "labelSelector": own_pods(spec)}
         preferred = [{"weight": 100, "podAffinityTerm": near}]
         wishes["affinity"] = {
@@ -169,7 +175,7 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
     resources, loosened = _resources(cluster), cluster.loosened_security
     added = {"add": list(loosened.capabilities)} if loosened.capabilities else {}
     meeting = {"name": "rendezvous", "containerPort": cluster.port, "protocol": "TCP"}
-    ports = [*([meeting] if cluster.nodes > 1 else []), *container_ports(spec)]
+    ports = [*([meeting] if cluster.most_nodes > 1 else []), *container_ports(spec)]
     return {
         "name": name,
         "image": cluster.image,
@@ -218,7 +224,7 @@ def _environment(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
         "OMP_NUM_THREADS": str(threads),
         "WANDB_API_KEY_FILE": f"{SECRETS_DIRECTORY}/wandb/api-key",
     }
-    if cluster.nodes > 1:
+    if cluster.most_nodes > 1:
         variables["EVENSTEP_SECRET_FILE"] = f"{_MEETING_MOUNT['mountPath']}/{MEETING_SECRET}"
     if cluster.runs is not None:
         variables["EVENSTEP_SCRATCH"] = "/tmp/runs"
@@ -260,7 +266,7 @@ def own_mounts(cluster: KubernetesSpec) -> list[Manifest]:
         {"name": "scratch", "mountPath": "/tmp"},
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "wandb", "mountPath": f"{SECRETS_DIRECTORY}/wandb", "readOnly": True},
-        *([_MEETING_MOUNT] if cluster.nodes > 1 else []),
+        *([_MEETING_MOUNT] if cluster.most_nodes > 1 else []),
         *(place for place, _ in _storage_keys(cluster)),
     ]
 
@@ -277,7 +283,9 @@ def _volumes(spec: Spec, cluster: KubernetesSpec) -> list[Manifest]:
         {"name": "shared-memory", "emptyDir": shared},
         {"name": "wandb", "secret": key},
     ]
-    if cluster.nodes > 1:  # not optional: a pod waits for it, and cannot join the others without it
+    if (
+        cluster.most_nodes > 1
+    ):  # not optional: a pod waits for it, and cannot join the others without it
         meeting = {"secretName": meeting_secret_name(spec), "defaultMode": 0o440}
         own.append({"name": "meeting", "secret": meeting})
     own += [volume for _, volume in _storage_keys(cluster)]

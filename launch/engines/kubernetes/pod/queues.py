@@ -17,6 +17,8 @@ EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 _PRIORITY = "kueue.x-k8s.io/priority-class"
 _REQUIRED = "kueue.x-k8s.io/podset-required-topology"
 _PREFERRED = "kueue.x-k8s.io/podset-preferred-topology"
+_MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
+_IN_STEP = "kueue.x-k8s.io/job-completions-equal-parallelism"
 _GROUP_OF_VOLCANO = "scheduling.k8s.io/group-name"
 _GROUP_OF_COSCHEDULING = "scheduling.x-k8s.io/pod-group"
 _SCHEDULERS = {"volcano": "volcano", "coscheduling": "scheduler-plugins-scheduler"}
@@ -26,6 +28,16 @@ def queue_labels(cluster: KubernetesSpec) -> dict[str, str]:
     """The labels of the object that Kueue admits."""
     found = {QUEUE: cluster.queue, _PRIORITY: cluster.queue_priority}
     return {key: value for key, value in found.items() if value}
+
+
+def queue_annotations(cluster: KubernetesSpec) -> dict[str, str]:
+    """The annotations by which Kueue may admit an elastic Job with fewer pods.
+
+    Source: https://kueue.sigs.k8s.io/docs/reference/labels-and-annotations/
+    """
+    if not (cluster.queue and cluster.is_elastic):
+        return {}
+    return {_MIN_PARALLELISM: str(cluster.least_nodes), _IN_STEP: "true"}
 
 
 def pod_annotations(cluster: KubernetesSpec, name: str) -> dict[str, str]:
@@ -52,7 +64,7 @@ def pod_group(cluster: KubernetesSpec) -> tuple[str, str, dict[str, Any]] | None
     """Version, kind and content of the PodGroup whose pods start together."""
     if cluster.gang is None:
         return None
-    content: dict[str, Any] = {"minMember": cluster.nodes}
+    content: dict[str, Any] = {"minMember": cluster.least_nodes}
     if cluster.gang == "coscheduling":
         return "scheduling.x-k8s.io/v1alpha1", "PodGroup", {"spec": content}
     if cluster.gang_queue is not None:
