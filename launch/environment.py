@@ -18,6 +18,8 @@ RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 """Set if our launcher has the store: the prefix of this attempt's keys."""
 STORE_FILE = "EVENSTEP_STORE_FILE"
 """The path of that store, if it is a file of the launcher's."""
+MOST_PROCESSES = "EVENSTEP_MOST_PROCESSES"
+"""Set in a job with elastic nodes: the processes that it has with most nodes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Environment:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    most_processes: int = 0
+    """The processes that a job with elastic nodes may have later; 0: its number is fixed."""
 
     @property
     def is_alone(self) -> bool:
@@ -62,7 +66,9 @@ def launched(variables: Mapping[str, str] | None = None) -> Environment | None:
             f"LOCAL_WORLD_SIZE={local_world_size} contradict each other. Start the job with "
             "torchrun."
         )
-    return Environment(rank, world_size, local_rank, local_world_size)
+    most = variables.get(MOST_PROCESSES, "")
+    most_processes = int(most) if most.isdecimal() else 0
+    return Environment(rank, world_size, local_rank, local_world_size, most_processes)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def _run(
         world=world,
         runs=place,
         fresh=fresh,
+        processes=1,
         processes_here=1,
         say=print,
     )

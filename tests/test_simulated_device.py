@@ -30,7 +30,7 @@ from service.runs.directory import RunDirectory
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 from service.spec.models import CheckpointSpec
-from service.training.batch_size_finder import fitting_rows
+from service.training.batch_size_finder import fitting_rows, settled
 
 FEATURES = str(spec_of.__globals__["HERE"].with_name("features.py"))
 
@@ -508,6 +508,23 @@ def test_the_doctor_sees_it(with_sim, tmp_path):
     told = evenstep("doctor", cwd=tmp_path, **with_sim).stdout
     assert "4 of sim (Simulated device, 1 GiB)" in told
     assert "2 processes on sim by simccl" in told
+
+
+def settled_rows(world, micro_batch, place):
+    """Rows of a micro-batch of a new job of 100 rows that may have four processes later."""
+    batch = {"global_batch": 100} | ({"micro_batch": micro_batch} if micro_batch else {})
+    spec = load_spec(spec_of("none", batch=batch, task=f"{FEATURES}:network"))
+    task = load_task(spec.task, spec.task_args)
+    found = settled(
+        spec, task=task, world=world, runs=place, fresh=False, processes=4, processes_here=1,
+        say=print,
+    )  # fmt: skip
+    return found.batch.micro_batch
+
+
+def test_elastic_nodes_leave_a_micro_batch_for_each_process_to_come(simulated, tmp_path):
+    assert simulated(1).run(settled_rows, None, tmp_path) == [25]
+    assert simulated(1).run(settled_rows, "auto", tmp_path) == [25]
 
 
 def test_by_default_a_process_computes_its_share_in_one_pass(with_sim, tmp_path):

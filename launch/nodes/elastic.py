@@ -14,6 +14,7 @@ whose generations fail in a row.
 
 from __future__ import annotations
 
+import os
 import selectors
 import threading
 import time
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from launch.environment import Group, Node
+from launch.environment import MOST_PROCESSES, Group, Node
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node_part import (
     PATIENCE_SECONDS,
@@ -122,6 +123,7 @@ def run_elastic(job: Any, node: Node, own: JoinRequest, secret: bytes) -> int:
     """
     numbers = possible_nodes(job.spec, node.least, node.nodes, processes=own.processes)
     here = _Here(job, node, own, secret)
+    os.environ[MOST_PROCESSES] = str(node.nodes * own.processes)  # for the ranks
     if node.index:
         return _follow(here)
     say(

@@ -104,6 +104,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
             world=world,
             runs=job.runs,
             fresh=job.fresh,
+            processes=max(world.processes, environment.most_processes),
             processes_here=environment.local_world_size,
             say=print,
         )

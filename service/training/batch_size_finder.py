@@ -8,7 +8,7 @@ the run's own spec, and never changed afterwards, at any number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def settled(
     world: World,
     runs: Path,
     fresh: bool,
+    processes: int,
     processes_here: int,
     say: Callable[[str], None],
 ) -> Spec:
@@ -56,6 +57,7 @@ def settled(
     Every process calls it.
 
     Args:
+        processes: the most processes that the job may have; each gets a micro-batch of a step.
         processes_here: processes of the job on this machine, which share its cores and memory.
         say: reports the result to the user.
     Raises:
@@ -63,42 +65,50 @@ def settled(
         SpecError: the task breaks a rule, or the run cannot be read.
         DataBroken: the data set fails on its first row.
     """
-    here = processes_here
+    begun = None if isinstance(spec.batch.micro_batch, int) else _begun(spec, world, runs, fresh)
     spec, told = _with_micro_batch(
-        spec, task=task, world=world, runs=runs, fresh=fresh, processes_here=here
+        spec, begun, task=task, world=world, processes=processes, processes_here=processes_here
     )
-    spec, also_told = _with_workers(spec, task=task, world=world, processes_here=here)
+    spec, also_told = _with_workers(spec, task=task, world=world, processes_here=processes_here)
     for line in (told, also_told):
         if line and world.is_lead:
             say(line)
     return spec
 
 
-def _with_micro_batch(
-    spec: Spec, *, task: Task, world: World, runs: Path, fresh: bool, processes_here: int
-) -> tuple[Spec, str]:
-    """With the micro-batch of the run if it has begun, or else its own; and what to say of it."""
-    if isinstance(spec.batch.micro_batch, int):
-        return spec, ""
-    begun: Spec | None = None
+def _begun(spec: Spec, world: World, runs: Path, fresh: bool) -> Sequence[int | str | None]:
+    """The micro-batch with which the run has begun; empty if it has not."""
+    begun: list[int | str | None] = []
     failed: EvenstepError | None = None
     if world.is_lead and not fresh:
         try:
-            begun = _begun(RunDirectory(runs / spec.name))
+            begun = [first.batch.micro_batch for first in _first_spec(runs / spec.name)]
         except EvenstepError as error:
             failed = error
     world.fail_together(failed)
-    taken_up = world.from_lead([begun.batch.micro_batch] if begun is not None else [])
-    if taken_up:
-        return with_micro_batch(spec, taken_up[0]), ""
+    return world.from_lead(begun)
+
+
+def _with_micro_batch(
+    spec: Spec,
+    begun: Sequence[int | str | None] | None,
+    *,
+    task: Task,
+    world: World,
+    processes: int,
+    processes_here: int,
+) -> tuple[Spec, str]:
+    """With the micro-batch of the run if it has begun, or else its own; and what to say of it."""
+    if begun is None:
+        return spec, ""
+    if begun:
+        return with_micro_batch(spec, begun[0]), ""
     if spec.batch.micro_batch == "auto":
         memory = memory_each(processes_here)
-        rows = fitting_rows(
-            spec, task=task, world=world, processes=world.processes, memory_bytes=memory
-        )
+        rows = fitting_rows(spec, task=task, world=world, processes=processes, memory_bytes=memory)
         found = f"batch.micro_batch: auto found {rows} rows, for all of this run."
         return with_micro_batch(spec, rows), found
-    share = default_on(world, spec, task=task, processes=world.processes)
+    share = default_on(world, spec, task=task, processes=processes)
     if share is None:
         return spec, ""
     chosen = (
@@ -191,10 +201,11 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
     return _in_equal_parts(plan.global_batch, -fewest, processes)
 
 
-def _begun(directory: RunDirectory) -> Spec | None:
+def _first_spec(place: Path) -> list[Spec]:
     """The spec with which the run started, if it exists."""
+    directory = RunDirectory(place)
     there = directory.facts.exists() and directory.spec.exists()
-    return load_spec(directory.spec) if there else None
+    return [load_spec(directory.spec)] if there else []
 
 
 def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:

@@ -40,12 +40,13 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     _check_grace(spec, cluster)
     check_monitoring(spec, cluster)
     # With more rows than can exist, to refuse only what fails with any number of rows.
+    share = None
+    if not cluster.on_cpu:
+        most = cluster.most_nodes * cluster.processes_per_node
+        share = share_of_process(spec, processes=most, train_rows=_MANY_ROWS)
+    planned = spec if share is None else with_micro_batch(spec, share)
     for nodes in {cluster.least_nodes, cluster.most_nodes}:
         processes = nodes * cluster.processes_per_node
-        share = None
-        if not cluster.on_cpu:
-            share = share_of_process(spec, processes=processes, train_rows=_MANY_ROWS)
-        planned = spec if share is None else with_micro_batch(spec, share)
         make_plan(planned, processes=processes, train_rows=_MANY_ROWS, test_rows=1)
 
 
