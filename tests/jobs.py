@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,13 @@ def rows_of(runs: Path) -> list[dict[str, float]]:
         {key: value for key, value in row.items() if not tells_of_speed(key)}
         for row in read_metrics(runs / "job/metrics.jsonl")
     ]
+
+
+def on_nodes(world: World, spec: dict[str, Any], runs: Path, on_node: int, stop: Any) -> None:
+    """A run of processes that are on nodes of so many."""
+    before = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_node if world.index < on_node else min(on_node, 2))
+    try:
+        train_in_process(world, spec, runs, stop)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import several_models
 import sharded_steps
-from jobs import difference, rows_of, train_in_process, weights
+from jobs import difference, on_nodes, rows_of, train_in_process, weights
 from processes import ProcessesFailed
 from test_own_steps import assert_same_rows
 from test_own_steps import job as step_job
 from test_several_models import STEPS, TASKS, job
-from test_sharding import on_nodes
 
 from service.basics.errors import SpecError
 from service.runs.receipt_file import read_receipt

@@ -17,7 +17,7 @@ import test_features
 import torch
 import torch.distributed as dist
 from commands import evenstep
-from jobs import train_in_process
+from jobs import on_nodes, train_in_process
 from processes import ProcessesFailed
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -207,16 +207,6 @@ def test_it_is_the_run_of_one_process(processes, tmp_path, feature):
     receipts = [read_receipt(tmp_path / n / "job" / "receipt.jsonl") for n in ("alone", "three")]
     assert receipts[0] == receipts[1]
     assert len(receipts[0]) == STEPS
-
-
-def on_nodes(world: World, spec: dict[str, Any], runs: Path, on_node: int, stop: Any) -> None:
-    """A run of processes that are on nodes of so many."""
-    before = os.environ["LOCAL_WORLD_SIZE"]
-    os.environ["LOCAL_WORLD_SIZE"] = str(on_node if world.index < on_node else min(on_node, 2))
-    try:
-        train_in_process(world, spec, runs, stop)
-    finally:
-        os.environ["LOCAL_WORLD_SIZE"] = before
 
 
 def test_hybrid_over_two_nodes_is_the_run_of_one_process(processes, tmp_path):

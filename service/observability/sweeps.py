@@ -61,7 +61,6 @@ def read_sweep(path: Path) -> Sweep:
         settings = {
             str(name): tuple((str(key), str(value)) for key, value in pairs)
             for name, pairs in told["runs"].items()
-            if re.fullmatch(RUN_NAME, name)  # not a path, which might lead elsewhere
         }
         if told["format"] != FORMAT:
             raise ValueError(f"its format is {told['format']}")

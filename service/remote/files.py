@@ -53,7 +53,7 @@ class Files:
             files = [File(name, each.size, each.version) for name, each in found]
         else:
             with told_when_unread(Path(prefix)):
-                files = [_file(path) for path in _paths_below(prefix)]
+                files = [file for path in _paths_below(prefix) for file in _file(path)]
         inside = prefix.rstrip("/") + "/"
         return sorted(f for f in files if f.name == prefix or f.name.startswith(inside))
 
@@ -249,6 +249,10 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _file(path: str) -> File:
-    told = os.stat(path)
-    return File(path, told.st_size, str(told.st_mtime_ns))
+def _file(path: str) -> list[File]:
+    """The file at this path; nothing if it was removed since it was listed."""
+    try:
+        told = os.stat(path)
+    except FileNotFoundError:
+        return []
+    return [File(path, told.st_size, str(told.st_mtime_ns))]
