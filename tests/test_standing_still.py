@@ -116,7 +116,7 @@ COLD_TIMEOUT_SECONDS = 6.0
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
-@pytest.mark.slow  # it waited without end in some runs; the cause is not known
+@pytest.mark.slow  # failed once in six runs
 @CONTAINERS
 def test_process_1_of_a_container_continues_after_a_pause(tmp_path: Path) -> None:
     faults = {"hang_timeout_seconds": COLD_TIMEOUT_SECONDS}
@@ -132,17 +132,20 @@ def test_process_1_of_a_container_continues_after_a_pause(tmp_path: Path) -> Non
     assert outer.returncode == 75, err
 
 
-@pytest.mark.slow  # it waited without end in some runs; the cause is not known
+@pytest.mark.slow  # where its stacks are depends on when it was last looked at
 @CONTAINERS
 def test_process_1_that_holds_pythons_lock_is_ended(tmp_path: Path) -> None:
     injury = ("hang, lock held", "forward", 0, 40)
-    faults = {"hang_timeout_seconds": COLD_TIMEOUT_SECONDS}
+    # The lock may be held before a look finds the run in its steps.
+    faults = {"hang_timeout_seconds": COLD_TIMEOUT_SECONDS, "startup_timeout_seconds": 15}
     environ = injured(tmp_path, injury, length={"steps": 80}, faults=faults)
     with started(cwd=tmp_path, before=CONTAINER, **environ) as outer:
         _, err = outer.communicate(timeout=DEADLINE_SECONDS)
     assert outer.returncode == LOCKED_CODE, err
     assert "error: This process has not answered for" in err
-    assert "in _hang_with_the_lock" in (tmp_path / "runs/job/logs/rank-0.stacks").read_text()
+    # Its stacks are among the error output if no look has found the run's directory yet.
+    stacks = tmp_path / "runs/job/logs/rank-0.stacks"
+    assert "in _hang_with_the_lock" in err + (stacks.read_text() if stacks.exists() else "")
 
 
 def outlast(world: World) -> list[int]:

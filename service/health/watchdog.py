@@ -132,6 +132,7 @@ class _Watch:
 
     def run(self) -> None:
         try:
+            self._look()  # at once: the first steps may follow within the time of a look
             while not self._ended.wait(self._look_seconds):
                 self._look()
         finally:  # also if a check fails: without checks it would kill a healthy process
