@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import CLEAN, DEADLINE_SECONDS, ROOT
-from processes import ProcessesOf
+from processes import Processes, ProcessesOf
 
 from launch.rank.process_group import identity_of, require_own_device
 from service.basics.errors import SpecError
@@ -28,6 +29,19 @@ def test_two_processes_on_one_device_are_refused_on_all_of_them(processes: Proce
     told = processes(3).run(judged, ["GPU-a", "GPU-b", "GPU-a"])
     assert told == [told[0]] * 3
     assert told[0].startswith("--processes: ranks 0, 2 compute on one device (GPU-a). Use at most")
+
+
+def met_after_a_group_of_two(world: World) -> list[int]:
+    if world.index < 2:
+        dist.new_group([0, 1], backend="gloo", use_local_synchronization=True)
+    writers = world.writers(everyone=True)
+    writers.meet()
+    return writers.gather(world.index)
+
+
+def test_writers_meet_although_a_task_has_groups_of_some_processes() -> None:
+    with Processes(3) as own:  # whose groups no other test has
+        assert own.run(met_after_a_group_of_two) == [[0, 1, 2]] * 3
 
 
 def test_processes_that_each_see_one_device_of_their_own_are_accepted(

@@ -223,11 +223,13 @@ class Checkpoints:
         self._settle()  # a save waits for the previous one
         self._unsaved = None
         places = self._world.gather(state.stream.place()) if state.stream else None
-        if self._world.index < self._writers.processes:
-            try:
+        try:
+            if self._world.index < self._writers.processes:
                 self._pending = self._begin(state, places, records, seal, began)
-            except EvenstepError as error:
-                self._pending = error
+            elif not self._writers.have_met and self._is_shared(content_of(state, places)):
+                self._writers.meet()
+        except EvenstepError as error:
+            self._pending = error
         if not self._spec.asynchronous:
             self._settle()
         self._timings["save/stall_seconds"] = time.perf_counter() - began
@@ -273,7 +275,7 @@ class Checkpoints:
     ) -> Future[None] | None:
         """Start the save, or carry it out; `_settle` waits for what this returns."""
         content = content_of(state, places)
-        is_shared = self._writers_of(content.size_bytes) > 1
+        is_shared = self._is_shared(content)
         if not (self._world.is_lead or is_shared):
             return None
         if is_shared:
@@ -315,6 +317,9 @@ class Checkpoints:
         return ShardLayout(
             content, processes=writers, streams=self._streams(), part_bytes=self._part_bytes
         )
+
+    def _is_shared(self, content: Content) -> bool:
+        return self._writers_of(content.size_bytes) > 1
 
     def _writers_of(self, size_bytes: int) -> int:
         """How many processes write a state of this size."""

@@ -365,12 +365,17 @@ class Writers:
         self.index = index
         """Of this process; it is not a writer if its rank is not below `processes`."""
         self._group: dist.ProcessGroup | None = None
+        self.have_met = processes == 1
 
     def meet(self) -> None:
-        """Check that they can communicate; all of them call it, where all processes wait."""
-        if self.processes > 1 and self._group is None:
-            first = list(range(self.processes))
-            self._group = _connected(first, self.processes, _WATCHED)
+        """Check that they can communicate; every process of the job calls it.
+
+        Also one that is no writer: torch names a group by the number of groups that were created
+        before, which would otherwise differ between processes from now on.
+        """
+        if not self.have_met:
+            self._group = _connected(list(range(self.processes)), self.processes, _WATCHED)
+            self.have_met = True
 
     def from_lead(self, value: T) -> T:
         """The value of rank 0, on each of them.
@@ -424,12 +429,9 @@ def _connected(
 ) -> dist.ProcessGroup | None:
     """A CPU group of these processes; all of them call it at about the same time."""
     try:
-        group: dist.ProcessGroup | None = dist.new_group(
-            ranks,
-            timeout=connect_patience(processes),
-            backend="gloo",
-            use_local_synchronization=ranks is not None,
-        )
+        group: object = dist.new_group(ranks, timeout=connect_patience(processes), backend="gloo")
+        if not isinstance(group, dist.ProcessGroup):
+            return None  # this process is not in it
         dist.barrier(group)  # an impostor does not answer here
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
