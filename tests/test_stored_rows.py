@@ -228,7 +228,7 @@ def test_split_gives_each_process_other_files(tmp_path):
 
 
 def test_patterns_and_lists_name_files(tmp_path):
-    place = written("webdataset", tmp_path)
+    place = written("webdataset", tmp_path / "shards")
     every = [row["__key__"] for row in rows_in(place)]
     for address in (
         f"{place}/*.tar",
@@ -238,6 +238,23 @@ def test_patterns_and_lists_name_files(tmp_path):
     ):
         assert [row["__key__"] for row in rows_in(address)] == every
     assert len(list(rows_in(f"{place}/{{001..002}}.tar"))) == 21
+
+
+def test_files_that_are_not_named_are_not_looked_at(tmp_path):
+    place = written("webdataset", tmp_path / "shards")
+    every = [row["__key__"] for row in rows_in(place)]
+    (tmp_path / "loop").symlink_to("loop")
+    assert [row["__key__"] for row in rows_in(f"{tmp_path}/**/*.tar")] == every
+    (place / "loop.tar").symlink_to("loop.tar")
+    with pytest.raises(SpecError, match=r"loop\.tar cannot be read: Too many levels"):
+        next(iter(rows_in(place)))
+
+
+def test_a_file_that_is_removed_while_files_are_listed_is_no_row(tmp_path):
+    place = written("webdataset", tmp_path)
+    every = [row["__key__"] for row in rows_in(place)]
+    (place / "removed.tar").symlink_to("gone")  # listed, and not there when it is looked at
+    assert [row["__key__"] for row in rows_in(place)] == every
 
 
 @pytest.mark.parametrize(

@@ -42,18 +42,24 @@ class Files:
         """The name as a user writes it."""
         return f"{self._bucket}/{name}" if self._bucket else name
 
-    def below(self, prefix: str) -> list[File]:
+    def below(
+        self, prefix: str, *, wanted: Callable[[str], bool] = lambda name: True
+    ) -> list[File]:
         """The file of this name, or all files below the directory of this name, in order.
 
+        Args:
+            wanted: whether to return a file of this name; others are not looked at.
         Raises:
             SpecError: there is no right to list them.
         """
         if self._bucket is not None:
             found = self._store().listing(prefix).items()
-            files = [File(name, each.size, each.version) for name, each in found]
+            files = [File(name, each.size, each.version) for name, each in found if wanted(name)]
         else:
             with told_when_unread(Path(prefix)):
-                files = [file for path in _paths_below(prefix) for file in _file(path)]
+                files = [
+                    file for path in _paths_below(prefix) if wanted(path) for file in _file(path)
+                ]
         inside = prefix.rstrip("/") + "/"
         return sorted(f for f in files if f.name == prefix or f.name.startswith(inside))
 
@@ -181,9 +187,11 @@ def found(files: Files, names: Sequence[str], *, ending: str | None) -> list[Fil
     """
     every: dict[str, File] = {}
     for parent, group in _by_parent(names):
-        listed = files.below(parent)
-        for name in group:
-            taken = _matching(listed, name, ending)
+        meanings = [_meaning(name, ending) for name in group]
+        listed = files.below(parent, wanted=_any_of(meanings))
+        for name, means in zip(group, meanings, strict=True):
+            taken = [file for file in listed if file.name == name]
+            taken = taken or [file for file in listed if means(file.name)]
             if not taken:
                 kind = f" *{ending}" if ending else ""
                 raise SpecError(f"{files.told(name)}: there is no{kind} file.")
@@ -225,28 +233,33 @@ def _by_parent(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _matching(listed: Sequence[File], name: str, ending: str | None) -> list[File]:
-    exact = [file for file in listed if file.name == name]
-    if exact:
-        return exact
+def _meaning(name: str, ending: str | None) -> Callable[[str], bool]:
+    """Whether a file is one of those that `name` means: itself, one below it, or of a pattern."""
     if re.search(r"[*?\[]", name):
         from fsspec.utils import glob_translate
 
         pattern = re.compile(glob_translate(name))
-        return [file for file in listed if pattern.match(file.name)]
-    below = [file for file in listed if file.name.startswith(f"{name}/")]
-    return [file for file in below if ending is None or file.name.endswith(ending)]
+        return lambda path: path == name or pattern.match(path) is not None
+    inside = f"{name}/"
+    return lambda path: (
+        path == name or (path.startswith(inside) and (ending is None or path.endswith(ending)))
+    )
+
+
+def _any_of(meanings: Sequence[Callable[[str], bool]]) -> Callable[[str], bool]:
+    return lambda path: any(means(path) for means in meanings)
 
 
 def _paths_below(name: str) -> list[str]:
     if os.path.isfile(name):
         return [name]
-    walked = os.walk(name, onerror=_raise)
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError) or error.filename == name:
+            raise error  # otherwise a directory that was removed since it was listed
+
+    walked = os.walk(name, onerror=failed)
     return [os.path.join(where, each) for where, _, there in walked for each in there]
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _file(path: str) -> list[File]:
