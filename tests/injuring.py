@@ -18,16 +18,25 @@ from commands import BIN, CLEAN, DEADLINE_SECONDS, start
 ENDLESS_STEPS = 100_000
 
 
-def injured(place: Path, *injuries: tuple[str, str, int, int], **changed: Any) -> dict[str, str]:
+def injured(
+    place: Path,
+    *injuries: tuple[str, str, int, int],
+    pause: float | None = None,
+    **changed: Any,
+) -> dict[str, str]:
     """Write the job and the plan of its injuries; what the command needs to know of them.
 
     A run that a test ends pauses in each pass: it needs no core for itself while the test waits.
+
+    Args:
+        pause: seconds in each pass.
     """
     plan = [Injury(number, *injury) for number, injury in enumerate(injuries)]
     spec = spec_of("job", steps=12, hang_seconds=60)
     for section, values in changed.items():
         spec[section] = {**spec.get(section, {}), **values}
-    pause = 0.01 if spec["length"]["steps"] >= ENDLESS_STEPS else 0.0
+    if pause is None:
+        pause = 0.01 if spec["length"]["steps"] >= ENDLESS_STEPS else 0.0
     write_plan(place, place / "runs/job", plan, pause_seconds=pause)
     (place / "job.yaml").write_text(json.dumps(spec))
     return {"CHAOS": str(place)}

@@ -1,17 +1,28 @@
 """train() and eval(), in every precision, compiled and not; and compiling itself."""
 
 import copy
+import json
 import re
 import shutil
+import subprocess
+import sys
+from typing import ClassVar
 
+import own_steps
 import pytest
 import torch
 from accelerate import Accelerator
-from commands import evenstep
+from commands import CLEAN, DEADLINE_SECONDS, evenstep
+from jobs import spec_of
 from precisions import images, job
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from service.basics.errors import SpecError
+from service.data.loading import sample
 from service.data.loading import test_batches as batches_of
+from service.data.task import supervised
 from service.distributed.batchnorm import prepare
 from service.distributed.world import World
 from service.evaluation.test_loop import Counted
@@ -20,6 +31,7 @@ from service.optimization.precision import computed
 from service.plan.plan import make_plan
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
+from service.training.train_step import ModelWithLoss, summed_loss, summed_within
 
 CASES = [
     (precision, compiled)
@@ -127,3 +139,65 @@ def test_a_compiled_run_trains_like_an_eager_one(tmp_path):
         ]
         assert pair[0].keys() == pair[1].keys()
         assert not any(re.search("_orig_mod|module", key) for key in pair[1])
+
+
+@pytest.mark.parametrize("factory", ["by_loss", "weighed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_model_that_is_compiled_with_its_loss_has_the_same_loss(factory, precision):
+    task = own_steps.by_loss(weight=factory == "weighed")
+    world = World(Accelerator(cpu=True), precision=precision)
+    plan = make_plan(
+        load_spec(spec_of("none", task=f"{own_steps.__file__}:by_loss")),
+        processes=1,
+        train_rows=task.train_rows,
+        test_rows=task.test_rows,
+    )
+    batch = sample(task.train_data(), task=task, plan=plan, world=world, rows=7)
+    assert (batch.weight is not None) == (factory == "weighed")
+    model = own_steps.classifier(dropout=0.0)
+    whole = ModelWithLoss(model, task, world)
+    apart = summed_loss(model, batch, task=task, world=world)
+    assert summed_within(whole, batch, task=task, world=world).item() == apart.item()
+    assert [n for n, _ in whole.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+class Noticing(nn.Linear):
+    """Notes cuDNN's setting in each pass."""
+
+    seen: ClassVar[set[bool]] = set()
+
+    def forward(self, rows):
+        self.seen.add(torch.backends.cudnn.benchmark)
+        return super().forward(rows)
+
+
+def noticing():
+    rows = TensorDataset(torch.randn(20, 3), torch.arange(20) % 2)
+    return supervised(model=lambda: Noticing(3, 2), train=rows, test=rows)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_times_its_algorithms_during_a_run_that_asks_for_it(tmp_path, wanted):
+    Noticing.seen.clear()
+    spec = spec_of(
+        "noticing", task=f"{__file__}:noticing", length={"steps": 1}, batch={"global_batch": 10},
+        model={"cudnn_benchmark": wanted},
+    )  # fmt: skip
+    (tmp_path / "job.yaml").write_text(json.dumps(spec))
+    code = (
+        "import sys, service, torch\n"
+        "service.run('job.yaml')\n"
+        "kinds = [vars(m).get('Noticing') for m in list(sys.modules.values())]\n"
+        "print(set().union(*[k.seen for k in kinds if k]), torch.backends.cudnn.benchmark)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=CLEAN, capture_output=True, text=True,
+        timeout=DEADLINE_SECONDS,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == [f"{{{wanted}}} False"], done.stderr
+
+
+def test_a_bitwise_run_has_no_algorithm_chosen_by_time():
+    wish = {"exactness": "bitwise", "model": {"cudnn_benchmark": True}}
+    with pytest.raises(SpecError, match=r"remove model\.cudnn_benchmark"):
+        load_spec(spec_of("none", **wish))

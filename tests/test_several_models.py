@@ -120,6 +120,9 @@ def test_each_model_is_compiled(processes, tmp_path, factory):
         assert last["train/compiled_graphs"] >= 2
 
 
+PARTS = "model.compile: the task's step does not call the model, but parts of it"
+
+
 @COMPILES
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
@@ -130,11 +133,13 @@ def test_each_model_is_compiled(processes, tmp_path, factory):
             r"optimizers\.critic: model\.compile: torch cannot .* double backward",
             marks=pytest.mark.slow,
         ),
-        ("by_parts", "model.compile: the task's step does not call the model, but parts of it"),
+        ("by_parts", PARTS),
+        ("by_parts to the bit", PARTS),
     ],
 )
 def test_what_cannot_be_compiled_is_one_sentence(tmp_path, factory, said):
-    spec = job(factory, model={"compile": True})
+    factory, to_the_bit, _ = factory.partition(" to the bit")
+    spec = job(factory, model={"compile": True}, **({"exactness": "bitwise"} if to_the_bit else {}))
     if factory == "by_parts":
         spec |= TASKS["byol"][0]
     with pytest.raises(SpecError, match=said):

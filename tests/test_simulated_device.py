@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError, is_out_of_memory
+from service.basics.limits import workers_each
 from service.data.task import load_task, supervised
 from service.evaluation.metrics import Gathered
 from service.health.watchdog import _line_of
@@ -520,6 +521,34 @@ def settled_rows(world, micro_batch, place):
         say=print,
     )  # fmt: skip
     return found.batch.micro_batch
+
+
+class OneByOne(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, row):
+        return torch.rand(3), torch.tensor(row % 2)
+
+
+def one_by_one():
+    return supervised(model=lambda: nn.Linear(3, 2), train=OneByOne(), test=())
+
+
+def workers_of(world, task, place):
+    spec = load_spec(spec_of("none", batch={"global_batch": 10, "micro_batch": 5}))
+    made = load_task(task, {})
+    found = settled(
+        spec, task=made, world=world, runs=place, fresh=False, processes=1, processes_here=1,
+        say=print,
+    )  # fmt: skip
+    return found.loader.workers
+
+
+def test_rows_are_read_by_workers_beside_a_device_only(simulated, processes, tmp_path):
+    task = f"{__file__}:one_by_one"
+    assert simulated(1).run(workers_of, task, tmp_path) == [workers_each(1)]
+    assert processes(1).run(workers_of, task, tmp_path) == [0]
 
 
 def test_elastic_nodes_leave_a_micro_batch_for_each_process_to_come(simulated, tmp_path):
