@@ -10,11 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager
 
 import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, command, evenstep
 from stores import s3_server
+
+from service.observability.other_writers import _PACKAGES
 
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -86,6 +89,29 @@ def test_links_lead_somewhere(page):
     text = (ROOT / "docs" / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / "docs" / page).parent.joinpath(target).exists(), target
+
+
+def test_extras_that_are_named_exist():
+    """In pages, in messages, and where the project's own extras name each other."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {extra for *_, extra in _PACKAGES}
+    files = [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Dockerfile", "pyproject.toml")
+    ]
+    for folder, kind in (
+        ("docs", "*.md"),
+        ("service", "*.py"),
+        ("launch", "*.py"),
+        ("k8s", "*.md"),
+    ):
+        files += (ROOT / folder).rglob(kind)
+    for path in files:
+        for group in re.findall(r"evenstep\[([a-z0-9,]+)\]", path.read_text()):
+            named.update(group.split(","))
+    assert "otel" in named
+    assert named <= set(extras), named - set(extras)
 
 
 def test_the_site_builds_and_asks_no_network(tmp_path):
