@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from injuring import until
 
 BUCKET = "evenstep-test"
+LISTED_AT_ONCE = 7
+"""Names in one answer to a list of objects; a thousand in S3."""
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "host"}
 
 
@@ -49,6 +51,7 @@ def s3_server(bucket: str = BUCKET) -> Iterator[Server]:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(LISTED_AT_ONCE)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -110,6 +113,8 @@ class Proxy:
         self.ignored: set[str] = set()
         """Headers of requests that the server does not get, in small letters."""
         self.seen: list[tuple[str, str]] = []
+        self.headers: list[dict[str, str]] = []
+        """Of the same requests, with names in small letters."""
         self._server = server
         self._over = threading.Event()
         self._listener = _Listener(("127.0.0.1", 0), self._handler())
@@ -138,6 +143,7 @@ class Proxy:
 
             def _forward(self) -> None:
                 proxy.seen.append((self.command, self.path))
+                proxy.headers.append({k.lower(): v for k, v in self.headers.items()})
                 harm = proxy.harm(self.command, self.path)
                 if harm == "stall":
                     proxy._over.wait()

@@ -1,5 +1,7 @@
 """Runs that live in an object store: a real server that speaks S3, and a proxy that does harm."""
 
+import base64
+import hashlib
 import itertools
 import random
 import re
@@ -29,7 +31,7 @@ from stored import (
     store_at,
     uploading_of,
 )
-from stores import BUCKET, Proxy, put_bucket, s3_server
+from stores import BUCKET, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
 from service.basics.errors import SpecError
@@ -44,10 +46,10 @@ from service.storage.bringing import bring_files, bring_newest
 from service.storage.lease import require_rights, taken
 from service.storage.mirror import LeaseLost
 from service.storage.published import newest_published
-from service.storage.store import Store, StoreFailed, open_store
+from service.storage.store import NoObject, Store, StoreFailed, open_store
 
 pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
-pytest.importorskip("s3fs", reason="needs s3fs")
+pytest.importorskip("botocore", reason="needs botocore")
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +355,74 @@ def test_a_store_that_does_not_answer_is_named(client, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreFailed, match=r"cannot be reached.*AWS_ENDPOINT_URL"):
         require_rights(open_store(address, patience_seconds=0.1), say=print)
+
+
+# ---- the requests to S3
+
+
+def test_a_list_of_many_pages_is_whole_and_holds_no_neighbours(client, address):
+    store = store_at(address)
+    names = {f"rows/{number:02}" for number in range(2 * LISTED_AT_ONCE + 1)} | {"rows/deep/er"}
+    for name in (*names, "rows", "rows-not", "row/s", "single", "single-not"):
+        store.put(name, name.encode())
+    assert store.sizes("rows/") == {name: len(name) for name in names}
+    assert store.sizes("single") == {"single": len("single")}
+    assert store.sizes("nothing") == store.sizes("nothing/") == {}
+    assert store.children() == ["row", "rows", "rows-not", "single", "single-not"]
+    bucket = store_at(Address("s3", BUCKET))
+    assert address.path.partition("/")[2] in bucket.children()
+    assert f"{address.path.partition('/')[2]}/rows/deep/er" in bucket.sizes("")
+
+
+def test_bytes_of_an_object_are_those_between_two_positions(client, address):
+    store, content = store_at(address), random.Random(3).randbytes(300_000)
+    store.put("object", content)
+    assert store.get("object") == content
+    assert store.get_range("object", 7, 299_000) == content[7:299_000]
+    assert store.get_range("object", 299_990, 400_000) == content[299_990:]
+    assert store.get_range("object", 400_000, 400_010) == b""
+    assert store.get_range("object", 5, 5) == b""
+    for asked in (store.get, store.modified, lambda name: store.get_range(name, 0, 9)):
+        with pytest.raises(NoObject):
+            asked("no-object")
+
+
+@pytest.mark.parametrize("size", [100, 300_000], ids=["small", "large"])
+def test_the_store_gets_the_hash_of_what_it_is_to_keep(client, address, monkeypatch, size):
+    content, sent = random.Random(size).randbytes(size), []
+    digest = hashlib.sha256(content)
+    told = base64.b64encode(digest.digest()).decode()
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        for setting, known in (("when_supported", digest.hexdigest()), ("when_required", None)):
+            monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", setting)
+            store = open_store(address)
+            store.put("object", content, sha256=known)
+            assert store.get("object") == content
+            assert [method for method, _ in proxy.seen] == ["PUT", "GET"], "one request for each"
+            sent.append(proxy.headers[0])
+            proxy.seen.clear()
+            proxy.headers.clear()
+    assert sent[0]["x-amz-checksum-sha256"] == told
+    assert "x-amz-checksum-sha256" in sent[0]["authorization"], "nobody else can have set it"
+    assert not any("checksum" in name for name in sent[1])
+    assert sent[1]["x-amz-content-sha256"] == digest.hexdigest()
+
+
+def test_a_large_object_that_takes_too_long_is_given_up(client, address, monkeypatch):
+    monkeypatch.setattr("service.storage.store._ANSWER_SECONDS", -1.0)
+    monkeypatch.setattr("service.storage.store._LEAST_BYTES_PER_SECOND", 1e9)
+    store = Store(store_at(address)._driver, address, patience_seconds=0.0)
+    store.put("object", bytes(40_000))  # these are sent at once
+    with pytest.raises(StoreFailed, match="did not answer a request to write in time"):
+        store.put("object", bytes(300_000))
+    assert store.sizes("object") == {"object": 40_000}
+
+
+def test_a_profile_that_does_not_exist_is_named(client, address, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(SpecError, match=r"no-such-profile.* could not be found"):
+        open_store(address)
 
 
 # ---- leases

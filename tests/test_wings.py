@@ -21,6 +21,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
     "health",
     "remote",
     "storage",
+    "drivers",
     "runs",
     "plan",
     "spec",

@@ -15,7 +15,6 @@ From top to bottom; a room imports only from rooms below it:
 * published: what a store holds of a run: one small object, written last, that names all others.
 * store: the door to an object store: all requests are made here, and tried again while they may
   succeed.
-* troubles: what goes wrong with an object store, in words: the error of a driver, read. Pure.
 * address: the address of runs in an object store, `s3://bucket/prefix`. Pure: no driver is
   imported.
 """

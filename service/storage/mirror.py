@@ -344,7 +344,7 @@ class Mirror:
             return known
         at = "" if span.is_whole else f"@{span.begin}"
         name = f"{DATA}{Stamp(self._lease.term, self._number)}/{span.path}{at}"
-        self._store.put(name, content)
+        self._store.put(name, content, sha256=sha256)
         if key not in self._sent:
             self._sent.add(key)
             self.moved = time.monotonic()

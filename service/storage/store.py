@@ -1,13 +1,12 @@
 """The door to an object store: all requests are made here, and tried again while they may succeed.
 
-fsspec has a driver for each kind of store. It is imported only when a store is opened.
+S3 has a driver of its own, fsspec one for each other kind of store. A driver is imported only when
+a store is opened.
 """
 
 from __future__ import annotations
 
 import random
-import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 from service.basics.errors import EvenstepError, SpecError, Stopped, did_you_mean
 from service.basics.multipart import PART_BYTES
 from service.basics.running_time import RunningClock
-from service.storage.address import Address
-from service.storage.troubles import (
+from service.drivers.s3 import S3, s3
+from service.drivers.troubles import (
     NO_BUCKET,
     Verb,
     deletes,
@@ -26,6 +25,7 @@ from service.storage.troubles import (
     is_no_bucket,
     trouble_of,
 )
+from service.storage.address import Address
 
 AT_ONCE = 8
 """Requests at the same time."""
@@ -73,8 +73,8 @@ class Store:
         """`patience_seconds`: how long a request that fails is made again."""
         self.address = address
         self._driver = driver
-        # Drivers whose requests run in an event loop can end one after a time; others cannot.
-        self._limits = getattr(driver, "async_impl", None) is True
+        # Ours, and drivers whose requests run in an event loop, can end a request after a time.
+        self._limits = isinstance(driver, S3) or getattr(driver, "async_impl", None) is True
         self._patience_seconds = patience_seconds
         # Its own: Python's generator belongs to the task, in whose process data are read.
         self._random = random.Random()
@@ -91,16 +91,16 @@ class Store:
         stopping.address, stopping._is_stopped = self.address, is_stopped
         return stopping
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write an object; an earlier one of this name is replaced."""
-        limit = self._limit(len(content))
-        self._ask("write", name, lambda path: self._driver.pipe_file(path, content, **limit))
+    def put(self, name: str, content: bytes, *, sha256: str | None = None) -> None:
+        """Write an object; an earlier one of this name is replaced.
 
-    def copy(self, name: str, to: Store, new: str) -> None:
-        """Copy an object inside the store, to another address of the same driver."""
-        at = f"{to.address.path}/{new}"
-        limit = self._limit()
-        self._ask("write", name, lambda path: self._driver.cp_file(path, at, **limit))
+        Args:
+            sha256: of the content, if it is known: S3 compares what it gets with it.
+        """
+        told = self._limit(len(content))
+        if isinstance(self._driver, S3):
+            told["sha256"] = sha256
+        self._ask("write", name, lambda path: self._driver.pipe_file(path, content, **told))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write an object unless there is one of this name; whether it was written.
@@ -262,7 +262,7 @@ class Store:
         if self._is_stopped():
             raise Stopped("Stopped before the run was brought here.")
 
-    def _limit(self, size_bytes: int = 0) -> dict[str, float]:
+    def _limit(self, size_bytes: int = 0) -> dict[str, Any]:
         """The argument of a driver that ends a request which takes too long."""
         seconds = _ANSWER_SECONDS + size_bytes / _LEAST_BYTES_PER_SECOND
         return {"timeout": seconds} if self._limits else {}
@@ -303,60 +303,50 @@ def open_store(address: Address, *, patience_seconds: float = PATIENCE_SECONDS) 
     extra = _EXTRAS.get(address.scheme)
     install = f"pip install 'evenstep[{extra}]'" if extra else "pip install fsspec and a driver"
     try:
-        import fsspec
-
-        kind = fsspec.get_filesystem_class(address.scheme)
+        driver = _of_s3() if extra == "s3" else _of_fsspec(address.scheme)
     except ImportError as error:
         raise SpecError(
             f"{address}: the driver for {address.scheme}:// is not installed ({error}). {install}"
         ) from error
-    except ValueError as error:
+    except _NoDriver as error:
         known = did_you_mean(address.scheme, [*_EXTRAS, "memory"])
         raise SpecError(f"{address}: there is no driver for {address.scheme}://{known}") from error
-    # Listings are never cached: other machines write there too.
-    settings = _s3_settings() if _EXTRAS.get(address.scheme) == "s3" else {}
-    try:
-        driver = kind(use_listings_cache=False, skip_instance_cache=True, **settings)
     except Exception as error:  # a driver that looks for credentials before the first request
         raise SpecError(
             f"{address}: the driver for {address.scheme}:// cannot be used: {error}. Check its "
             "credentials."
         ) from error
-    if hasattr(driver, "retries"):
-        driver.retries = 1
     return Store(driver, address, patience_seconds=patience_seconds)
+
+
+class _NoDriver(Exception):
+    """fsspec knows no driver of this name."""
+
+
+def _of_s3() -> S3:
+    # Beside the requests of a group there are those of the lease.
+    return s3(connections=AT_ONCE + 2, standing_seconds=_STANDING_SECONDS)
+
+
+def _of_fsspec(scheme: str) -> Any:
+    """The driver that fsspec has for a scheme."""
+    import fsspec
+
+    try:
+        kind = fsspec.get_filesystem_class(scheme)
+    except ValueError as error:
+        raise _NoDriver from error
+    # Listings are never cached: other machines write there too.
+    driver = kind(use_listings_cache=False, skip_instance_cache=True)
+    if hasattr(driver, "retries"):
+        driver.retries = 1  # requests are made again here, where a stop is seen
+    return driver
 
 
 def _version_of(told: Mapping[str, Any]) -> str:
     """What a driver tells of an object that changes when it is replaced."""
     names = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime")
     return str(next((told[name] for name in names if told.get(name)), ""))
-
-
-def _s3_settings() -> dict[str, Any]:
-    from aiobotocore.config import AioConfig
-    from botocore.exceptions import ParamValidationError
-
-    # Requests are made again here: a driver that does so too would delay a stop, and what is said.
-    settings: dict[str, Any] = {"retries": {"max_attempts": 0}, "read_timeout": _STANDING_SECONDS}
-    standing = {"connector_args": {"socket_factory": _socket_that_ends}}
-    try:
-        AioConfig(**standing)
-    except ParamValidationError:
-        pass  # an earlier version: then the limit of the whole request ends it
-    else:
-        settings |= standing
-    return {"config_kwargs": settings}
-
-
-def _socket_that_ends(address: tuple[Any, ...]) -> socket.socket:
-    """A socket for an address of `getaddrinfo`, which fails when its peer takes nothing."""
-    family, kind, protocol, *_ = address
-    made = socket.socket(family, kind, protocol)
-    if sys.platform == "linux":
-        milliseconds = int(1000 * _STANDING_SECONDS)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-    return made
 
 
 Item = TypeVar("Item")

@@ -9,7 +9,7 @@ from chaos.at_requests import killed_at, undisturbed
 from service.storage.address import Address
 
 pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
-pytest.importorskip("s3fs", reason="needs s3fs")
+pytest.importorskip("botocore", reason="needs botocore")
 
 
 def test_a_run_that_is_killed_at_a_request_loses_nothing(
