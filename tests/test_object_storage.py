@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import itertools
+import json
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,7 @@ def test_a_killed_run_goes_on_with_the_same_bits_on_an_empty_machine(
     assert first.returncode == -signal.SIGKILL, told
     assert refused.returncode == SpecError.exit_code, refused.stderr
     assert f"{address}/job is being written by process {first.pid} of " in refused.stderr
+    assert re.search(r"^job +lost +", said_by("runs", str(address)), re.MULTILINE)
 
     done = evenstep(*start, cwd=place, **two)
     assert done.returncode == 0, done.stderr
@@ -653,6 +656,32 @@ def test_runs_in_a_store_are_read_by_the_commands(client, address, place, tmp_pa
     ):
         with pytest.raises(SpecError, match=told):
             said_by(*words)
+
+
+def test_a_run_whose_launcher_is_gone_is_shown_as_lost(client, address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4)
+    facts = json.loads(local.facts.read_text())
+    del facts["attempts"][-1]["outcome"], facts["attempts"][-1]["ended"]
+    local.facts.write_text(json.dumps(facts | {"state": "running"}))
+
+    def states():
+        listed = re.findall(r"^job +(\w+) ", said_by("runs", str(address)), re.MULTILINE)
+        said_by("report", f"{address}/job", "-o", tmp_path / "page.html")
+        return listed + re.findall('class="pill[^>]*>(\\w+)<', (tmp_path / "page.html").read_text())
+
+    lease = taken(store_at(address / "job"), say=print)
+    lease._record = replace(lease._record, place="another-machine 1:1", seconds=3600.0)
+    lease.renew()
+    assert mirror_of(address, local, lease=lease).publish()
+    assert states() == ["running", "running"]
+    lease._record = replace(lease._record, seconds=1.5)
+    lease.renew()  # for the last time
+    until(lambda: states() == ["lost", "lost"], "the end of its lease")
+    lease._record = replace(lease._record, seconds=3600.0)
+    lease.renew()
+    assert states() == ["running", "running"]
+    lease.release()
+    assert states() == ["lost", "lost"]
 
 
 def test_a_deleted_object_is_found_by_checkpoints(client, address, place, tmp_path):

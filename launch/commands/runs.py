@@ -112,8 +112,10 @@ def report(
             sweep_place = None if isinstance(run, Address) else _sweep_at(run)
             if sweep_place is None:
                 found = read_history(stack.enter_context(run_at(run)).path)
-                address = str(run) if isinstance(run, Address) else None
-                histories.append(replace(found, address=address))
+                if isinstance(run, Address):
+                    [found], unread = _with_leases([replace(found, address=str(run))], [run])
+                    _warn(unread)
+                histories.append(found)
             else:
                 sweeps.append(read_sweep(sweep_place))
                 histories += sweeps[-1].histories
@@ -163,9 +165,22 @@ def list_runs(directory: Path | Address) -> None:
 
         with copied_runs(directory) as (place, unread):
             found, broken = histories_in(place)
-            _list(found, [*broken, *unread], directory)
+            addresses = [directory / each.directory.name for each in found]
+            found, unheard = _with_leases(found, addresses)
+            _list(found, [*broken, *unread, *unheard], directory)
     else:
         _list(*histories_in(directory), directory)
+
+
+def _with_leases(
+    found: Sequence[History], addresses: Sequence[Address]
+) -> tuple[list[History], list[str]]:
+    """The same runs, with whether a launcher holds each; and why this is not known of some."""
+    from service.storage.reading import abandoned
+
+    pairs = list(zip(found, addresses, strict=True))
+    lost, unread = abandoned([at for each, at in pairs if each.state == "running"])
+    return [replace(each, is_abandoned=at in lost) for each, at in pairs], unread
 
 
 def _list(found: Sequence[History], broken: Sequence[str], directory: Path | Address) -> None:
@@ -176,8 +191,12 @@ def _list(found: Sequence[History], broken: Sequence[str], directory: Path | Add
         click.echo("  ".join(cells).rstrip())
     if not found:
         click.echo(f"There are no runs in {printable(str(directory))}.")
-    for told in broken:
-        click.echo(f"warning: {printable(told)}", err=True)
+    _warn(broken)
+
+
+def _warn(told: Sequence[str]) -> None:
+    for each in told:
+        click.echo(f"warning: {printable(each)}", err=True)
 
 
 def _row(history: History) -> tuple[str, str, str, str, str]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -141,6 +142,20 @@ class S3:
         """When an object was written."""
         written: datetime = self._of_object("head_object", path)["LastModified"]
         return written
+
+    def age(self, path: str) -> float | None:
+        """How many seconds ago an object was written, by the clock of the store; None if unknown.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        told = self._of_object("head_object", path)
+        try:
+            now = parsedate_to_datetime(told["ResponseMetadata"]["HTTPHeaders"]["date"])
+            seconds: float = (now - told["LastModified"]).total_seconds()
+        except (KeyError, ValueError, TypeError):
+            return None
+        return max(0.0, seconds)
 
     def rm_file(self, path: str, *, timeout: float) -> None:
         """Delete an object; one that does not exist counts as deleted."""

@@ -57,6 +57,8 @@ class History:
     failures: tuple[Failure, ...] = ()
     address: str | None = None
     """Where the run lives, if `directory` is a copy."""
+    is_abandoned: bool = False
+    """Whether no process holds the run: known of a copy only, by the lease of the run."""
 
     def __repr__(self) -> str:
         """The text in a notebook: `<run digits: done, step 180 of 180>`."""
@@ -113,7 +115,8 @@ class History:
     def state(self) -> str:
         """new, running, done, stopped or failed; `lost` if it should be running but is not."""
         said = str(self.facts.get("state", "unknown"))
-        return "lost" if said == "running" and _writer_is_gone(self.directory) else said
+        is_gone = said == "running" and (self.is_abandoned or _writer_is_gone(self.directory))
+        return "lost" if is_gone else said
 
     @property
     def step(self) -> int:

@@ -170,6 +170,25 @@ def taken(
             return Lease(store, term, me)
 
 
+def is_abandoned(store: Store) -> bool:
+    """Whether no launcher holds the run: its lease was released or has run out, or its holder was a
+    process of this machine that is gone. Nothing is written.
+
+    Raises:
+        EvenstepError: the lease cannot be read.
+    """
+    newest = _newest(store)
+    if not newest:
+        return True  # a launcher that still runs would write it again
+    try:
+        record = _read(store, newest)
+        if record is None:
+            return False  # it was replaced by a newer one meanwhile
+        return record.released or _is_gone(record) or store.age(_name(newest)) > record.seconds
+    except NoObject:
+        return False
+
+
 def _is_over(name: str, term: int) -> bool:
     """Whether this object is an earlier lease, or the probe of a launcher that was killed."""
     match = _NAME.fullmatch(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,7 @@ from service.storage.bringing import (
     bring_newest,
     newest_first,
 )
+from service.storage.lease import is_abandoned
 from service.storage.published import Published, checkpoints_of, newest_published, step_of
 from service.storage.store import Store, in_parallel, open_store
 
@@ -128,6 +129,21 @@ def copied_runs(address: Address) -> Iterator[tuple[Path, list[str]]]:
         names = [name for name in store.children() if re.fullmatch(RUN_NAME, name, re.ASCII)]
         told = in_parallel(bring, names)
         yield place, [each for each in told if each is not None]
+
+
+def abandoned(runs: Sequence[Address]) -> tuple[set[Address], list[str]]:
+    """Which of these runs no launcher holds; and why this is not known of some."""
+    unread = []
+
+    def is_lost(run: Address) -> bool:
+        try:
+            return is_abandoned(open_store(run))
+        except EvenstepError as error:
+            unread.append(str(error))
+            return False
+
+    lost = in_parallel(is_lost, runs)
+    return {run for run, is_so in zip(runs, lost, strict=True) if is_so}, unread
 
 
 def _with_newest(store: Store, held: Published, act: Callable[[Published], Result]) -> Result:

@@ -38,6 +38,8 @@ _STANDING_SECONDS = 20.0
 """How long a connection may take no byte of what is sent, and give none of an answer."""
 _ANSWER_SECONDS, _LEAST_BYTES_PER_SECOND = 60.0, 50_000
 """The longest time of one request, and how much longer it may be for its content."""
+_CLOCKS_DIFFER_SECONDS = 900.0
+"""How much clocks differ at most: S3 refuses what is signed by one that differs more."""
 _LIST_SECONDS = 600.0  # thousands of requests, of a thousand names each
 _LONGEST_REQUEST_SECONDS = 1000.0
 
@@ -206,6 +208,23 @@ class Store:
             return told
 
         return self._ask("read", name, asked)
+
+    def age(self, name: str) -> float:
+        """How many seconds ago an object was written; 0 if that is not known.
+
+        By the store's clock, where the driver tells it; otherwise by the clock of this machine, as
+        far as it cannot be the difference of the two.
+
+        Raises:
+            NoObject: there is none.
+        """
+        if isinstance(driver := self._driver, S3):
+            age = self._ask("read", name, driver.age)
+            if age is not None:
+                return age
+        moment = self.modified(name)
+        ago = time.time() - moment.timestamp() if moment is not None else 0.0
+        return max(0.0, ago - _CLOCKS_DIFFER_SECONDS)
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete objects; those that are gone already count as deleted."""
