@@ -170,4 +170,4 @@ def require_undisturbed(nodes: Nodes) -> None:
     words = ("verify", "runs/job", "runs/alone", "--tolerance", "1e-9")
     compared = evenstep(*words, cwd=nodes.place)
     assert compared.returncode == 0, (compared.stdout, nodes.everything())
-    assert f"{nodes.steps} steps" in compared.stdout, compared.stdout
+    assert f"{nodes.steps:,} steps" in compared.stdout, compared.stdout

@@ -5,17 +5,21 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # its wheel has no types
 import pytest
 from elastic_nodes import elastic_nodes, ended, require_undisturbed
+from injuring import until
 from test_kubernetes_manifests import job, of_kind, pod_of
 
 from launch.engines.kubernetes.manifests import render
 from launch.environment import node_here, range_of_nodes
 from launch.nodes.elastic import Roll, possible_nodes
 from launch.nodes.handshake import JoinRequest
+from launch.nodes.node_part import KILL_SECONDS, PATIENCE_SECONDS
 from launch.nodes.rendezvous import enter
 from service.basics.errors import PeerLost, SpecError
 from service.spec.files import load_spec
@@ -42,6 +46,35 @@ def test_a_node_is_lost_and_returns_and_no_step_is_lost_or_different(tmp_path: P
         nodes.release()
         assert [ended(node) for node in (first, second, third)] == [0, 75, 0], nodes.everything()
         require_undisturbed(nodes)
+
+
+@LINUX
+def test_a_node_that_is_lost_before_the_ranks_start_is_no_endless_wait(tmp_path: Path) -> None:
+    with elastic_nodes(tmp_path, "1:2") as nodes:
+        first, second = nodes.start(0), nodes.start(1)
+        nodes.until_said("Generation 1: 2 of 1:2 nodes (0, 1).")
+        server = fork_server_of(first.pid)
+        server.suspend()  # it imports torch, and is as slow as on a busy machine
+        second.kill()
+        time.sleep(PATIENCE_SECONDS + 2 * KILL_SECONDS)  # the first kill finds no rank
+        server.resume()
+        nodes.until_said("Node 1 (127.0.0.1) is gone.")
+        nodes.until_said("Generation 2: 1 of 1:2 nodes (0).")
+        nodes.release()
+        assert ended(first) == 0, nodes.everything()
+
+
+def fork_server_of(launcher: int) -> psutil.Process:
+    """The process that starts the ranks of a launcher."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        children = psutil.Process(launcher).children()
+        found[:] = [each for each in children if "forkserver" in " ".join(each.cmdline())]
+        return bool(found)
+
+    until(is_there, "a fork server")
+    return found[0]
 
 
 def require_no_seat_without_the_secret(port: int) -> None:

@@ -30,6 +30,9 @@ PATIENCE_SECONDS = 10.0
 """Time for the local processes to detect by themselves that a node is gone, and to end with their
 own messages."""
 
+KILL_SECONDS = 1.0
+"""Time between two attempts to kill the local processes, until they have ended."""
+
 
 class Job(Protocol):
     """The part of `launch.rank.job.Job` that needs no torch."""
@@ -149,7 +152,10 @@ class _Watch:
             if self._some_save():
                 limit = TimeLimit(PATIENCE_SECONDS)
         self._killed = True
-        self._kill()
+        while True:  # on a busy machine some may not even have been started the first time
+            self._kill()
+            if self._over.wait(KILL_SECONDS):
+                return
 
     def _some_save(self) -> bool:
         from launch.processes.saving import some_save
