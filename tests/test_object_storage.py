@@ -539,6 +539,7 @@ def test_uploads_go_on_through_every_fault(client, address, place, tmp_path, mon
         proxy.harm = lambda method, path: None
     assert len(set(harms)) == 7
     assert "lost" not in said
+    monkeypatch.setenv("AWS_ENDPOINT_URL", client.url)  # the proxy has ended
     assert_same(brought_back(address, tmp_path / "back"), local)
 
 
@@ -563,6 +564,7 @@ def test_an_upload_of_which_nothing_is_taken_is_made_again(
         uploading.start(when_lost=lambda: None)
         assert uploading.finish(lambda: DEADLINE_SECONDS) is None
     assert stalled
+    monkeypatch.setenv("AWS_ENDPOINT_URL", client.url)  # the proxy has ended
     assert_same(brought_back(address, tmp_path / "back"), local)
 
 

@@ -84,9 +84,11 @@ def test_who_waits_while_a_run_is_put_aside_does_not_write_to_the_new_one(tmp_pa
                 second.kill()
                 second.join()
                 second = begun()
+        os.kill(second.pid, signal.SIGSTOP)  # otherwise it may notice, and be the new writer
         os.rename(tmp_path / "job", tmp_path / ".job-aside")
         new = open_run(tmp_path, spec, fresh=False)
         first.close()
+        os.kill(second.pid, signal.SIGCONT)
         assert here.poll(60)
         assert f"is being written by process {os.getpid()} on" in here.recv()
         assert new.directory.read_facts()["id"] == new.id
