@@ -137,6 +137,19 @@ def test_a_first_step_that_is_skipped_leaves_no_momentum(processes, tmp_path):
     assert weights(tmp_path, 1, "optimizer") == {}
 
 
+def test_a_step_that_is_skipped_when_a_layer_is_unfrozen_leaves_no_momentum(processes, tmp_path):
+    bad = first_step_with(BAD_ROW)
+    late = {"match": "0.*", "unfreeze_at_step": bad - 1}
+    spec = job(
+        "nan_row",
+        optimizer=OPTIMIZERS["decided by the kernel"] | {"groups": [late, {"match": "*"}]},
+        faults={"on_non_finite": "skip", "skips_allowed": 4},
+    )
+    processes(1).run(train_in_process, spec, tmp_path)
+    names = [set(weights(tmp_path, step, "optimizer")) for step in (bad - 1, bad, bad + 1)]
+    assert names[0] == names[1] < names[2]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_loss_that_is_not_finite_stops_with_its_place(processes, tmp_path, count):
     spec = job("nan_row", tracking={"log_every_steps": 100}, checkpoint={"every_steps": 4})

@@ -217,14 +217,13 @@ class Updates:
             optimizer.step(closure)
         elif broken is None:
             self._state.take_step()
-        elif self._by_kernel and self._has_stepped:
+        elif self._by_kernel and self._has_stepped and not _begins_momentum(optimizer):
             # The kernel reads the flag on the device, so the host does not wait.
             optimizer.grad_scale, optimizer.found_inf = None, broken
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
         elif not broken:
-            # The first step is also decided here: if its kernel skips it, torch's SGD uses
-            # uninitialized buffers as momentum.
+            # The first step is also decided here.
             optimizer.step()
             self._has_stepped = True
 
@@ -373,6 +372,19 @@ def gradient_values(parameters: Sequence[nn.Parameter | OwnRows]) -> list[Tensor
             parameter.grad = parameter.grad.coalesce()
     found = [p.grad for p in parameters if p.grad is not None]
     return [grad.values() if grad.is_sparse else grad for grad in found]
+
+
+def _begins_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a parameter takes its first step with momentum, such as one that is unfrozen now.
+
+    If the kernel skipped it, torch's SGD would go on from an uninitialized buffer.
+    """
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for p in group["params"]
+    )
 
 
 def _by_place(held: Sequence[_Taken]) -> dict[tuple[int, int], float]:
