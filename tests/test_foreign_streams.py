@@ -191,3 +191,14 @@ def test_a_foreign_state_is_restored_unchanged(value):
 def test_what_only_a_pickle_could_keep_is_refused():
     with pytest.raises(TypeError, match="object is not supported"):
         plain({"a": [object()]})
+
+
+def test_a_resumed_stream_leaves_the_next_run_in_this_process_at_the_beginning():
+    rows: Any = of_hugging_face(buffer=0).train_data()
+    whole = Stream(rows, mode="whole", index=0, of=1)
+    first = whole.take(9)
+    resumed = Stream(rows, mode="whole", index=0, of=1)
+    resumed.move_to([whole.place()], 0)
+    assert (contents(resumed.take(7)) == contents(whole.take(7))).all()
+    again = Stream(rows, mode="whole", index=0, of=1)
+    assert (contents(again.take(9)) == contents(first)).all()

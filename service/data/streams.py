@@ -135,6 +135,8 @@ class Stream:
             )
         place = places[index] if self.mode == "split" else places[0]
         if place["state"] is not None and hasattr(self._data, "load_state_dict"):
+            if hasattr(self._data, "_ex_iterable"):
+                self._data = _own_copy(self._data)
             self._begin(place["passes"])
             self._data.load_state_dict(from_plain(place["state"]))
             self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
@@ -198,6 +200,17 @@ def _remembers_all(data: Any) -> bool:
             return False
         inner = getattr(inner, "ex_iterable", None)
     return hasattr(data, "state_dict")
+
+
+def _own_copy(data: Any) -> Any:
+    """A copy of a Hugging Face stream.
+
+    It keeps a state that it is given: the next run in this process with the same data set would
+    start there. `copy.copy` shares its attributes.
+    """
+    copied = object.__new__(type(data))
+    vars(copied).update(vars(data))
+    return copied
 
 
 def contents(rows: list[Any]) -> NDArray[np.int64]:
