@@ -179,9 +179,12 @@ def _source(spec: Any) -> Path | Mapping[str, Any]:
 
 
 def _as_text(values: Mapping[str, Any], steps: tuple[str, ...]) -> Iterator[str]:
-    """`optimizer.lr=0.02`, as on the command line; keys that a section does not name are kept."""
+    """`optimizer.lr=0.02`, as on the command line; keys that a section does not name are kept.
+
+    A mapping with a dot in a key, such as names of modules, is set as a whole.
+    """
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and not any("." in name for name in value):
             yield from _as_text(value, (*steps, key))
         else:
             yield f"{'.'.join((*steps, key))}={json.dumps(value)}"

@@ -327,6 +327,10 @@ def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
             {"train": {"a": DATA, "b": DATA}, "sampling": proportions({"a": 1})},
             "do not include 'b'",
         ),
+        (
+            {"train": {"a": DATA, "b": []}, "sampling": proportions({"a": 1, "b": 1})},
+            "'b' have no rows, and a part of 1 of 2",
+        ),
         ({"train": {"a": iter([])}}, "'a' can only be iterated"),
         ({"train": iter([]), "sampling": weighted([1])}, "a stream, whose rows cannot"),
     ],
@@ -334,6 +338,12 @@ def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
 def test_what_cannot_be_understood_is_refused_with_what_to_write(arguments, said):
     with pytest.raises(SpecError, match=said):
         of(**arguments)
+
+
+def test_a_source_without_rows_can_be_left_out():
+    sampling = proportions({"a": 1, "b": 0}).over(3, {"a": 3, "b": 0})
+    assert sampling.rows_at(np.arange(6), seed=1, global_batch=2).max() == 2
+    assert sampling.in_words(6, global_batch=2)[1] == "b: 0 of the rows, 0 passes over its 0"
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,12 @@ class Proportions(Sampling):
                 f"task.sampling: proportions do not include {missing[0]!r}. "
                 "Give it a number; 0 leaves it out."
             )
+        empty = [name for name, size in sources.items() if self.parts[name] and not size]
+        if empty:
+            raise SpecError(
+                f"task.sampling: the training data {empty[0]!r} have no rows, and a part of "
+                f"{self.parts[empty[0]]} of {self.total}. Give them 0, or rows."
+            )
         return replace(self, sizes=dict(sources))
 
     def rows_at(
@@ -215,7 +221,7 @@ class Proportions(Sampling):
     def in_words(self, drawn: int, *, global_batch: int) -> list[str]:
         return [
             f"{name}: {self.parts[name] / self.total:.4g} of the rows, "
-            f"{drawn * self.parts[name] / self.total / size:.3g} passes over its {size:,}"
+            f"{drawn * self.parts[name] / self.total / max(size, 1):.3g} passes over its {size:,}"
             for name, size in self.sizes.items()
         ]
 
