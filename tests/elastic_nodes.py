@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,14 @@ class Nodes:
     """The launchers of one job; each has a log file, and is killed at the end."""
 
     def __init__(
-        self, place: Path, nodes: str, *, wait_seconds: int = 60, steps: int = STEPS, **more: str
+        self,
+        place: Path,
+        nodes: str,
+        *,
+        wait_seconds: int = 60,
+        steps: int = STEPS,
+        sections: Mapping[str, Any] | None = None,
+        **more: str,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
@@ -79,7 +86,9 @@ class Nodes:
         cluster = {"image": "example.com/x:1", "nodes": asked, "meeting_seconds": 120}
         (place / "job.py").write_text(TASK)
         (place / "job.yaml").write_text(
-            json.dumps({**SPEC, "length": {"steps": steps}, "kubernetes": cluster})
+            json.dumps(
+                {**SPEC, "length": {"steps": steps}, "kubernetes": cluster, **(sections or {})}
+            )
         )
         self.hold.touch()
         self._started: list[subprocess.Popen[bytes]] = []
@@ -162,12 +171,17 @@ def ended(process: subprocess.Popen[bytes]) -> int:
     return process.wait(timeout=DEADLINE_SECONDS)
 
 
-def require_undisturbed(nodes: Nodes) -> None:
-    """The same run on one process has the same rows, and in float64 the same losses."""
+def require_undisturbed(nodes: Nodes, *, bits: bool = False) -> None:
+    """The same run on one process has the same rows, and in float64 the same losses.
+
+    Args:
+        bits: with `exactness: bitwise`, also equal bits of the losses and the weights.
+    """
     nodes.hold.unlink(missing_ok=True)
     alone = evenstep("run", "job.yaml", "--name", "alone", cwd=nodes.place)
     assert alone.returncode == 0, alone.stderr
-    words = ("verify", "runs/job", "runs/alone", "--tolerance", "1e-9")
+    level = ("--level", "bits") if bits else ("--tolerance", "1e-9")
+    words = ("verify", "runs/job", "runs/alone", *level)
     compared = evenstep(*words, cwd=nodes.place)
     assert compared.returncode == 0, (compared.stdout, nodes.everything())
     assert f"{nodes.steps:,} steps" in compared.stdout, compared.stdout

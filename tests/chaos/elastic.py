@@ -1,9 +1,10 @@
 """Kills, stops and starts the nodes of an elastic job at random, then compares it with one process.
 
-python -m tests.chaos.elastic --minutes 5 --seed 1
+python -m tests.chaos.elastic [--minutes 10] [--seed 1] [--bitwise]
 
 Every node but the first is killed or asked to stop, and started again; sometimes node 0 is killed
-as well, as on a cluster, which starts it again.
+as well, as on a cluster, which starts it again. With `--bitwise` there are two nodes
+instead of three, and the runs must be equal in bits.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from elastic_nodes import Nodes, elastic_nodes, ended, require_undisturbed
 
-NODES = 3
 LEADER_OF_TEN = 1
 """In how many of ten cases node 0 is killed."""
 
 
-def disturbed(nodes: Nodes, *, seconds: float, chance: random.Random) -> Counter[str]:
-    """Disturb the job for so long; what happened, and how often. At the end all nodes run."""
-    here = {index: nodes.start(index) for index in range(NODES)}
+def disturbed(nodes: Nodes, count: int, *, seconds: float, chance: random.Random) -> Counter[str]:
+    """Disturb the job of `count` nodes for so long; what happened, and how often.
+
+    At the end all nodes run.
+    """
+    here = {index: nodes.start(index) for index in range(count)}
     seen: Counter[str] = Counter()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(chance.uniform(1, 12))
-        index = 0 if chance.randrange(10) < LEADER_OF_TEN else chance.randrange(1, NODES)
+        index = 0 if chance.randrange(10) < LEADER_OF_TEN else chance.randrange(1, count)
         kind = "kill" if index == 0 or chance.random() < 0.7 else "stop"
         if here[index].poll() is None:
             here[index].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
@@ -50,28 +53,31 @@ def disturbed(nodes: Nodes, *, seconds: float, chance: random.Random) -> Counter
         codes = [ended(process) for process in here.values()]
     except subprocess.TimeoutExpired:
         codes = [process.poll() for process in here.values()]
-    assert codes == [0] * NODES, f"{codes} {dict(seen)}\n{nodes.everything()}"
+    assert codes == [0] * count, f"{codes} {dict(seen)}\n{nodes.everything()}"
     return seen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bitwise", action="store_true")
     asked = parser.parse_args()
+    count = 2 if asked.bitwise else 3
     with (
         tempfile.TemporaryDirectory() as place,
         elastic_nodes(
             Path(place),
-            f"1:{NODES}",
+            f"1:{count}",
             wait_seconds=5,
             steps=int(asked.minutes * 600),
+            sections={"exactness": "bitwise"} if asked.bitwise else {},
             JOB_COMPLETION_INDEX="as on a cluster",
         ) as nodes,
     ):
         chance = random.Random(asked.seed)
-        seen = disturbed(nodes, seconds=60 * asked.minutes, chance=chance)
-        require_undisturbed(nodes)
+        seen = disturbed(nodes, count, seconds=60 * asked.minutes, chance=chance)
+        require_undisturbed(nodes, bits=asked.bitwise)
         facts = json.loads((Path(place) / "runs/job/run.json").read_text())
         processes = Counter(attempt["processes"] for attempt in facts["attempts"])
         print(f"{dict(seen)}; attempts by processes: {dict(processes)}; equal to one process")
