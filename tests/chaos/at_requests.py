@@ -32,7 +32,12 @@ from service.storage.address import Address
 from service.storage.published import newest_published
 
 STEPS, SAVE_EVERY, ROWS = 12, 4, 7
+SAVED = range(SAVE_EVERY, STEPS, SAVE_EVERY)
+"""The steps that are saved, without the last one."""
 LENGTH = f"length.steps={STEPS}"
+ENOUGH_UNREACHED = 5
+"""Numbers in a row that no run comes to, after which the sweep ends: how many requests a run makes
+depends on how often its lease is renewed, and on whether its end is published with step 12."""
 
 
 class Kill(NamedTuple):
@@ -58,15 +63,19 @@ def killed_at(
     words = ("run", "job.yaml", LENGTH, "--runs", str(address))
     plain = server.variables | {"EVENSTEP_LEASE_SECONDS": "1.5"}
     struck: list[str] = []
+    uploaded: set[str] = set()
     requests, is_started = itertools.count(1), threading.Event()
     with Proxy(server) as proxy:
-        go_on = scratch / "go-on"
         scratch.mkdir()
 
         def harm(method: str, path: str) -> Harm:
-            # The run waits after its first save until that is in the store.
+            # After each save, the run waits until that checkpoint is published.
             if method == "PUT" and "/published/" in path:
-                go_on.touch()
+                for index, step in enumerate(SAVED):
+                    if f"step-{step:08d}" in uploaded:
+                        (scratch / f"go-on-{index}").touch()
+            elif method == "PUT":
+                uploaded.update(path.split("/"))
             if next(requests) != number:
                 return "drop" if struck else None
             struck.append(f"{method} {path.partition(address.path)[2].partition('?')[0]}")
@@ -77,7 +86,8 @@ def killed_at(
             return "drop"
 
         proxy.harm = harm
-        hold = {"HOLD_AT_ROW": str((SAVE_EVERY + 1) * ROWS), "GO_ON_WITH": str(go_on)}
+        rows = " ".join(str((step + 1) * ROWS) for step in SAVED)
+        hold = {"HOLD_AT_ROWS": rows, "GO_ON_WITH": f"{scratch}/go-on-"}
         environ = plain | hold | {"EVENSTEP_SCRATCH": str(scratch / "one")}
         process = start(
             (BIN / "evenstep", *words),
@@ -115,7 +125,7 @@ def assert_undisturbed(place: Path, address: Address, scratch: Path) -> None:
 
 
 def main() -> None:
-    """Every request, until one that no run comes to."""
+    """Every request, until no run comes to some of them."""
     asked = argparse.ArgumentParser()
     asked.add_argument("--begin", type=int, default=1)
     asked.add_argument("--end", type=int, default=1000)
@@ -125,7 +135,9 @@ def main() -> None:
         os.environ.update(server.variables)
         place = Path(directory)
         undisturbed(place)
+        unreached = 0
         for number in range(given.begin, given.end + 1):
+            kills_before = len(kills)
             for done in (False, True):
                 kill = killed_at(
                     number,
@@ -136,13 +148,14 @@ def main() -> None:
                     scratch=place / f"{number}-{done}",
                 )
                 if not kill.request:
-                    break
+                    continue
                 kills.append(kill)
                 when = "after " if done else "before"
                 print(f"{number:4} {when} {kill.request}: step {kill.step}", flush=True)
                 if kill.request.split()[0] not in ("PUT", "DELETE"):
                     break
-            if not kill.request:
+            unreached = unreached + 1 if len(kills) == kills_before else 0
+            if unreached == ENOUGH_UNREACHED:
                 break
     steps = {step: sum(kill.step == step for kill in kills) for step in (0, 4, 8, 12)}
     print(
