@@ -53,6 +53,7 @@ chaos: $(READY)
 	$(BIN)/python -m tests.chaos.campaign --injuries 60 --mode sharded
 	$(BIN)/python -m tests.chaos.campaign --injuries 40 --mode moved
 	$(BIN)/python -m tests.chaos.at_requests
+	$(BIN)/python -m tests.chaos.elastic --minutes 10
 
 check: lint types
 
