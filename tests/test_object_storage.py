@@ -392,6 +392,18 @@ def test_bytes_of_an_object_are_those_between_two_positions(client, address):
             asked("no-object")
 
 
+def test_a_body_is_signed_where_the_configuration_says_so(client, address, monkeypatch, tmp_path):
+    settings = "[default]\ns3 =\n  payload_signing_enabled = true\n"
+    (tmp_path / "config").write_text(settings)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    content = random.Random(1).randbytes(1000)
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        open_store(address).put("object", content)
+    [sent] = proxy.headers
+    assert sent["x-amz-content-sha256"] == hashlib.sha256(content).hexdigest()
+
+
 @pytest.mark.parametrize("size", [100, 300_000], ids=["small", "large"])
 def test_the_store_gets_the_hash_of_what_it_is_to_keep(client, address, monkeypatch, size):
     content, sent = random.Random(size).randbytes(size), []

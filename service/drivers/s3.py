@@ -43,6 +43,9 @@ def s3(*, connections: int, standing_seconds: float) -> S3:
     session.register_component("data_loader", _loader())
     # The setting for stores that do not know the headers of checksums.
     with_hashes = session.get_config_variable("request_checksum_calculation") != "when_required"
+    # The signature of a request covers its headers, and so the hash of the body in them. Some
+    # buckets demand more, which the user has set then.
+    is_set = "payload_signing_enabled" in (session.get_config_variable("s3") or {})
     config = Config(
         connect_timeout=standing_seconds,
         read_timeout=standing_seconds,
@@ -52,8 +55,7 @@ def s3(*, connections: int, standing_seconds: float) -> S3:
         retries={"max_attempts": 0},
         # What needs it is compared with its SHA-256 by the caller.
         response_checksum_validation="when_required",
-        # The signature of a request covers its headers, and so the hash of the body in them.
-        s3={"payload_signing_enabled": False} if with_hashes else None,
+        s3={"payload_signing_enabled": False} if with_hashes and not is_set else None,
     )
     return S3(session, config, with_hashes=with_hashes)
 
