@@ -73,6 +73,30 @@ def test_an_option_that_does_not_fit_is_refused_by_name(checkpoint, tmp_path, ke
         load(tmp_path, _state(job))
 
 
+@pytest.mark.parametrize("key", ["exp_avg_sq", "step"])
+def test_a_value_that_is_missing_is_named(checkpoint, tmp_path, key):
+    job, directory = checkpoint
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = json.loads((directory / "state.json").read_text())
+    del state["optimizer"]["state"]["bias"][key]
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(SpecError, match=f"does not match the optimizer: {key} of bias is missing"):
+        load(tmp_path, _state(job))
+
+
+def test_no_parameter_of_adagrad_is_without_state(processes, tmp_path):
+    job = spec_of("plain_rows", optimizer={"name": "adagrad", "lr": 0.01})
+    processes(1).run(train_in_process, job, tmp_path, 3)
+    [directory] = (tmp_path / "job/checkpoints").glob("step-*")
+    state = json.loads((directory / "state.json").read_text())
+    del state["optimizer"]["state"]["bias"]
+    (directory / "state.json").write_text(json.dumps(state))
+    reseal(directory)
+    with pytest.raises(ProcessesFailed, match=r"SpecError.* of bias is missing"):
+        processes(1).run(train_in_process, job, tmp_path)
+
+
 def _state(job):
     model = nn.Linear(4, 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from collections import defaultdict
@@ -394,6 +395,7 @@ def _load_optimizer(
     if isinstance(optimizer, torch.optim.LBFGS):
         values = _in_order(values, groups[0][0], optimizer, parameters)
     _load_groups(state, groups, directory)
+    _require_whole(values, parameters, optimizer, directory)
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(members)}
     whole = {
@@ -469,7 +471,7 @@ def _load_groups(
                 "Use the original groups, or start over with --fresh."
             )
         values = groups[number][1]
-        if type(steps[id(group["params"][0])]).__module__.partition(".")[0] == "torch":
+        if _is_of_torch(type(steps[id(group["params"][0])])):
             for key in values.keys() & group.keys():
                 if not _is_alike(values[key], group[key]):
                     raise SpecError(
@@ -537,7 +539,7 @@ def _is_checked(key: str, optimizer: torch.optim.Optimizer | None) -> bool:
     """Whether this state of an optimizer has the shape of the parameter, or is one number."""
     if isinstance(optimizer, torch.optim.LBFGS):
         return False
-    if type(optimizer).__module__.partition(".")[0] == "torch":
+    if _is_of_torch(type(optimizer)):
         return key not in _OF_OTHER_SHAPES
     # A class of the user's that extends one of torch's may have more state beside it.
     fused = optimizer is not None and any(group.get("fused") for group in optimizer.param_groups)
@@ -545,6 +547,62 @@ def _is_checked(key: str, optimizer: torch.optim.Optimizer | None) -> bool:
 
 
 _NUMBERS = {"step", "eta", "mu", "mu_product"}
+
+
+def _require_whole(
+    values: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    directory: Path,
+) -> None:
+    """Refuse state that lacks what its optimizer, one of torch's, reads in a step.
+
+    Raises:
+        SpecError: names what is missing.
+    """
+    steps = stepped_by(optimizer)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        wanted: dict[tuple[type, int, torch.dtype], frozenset[str]] = {}
+        for parameter in group["params"]:
+            entries = values.get(names[id(parameter)], {})
+            kind = type(steps[id(parameter)])
+            if kind is torch.optim.LBFGS or not _is_of_torch(kind):
+                continue
+            if not entries and kind is not torch.optim.Adagrad:
+                continue  # it has not stepped yet; only Adagrad's state exists from the beginning
+            like = kind, parameter.dim(), parameter.dtype
+            if like not in wanted:
+                wanted[like] = _read_in_a_step(*like, group)
+            missing = sorted(wanted[like] - entries.keys())
+            if missing:
+                raise SpecError(
+                    f"The checkpoint {directory} does not match the optimizer: {missing[0]} of "
+                    f"{names[id(parameter)]} is missing. Use a checkpoint of this optimizer."
+                )
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def _read_in_a_step(
+    kind: type[Any], dims: int, dtype: torch.dtype, group: Mapping[str, Any]
+) -> frozenset[str]:
+    """The names of what an optimizer holds after a step: that of one number, with these options."""
+    number = nn.Parameter(torch.ones([1] * dims, dtype=dtype))
+    number.grad = torch.zeros_like(number)
+    if kind is torch.optim.SparseAdam:
+        number.grad = number.grad.to_sparse()
+    known = inspect.signature(kind).parameters
+    options = {key: group[key] for key in known if key in group and key not in _OF_THE_DEVICE}
+    tried = kind([number], **options)
+    tried.step()
+    return frozenset(tried.state[number])
+
+
+# Options that need a certain device, and change no state.
+_OF_THE_DEVICE = {"params", "capturable", "foreach", "fused", "differentiable"}
 
 
 def _kind(tensor: Tensor) -> str:
