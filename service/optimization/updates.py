@@ -100,7 +100,6 @@ class Updates:
         self._draws = may_draw(state.optimizer)
         by_kernel = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         self._by_kernel = by_kernel and not self._is_sharded
-        self._has_stepped = bool(state.optimizer.state)
         self._held: list[_Taken] = []
         self.weight: float | None = None
         """Of the latest step that was looked at, where the task gives weights."""
@@ -217,15 +216,13 @@ class Updates:
             optimizer.step(closure)
         elif broken is None:
             self._state.take_step()
-        elif self._by_kernel and self._has_stepped and not _begins_momentum(optimizer):
+        elif self._by_kernel and not _begins_momentum(optimizer):
             # The kernel reads the flag on the device, so the host does not wait.
             optimizer.grad_scale, optimizer.found_inf = None, broken
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
         elif not broken:
-            # The first step is also decided here.
             optimizer.step()
-            self._has_stepped = True
 
     # ---- checks at the steps in which the plan waits for the device anyway
 
