@@ -253,13 +253,12 @@ def _any_of(meanings: Sequence[Callable[[str], bool]]) -> Callable[[str], bool]:
 def _paths_below(name: str) -> list[str]:
     if os.path.isfile(name):
         return [name]
-
-    def failed(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError) or error.filename == name:
-            raise error  # otherwise a directory that was removed since it was listed
-
-    walked = os.walk(name, onerror=failed)
+    walked = os.walk(name, onerror=_raise)
     return [os.path.join(where, each) for where, _, there in walked for each in there]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _file(path: str) -> list[File]:
