@@ -144,6 +144,16 @@ def test_a_process_that_waits_for_others_notices_who_deletes_its_word() -> None:
     assert "Another program has changed what the processes of this job exchange" in told[0]
 
 
+def test_processes_that_wait_for_others_write_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """For each second of the wait, torch's client of its store would write two warnings."""
+    store = own_store("127.0.0.1")
+    client = TCPStore("127.0.0.1", store.port, is_master=False)
+    with pytest.raises(PeerLost, match=r"After 1\.5 s only 1 of 2 processes have connected"):
+        wait_for_all(client, Environment(0, 2, 0, 2), seconds=1.5)
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "")
+
+
 def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
     with pytest.raises(PeerLost, match=r"After 0\.1 s only 1 of 2 processes have connected"):
         wait_for_all(own_store("127.0.0.1"), Environment(0, 2, 0, 2), seconds=0.1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from datetime import timedelta
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
-import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
@@ -24,8 +24,7 @@ _LOOK_SECONDS = 1.0
 LAZY_FROM = 64
 """From this number of processes on, each connects only to those it sends to."""
 _COUNT, _ALL = "joined", "all joined"
-_WAIT_OF_FILE = "Wait timeout"
-"""What torch says when a key is not yet in a file, with no class of its own."""
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.002, 0.128
 
 
 def store_of(environment: Environment, *, seconds: float) -> Store | None:
@@ -108,12 +107,16 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
 
 
 def _is_there(store: Store, key: str) -> bool:
-    try:
-        store.wait([key], timedelta(seconds=_LOOK_SECONDS))
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistStoreError) and str(error) != _WAIT_OF_FILE:
-            raise
-        return False
+    """Whether it is there, or comes within a moment.
+
+    It asks again and again: torch's own wait writes two warnings for each of its timeouts.
+    """
+    limit, pause = TimeLimit(_LOOK_SECONDS), _FIRST_PAUSE_SECONDS
+    while not store.check([key]):
+        if not limit.left:
+            return False
+        time.sleep(min(pause, limit.left))
+        pause = min(2 * pause, _LAST_PAUSE_SECONDS)
     return True
 
 
