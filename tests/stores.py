@@ -18,6 +18,8 @@ from injuring import until
 BUCKET = "evenstep-test"
 LISTED_AT_ONCE = 7
 """Names in one answer to a list of objects; a thousand in S3."""
+DRIP_SECONDS = 0.05
+"""Between two bytes of an answer that drips."""
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "host"}
 
 
@@ -88,10 +90,10 @@ _SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, 
 Harm = str | int | float | bytes | Callable[[], None] | None
 """What happens to a request, if not None.
 
-`drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; `stall`: nothing is read and
-answered until the proxy ends; an int: a status; a float: so many seconds pass first; a code of S3,
-with its status; bytes: this is the answer; a function: done, and called before the answer, which is
-lost.
+`drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; `drip`: an answer byte by
+byte, until the proxy ends; `stall`: nothing is read and answered until then; an int: a status; a
+float: so many seconds pass first; a code of S3, with its status; bytes: this is the answer; a
+function: done, and called before the answer, which is lost.
 """
 _STATUS = {"AuthorizationHeaderMalformed": 400, "PermanentRedirect": 301, "NoSuchBucket": 404}
 _STATUS |= {"SlowDown": 503, "InternalError": 500, "ExpiredToken": 400, "NotImplemented": 501}
@@ -179,12 +181,16 @@ class Proxy:
                     self.close_connection = True
                     return
                 kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
-                self._answer(answer.status, kept, content, cut=harm == "cut")
+                self._answer(answer.status, kept, content, how=harm)
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward
 
             def _answer(
-                self, status: int, headers: list[tuple[str, str]], content: bytes, cut: bool = False
+                self,
+                status: int,
+                headers: list[tuple[str, str]],
+                content: bytes,
+                how: Harm = None,
             ) -> None:
                 self.send_response_only(status)
                 for name, value in headers:
@@ -193,9 +199,18 @@ class Proxy:
                 if self.command != "HEAD":
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content[: len(content) // 2] if cut else content)
-                self.close_connection = self.close_connection or cut
+                if how == "drip":
+                    self._drip(content)
+                elif self.command != "HEAD":
+                    self.wfile.write(content[: len(content) // 2] if how == "cut" else content)
+                self.close_connection = self.close_connection or how in ("cut", "drip")
+
+            def _drip(self, content: bytes) -> None:
+                """Send bytes one by one until the proxy ends."""
+                for byte in content:
+                    if proxy._over.wait(DRIP_SECONDS):
+                        return
+                    self.wfile.write(bytes([byte]))
 
             def log_message(self, *told: Any) -> None:
                 """Nothing: the tests print what they need."""

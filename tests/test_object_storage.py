@@ -33,7 +33,7 @@ from stored import (
     store_at,
     uploading_of,
 )
-from stores import BUCKET, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
+from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
 from service.basics.errors import SpecError
@@ -434,6 +434,59 @@ def test_a_large_object_that_takes_too_long_is_given_up(client, address, monkeyp
     with pytest.raises(StoreFailed, match="did not answer a request to write in time"):
         store.put("object", bytes(300_000))
     assert store.sizes("object") == {"object": 40_000}
+
+
+def test_an_object_that_drips_is_given_up(client, address, monkeypatch, tmp_path):
+    store_at(address).put("object", bytes(300_000))
+    monkeypatch.setattr("service.storage.store._ANSWER_SECONDS", 10 * DRIP_SECONDS)
+    monkeypatch.setattr("service.storage.store._LEAST_BYTES_PER_SECOND", 1e9)
+    with Proxy(client) as proxy, (tmp_path / "copy").open("wb") as copy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: "drip"
+        store = open_store(address, patience_seconds=0.0)
+        for asked in (
+            lambda: store.get("object"),
+            lambda: store.get_range("object", 5, 200_000),
+            lambda: store.copy("object", copy.fileno(), begin=0, end=300_000),
+        ):
+            with pytest.raises(StoreFailed, match="did not answer a request to read in time"):
+                asked()  # all of it would take four hours
+
+
+def test_an_answer_that_is_cut_is_no_content(client, address, monkeypatch, tmp_path):
+    store_at(address).put("object", bytes(300_000))
+    with Proxy(client) as proxy, (tmp_path / "copy").open("wb") as copy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: "cut"
+        store = open_store(address, patience_seconds=0.0)
+        for asked in (
+            lambda: store.get("object"),
+            lambda: store.get_range("object", 0, 300_000),
+            lambda: store.copy("object", copy.fileno(), begin=0, end=300_000),
+        ):
+            with pytest.raises(StoreFailed, match="the answer ended 150,000 bytes before its end"):
+                asked()
+
+
+def test_a_copy_stays_within_its_place_and_tells_what_was_there(client, address, tmp_path):
+    store, content = store_at(address), random.Random(5).randbytes(700_000)
+    store.put("object", content)
+    with (tmp_path / "copy").open("wb") as copy:
+        copy.write(b"." * 1_000_000)
+        copy.flush()
+        sha256 = hashlib.sha256(content).hexdigest()
+        assert store.copy("object", copy.fileno(), begin=7, end=700_007) == (700_000, sha256)
+        inside = store.copy("object", copy.fileno(), begin=800_000, end=800_005)
+        assert inside == (700_000, sha256)
+    written = b"." * 7 + content + b"." * 99_993 + content[:5] + b"." * 199_995
+    assert (tmp_path / "copy").read_bytes() == written
+
+
+def test_a_disk_that_takes_nothing_is_no_fault_of_the_store(client, address):
+    store = Store(store_at(address)._driver, address, patience_seconds=DEADLINE_SECONDS)
+    store.put("object", bytes(300_000))
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
+        store.copy("object", full.fileno(), begin=0, end=300_000)
 
 
 def test_a_profile_that_does_not_exist_is_named(client, address, monkeypatch):

@@ -191,6 +191,14 @@ def _write_whole(descriptor: int, chunk: memoryview) -> None:
         chunk = chunk[os.write(descriptor, chunk) :]
 
 
+def write_at(descriptor: int, content: bytes, at: int) -> None:
+    """Write all of the content from a position of the file on, whoever else writes to it."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, at)
+        view, at = view[written:], at + written
+
+
 def replace_file(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
     """Replace a file by `content`: at every moment either the old or the new file exists."""
     partial = path.with_name(f".{path.name}.partial")

@@ -13,15 +13,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from io import BytesIO
 from typing import Any
 
-_BLOCK_BYTES = 16 << 20
-"""What is received at once: all of a piece of a run. Smaller blocks would have to be joined."""
+_BLOCK_BYTES = 1 << 18
+"""What is received by one system call at most: it is still in the cache when it is hashed."""
 _SMALL_BYTES = 1 << 17
 """What is sent by one system call. A larger body is sent in blocks, each with its own timeout."""
 
@@ -109,13 +108,30 @@ class S3:
             return b""
         last = "" if end is None else end - 1
         part = {} if start is None else {"Range": f"bytes={start}-{last}"}
+        return b"".join(self.blocks(path, timeout=timeout, **part))
+
+    def blocks(self, path: str, *, timeout: float, **part: str) -> Iterator[bytes]:
+        """The content of an object, block by block as it arrives.
+
+        Args:
+            timeout: how many seconds it may take, with what the caller does between two blocks.
+        Raises:
+            FileNotFoundError: there is none.
+            ConnectionResetError: only a part of it has arrived.
+        """
         over = time.monotonic() + timeout
-        blocks = []
-        with closing(self._of_object("get_object", path, **part)["Body"]) as body:
-            while block := body.read(_BLOCK_BYTES):
-                blocks.append(block)
+        answer = self._of_object("get_object", path, **part)
+        left = int(answer["ContentLength"])
+        with answer["Body"] as body:
+            # `read` would wait for a whole block, also if each second brings one byte.
+            while block := body.read1(_BLOCK_BYTES):
+                left -= len(block)
+                yield block
                 _require_before(over)
-        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        if left:
+            raise ConnectionResetError(
+                errno.ECONNRESET, f"the answer ended {left:,} bytes before its end", path
+            )
 
     def find(self, path: str, *, detail: bool, timeout: float) -> dict[str, dict[str, Any]]:
         """All objects below the directory `path`; if there are none, the object of this name."""

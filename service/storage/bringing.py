@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from service.basics.atomic_files import remove, sync_directory, sync_file, without_link
+from service.basics.atomic_files import (
+    opened_to_write,
+    remove,
+    sync_directory,
+    sync_file,
+    without_link,
+)
 from service.basics.errors import NoCheckpoint
 from service.storage.published import (
     CHECKPOINTS,
@@ -18,7 +23,7 @@ from service.storage.published import (
     is_newest,
     step_of,
 )
-from service.storage.store import NoObject, Store, in_parallel
+from service.storage.store import Copied, NoObject, Store, in_parallel
 
 RUN = "run.json"
 
@@ -128,28 +133,20 @@ def _bring(store: Store, files: Files, directory: Path) -> None:
 
 def _fetch(store: Store, file: Path, piece: Piece) -> None:
     """Write one piece to its place in the file."""
-    for last in (False, True):
-        content = _content(store, piece)
-        if hashlib.sha256(content).hexdigest() == piece.sha256:
-            break
-        if last:  # the first answer may have been cut on its way
-            raise Gone(
-                f"{store.address}/{piece.name} has {len(content)} bytes that are not the "
-                f"{piece.end - piece.begin} bytes that were uploaded."
-            )
-    descriptor = without_link(file, os.O_WRONLY)
-    try:
-        view, at = memoryview(content), piece.begin
-        while view:
-            written = os.pwrite(descriptor, view, at)
-            view, at = view[written:], at + written
-    finally:
-        os.close(descriptor)
+    with opened_to_write(file) as descriptor:
+        for _ in range(2):  # the first answer may have been cut on its way
+            found = _copied(store, descriptor, piece)
+            if found.sha256 == piece.sha256:
+                return
+    raise Gone(
+        f"{store.address}/{piece.name} has {found.size} bytes that are not the "
+        f"{piece.end - piece.begin} bytes that were uploaded."
+    )
 
 
-def _content(store: Store, piece: Piece) -> bytes:
+def _copied(store: Store, descriptor: int, piece: Piece) -> Copied:
     try:
-        return store.get(piece.name)
+        return store.copy(piece.name, descriptor, begin=piece.begin, end=piece.end)
     except NoObject as missing:
         raise Gone(
             f"{store.address}/{piece.name} is published, but is not in the store: somebody, or a "

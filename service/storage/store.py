@@ -6,6 +6,7 @@ a store is opened.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
+from service.basics.atomic_files import write_at
 from service.basics.errors import EvenstepError, SpecError, Stopped, did_you_mean
 from service.basics.multipart import PART_BYTES
 from service.basics.running_time import RunningClock
@@ -64,6 +66,13 @@ class Listed(NamedTuple):
     size: int
     version: str
     """Changes when the object is replaced, where the driver tells something like that."""
+
+
+class Copied(NamedTuple):
+    """What an object contained."""
+
+    size: int
+    sha256: str
 
 
 class Store:
@@ -136,6 +145,38 @@ class Store:
         content = self._ask("read", name, lambda path: self._driver.cat_file(path, **limit))
         assert isinstance(content, bytes)
         return content
+
+    def copy(self, name: str, descriptor: int, *, begin: int, end: int) -> Copied:
+        """Write the content of an object to a file between two positions, and hash it.
+
+        What is longer than this place is hashed, but not written.
+
+        Raises:
+            NoObject: there is none.
+            OSError: the file cannot be written.
+        """
+        limit = self._limit(PART_BYTES)
+
+        def copied(path: str) -> Copied | OSError:
+            digest, size = hashlib.sha256(), 0
+            for block in self._blocks(path, limit):
+                try:
+                    write_at(descriptor, block[: max(0, end - begin - size)], begin + size)
+                except OSError as error:
+                    return error  # of this disk: another request would not help
+                digest.update(block)
+                size += len(block)
+            return Copied(size, digest.hexdigest())
+
+        done = self._ask("read", name, copied)
+        if isinstance(done, OSError):
+            raise done
+        return done
+
+    def _blocks(self, path: str, limit: Mapping[str, Any]) -> Iterable[bytes]:
+        if isinstance(self._driver, S3):
+            return self._driver.blocks(path, **limit)
+        return (self._driver.cat_file(path, **limit),)
 
     def get_range(self, name: str, begin: int, end: int) -> bytes:
         """The bytes of an object from `begin` to `end`; fewer if it is shorter.
