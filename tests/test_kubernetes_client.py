@@ -407,6 +407,87 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
     assert "There is no Job ddp-train in namespace ml-train" in nobody.stderr
 
 
+NO_NAMES = (
+    "",
+    " ",
+    "/",
+    "../pods",
+    "a/../b",
+    "?",
+    "a?x=y",
+    "%2e%2e",
+    "a,b=c",
+    "ddp-train\n",
+    "x" * 300,
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("status", ""), ("logs", ""), *(("cancel", name) for name in NO_NAMES)]
+)
+def test_a_name_that_no_run_can_have_reaches_no_cluster(
+    place: Path, command: str, name: str
+) -> None:
+    """An empty one would be the path of all Jobs: one DELETE ends them all."""
+    with serving({("DELETE", ""): [recorded(29)]}, place / "config") as server:
+        ended = kubernetes(place, command, name)
+    assert ended.returncode == 64, ended.stderr
+    assert "NAME|SPEC: must be the name of a run" in ended.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("command", "namespace"),
+    [
+        ("status", ""),
+        ("logs", ""),
+        *(("cancel", each) for each in ("", "x/../kube-system", "Team", "a?b", "a\n", "x" * 64)),
+    ],
+)
+def test_a_namespace_that_cannot_be_reaches_no_cluster(
+    place: Path, command: str, namespace: str
+) -> None:
+    """An empty one is that of an unset variable: not the one of the context."""
+    with serving({("DELETE", ""): [recorded(29)]}, place / "config") as server:
+        ended = kubernetes(place, command, "ddp-train", "--namespace", namespace)
+    assert ended.returncode == 64, ended.stderr
+    assert "--namespace: must be a DNS label" in ended.stderr
+    assert server.requests == []
+
+
+def test_the_namespace_of_a_context_is_checked_too(place: Path) -> None:
+    with serving({("DELETE", ""): [recorded(29)]}, place / "config") as server:
+        config = json.loads((place / "config").read_text())
+        config["contexts"][0]["context"]["namespace"] = "x/../kube-system"
+        (place / "config").write_text(json.dumps(config))
+        ended = kubernetes(place, "cancel", "ddp-train")
+    assert ended.returncode == 64, ended.stderr
+    assert "the context c has the namespace 'x/../kube-system'" in ended.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a?b", "A", "a\n"])
+def test_no_request_leaves_the_path_of_one_object(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(place / "config"))
+    made = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}}
+    with (
+        serving({("DELETE", ""): [recorded(29)]}, place / "config") as server,
+        Api(namespace=None, say=print) as api,
+    ):
+        requests = (
+            lambda: api.delete("Job", name),
+            lambda: api.get("Job", name),
+            lambda: api.apply(made),
+            lambda: list(api.log(name)),
+        )
+        for request in requests:
+            with pytest.raises(SpecError, match=r"The name of a (Job|Pod) must be"):
+                request()
+    assert server.requests == []
+
+
 def granted(role: dict[str, Any]) -> set[tuple[str, str, str]]:
     return {
         (verb, group, resource)

@@ -292,6 +292,21 @@ def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "name"),
+    [("status", ""), ("logs", "../x"), *(("cancel", each) for each in ("", "a/b", "x/job.yaml"))],
+)
+def test_a_name_that_no_run_can_have_is_refused(tmp_path: Path, command: str, name: str) -> None:
+    (tmp_path / "runs/.slurm/digits").mkdir(parents=True)
+    (tmp_path / "runs/x").mkdir()
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho asked >>asked\n")
+    (tmp_path / "squeue").chmod(0o755)
+    done = evenstep("slurm", command, name, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 64, done.stderr
+    assert "NAME|SPEC: must be the name of a run" in done.stderr
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize(
     ("told", "words"),
     [
         (("PENDING", "Resources"), "is pending (Resources: it is the next; it starts when enough"),

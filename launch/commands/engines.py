@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os.path
+import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from service.plan.changing import Accepted
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 from service.spec.models import Spec
+from service.spec.part import PATTERNS_IN_WORDS, RUN_NAME, RUN_NAME_LETTERS
 
 ENGINES: tuple[Engine, ...] = (Kubernetes(), Slurm())
 _FILES = (".yaml", ".yml", ".json", ".toml")
@@ -158,9 +160,20 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
 
 
 def _run_name(text: str) -> str:
-    """The name of a run, or the name in a spec file."""
-    is_file = text.endswith(_FILES) and Path(text).is_file()
-    return load_spec(text).name if is_file else text
+    """The name of a run, or the name in a spec file.
+
+    Raises:
+        SpecError: no run can have this name, such as that of an unset variable of the shell.
+    """
+    if text.endswith(_FILES) and os.path.isfile(text):  # of a text too long for a name, False
+        return load_spec(text).name
+    if not re.fullmatch(RUN_NAME, text) or len(text) > RUN_NAME_LETTERS:
+        raise SpecError(
+            f"NAME|SPEC: must be the name of a run (up to {RUN_NAME_LETTERS} "
+            f"{PATTERNS_IN_WORDS[RUN_NAME]}), or an existing file of a spec "
+            f"({', '.join(_FILES)}), but is {text!r}."
+        )
+    return text
 
 
 def complain(text: str) -> None:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.optimizer import Optimizers, TurnSpec, in_lower_case
-from service.spec.part import RUN_NAME, TEST_MEASURE, Part, tag_by_name, wrong
+from service.spec.part import RUN_NAME, RUN_NAME_LETTERS, TEST_MEASURE, Part, tag_by_name, wrong
 from service.spec.schedule import ConstantSpec, Schedules, ScheduleSpec, constant_unless_named
 from service.spec.slurm import SlurmSpec
 
@@ -452,7 +452,7 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
 class Spec(Part):
     """A training job."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME, max_length=63, examples=["digits"])]
+    name: Annotated[str, Field(pattern=RUN_NAME, max_length=RUN_NAME_LETTERS, examples=["digits"])]
     """Name of the run and of its directory."""
     task: Annotated[str, Field(examples=["./my_task.py:task"])]
     """The task, as `package.module:name` or `./file.py:name`."""

@@ -38,8 +38,9 @@ def wrong(message: str) -> PydanticCustomError:
     return PydanticCustomError("evenstep", "{message}", {"message": message})
 
 
-# Patterns, each with its description for messages.
+# Patterns, each with its description for messages; and the most letters of the name of a run.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RUN_NAME_LETTERS = 63
 IMPORT_STRING = r"^([\w.]+|[^:]+\.py):\w+$"
 TEST_MEASURE = r"^test/\S+$"
 QUANTITY = r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"

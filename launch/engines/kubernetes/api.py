@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from launch.engines.kubernetes.access import access, no_way
 from service.basics.errors import EvenstepError, SpecError
+from service.spec.part import DNS_LABEL, DNS_NAME, PATTERNS_IN_WORDS
 
 FIELD_MANAGER = "evenstep"
 _PATHS = {
@@ -51,11 +52,23 @@ class Api:
         """Find the cluster as kubectl does: KUBECONFIG, ~/.kube/config, or the pod's own account.
 
         Args:
+            namespace: None is the one of the context.
             say: prints warnings of the server.
         Raises:
-            SpecError: there is no cluster configuration.
+            SpecError: there is no cluster configuration, or no namespace can have this name.
         """
+        if namespace is not None and not re.fullmatch(DNS_LABEL, namespace):
+            raise SpecError(
+                f"--namespace: must be {PATTERNS_IN_WORDS[DNS_LABEL]}, but is {namespace!r}. "
+                "Leave it out for the one of the kubectl context."
+            )
         config = access()
+        self.default_namespace = config.namespace or "default"
+        if not re.fullmatch(DNS_LABEL, self.default_namespace):
+            raise no_way(
+                f"the context {config.context_name} has the namespace {config.namespace!r}, which "
+                f"must be {PATTERNS_IN_WORDS[DNS_LABEL]}"
+            )
         from httpx2 import InvalidURL
         from lightkube.config.client_adapter import Client, ConnectionParams
         from lightkube.core.exceptions import ConfigError
@@ -64,7 +77,7 @@ class Api:
             self._client = Client(config, ConnectionParams())
         except (ConfigError, InvalidURL, OSError, ValueError) as error:
             raise no_way(f"the context {config.context_name} cannot be used: {error}") from error
-        self.namespace = namespace or config.namespace or "default"
+        self.namespace = self.default_namespace if namespace is None else namespace
         self._server = config.cluster.server
         self._say = say
 
@@ -81,7 +94,7 @@ class Api:
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
         """The object, or None if it does not exist."""
-        found = self._call("GET", f"{self._path(kind)}/{name}", missing=True)
+        found = self._call("GET", self._path(kind, name), missing=True)
         return found or None
 
     def find(self, kind: str, **selectors: str) -> list[dict[str, Any]]:
@@ -96,7 +109,7 @@ class Api:
             kind += f".{made['apiVersion'].partition('/')[0]}"
         self._call(
             "PATCH",
-            f"{self._path(kind)}/{made['metadata']['name']}",
+            self._path(kind, made["metadata"]["name"]),
             params={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
             headers={"Content-Type": "application/apply-patch+yaml"},
             content=json.dumps(made),
@@ -105,7 +118,7 @@ class Api:
     def delete(self, kind: str, name: str) -> bool:
         """Delete the object after its dependents; False if it does not exist."""
         wish = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
-        return bool(self._call("DELETE", f"{self._path(kind)}/{name}", missing=True, json=wish))
+        return bool(self._call("DELETE", self._path(kind, name), missing=True, json=wish))
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
         """The lines of a pod's log, as they arrive.
@@ -117,7 +130,7 @@ class Api:
 
         params = {"follow": "true"} if follow else {}
         params |= {"tailLines": str(lines)} if lines is not None else {}
-        url, patience = f"{self._path('Pod')}/{pod}/log", httpx2.Timeout(10.0, read=None)
+        url, patience = f"{self._path('Pod', pod)}/log", httpx2.Timeout(10.0, read=None)
         with (
             self._answering(),
             self._client.stream("GET", url, params=params, timeout=patience) as answer,
@@ -130,8 +143,21 @@ class Api:
                 raise _refusal(answer.status_code, answer.text, self.namespace)
             yield from answer.iter_lines()
 
-    def _path(self, kind: str) -> str:
-        return "/" + _PATHS[kind].format(namespace=self.namespace)
+    def _path(self, kind: str, name: str | None = None) -> str:
+        """The path of one object; without a name, of all objects of its kind.
+
+        Raises:
+            SpecError: no object can have this name. An empty one would be the path of all
+                objects, which a DELETE would delete; one with / or ? the path of another object.
+        """
+        path = "/" + _PATHS[kind].format(namespace=self.namespace)
+        if name is None:
+            return path
+        if not re.fullmatch(DNS_NAME, name):
+            raise SpecError(
+                f"The name of a {kind} must be {PATTERNS_IN_WORDS[DNS_NAME]}; but is {name!r}."
+            )
+        return f"{path}/{name}"
 
     def _call(self, method: str, path: str, *, missing: bool = False, **rest: Any) -> Any:
         """The server's answer; an empty one for a missing object, if `missing` is allowed."""
