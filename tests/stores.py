@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -114,6 +115,8 @@ class Proxy:
         self.harm: Callable[[str, str], Harm] = lambda method, path: None
         self.ignored: set[str] = set()
         """Headers of requests that the server does not get, in small letters."""
+        self.clock_seconds = 0.0
+        """How far the clock of the store is ahead, according to its answers."""
         self.seen: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         """Of the same requests, with names in small letters."""
@@ -181,6 +184,7 @@ class Proxy:
                     self.close_connection = True
                     return
                 kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP]
+                kept = [(k, _later(k, v, proxy.clock_seconds)) for k, v in kept]
                 self._answer(answer.status, kept, content, how=harm)
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward
@@ -227,6 +231,13 @@ def _body(request: BaseHTTPRequestHandler) -> bytes:
         request.rfile.readline()
         return content
     return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+
+
+def _later(name: str, value: str, seconds: float) -> str:
+    """The value of a header; a time in it is so much later."""
+    if name.lower() not in ("date", "last-modified"):
+        return value
+    return formatdate(parsedate_to_datetime(value).timestamp() + seconds, usegmt=True)
 
 
 def _error(code: str) -> bytes:

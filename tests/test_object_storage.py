@@ -36,7 +36,7 @@ from stored import (
 from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
-from service.basics.errors import SpecError
+from service.basics.errors import EvenstepError, NoCheckpoint, SpecError
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, find_run
 from service.runs.metrics_file import read_metrics
@@ -45,13 +45,15 @@ from service.spec.files import load_spec
 from service.storage.address import Address, address_in
 from service.storage.beside import brought
 from service.storage.bringing import bring_files, bring_newest
-from service.storage.lease import require_rights, taken
+from service.storage.lease import is_abandoned, require_rights, taken
 from service.storage.mirror import LeaseLost
 from service.storage.published import newest_published
 from service.storage.store import NoObject, Store, StoreFailed, open_store
 
 pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
 pytest.importorskip("botocore", reason="needs botocore")
+
+EMPTY_LIST = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +250,14 @@ def test_a_missing_bucket_is_named(client):
 
 
 @pytest.mark.parametrize(
-    ("method", "verb"), [("PUT", "write"), ("GET", "read"), ("LIST", "list"), ("DELETE", "delete")]
+    ("method", "verb"),
+    [
+        ("PUT", "write"),
+        ("GET", "read"),
+        ("HEAD", "read"),
+        ("LIST", "list"),
+        ("DELETE", "delete"),
+    ],
 )
 def test_a_missing_right_is_named(client, address, monkeypatch, method, verb):
     with Proxy(client) as proxy:
@@ -268,6 +277,9 @@ def test_a_missing_right_is_named(client, address, monkeypatch, method, verb):
         ("ExpiredToken", "session token has expired"),
         ("NotImplemented", "the store does not know a request that runs need"),
         ("AuthorizationHeaderMalformed", "another region"),
+        ("IllegalLocationConstraintException", "another region"),
+        ("InvalidAccessKeyId", "does not know this access key"),
+        ("InvalidObjectState", "in an archive, to which a lifecycle rule"),
         ("SignatureDoesNotMatch", "secret key does not fit"),
     ],
 )
@@ -278,6 +290,14 @@ def test_what_the_store_says_is_said_in_words(client, address, monkeypatch, code
         proxy.harm = lambda method, path: code if method != "HEAD" else None
         with pytest.raises(SpecError, match=told):
             require_rights(open_store(address), say=print)
+
+
+def test_missing_credentials_are_named(client, address, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(SpecError, match=r"no credentials were found.*AWS_ACCESS_KEY_ID"):
+        require_rights(open_store(address), say=print)
 
 
 @pytest.mark.parametrize(
@@ -300,12 +320,34 @@ def test_an_endpoint_that_is_no_store_is_named(client, address, monkeypatch, ans
 
 
 def test_a_store_whose_listings_are_late_is_refused(client, address, monkeypatch):
-    empty = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
     with Proxy(client) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
-        proxy.harm = lambda method, path: empty if "list-type" in path else None
+        proxy.harm = lambda method, path: EMPTY_LIST if "list-type" in path else None
         with pytest.raises(SpecError, match="a store in which a write is visible at once"):
             require_rights(open_store(address), say=print)
+
+
+def test_a_list_that_lacks_what_was_uploaded_publishes_nothing(
+    client, address, place, tmp_path, monkeypatch
+):
+    local = local_run(place, tmp_path / "local", 4)
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        mirror = mirror_of(address, local)
+        proxy.harm = lambda method, path: EMPTY_LIST if "%2Fdata%2F" in path else None
+        told = r"objects did not arrive as they were sent, such as data/.*; they are sent again"
+        with pytest.raises(EvenstepError, match=told):
+            mirror.publish()
+        assert newest_published(store_at(address / "job")) is None
+        proxy.harm = lambda method, path: None
+        assert mirror.publish()
+        assert_same(brought_back(address, tmp_path / "back"), local)
+        proxy.harm = lambda method, path: (
+            "NoSuchKey" if method == "GET" and "/published/" in path else None
+        )
+        told = "lists this object, but does not give it. Listings of this store may be out of date"
+        with pytest.raises(NoCheckpoint, match=told):
+            newest_published(store_at(address / "job"))
 
 
 def test_a_store_without_conditional_writes_is_named(client, address, monkeypatch):
@@ -754,6 +796,23 @@ def test_a_run_whose_launcher_is_gone_is_shown_as_lost(client, address, place, t
     assert states() == ["running", "running"]
     lease.release()
     assert states() == ["lost", "lost"]
+
+
+@pytest.mark.parametrize("seconds", [-600, 600])
+def test_the_age_of_a_lease_is_that_of_the_clock_of_the_store(
+    client, address, monkeypatch, seconds
+):
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.clock_seconds = seconds
+        store = open_store(address / "job")
+        lease = taken(store, say=print)
+        lease._record = replace(lease._record, place="another-machine 1:1", seconds=300.0)
+        lease.renew()
+        assert not is_abandoned(store)
+        lease._record = replace(lease._record, seconds=1.5)
+        lease.renew()  # for the last time
+        until(lambda: is_abandoned(store), "the end of the lease")
 
 
 def test_a_deleted_object_is_found_by_checkpoints(client, address, place, tmp_path):

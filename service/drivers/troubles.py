@@ -53,6 +53,8 @@ _MISTAKES = {
     "AWS_DEFAULT_REGION, or AWS_ENDPOINT_URL",
     "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_DEFAULT_REGION",
     "IllegalLocationConstraintException": "the bucket is in another region. Set AWS_DEFAULT_REGION",
+    "InvalidObjectState": "the object is in an archive, to which a lifecycle rule of the bucket "
+    "may have moved it. Restore it, and exclude the runs from this rule",
     "NotImplemented": "the store does not know a request that runs need, such as a write with the "
     "condition that there is no object of this name",
     "301": "the bucket is in another region, or at another endpoint. Set AWS_DEFAULT_REGION, or "
