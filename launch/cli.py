@@ -15,7 +15,7 @@ import click
 from launch.commands.checkpoints import checkpoints, export
 from launch.commands.engines import ENGINES, accepted_by, commands_of, complain, load_named
 from launch.commands.fork import fork
-from launch.commands.jobs import check, doctor, new
+from launch.commands.jobs import check, doctor, new, process_count
 from launch.commands.overrides import overridden
 from launch.commands.places import Directory, Place, run_at
 from launch.commands.runs import list_runs, report, watch
@@ -24,7 +24,6 @@ from launch.environment import (
     Environment,
     Node,
     launched,
-    node_here,
     read_secrets,
     torchrun_grace,
 )
@@ -33,7 +32,7 @@ from launch.processes.terminal import ReaderGone
 from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
 from launch.rank.job import Job, TestJob
-from launch.slurm_step import node_of, note_exit_code, slurm_grace, step_here
+from launch.slurm_step import node_asked, note_exit_code, slurm_grace
 from service.basics.errors import LINES, EvenstepError, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.monitoring.endpoint import metrics_endpoint
@@ -129,8 +128,8 @@ def run(
     place = launched()
     if place is not None and processes is not None:
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
-    node = _node(processes, nodes) if place is None else None
-    asked = _process_count(node.processes if node else processes)
+    node = node_asked(processes, nodes) if place is None else None
+    asked = process_count(node.processes if node else processes)
     window = _window(profile)
     loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
     os.environ.update(read_secrets())
@@ -234,7 +233,7 @@ def test(
 
     KEY=VALUE changes the spec for this test only: other rows, or new paths of files."""
     place = launched()
-    asked = _process_count(processes)
+    asked = process_count(processes)
     if isinstance(run, Address) and place is not None:
         raise SpecError(
             f"{run}: torchrun cannot test a run in an object store. Use evenstep test "
@@ -352,7 +351,7 @@ def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs
     from service.preview.plan import planned
 
     collect_garbage()
-    click.echo(planned(loaded, processes=_process_count(processes), runs=runs.absolute()))
+    click.echo(planned(loaded, processes=process_count(processes), runs=runs.absolute()))
 
 
 @evenstep.command(name="recipes")
@@ -396,17 +395,6 @@ def _name_in_sweep(spec: str, overrides: tuple[Override, ...]) -> str | None:
     return f"{load_named(spec, overrides, None).name}-{run_id}"
 
 
-def _node(processes: str | None, nodes: str | None) -> Node | None:
-    """The node that this command launches, if the environment describes one."""
-    if nodes is not None and "PET_NNODES" in os.environ:
-        raise SpecError("--nodes: PET_NNODES already sets it; leave it out.")
-    node = node_here({**os.environ, "PET_NNODES": nodes} if nodes is not None else None)
-    if node is not None and processes is not None:
-        raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
-    step = step_here() if node is None else None
-    return node if step is None else node_of(step, processes=processes, variables=os.environ)
-
-
 def _tell_allowance(directory: RunDirectory) -> None:
     """Print how long Slurm lets this attempt run, if known."""
     if "SLURM_JOB_ID" not in os.environ:
@@ -441,20 +429,6 @@ def _window(profile: str | None) -> Window | None:
     from service.plan.plan import window_of
 
     return window_of(profile)
-
-
-def _process_count(asked: str | None) -> int:
-    if asked is None:
-        return 1
-    if asked == "auto":
-        import torch
-
-        return max(1, torch.accelerator.device_count())
-    if not asked.isdecimal() or int(asked) < 1:
-        raise SpecError(
-            f"--processes: must be a whole number, at least 1, or auto, but is {asked}."
-        )
-    return int(asked)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
-from launch.environment import Node
+from launch.environment import Node, node_here
 from service.basics.atomic_files import without_link
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
@@ -130,6 +130,24 @@ def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) 
         local_nodes=step.tasks_each,
         secret_name=f"slurm-{step.job}.{step.number}-{step.restart}",
     )
+
+
+def node_asked(processes: str | None, nodes: str | None) -> Node | None:
+    """The node that this command launches, if the environment describes one.
+
+    Args:
+        processes: the option `--processes` of the command.
+        nodes: its option `--nodes`.
+    Raises:
+        SpecError: the environment contradicts itself or an option.
+    """
+    if nodes is not None and "PET_NNODES" in os.environ:
+        raise SpecError("--nodes: PET_NNODES already sets it; leave it out.")
+    node = node_here({**os.environ, "PET_NNODES": nodes} if nodes is not None else None)
+    if node is not None and processes is not None:
+        raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
+    step = step_here() if node is None else None
+    return node if step is None else node_of(step, processes=processes, variables=os.environ)
 
 
 def note_exit_code(code: int, variables: Mapping[str, str] | None = None) -> int:

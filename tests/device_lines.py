@@ -67,6 +67,7 @@ RAN = {
     "launch/processes/agent.py": CPU,
     "launch/cli.py": CPU,
     "launch/commands/doctor.py": SIM,
+    "launch/commands/jobs.py": SIM,
     "launch/commands/sweep.py": "CPU; the shares of devices as a pure function",
     "launch/rank/joining.py": CPU,
     "launch/nodes/node_part.py": CPU,
@@ -84,8 +85,16 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
     ): ("NCCL's own setting", "; NCCL's choice of a network: nothing yet"),
     (
         "launch/rank/network.py",
-        'if environ.get("NCCL_IB_DISABLE", "0") not in ("", "0"):',
+        'return environ.get("NCCL_IB_DISABLE", "0") not in ("", "0")',
     ): ("as above", "; NCCL's choice of a network: nothing yet"),
+    (
+        "launch/rank/network.py",
+        'wanted = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(path)}',
+    ): ("as above: doctor reads in its log which network NCCL took", "; that log: nothing yet"),
+    (
+        "launch/commands/doctor.py",
+        '"Unset NCCL_IB_DISABLE and NCCL_NET; let a container use the devices and lock memory "',
+    ): ("as above", ""),
     (
         "launch/rank/network.py",
         'variable = "GLOO_SOCKET_IFNAME" if device == "cpu" else "NCCL_SOCKET_IFNAME"',

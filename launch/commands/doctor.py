@@ -7,27 +7,29 @@ its data are compared with the machine.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import re
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from launch.environment import Environment, Node
+from launch.rank.trial import TrialEnd, tried
+from service.basics.errors import EvenstepError
 from service.basics.limits import limits, workers_each
-from service.basics.running_time import TimeLimit
 from service.health.stop_budget import estimated, grace_periods, longest_save, stop_in_words
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
@@ -60,6 +62,11 @@ class Asked:
     """The job for which the machine is checked."""
 
     processes: int = 2
+    """Also on each node."""
+    node: Node | None = None
+    """This machine among those between which the network is measured, and nothing else."""
+    place: Environment | None = None
+    """This process among those of torchrun: then the same is measured."""
     runs: Path = Path("runs")
     spec: Spec | None = None
 
@@ -72,7 +79,8 @@ class Asked:
 
 def examined(asked: Asked) -> Iterator[Finding]:
     """Every finding as soon as it is known; a check that raises is a finding too."""
-    for check in CHECKS:
+    between = asked.node is not None or asked.place is not None
+    for check in (_rdma, _network) if between else CHECKS:
         try:
             yield from check(asked)
         except Exception as error:
@@ -187,8 +195,8 @@ def _rdma(asked: Asked) -> Iterator[Finding]:
         yield Finding("RDMA", "ok", f"{', '.join(found)} on this machine")
     else:
         told = (
-            "no device on this machine: several nodes exchange over TCP. The first line of such a "
-            "run gives the bandwidth that they measured"
+            "no device on this machine: several nodes exchange over TCP. doctor --nodes measures "
+            "its bandwidth, as the first line of such a run does"
         )
         yield Finding("RDMA", "ok", told)
 
@@ -200,17 +208,16 @@ def _all_reduce(asked: Asked) -> Iterator[Finding]:
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     on_cpu = gpus < 2 or os.environ.get("EVENSTEP_DEVICE") == "cpu"
     count = max(2, asked.processes if on_cpu else min(asked.processes, gpus))
-    code, said, wrong = _reduced(count, on_cpu=on_cpu)
-    if code is None:
+    end = _reduced(count, on_cpu=on_cpu)
+    if end.code is None:
         told = f"{count} processes did not connect within {REDUCTION_SECONDS} s"
         fix = "Check the firewall on loopback; for NCCL, set NCCL_DEBUG=INFO."
         yield Finding("all-reduce", "failed", told, fix)
-    elif code:
-        last = (wrong.strip().splitlines() or ["no message"])[-1]
+    elif end.code:
         fix = "Run `python -m launch.commands.reduction` under torchrun to see its complete output."
-        yield Finding("all-reduce", "failed", f"{count} processes: {last}", fix)
+        yield Finding("all-reduce", "failed", f"{count} processes: {end.last_line}", fix)
     else:
-        device, rate = said.split()
+        device, rate = end.said.split()
         backend = (
             "gloo" if device == "cpu" else torch.distributed.get_default_backend_for_device(device)
         )
@@ -218,50 +225,57 @@ def _all_reduce(asked: Asked) -> Iterator[Finding]:
         yield Finding("all-reduce", "ok", told)
 
 
-def _reduced(count: int, *, on_cpu: bool) -> tuple[int | None, str, str]:
-    """(exit code or None at the time limit, output of rank 0, error output of a failed process)."""
+def _network(asked: Asked) -> Iterator[Finding]:
+    """The bandwidth between the nodes, of which this machine is one."""
+    fix = "Start doctor on all nodes with the same --nodes, and let them reach each other."
+    if asked.place is not None:
+        from launch.commands.reduction import between_nodes
+
+        try:
+            yield network_finding(**asdict(between_nodes(asked.place)))
+        except EvenstepError as error:
+            yield Finding("network", "failed", str(error), fix)
+        return
+    assert asked.node is not None, "otherwise this is not checked"
+    from launch.nodes.measuring import TRIAL_SECONDS, measured_by
+
+    try:
+        end = measured_by(asked.node, processes=asked.processes, runs=asked.runs.absolute())
+    except EvenstepError as error:
+        yield Finding("network", "failed", str(error), fix)
+        return
+    if end.code is None:
+        told = f"the processes did not connect within {TRIAL_SECONDS} s"
+        fix = "Let the nodes reach each other on all ports."
+        yield Finding("network", "failed", told, fix)
+    elif end.code:
+        fix = "The same in the log of another node may tell more."
+        yield Finding("network", "failed", end.last_line, fix)
+    else:
+        yield network_finding(**json.loads(end.said))
+
+
+def network_finding(*, told: str, leaves_rdma: bool) -> Finding:
+    """What was measured between the nodes, and what to do if they do not use their devices."""
+    fix = (
+        "Unset NCCL_IB_DISABLE and NCCL_NET; let a container use the devices and lock memory "
+        "(on Kubernetes: fabric, resources and IPC_LOCK in docs/how-to/cluster-options.md)."
+    )
+    state: State = "warning" if leaves_rdma else "ok"
+    return Finding("network", state, told, fix if leaves_rdma else "")
+
+
+def _reduced(count: int, *, on_cpu: bool) -> TrialEnd:
+    """How a sum over processes of this machine ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     size = REDUCED_BYTES["cpu"] if on_cpu else REDUCED_BYTES_ON_GPU
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    variables |= {"EVENSTEP_DEVICE": "cpu"} if on_cpu else {}
-    variables |= {key: str(value) for key, value in common.items()}
-    with tempfile.TemporaryDirectory(prefix="evenstep-doctor-") as place, ExitStack() as stack:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "launch.commands.reduction", str(size)],
-                env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=stack.enter_context(Path(place, f"{rank}.out").open("w")),
-                stderr=stack.enter_context(Path(place, f"{rank}.err").open("w")),
-                start_new_session=True,
-            )
-            for rank in range(count)
-        ]
-        failed = _first_failure(processes)
-        said = Path(place, "0.out").read_text()
-        wrong = Path(place, f"{failed}.err").read_text() if failed is not None else ""
-        code = 0 if failed is None else processes[failed].returncode
-    return (None if code == -signal.SIGKILL else code), said, wrong
-
-
-def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The index of the first process that failed, or of one that was killed at the time limit."""
-    limit = TimeLimit(REDUCTION_SECONDS)
-    failed: list[int] = []
-    try:
-        while any(process.poll() is None for process in processes):
-            failed = [n for n, process in enumerate(processes) if process.poll()]
-            if failed or not limit.left:
-                break  # its peers would wait for it
-            time.sleep(0.02)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return next(iter(failed or [n for n, process in enumerate(processes) if process.poll()]), None)
+    numbers = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    common = {"MASTER_ADDR": "127.0.0.1"} | ({"EVENSTEP_DEVICE": "cpu"} if on_cpu else {})
+    common |= {key: str(value) for key, value in numbers.items()}
+    each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return tried(str(size), each, seconds=REDUCTION_SECONDS)
 
 
 # ---- the network

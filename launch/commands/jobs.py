@@ -13,7 +13,10 @@ import click
 
 from launch.commands.overrides import overridden
 from launch.commands.places import Directory
+from launch.environment import Environment, Node, launched
 from launch.processes.warm_start import collect_garbage
+from launch.slurm_step import node_asked, step_here
+from service.basics.errors import SpecError
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 
@@ -41,7 +44,6 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.echo(f"{loaded.name}: the spec is valid")
-    from launch.environment import Environment
     from launch.rank.entry import RankContext, outcome_of
     from launch.rank.exit import leave, leave_hung
     from launch.rank.process_group import process_group
@@ -61,21 +63,90 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
 
 @click.command()
 @click.argument("spec", metavar="[SPEC]", required=False)
-@click.option("--processes", metavar="N", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--processes", metavar="N", type=click.IntRange(min=1), help="Default: 2.")
 @click.option("--runs", type=Directory(), default="runs", show_default=True)
+@click.option(
+    "--nodes",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Only measure the network between N machines: start it on each, like a run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(spec: str | None, processes: int, runs: Path, as_json: bool) -> None:
-    """Check this machine; with SPEC, for that job. Exit 0: fine, 1: warnings, 2: failures."""
+def doctor(
+    spec: str | None, processes: int | None, runs: Path, nodes: int | None, as_json: bool
+) -> None:
+    """Check this machine; with SPEC, for that job. Exit 0: fine, 1: warnings, 2: failures.
+
+    Under torchrun: as with --nodes."""
     from launch.commands.doctor import Asked, examined, exit_code
 
     loaded = load_spec(find_recipe(spec)) if spec is not None else None
+    place, node = launched(), None
+    if place is not None:
+        _require_several(place)
+    elif nodes is not None:
+        node = _node_among(nodes, processes)
+    each = process_count(node.processes) if node is not None else processes or 2
+    speaks = place is None or place.local_rank == 0
     findings = []
-    for finding in examined(Asked(processes=processes, runs=runs, spec=loaded)):
+    for finding in examined(Asked(each, node, place, runs, loaded)):
         findings.append(finding)
-        if not as_json:
+        if speaks and not as_json:
             click.echo(f"{finding.state:<7}  {finding.name:<11}  {finding.told}")
             if finding.fix:
                 click.echo(f"{'':<22}fix: {finding.fix}")
-    if as_json:
+    if speaks and as_json:
         click.echo(json.dumps([finding.record() for finding in findings], indent=1))
-    sys.exit(exit_code(findings))
+    if place is None:
+        sys.exit(exit_code(findings))
+    from launch.rank.exit import leave
+
+    leave(exit_code(findings))
+
+
+def process_count(asked: str | None) -> int:
+    """The processes on this machine, from what a command was given: a number or `auto`.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    if asked is None:
+        return 1
+    if asked == "auto":
+        import torch
+
+        return max(1, torch.accelerator.device_count())
+    if not asked.isdecimal() or int(asked) < 1:
+        raise SpecError(
+            f"--processes: must be a whole number, at least 1, or auto, but is {asked}."
+        )
+    return int(asked)
+
+
+def _require_several(place: Environment) -> None:
+    """Refuse a torchrun on one machine: between its processes there is no network."""
+    if place.local_world_size == place.world_size:
+        raise SpecError(
+            "doctor under torchrun measures the network between machines, but torchrun has "
+            "started all processes on this one. Start doctor without torchrun."
+        )
+
+
+def _node_among(nodes: int, processes: int | None) -> Node:
+    """This machine among the N of `--nodes`, by the environment as for a run.
+
+    Raises:
+        SpecError: the environment says otherwise, or does not say which machine this is.
+    """
+    given = None if processes is None else str(processes)
+    told = "PET_NNODES" in os.environ or step_here() is not None
+    node = node_asked(given, None if told else str(nodes))
+    assert node is not None, "the number is given"
+    machines = node.nodes // node.local_nodes
+    if node.least or machines != nodes:
+        number = f"{node.least}:{node.nodes}" if node.least else str(machines)
+        raise SpecError(
+            f"--nodes {nodes}: the environment (PET_NNODES, or Slurm's step) says {number}. doctor "
+            "measures between a fixed number of nodes: make them equal."
+        )
+    return node

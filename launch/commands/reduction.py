@@ -1,26 +1,51 @@
-"""One process of a test all-reduce: `python -m launch.commands.reduction BYTES`.
+"""One process of a test all-reduce: `python -m launch.commands.reduction BYTES|nodes`.
 
-It needs torchrun's variables.
-Prints the gigabytes per second that each process sent, by NCCL's formula for a ring.
+It needs torchrun's variables. With BYTES, rank 0 prints the device, and the bytes per second that
+each process sent, by NCCL's formula for a ring. With `nodes`, the first process of each machine
+prints a `Measured` as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 
-from launch.environment import launched
+from launch.environment import Environment, launched
 from launch.rank.exit import leave
-from launch.rank.network import bandwidth
+from launch.rank.network import Measured, bandwidth, log_of_nccl, measured
 from launch.rank.process_group import process_group
 
 ROUNDS = 4
+NODES = "nodes"
+CONNECT_SECONDS = 30
+CONNECT_NODES_SECONDS = 90
+"""One of them may import torch from a slow disk."""
+
+
+def between_nodes(environment: Environment) -> Measured:
+    """What the network between the machines can do; every process of each of them calls it.
+
+    Raises:
+        PeerLost: the processes did not connect, or one is gone.
+    """
+    with (
+        log_of_nccl() as log,
+        process_group(environment, timeout_seconds=CONNECT_NODES_SECONDS) as world,
+    ):
+        return measured(world, processes_here=environment.local_world_size, log=log)
 
 
 def main() -> None:
-    """Take part in the sum; rank 0 prints."""
+    """Take part in the sum."""
     environment = launched()
     assert environment is not None, "doctor sets RANK and the related variables"
-    with process_group(environment, timeout_seconds=30) as world:
+    if sys.argv[1] == NODES:
+        network = between_nodes(environment)
+        if environment.local_rank == 0:
+            print(json.dumps(asdict(network)), flush=True)
+        leave(0)
+    with process_group(environment, timeout_seconds=CONNECT_SECONDS) as world:
         rate = bandwidth(world, int(sys.argv[1]), rounds=ROUNDS)
         if world.is_lead:
             print(f"{world.device.type} {rate:.0f}", flush=True)

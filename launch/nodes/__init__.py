@@ -2,6 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
+* measuring: `evenstep doctor --nodes`: nodes meet as those of a run, and measure their network.
+  No torch.
 * node: one node's part of a job on several nodes: rendezvous, local processes, end.
 * secret_file: the secret of a rendezvous in a file that node 0 writes and the other nodes read.
   No torch.

@@ -11,13 +11,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from launch.environment import Group, Node, meeting_secret
 from launch.nodes.elastic import run_elastic
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node_part import (
-    Job,
     check_interfaces,
     is_done,
     kill_ranks,
@@ -53,10 +53,11 @@ def run_node(
     digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
     own = JoinRequest(node.index, node.nodes, processes, digest, node.least)
     if node.least:
-        with _secret(job, node) as secret:
+        with secret_of(node, job.runs, seconds=meeting_seconds(job)) as secret:
             return run_elastic(job, node, own, secret)
-    with stop_raises(), _secret(job, node) as secret:
-        company, group, store = _meet(job, node, own, secret)
+    seconds = meeting_seconds(job)
+    with stop_raises(), secret_of(node, job.runs, seconds=seconds) as secret:
+        company, group, store = meet(node, own, secret, seconds=seconds)
     # From here on a request to stop is recorded, for `run_locally`; at the end it changes nothing.
     take_interface(group.address, company.own_address)
     code = 1
@@ -81,12 +82,16 @@ def run_node(
 
 
 @contextmanager
-def _secret(job: Job, node: Node) -> Iterator[bytes]:
-    """The secret of the rendezvous; empty if there is none."""
+def secret_of(node: Node, runs: Path, *, seconds: float) -> Iterator[bytes]:
+    """The secret of the rendezvous; empty if there is none.
+
+    Args:
+        runs: a directory that the nodes may share.
+        seconds: how long to wait for a secret that another node writes there.
+    """
     secret = meeting_secret()
     if not secret and node.secret_name:
-        seconds = meeting_seconds(job)
-        made = secret_in(job.runs, node.secret_name, makes=node.index == 0, seconds=seconds)
+        made = secret_in(runs, node.secret_name, makes=node.index == 0, seconds=seconds)
         with made as secret:
             yield secret
         return
@@ -95,12 +100,17 @@ def _secret(job: Job, node: Node) -> Iterator[bytes]:
     yield secret
 
 
-def _meet(
-    job: Job, node: Node, own: JoinRequest, secret: bytes
+def meet(
+    node: Node, own: JoinRequest, secret: bytes, *, seconds: float
 ) -> tuple[Membership, Group, object]:
+    """The other nodes, the group of all their processes, and on node 0 its store.
+
+    Raises:
+        SpecError: the nodes disagree, or the port is taken.
+        PeerLost: not all nodes connected in time.
+    """
     say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
     place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": secret}
-    seconds = meeting_seconds(job)
     if node.index == 0:
         company = host(own, **place, seconds=seconds, say=say)
         store, address, port = new_store(company.own_address)

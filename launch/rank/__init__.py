@@ -7,7 +7,9 @@ From top to bottom; a room imports only from rooms below it:
 * joining: how the processes of a job connect through a store that others may have modified.
 * store: the store through which processes find each other: in memory, or at one address of the
   machine.
-* network: the bandwidth between the nodes of a job, measured once before its first step.
+* network: the bandwidth between the nodes of a job: before its first step, and for
+  `evenstep doctor`.
+* trial: short-lived processes of a test all-reduce, started together and killed together. No torch.
 * job: the description of a run or test that a launcher passes to its processes. No torch.
 * exit: ends a process with its exit code and in time, even if its libraries block the exit.
 """

@@ -15,7 +15,7 @@ from launch.environment import Environment
 from launch.rank.exit import end_in_time
 from launch.rank.job import Job, TestJob
 from launch.rank.joining import on_one_node
-from launch.rank.network import bandwidth_in_words
+from launch.rank.network import measured
 from launch.rank.process_group import process_group, stay_near_device
 from service.basics.errors import (
     LINES,
@@ -94,9 +94,9 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
     with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
         world.leave_limits_to_the_watchdog()
         if not on_one_node(environment):
-            told = bandwidth_in_words(world, processes_here=environment.local_world_size)
+            network = measured(world, processes_here=environment.local_world_size)
             if world.is_lead:
-                print(told, flush=True)
+                print(f"Network: {network.told}", flush=True)
         task = load_task(spec.task, spec.task_args, seed=spec.seed)
         spec = settled(
             spec,
