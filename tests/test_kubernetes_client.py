@@ -404,7 +404,60 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
     with serving({("DELETE", JOB): [NONE]}, place / "config"):
         nobody = kubernetes(place, "cancel", "ddp-train")
     assert nobody.returncode == 1
-    assert "There is no Job ddp-train in namespace ml-train" in nobody.stderr
+    assert "There is no Job ddp-train in namespace ml-train. Use the --target" in nobody.stderr
+
+
+@pytest.mark.parametrize("target", ["job", "jobset"])
+def test_commands_go_to_the_namespace_of_the_spec(place: Path, target: str) -> None:
+    """Also the command that a message prints; in the context's is another job of this name."""
+    spec = SPEC | {"kubernetes": {**SPEC["kubernetes"], "namespace": "team-a"}}
+    (place / "job.yaml").write_text(yaml.safe_dump(spec))
+    path = f"/namespaces/team-a/{target}s/ddp-train"
+    answers = {
+        ("GET", path): [recorded(14)],
+        ("DELETE", path): [recorded(29)],
+        ("GET", "/namespaces/team-a/pods"): [recorded(15)],
+        ("GET", "/namespaces/team-a/events"): [recorded(28)],
+        ("GET", "/log"): [LOG],
+    }
+    with serving(answers, place / "config") as server:
+        for command in ("status", "logs", "cancel"):
+            done = kubernetes(place, command, "job.yaml", "--target", target)
+            assert done.returncode == 0, done.stderr
+        refused = kubernetes(place, "submit", "job.yaml", "--target", target)
+        assert refused.returncode == 64, refused.stderr
+        told = re.search(r"Stop it with evenstep kubernetes (cancel [^,]*),", refused.stderr)
+        assert told is not None, refused.stderr
+        stopped = kubernetes(place, *told[1].split())
+        assert stopped.returncode == 0, stopped.stderr
+    assert {request.path.split("/namespaces/")[1].split("/")[0] for request in server.requests} == {
+        "team-a"
+    }
+    assert [r.path.endswith(path) for r in server.requests if r.method == "DELETE"] == [True] * 2
+
+
+def test_an_option_goes_before_the_namespace_of_the_spec(place: Path) -> None:
+    spec = SPEC | {"kubernetes": {**SPEC["kubernetes"], "namespace": "team-a"}}
+    (place / "job.yaml").write_text(yaml.safe_dump(spec))
+    with serving({("DELETE", ""): [recorded(29)]}, place / "config") as server:
+        for words in (("job.yaml", "-n", "ml-other"), ("ddp-train",)):
+            assert kubernetes(place, "cancel", *words).returncode == 0
+    assert [request.path for request in server.requests] == [
+        "/apis/batch/v1/namespaces/ml-other/jobs/ddp-train",
+        "/apis/batch/v1/namespaces/ml-train/jobs/ddp-train",
+    ]
+
+
+def test_a_job_that_failed_is_reported_with_a_command_for_its_log(place: Path) -> None:
+    failed = copy.deepcopy(recorded(26))
+    failed.body["status"]["conditions"][-1]["type"] = "Failed"
+    answers = {("GET", "/namespaces/team-a/jobs/ddp-train"): [NONE, failed]}
+    created = {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
+    with serving(answers | created, place / "config"):
+        words = ("submit", "job.yaml", "kubernetes.namespace=team-a", "--wait")
+        ended = kubernetes(place, *words)
+    assert ended.returncode == 1, ended.stderr
+    assert "See: evenstep kubernetes logs ddp-train --namespace team-a\n" in ended.stderr
 
 
 NO_NAMES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -289,6 +290,36 @@ def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
     assert done.returncode == 64
     assert "There is no squeue here. Use a machine from which jobs are submitted" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def one_job(place: Path, runs: Path) -> str:
+    """A PATH with a squeue of ours, which has one job of the run `digits`."""
+    (runs / ".slurm/digits").mkdir(parents=True)
+    cells = ("7", "RUNNING", "1:00", "2:00", "1", "n1", str(runs / ".slurm/digits"), "None")
+    (place / "answer").write_text("\t".join(cells) + "\n")
+    (place / "squeue").write_text(f"#!/bin/sh\ncat '{place}/answer'\n")
+    (place / "squeue").chmod(0o755)
+    return f"{place}:{os.environ['PATH']}"
+
+
+def test_a_printed_command_finds_the_runs(tmp_path: Path) -> None:
+    runs = tmp_path / "run's"  # sbatch could not, but a command without a job can
+    path = one_job(tmp_path, runs)
+    done = evenstep("slurm", "logs", "digits", "--runs", runs, cwd=tmp_path, PATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "does not have a log yet. See: evenstep slurm status digits" in done.stderr
+    words = shlex.split(done.stderr.partition("See: evenstep ")[2])
+    told = evenstep(*words, cwd=tmp_path, PATH=path)
+    assert told.returncode == 0, told.stderr
+    assert "digits: job 7 is running" in told.stdout
+
+
+def test_a_job_that_exists_is_named_with_its_runs(tmp_path: Path) -> None:
+    runs = tmp_path / "shared"
+    words = ("slurm", "submit", "digits", "slurm={nodes: 1}", "--runs", runs)
+    done = evenstep(*words, cwd=tmp_path, PATH=one_job(tmp_path, runs))
+    assert done.returncode == 64, done.stderr
+    assert f"Stop it with evenstep slurm cancel digits --runs {runs}, or" in done.stderr
 
 
 @pytest.mark.parametrize(

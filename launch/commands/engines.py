@@ -125,15 +125,18 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
     """The commands that take the name of a run."""
 
     def status(name: str, **options: Any) -> None:
-        for line in engine.status(_run_name(name), complain=complain, **options):
+        run, found = _named(name, engine, options)
+        for line in engine.status(run, complain=complain, **found):
             click.echo(printable(line))
 
     def logs(name: str, **options: Any) -> None:
-        for line in engine.logs(_run_name(name), complain=complain, **options):
+        run, found = _named(name, engine, options)
+        for line in engine.logs(run, complain=complain, **found):
             click.echo(line)
 
     def cancel(name: str, **options: Any) -> None:
-        click.echo(engine.cancel(_run_name(name), complain=complain, **options))
+        run, found = _named(name, engine, options)
+        click.echo(engine.cancel(run, complain=complain, **found))
 
     which: list[click.Parameter] = [
         click.Option(["--rank"], type=click.IntRange(min=0), default=0, show_default=True),
@@ -159,21 +162,23 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
     ]
 
 
-def _run_name(text: str) -> str:
-    """The name of a run, or the name in a spec file.
+def _named(text: str, engine: Engine, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a run, or the name in a spec file; and the options, completed from the file.
 
     Raises:
         SpecError: no run can have this name, such as that of an unset variable of the shell.
     """
     if text.endswith(_FILES) and os.path.isfile(text):  # of a text too long for a name, False
-        return load_spec(text).name
+        spec = load_spec(text)
+        given = {key: value for key, value in options.items() if value is not None}
+        return spec.name, options | engine.options_in(spec) | given
     if not re.fullmatch(RUN_NAME, text) or len(text) > RUN_NAME_LETTERS:
         raise SpecError(
             f"NAME|SPEC: must be the name of a run (up to {RUN_NAME_LETTERS} "
             f"{PATTERNS_IN_WORDS[RUN_NAME]}), or an existing file of a spec "
             f"({', '.join(_FILES)}), but is {text!r}."
         )
-    return text
+    return text, options
 
 
 def complain(text: str) -> None:

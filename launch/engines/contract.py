@@ -34,6 +34,9 @@ class Engine(Protocol):
     run_options: tuple[click.Option, ...]
     """Its own options of `status`, `logs` and `cancel`."""
 
+    def options_in(self, spec: Spec) -> dict[str, Any]:
+        """The values of `run_options` that a spec has, for a command that names its file."""
+
     def render(self, spec: Spec, *args: Any, **options: Any) -> str:
         """The input of the cluster, as text that can be stored and read.
 

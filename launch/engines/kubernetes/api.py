@@ -48,7 +48,7 @@ class ClusterUnreachable(ClusterError):
 class Api:
     """One namespace of one cluster."""
 
-    def __init__(self, *, namespace: str | None, say: Callable[[str], None]) -> None:
+    def __init__(self, *, namespace: str | None = None, say: Callable[[str], None]) -> None:
         """Find the cluster as kubectl does: KUBECONFIG, ~/.kube/config, or the pod's own account.
 
         Args:

@@ -45,6 +45,11 @@ class Kubernetes:
         click.Option(["-n", "--namespace"], help="Default: the one of the kubectl context."),
     )
 
+    def options_in(self, spec: Spec) -> dict[str, Any]:
+        """See `Engine`."""
+        namespace = spec.kubernetes.namespace if spec.kubernetes else None
+        return {"namespace": namespace} if namespace else {}
+
     def render(
         self, spec: Spec, *, target: Target, without_secret: bool, more: Sequence[str] = ()
     ) -> str:
@@ -77,14 +82,14 @@ class Kubernetes:
         objects = _objects(spec, target, more, without_secret=without_secret)
         for line in notes(spec, objects, target=target):
             complain(line)
-        namespace = spec.kubernetes.namespace if spec.kubernetes else None
-        with Api(namespace=namespace, say=complain) as api:
+        with Api(**self.options_in(spec), say=complain) as api:
             jobs.submit(api, objects, say=say)
             if waits:
-                end = jobs.wait(api, jobs.KINDS[target], spec.name, say=complain)
+                kind = jobs.KINDS[target]
+                end = jobs.wait(api, kind, spec.name, say=complain)
                 say(f"{spec.name}: {end}")
                 if end.startswith("Failed"):
-                    raise ClusterError(f"See: evenstep kubernetes logs {spec.name}")
+                    raise ClusterError(f"See: {jobs.command(api, kind, 'logs', spec.name)}")
 
     def status(
         self, name: str, *, complain: Say, target: Target, namespace: str | None

@@ -50,8 +50,8 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
             say(f"{kind} {name} is still stopping; waiting until it is gone.")
         elif ending(earlier) is None:
             raise SpecError(
-                f"{kind} {name} exists already and has not ended. Stop it with evenstep "
-                f"kubernetes cancel {name}, or give this run its own --name."
+                f"{kind} {name} exists already and has not ended. Stop it with "
+                f"{command(api, kind, 'cancel', name)}, or give this run its own --name."
             )
         else:
             api.delete(kind, name)
@@ -59,6 +59,14 @@ def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> 
     for made in objects:
         api.apply(made)
     say(f"{kind} {name} is submitted to namespace {api.namespace}.")
+
+
+def command(api: Api, kind: str, verb: str, name: str) -> str:
+    """What a user types about a job, with the options it needs."""
+    options = f" --namespace {api.namespace}" if api.namespace != api.default_namespace else ""
+    target = next(target for target, its in KINDS.items() if its == kind)
+    options += f" --target {target}" if target != "job" else ""
+    return f"evenstep kubernetes {verb} {name}{options}"
 
 
 def wait(api: Api, kind: str, name: str, *, say: Callable[[str], None]) -> str:
@@ -165,7 +173,10 @@ def _existing(api: Api, kind: str, name: str) -> dict[str, Any]:
 
 
 def _missing(api: Api, kind: str, name: str) -> ClusterError:
-    return ClusterError(f"There is no {kind} {name} in namespace {api.namespace}.")
+    return ClusterError(
+        f"There is no {kind} {name} in namespace {api.namespace}. Use the --target with which it "
+        "was submitted, and the --namespace in its spec."
+    )
 
 
 def _wait_until_gone(api: Api, kind: str, name: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -75,6 +77,10 @@ class Slurm:
     )
     run_options: tuple[click.Option, ...] = (_RUNS,)
 
+    def options_in(self, spec: Spec) -> dict[str, Any]:
+        """See `Engine`."""
+        return {}
+
     def render(
         self, spec: Spec, *, runs: Path, sweep: Sequence[str] = (), more: Sequence[str] = ()
     ) -> str:
@@ -101,7 +107,7 @@ class Slurm:
         if there:
             raise SpecError(
                 f"Job {there[0].number} of {spec.name} exists already and has not ended. Stop it "
-                f"with evenstep slurm cancel {spec.name}, or give this run its own --name."
+                f"with {_command('cancel', spec.name, runs)}, or give this run its own --name."
             )
         file = place / "job.sh"
         with told_when_unwritten(file):
@@ -114,15 +120,16 @@ class Slurm:
             replace_file(place / "job", f"{number}\n")
         say(f"{spec.name} is submitted as job {number}; its log: {_log(place, number)}")
         if waits:
-            self._wait(spec.name, place, number, say)
+            self._wait(spec.name, runs, number, say)
 
-    def _wait(self, name: str, place: Path, number: str, say: Say) -> None:
+    def _wait(self, name: str, runs: Path, number: str, say: Say) -> None:
+        place = place_of(runs.absolute(), name)
         while jobs_of(place):
             time.sleep(_POLL_SECONDS)
         end = ending_of(number)
         say(f"{name}: {state_in_words(end[0], code=end[1]) if end else 'has ended'}")
         if end is not None and end[0] != "COMPLETED":
-            raise SlurmError(f"See: evenstep slurm logs {name}")
+            raise SlurmError(f"See: {_command('logs', name, runs)}")
 
     def status(self, name: str, *, complain: Say, runs: Path) -> Iterator[str]:
         """See `Engine`."""
@@ -160,7 +167,8 @@ class Slurm:
         wanted = 2 if previous else 1
         if len(files) < wanted:
             which = "an earlier log" if previous else "a log"
-            raise SlurmError(f"{name} does not have {which} yet. See: evenstep slurm status {name}")
+            see = _command("status", name, runs)
+            raise SlurmError(f"{name} does not have {which} yet. See: {see}")
         for line in _lines_of(files[-wanted], place if follow else None):
             found = _LABELLED.fullmatch(line)
             of_node, words = (int(found[1]), found[2]) if found else (0, line)
@@ -184,6 +192,12 @@ class Slurm:
             asked("scancel", "--batch", "--signal=USR2", *running)
             return f"{name} is stopping with a checkpoint; submit it again to continue."
         return f"{name} is out of the queue; submit it again to continue."
+
+
+def _command(verb: str, name: str, runs: Path) -> str:
+    """What a user types about a run, with the option it needs."""
+    options = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+    return f"evenstep slurm {verb} {name}{options}"
 
 
 def _known(runs: Path, name: str) -> Path:
