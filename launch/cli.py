@@ -93,7 +93,11 @@ evenstep.add_command(export)
     metavar="K",
     help="Restart all processes from the newest checkpoint after a failure, at most K times.",
 )
-@click.option("--elastic", is_flag=True, help="Restart with one process fewer each time.")
+@click.option(
+    "--elastic",
+    is_flag=True,
+    help="Restart with one process fewer each time; with exactness=bitwise, with half.",
+)
 @click.option(
     "--nodes",
     metavar="N|LEAST:MOST",

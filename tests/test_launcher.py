@@ -110,6 +110,16 @@ def test_an_elastic_run_continues_with_one_process_fewer(tmp_path):
     assert 0 < account["goodput"] < 1
 
 
+def test_an_elastic_run_that_is_bitwise_continues_with_half_of_its_processes(tmp_path):
+    """With 3 of 4, it would end with an error in the spec."""
+    environ = injured(tmp_path, ("kill one", "forward", 1, 11))
+    words = ("exactness=bitwise", "--processes", 4, "--max-restarts", 3, "--elastic")
+    code, _, err = ended(*words, cwd=tmp_path, **environ)
+    assert code == 0, err
+    assert "Restarting on 2 processes" in err
+    assert [attempt["processes"] for attempt in facts_of(tmp_path)["attempts"]] == [4, 2]
+
+
 def test_nothing_outlives_or_writes_after_a_killed_launcher(tmp_path):
     environ = injured(tmp_path, length={"steps": 100_000})
     with started("--processes", 2, cwd=tmp_path, **environ) as launcher:

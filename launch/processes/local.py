@@ -37,6 +37,7 @@ from service.health.heartbeat import Heartbeat
 from service.health.stop_budget import budget_seconds
 from service.health.stop_request import StopRequest, die_with_parent, stop_on_signals
 from service.health.watchdog import HUNG
+from service.plan.plan import possible_processes
 from service.runs.directory import RunDirectory, read_beat
 from service.runs.failure_reports import write_failure
 
@@ -96,7 +97,7 @@ def run_locally(
 
     Args:
         max_restarts: how often all of them are restarted after a failure.
-        elastic: continue with one process fewer each time.
+        elastic: continue with one process fewer each time; with `exactness: bitwise`, with half.
         started: when this attempt began, in seconds since the epoch.
     Raises:
         SpecError: this machine cannot start that many processes.
@@ -138,7 +139,8 @@ def _attempts(job: Any, processes: int, asked: _Attempts, stop: StopRequest, not
             return cause.code
         if stop.requested:
             continue
-        processes = max(1, processes - 1) if asked.elastic else processes
+        if asked.elastic:
+            processes = possible_processes(job.spec, most=max(1, processes - 1))
         job = job.again(before)
         print(
             f"Restarting on {processes} {'process' if processes == 1 else 'processes'} from "

@@ -180,6 +180,11 @@ def _passes_multiple(interval: Fraction | None, step: int) -> bool:
     return step * each // per > (step - 1) * each // per
 
 
+def possible_processes(spec: Spec, *, most: int) -> int:
+    """The largest number of processes up to `most` that the spec's exactness allows."""
+    return 1 << (most.bit_length() - 1) if spec.exactness == "bitwise" else most
+
+
 def make_plan(
     spec: Spec,
     *,
@@ -209,10 +214,10 @@ def make_plan(
             f"{global_batch}. Use at most {global_batch}."
         )
     pieces = math.ceil(global_batch / micro_batch)
-    if spec.exactness == "bitwise" and processes & (processes - 1):
+    if (possible := possible_processes(spec, most=processes)) < processes:
         raise SpecError(
             f"exactness: bitwise sums in a fixed order for 1, 2, 4, 8, ... processes, "
-            f"not for {processes}. Use {1 << (processes.bit_length() - 1)}."
+            f"not for {processes}. Use {possible}."
         )
     if processes > pieces:
         raise SpecError(_too_many_processes(processes, pieces, global_batch, micro_batch))
