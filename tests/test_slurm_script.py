@@ -271,6 +271,44 @@ def test_a_sweep_is_an_array_with_a_run_for_each_combination() -> None:
     assert 'name="digits-$SLURM_ARRAY_TASK_ID"' in text
 
 
+ARRAY = {  # as SchedMD's documentation of job arrays says: 36 is the array, and one of its jobs
+    "squeue": """case "$*" in
+        *--jobs=36_*%e*) echo 2026-11-28T12:00:00 ;;
+        *--jobs=36_*%T*) echo RUNNING ;;
+        *--jobs=36\\ *) echo ONE; echo ANOTHER ;;
+        esac""",
+    "scontrol": 'echo "$*" >>asked',
+    "srun": 'echo "ends $EVENSTEP_ENDS" >>asked; exit $CODE',
+}
+
+
+@pytest.mark.parametrize(("code", "failures"), [(75, []), (137, ["failures-36_1"])])
+def test_one_job_of_an_array_is_queued_again_alone(
+    code: int, failures: list[str], tmp_path: Path
+) -> None:
+    """The whole script, by bash, as the job that has the number of its array as its own."""
+    for name, text in ARRAY.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    place = tmp_path / "runs/.slurm/digits"
+    place.mkdir(parents=True)
+    file = tmp_path / "job.sh"
+    file.write_text(render(Script(job(nodes=1), tmp_path / "runs", 120.0, SWEEP)))
+    of_slurm = {"SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": "1"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", file],
+        cwd=tmp_path,
+        env={"PATH": path, "TZ": "UTC", "CODE": str(code), **of_slurm},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "asked").read_text().splitlines() == ["ends 1795867200", "requeue 36_1"]
+    assert sorted(file.name for file in place.glob("failures-*")) == failures
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -424,7 +462,7 @@ def test_a_job_that_slurm_queues_again_is_not_queued_twice(
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     subprocess.run(
-        ["bash", "-uc", f"{function[0]}\nstopped=no code=76 SLURM_JOB_ID=7\nagain"],
+        ["bash", "-uc", f"{function[0]}\nstopped=no code=76 job=7\nagain"],
         cwd=tmp_path,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         check=True,

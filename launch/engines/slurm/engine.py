@@ -231,12 +231,14 @@ def _text_of(file: Path) -> str:
 
 
 def _failures(place: Path, number: str) -> Iterator[str]:
-    """The attempts that crashed by themselves."""
-    told = re.findall(r"^\d{1,3}$", _text_of(place / f"failures-{number}"), re.M | re.A)
-    if told:
-        codes = [code_in_words(int(code)) for code in told]
-        times = "once" if len(codes) == 1 else f"{len(codes)} times"
-        yield f"  failed {times}, the last with {codes[-1]}"
+    """The attempts that crashed by themselves; in an array, of each job."""
+    for file in [place / f"failures-{number}", *sorted(place.glob(f"failures-{number}_*"))]:
+        told = re.findall(r"^\d{1,3}$", _text_of(file), re.M | re.A)
+        if told:
+            codes = [code_in_words(int(code)) for code in told]
+            times = "once" if len(codes) == 1 else f"{len(codes)} times"
+            which = f"{file.name.removeprefix('failures-')} " if "_" in file.name else ""
+            yield f"  {which}failed {times}, the last with {codes[-1]}"
 
 
 def _number_of(file: Path) -> list[int]:

@@ -183,6 +183,11 @@ def _spec_file(script: Script) -> str:
         [
             "set -u",
             f"place={quoted(str(script.place))}",
+            # In an array, SLURM_JOB_ID of one job is the number of the whole array, and a requeue
+            # of that number ends and queues all of its jobs.
+            'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
+            if script.sweep
+            else 'job="$SLURM_JOB_ID"',
             'spec="$place/spec-$SLURM_JOB_ID.yaml"',
             'rm -f "$spec"',
             "set -C # a link that is put there meanwhile is not followed",
@@ -208,7 +213,7 @@ def _surroundings(script: Script, asked: SlurmSpec) -> str:
 
 _AGAIN = """\
 # Until when this attempt may run, in seconds since 1970: without a limit, the year 2286.
-ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+ends=$(squeue --noheader --jobs="$job" --format=%e)
 ends=$(date --date="${{ends:-no limit}}" +%s 2>/dev/null) || ends=9999999999
 export EVENSTEP_ENDS="$ends"
 
@@ -217,17 +222,17 @@ again() {{
     echo "Ended with $code; queued again, to go on from the newest checkpoint."
     for _ in 1 2 3 4 5 6; do
         # scancel, a preemption or the loss of a node is ending the job already, or has queued it.
-        case "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" in
+        case "$(squeue --noheader --jobs="$job" --format=%T)" in
         COMPLETING | PENDING) return ;;
         esac
-        scontrol requeue "$SLURM_JOB_ID" && return
+        scontrol requeue "$job" && return
         sleep 10
     done
     echo "It could not be queued again: evenstep slurm submit goes on."
 }}
 
 again_if_allowed() {{
-    failures="$place/failures-$SLURM_JOB_ID"
+    failures="$place/failures-$job"
     [ ! -L "$failures" ] || rm -f "$failures"
     echo "$code" >>"$failures"
     [ "$(wc -l <"$failures")" -gt {restarts} ] || again
@@ -240,7 +245,7 @@ stopped=no
 # TERM: the time is nearly up. A second one: it is up, and Slurm would not queue the job again.
 # srun hands USR1 on to every task; a TERM would make it kill them.
 trap 'kill -USR1 "$step" 2>/dev/null
-    [ "$(date +%s)" -lt "$ends" ] || scontrol requeue "$SLURM_JOB_ID"' TERM
+    [ "$(date +%s)" -lt "$ends" ] || scontrol requeue "$job"' TERM
 trap 'stopped=yes; kill -USR1 "$step" 2>/dev/null' USR2 # evenstep slurm cancel
 
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
