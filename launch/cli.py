@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,7 +39,7 @@ from service.health.stop_request import die_with_parent, stop_on_signals
 from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import Accepted
 from service.recipes import recipes
-from service.runs.directory import RunDirectory, check_run
+from service.runs.directory import RunDirectory, RunInUse, check_run
 from service.runs.failure_reports import redacted
 from service.spec.files import Override, spec_schema
 from service.spec.models import Spec
@@ -54,6 +55,8 @@ _PROCESSES = click.option(
     default=None,
     help="Processes on this machine; auto is one per GPU. Default: 1.",
 )
+_LEASE_SECONDS = 120.0
+"""Longer than NFS keeps the locks of a machine that is gone, 90 s by default on Linux."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -143,9 +146,8 @@ def run(
     def job_in(directory: Path) -> Job:
         if node is None or node.index == 0:
             _tell_allowance(RunDirectory(directory / loaded.name))
-        joins = node is not None and node.least > 0 and node.index > 0  # a run that may be going on
-        if (place is None or place.rank == 0) and not joins:
-            check_run(directory, loaded, fresh=fresh, accepted=accepted)
+        if place is None or place.rank == 0:
+            _check(directory, loaded, node, fresh=fresh, accepted=accepted)
         return Job(
             loaded,
             directory,
@@ -397,6 +399,29 @@ def _name_in_sweep(spec: str, overrides: tuple[Override, ...]) -> str | None:
     if run_id is None or "WANDB_SWEEP_ID" not in os.environ:
         return None
     return f"{load_named(spec, overrides, None).name}-{run_id}"
+
+
+def _check(
+    directory: Path, spec: Spec, node: Node | None, *, fresh: bool, accepted: Accepted
+) -> None:
+    """Report the errors of a run before anything starts.
+
+    Raises:
+        SpecError: see `check_run`.
+    """
+    check = partial(check_run, directory, spec, fresh=fresh, accepted=accepted)
+    if node is not None and node.index > 0:
+        if not node.least:  # else the run may be going on without this node, and with other changes
+            check(lock_seconds=None)  # node 0 writes it, and may still save for the lost node
+        return
+    try:
+        check()
+    except RunInUse as error:
+        # A cluster starts a lost node again; the file server keeps its locks until a lease ends.
+        if node is None or not node.returns:
+            raise
+        complain(f"{error} Waiting up to {_LEASE_SECONDS:g} s, in case it is a node that was lost.")
+        check(lock_seconds=_LEASE_SECONDS)
 
 
 def _tell_allowance(directory: RunDirectory) -> None:

@@ -1,13 +1,18 @@
 """One process writes to a run; it lets go when it ends, however it ends."""
 
 import os
+import shutil
 import signal
+import socket
+import sys
 import time
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from commands import evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep, start
+from injuring import until
 from jobs import spec_of
 
 from service.basics.errors import SpecError
@@ -107,3 +112,69 @@ def test_a_second_command_is_refused_before_it_starts_anything(tmp_path):
         assert ended.returncode == 64, (ended.stdout, ended.stderr)
         assert f"is being written by process {os.getpid()} on" in ended.stderr
     opened.close()
+
+
+def node_variables(nodes, index):
+    """Those of a pod of an Indexed Job."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"PET_NNODES": str(nodes), "JOB_COMPLETION_INDEX": str(index)}
+    variables |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+    return CLEAN | variables | {"PET_NPROC_PER_NODE": "1", "EVENSTEP_DEVICE": "cpu"}
+
+
+@contextmanager
+def node(variables, log):
+    """`evenstep run digits` on a node; killed at the end."""
+    words = [BIN / "evenstep", "run", "digits", "length={steps: 2}"]
+    with open(log, "ab") as output:
+        process = start(words, cwd=log.parent, env=variables, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def open_digits(place):
+    words = ("run", "digits", "length={steps: 2}", "--stop-at", 1)
+    assert evenstep(*words, cwd=place, EVENSTEP_DEVICE="cpu").returncode == 75
+    return open_run(place / "runs", load_spec(place / "runs/digits/spec.yaml"), fresh=False)
+
+
+def test_a_node_that_is_started_again_waits_while_node_0_has_the_run_open(tmp_path):
+    """Node 0 may still save for the lost node; exit code 64 would end a job of a cluster."""
+    log, log_0 = tmp_path / "node-1.log", tmp_path / "node-0.log"
+    opened = open_digits(tmp_path)
+    variables = node_variables(2, 1)
+    with node(variables, log) as first:
+        until(lambda: "Node 1 of 2, meeting at" in log.read_text(), "node 1 waits", of=first)
+        opened.close()
+        with node(variables | {"JOB_COMPLETION_INDEX": "0"}, log_0) as second:
+            codes = [each.wait(DEADLINE_SECONDS) for each in (first, second)]
+    assert codes == [0, 0], log.read_text() + log_0.read_text()
+
+
+def test_node_0_of_a_cluster_waits_for_the_lock_of_a_machine_that_is_gone(tmp_path):
+    log = tmp_path / "node-0.log"
+    opened = open_digits(tmp_path)
+    with node(node_variables(1, 0), log) as only:
+        until(lambda: "Waiting up to 120 s" in log.read_text(), "it waits", of=only)
+        opened.close()
+        assert only.wait(DEADLINE_SECONDS) == 0, log.read_text()
+
+
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+STALE = "#include <errno.h>\nint flock(int fd, int op) { errno = ESTALE; return -1; }\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="needs a compiler on Linux")
+def test_a_file_server_that_does_not_respond_is_no_error_in_the_spec(tmp_path):
+    """64 would end a job of a cluster, where another attempt can succeed."""
+    (tmp_path / "stale.c").write_text(STALE)
+    build = (COMPILER, "-shared", "-fPIC", "-o", "stale.so", "stale.c")
+    assert command(*build, cwd=tmp_path, timeout=DEADLINE_SECONDS).returncode == 0
+    assert evenstep("run", "digits", "--stop-at", 1, cwd=tmp_path).returncode == 75
+    ended = evenstep("run", "digits", cwd=tmp_path, LD_PRELOAD=str(tmp_path / "stale.so"))
+    assert ended.returncode == 1, ended.stderr
+    assert "digits cannot be used: Stale file handle.\n" in ended.stderr

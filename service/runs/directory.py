@@ -27,6 +27,7 @@ from typing import IO, Any, TypeGuard
 from service.basics.atomic_files import (
     in_the_way,
     is_there,
+    kind_of_unread,
     make_directory,
     plain,
     read_json,
@@ -35,7 +36,14 @@ from service.basics.atomic_files import (
     told_when_unwritten,
     without_link,
 )
-from service.basics.errors import NoCheckpoint, NoProgress, SpecError, did_you_mean, printable
+from service.basics.errors import (
+    EvenstepError,
+    NoCheckpoint,
+    NoProgress,
+    SpecError,
+    did_you_mean,
+    printable,
+)
 from service.basics.running_time import TimeLimit
 from service.plan.changing import (
     NOTHING_ACCEPTED,
@@ -51,7 +59,8 @@ from service.spec.files import Override, dump_spec, load_spec, with_files_where_
 from service.spec.models import Spec
 
 FORMAT = 1
-_LOCK_SECONDS = 2.0
+LOCK_SECONDS = 2.0
+"""How long the children of a killed process may still hold the lock of its run."""
 _LONGEST_ROW = 65536  # bytes
 _MOST_OF_A_DIFF = 200_000  # bytes
 _GIT_SECONDS = 10.0
@@ -60,6 +69,10 @@ _LARGEST_BYTES = 8 << 20  # of run.json with thousands of attempts, or of a hear
 LATEST_TIME = 253_402_300_800.0
 """The end of the year 9999 in seconds since 1970: an upper limit for timestamps."""
 _NUMBERS_OF_A_BEAT = ("rank", "time", "started", "step", "standing_seconds", "longest_save_seconds")
+
+
+class RunInUse(SpecError):
+    """Another process has the run open."""
 
 
 @dataclass(frozen=True)
@@ -520,17 +533,28 @@ def _drop_unwritten_change(facts: dict[str, Any], directory: RunDirectory) -> No
 
 
 def check_run(
-    runs: Path, spec: Spec, *, fresh: bool, accepted: Accepted = NOTHING_ACCEPTED
+    runs: Path,
+    spec: Spec,
+    *,
+    fresh: bool,
+    accepted: Accepted = NOTHING_ACCEPTED,
+    lock_seconds: float | None = LOCK_SECONDS,
 ) -> None:
     """Raise the errors of `open_run`, without changing anything.
 
+    Args:
+        lock_seconds: how long another process may still have the run open; None: it may at any
+            time, because this process will not write the run.
     Raises:
         SpecError: see `open_run`.
+        RunInUse: another process has the run open.
+        EvenstepError: the disk does not respond now.
     """
     directory = RunDirectory(runs / spec.name)
     require_no_secret(spec)
     try:
-        _require_free(directory)
+        if lock_seconds is not None:
+            _require_free(directory, lock_seconds)
         _require_no_link(directory)
         if _is_begun(directory):
             if not fresh:
@@ -604,11 +628,10 @@ def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(inner, f"{place}[{number}]")
 
 
-def _unusable(directory: RunDirectory, error: OSError) -> SpecError:
-    return SpecError(
-        f"The run directory {directory.path} cannot be used: {in_the_way(error)}. "
-        "Choose another with --runs or --name."
-    )
+def _unusable(directory: RunDirectory, error: OSError) -> EvenstepError:
+    kind = kind_of_unread(error)
+    told = f"The run directory {directory.path} cannot be used: {in_the_way(error)}."
+    return kind(f"{told} Choose another with --runs or --name." if kind is SpecError else told)
 
 
 def _require_no_link(directory: RunDirectory) -> None:
@@ -655,12 +678,12 @@ def _is_in_its_place(lock: IO[str], path: Path) -> bool:
         return False
 
 
-def _claim(lock: IO[str], directory: RunDirectory) -> None:
-    if not _locked_in_time(lock):
+def _claim(lock: IO[str], directory: RunDirectory, seconds: float = LOCK_SECONDS) -> None:
+    if not _locked_in_time(lock, seconds):
         lock.seek(0)
         holder = printable(lock.read(_LONGEST_HOLDER).strip()) or "another process"
         lock.close()
-        raise SpecError(
+        raise RunInUse(
             f"{directory.path} is being written by {holder}. Wait for it, or stop it; "
             "to start a second run of this spec, give it its own --name."
         )
@@ -671,17 +694,16 @@ def _let_go(lock: IO[str] | None) -> None:
         lock.close()  # closes this copy only; the first one still holds the lock
 
 
-def _require_free(directory: RunDirectory) -> None:
+def _require_free(directory: RunDirectory, seconds: float) -> None:
     """Refuse a run that another process has open, before anything starts."""
     path = directory.path / ".lock"
     if path.exists():
         with os.fdopen(without_link(path, os.O_RDWR), "r+", errors="replace") as lock:
-            _claim(lock, directory)
+            _claim(lock, directory, seconds)
 
 
-def _locked_in_time(lock: IO[str]) -> bool:
-    # The children of a killed process hold its lock until the kernel has killed them too.
-    limit = TimeLimit(_LOCK_SECONDS)
+def _locked_in_time(lock: IO[str], seconds: float) -> bool:
+    limit = TimeLimit(seconds)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
