@@ -143,6 +143,24 @@ def test_an_extended_run_ends_in_the_bits_of_one_that_was_so_long_from_the_start
     assert "length.steps: 6 -> 9" in compared.stdout
 
 
+@pytest.mark.parametrize("waiting", ["schedule", "early_stopping"])
+def test_the_test_after_the_old_last_step_does_not_count_in_the_longer_run(
+    processes, tmp_path, waiting
+):
+    sections = {"name": "plateau", "gamma": 0.5} if waiting == "schedule" else {}
+    measure = {"measure": "test/accuracy", "mode": "max", "min_delta": 2.0, "patience": 2}
+    job = spec_of("cut_of_digits", test={"every_steps": 3})  # so after 3 and 6, and after 5
+    job |= {"schedule": {"name": "constant"}, waiting: sections | measure}
+    train = processes(1).run
+    for count in (5, 8):
+        length = {"length": {"steps": count}}
+        accepted = Accepted.named(["length.steps=8"])
+        train(train_in_process, job | length, tmp_path / "extended", None, accepted)
+    train(train_in_process, job | length, tmp_path / "long")
+    extended, long = (tmp_path / name / "job" for name in ("extended", "long"))
+    assert same(weights(extended, 8), weights(long, 8))
+
+
 def test_who_changed_what_at_which_step_is_in_run_json_receipt_and_report(place):
     run = place / "runs/extended"
     (entry,) = read_history(run).changes

@@ -410,11 +410,11 @@ def test_lazy_layers_take_their_sizes_from_the_first_row(processes, alone, tmp_p
     found = [load_file(sorted(place.glob("step-*"))[-1] / "model.safetensors") for place in runs]
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name])
-    model = new_model(load_task(spec["task"], {}))
+    model = new_model(load_task(spec["task"], {}), seed=0)
     load_weights(sorted(runs[0].glob("step-*"))[-1], model)
     assert torch.equal(model.layers[0].weight, found[0]["layers.0.weight"])
     with pytest.raises(SpecError, match=r"task\.model: more\.unused\.weight has no size"):
-        new_model(lazy(bad=True))
+        new_model(lazy(bad=True), seed=0)
 
 
 def test_a_task_needs_no_test():

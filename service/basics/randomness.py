@@ -21,7 +21,7 @@ SHUFFLE: Final = 1  # seed, epoch: the order of the training rows
 FORWARD: Final = 2  # seed, step, micro_batch: the model in training, mainly dropout
 ROW: Final = 3  # seed, epoch, row: the augmentation of one row
 WEIGHTS: Final = 4  # seed: initial weights
-BATCH: Final = 5  # seed, step, micro_batch: rows that are read in one call
+BATCH: Final = 5  # seed, step, micro_batch: rows that are read in one call; a stream's collate
 TEST: Final = 6  # seed, micro_batch: the model in testing
 TASK: Final = 7  # seed: the task, while it is built and its data are loaded
 HOOK: Final = 8  # seed, step: a hook of the task
@@ -30,6 +30,7 @@ UPDATE: Final = 10  # seed, step, turn: the task's after_update
 OPTIMIZER: Final = 11  # seed, step, turn, pass: the step of an optimizer
 STORED: Final = 12  # seed, epoch, ...: the order of rows in files
 ACROSS: Final = 13  # seed, step, turn, loss: a loss over all rows of a step
+STREAM: Final = 14  # seed, part, epoch: a stream, while it begins an epoch
 _LONG: Final = 0  # the 64-bit words of a part that does not fit into one
 
 _GAMMA: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, made odd

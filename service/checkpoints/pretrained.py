@@ -42,7 +42,7 @@ def export_pretrained(
     with files_may_have_moved():
         task = load_task(spec.task, spec.task_args, seed=spec.seed)
         merge = _merging(task, spec) if merged else None
-        model = new_model(task)
+        model = new_model(task, seed=spec.seed)
     if merge is None:
         _of_transformers(model, spec)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
@@ -67,7 +67,7 @@ def export_merged(checkpoint: Checkpoint, file: Path, *, spec: Spec, average: bo
     with files_may_have_moved():
         task = load_task(spec.task, spec.task_args, seed=spec.seed)
         merge = _merging(task, spec)
-        model = new_model(task)
+        model = new_model(task, seed=spec.seed)
     load_weights(checkpoint.path, model, rename=spec.checkpoint.rename, average=average)
     weights = {n: t.detach().clone().contiguous() for n, t in merge(model).state_dict().items()}
     metadata = {"format": "pt", "evenstep.step": str(checkpoint.step)}

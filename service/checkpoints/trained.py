@@ -6,12 +6,13 @@ from torch import nn
 
 from service.checkpoints.snapshots import load_weights
 from service.data.task import files_may_have_moved, load_task, new_model
+from service.distributed.generators import generators_given_back
 from service.runs.checkpoint_files import find_checkpoint
 from service.runs.directory import RunDirectory
 
 
 def trained_model(directory: RunDirectory, checkpoint: str, *, average: bool | None) -> nn.Module:
-    """The task's model in evaluation mode.
+    """The task's model in evaluation mode; the caller's random generators stay as they are.
 
     Args:
         checkpoint: `latest`, `best`, or a step.
@@ -22,8 +23,9 @@ def trained_model(directory: RunDirectory, checkpoint: str, *, average: bool | N
     """
     spec = directory.read_spec()
     chosen = find_checkpoint(directory.checkpoints, checkpoint)
-    with files_may_have_moved():
-        model = new_model(load_task(spec.task, spec.task_args, seed=spec.seed))
+    with files_may_have_moved(), generators_given_back():
+        task = load_task(spec.task, spec.task_args, seed=spec.seed)
+        model = new_model(task, seed=spec.seed)
     wanted = spec.model.moving_average is not None if average is None else average
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=wanted)
     return model.eval()

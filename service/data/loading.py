@@ -181,7 +181,10 @@ def _from_stream(
             first = step * plan.global_batch + span.start
             piece = rows[span.start - own.start : span.stop - own.start]
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
-            yield Order(step, number, key, first, contents(piece)), collate(piece)
+            order = Order(step, number, key, first, contents(piece))
+            # What it draws must not depend on the rows that this process read before.
+            seed_generators(randomness.key(randomness.BATCH, plan.spec.seed, step, number))
+            yield order, collate(piece)
 
 
 def _span(number: int, plan: Plan) -> range:

@@ -98,8 +98,9 @@ class StepContext:
     training: bool
     """False in a test, which has no gradients."""
     key: int
-    """A function of seed, step and micro-batch. Torch's generators are seeded with it, so random
-    numbers from them are the same at any number of processes; seed your own generators with it."""
+    """A function of seed, step and micro-batch. The generators of torch, numpy and Python are
+    seeded with it, so random numbers from them are the same at any number of processes; seed your
+    own generators with it."""
     whole: bool = False
     """Whether losses of all rows are computed for the whole step, or for the micro-batch."""
     average: nn.Module | None = None

@@ -109,6 +109,11 @@ class SteppedModel(nn.Module):
         # FSDP2 registers a hook on each result, which it cannot do on a view of another tensor.
         return [p.sum.clone() if p.sum._is_view() else p.sum for p in asked.parts.values()]
 
+    def trained_in(self, value: Tensor) -> list[nn.Parameter]:
+        """The parameters in the graph of `value` that are trained, in the order of the model."""
+        leaves = leaves_of(value)
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) in leaves]
+
     def let_go(self) -> None:
         """After the backward passes: release the parameters of a sharded moving average."""
         while self._beside:
@@ -125,6 +130,19 @@ class SteppedModel(nn.Module):
 
 _ROOT = "_evenstep_root"
 """The attribute of a sharded model for its root."""
+
+
+def leaves_of(value: Tensor) -> set[int]:
+    """The ids of the parameters and other leaves in the graph of `value`."""
+    leaves, seen, ahead = set[int](), set[Any](), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves.add(id(getattr(node, "variable", None)))
+        ahead += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def total_of(parts: Mapping[str, LossPart], *, divisors: Mapping[str, float | Tensor]) -> Tensor:

@@ -70,8 +70,8 @@ class Stream:
     def take(self, count: int) -> list[Any]:
         """The next `count` rows; at its end the stream starts again.
 
-        The generators of Python, numpy and torch are seeded for each of them, so the same rows have
-        the same random numbers, also when they are read again.
+        The generators of Python, numpy and torch are seeded for each of them, and for the start of
+        each epoch, so the same rows have the same random numbers, also when they are read again.
 
         Raises:
             DataBroken: it has no rows, or fails.
@@ -79,7 +79,6 @@ class Stream:
         rows = []
         with self._told_when_failed():
             for _ in range(count):
-                seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
                 rows.append(self._next())
                 self._taken += 1
         return rows
@@ -139,7 +138,8 @@ class Stream:
                 self._data = _own_copy(self._data)
             self._begin(place["passes"])
             self._data.load_state_dict(from_plain(place["state"]))
-            self._rest, self._rows, self._taken = iter(self._data), place["rows"], place["taken"]
+            self._rest = self._iterator(place["passes"])
+            self._rows, self._taken = place["rows"], place["taken"]
             return
         # It has no state: read again up to there; all epochs if one may depend on another.
         if hasattr(self._data, "set_epoch"):
@@ -160,10 +160,15 @@ class Stream:
             ) from error
 
     def _next(self) -> Any:
-        while (row := next(self._started(), _END)) is _END:
+        while (row := self._drawn(self._started())) is _END:
             self._begin_next()
         self._rows += 1
         return row
+
+    def _drawn(self, rest: Iterator[Any]) -> Any:
+        """What follows, read with the random numbers of the next row; `_END` at the end."""
+        seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
+        return next(rest, _END)
 
     def _started(self) -> Iterator[Any]:
         if self._rest is None:
@@ -181,8 +186,17 @@ class Stream:
 
     def _begin(self, number: int) -> None:
         if hasattr(self._data, "set_epoch"):
+            self._seed_epoch(number)
             self._data.set_epoch(number)
-        self._passes, self._rows, self._rest = number, 0, iter(self._data)
+        self._passes, self._rows, self._rest = number, 0, self._iterator(number)
+
+    def _iterator(self, epoch: int) -> Iterator[Any]:
+        """A stream may draw its order here: the same at any number of processes, in any attempt."""
+        self._seed_epoch(epoch)
+        return iter(self._data)
+
+    def _seed_epoch(self, epoch: int) -> None:
+        seed_generators(randomness.key(randomness.STREAM, *self._seed, epoch))
 
 
 _END = object()

@@ -334,12 +334,19 @@ def logits(outputs: Any) -> Tensor:
     return found
 
 
-def new_model(task: Task) -> nn.Module:
-    """A new model of the task.
+def new_model(task: Task, *, seed: int) -> nn.Module:
+    """A new model of the task, always the same one for the same seed of the spec.
+
+    What the model draws outside of its state, such as the frequencies of random Fourier features
+    in a plain attribute, belongs to the run too: whoever builds the model of a run again, to test
+    or to export it, gets the same.
 
     Raises:
         SpecError: the task raised, or returned something else.
     """
+    key = randomness.key(randomness.WEIGHTS, seed)
+    seed_generators(key)
+    torch.manual_seed(key)  # also seeds the devices
     try:
         model: object = task.model()
     except SpecError:

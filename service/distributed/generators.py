@@ -53,6 +53,11 @@ class _Numpy:
         np.random.seed(seed & 0xFFFFFFFF)
 
 
+def python_and_numpy() -> list[Seeded]:
+    """The global generators of Python and of numpy."""
+    return [_Python(), _Numpy()]
+
+
 @contextmanager
 def noticing_draws() -> Iterator[list[Seeded]]:
     """Yields a list; afterwards it has Python's and numpy's generators, if they were used."""

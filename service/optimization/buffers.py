@@ -262,6 +262,46 @@ class Buffers:
             total.zero_()
 
 
+class StillBuffers:
+    """Finds a saved buffer that begins to change after the dry run, so that no rule applies to it.
+
+    It reads how often each buffer was written to (torch's version counters), no values.
+    """
+
+    def __init__(self, model: nn.Module, moving: Sequence[str]) -> None:
+        """Watch all but BatchNorm's buffers and `moving`, from now on."""
+        saved = model.state_dict(keep_vars=True)
+        self._watched = [
+            (name, module, key)
+            for name, module, key, buffer in _places(model)
+            if name in saved and name not in moving and not isinstance(module, _BatchNorm)
+            if not buffer.is_inference()  # which has no version
+        ]
+        self._before = self._now()
+
+    def begin_again(self) -> None:
+        """Forget the changes so far."""
+        self._before = self._now()
+
+    def changed(self) -> list[str]:
+        """The names of those that were changed or replaced."""
+        pairs = zip(self._watched, self._before, self._now(), strict=True)
+        return [name for (name, *_), before, now in pairs if before != now]
+
+    def _now(self) -> list[tuple[int, int]]:
+        buffers = [module._buffers[key] for _, module, key in self._watched]
+        return [(id(b), -1 if b is None or b.is_inference() else b._version) for b in buffers]
+
+
+def began_to_change(names: Sequence[str]) -> WillFailAgain:
+    """The error for buffers that were still in the dry run."""
+    return WillFailAgain(
+        f"The buffers {_listed(names)} began to change after the first pass of the run, which "
+        "decides how buffers are kept equal on all processes. Change them from the first step on, "
+        "or in after_update; or set model.buffers: local, or train on one process."
+    )
+
+
 class _Gathering(GradientSync):
     """Gradient synchronization that also collects the buffer changes after each pass."""
 

@@ -21,7 +21,7 @@ from service.basics.errors import Diverged, SpecError
 from service.distributed.batchnorm import Normalization
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.optimization.buffers import Buffers
+from service.optimization.buffers import Buffers, StillBuffers, began_to_change
 from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
@@ -71,10 +71,12 @@ class Updates:
         buffers: Buffers | None = None,
         say: Callable[[str], None],
         after_update: Callable[[str | None], None] | None = None,
+        still: StillBuffers | None = None,
     ) -> None:
         """The updates of this run.
 
         Args:
+            still: the buffers that must not change.
             say: reports the skipped steps.
             after_update: the task's function that is called after each update, with the optimizer's
                 name.
@@ -89,6 +91,7 @@ class Updates:
         self._buffers = buffers
         self._say = say
         self._after_update = after_update
+        self._still = still
         trained = [p for p in state.model.parameters() if p.requires_grad]
         self._is_sharded = holds_rows(state.model)
         self._copies = copies_of_rows(state.model)
@@ -105,6 +108,11 @@ class Updates:
         """Of the latest step that was looked at, where the task gives weights."""
         if self._skips or state.scaler is not None:
             _require_skippable(state.optimizer, normalization, asked=self._skips)
+
+    def begin(self) -> None:
+        """Start to watch the buffers: the state is now that of the first step to train."""
+        if self._still is not None:
+            self._still.begin_again()
 
     def divisor(self, weight: float | Tensor) -> float | Tensor:
         """The divisor of the gradients in the backward passes of a step of this weight."""
@@ -147,7 +155,7 @@ class Updates:
         if state.scaler is not None:
             state.scaler.update()
         if self._after_update is not None:
-            self._after_update(turn)
+            self._follow(self._after_update, turn)
         if len(self._held) >= _HELD_AT_MOST and self._held[-1].step <= state.step:
             self.look()
         self._held.append(_Taken(state.step + 1, losses, weight, norm, broken, turn))
@@ -158,6 +166,13 @@ class Updates:
         state.step += 1
         if state.average is not None:
             state.average.move(state.step)
+
+    def _follow(self, after_update: Callable[[str | None], None], turn: str | None) -> None:
+        """Call it; it may change buffers, which it does in the same way on every process."""
+        still = self._still if self._still is not None and not self._still.changed() else None
+        after_update(turn)
+        if still is not None:
+            still.begin_again()
 
     def forget(self) -> None:
         """Discard everything that a forward pass outside of a step has collected."""
@@ -178,7 +193,9 @@ class Updates:
         """Clip the values first, then the norm, which was `norm` before both."""
         spec = self._plan.spec
         if spec.max_grad_value is not None:
-            nn.utils.clip_grad_value_(self._parameters, spec.max_grad_value)
+            if values := gradient_values(self._parameters):
+                torch._foreach_clamp_min_(values, -spec.max_grad_value)
+                torch._foreach_clamp_max_(values, spec.max_grad_value)
             norm = None
         if spec.max_grad_norm is not None:
             norm = self._norm() if norm is None else norm
@@ -237,6 +254,7 @@ class Updates:
             number of skipped steps; empty if there was no step since.
         Raises:
             Diverged: a value is not finite and must be; on every process, with the same message.
+            WillFailAgain: a buffer began to change on a process; on every process.
         """
         held, self._held = self._held, []
         if not held:
@@ -251,7 +269,12 @@ class Updates:
         latest = [at for at, taken in enumerate(held) if taken.step == last.step]
         mine = {number: sum(losses[at, number] for at in latest) for number in last.losses}
         own = stragglers.own() if stragglers is not None else []
-        loss_sum, faulty, told = self._sum_over_processes(mine, len(faults), own)
+        changed = self._still.changed() if self._still is not None else []
+        found = self._sum_over_processes(mine, (len(faults), len(changed)), own)
+        loss_sum, (faulty, begun), told = found
+        if begun:
+            names = [name for each in self._world.gather(changed) for name in each]
+            raise began_to_change(list(dict.fromkeys(names)))
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
         endless = _where(norms, lambda value: not math.isfinite(value))
@@ -268,21 +291,21 @@ class Updates:
         return values if stragglers is None else values | stragglers.reading(told)
 
     def _sum_over_processes(
-        self, losses: Mapping[int, float], faults: int, own: Sequence[float]
-    ) -> tuple[float, float, list[list[float]]]:
-        """(the summed loss, rounded once; all processes' faults; each process's `own`)."""
+        self, losses: Mapping[int, float], counts: tuple[int, int], own: Sequence[float]
+    ) -> tuple[float, tuple[float, float], list[list[float]]]:
+        """(the summed loss, rounded once; all processes' `counts`; each process's `own`)."""
         world, count, width = self._world, self._plan.micro_batches, len(own)
         each = [
             losses.get(number, 0.0) for number in range(count)
         ]  # 0 for those of other processes
         told = [0.0] * (width * world.processes)
         told[width * world.index : width * (world.index + 1)] = own
-        values = torch.tensor([*each, faults, *told], dtype=world.wide).to(world.device)
+        values = torch.tensor([*each, *counts, *told], dtype=world.wide).to(world.device)
         total = world.sum(values).tolist()
-        found, faulty, all_told = total[:count], total[count], total[count + 1 :]
+        found, all_told = total[:count], total[count + 2 :]
         loss = math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
         by_rank = [all_told[at : at + width] for at in range(0, len(all_told), width or 1)]
-        return loss, faulty, by_rank
+        return loss, (total[count], total[count + 1]), by_rank
 
     def _reading(self, latest: Sequence[_Taken]) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()

@@ -145,6 +145,14 @@ class Plan:
             return False
         return step == self.steps or _passes_multiple(self.test_every, step)
 
+    def counts_at(self, step: int) -> bool:
+        """Whether the test after this step counts for `plateau` and early stopping.
+
+        The one after the last step does so only if its interval asks for it: a longer run has no
+        test there, and a run that is extended must not remember one.
+        """
+        return _passes_multiple(self.test_every, step)
+
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint follows this step."""
         return step == self.steps or _passes_multiple(self.save_every, step)

@@ -39,7 +39,7 @@ from service.training.batch_size_finder import (
     fitting_rows,
     with_workers,
 )
-from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words
+from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words, written_in_words
 from service.training.own_train_step import after_update_by
 from service.training.setup import (
     Model,
@@ -188,6 +188,8 @@ def _stepped(
         yield "warning", f"the loss does not depend on {names}: never trained"
     if nested := nested_in_words(found, spec):
         yield "warning", nested
+    if written := written_in_words(found):
+        yield "warning", written
     return activations
 
 

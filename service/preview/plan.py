@@ -60,7 +60,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     require_batch(task, plan)
     require_measures(spec, task)
     require_hooks(task, plan)
-    model = new_model(task)
+    model = new_model(task, seed=spec.seed)
     if spec.exchange.shards:
         require_shardable(model, spec)
     kept = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -92,7 +92,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
 def checkpoint_bytes(spec: Spec) -> int | None:
     """The size of a checkpoint of the job; None if it is known only after a step."""
     task = load_task(spec.task, spec.task_args, seed=spec.seed)
-    model = new_model(task)
+    model = new_model(task, seed=spec.seed)
     optimizer = trained_by(model, spec, task).optimizer
     return expected_bytes(model, optimizer, averaged=spec.model.moving_average is not None)
 

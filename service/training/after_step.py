@@ -96,7 +96,7 @@ class AfterStep:
         stopping |= self.plan.stops_at(state.step)
         kept = self.plan.spec.checkpoint
         best = state.improves(values, kept.best, among=kept.keep_best)
-        state.learn(values)
+        state.learn(values if self.plan.counts_at(state.step) else {})
         stopping |= state.ended_early or self.hooks.ends(hooked.failure)
         saving = self.plan.saves_at(state.step) or best or stopping
         self._record(state, values, hooked, saving=saving)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from service.basics import randomness
 from service.basics.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.snapshots import expected_bytes
@@ -220,8 +219,7 @@ def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:
 def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
     """The largest number of rows, doubled from 1 on, with which a pass fits in this process."""
     most = largest_micro_batch(plan.global_batch, plan.processes)
-    torch.manual_seed(randomness.key(randomness.WEIGHTS, plan.spec.seed))
-    model = new_model(task).to(world.device)
+    model = new_model(task, seed=plan.spec.seed).to(world.device)
     checkpoint_activations(model, plan.spec.model.activation_checkpointing)
     optimizer = trained_by(model, plan.spec, task).optimizer
     held = _held_besides(model, optimizer, plan, processes=world.processes)

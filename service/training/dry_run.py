@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from service.basics.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
 from service.data.batches import Batch
 from service.data.losses import StepContext, require_weights
-from service.data.own_step import Pass, SteppedModel, alone
+from service.data.own_step import Pass, SteppedModel, alone, leaves_of
 from service.data.shapes import require_loss_shape, require_measured_shape
 from service.data.task import Task, metrics_of, step_of, with_loss
 from service.distributed.batchnorm import Normalization
@@ -61,6 +61,8 @@ class FirstPass:
     nested: Sequence[str] = ()
     """Parameters with gradients from a backward pass within the backward pass, which
     DistributedDataParallel cannot track without `exchange.static_graph`."""
+    written: Sequence[str] = ()
+    """Parameters that the forward pass changes itself."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class DryRun:
         Raises:
             SpecError: the model, the loss or a measure fails or returns a wrong shape.
         """
+        versions = _versions(model)
         with (
             self._undone(model) as before,
             noticing_draws() as drawn,
@@ -102,9 +105,11 @@ class DryRun:
             nested = _nested(model, loss, arrivals, unreached=missed)
             self._shaped(model)
             moving = before.moved()
+            written = [n for n, version in _versions(model).items() if versions.get(n) != version]
             own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
-        return FirstPass(missed, a_row, drawn, moving, own_weights, across, tested, nested)
+        names = own_weights, across, tested, nested, written
+        return FirstPass(missed, a_row, drawn, moving, *names)
 
     def _counted(self, model: nn.Module) -> tuple[int | None, Tensor] | None:
         """(the operations of a pass, its loss), or None if the pass or the counting failed."""
@@ -299,6 +304,7 @@ def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
         own_weights=listed(lambda found: found.own_weights),
         across=listed(lambda found: found.across),
         nested=listed(lambda found: found.nested),
+        written=listed(lambda found: found.written),
     )
 
 
@@ -335,33 +341,41 @@ def _nested(
     twice = [name for name, _ in model.named_parameters() if arrivals[name] > 1]
     if twice or not unreached:
         return twice
-    in_graph = _parameters_in_graph(loss)
+    in_graph = leaves_of(loss)
     came = [(name, p) for name, p in model.named_parameters() if arrivals[name]]
     return [name for name, parameter in came if id(parameter) not in in_graph]
 
 
-def _parameters_in_graph(loss: Tensor) -> set[int]:
-    """The ids of the parameters in the graph of the loss."""
-    parameters, seen, ahead = set[int](), set[Any](), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        parameters.add(id(getattr(node, "variable", None)))
-        ahead += [following for following, _ in node.next_functions]
-    return parameters
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Per parameter (the tensor, how often it was written to); of a sharded one, its own rows."""
+    return {name: (id(p), p._version) for name, p in model.named_parameters()}
 
 
 def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
-    """Check that DistributedDataParallel, if used, can track the gradients.
+    """Check that several processes, if used, can follow the gradients and keep the weights equal.
 
     Raises:
-        SpecError: it cannot; says what to do.
+        SpecError: they cannot; says what to do.
     """
     told = nested_in_words(found, spec)
     if told is not None and processes > 1:
         raise SpecError(f"exchange.static_graph: {told}")
+    told = written_in_words(found)
+    if told is not None and processes > 1:
+        raise SpecError(f"task: {told}")
+
+
+def written_in_words(found: FirstPass) -> str | None:
+    """The parameters that only one process can train, and what to do; None if there are none."""
+    if not found.written:
+        return None
+    return (
+        f"the forward pass itself changes {', '.join(found.written[:8])}, as nn.Embedding(max_norm="
+        "...) does, or a teacher that follows its student. On several processes each would do so "
+        "with its own rows, and once per micro-batch that it has, so the weights would differ. "
+        "Change them in after_update (service.task.custom) or make them buffers, which "
+        "model.buffers keeps equal; or train on one process."
+    )
 
 
 def nested_in_words(found: FirstPass, spec: Spec) -> str | None:

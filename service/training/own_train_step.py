@@ -139,7 +139,8 @@ class OwnTrainStep(TrainStep):
         """Replace a loss of all rows by its share for each micro-batch, with its gradient.
 
         Every process computes the loss of all rows, and continues from its gradient by the features
-        through its own micro-batches.
+        through its own micro-batches. The gradient by parameters that the loss itself uses, such as
+        the temperature of a contrastive loss, is in the share of the first micro-batch.
         """
         parts = {number: asked.part(name) for number, asked in taken.items()}
         found = {number: part.across for number, part in parts.items() if part and part.across}
@@ -152,9 +153,14 @@ class OwnTrainStep(TrainStep):
         whole = [self._of_all(found, place) for place in range(len(any_across.features))]
         with torch.enable_grad():
             values = values_across(any_across, whole, f"task.step: the loss {name!r}")
+            total = values.sum()
+            used = self.stepped.trained_in(total)
             needed = [feature for feature in whole if feature.requires_grad]
-            grads = iter(torch.autograd.grad(values.sum(), needed))
-        slopes = [next(grads) if feature.requires_grad else None for feature in whole]
+            # A parameter may come from the forward pass of a micro-batch, whose graph is kept.
+            grads = torch.autograd.grad(total, [*needed, *used], retain_graph=bool(used))
+        of_features = iter(grads)
+        slopes = [next(of_features) if feature.requires_grad else None for feature in whole]
+        own = list(zip(used, grads[len(needed) :], strict=True))
         for number, across in found.items():
             if number == self.plan.micro_batches:  # only for a collective, with weight zero
                 share = torch.stack([f.sum() for f in across.features if f.requires_grad]).sum()
@@ -164,6 +170,9 @@ class OwnTrainStep(TrainStep):
             pairs = zip(across.features, slopes, strict=True)
             pulled = sum((f * g[rows]).sum() for f, g in pairs if g is not None)
             assert isinstance(pulled, Tensor), "read_losses requires a gradient"
+            # The others get zeros: DistributedDataParallel waits for the gradient of every process.
+            for parameter, grad in own:
+                pulled = pulled + (parameter * (grad if number == 0 else grad * 0)).sum()
             share = pulled + (values[rows].sum() - pulled).detach()
             taken[number].settle(name, share)
 
@@ -179,7 +188,8 @@ class OwnTrainStep(TrainStep):
         for number, across in found.items():
             if number < self.plan.micro_batches:
                 table[self._rows(number)] = across.features[place].detach()
-        table += 0.0  # -0 becomes 0, as when other processes add their zeros
+        if table.is_floating_point() or table.is_complex():
+            table += 0.0  # -0 becomes 0, as when other processes add their zeros
         return self.world.sum(table).requires_grad_(one.requires_grad)
 
     def _divisors(

@@ -19,7 +19,7 @@ from service.data.own_step import SteppedModel
 from service.data.streams import Stream, is_stream
 from service.data.task import Data, Task, TestSet, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
-from service.distributed.generators import seed_generators
+from service.distributed.generators import python_and_numpy, seed_generators
 from service.distributed.gradient_sync import GradientSync, OrderedSync, OverlappedSync
 from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import World
@@ -29,7 +29,7 @@ from service.optimization.activation_checkpointing import (
     checkpoint_activations,
     require_still_buffers,
 )
-from service.optimization.buffers import Buffers, buffers_of, kept_equal
+from service.optimization.buffers import Buffers, StillBuffers, buffers_of, kept_equal
 from service.optimization.compilation import compile_in_place, spare_compiler
 from service.optimization.flops import peak_flops
 from service.optimization.learning_rates import Schedule, make_schedule
@@ -137,7 +137,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
             give_large_blocks_back()
         module, deferred, made_whole = unit_by_unit(spec, task)
     else:
-        module = drawn_model(spec, task)
+        module = new_model(task, seed=spec.seed)
     checkpoint_activations(module, spec.model.activation_checkpointing)
     if spec.exchange.shards:
         require_shardable(module, spec)
@@ -168,20 +168,12 @@ def _root_for(model: nn.Module, task: Task, world: World) -> nn.Module | None:
     return None if own is None else SteppedModel.root(model, own, world)
 
 
-def drawn_model(spec: Spec, task: Task) -> nn.Module:
-    """The task's model, with its weights initialized from the seed."""
-    key = randomness.key(randomness.WEIGHTS, spec.seed)
-    seed_generators(key)
-    torch.manual_seed(key)  # also seeds the devices
-    return new_model(task)
-
-
 def unit_by_unit(spec: Spec, task: Task) -> tuple[nn.Module, Deferring | None, str | None]:
     """The same without its large weights, and the object that creates them; or it, and why not."""
     try:
-        module, deferred = made_deferred(lambda: drawn_model(spec, task))
+        module, deferred = made_deferred(lambda: new_model(task, seed=spec.seed))
     except NotDeferred as reason:
-        return drawn_model(spec, task), None, str(reason)
+        return new_model(task, seed=spec.seed), None, str(reason)
     return module, deferred, None
 
 
@@ -274,7 +266,8 @@ def rehearse(
     require_followed(found, plan.spec, processes=plan.processes)
     require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
     world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
-    world.seed_also(found.drawn)
+    # A step of one's own may begin to draw later, such as an augmentation after some epochs.
+    world.seed_also(found.drawn if step_of(task) is None else python_and_numpy())
     buffers = buffers_of(
         model.module,
         found.moving,
@@ -516,6 +509,7 @@ def prepare_training(
         buffers=rehearsal.buffers,
         say=say,
         after_update=after_update_by(task, state, plan=plan, world=world),
+        still=_still_buffers(model.module, rehearsal.found, plan.spec, world),
     )
     averaged = state.average is not None
     saved_bytes = expected_bytes(model.module, optimizer, averaged=averaged)
@@ -525,6 +519,16 @@ def prepare_training(
     return Prepared(
         rows, state, exchanges, updates, throughput, stragglers, found, saved_bytes, stepped
     )
+
+
+def _still_buffers(
+    model: nn.Module, found: FirstPass, spec: Spec, world: World
+) -> StillBuffers | None:
+    """The buffers that must stay equal by themselves; None if each process may have its own."""
+    moving = world.gather([*found.moving.kept, *found.moving.reshaped])
+    if world.processes == 1 or spec.model.buffers == "local":
+        return None
+    return StillBuffers(model, [name for names in moving for name in names])
 
 
 def _throughput(plan: Plan, found: FirstPass, *, world: World, heartbeat: Heartbeat) -> Throughput:

@@ -20,6 +20,7 @@ from service.distributed.agreed_stop import StopPoll
 from service.distributed.batchnorm import prepare
 from service.distributed.contention import cores_shared
 from service.distributed.devices import copies_late
+from service.distributed.generators import python_and_numpy
 from service.distributed.profiler import Profile
 from service.distributed.world import World
 from service.evaluation.hooks import Hooks, require_hooks
@@ -206,6 +207,7 @@ def carry_out(
         EvenstepError: it failed; on every process.
     """
     plan, world, state, heartbeat = attempt.plan, attempt.world, prepared.state, attempt.heartbeat
+    prepared.updates.begin()
     records = begin_records(attempt, prepared)
     checkpoints.reserve(prepared.saved_bytes)
     training = train_step(prepared, task, attempt, records.receipt)
@@ -380,11 +382,12 @@ def test_run(
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
     chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
     with files_may_have_moved():
-        model = new_model(task)
+        model = new_model(task, seed=spec.seed)
     model.to(world.device)
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
+    world.seed_also(python_and_numpy())  # there is no dry run, which would find what is used
     sets = chosen_test_sets(test_sets(task, drawn_alike(spec, task.test_data)), data)
     if not any(part.rows for part in sets):
         raise SpecError("task.test: has no rows, so there is nothing to test. Give the task some.")

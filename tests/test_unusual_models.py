@@ -1,0 +1,124 @@
+"""Models, steps and streams that draw, change or use something only later or elsewhere."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import own_steps
+import pytest
+import torch
+import unusual_models
+from commands import evenstep
+from jobs import difference, rows_of, same_bits, spec_of, train_in_process, weights
+from processes import ProcessesFailed
+
+import service
+
+HERE = Path(unusual_models.__file__)
+
+
+def job(factory: str, **sections: Any) -> dict[str, Any]:
+    return (
+        spec_of("")
+        | {
+            "task": f"{HERE}:{factory}",
+            "batch": {"global_batch": 23, "micro_batch": 5},  # five of them, the last of 3 rows
+            "length": {"steps": 12},
+            "test": {"every_steps": 6, "micro_batch": 7},
+        }
+        | sections
+    )
+
+
+UNUSUAL = [
+    ("late_draws", {}),
+    ("random_update", {}),
+    *(("stream", {"kind": kind}) for kind in ("shuffled", "by_epoch", "skipping", "noisy")),
+    ("learned_temperature", {}),
+    ("supervised_contrast", {}),
+    ("buffer_of_update", {}),
+]
+
+
+@pytest.mark.parametrize(("factory", "arguments"), UNUSUAL)
+def test_neither_the_number_of_processes_nor_a_stop_changes_anything(
+    processes, tmp_path, factory, arguments
+):
+    spec = job(factory, task_args=arguments)
+    for count in (1, 3):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "3") < 1e-12
+    for one, three in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "3"), strict=True):
+        assert one == pytest.approx(three, rel=1e-9, abs=1e-9)
+    for count, of in ((1, 1), (3, 3)):
+        for stop in (5, None):
+            processes(count).run(train_in_process, spec, tmp_path / f"cut-{of}", stop)
+        whole, cut = weights(tmp_path / str(of)), weights(tmp_path / f"cut-{of}")
+        assert same_bits(whole, cut)
+
+
+@pytest.mark.parametrize("sections", [{"exactness": "bitwise"}, {"exchange": {"mode": "sharded"}}])
+def test_a_parameter_that_only_a_loss_of_all_rows_uses_is_trained(processes, tmp_path, sections):
+    spec = job("learned_temperature", task_args={"shape": [1]}, **sections)
+    for count in (1, 2):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
+    assert abs(weights(tmp_path / "1")["scale"].item() - 1) > 1e-3
+
+
+@pytest.mark.parametrize("factory", ["fourier", "noisy_in_numpy"])
+def test_a_test_of_a_run_measures_what_the_run_did(processes, tmp_path, factory):
+    processes(1).run(train_in_process, job(factory), tmp_path / "runs")
+    done = evenstep("test", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = {k: v for k, v in rows_of(tmp_path / "runs")[-1].items() if k.startswith("test/")}
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(measured)
+
+
+def test_a_model_of_a_run_is_the_one_that_was_trained(processes, tmp_path):
+    processes(1).run(train_in_process, job("fourier"), tmp_path)
+    before = random.getstate(), torch.get_rng_state()
+    model = service.read_history(tmp_path / "job").model()
+    assert (random.getstate(), torch.get_rng_state().tolist()) == (before[0], before[1].tolist())
+    rows, labels = own_steps.classified()[1].tensors
+    with torch.no_grad():
+        accuracy = model(rows).argmax(1).eq(labels).double().mean().item()
+    assert accuracy == pytest.approx(rows_of(tmp_path)[-1]["test/accuracy"])
+
+
+@pytest.mark.parametrize("factory", ["late_buffer", "taught"])
+def test_what_several_processes_cannot_keep_equal_is_refused_by_name(processes, tmp_path, factory):
+    told = {
+        "late_buffer": "The buffers mean began to change after the first pass of the run",
+        "taught": "the forward pass itself changes teacher.0.weight, teacher.0.bias",
+    }[factory]
+    with pytest.raises(ProcessesFailed, match=re.escape(told)) as failed:
+        processes(2).run(train_in_process, job(factory), tmp_path / "2")
+    assert str(failed.value).count(told) >= 2, "both processes end with it"
+    for stop in (5, None):
+        processes(1).run(train_in_process, job(factory), tmp_path / "1", stop)
+    processes(1).run(train_in_process, job(factory), tmp_path / "whole")
+    assert same_bits(weights(tmp_path / "1"), weights(tmp_path / "whole"))
+
+
+def test_a_buffer_of_each_process_may_begin_to_change_at_any_time(processes, tmp_path):
+    spec = job("late_buffer", model={"buffers": "local"})
+    processes(2).run(train_in_process, spec, tmp_path)
+    assert len(rows_of(tmp_path)) == 12
+
+
+def test_a_check_tells_what_needs_one_process(tmp_path):
+    (tmp_path / "job.yaml").write_text(json.dumps(job("taught")))
+    looked = evenstep("check", "job.yaml", cwd=tmp_path)
+    assert looked.returncode == 0, looked.stderr
+    assert "the forward pass itself changes teacher.0.weight" in looked.stdout + looked.stderr
+
+
+def test_values_of_sparse_gradients_are_clipped(processes, tmp_path):
+    for count, most in ((1, 0.01), (2, 0.01), (1, 1000.0)):
+        spec = job("bags", max_grad_value=most, optimizer={"name": "sgd", "lr": 0.1})
+        processes(count).run(train_in_process, spec, tmp_path / f"{count}-{most}")
+    assert difference(tmp_path / "1-0.01", tmp_path / "2-0.01") < 1e-12
+    assert difference(tmp_path / "1-0.01", tmp_path / "1-1000.0") > 1e-3

@@ -1,0 +1,275 @@
+"""Tasks whose models, steps and streams do something that the dry run does not see, or rarely."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from own_steps import classified, points
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset, TensorDataset
+
+from service.data.batches import Batch
+from service.data.losses import Loss, StepContext
+from service.data.task import Task, custom, supervised
+
+
+def network() -> nn.Module:
+    layers = nn.Linear(6, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+# ---- random numbers
+
+
+class Fourier(nn.Module):
+    """Random features, which are no part of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("waves", torch.randn(6, 16).double(), persistent=False)
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(torch.sin(rows @ self.waves))
+
+
+def fourier() -> Task:
+    train, test = classified()
+    return supervised(model=Fourier, train=train, test=test, measures=("accuracy",))
+
+
+class NoisyInNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(rows + torch.from_numpy(np.random.randn(*rows.shape)))
+
+
+def noisy_in_numpy() -> Task:
+    train, test = classified()
+    return supervised(model=NoisyInNumpy, train=train, test=test, measures=("accuracy",))
+
+
+def late_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+    rows: Any = batch.inputs
+    if context.step >= 4:
+        rows = rows + 0.3 * torch.from_numpy(np.random.randn(*rows.shape)) + random.random()
+    return {"ce": cross_entropy(model(rows), batch.targets)}
+
+
+def late_draws() -> Task:
+    """Draws from numpy and Python long after the dry run."""
+    train, test = classified()
+    return custom(step=late_step, model=network, train=train, test=test)
+
+
+def shrink_at_random(model: nn.Module, context: StepContext) -> None:
+    if random.random() < 0.5:
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+
+
+def plain_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+    return {"ce": cross_entropy(model(batch.inputs), batch.targets)}
+
+
+def random_update() -> Task:
+    train, test = classified()
+    return custom(
+        step=plain_step, model=network, train=train, test=test, after_update=shrink_at_random
+    )
+
+
+# ---- streams
+
+
+class Rows(IterableDataset):
+    def __init__(self) -> None:
+        self.rows = points()[:71].double()
+
+    def row(self, number: int) -> tuple[Tensor, int]:
+        values = self.rows[number]
+        return values, int(values[0] > 0) + int(values[1] > 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(self.row, range(71))
+
+
+class Shuffled(Rows):
+    """Draws the order of an epoch when it begins, and not when the first row is read."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        order = list(range(71))
+        random.shuffle(order)
+        return map(self.row, order)
+
+
+class ShuffledByEpoch(Shuffled):
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Skipping:
+    def __init__(self, rows: list[tuple[Tensor, int]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Skipping:
+        return self
+
+    def __next__(self) -> tuple[Tensor, int]:
+        if not self.rows:
+            raise StopIteration
+        return self.rows.pop(0)
+
+    def skip(self, count: int) -> int:
+        passed = min(count, len(self.rows))
+        del self.rows[:passed]
+        return passed
+
+
+class ShuffledWithSkip(Shuffled):
+    def __iter__(self) -> Skipping:
+        return Skipping(list(super().__iter__()))
+
+
+def noisy(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    inputs = torch.stack([values for values, _ in rows])
+    return inputs + 0.5 * torch.randn_like(inputs), torch.tensor([label for _, label in rows])
+
+
+def stream(kind: str) -> Task:
+    kinds = {"shuffled": Shuffled, "by_epoch": ShuffledByEpoch, "skipping": ShuffledWithSkip}
+    _, test = classified()
+    if kind == "noisy":
+        return supervised(model=network, train=Rows(), test=test, collate=noisy)
+    return supervised(model=network, train=kinds[kind](), test=test)
+
+
+# ---- losses of all rows
+
+
+class Contrast(nn.Module):
+    """Two towers, with a learned temperature that only the loss uses."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(self.one(rows)), F.normalize(self.other(rows))
+
+
+def learned_temperature(shape: tuple[int, ...] = ()) -> Task:
+    def step(model: Any, batch: Batch, context: StepContext) -> dict[str, Loss]:
+        def contrast(one: Tensor, other: Tensor) -> Tensor:
+            logits = one @ other.T * model.scale.exp()
+            return cross_entropy(logits, torch.arange(len(one)))
+
+        [rows] = batch.inputs
+        return {"contrast": Loss.of_all_rows(contrast, *model(rows))}
+
+    rows = points().double()
+    train, test = TensorDataset(rows[:71]), TensorDataset(rows[71:])
+    return custom(step=step, model=lambda: Contrast(tuple(shape)).double(), train=train, test=test)
+
+
+def by_label(features: Tensor, labels: Tensor) -> Tensor:
+    features = F.normalize(features)
+    same = (labels[:, None] == labels).double()
+    return -((features @ features.T / 0.5).log_softmax(1) * same).sum(1) / same.sum(1)
+
+
+def by_label_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:
+    return {"contrast": Loss.of_all_rows(by_label, model(batch.inputs), batch.targets)}
+
+
+def supervised_contrast() -> Task:
+    train, test = classified()
+    return custom(step=by_label_step, model=network, train=train, test=test)
+
+
+# ---- buffers and parameters that the forward pass changes
+
+
+class Centred(nn.Module):
+    """Keeps a mean of the rows, which moves only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3).double()
+        self.register_buffer("mean", torch.zeros(6).double())
+
+    def forward(self, rows: Tensor, moves: bool = False) -> Tensor:
+        if moves:
+            with torch.no_grad():
+                self.mean.lerp_(rows.mean(0), 0.3)
+        return self.head(rows - self.mean)
+
+
+def centre_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+    moves = context.training and context.step >= 3
+    return {"ce": cross_entropy(model(batch.inputs, moves), batch.targets)}
+
+
+def late_buffer() -> Task:
+    train, test = classified()
+    return custom(step=centre_step, model=Centred, train=train, test=test)
+
+
+def move_mean(model: Any, context: StepContext) -> None:
+    model.mean += 0.01 * context.step
+
+
+def buffer_of_update() -> Task:
+    """The same buffer, changed where every process does the same."""
+    train, test = classified()
+    return custom(step=plain_step, model=Centred, train=train, test=test, after_update=move_mean)
+
+
+class Taught(nn.Module):
+    """Lets a teacher follow its student in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = network(), network().requires_grad_(False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+                for old, new in pairs:
+                    old.lerp_(new, 0.1)
+        return self.student(rows) + self.teacher(rows)
+
+
+def taught() -> Task:
+    train, test = classified()
+    return supervised(model=Taught, train=train, test=test)
+
+
+# ---- sparse gradients
+
+
+def bags() -> Task:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(11, (103, 4), generator=generator)
+    labels = rows[:, 0] % 3
+
+    def model() -> nn.Module:
+        embedding = nn.EmbeddingBag(11, 6, sparse=True, mode="sum")
+        return nn.Sequential(embedding, nn.Linear(6, 3)).double()
+
+    train, test = (TensorDataset(rows[at], labels[at]) for at in (slice(71), slice(71, None)))
+    return supervised(model=model, train=train, test=test)
