@@ -360,6 +360,79 @@ def test_a_job_that_exists_is_named_with_its_runs(tmp_path: Path) -> None:
     assert f"Stop it with evenstep slurm cancel digits --runs {runs}, or" in done.stderr
 
 
+ENDED_0 = "JobId=36 ArrayJobId=36 ArrayTaskId=0 JobState=COMPLETED ExitCode=0:0\n"
+ENDED_1 = "JobId=37 ArrayJobId=36 ArrayTaskId=1 JobState=FAILED ExitCode=42:0\n"
+FAILED = "36_1 has ended with 42 (would fail again)"
+FORGOTTEN = "36_0 has ended, and Slurm no longer knows how"
+OF_A_SWEEP = {  # Slurm's commands: the job 36_1 ends first, and squeue is asked for the 5th time
+    "sbatch": "echo 36",
+    "squeue": """n=$(cat asked); echo $((n + 1)) >asked
+        [ "$n" -gt 3 ] || [ "$n" = 0 ] || cat job-0
+        [ "$n" != 1 ] || cat job-1""",
+    "scontrol": '[ "$(cat asked)" -gt 4 ] && cat later || cat now',
+}
+
+
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        (ENDED_1 + ENDED_0, f"1 of 2 jobs are done; {FAILED}"),
+        (ENDED_0, f"1 of 2 jobs are done; {FAILED}"),  # Slurm has forgotten the first
+        ("", f"0 of 2 jobs are done; {FORGOTTEN}; {FAILED}"),
+    ],
+)
+def test_a_failed_job_of_a_sweep_fails_the_wait(tmp_path: Path, later: str, told: str) -> None:
+    for name, text in OF_A_SWEEP.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for task in range(2):
+        comment = tmp_path / "runs/.slurm/digits"
+        cells = (f"36_{task}", "RUNNING", "1:00", "2:00", "1", "n1", str(comment), "None")
+        (tmp_path / f"job-{task}").write_text("\t".join(cells) + "\n")
+    (tmp_path / "asked").write_text("0")
+    (tmp_path / "now").write_text(ENDED_1 + ENDED_0.replace("COMPLETED", "RUNNING"))
+    (tmp_path / "later").write_text(later)
+    words = ("slurm", "submit", "digits", "slurm={nodes: 1}", "--sweep", "seed=1,2", "--wait")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = evenstep(*words, cwd=tmp_path, PATH=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"digits: {told}\n" in done.stdout
+    (tmp_path / "runs/.slurm/digits/failures-36_1").write_text("1\n137\n")
+    status = evenstep("slurm", "status", "digits", cwd=tmp_path, PATH=path)
+    assert status.returncode == 0, status.stderr
+    assert "  36_1 failed 2 times, the last with 137 (killed" in status.stdout
+
+
+def test_a_comment_of_another_job_may_have_any_bytes(tmp_path: Path) -> None:
+    path = one_job(tmp_path, tmp_path / "runs")
+    with open(tmp_path / "answer", "ab") as answer:
+        answer.write(b"8\tRUNNING\t1:00\t2:00\t1\tn1\tcaf\xe9\tNone\n")
+    done = evenstep("slurm", "status", "digits", cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("digits: job 7 is running")
+
+
+def test_a_command_of_slurm_that_cannot_be_started_is_reported(tmp_path: Path) -> None:
+    path = one_job(tmp_path, tmp_path / "runs")
+    (tmp_path / "squeue").write_text("#!/nowhere/sh\n")
+    done = evenstep("slurm", "status", "digits", cwd=tmp_path, PATH=path)
+    assert done.returncode == 1
+    assert done.stderr == "error: squeue cannot be started: No such file or directory.\n"
+
+
+@pytest.mark.parametrize(("nodes", "shown"), [(1, "5: epoch five\n"), (2, "")])
+def test_a_number_before_a_line_is_a_label_only_with_several_nodes(
+    tmp_path: Path, nodes: int, shown: str
+) -> None:
+    path = one_job(tmp_path, tmp_path / "runs")
+    place = tmp_path / "runs/.slurm/digits"
+    (place / "job.sh").write_text(render(Script(job(nodes=nodes), tmp_path / "runs", 120.0)))
+    (place / "log-7").write_text("5: epoch five\n")
+    done = evenstep("slurm", "logs", "digits", cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [("status", ""), ("logs", "../x"), *(("cancel", each) for each in ("", "a/b", "x/job.yaml"))],

@@ -14,9 +14,10 @@ import click
 from launch.engines.contract import Say, code_in_words, progress_in
 from launch.engines.settings import settings_of
 from launch.engines.slurm.queue import (
+    Ends,
     SlurmError,
     asked,
-    ending_of,
+    ends_of,
     jobs_of,
     submitted,
 )
@@ -37,6 +38,7 @@ from service.spec.models import Spec
 
 _POLL_SECONDS = 2.0
 _LAST_LINES = 200
+_MOST_ENDS = 10
 _MOST_BYTES = 4 << 20
 _LABELLED = re.compile(r"(\d+): (.*)")
 
@@ -124,11 +126,18 @@ class Slurm:
 
     def _wait(self, name: str, runs: Path, number: str, say: Say) -> None:
         place = place_of(runs.absolute(), name)
-        while jobs_of(place):
+        seen: set[str] = set()
+        ends: Ends = {}
+        while there := {job.number for job in jobs_of(place)}:
+            if seen - there - ends.keys():  # Slurm forgets them before a long sweep has ended
+                ends |= {own: end for own, end in ends_of(number).items() if own not in there}
+            seen |= there
             time.sleep(_POLL_SECONDS)
-        end = ending_of(number)
-        say(f"{name}: {state_in_words(end[0], code=end[1]) if end else 'has ended'}")
-        if end is not None and end[0] != "COMPLETED":
+        ends |= ends_of(number)
+        if len(seen) > 1:
+            ends = {own: ends.get(own, ("UNKNOWN", 0)) for own in seen | ends.keys()}
+        say(f"{name}: {_ended(ends) if ends else 'has ended'}")
+        if any(state != "COMPLETED" for state, _ in ends.values()):
             raise SlurmError(f"See: {_command('logs', name, runs)}")
 
     def status(self, name: str, *, complain: Say, runs: Path) -> Iterator[str]:
@@ -139,8 +148,8 @@ class Slurm:
         for job in jobs:
             yield f"{name}: job {job.number} {state_in_words(job.state, job.reason)} ({job.told})"
         if not jobs:
-            end = ending_of(last) if last else None
-            told = state_in_words(end[0], code=end[1]) if end else "is not in the queue"
+            ends = ends_of(last) if last else {}
+            told = _ended(ends) if ends else "is not in the queue"
             yield f"{name}: {f'job {last}' if last else 'it'} {told}"
         yield from _failures(place, last)
         log = _log(place, last)
@@ -169,8 +178,9 @@ class Slurm:
             which = "an earlier log" if previous else "a log"
             see = _command("status", name, runs)
             raise SlurmError(f"{name} does not have {which} yet. See: {see}")
+        labels = re.search(r"^srun .* --label\b", _text_of(place / "job.sh"), re.M) is not None
         for line in _lines_of(files[-wanted], place if follow else None):
-            found = _LABELLED.fullmatch(line)
+            found = _LABELLED.fullmatch(line) if labels else None
             of_node, words = (int(found[1]), found[2]) if found else (0, line)
             spoke, text = spoken(words)
             if node is not None:
@@ -192,6 +202,21 @@ class Slurm:
             asked("scancel", "--batch", "--signal=USR2", *running)
             return f"{name} is stopping with a checkpoint; submit it again to continue."
         return f"{name} is out of the queue; submit it again to continue."
+
+
+def _ended(ends: Ends) -> str:
+    """How a job has ended; of the jobs of an array, how many are done, and how others ended."""
+    if len(ends) == 1:
+        ((state, code),) = ends.values()
+        return state_in_words(state, code=code)
+    others = {number: end for number, end in ends.items() if end[0] != "COMPLETED"}
+    told = [f"{len(ends) - len(others)} of {len(ends)} jobs are done"]
+    for number in sorted(others, key=lambda number: (len(number), number))[:_MOST_ENDS]:
+        state, code = others[number]
+        told.append(f"{number} {state_in_words(state, code=code)}")
+    if len(others) > _MOST_ENDS:
+        told.append(f"and {len(others) - _MOST_ENDS} more")
+    return "; ".join(told)
 
 
 def _command(verb: str, name: str, runs: Path) -> str:

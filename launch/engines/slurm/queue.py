@@ -61,15 +61,26 @@ def _read(told: str) -> Iterator[tuple[QueuedJob, str]]:
             yield QueuedJob(number, state, has_run, has_left, nodes, hosts, reason), comment
 
 
-def ending_of(number: str) -> tuple[str, int] | None:
-    """(state, exit code) of a job that has ended, while the controller still has it."""
+Ends = dict[str, tuple[str, int]]
+"""(state, exit code) of jobs that have ended, by their number: `12`, or `12_3` in an array."""
+
+
+def ends_of(number: str) -> Ends:
+    """The ends of a job, or of all jobs of an array, that the controller still has.
+
+    Slurm forgets a job some minutes after its end. Of a job that has not ended, its state now.
+    """
     try:
         told = asked("scontrol", "--oneliner", "show", "job", number)
     except SlurmError:
-        return None  # Slurm forgets it some minutes after its end
-    facts = dict(word.partition("=")[::2] for word in told.split())
-    code = facts.get("ExitCode", "").partition(":")[0]
-    return facts.get("JobState", ""), int(code) if code.isdecimal() else 0
+        return {}
+    ends: Ends = {}
+    for line in told.splitlines():  # one for each job of an array
+        facts = dict(word.partition("=")[::2] for word in line.split())
+        code = facts.get("ExitCode", "").partition(":")[0]
+        own = f"{number}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else number
+        ends[own] = facts.get("JobState", ""), int(code) if code.isdecimal() else 0
+    return ends
 
 
 def submitted(script: Path) -> str:
@@ -99,7 +110,8 @@ def asked(*words: str) -> str:
             words,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # squeue also prints comments of jobs that are not ours
             timeout=_ANSWER_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
@@ -107,6 +119,8 @@ def asked(*words: str) -> str:
             f"{words[0]} has not answered in {_ANSWER_SECONDS:g} s. Is the controller up? See: "
             "scontrol ping"
         ) from error
+    except OSError as error:
+        raise SlurmError(f"{words[0]} cannot be started: {error.strerror or error}.") from error
     if done.returncode == 0:
         return done.stdout.strip()
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

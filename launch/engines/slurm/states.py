@@ -20,6 +20,7 @@ _STATES = {
     "OUT_OF_MEMORY": "was killed for its memory: raise slurm.memory, or use a smaller "
     "batch.micro_batch",
     "DEADLINE": "reached its deadline",
+    "UNKNOWN": "has ended, and Slurm no longer knows how",
     "BOOT_FAIL": "has a node that did not start",
 }
 # Slurm's reasons, and their meaning or what to do about them. The first match counts.
