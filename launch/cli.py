@@ -185,9 +185,14 @@ def _start_in_store(
 ) -> NoReturn:
     """Bring the run of an address here, train it in processes, upload it; exit with their code."""
     from launch.processes.in_store import followed, kept_in_store, require_supported, uploaded
+    from launch.processes.under_torchrun import seconds_to_stop, train_in_child, trained_in
     from service.health.stop_budget import budget_seconds
 
     require_supported(address, spec, place, node)
+    if place is not None:
+        if (runs := trained_in(address / spec.name, place)) is not None:
+            _start(job_in(runs), place, **starting)
+        die_with_parent()
     several = node is not None and node.nodes > 1
     if node is not None and several and node.index > 0:
         from launch.nodes.node import run_node
@@ -200,6 +205,8 @@ def _start_in_store(
         job = job_in(uploading.runs)
 
     def train() -> int:
+        if place is not None:
+            return train_in_child(uploading.runs)
         if node is not None and several:
             from launch.nodes.node import run_node
 
@@ -210,7 +217,9 @@ def _start_in_store(
         address / spec.name,
         uploading,
         train,
-        budget_seconds=lambda: budget_seconds(spec, job.directory()),
+        budget_seconds=(
+            seconds_to_stop if place else lambda: budget_seconds(spec, job.directory())
+        ),
     )
     leave(note_exit_code(code))
 

@@ -18,6 +18,8 @@ RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
 """Set if our launcher has the store: the prefix of this attempt's keys."""
 STORE_FILE = "EVENSTEP_STORE_FILE"
 """The path of that store, if it is a file of the launcher's."""
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""The variable of torchrun's --shutdown-timeout."""
 MOST_PROCESSES = "EVENSTEP_MOST_PROCESSES"
 """Set in a job with elastic nodes: the processes that it has with most nodes."""
 
@@ -207,7 +209,7 @@ class Group:
 def torchrun_grace() -> GracePeriod:
     """The time that the torchrun of this process allows for a stop."""
     words = [word.partition("=") for word in psutil.Process(os.getppid()).cmdline()]
-    said = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    said = os.environ.get(SHUTDOWN_TIMEOUT, "30")
     for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
         if name.replace("_", "-") == "--shutdown-timeout":
             said = value or following

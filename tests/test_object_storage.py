@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
-from injuring import until
+from injuring import descendants, is_alive, until
 from stored import (
     Dying,
     Killed,
@@ -137,18 +137,80 @@ def test_a_killed_run_goes_on_with_the_same_bits_on_an_empty_machine(
 
 
 def test_what_cannot_live_in_a_store_yet_is_refused_by_name(place, address):
-    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     torchrun |= {"MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "1"}
     nodes = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"}
     nodes |= {"PET_MASTER_ADDR": "127.0.0.1"}
     sharded = "exchange={mode: sharded}"
     for variables, words, told in (
-        (torchrun, (), "torchrun cannot"),
+        (torchrun, (), "torchrun can start such a run on one machine only"),
         (nodes, (sharded,), "with exchange.mode=sharded the 2 nodes would each write a part"),
     ):
         done = evenstep("run", "job.yaml", *words, "--runs", str(address), cwd=place, **variables)
         assert done.returncode == SpecError.exit_code, done.stderr
         assert told in done.stderr
+
+
+def under_torchrun(place, address, scratch, client, *words, **variables):
+    """Start the job on two processes of torchrun, with this scratch directory."""
+    command = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launch", "run")
+    variables |= client.variables | {"EVENSTEP_SCRATCH": str(scratch)}
+    return start(
+        (*command, "job.yaml", TWO, *words, "--runs", str(address)),
+        cwd=place,
+        env=CLEAN | variables | {"EVENSTEP_LEASE_SECONDS": "1.5"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+TWO = "batch={global_batch: 7, micro_batch: 4}"
+
+
+def test_a_run_of_torchrun_goes_on_with_the_same_bits_after_a_kill(
+    place, address, client, tmp_path
+):
+    whole = evenstep("run", "job.yaml", TWO, "--processes", "2", "--runs", "two", cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    hold = {"HOLD_AT_ROWS": "40", "GO_ON_WITH": str(tmp_path / "never")}
+    killed = under_torchrun(place, address, tmp_path / "a", client, **hold)
+    try:
+        until(lambda: newest_step(address) == 8, "step 8 in the store", of=killed)
+        below = descendants(killed.pid)
+        assert len(below) > 2, "rank 0, its child and rank 1"
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        told, _ = killed.communicate(timeout=DEADLINE_SECONDS)
+    until(lambda: not any(map(is_alive, below)), "the end of all that it started")
+
+    done = under_torchrun(place, address, tmp_path / "b", client)
+    told, _ = done.communicate(timeout=DEADLINE_SECONDS)
+    assert done.returncode == 0, told
+    assert "Resuming after step 8" in told
+    assert f"Everything is in {address}/job." in told
+    at_end = brought_back(address, tmp_path / "end")
+    compared = compare(find_run(place / "two/job"), at_end, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
+    assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
+
+
+def test_a_stop_of_torchrun_is_saved_and_uploaded(place, address, client, tmp_path):
+    long = ("length.steps=100000", "checkpoint.every_steps=100", "tracking.log_every_steps=100")
+    stopped = under_torchrun(place, address, tmp_path / "a", client, *long)
+    try:
+        until(lambda: newest_step(address), "a step in the store", of=stopped)
+        stopped.send_signal(signal.SIGTERM)
+    except BaseException:
+        stopped.kill()
+        raise
+    told, _ = stopped.communicate(timeout=DEADLINE_SECONDS)
+    assert f"Everything is in {address}/job." in told
+    at_end = brought_back(address, tmp_path / "end")
+    facts = at_end.read_facts()
+    assert facts["state"] == "stopped"
+    assert facts["attempts"][-1]["to_step"] == newest_step(address)
+    assert json.loads(store_at(address / "job").get("lease/000001.json"))["released"]
 
 
 def on_nodes(place, address, scratch, server, port, *words):

@@ -5,6 +5,8 @@ From top to bottom; a room imports only from rooms below it:
 * local: runs N processes on this machine and returns the exit code of the root cause.
 * fork_server: imported only by the fork server, before torch: binds it to its launcher.
 * warm_start: work that starts before the command is parsed, for an earlier first step.
+* under_torchrun: a run in a store that torchrun has started: rank 0 trains in a child, and its
+  parent uploads.
 * terminal: standard output and standard error that survive the loss of their reader.
 * in_store: A run that lives in an object store: what its launcher does before and after the
   processes.

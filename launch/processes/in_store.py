@@ -32,11 +32,11 @@ def require_supported(
     Raises:
         SpecError: names it.
     """
-    if place is not None:
+    if place is not None and place.local_world_size < place.world_size:
         raise SpecError(
-            f"--runs {address}: torchrun cannot start such a run yet. Start it with `evenstep run "
-            "--processes N` on each machine (with PET_NNODES for several machines), or give --runs "
-            "a directory that all of them share."
+            f"--runs {address}: torchrun can start such a run on one machine only, because each "
+            "machine must bring what the first one has published. Start it with `evenstep run` on "
+            "each machine (with PET_NNODES), or give --runs a directory that all of them share."
         )
     if node is None or node.nodes == 1:
         return

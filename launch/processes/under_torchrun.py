@@ -1,0 +1,82 @@
+"""A run in a store that torchrun has started: rank 0 trains in a child, and its parent uploads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from launch.environment import SHUTDOWN_TIMEOUT, Environment, torchrun_grace
+from launch.processes.signals import heard
+from service.basics.errors import EvenstepError, Stopped
+from service.health.stop_request import PARENT, stop_on_signals
+from service.storage.address import Address
+from service.storage.scratch import scratch_runs
+
+_BROUGHT = "EVENSTEP_BROUGHT_TO"
+"""Set for the child of rank 0: the directory of runs to which its parent has brought the run."""
+_LOOK_SECONDS = 0.1
+_LEAVING_SECONDS = 1.0
+
+
+def trained_in(run: Address, place: Environment) -> Path | None:
+    """The directory of runs in which this process trains; None if its child does.
+
+    The ranks other than 0 need nothing there before all of them have connected, and rank 0
+    connects when the run has been brought.
+    """
+    brought = os.environ.pop(_BROUGHT, None)
+    if brought is not None:
+        return Path(brought)
+    return scratch_runs(run) if place.rank else None
+
+
+def train_in_child(runs: Path) -> int:
+    """Run this command again in a child that trains in this directory; its exit code.
+
+    So rank 0 never waits for an upload: the threads that upload are in another process.
+
+    Raises:
+        EvenstepError: it cannot be started.
+    """
+    seconds = str(torchrun_grace().seconds)  # the child could not ask torchrun
+    variables = {PARENT: str(os.getpid()), _BROUGHT: str(runs), SHUTDOWN_TIMEOUT: seconds}
+    with stop_on_signals(heard):
+        if heard.requested:
+            return Stopped.exit_code
+        try:
+            child = subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]],
+                env=os.environ | variables,
+                start_new_session=True,  # a signal to the whole group reaches it once, from here
+            )
+        except OSError as error:
+            raise EvenstepError(f"this machine starts no process: {error.strerror}.") from error
+        try:
+            return _end_of(child)
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            return 128 + signal.SIGINT
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> int:
+    """Wait for its end, and hand on a request to stop; its exit code as in a shell."""
+    handed_on: int | None = None
+    while child.poll() is None:
+        if handed_on is None and heard.signal_name is not None:
+            handed_on = signal.Signals[heard.signal_name]
+            child.send_signal(handed_on)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_LOOK_SECONDS)
+    if handed_on is not None and child.returncode == -handed_on:  # before it could handle it
+        return Stopped.exit_code
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def seconds_to_stop() -> float:
+    """How long the whole stop of this process may take before torchrun kills it."""
+    return max(0.0, torchrun_grace().seconds - _LEAVING_SECONDS)
