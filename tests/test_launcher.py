@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from chaos.campaign import spec_of
+from commands import evenstep
 from injuring import (
     DEADLINE_SECONDS,
     descendants,
@@ -69,6 +70,44 @@ def test_the_root_cause_comes_first_with_its_traceback_and_its_code(tmp_path):
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(files) > 5
     assert not [path for path in files if b"k" * 40 in path.read_bytes()], "the key is nowhere"
+
+
+LEAVES = """
+import os
+from service.recipes import digits
+from service.task import supervised
+
+passes = 0
+
+def left(model, inputs):
+    global passes
+    passes += model.training
+    if passes == 20 and os.environ["RANK"] == "1":
+        print("a library gives up", flush=True)
+        os._exit(9)
+
+def network():
+    model = digits.network(8, 0.25)
+    model.register_forward_pre_hook(left)
+    return model
+
+def task():
+    train, test = digits.split_by_class(*digits.load())
+    return supervised(model=network, train=train, test=test, measures=("accuracy",))
+"""
+
+
+def test_a_rank_that_a_library_ends_is_named_with_its_code(tmp_path):
+    """Not the loss that its peer reports."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    words = ("run", "digits", "task=./leaves.py:task", "task_args={}", "--processes", 2)
+    done = evenstep(*words, cwd=tmp_path)
+    assert done.returncode == 9, done.stderr
+    assert "error: rank 1 ended with code 9.\n" in done.stderr
+    (report,) = (tmp_path / "runs/digits/failures").glob("*.json")
+    report = json.loads(report.read_text())
+    assert (report["rank"], report["message"]) == (1, "error: rank 1 ended with code 9.")
+    assert "a library gives up" in report["stacks"]
 
 
 @pytest.mark.parametrize("moment", ["rehearsal", "forward"])

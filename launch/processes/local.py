@@ -225,7 +225,10 @@ def _bring_reports(notes: Path, directory: RunDirectory) -> None:
 def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
     """The cause, completed and written to a file for a process that could not report itself."""
     rank = next((r for r in agent.ranks if r.number == cause.rank), None)
-    if rank is None or (rank.killed_by is None and not rank.ended_by_us and rank.ended != 1):
+    if rank is None:
+        return cause
+    spoke = rank.number in _noted(notes)
+    if spoke and rank.killed_by is None and not rank.ended_by_us:
         return cause
     directory = job.directory()
     place = directory.logs if directory.logs.exists() else notes
@@ -233,11 +236,11 @@ def _explained(cause: Cause, agent: Agent, job: Any, notes: Path) -> Cause:
     known = beat if beat and beat.get("process") == rank.process.pid else {}
     files = (place / f"rank-{rank.number}.{kind}" for kind in ("stacks", "log"))
     stacks = "\n".join(filter(None, map(_last_words, files)))
-    if place != notes and rank.number not in _noted(notes):
+    if place != notes and not spoke:
         told = {"kind": "killed", "message": cause.told, "stacks": stacks, "rank": rank.number}
         write_failure(directory.failures, {**known, **told})
     crashed = rank.killed_by in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
-    held = rank.ended == HUNG and rank.killed_by is None and rank.number not in _noted(notes)
+    held = rank.ended == HUNG and rank.killed_by is None and not spoke
     if held and (mark := _mark(notes, rank.number)).exists():
         cause = replace(cause, told=f"error: rank {rank.number}: {mark.read_text()}")
     return replace(cause, told=f"{stacks}\n{cause.told}") if crashed or held else cause
@@ -365,7 +368,9 @@ def root_cause(
     for rank in silent[:1]:
         assert rank.ended is not None
         code = 128 - rank.ended if rank.ended < 0 else rank.ended
-        told = lost[0] if lost else f"error: rank {rank.number} ended with code {code}."
+        follows = rank.ended_by_us or rank.ended in (STOPPED, PEER_LOST)
+        told = f"error: rank {rank.number} ended with code {code}."
+        told = lost[0] if lost and follows else told
         return Cause(code, told, rank.number)
     if STOPPED in [ending.code for ending in endings]:
         return Cause(STOPPED)
