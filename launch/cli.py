@@ -184,8 +184,8 @@ def _start_in_store(
     **starting: Any,
 ) -> NoReturn:
     """Bring the run of an address here, train it in processes, upload it; exit with their code."""
-    from launch.processes.in_store import followed, kept_in_store, require_supported, uploaded
-    from launch.processes.under_torchrun import seconds_to_stop, train_in_child, trained_in
+    from launch.stored.in_store import followed, kept_in_store, require_supported, uploaded
+    from launch.stored.under_torchrun import seconds_to_stop, train_in_child, trained_in
     from service.health.stop_budget import budget_seconds
 
     require_supported(address, spec, place, node)

@@ -25,7 +25,7 @@ from stored import (
     uploading_of,
 )
 
-from launch.processes.in_store import uploaded
+from launch.stored.in_store import uploaded
 from service.basics.errors import SpecError, Stopped
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.metrics_file import read_metrics

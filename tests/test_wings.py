@@ -30,7 +30,7 @@ WINGS = (  # from top to bottom; a wing imports only from wings below it
 DOOR = ("__init__", "in_place", "in_processes", "results", "task", "recipes")
 """What a user imports: it stands above every wing."""
 WITH_TORCH = WINGS[: WINGS.index("monitoring")]
-LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "processes", "rank")
+LAUNCH = ("__main__", "cli", "commands", "engines", "nodes", "stored", "processes", "rank")
 LAUNCH += ("slurm_step", "environment")
 SPEAKS = (
     "service/distributed/world.py",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from launch.environment import Environment, Node, meeting_secret
-from launch.processes.following import Following
 from launch.processes.signals import heard
+from launch.stored.following import Following
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.spec.models import Spec
 from service.storage.address import Address
