@@ -237,6 +237,19 @@ def test_ranks_that_cannot_leave_a_note_end_all_the_same(tmp_path, hangs, code):
     assert "1.json could not be written: No such file or directory." in log
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_run_goes_on_when_temporary_files_are_removed(tmp_path, dies):
+    """With all of them the socket of the fork server, which a restart needs."""
+    injuries = [("no temporary files", "forward", 1, 3), ("kill one", "forward", 1, 5)][: 1 + dies]
+    environ = injured(tmp_path, *injuries)
+    with tempfile.TemporaryDirectory(prefix="e-") as place:  # short: sockets lie in it
+        words = ("--processes", 2, "--max-restarts", 1)
+        code, _, err = ended(*words, cwd=tmp_path, TMPDIR=place, **environ)
+    assert code == 0, err
+    assert ("Restarting on 2 processes" in err) is dies
+    assert "Traceback" not in err
+
+
 def test_the_last_words_of_a_rank_are_read_from_any_file(tmp_path):
     log = tmp_path / "log"
     with log.open("wb") as file:

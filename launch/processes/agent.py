@@ -41,6 +41,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from launch.environment import RUN_OF_STORE, STORE_FILE
+from launch.processes.warm_start import ensure_server
 from launch.rank.store import LOOPBACK, close, local_store
 from service.basics.errors import EvenstepError, Stopped
 from service.basics.running_time import RunningClock
@@ -197,6 +198,7 @@ class Agent(SimpleElasticAgent):
     # ---- methods of torch's agent for its processes
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        ensure_server()
         context = multiprocessing.get_context("forkserver")
         spec = worker_group.spec
         assert callable(spec.entrypoint), "rank_spec takes a function"

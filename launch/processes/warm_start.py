@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -112,7 +113,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def begin_server() -> None:
     """Start the fork server, unless it runs; it imports what ranks need, and waits."""
     import multiprocessing
-    from multiprocessing import forkserver, resource_tracker
+    from multiprocessing import forkserver, resource_tracker, util
 
     if _begun_with:
         return
@@ -127,6 +128,34 @@ def begin_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Before multiprocessing removes it, with -100.
+    util.Finalize(None, _make_directory_again, exitpriority=-99)
+
+
+def ensure_server() -> None:
+    """Start another fork server, if something has removed the socket of this one."""
+    from multiprocessing import forkserver
+
+    _make_directory_again()
+    server: Any = forkserver._forkserver
+    address = server._forkserver_address
+    if _begun_with and address is not None and not os.path.exists(address):
+        end_server()
+        begin_server()
+
+
+def _make_directory_again() -> None:
+    """Make multiprocessing's own directory again, if something has removed temporary files.
+
+    A new server puts its socket there, and the exit handler reports a directory that is missing.
+    """
+    from multiprocessing import process
+
+    current: Any = process.current_process()
+    place = current._config.get("tempdir")
+    if place is not None:
+        with suppress(OSError):  # whoever needs the directory reports what is wrong
+            os.makedirs(place, mode=0o700, exist_ok=True)
 
 
 def end_server() -> None:
@@ -137,7 +166,8 @@ def end_server() -> None:
 
     server: Any = forkserver._forkserver
     os.kill(server._forkserver_pid, signal.SIGKILL)
-    server._stop()  # reaps it, so that another one can be started
+    with suppress(FileNotFoundError):  # its socket, which something has removed
+        server._stop()  # reaps it, so that another one can be started
     _begun_with.clear()
 
 

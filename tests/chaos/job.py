@@ -277,6 +277,11 @@ def _remove_the_scratch(injury: dict[str, Any]) -> None:
         shutil.rmtree(scratch)
 
 
+def _remove_temporary_files(injury: dict[str, Any]) -> None:
+    for path in Path(os.environ["TMPDIR"]).iterdir():
+        shutil.rmtree(path)
+
+
 def _slow_the_disk(injury: dict[str, Any]) -> None:
     """From now on it takes as long to sync a few bytes as it takes elsewhere for a gigabyte."""
     _slow.append(0.5)
@@ -312,6 +317,7 @@ INJURIES = {
     "no room": _take_all_room,
     "room again": _give_room_back,
     "no scratch": _remove_the_scratch,
+    "no temporary files": _remove_temporary_files,
     "slow disk": _slow_the_disk,
     "cut a file": _damage,
     "flip a bit": _damage,
