@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import several_models
-from jobs import difference, plan_of, rows_of, spec_of, train_in_process, weights
+from jobs import difference, plan_of, rows_of, same_bits, spec_of, train_in_process, weights
 from processes import Processes, ProcessesFailed
 from test_fitting import rows_that_fit
 from test_own_steps import assert_same_rows
@@ -55,6 +55,24 @@ def test_it_trains_as_a_hand_written_loop_at_any_world_size(processes, tmp_path,
             assert (found[name] - tensor).abs().max() < 1e-12, name
     for count in (2, 3):
         assert_same_rows(tmp_path / "1", tmp_path / str(count))
+
+
+@pytest.mark.parametrize("late", ["every", "unfreeze_at_step"])
+def test_state_that_a_constructor_makes_is_there_before_the_first_turn(processes, tmp_path, late):
+    groups = {"groups": [{"match": "*", "unfreeze_at_step": 4}]} if late != "every" else {}
+    turns = {
+        "critic": {"optimizer": {"name": "sgd", "lr": 0.02}},
+        "generator": {
+            "every": 3 if late == "every" else 1,
+            "optimizer": {"name": "adagrad", "lr": 0.05, "initial_accumulator_value": 0.3} | groups,
+        },
+    }
+    for stop in (2, 7, None):
+        processes(2).run(train_in_process, job("gan", optimizers=turns), tmp_path / "cut", stop)
+    processes(2).run(train_in_process, job("gan", optimizers=turns), tmp_path / "whole")
+    for file in ("model", "optimizer"):
+        whole, cut = (weights(tmp_path / name, file=file) for name in ("whole", "cut"))
+        assert same_bits(whole, cut)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from jobs import difference, rows_of, same_bits, spec_of, train_in_process, weig
 from processes import ProcessesFailed
 
 import service
+from service.distributed.world import alone
 
 HERE = Path(unusual_models.__file__)
 
@@ -114,6 +115,19 @@ def test_a_check_tells_what_needs_one_process(tmp_path):
     looked = evenstep("check", "job.yaml", cwd=tmp_path)
     assert looked.returncode == 0, looked.stderr
     assert "the forward pass itself changes teacher.0.weight" in looked.stdout + looked.stderr
+
+
+def test_attributes_that_change_are_told_of(tmp_path, capsys):
+    train_in_process(alone(), job("counting", length={"steps": 2}), tmp_path)
+    told = capsys.readouterr().out
+    assert "WARNING: calls, mean changes in training, and is an attribute" in told, told
+
+
+def test_a_pass_that_is_only_for_a_collective_leaves_no_statistics(processes, tmp_path):
+    spec = job("normalized_hard", exchange={"mode": "sharded"})  # 3 and 2 micro-batches
+    for count in (1, 2):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
 
 
 def test_values_of_sparse_gradients_are_clipped(processes, tmp_path):

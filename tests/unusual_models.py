@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from own_steps import classified, points
+from own_steps import classified, hard_step, points
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, TensorDataset
@@ -257,6 +257,39 @@ class Taught(nn.Module):
 def taught() -> Task:
     train, test = classified()
     return supervised(model=Taught, train=train, test=test)
+
+
+class Counting(nn.Module):
+    """Counts its passes, and keeps a mean of the rows, in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3).double()
+        self.calls, self.mean, self.width = 0, torch.zeros(6).double(), 6
+        self.latest: Tensor | None = None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls, self.latest = self.calls + 1, rows
+        self.mean = self.mean * 0.9 + 0.1 * rows.detach().mean(0)
+        return self.head(rows - self.mean)
+
+
+def counting() -> Task:
+    train, test = classified()
+    return supervised(model=Counting, train=train, test=test)
+
+
+# ---- losses whose weight only the forward pass shows, with BatchNorm
+
+
+def normalized() -> nn.Module:
+    layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
+def normalized_hard() -> Task:
+    train, test = classified()
+    return custom(step=hard_step, model=normalized, train=train, test=test)
 
 
 # ---- sparse gradients

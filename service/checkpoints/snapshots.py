@@ -405,7 +405,10 @@ def _load_optimizer(
     }
     by_number = {n: _own_rows_of(entries, members[n]) for n, entries in whole.items()}
     own = optimizer.state_dict()["param_groups"]
+    made = dict(optimizer.state)  # by a constructor: it stands for what has not stepped yet
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
+    for parameter, state_of_one in made.items():
+        optimizer.state.setdefault(parameter, state_of_one)
     require_one_state(optimizer)
     windows: list[tuple[Tensor, Tensor]] = []
     for number, entries in whole.items():
@@ -569,8 +572,8 @@ def _require_whole(
             kind = type(steps[id(parameter)])
             if kind is torch.optim.LBFGS or not _is_of_torch(kind):
                 continue
-            if not entries and kind is not torch.optim.Adagrad:
-                continue  # it has not stepped yet; only Adagrad's state exists from the beginning
+            if not entries:
+                continue  # it has not stepped yet
             like = kind, parameter.dim(), parameter.dtype
             if like not in wanted:
                 wanted[like] = _read_in_a_step(*like, group)

@@ -130,8 +130,10 @@ class Normalization:
         """Discard the sums since the last step, such as those of the dry run."""
         if self._gathering:
             # The latest ones too: torch keeps (1 - momentum) of them, and 0 times NaN would stay
-            # NaN.
-            torch._foreach_zero_([t for layer in self._gathering for t in layer.gathered()])
+            # NaN. By `data`: graphs that are still needed have saved these tensors, whose values
+            # a backward pass in training does not read.
+            tensors = [t.data for layer in self._gathering for t in layer.gathered()]
+            torch._foreach_zero_(tensors)
 
     def sums(self) -> list[Tensor]:
         """The sums of the layers between two steps: tensors summed over micro-batches."""

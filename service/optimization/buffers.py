@@ -73,6 +73,45 @@ class BufferValues:
             module._buffers[key] = buffer
 
 
+class PlainState:
+    """The numbers and tensors in attributes of modules, which no checkpoint has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = self._now(model)
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Names of those that another value of the same kind and shape has replaced since."""
+        now = self._now(model)
+        return [
+            name
+            for name, before in self._before.items()
+            if name in now and now[name][0] == before[0] and now[name][1] != before[1]
+        ]
+
+    def _now(self, model: nn.Module) -> dict[str, tuple[object, object]]:
+        """By name (the kind of value, the value); of a tensor which one, and how often written."""
+        found: dict[str, tuple[object, object]] = {}
+        for prefix, module in model.named_modules():
+            for key, value in vars(module).items():
+                name = f"{prefix}.{key}" if prefix else key
+                if type(value) in (int, float):
+                    found[name] = type(value), value
+                elif isinstance(value, Tensor) and not value.is_inference():
+                    found[name] = (value.shape, value.dtype), (id(value), value._version)
+        return found
+
+
+def plain_state_in_words(names: Sequence[str]) -> list[str]:
+    """A warning about attributes of modules that change in training, if there are any."""
+    if not names:
+        return []
+    return [
+        f"WARNING: {_listed(names)} changes in training, and is an attribute, not a buffer: each "
+        "process has its own, and a resumed run starts with the first value again. If the result "
+        "depends on it, use register_buffer."
+    ]
+
+
 def buffers_besides_batchnorm(model: nn.Module) -> list[str]:
     """Names of all buffers that a forward pass might change."""
     return [n for n, module, _, _ in _places(model) if not isinstance(module, _BatchNorm)]

@@ -709,6 +709,8 @@ class Together(torch.optim.Optimizer):
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         self.members = list(members)
         super().__init__([group for member in members for group in member.param_groups], {})
+        for member in self.members:
+            self.state.update(member.state)  # what its constructor made, as Adagrad's does
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test_each
-from service.optimization.buffers import BufferValues, buffers_in_words
+from service.optimization.buffers import BufferValues, buffers_in_words, plain_state_in_words
 from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
@@ -181,7 +181,8 @@ def _stepped(
     state.schedule.set(state.step)
     if isinstance(state.optimizer, Turns):
         state.optimizer.end()
-    for line in buffers_in_words(model, found.moving, spec.model.buffers):
+    told = buffers_in_words(model, found.moving, spec.model.buffers)
+    for line in told + plain_state_in_words(found.plain_state):
         yield ("warning", line[9:]) if line.startswith("WARNING: ") else ("buffers", line)
     if found.unreached:
         names = ", ".join(found.unreached[:8])

@@ -28,7 +28,7 @@ from service.distributed.generators import Seeded, noticing_draws
 from service.distributed.world import World
 from service.evaluation.own_step_test import entries_of_test
 from service.evaluation.test_loop import in_eval_mode
-from service.optimization.buffers import BufferValues, Moving
+from service.optimization.buffers import BufferValues, Moving, PlainState
 from service.optimization.compilation import require_compiled
 from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
@@ -63,6 +63,8 @@ class FirstPass:
     DistributedDataParallel cannot track without `exchange.static_graph`."""
     written: Sequence[str] = ()
     """Parameters that the forward pass changes itself."""
+    plain_state: Sequence[str] = ()
+    """Numbers and tensors in attributes of modules that it changes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class DryRun:
         Raises:
             SpecError: the model, the loss or a measure fails or returns a wrong shape.
         """
-        versions = _versions(model)
+        versions, plain = _versions(model), PlainState(model)
         with (
             self._undone(model) as before,
             noticing_draws() as drawn,
@@ -106,9 +108,10 @@ class DryRun:
             self._shaped(model)
             moving = before.moved()
             written = [n for n, version in _versions(model).items() if versions.get(n) != version]
+            plain_state = plain.changed(model)
             own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
-        names = own_weights, across, tested, nested, written
+        names = own_weights, across, tested, nested, written, plain_state
         return FirstPass(missed, a_row, drawn, moving, *names)
 
     def _counted(self, model: nn.Module) -> tuple[int | None, Tensor] | None:
@@ -305,6 +308,7 @@ def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
         across=listed(lambda found: found.across),
         nested=listed(lambda found: found.nested),
         written=listed(lambda found: found.written),
+        plain_state=listed(lambda found: found.plain_state),
     )
 
 

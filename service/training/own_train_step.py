@@ -115,12 +115,15 @@ class OwnTrainStep(TrainStep):
         table = torch.zeros(  # 0 for those of other processes
             len(self.own_weights), self.plan.micro_batches, dtype=self.world.wide
         ).to(self.world.device)
-        for batch in step.micro_batches:
+        # The one that is only for a collective comes first: then what it left can be forgotten.
+        only = self.plan.micro_batches
+        for batch in sorted(step.micro_batches, key=lambda each: each.number != only):
             self.heartbeat.enter("forward", state.step, batch.number)
             asked = taken[batch.number] = self._begun(state, batch)
             self.stepped(asked)
             assert asked.parts is not None, "it has just run"
-            if batch.number == self.plan.micro_batches:  # only for a collective
+            if batch.number == only:
+                self.updates.forget()
                 continue
             for place, name in enumerate(self.own_weights):
                 if name in asked.parts:

@@ -31,7 +31,7 @@ from service.health.stop_budget import GracePeriod, StopBudget
 from service.health.stop_request import StopRequest
 from service.observability.console import LeadOutput
 from service.observability.other_writers import require_packages
-from service.optimization.buffers import buffers_in_words
+from service.optimization.buffers import buffers_in_words, plain_state_in_words
 from service.optimization.optimizers import Turns
 from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
@@ -145,6 +145,8 @@ def restore(
     resumed_at = state.step if resumed else None
     attempt.say(opening(attempt, state.model, prepared.found.unreached, resumed_at))
     for line in buffers_in_words(state.model, prepared.found.moving, spec.model.buffers):
+        attempt.say(line)
+    for line in plain_state_in_words(prepared.found.plain_state):
         attempt.say(line)
     pinned = copies_late(attempt.world.device)
     saving = saving_in_words(prepared.saved_bytes, spec.checkpoint, pinned=pinned)
