@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from commands import BIN, DEADLINE_SECONDS, command
 from test_report import place  # noqa: F401  # the runs that its fixture makes
 
 from launch.cli import evenstep
@@ -163,6 +165,34 @@ def test_whatever_lies_among_the_files_of_a_job_its_status_is_told(tmp_path: Pat
     assert told("status").exit_code == 0
     done = told("logs")
     assert isinstance(done.exception, EvenstepError) or "not a regular file" in done.output
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "broken link", "socket"])
+def test_a_report_or_predictions_replace_only_a_file(
+    place: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """As root, -o /dev/null replaced the device for all programs of the machine."""
+    monkeypatch.chdir(place)
+    (tmp_path / "precious").write_text("precious")
+    page = tmp_path / "page.csv"
+    if kind == "pipe":
+        os.mkfifo(page)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(page))
+    else:
+        page.symlink_to(tmp_path / ("precious" if kind == "link" else "nothing"))
+    before = os.lstat(page)
+    for words in (["report", "first", "-o", page], ["test", "first", "--predictions", page]):
+        told = command(BIN / "evenstep", *words, cwd=place, timeout=DEADLINE_SECONDS)
+        assert told.returncode == 64, told.stderr
+        assert "it is a link, a pipe or a device, and would be replaced" in told.stderr
+    assert os.path.samestat(os.lstat(page), before)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_report_is_not_written_through_a_link(

@@ -107,6 +107,17 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def require_replaceable(path: Path) -> None:
+    """Refuse a path that a user named, and where a new file would replace what is no file.
+
+    Raises:
+        OSError: there is a link, a pipe, a socket or a device, such as /dev/null.
+    """
+    kind = os.lstat(path).st_mode if is_there(path) else stat.S_IFREG
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a directory cannot be replaced by a file
+        raise OSError(errno.EINVAL, "it is a link, a pipe or a device, and would be replaced")
+
+
 def read_bytes(path: Path, *, at_most: int) -> bytes:
     """The content of a regular file.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from service.basics.atomic_files import told_when_unwritten
+from service.basics.atomic_files import require_replaceable, told_when_unwritten, without_link
 from service.basics.errors import SpecError
 from service.data.batches import Batch
 from service.data.task import Task, logits
@@ -44,6 +44,10 @@ class Predictions:
             )
         if not path.absolute().parent.is_dir():
             raise SpecError(f"--predictions: there is no directory {path.absolute().parent}.")
+        try:
+            require_replaceable(path)
+        except OSError as error:
+            raise SpecError(f"--predictions: {path}: {error.strerror}.") from error
         self._path = path
         self._world = world
         self._predict = getattr(task, "predict", logits)
@@ -78,7 +82,7 @@ class Predictions:
             tensors["targets"] = torch.cat(targets).contiguous()
         partial = self._path.with_name(f".{self._path.stem}.partial{self._path.suffix}")
         with told_when_unwritten(self._path):
-            with partial.open("wb") as file:
+            with open(partial, "wb", opener=without_link) as file:
                 _KINDS[self._path.suffix](file, tensors)
             os.replace(partial, self._path)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.basics.atomic_files import without_link
+from service.basics.atomic_files import require_replaceable, without_link
 from service.basics.errors import SpecError
 from service.observability.charts import COLOURS, Line, chart, short, smoothed, step_axis
 from service.observability.sweeps import Sweep, rows_of, table_of
@@ -51,6 +51,7 @@ def write_report(histories: Sequence[History], file: Path, *, sweeps: Sequence[S
     """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
+        require_replaceable(file)
         text = page(histories, now=time.time(), sweeps=sweeps)
         with open(
             partial, "w", encoding="utf-8", errors="backslashreplace", opener=without_link
