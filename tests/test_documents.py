@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.basics.errors import SpecError
+from service.recipes import find_recipe, recipes
 from service.spec.documents import (
     LARGEST_FILE_BYTES,
     document_of,
     find,
     override,
     read_document,
+    read_values,
     scalar,
 )
 
@@ -297,3 +299,33 @@ def test_neither_a_document_nor_a_spec_needs_torch() -> None:
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+DOCUMENTS = (
+    "a: 1\nb: [1.5, 0o17, .inf, ~, yes, 012, '1', \"x\\n\"]\nc: {d: {e: text}}\n",
+    "a: 'it''s'\nb:\n- >-\n  folded\n  text\n- |\n  kept\n- {}\n- [1_000, 12:30, 2026-11-28]\n",
+    'name: "\u00e9\\u00e9"\nkey with spaces: null\n"1": two\n',
+)
+
+
+@pytest.mark.parametrize("text", DOCUMENTS)
+def test_values_alone_are_those_of_the_document(text: str) -> None:
+    Path("a.yaml").write_text(text)
+    assert read_values("a.yaml") == read_document("a.yaml").values
+
+
+def test_values_alone_of_every_recipe_are_those_of_its_document() -> None:
+    for name in recipes():
+        path = find_recipe(name)
+        assert read_values(path) == read_document(path).values
+
+
+WRONG = ("a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: !!int 1\n", "- 1\n", "a: [\n", "a: \x01\n", "")
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_values_alone_of_what_is_wrong_are_refused_with_its_place(text: str) -> None:
+    Path("a.yaml").write_text(text)
+    with pytest.raises(SpecError) as alone:
+        read_values("a.yaml")
+    assert str(alone.value) == fault_in(text, name="a.yaml")

@@ -8,16 +8,18 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import needs_chromium, opened
 from clients import free_port, get, listens
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
 from injuring import until
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
@@ -178,6 +180,22 @@ def test_a_row_whose_step_or_time_is_none_does_not_end_a_look_at_all_runs(
         assert line_of(now)
 
 
+def test_of_a_long_run_the_latest_losses_and_tests_are_found(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "long", steps=900)
+    for step in range(1, 301):
+        add_row(run, step, **({"test/loss": 0.25, "test/b": step} if step in (20, 40) else {}))
+    for step in (301, 302):  # as another program might write it
+        with run.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "train/loss": "text", "test/loss": None}) + "\n")
+    now = LiveRun(run.path).look()
+    assert (now.step, now.latest["train/loss"]) == (302, 2.0 / 300)
+    assert (now.latest["test/loss"], now.latest["test/b"]) == (0.25, 40)
+    assert now.losses == tuple(2.0 / step for step in range(241, 301))
+    add_row(run, 303, **{"test/b": 7})
+    look = LiveRun(run.path).look()
+    assert (look.latest["test/b"], look.latest["test/loss"]) == (7, 0.25)
+
+
 def test_a_small_chart_is_low_where_values_are_low_and_marks_what_is_not_finite() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], columns=8) == "▁▂▃▄▅▆▇█"
     assert sparkline([5, 5], columns=8) == "▁▁"
@@ -292,6 +310,38 @@ def test_a_page_in_a_browser_follows_its_run_from_the_moment_of_its_load(tmp_pat
 
 def asked(report: LiveReport, path: str = "/", **query: list[str]) -> str:
     return report.answer(Request(path, query, {})).body.decode()
+
+
+STOPPED_WHILE_IT_ANSWERS = """
+import os, signal, sys
+from types import SimpleNamespace
+from service.monitoring.http_server import Answer, bound
+from service.monitoring.live_report import serve
+
+class Body(bytes):
+    def __len__(self):  # which the server asks for when it sends the answer
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 2
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `evenstep report` does
+listening = bound("127.0.0.1", int(sys.argv[1]))
+print("listens", flush=True)
+serve(SimpleNamespace(answer=lambda request: Answer(200, Body(b"ok"))), [listening])
+"""
+
+
+def test_a_server_that_is_ended_while_it_answers_writes_no_trace() -> None:
+    port, pipe = free_port(), subprocess.PIPE
+    words = [sys.executable, "-c", STOPPED_WHILE_IT_ANSWERS, str(port)]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=CLEAN, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listens\n"
+        with suppress(ConnectionError, HTTPException):
+            get(port, "/")
+        _, wrong = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, wrong) == (0, "")
 
 
 def test_of_a_thousand_runs_a_look_reads_only_the_one_that_changed(tmp_path: Path) -> None:

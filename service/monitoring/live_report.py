@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from html import escape
@@ -154,9 +156,18 @@ def _script() -> str:
 
 
 def serve(report: LiveReport, sockets: Sequence[socket.socket]) -> None:
-    """Serve the pages on these sockets until an interrupt."""
+    """Serve the pages on these sockets until an interrupt, or a signal to end."""
 
     async def answer(request: Request) -> Answer:
         return await asyncio.to_thread(report.answer, request)
 
-    asyncio.run(ReadOnlyServer(sockets, answer, names_allowed=False).serve())
+    async def until_stopped() -> None:
+        own, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert own is not None, "asyncio runs it in one"
+        for number in (signal.SIGTERM, signal.SIGHUP):  # Python's handler would raise anywhere
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, own.cancel)
+        with suppress(asyncio.CancelledError):
+            await ReadOnlyServer(sockets, answer, names_allowed=False).serve()
+
+    asyncio.run(until_stopped())

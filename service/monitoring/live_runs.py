@@ -13,7 +13,7 @@ from service.basics.errors import EvenstepError
 from service.monitoring.snapshot import LatestValues
 from service.runs.directory import LATEST_TIME, RunDirectory, is_number
 from service.runs.history import History
-from service.spec.documents import read_document
+from service.spec.documents import read_values
 
 MOST_LOSSES = 60
 """Of the latest losses, so many are kept for a small chart."""
@@ -111,7 +111,7 @@ class LiveRun:
         """The spec as plain values, read once; of a run that lacks one, nothing."""
         if self._spec is None:
             try:
-                self._spec = dict(read_document(self._directory.spec).values)
+                self._spec = read_values(self._directory.spec)
             except EvenstepError:
                 return {}
         return self._spec

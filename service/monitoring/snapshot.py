@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ class LatestValues:
     ) -> None:
         """Of the key `keep` also keep the latest `most` values.
 
-        A look reads at most the last `look_bytes` of what was added.
+        A look reads at most the last `look_bytes` of what was added; with `keep`, of its older rows
+        only those with tests.
         """
         self._path = directory.metrics
         self._look_bytes = look_bytes
@@ -166,12 +167,14 @@ class LatestValues:
 
     def look(self) -> Mapping[str, float]:
         """By key, with the `step`, `epoch` and `time` of the last row."""
-        for row in values_of(self._new_lines()):
-            if isinstance(row, dict):
-                numbers = _numbers(row)
-                self._values |= numbers
-                if self._keep in numbers:
-                    self.kept.append(numbers[self._keep])
+        lines = self._new_lines()
+        if self._keep:
+            lines = _latest_lines(lines, 2 * (self.kept.maxlen or 0))
+        rows = [row for row in values_of(lines) if isinstance(row, dict)]
+        self._values |= _latest_of(rows)
+        for row in rows:
+            if self._keep in row:
+                self.kept.extend(_numbers({self._keep: row[self._keep]}).values())
         return dict(self._values)
 
     def _new_lines(self) -> list[bytes]:
@@ -200,6 +203,24 @@ class LatestValues:
             del lines[0]  # its beginning was not read
             self._is_within_a_line = False
         return lines
+
+
+def _latest_lines(lines: list[bytes], most: int) -> list[bytes]:
+    """The last `most` lines, and before them the last so many with a test, which are fewer."""
+    older = [line for line in lines[:-most] if b'"test/' in line]
+    return [*older[-most:], *lines[-most:]]
+
+
+def _latest_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The latest number of each key."""
+    merged: dict[str, Any] = {}
+    for row in rows:
+        merged |= row
+    numbers = _numbers(merged)
+    if len(numbers) < len(merged):  # an earlier row may hold a number of that key
+        for row in rows:
+            numbers = _numbers(row) if row is rows[0] else numbers | _numbers(row)
+    return numbers
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

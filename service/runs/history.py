@@ -17,7 +17,7 @@ from service.basics.errors import EvenstepError, SpecError
 from service.runs.directory import LATEST_TIME, RunDirectory, changes_in, find_run, is_number
 from service.runs.failure_reports import LARGEST_REPORT_BYTES
 from service.runs.metrics_file import Curves, best_in, last_row, read_curves, read_metrics
-from service.spec.documents import LARGEST_FILE_BYTES, dotted, find, read_document, shown
+from service.spec.documents import LARGEST_FILE_BYTES, dotted, find, read_values, shown
 
 MOST_FAILURES = 1000
 _LONGEST_HOLDER_BYTES = 1000
@@ -202,7 +202,7 @@ def read_history(path: Path | str) -> History:
         directory = find_run(Path(path))
         facts = directory.read_facts()
         read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a regular file, not a pipe
-        spec = read_document(directory.spec).values
+        spec = read_values(directory.spec)
         return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
 
