@@ -64,6 +64,23 @@ def test_a_node_that_is_lost_before_the_ranks_start_is_no_endless_wait(tmp_path:
         assert ended(first) == 0, nodes.everything()
 
 
+@LINUX
+def test_a_sharded_job_goes_on_alone_and_with_the_node_that_returns(tmp_path: Path) -> None:
+    """Each node holds a part of the parameters and of the optimizer: none is lost with it."""
+    with elastic_nodes(tmp_path, "1:2", sections={"exchange": {"mode": "sharded"}}) as nodes:
+        first, second = nodes.start(0), nodes.start(1)
+        nodes.until_said("Generation 1: 2 of 1:2 nodes (0, 1).")
+        nodes.until_saved()
+        second.kill()
+        nodes.until_said("Generation 2: 1 of 1:2 nodes (0).")
+        second = nodes.start(1)
+        nodes.until_said("Generation 3: 2 of 1:2 nodes (0, 1).")
+        nodes.until_saved()
+        nodes.release()
+        assert [ended(first), ended(second)] == [0, 0], nodes.everything()
+        require_undisturbed(nodes)
+
+
 def fork_server_of(launcher: int) -> psutil.Process:
     """The process that starts the ranks of a launcher."""
     found: list[psutil.Process] = []

@@ -145,6 +145,7 @@ def test_what_cannot_live_in_a_store_yet_is_refused_by_name(place, address):
     for variables, words, told in (
         (torchrun, (), "torchrun can start such a run on one machine only"),
         (nodes, (sharded,), "with exchange.mode=sharded the 2 nodes would each write a part"),
+        (nodes | {"PET_NNODES": "1:2"}, (), "cannot have elastic nodes yet, because a new genera"),
     ):
         done = evenstep("run", "job.yaml", *words, "--runs", str(address), cwd=place, **variables)
         assert done.returncode == SpecError.exit_code, done.stderr

@@ -42,8 +42,9 @@ def require_supported(
         return
     if node.least:
         raise SpecError(
-            f"--runs {address}: a run in an object store cannot have elastic nodes yet. Use a "
-            "fixed number of nodes, or give --runs a directory that all nodes share."
+            f"--runs {address}: a run in an object store cannot have elastic nodes yet, because "
+            "a new generation begins from a checkpoint that may not be uploaded at that moment. "
+            "Use a fixed number of nodes, or give --runs a directory that all nodes share."
         )
     if spec.exchange.shards:
         raise SpecError(

@@ -113,8 +113,9 @@ def _check_runs(spec: Spec, cluster: KubernetesSpec) -> None:
         raise SpecError(f"kubernetes.runs: {error}") from error
     if cluster.is_elastic:
         raise SpecError(
-            "kubernetes.runs: a run in a bucket cannot have elastic nodes yet. Write a fixed "
-            "number of nodes, or use storage_claim."
+            "kubernetes.runs: a run in a bucket cannot have elastic nodes yet, because a new "
+            "generation begins from a checkpoint that may not be uploaded at that moment. Write a "
+            "fixed number of nodes, or use storage_claim."
         )
     if cluster.most_nodes > 1 and spec.exchange.shards:
         raise SpecError(
