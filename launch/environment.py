@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, printable
 from service.health.stop_budget import GracePeriod
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
@@ -116,14 +116,14 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
             )
         return None
     least, nodes = range_of_nodes(variables["PET_NNODES"], "PET_NNODES")
-    processes = variables.get("PET_NPROC_PER_NODE", "1")
+    processes = _processes(variables.get("PET_NPROC_PER_NODE", "1"))
     if nodes > 1 and index is None:
         raise SpecError(
             f"PET_NNODES={nodes}, but PET_NODE_RANK is not set: set it to the index of this node, "
             f"from 0."
         )
     place = _number(index or "0", "PET_NODE_RANK")
-    if not place < max(nodes, 1):
+    if not place < nodes:
         raise SpecError(
             f"PET_NODE_RANK={place} of PET_NNODES={variables['PET_NNODES']} is not possible: "
             "count from 0."
@@ -131,11 +131,11 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
     address = variables.get("PET_MASTER_ADDR", "")
     if nodes > 1 and not address:
         address = first_address(socket.getfqdn(), place)
-    port = _number(variables.get("PET_MASTER_PORT", "29500"), "PET_MASTER_PORT")
+    port = port_number(variables.get("PET_MASTER_PORT", "29500"))
     return Node(
         place,
         nodes,
-        "auto" if processes == "gpu" else processes,
+        processes,
         address,
         port,
         least=least if least < nodes else 0,
@@ -152,8 +152,8 @@ def range_of_nodes(text: str, name: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
     if colon and not (first.isdecimal() and last.isdecimal()):
         raise SpecError(f"{name} must be a whole number or LEAST:MOST, but is {text!r}.")
-    least = _number(first, name)
-    most = int(last) if colon else least
+    least = _number(first, name, least=0 if colon else 1)
+    most = _number(last, name) if colon else least
     if colon and not 1 <= least <= most:
         raise SpecError(f"{name}={text} is not possible: LEAST:MOST needs 1 <= LEAST <= MOST.")
     return least, most
@@ -213,7 +213,14 @@ def torchrun_grace() -> GracePeriod:
     for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
         if name.replace("_", "-") == "--shutdown-timeout":
             said = value or following
-    return GracePeriod(float(said), "torchrun's --shutdown-timeout")
+    try:
+        seconds = float(said)
+    except ValueError:
+        # torchrun itself has not started with a wrong option, so it is the variable.
+        raise SpecError(
+            f"{SHUTDOWN_TIMEOUT} must be a number of seconds, but is {said!r}."
+        ) from None
+    return GracePeriod(seconds, "torchrun's --shutdown-timeout")
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -259,7 +266,25 @@ def meeting_secret(variables: Mapping[str, str] | None = None) -> bytes:
     return secret
 
 
-def _number(text: str, name: str) -> int:
+def port_number(text: str) -> int:
+    """The value of PET_MASTER_PORT.
+
+    Raises:
+        SpecError: no port can have it.
+    """
+    return _number(text, "PET_MASTER_PORT", least=1, most=65535)
+
+
+def _number(text: str, name: str, *, least: int = 0, most: int = 10**9) -> int:
     if not text.isdecimal():
-        raise SpecError(f"{name} must be a whole number, but is {text!r}.")
-    return int(text)
+        raise SpecError(f"{name} must be a whole number, but is {printable(text[:40])!r}.")
+    number = int(text) if len(text) < 20 else most + 1
+    if not least <= number <= most:
+        raise SpecError(f"{name} must be from {least} to {most}, but is {printable(text[:40])}.")
+    return number
+
+
+def _processes(text: str) -> str:
+    """The value of PET_NPROC_PER_NODE for `--processes`; words have torchrun's meaning."""
+    words = {"auto": "auto", "gpu": "auto", "cpu": str(os.cpu_count() or 1)}
+    return words.get(text) or str(_number(text, "PET_NPROC_PER_NODE", least=1))

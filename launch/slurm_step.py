@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
-from launch.environment import Node, node_here
+from launch.environment import Node, node_here, port_number
 from service.basics.atomic_files import without_link
 from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
@@ -125,7 +125,7 @@ def node_of(step: Step, *, processes: str | None, variables: Mapping[str, str]) 
         nodes=step.tasks,
         processes=count,
         address=variables.get("PET_MASTER_ADDR") or first,
-        port=int(variables.get("PET_MASTER_PORT") or port),
+        port=port_number(variables.get("PET_MASTER_PORT") or str(port)),
         local_index=step.local_task,
         local_nodes=step.tasks_each,
         secret_name=f"slurm-{step.job}.{step.number}-{step.restart}",
@@ -230,6 +230,8 @@ def _numbers(text: str) -> list[str]:
     for piece in text.split(","):
         first, dash, last = piece.partition("-")
         end = int(last) if dash else int(first)
+        if end < int(first):
+            raise ValueError(f"{piece!r} is not a range of machines")
         found += [str(n).zfill(len(first)) for n in range(int(first), end + 1)]
     return found
 

@@ -71,6 +71,11 @@ MISTAKES = {
         r"one forward and backward pass over 16 rows failed: RuntimeError",
     ),
     "no processes": (GOOD, ["--processes", "0"], r"--processes: must be .* but is 0"),
+    "a number of processes without end": (
+        GOOD,
+        ["--processes", "9" * 5000],
+        r"--processes: must be a whole number, at least 1, or auto, but is 9{40}\.",
+    ),
     "too many processes": (
         GOOD,
         ["--processes", "7"],

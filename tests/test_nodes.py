@@ -34,7 +34,7 @@ from launch.environment import (
 from launch.nodes import secret_file
 from launch.nodes.handshake import Doorkeeper, Foreign, JoinRequest, Seal, answered
 from launch.nodes.node_part import check_interfaces, take_interface
-from launch.nodes.rendezvous import Membership, Peer, host, join
+from launch.nodes.rendezvous import Membership, Peer, host, join, listen
 from launch.rank.network import interface_in_words
 from service.basics.atomic_files import replace_file
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
@@ -78,6 +78,20 @@ MISTAKES = {
     ),
     "no index": ({"PET_NNODES": "2", "PET_MASTER_ADDR": "a"}, "PET_NODE_RANK is not set"),
     "a range without its end": (PET | {"PET_NNODES": "1:"}, "PET_NNODES must be a whole number"),
+    "no node at all": (PET | {"PET_NNODES": "0"}, "PET_NNODES must be from 1 to"),
+    "a port too large": (
+        PET | {"PET_MASTER_PORT": "70000"},
+        "PET_MASTER_PORT must be from 1 to 65535, but is 70000",
+    ),
+    "port 0": (PET | {"PET_MASTER_PORT": "0"}, "PET_MASTER_PORT must be from 1 to 65535"),
+    "a number without end": (
+        PET | {"PET_NNODES": "9" * 5000},
+        r"PET_NNODES must be from 1 to 1000000000, but is 9{40}\.",
+    ),
+    "processes in words": (
+        PET | {"PET_NPROC_PER_NODE": "many"},
+        "PET_NPROC_PER_NODE must be a whole number, but is 'many'",
+    ),
     "a port in words": (PET | {"PET_MASTER_PORT": "any"}, "PET_MASTER_PORT must be a whole"),
 }
 
@@ -87,6 +101,13 @@ def test_variables_that_cannot_be_are_refused(mistake: str) -> None:
     variables, message = MISTAKES[mistake]
     with pytest.raises(SpecError, match=message):
         node_here(variables)
+
+
+def test_the_processes_of_a_node_may_have_torchruns_words() -> None:
+    for word, processes in (("gpu", "auto"), ("auto", "auto"), ("cpu", str(os.cpu_count()))):
+        node = node_here(PET | {"PET_NPROC_PER_NODE": word})
+        assert node is not None
+        assert node.processes == processes
 
 
 def test_ranks_run_on_from_node_to_node() -> None:
@@ -505,6 +526,17 @@ def test_a_port_in_use_is_reported(meeting: Meeting) -> None:
         pytest.raises(SpecError, match=f"another program listens on port {meeting.port}"),
     ):
         host(OWN, port=meeting.port, seconds=1, say=meeting.said.append)
+
+
+def test_a_port_that_cannot_be_listened_on_is_reported(meeting: Meeting) -> None:
+    """Here no file can be opened; a user who is not root gets the same for port 80."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(SpecError, match=r"cannot listen on port .*: Too many open files"):
+            listen("127.0.0.1", meeting.port)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:

@@ -48,9 +48,9 @@ def test_a_list_of_machines_is_read_as_slurm_writes_it(text: str, hosts: list[st
     assert list(hosts_of(text)) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "n[0-2", "n0,", "n[a-b]", "n]0["])
+@pytest.mark.parametrize("text", ["", "n[0-2", "n0,", "n[a-b]", "n[5-1]", "n]0["])
 def test_what_is_no_list_of_machines_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a list of machines|invalid literal"):
+    with pytest.raises(ValueError, match=r"not a (list|range) of machines|invalid literal"):
         list(hosts_of(text))
 
 
@@ -108,11 +108,17 @@ def test_a_job_that_is_queued_again_meets_with_another_secret() -> None:
         ({"SLURM_GPUS_ON_NODE": "8"}, r"started 2 tasks on a machine with 8 GPUs.*per-node=8\)"),
         ({"SLURM_STEP_NODELIST": "n[0"}, "do not tell which one .*unset SLURM_STEP_ID"),
         ({"SLURM_PROCID": "first"}, "do not tell which one"),
+        ({"SLURM_STEP_NODELIST": "n[5-1]"}, "do not tell which one .*5-1"),
     ],
 )
 def test_what_is_neither_kind_of_step_is_refused(changed: dict[str, str], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         step_of(TASK | changed)
+
+
+def test_the_port_of_a_step_is_checked() -> None:
+    with pytest.raises(SpecError, match="PET_MASTER_PORT must be a whole number, but is 'abc'"):
+        node(PET_MASTER_PORT="abc")
 
 
 def test_processes_that_slurm_has_started_are_not_asked_for_again() -> None:

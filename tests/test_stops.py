@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from chaos.campaign import differences
 from commands import DEADLINE_SECONDS, command
@@ -14,7 +15,8 @@ from jobs import plain_rows, spec_of
 from processes import ProcessesOf
 
 from launch.commands.doctor import Asked, _stop
-from service.basics.errors import DataBroken, Stopped
+from launch.environment import torchrun_grace
+from service.basics.errors import DataBroken, SpecError, Stopped
 from service.distributed.world import World
 from service.health.stop_budget import (
     GracePeriod,
@@ -191,3 +193,9 @@ def test_a_foreign_torchrun_says_how_long_its_grace_period_is(tmp_path: Path) ->
         started = ("env", sys.executable, "parent.py", *words)  # not forked: its title is read
         done = command(*started, cwd=tmp_path, timeout=DEADLINE_SECONDS)
         assert float(done.stdout) == seconds, done.stderr
+
+
+def test_a_grace_period_that_is_no_number_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "abc")
+    with pytest.raises(SpecError, match="SHUTDOWN_TIMEOUT must be a number of seconds, but is"):
+        torchrun_grace()

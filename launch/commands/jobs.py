@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ from launch.commands.places import Directory
 from launch.environment import Environment, Node, launched
 from launch.processes.warm_start import collect_garbage
 from launch.slurm_step import node_asked, step_here
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, printable
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 
@@ -116,9 +117,10 @@ def process_count(asked: str | None) -> int:
         import torch
 
         return max(1, torch.accelerator.device_count())
-    if not asked.isdecimal() or int(asked) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", asked):
         raise SpecError(
-            f"--processes: must be a whole number, at least 1, or auto, but is {asked}."
+            "--processes: must be a whole number, at least 1, or auto, but is "
+            f"{printable(asked[:40])}."
         )
     return int(asked)
 

@@ -463,7 +463,7 @@ def listen(address: str, port: int) -> socket.socket:
     Args:
         address: the address of this node for the others; if it is local, only it is listened on.
     Raises:
-        SpecError: the port is taken.
+        SpecError: the port is taken, or cannot be listened on.
     """
     address = _own_interface(address)
     both = not address and socket.has_dualstack_ipv6()
@@ -474,7 +474,11 @@ def listen(address: str, port: int) -> socket.socket:
         )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise
+            raise SpecError(
+                f"PET_MASTER_PORT: this machine cannot listen on port {port} of "
+                f"{address or 'all its addresses'}: {error.strerror or error}. If it is the "
+                "port, choose another, from 1024 on: that variable, or kubernetes.port in the spec."
+            ) from error
         raise SpecError(
             f"PET_MASTER_PORT: another program listens on port {port} of this machine. Choose "
             "another: that variable, or kubernetes.port in the spec."
