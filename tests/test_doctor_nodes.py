@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,37 @@ def test_nodes_that_cannot_measure_say_why(tmp_path: Path) -> None:
     )
     for each in (first, second):
         assert "PET_NPROC_PER_NODE is 1 on node 0 and 3 on node 1" in each["told"]
+
+
+ONE_OF_A_MACHINE = """
+import sys
+from pathlib import Path
+from launch.environment import Node
+from launch.nodes.measuring import measured_by
+
+index, port = map(int, sys.argv[1:])
+node = Node(index, 2, "1", "127.0.0.1", port, local_index=index, local_nodes=2)
+print(measured_by(node, processes=1, runs=Path("runs")).said, end="")
+"""
+
+
+def test_each_of_several_launchers_of_a_machine_knows_the_result(tmp_path: Path) -> None:
+    """Slurm may start one for each GPU."""
+    port = str(free_port())
+    environ = CLEAN | {"EVENSTEP_DEVICE": "cpu"}
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_A_MACHINE, str(index), port],
+            cwd=tmp_path,
+            env=environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [json.loads(each.communicate(timeout=DEADLINE_SECONDS)[0]) for each in launchers]
+    assert told[0] == told[1]
+    assert "over 2 processes on 1 nodes" in told[0]["told"]
 
 
 def test_a_stop_while_the_other_node_is_awaited_ends_it(tmp_path: Path) -> None:

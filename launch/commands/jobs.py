@@ -88,7 +88,7 @@ def doctor(
     elif nodes is not None:
         node = _node_among(nodes, processes)
     each = process_count(node.processes) if node is not None else processes or 2
-    speaks = place is None or place.local_rank == 0
+    speaks = place.local_rank == 0 if place is not None else node is None or node.local_index == 0
     findings = []
     for finding in examined(Asked(each, node, place, runs, loaded)):
         findings.append(finding)

@@ -1,8 +1,8 @@
 """One process of a test all-reduce: `python -m launch.commands.reduction BYTES|nodes`.
 
 It needs torchrun's variables. With BYTES, rank 0 prints the device, and the bytes per second that
-each process sent, by NCCL's formula for a ring. With `nodes`, the first process of each machine
-prints a `Measured` as JSON.
+each process sent, by NCCL's formula for a ring. With `nodes`, each process prints a `Measured` as
+JSON.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def main() -> None:
     environment = launched()
     assert environment is not None, "doctor sets RANK and the related variables"
     if sys.argv[1] == NODES:
-        network = between_nodes(environment)
-        if environment.local_rank == 0:
-            print(json.dumps(asdict(network)), flush=True)
+        print(json.dumps(asdict(between_nodes(environment))), flush=True)
         leave(0)
     with process_group(environment, timeout_seconds=CONNECT_SECONDS) as world:
         rate = bandwidth(world, int(sys.argv[1]), rounds=ROUNDS)
