@@ -407,6 +407,81 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
     assert "There is no Job ddp-train in namespace ml-train. Use the --target" in nobody.stderr
 
 
+HTML = {"Content-Type": "text/html"}
+SIGN_IN = Answer(200, "<html><body><h1>Sign in\x1b[2J</h1> to go on</body></html>", HTML)
+NO_CLUSTERS = {
+    "a page to sign in": SIGN_IN,
+    "a redirect": Answer(302, "", {"Location": "https://sign.in.example.com/"}),
+    "a list": Answer(200, "[1, 2]"),
+    "another service": Answer(200, {"hello": "world"}),
+}
+
+
+@pytest.mark.parametrize("which", NO_CLUSTERS)
+def test_what_is_no_cluster_is_reported(place: Path, which: str) -> None:
+    answer = NO_CLUSTERS[which]
+    answers = {(method, ""): [answer] for method in ("GET", "PATCH", "DELETE")}
+    commands = [("status", "ddp-train"), ("submit", "job.yaml")]
+    commands += [("cancel", "ddp-train")] if "service" not in which else []
+    with serving(answers, place / "config"):
+        for words in commands:
+            ended = kubernetes(place, *words)
+            assert ended.returncode == 1, ended.stderr
+            assert "but not as a cluster: " in ended.stderr
+            assert ended.stderr.count("\n") == 1, ended.stderr
+    if answer is SIGN_IN:
+        assert "answered 200, but not as a cluster: Sign in\\x1b[2J to go on." in ended.stderr
+
+
+def test_a_log_of_what_is_no_cluster_is_reported(place: Path) -> None:
+    answers = {
+        ("GET", JOB): [recorded(14)],
+        ("GET", PODS): [recorded(15)],
+        ("GET", "/log"): [SIGN_IN],
+    }
+    with serving(answers, place / "config"):
+        ended = kubernetes(place, "logs", "ddp-train")
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert "answered 200, but not as a cluster: Sign in" in ended.stderr
+
+
+def test_a_page_to_sign_in_does_not_end_a_wait(place: Path) -> None:
+    failed = copy.deepcopy(recorded(26))
+    failed.body["status"]["conditions"][-1]["type"] = "Failed"
+    asked = [NONE, recorded(14), SIGN_IN, failed]
+    with serving({("GET", JOB): asked, **applied(recorded(5))}, place / "config"):
+        ended = kubernetes(place, "submit", "job.yaml", "--wait")
+    assert ended.returncode == 1
+    assert "Failed: PodFailurePolicy" in ended.stdout
+    assert "retrying for ten minutes" in ended.stderr
+
+
+def test_a_job_that_is_deleted_at_its_end_is_not_waited_for(place: Path) -> None:
+    with serving({}, place / "config") as server:
+        ended = kubernetes(place, "submit", "job.yaml", "kubernetes.keep_seconds=0", "--wait")
+    assert ended.returncode == 64, ended.stderr
+    assert "kubernetes.keep_seconds: the cluster deletes the job 0 s after its end" in ended.stderr
+    assert server.requests == []
+
+
+def test_a_rank_of_elastic_nodes_has_no_node_of_its_own(place: Path) -> None:
+    pods = copy.deepcopy(recorded(15))
+    for pod in pods.body["items"]:
+        pod["spec"]["containers"][0]["env"] = [
+            {"name": "PET_NPROC_PER_NODE", "value": "2"},
+            {"name": "PET_NNODES", "value": "1:2"},
+        ]
+    log = replace(LOG, body="[rank 1] one\n")
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [pods], ("GET", "/log"): [log]}
+    with serving(answers, place / "config"):
+        first = kubernetes(place, "logs", "ddp-train", "--rank", 1)
+        third = kubernetes(place, "logs", "ddp-train", "--rank", 2)
+    assert first.stdout == "one\n"
+    assert third.returncode == 1
+    assert "rank 2 has no fixed node. Use --node, for the log of a node" in third.stderr
+
+
 @pytest.mark.parametrize("target", ["job", "jobset"])
 def test_commands_go_to_the_namespace_of_the_spec(place: Path, target: str) -> None:
     """Also the command that a message prints; in the context's is another job of this name."""

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from launch.engines.kubernetes.access import access, no_way
-from service.basics.errors import EvenstepError, SpecError
+from service.basics.errors import EvenstepError, SpecError, printable
 from service.spec.part import DNS_LABEL, DNS_NAME, PATTERNS_IN_WORDS
 
 FIELD_MANAGER = "evenstep"
+_SHOWN_LETTERS = 200
 _PATHS = {
     "ServiceAccount": "api/v1/namespaces/{namespace}/serviceaccounts",
     "ConfigMap": "api/v1/namespaces/{namespace}/configmaps",
@@ -94,12 +95,13 @@ class Api:
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
         """The object, or None if it does not exist."""
-        found = self._call("GET", self._path(kind, name), missing=True)
+        found = self._call("GET", self._path(kind, name), missing=True, having="metadata")
         return found or None
 
     def find(self, kind: str, **selectors: str) -> list[dict[str, Any]]:
         """The objects that match the selectors."""
-        found: list[dict[str, Any]] = self._call("GET", self._path(kind), params=selectors)["items"]
+        answer = self._call("GET", self._path(kind), having="items", params=selectors)
+        found: list[dict[str, Any]] = answer["items"]
         return found
 
     def apply(self, made: dict[str, Any]) -> None:
@@ -141,6 +143,9 @@ class Api:
                     message = _status(answer.text).get("message", answer.text)
                     raise ClusterError(f"There is no log yet: {message}.")
                 raise _refusal(answer.status_code, answer.text, self.namespace)
+            if answer.status_code >= 300 or "html" in answer.headers.get("Content-Type", ""):
+                answer.read()
+                raise self._no_cluster(answer.status_code, answer.text)
             yield from answer.iter_lines()
 
     def _path(self, kind: str, name: str | None = None) -> str:
@@ -159,8 +164,14 @@ class Api:
             )
         return f"{path}/{name}"
 
-    def _call(self, method: str, path: str, *, missing: bool = False, **rest: Any) -> Any:
-        """The server's answer; an empty one for a missing object, if `missing` is allowed."""
+    def _call(
+        self, method: str, path: str, *, missing: bool = False, having: str = "", **rest: Any
+    ) -> dict[str, Any]:
+        """The server's answer; an empty one for a missing object, if `missing` is allowed.
+
+        Args:
+            having: a key of every such answer of a cluster.
+        """
         with self._answering():
             answer = self._client.request(method, path, **rest)
         for warning in answer.headers.get_list("Warning"):
@@ -169,7 +180,17 @@ class Api:
             return {}
         if answer.status_code >= 400:
             raise _refusal(answer.status_code, answer.text, self.namespace)
-        return answer.json()
+        found = _object(answer.text)
+        if answer.status_code >= 300 or found is None or (having and having not in found):
+            raise self._no_cluster(answer.status_code, answer.text)
+        return found
+
+    def _no_cluster(self, code: int, text: str) -> ClusterUnreachable:
+        return ClusterUnreachable(
+            f"{self._server} answered {code}, but not as a cluster: {_words(text) or 'no text'}. "
+            "It may be a proxy, or a page to sign in. Does kubectl get pods work? It uses the same "
+            "kubeconfig."
+        )
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -200,7 +221,7 @@ class Api:
 
 def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
     """The server's error, and what to do about it."""
-    message = _status(text).get("message", text)
+    message = _status(text).get("message") or _words(text)
     if code == 401:
         return ClusterError(
             "The cluster did not accept your credentials (401): sign in again, as for kubectl."
@@ -238,11 +259,22 @@ def _role(message: str, namespace: str) -> str:
 
 
 def _status(text: str) -> dict[str, Any]:
+    return _object(text) or {}
+
+
+def _words(text: str) -> str:
+    """The beginning of a text that is no answer of a cluster, such as a page of a proxy."""
+    words = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    return printable(words[:_SHOWN_LETTERS])
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The object of an answer; None if it is none."""
     try:
-        status = json.loads(text)
+        found = json.loads(text)
     except ValueError:
-        return {}
-    return status if isinstance(status, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _details(text: str) -> dict[str, Any]:

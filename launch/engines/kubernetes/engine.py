@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.engines.contract import Say
+from service.basics.errors import SpecError
 from service.spec.models import Spec
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ class Kubernetes:
         from launch.engines.kubernetes.manifests import notes
 
         objects = _objects(spec, target, more, without_secret=without_secret)
+        cluster = spec.kubernetes
+        if waits and cluster is not None and cluster.keep_seconds < jobs.LEAST_KEEP_SECONDS:
+            raise SpecError(
+                f"kubernetes.keep_seconds: the cluster deletes the job {cluster.keep_seconds} s "
+                f"after its end, so --wait may not see how it ends. Use {jobs.LEAST_KEEP_SECONDS} "
+                "or more, or leave out --wait."
+            )
         for line in notes(spec, objects, target=target):
             complain(line)
         with Api(**self.options_in(spec), say=complain) as api:

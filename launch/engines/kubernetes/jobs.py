@@ -26,6 +26,8 @@ from service.basics.errors import SpecError
 from service.basics.running_time import RunningClock, TimeLimit
 
 KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
+LEAST_KEEP_SECONDS = 60
+"""A job that is deleted sooner after its end may be gone before its end was read."""
 _POLL_SECONDS = 2.0
 _GONE_SECONDS = 300.0
 _SILENCE_SECONDS = 600.0
@@ -131,7 +133,13 @@ def logs(
     """
     _existing(api, kind, name)
     pods = _pods(api, name)
-    place = rank // _processes_each(pods) if node is None else node
+    each = int(_variable(pods, "PET_NPROC_PER_NODE") or 1)
+    if node is None and rank >= each and ":" in _variable(pods, "PET_NNODES"):
+        raise ClusterError(
+            f"Nodes of {name} come and go, so rank {rank} has no fixed node. Use --node, for the "
+            f"log of a node with all its ranks; or --rank below {each}, for node 0."
+        )
+    place = rank // each if node is None else node
     own = [pod for pod in pods if index(pod) == str(place)]
     wanted = 2 if previous else 1
     if len(own) < wanted:
@@ -145,13 +153,13 @@ def logs(
             yield words
 
 
-def _processes_each(pods: list[dict[str, Any]]) -> int:
-    """The number of processes on a node."""
+def _variable(pods: list[dict[str, Any]], name: str) -> str:
+    """The value of a variable of the pods; empty if they have none."""
     for pod in pods:
         for variable in pod["spec"]["containers"][0].get("env", []):
-            if variable["name"] == "PET_NPROC_PER_NODE":
-                return int(variable["value"])
-    return 1
+            if variable["name"] == name:
+                return str(variable.get("value", ""))
+    return ""
 
 
 def cancel(api: Api, kind: str, name: str) -> str:
