@@ -15,6 +15,7 @@ from jobs import difference, rows_of, same_bits, spec_of, train_in_process, weig
 from processes import ProcessesFailed
 
 import service
+from service.basics.errors import DataBroken, SpecError
 from service.distributed.world import alone
 
 HERE = Path(unusual_models.__file__)
@@ -128,6 +129,41 @@ def test_a_pass_that_is_only_for_a_collective_leaves_no_statistics(processes, tm
     for count in (1, 2):
         processes(count).run(train_in_process, spec, tmp_path / str(count))
     assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "told"),
+    [
+        ("dropped_rows", DataBroken, "Of 3 requested rows, 2 were returned"),
+        ("mean_over_nothing", SpecError, "the loss 'some' is a mean over nothing: its weight is 0"),
+    ],
+)
+def test_what_would_be_wrong_in_silence_is_refused(tmp_path, factory, error, told):
+    with pytest.raises(error, match=told):
+        train_in_process(alone(), job(factory), tmp_path)
+
+
+def test_a_step_of_which_no_row_counts_changes_nothing(processes, tmp_path):
+    few = {"global_batch": 2, "micro_batch": 1}
+    spec = job("few_that_count", batch=few, optimizer={"name": "sgd", "lr": 0.1})
+    spec["checkpoint"] = {"every_steps": 1, "keep": 50}
+    for count in (1, 2):
+        processes(count).run(train_in_process, spec, tmp_path / str(count))
+    assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
+    losses = [row.get("train/loss") for row in rows_of(tmp_path / "1")]
+    nothing = [step for step, loss in enumerate(losses, start=1) if loss is None and step > 1]
+    assert 0 < len(nothing) < len(losses)
+    for step in nothing:
+        before, after = weights(tmp_path / "1", step - 1), weights(tmp_path / "1", step)
+        assert same_bits(before, after)
+
+
+@pytest.mark.parametrize("factory", ["whole_rows", "collated_by_name"])
+def test_rows_in_memory_have_any_form(processes, tmp_path, factory):
+    for kept in (False, True):
+        spec = job(factory, loader={"in_memory": kept})
+        processes(1).run(train_in_process, spec, tmp_path / str(kept))
+    assert difference(tmp_path / "True", tmp_path / "False") < 1e-12
 
 
 def test_values_of_sparse_gradients_are_clipped(processes, tmp_path):

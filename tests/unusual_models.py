@@ -292,6 +292,65 @@ def normalized_hard() -> Task:
     return custom(step=hard_step, model=normalized, train=train, test=test)
 
 
+# ---- rows that are dropped, and steps without any
+
+
+def without_large(rows: list[Tensor]) -> Tensor:
+    return torch.stack([row for row in rows if row[0] < 1.2])
+
+
+def mean_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:
+    return {"size": Loss.mean(model(batch.inputs).square().mean())}
+
+
+def dropped_rows() -> Task:
+    rows = list(points().double())
+    return custom(
+        step=mean_step, model=network, train=rows[:71], test=rows[71:], collate=without_large
+    )
+
+
+def mean_of_some(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:
+    counts = (batch.inputs[:, 0] > 1.0).double()
+    losses = cross_entropy(model(batch.inputs), batch.targets)
+    return {"some": Loss.mean((losses * counts).sum() / counts.sum(), weight=counts.sum())}
+
+
+def mean_over_nothing() -> Task:
+    train, test = classified()
+    return custom(step=mean_of_some, model=network, train=train, test=test)
+
+
+def few_that_count() -> Task:
+    """Rows of weight 0, except for a few: some steps have none at all."""
+    train, test = classified()
+    return supervised(
+        model=network, train=train, test=test, weight=lambda targets: targets.eq(2).double()
+    )
+
+
+def whole_rows() -> Task:
+    """Rows of one tensor, which the task's own step takes as they are."""
+    rows = points().double()
+
+    def step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        [inputs] = batch.inputs
+        return {"size": model(inputs).square().mean(1)}
+
+    train, test = TensorDataset(rows[:71]), TensorDataset(rows[71:])
+    return custom(step=step, model=network, train=train, test=test)
+
+
+def by_name(rows: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    inputs, labels = zip(*rows, strict=True)
+    return {"input": torch.stack(inputs)}, torch.stack(labels)
+
+
+def collated_by_name() -> Task:
+    train, test = classified()
+    return supervised(model=network, train=train, test=test, collate=by_name)
+
+
 # ---- sparse gradients
 
 

@@ -195,8 +195,23 @@ def _part(name: str, given: object, batch: Batch, context: StepContext) -> LossP
         weight = batch.weight.sum()
         return LossPart(_times(value, weight), weight, scale, "batch")
     own = _weight(loss.weight, f"{where}: weight")
+    if loss.kind == "mean" and context.training:
+        _require_something(value, own, where)
     total = value if loss.kind == "sum" else _times(value, own)
     return LossPart(total, own, scale, "own")
+
+
+def _require_something(mean: Tensor, weight: Tensor | float, where: str) -> None:
+    """Refuse a mean over nothing, such as 0 / 0: whatever it counts, its gradient is not a number.
+
+    On a device this would wait for it; there the gradient norm tells later.
+    """
+    if mean.device.type == "cpu" and not weight and not mean.isfinite():
+        raise SpecError(
+            f"{where} is a mean over nothing: its weight is 0 in this micro-batch, and its value "
+            "is not finite, so no gradient would be. Return the sum instead, Loss(sum, weight), or "
+            "divide by weight.clamp(min=1)."
+        )
 
 
 def _times(mean: Tensor, weight: Tensor | float) -> Tensor:

@@ -82,7 +82,7 @@ class OverlappedSync(GradientSync):
             self._stopwatch.end()
         # DDP averages gradients over processes: their number turns the mean back into the sum.
         try:
-            self._seed.backward(loss_sum, self._world.processes / step_weight)
+            self._seed.backward(loss_sum, per_weight(self._world.processes, step_weight))
         except RuntimeError as error:
             changed = graph_changed(error)
             if changed is None:
@@ -147,7 +147,7 @@ class OrderedSync(GradientSync):
     def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
         if self._stopwatch is not None:
             self._stopwatch.end()
-        self._seed.backward(loss_sum, 1.0 / step_weight)
+        self._seed.backward(loss_sum, per_weight(1.0, step_weight))
 
     def _branch(self, micro_batches: Sequence[T]) -> Generator[T, None, list[Tensor]]:
         """The sums of one branch; it keeps one set of gradients for each level of the tree."""
@@ -170,6 +170,13 @@ class OrderedSync(GradientSync):
         if gathered:
             torch._foreach_zero_(self._gathered)
         return grads + gathered
+
+
+def per_weight(scale: float, weight: float | Tensor) -> float | Tensor:
+    """`scale / weight`; 0 in a step of which no row counts, whose gradients are 0 then."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, scale / weight, 0.0)
+    return scale / weight
 
 
 class Seed:

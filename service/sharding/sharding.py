@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from service.basics.errors import SpecError, WillFailAgain
-from service.distributed.gradient_sync import GradientSync, Seed
+from service.distributed.gradient_sync import GradientSync, Seed, per_weight
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
@@ -552,7 +552,7 @@ class ShardedSync(GradientSync):
         if self._stopwatch is not None:
             self._stopwatch.end()
         self._world.trace.begin("parameters and gradients of a backward pass")
-        self._seed.backward(loss_sum, 1.0 / step_weight if self._counts else 0.0)
+        self._seed.backward(loss_sum, per_weight(1.0, step_weight) if self._counts else 0.0)
 
     def _require_reached(self) -> None:
         """Check that the loss depended on the same parameters as at the start.
