@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from service.basics.errors import SpecError
 from service.data.batches import Batch
+from service.distributed.devices import copies_late
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
@@ -206,7 +207,7 @@ def _require_something(mean: Tensor, weight: Tensor | float, where: str) -> None
 
     On a device this would wait for it; there the gradient norm tells later.
     """
-    if mean.device.type == "cpu" and not weight and not mean.isfinite():
+    if not copies_late(mean.device) and not weight and not mean.isfinite():
         raise SpecError(
             f"{where} is a mean over nothing: its weight is 0 in this micro-batch, and its value "
             "is not finite, so no gradient would be. Return the sum instead, Loss(sum, weight), or "
