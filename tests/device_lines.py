@@ -43,6 +43,7 @@ RAN = {
     "service/health/watchdog.py": CPU,
     "service/data/in_memory.py": SIM,
     "service/data/loading.py": SIM,
+    "service/data/losses.py": SIM,
     "service/evaluation/hooks.py": CPU,
     "service/evaluation/metrics.py": SIM,
     "service/sharding/sharding.py": "CPU; no sharded run on any other device yet",

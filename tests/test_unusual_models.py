@@ -143,6 +143,11 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path, factory, error, tol
         train_in_process(alone(), job(factory), tmp_path)
 
 
+def test_a_device_is_not_waited_for_to_find_a_mean_over_nothing(simulated, tmp_path):
+    with pytest.raises(ProcessesFailed, match=r"The gradients of step \d+ are not finite"):
+        simulated(1).run(train_in_process, job("mean_over_nothing"), tmp_path)
+
+
 def test_a_step_of_which_no_row_counts_changes_nothing(processes, tmp_path):
     few = {"global_batch": 2, "micro_batch": 1}
     spec = job("few_that_count", batch=few, optimizer={"name": "sgd", "lr": 0.1})
