@@ -24,7 +24,10 @@ _LOOK_SECONDS = 1.0
 LAZY_FROM = 64
 """From this number of processes on, each connects only to those it sends to."""
 _COUNT, _ALL = "joined", "all joined"
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.002, 0.128
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.002, 0.01
+"""Between two questions of one process."""
+_ASKED_A_SECOND = 8000
+"""By all processes together, at most: the pauses of more than 80 are longer."""
 
 
 def store_of(environment: Environment, *, seconds: float) -> Store | None:
@@ -89,7 +92,7 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
     if most >= environment.world_size:
         store.set(_ALL, "1")
     limit = TimeLimit(seconds)
-    while not _is_there(store, _ALL):
+    while not _is_there(store, _ALL, environment.world_size):
         here = store.add(_COUNT, 0)
         if here < most or not store.check([own]) or store.get(own) != token.encode():
             raise PeerLost(
@@ -106,17 +109,18 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
         most = here
 
 
-def _is_there(store: Store, key: str) -> bool:
+def _is_there(store: Store, key: str, processes: int) -> bool:
     """Whether it is there, or comes within a moment.
 
     It asks again and again: torch's own wait writes two warnings for each of its timeouts.
     """
     limit, pause = TimeLimit(_LOOK_SECONDS), _FIRST_PAUSE_SECONDS
+    longest = max(_LAST_PAUSE_SECONDS, processes / _ASKED_A_SECOND)
     while not store.check([key]):
         if not limit.left:
             return False
         time.sleep(min(pause, limit.left))
-        pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+        pause = min(2 * pause, longest)
     return True
 
 
