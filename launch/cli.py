@@ -28,7 +28,7 @@ from launch.environment import (
     read_secrets,
     torchrun_grace,
 )
-from launch.processes.signals import STARTED, heard, stop_listening
+from launch.processes.signals import STARTED, hear_interrupts, heard, stop_listening
 from launch.processes.terminal import ReaderGone
 from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
@@ -64,6 +64,7 @@ _LEASE_SECONDS = 120.0
 @click.pass_context
 def evenstep(context: click.Context) -> None:
     """Train and test one job, the same run on one device or on many."""
+    hear_interrupts()
     if context.invoked_subcommand not in ("run", "test", "sweep"):
         stop_listening()
     if context.invoked_subcommand not in ("run", "test", "plan", "check"):
@@ -137,8 +138,10 @@ def run(
         raise SpecError("--processes: torchrun has already started the processes; leave it out.")
     node = node_asked(processes, nodes) if place is None else None
     asked = process_count(node.processes if node else processes)
+    _check_restarts(place, node, max_restarts, elastic=elastic)
     window = _window(profile)
-    loaded = load_named(spec, overrides, name or _name_in_sweep(spec, overrides))
+    named = _name_in_sweep(spec, overrides) if name is None else name
+    loaded = load_named(spec, overrides, named)
     os.environ.update(read_secrets())
     accepted = _accepted(overrides, fresh=fresh, **accepting)
     given = torchrun_grace() if place is not None else slurm_grace(loaded)
@@ -171,6 +174,29 @@ def run(
 
         leave(note_exit_code(run_node(job, node, processes=asked)))
     _start(job, place, **starting, echoed_logs=job.directory().logs if node else None)
+
+
+def _check_restarts(
+    place: Environment | None, node: Node | None, max_restarts: int, *, elastic: bool
+) -> None:
+    """Refuse restarts that this command would not make.
+
+    Raises:
+        SpecError: names what restarts the job instead.
+    """
+    if elastic and not max_restarts:
+        raise SpecError("--elastic: nothing is restarted without --max-restarts K; add it.")
+    if max_restarts and place is not None:
+        raise SpecError(
+            "--max-restarts: torchrun has started the processes, so it restarts them. Give the "
+            "option to torchrun."
+        )
+    if max_restarts and node is not None and node.nodes > 1:
+        raise SpecError(
+            f"--max-restarts: it is for one node, and this is one of {node.nodes}. Leave it out: a "
+            "cluster restarts them (kubernetes.restarts, slurm.restarts), and with --nodes "
+            "LEAST:MOST the job goes on when a node is lost."
+        )
 
 
 def _start_in_store(

@@ -76,6 +76,13 @@ MISTAKES = {
         ["--processes", "9" * 5000],
         r"--processes: must be a whole number, at least 1, or auto, but is 9{40}\.",
     ),
+    "an elastic run without restarts": (
+        GOOD,
+        ["--processes", "2", "--elastic"],
+        r"--elastic: nothing is restarted without --max-restarts K; add it",
+    ),
+    "a runs directory without a name": (GOOD, ["--runs", ""], r"--runs: is empty\. .* not set\?"),
+    "an empty name": (GOOD, ["--name", ""], r"name: must be .*but is ''"),
     "too many processes": (
         GOOD,
         ["--processes", "7"],
@@ -162,6 +169,41 @@ def test_several_processes_tell_it_once_too(tmp_path):
     assert ended.returncode == 64, ended.stderr
     assert ended.stderr.count("must give one value for each row") == 1, ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        (
+            {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"},
+            "--max-restarts: it is for one node, and this is one of 2",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            "--max-restarts: torchrun has started the processes, so it restarts them",
+        ),
+    ],
+)
+def test_restarts_that_another_makes_are_refused(tmp_path, variables, told):
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    ended = evenstep("run", "digits", "--max-restarts", 1, cwd=tmp_path, **variables)
+    assert ended.returncode == 64, ended.stderr
+    assert told in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("slurm", "status", "x", "--runs", ""),
+        ("plan", "digits", "--runs", ""),
+        ("report", "", "-o", "x.html"),
+    ],
+)
+def test_a_place_without_a_name_is_not_this_directory(tmp_path, words):
+    ended = evenstep(*words, cwd=tmp_path)
+    assert ended.returncode == 64, ended.stdout
+    assert ": is empty. Is a variable of the shell not set? Name a directory." in ended.stderr
 
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path):

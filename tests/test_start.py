@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ atexit.register(leave)
 """
 _TASK = """
 import os
+import signal
 from pathlib import Path
 import psutil
 from jobs import plain_rows
@@ -200,3 +202,26 @@ def test_a_server_that_was_started_for_nothing_is_ended(tmp_path):
 )
 def test_the_arguments_say_who_starts_the_processes(words, variables, starts):
     assert starts_processes(words.split(), variables) is starts
+
+
+@pytest.mark.parametrize("words", [("run", "digits"), ("run", "digits", "--processes", "2")])
+def test_ctrl_c_while_the_command_is_imported_prints_nothing(tmp_path, words):
+    """With an import that takes until then in the place of a library."""
+    library = tmp_path / "library/click"
+    library.mkdir(parents=True)
+    text = "import time\nopen({!r}, 'w').close()\nwhile True: time.sleep(0.01)\n"
+    (library / "__init__.py").write_text(text.format(str(tmp_path / "imports")))
+    env = CLEAN | {"PYTHONPATH": str(library.parent)}
+    with subprocess.Popen(
+        [BIN / "evenstep", *words],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        until((tmp_path / "imports").exists, "the import", of=process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, out, err) == (130, "", "")

@@ -26,7 +26,15 @@ class Place(click.ParamType[Path | Address]):
     ) -> Path | Address:
         if isinstance(value, Address):
             return value
+        _require_some(value, param)
         return address_in(str(value)) or Path(value)
+
+
+def _require_some(value: str | Path, parameter: click.Parameter | None) -> None:
+    """Refuse an empty name: as a path it would be the current directory."""
+    if value == "":
+        which = parameter.opts[0] if isinstance(parameter, click.Option) else "RUN"
+        raise SpecError(f"{which}: is empty. Is a variable of the shell not set? Name a directory.")
 
 
 @contextmanager
@@ -58,6 +66,7 @@ class Directory(click.ParamType[Path]):
     def convert(
         self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
     ) -> Path:
+        _require_some(value, param)
         if address_in(str(value)) is not None:
             command = f"evenstep {ctx.info_name}" if ctx is not None else "this command"
             raise SpecError(

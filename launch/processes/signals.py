@@ -5,8 +5,11 @@ As PID 1 of a container a process without a handler does not even get the signal
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from types import FrameType
+from typing import NoReturn
 
 from service.health.stop_request import STOP_SIGNALS, StopRequest
 
@@ -24,6 +27,19 @@ def listen() -> None:
     for number in _EARLY:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, heard.hear)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """End without a traceback of imports."""
+    os._exit(128 + number)
+
+
+def hear_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, which the command handles from now on."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop_listening() -> None:

@@ -43,18 +43,19 @@ _MOST_BYTES = 4 << 20
 _LABELLED = re.compile(r"(\d+): (.*)")
 
 
-def _directory(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    if "://" in str(value) or re.match(r"[A-Za-z0-9+.-]{2,}:/", str(value)):  # as Path writes it
+def _directory(context: click.Context, parameter: click.Parameter, value: str) -> Path:
+    if value == "":
+        raise SpecError("--runs: is empty. Is a variable of the shell not set? Name a directory.")
+    if re.match(r"[A-Za-z0-9+.-]{2,}:/", value):
         raise SpecError(
             f"--runs {value}: a job of Slurm's cannot keep its runs in an object store yet. Name a "
             "directory that all nodes see."
         )
-    return value
+    return Path(value)
 
 
 _RUNS = click.Option(
     ["--runs"],
-    type=click.Path(path_type=Path),
     callback=_directory,
     default="runs",
     show_default=True,
