@@ -344,3 +344,15 @@ def test_a_cluster_gets_the_changes_of_submit(tmp_path):
         (3, ["length.steps"]),
         (4, ["length.steps"]),
     ]
+
+
+def test_the_command_that_fork_prints_works_where_a_path_has_a_space(tmp_path):
+    runs = tmp_path / "my runs"
+    words = ("run", "digits", "length={steps: 2}", "--stop-at", 1, "--runs", runs)
+    assert evenstep(*words, cwd=tmp_path).returncode == 75
+    forked = evenstep("fork", runs / "digits", "--at", "latest", "--name", "other", cwd=tmp_path)
+    assert forked.returncode == 0, forked.stderr
+    told = shlex.split(forked.stdout.partition("  evenstep ")[2])
+    done = evenstep(*told, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (runs / "other/metrics.jsonl").exists()

@@ -41,7 +41,7 @@ from launch.processes.agent import (
     rank_spec,
     reap_strangers,
 )
-from launch.processes.echo import echoed
+from launch.processes.echo import _Echo, echoed
 from launch.processes.local import _last_words
 from service.distributed.agreed_stop import StopPoll
 from service.distributed.world import World
@@ -260,6 +260,31 @@ def test_the_last_words_of_a_rank_are_read_from_any_file(tmp_path):
     (tmp_path / "link").symlink_to(log)
     for name in ("pipe", "link", "none"):
         assert _last_words(tmp_path / name) == ""
+
+
+def test_a_log_is_read_once_also_without_line_ends(tmp_path):
+    """As of a progress bar, and of a line longer than what is read at once."""
+    said = []
+    log = tmp_path / "rank-1.log"
+    log.touch()
+    echo = _Echo(tmp_path, [1], said.append)
+    log.write_bytes(b"step 1\rstep 2\rste")
+    echo.look()
+    assert said == ["[rank 1] step 1", "[rank 1] step 2"]
+    with log.open("ab") as file:
+        file.write(b"p 3\r")
+    echo.look()
+    with log.open("ab") as file:
+        file.write(b"\n" + b"x" * (5 << 19) + b"\nlast")
+    echo.look()
+    assert said[2] == "[rank 1] step 3"
+    assert "".join(line.removeprefix("[rank 1] ") for line in said[3:]) == "x" * (5 << 19)
+    assert max(map(len, said)) < 2 << 20
+    said.clear()
+    echo.look()
+    assert said == []
+    echo.look(last=True)
+    assert said == ["[rank 1] last"]
 
 
 def test_a_log_that_cannot_be_read_ends_no_launcher(tmp_path):

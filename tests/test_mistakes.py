@@ -206,6 +206,14 @@ def test_a_place_without_a_name_is_not_this_directory(tmp_path, words):
     assert ": is empty. Is a variable of the shell not set? Name a directory." in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "new", "runs"])
+def test_a_name_too_long_for_a_file_is_reported(tmp_path, command):
+    ended = evenstep(command, "a" * 300, cwd=tmp_path)
+    assert ended.returncode == 64, ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "runs/digits").mkdir(parents=True)
     (tmp_path / "runs/digits/thesis.txt").write_text("mine")

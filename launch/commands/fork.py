@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -75,11 +76,15 @@ def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> No
             f"{target.path}: a fork of {source.path} after step {chosen.step:,}. Continue with:"
         )
     )
-    click.echo(printable(f"  evenstep run {target.spec}{_elsewhere(target)}"))
+    click.echo(printable(f"  evenstep run {shlex.quote(str(target.spec))}{_elsewhere(target)}"))
 
 
 def _elsewhere(target: RunDirectory) -> str:
-    return "" if target.path.parent == Path("runs") else f" --runs {target.path.parent}"
+    return (
+        ""
+        if target.path.parent == Path("runs")
+        else f" --runs {shlex.quote(str(target.path.parent))}"
+    )
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from importlib import resources
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def start(directory: Path) -> list[Path]:
     shipped = resources.files("service.spec.starter")
     texts = {name: shipped.joinpath(name).read_text(encoding="utf-8") for name in (TASK, SPEC)}
     texts[SCHEMA] = json.dumps(spec_schema(), indent=1) + "\n"
-    there = [name for name in texts if (directory / name).exists()]
+    there = [name for name in texts if os.path.exists(directory / name)]
     if there:
         raise SpecError(
             f"{directory} already contains {', '.join(there)}. Choose another directory."

@@ -14,6 +14,7 @@ from pathlib import Path
 from service.basics.atomic_files import plain
 
 _LOOK_SECONDS = 1.0
+_MOST_BYTES = 1 << 20
 _SPOKEN = re.compile(r"\[rank (\d+)\] (.*)")
 
 
@@ -54,18 +55,25 @@ class _Echo:
         """Print the complete lines that were added; with `last`, also one without a line end."""
         for rank, file in self._files.items():
             with suppress(OSError):  # it has been removed, or its storage does not answer
-                self._say_more(rank, file, last=last)
+                while self._say_more(rank, file, last=last):
+                    pass
 
-    def _say_more(self, rank: int, file: Path, *, last: bool) -> None:
+    def _say_more(self, rank: int, file: Path, *, last: bool) -> bool:
+        """Print a part of what was added; return whether there is more."""
         if _size(file) <= self._read[rank]:
-            return
+            return False
         with open(file, "rb", opener=plain) as opened:
             opened.seek(self._read[rank])
-            added = opened.read()
-        whole = added if last else added[: added.rfind(b"\n") + 1]
+            added = opened.read(_MOST_BYTES)
+        # A progress bar ends its lines with a carriage return, for hours. Not at the very end: a
+        # line end may follow it.
+        end = max(added.rfind(b"\n"), added.rfind(b"\r", 0, -1)) + 1
+        is_part = len(added) == _MOST_BYTES
+        whole = added if last or (is_part and not end) else added[:end]
         self._read[rank] += len(whole)
         for line in whole.decode(errors="replace").splitlines():
             self._say(f"[rank {rank}] {line}")
+        return is_part and bool(whole)
 
 
 def _size(file: Path) -> int:

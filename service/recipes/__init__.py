@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from importlib import resources
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def find_recipe(spec: str) -> Path:
     if "/" in spec or "." in spec:
         return Path(spec)
     path = _directory() / f"{spec}.yaml"
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that is too long for a file
         near = did_you_mean(spec, recipes())
         raise SpecError(f"there is no recipe {spec!r} (a file is ./{spec}.yaml){near}")
     return path

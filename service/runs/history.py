@@ -212,7 +212,7 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
     Raises:
         SpecError: there is no such directory.
     """
-    if not runs.is_dir():
+    if not os.path.isdir(runs):  # False also for a name that is too long for a file
         raise SpecError(
             f"There is no directory {runs}. Use the directory that was given to `run --runs`."
         )
