@@ -8,13 +8,15 @@ on rows of 32 characters, over gloo:
 memory  how far the resident memory of the largest of 2 and 4 fresh processes rises, from before
         the model is made to the end of the run, against one process that holds all of it. Each has
         trained a small model before, so that code and threads do not count.
-step    compared with a hand-written loop on torch's `fully_shard`, in alternating pairs of runs.
+step    compared with a hand-written loop on torch's `fully_shard`, in alternating pairs of runs:
+        time, processor time of a process (which other programs disturb less), and page faults.
 save    how long a save blocks training, compared with torch.save of the whole state by one process;
         and a resume against torch's DCP, that loads the same state into the same sharded model.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import torch
 from jobs import train_in_process
 from processes import Processes
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
 
 from service.checkpoints.checkpoints import Checkpoints
@@ -39,13 +42,12 @@ from service.health.heartbeat import Heartbeat
 from service.plan.plan import make_plan
 from service.recipes import gpt
 from service.recipes.text import characters, nats
-from service.runs.tracking import read_metrics
 from service.sharding.sharding import units_of
 from service.spec.files import load_spec
 from service.training.setup import prepare_training
 
 SIZES = {"width": 512, "layers": 8, "heads": 8, "length": 32, "dropout": 0.0}
-ROWS, STEPS, WARM, PAIRS = 8, 12, 4, 2
+ROWS, STEPS, WARM, PAIRS = 8, 12, 4, 3
 MIB = 1 << 20
 
 
@@ -131,8 +133,31 @@ def memory() -> None:
 # ---- the step
 
 
-def seconds_by_hand(world: World) -> float:
-    """The median step of a loop on `fully_shard`, of the same rows, model and optimizer."""
+class Laps:
+    """Of the steps of an optimizer: the medians of time, processor time and page faults."""
+
+    def __init__(self) -> None:
+        self._laps: list[tuple[float, float, int]] = []
+
+    def __enter__(self) -> Laps:
+        self._hook = register_optimizer_step_post_hook(lambda *_: self._laps.append(self._now()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _now(self) -> tuple[float, float, int]:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return time.perf_counter(), time.process_time(), faults
+
+    def medians(self) -> list[float]:
+        steps = zip(self._laps[WARM:], self._laps[WARM + 1 :], strict=False)
+        lasted = [[end - begin for begin, end in zip(*both, strict=True)] for both in steps]
+        return [statistics.median(each) for each in zip(*lasted, strict=True)]
+
+
+def by_hand(world: World) -> list[float]:
+    """The laps of a loop on `fully_shard`, of the same rows, model and optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -144,43 +169,49 @@ def seconds_by_hand(world: World) -> float:
     fully_shard(decoder, mesh=mesh)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0001)
     passes = ROWS // 2 // world.processes
-    seconds = []
-    for step in range(STEPS):
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        for number in range(passes):
-            decoder.set_requires_gradient_sync(number == passes - 1)  # type: ignore[operator]
-            first = step * ROWS + (world.index * passes + number) * 2
-            read, following = rows[first : first + 2]
-            losses = nn.functional.cross_entropy(decoder(read), following, reduction="sum")
-            (losses * world.processes / (ROWS * SIZES["length"])).backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM:])
+    with Laps() as laps:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for number in range(passes):
+                decoder.set_requires_gradient_sync(number == passes - 1)  # type: ignore[operator]
+                first = step * ROWS + (world.index * passes + number) * 2
+                read, following = rows[first : first + 2]
+                losses = nn.functional.cross_entropy(decoder(read), following, reduction="sum")
+                (losses * world.processes / (ROWS * SIZES["length"])).backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+    return laps.medians()
 
 
-def seconds_of_a_run(pool: Processes, *, return_memory: bool) -> float:
-    job = job_of("sharded", exchange={"mode": "sharded", "return_memory": return_memory})
-    with tempfile.TemporaryDirectory() as place:
-        pool.run(train_in_process, job, Path(place), timeout_seconds=280)
-        rows = read_metrics(Path(place, "job", "metrics.jsonl"))
-    rates = [r["train/rows_per_second"] for r in rows if "train/rows_per_second" in r][1:]
-    return ROWS / statistics.median(rates)
+def in_a_run(world: World, job: dict[str, Any], runs: Path) -> list[float]:
+    """The laps of a run."""
+    with Laps() as laps:
+        train_in_process(world, job, runs)
+    return laps.medians()
 
 
 def step() -> None:
-    print("| return_memory | hand-written, ms | Evenstep, ms | ratio of each pair |")
-    print("|---|--:|--:|---|")
+    print("| return_memory | | hand-written | Evenstep | ratio of each pair |")
+    print("|---|---|--:|--:|---|")
     for returned in (True, False):
+        job = job_of("sharded", exchange={"mode": "sharded", "return_memory": returned})
+        pairs = []
         with Processes(2) as theirs, Processes(2) as pool:  # a run changes settings of its process
-            pairs = []
             for _ in range(PAIRS):
-                hand = max(theirs.run(seconds_by_hand, timeout_seconds=280))
-                pairs.append((hand, seconds_of_a_run(pool, return_memory=returned)))
-        by_hand, own = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
-        told = ", ".join(f"{mine / hand:.2f}" for hand, mine in pairs)
-        print(f"| {str(returned).lower()} | {by_hand:.0f} | {own:.0f} | {told} |", flush=True)
+                with tempfile.TemporaryDirectory() as place:
+                    hand = theirs.run(by_hand, timeout_seconds=280)
+                    own = pool.run(in_a_run, job, Path(place), timeout_seconds=280)
+                pairs.append(
+                    [[max(each) for each in zip(*both, strict=True)] for both in (hand, own)]
+                )
+        for place, (what, unit) in enumerate(
+            (("ms", 1000), ("ms of a processor", 1000), ("page faults", 1))
+        ):
+            each = [(hand[place] * unit, own[place] * unit) for hand, own in pairs]
+            hand_written, evenstep = (statistics.median(of) for of in zip(*each, strict=True))
+            told = ", ".join(f"{own / max(hand, 1):.2f}" for hand, own in each)
+            figures = f"{what} | {hand_written:.0f} | {evenstep:.0f} | {told}"
+            print(f"| {str(returned).lower()} | {figures} |", flush=True)
 
 
 # ---- saves and resumes

@@ -5,13 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import math
+import mmap
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import features
 import numpy as np
+import psutil
 import pytest
 import test_features
 import torch
@@ -36,14 +42,16 @@ from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.runs.receipt_file import read_receipt
 from service.runs.tracking import read_metrics
 from service.sharding import deferred_init
-from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace, Scratch
+from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
 from service.sharding.deferred_init import NotDeferred, made_deferred
+from service.sharding.heap import Heap, Pages
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
 from service.spec.models import ExchangeSpec
 from service.training.setup import prepare_training
 
 STEPS = 12
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Block(nn.Module):
@@ -630,44 +638,122 @@ def test_a_parameter_that_cannot_be_sharded_is_refused_by_name():
     assert "blocks.1.factor has no dimension. Give it the shape [1]." in units_and_words(net)[1]
 
 
-def sent_by_hand(
-    world: World, numbers: int, scratch_bytes: int
-) -> tuple[list[float], list[float], int, int, bool]:
-    """(what is gathered, the sums of own numbers, bytes that are kept of what was sent twice, and
-    whether the second one used the same memory)."""
-    group = dist.group.WORLD
+def sent_by_hand(world: World, numbers: int) -> dict[str, Any]:
+    """Gather and sum `numbers` of each process in a forward pass, and report what was true."""
+    group, count = dist.group.WORLD, numbers * world.processes
     first = world.index * numbers
-    scratch, rows = Scratch(scratch_bytes), Scratch(scratch_bytes // 3)
-    gather, scatter = GatherInPlace(scratch), ReduceScatterInPlace(scratch, rows)
+    heap = Heap()
+    gather, scatter = GatherInPlace(heap), ReduceScatterInPlace(heap)
 
     def space(comm: Any, size: int) -> Tensor:
         return comm.allocate((size,), dtype=torch.float32, device=world.device)
 
-    before = space(gather, 4)
-    every = space(gather, numbers * world.processes)
-    own = every[first : first + numbers].copy_(torch.arange(first, first + numbers))
+    before = space(gather, count)
+    every = space(gather, count)
+    own = every[first : first + numbers].copy_(torch.arange(first, first + numbers) % 97)
     gather(every, own, group)
-    numbers_of_all = every.tolist()
-    given, sums = space(scatter, len(every)), space(scatter, numbers)
-    given.copy_(torch.tensor(numbers_of_all) * (world.index + 1))
+    expected = torch.arange(count) % 97
+    gathered = every.equal(expected.float())
+    given, sums = space(scatter, count), space(scatter, numbers)
+    given.copy_(expected * (world.index + 1))
     scatter(sums, given, group, dist.ReduceOp.SUM)
-    kept = before.untyped_storage().nbytes(), given.untyped_storage().nbytes()
-    return numbers_of_all, sums.tolist(), *kept, given.data_ptr() == every.data_ptr()
+    factor = world.processes * (world.processes + 1) // 2
+    return {
+        "gathered": gathered,
+        "summed": sums.equal(factor * expected[first : first + numbers].float()),
+        "same memory": every.data_ptr() == before.data_ptr(),
+        "kept": int(given.count_nonzero()),
+        "shape": space(gather, 4).shape == (4,),
+    }
 
 
-@pytest.mark.parametrize("numbers", [0, 5])
-@pytest.mark.parametrize("fits", [True, False])
-def test_units_travel_in_place_in_memory_that_is_used_again_or_freed(processes, numbers, fits):
-    scratch_bytes = 60 if fits else 0
-    for index, found in enumerate(processes(3).run(sent_by_hand, numbers, scratch_bytes)):
-        *values, before, after, is_same = found
-        every = [float(number) for number in range(3 * numbers)]
-        own = every[index * numbers : (index + 1) * numbers]
-        assert values == [every, [6 * number for number in own]]
-        if fits:
-            assert is_same
-        elif numbers:
-            assert (before, after) == (0, 0)
+@pytest.mark.parametrize("numbers", [0, 5, 400_000])
+def test_units_travel_in_place_in_memory_that_is_used_again_or_freed(processes, numbers):
+    for found in processes(3).run(sent_by_hand, numbers):
+        kept = found.pop("kept")
+        assert all(found.values()), found
+        if numbers == 400_000:  # pages of 2 MiB, sent in two pieces
+            assert kept == 0
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def test_pages_are_returned_and_come_back_without_their_values():
+    memory, size = Pages(48 << 20), 48 << 18
+    numbers = memory.tensor(4096, size - 1024, dtype=torch.float32).fill_(3.0)
+    full = resident_bytes()
+    memory.give_back()
+    assert full - resident_bytes() > 40 << 20
+    memory.allow()
+    assert int(numbers.count_nonzero()) == 0
+    numbers += 1.0
+    assert numbers[[0, -1]].tolist() == [1.0, 1.0]
+
+
+def test_a_released_parameter_cannot_be_read(tmp_path):
+    program = """
+import torch
+from service.sharding.heap import Pages
+memory = Pages(4 << 20)
+numbers = memory.tensor(0, 1 << 20, dtype=torch.float32).fill_(3.0)
+memory.give_back()
+print(numbers.sum())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGSEGV, "")
+
+
+class Wide(nn.Module):
+    """Four units of 8 MiB each, on rows of 4 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)) for _ in range(4)
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for block in self.blocks:
+            rows = block(rows)
+        return rows.mean(1, keepdim=True)
+
+
+def wide() -> Task:
+    rows = torch.randn(64, 1024, generator=torch.Generator().manual_seed(3))
+    data = TensorDataset(rows, rows[:, :1])
+    return supervised(
+        model=Wide, train=data, test=data, loss=lambda out, target: (out - target).square().mean(1)
+    )
+
+
+def faults_of_a_run(world: World, job: dict[str, Any], place: Path) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    train_in_process(world, job, place)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
+    reason="needs transparent_hugepage: madvise or always",
+)
+def test_a_step_does_not_allocate_the_memory_of_its_units_page_by_page(processes, tmp_path):
+    pool, steps = processes(2), (2, 2, 10)  # the first run of a process has more to allocate
+    of_runs = []
+    for number, count in enumerate(steps):
+        values = job() | {
+            "name": f"run-{number}",
+            "task": f"{__file__}:wide",
+            "batch": {"global_batch": 4, "micro_batch": 2},
+            "length": {"steps": count},
+            "test": {"every_steps": None, "micro_batch": 4},
+            "checkpoint": {"asynchronous": False},
+        }
+        of_runs.append(max(pool.run(faults_of_a_run, values, tmp_path)))
+    of_a_step = (of_runs[2] - of_runs[1]) / (steps[2] - steps[1])
+    gathered_twice = 2 * 4 * (8 << 20) / mmap.PAGESIZE
+    assert of_a_step < gathered_twice / 2
 
 
 class Borrowing(Net):

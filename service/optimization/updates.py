@@ -26,7 +26,7 @@ from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
-from service.sharding.sharding import OwnRows, copies_of_rows, holds_rows
+from service.sharding.sharding import OwnRows, copies_of_rows, holds_rows, keep_freed_blocks
 
 _HELD_AT_MOST = 1000  # steps whose losses wait on the device to be checked
 _TOLD_AT_MOST = 8
@@ -161,6 +161,7 @@ class Updates:
         self._held.append(_Taken(state.step + 1, losses, weight, norm, broken, turn))
         if self._is_sharded:
             state.zero_grad()  # a test gathers units and needs the memory
+            keep_freed_blocks(self._world)  # the optimizer's state exists now
         if not ends:
             return
         state.step += 1

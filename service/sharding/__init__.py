@@ -9,4 +9,5 @@ From top to bottom; a room imports only from rooms below it:
 * deferred_init: models created without memory for their weights, whose values are created later,
   one by one.
 * cpu_exchange: the exchange of FSDP2's units between processes on CPUs, with little memory.
+* heap: main memory of a sharded run on CPUs: what is kept when it is freed, what is returned.
 """

@@ -8,78 +8,49 @@ needs memory for the rows of one process instead of two copies of a unit.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
+import mmap
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from service.sharding.heap import Heap, Pages, discard, pages
+
 _ROWS, _GRADIENTS = 1101, 1102  # tags that keep messages apart
-
-
-class Scratch:
-    """Memory for one unit, which every exchange of a unit uses again.
-
-    FSDP2 allocates it for each exchange, and between two of them a process needs less memory. But
-    new memory costs page faults.
-    """
-
-    def __init__(self, size_bytes: int) -> None:
-        """A larger unit than `size_bytes` gets its own memory each time."""
-        self._size_bytes = size_bytes
-        self._memory: Tensor | None = None
-
-    def tensor(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor without values in this memory if it is large enough."""
-        size_bytes = math.prod(size) * dtype.itemsize
-        if size_bytes > self._size_bytes:
-            return _in_large_pages(torch.empty(*size, dtype=dtype, device=device))
-        if self._memory is None:
-            memory = torch.empty(self._size_bytes + _LARGE_PAGE, dtype=torch.uint8, device=device)
-            self._memory = _in_large_pages(memory)[-memory.data_ptr() % _LARGE_PAGE :]
-        return self._memory[:size_bytes].view(dtype).view(*size)
-
-    def give_back(self, tensor: Tensor) -> None:
-        """Free the memory of a tensor that is larger than this."""
-        if tensor.nbytes > self._size_bytes:
-            tensor.untyped_storage().resize_(0)
-
-
-def _in_large_pages(tensor: Tensor) -> Tensor:
-    """The same tensor; Linux allocates its memory in pages of 2 MiB, with fewer page faults."""
-    first = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-    last = (tensor.data_ptr() + tensor.nbytes) // _LARGE_PAGE * _LARGE_PAGE
-    if _madvise is not None and first < last:
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
-    return tensor
-
-
-_LARGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+_PIECE_BYTES = 1 << 20
+"""Of gradients: as many are received before they are added."""
 
 
 class GatherInPlace:
     """FSDP2's AllGather, for all units of a model: each process gets the rows of all others.
 
     FSDP2 copies the result to the parameters. In a forward pass it keeps the result until it has
-    gathered the next unit, for devices that copy asynchronously. Here it is freed before that.
+    gathered the next unit, for devices that copy asynchronously. Here the next one uses the same
+    memory.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._arrived: Tensor | None = None
+    def __init__(self, heap: Heap | None = None) -> None:
+        """`heap` returns memory before an exchange of a backward pass."""
+        self._heap = heap
+        self._memory: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self._arrived is not None:
-            self._scratch.give_back(self._arrived)
-        arrived = self._scratch.tensor(size, dtype=dtype, device=device)
+        size_bytes = math.prod(size) * dtype.itemsize
         in_backward = torch._C._current_graph_task_id() != -1  # there FSDP2 frees it itself
-        self._arrived = None if in_backward else arrived
-        return arrived
+        if self._memory is not None and (in_backward or self._memory.nbytes != size_bytes):
+            discard(self._memory)
+            self._memory = None
+        if in_backward:
+            if self._heap is not None:
+                self._heap.return_surplus(2 * size_bytes)  # for the parameters too
+            return pages(size, dtype=dtype)
+        if self._memory is None:
+            self._memory = pages([size_bytes], dtype=torch.uint8)
+        return self._memory.view(dtype).view(*size)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
@@ -96,16 +67,19 @@ class GatherInPlace:
 class ReduceScatterInPlace:
     """FSDP2's ReduceScatter: each process gets the sums of the gradients of its own rows."""
 
-    def __init__(self, scratch: Scratch, rows: Scratch) -> None:
-        """`scratch` is for the gradients of a unit, and `rows` for those of one process."""
-        self._scratch, self._rows = scratch, rows
+    def __init__(self, heap: Heap | None = None) -> None:
+        """`heap` returns memory before each exchange."""
+        self._heap = heap
         self._given: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """First the tensor of all gradients of a unit, then that of the sums, which stays."""
         if self._given is not None:
-            return _in_large_pages(torch.empty(*size, dtype=dtype, device=device))
-        self._given = self._scratch.tensor(size, dtype=dtype, device=device)
+            return pages(size, dtype=dtype)
+        if self._heap is not None:
+            size_bytes = math.prod(size) * dtype.itemsize
+            self._heap.return_surplus(size_bytes)  # the parameters were released just now
+        self._given = pages(size, dtype=dtype)
         return self._given
 
     def __call__(
@@ -120,15 +94,52 @@ class ReduceScatterInPlace:
         assert op == dist.ReduceOp.SUM, "shard() asks for sums"
         processes, own = group.size(), group.rank()
         parts = input_tensor.chunk(processes)
-        like = output_tensor
-        received = self._rows.tensor(like.shape, dtype=like.dtype, device=like.device)
         output_tensor.copy_(parts[own])
+        numbers, most = len(output_tensor), _PIECE_BYTES // output_tensor.itemsize
+        received = output_tensor.new_empty(min(most, numbers))
         for distance in range(1, processes):
             to, of = (own + distance) % processes, (own - distance) % processes
-            waits = [group.recv([received], of, _GRADIENTS)]
-            waits.append(group.send([parts[to]], to, _GRADIENTS))
-            for wait in waits:
-                wait.wait()
-            output_tensor.add_(received)
+            for begin in range(0, numbers, most):
+                piece = slice(begin, begin + most)
+                arrived = received[: min(most, numbers - begin)]
+                waits = [group.recv([arrived], of, _GRADIENTS)]
+                waits.append(group.send([parts[to][piece]], to, _GRADIENTS))
+                for wait in waits:
+                    wait.wait()
+                output_tensor[piece] += arrived
         self._given = None
-        self._scratch.give_back(input_tensor)  # FSDP2 keeps it until the next unit
+        discard(input_tensor)  # FSDP2 keeps it until the next unit
+
+
+class GatheredInPages:
+    """The gathered parameters of a unit, one after the other in memory of their own.
+
+    FSDP2 allocates and frees each of them in every pass.  Here they always have the same place,
+    whose memory is returned to the system when the unit is released.
+    """
+
+    def __init__(self, parameters: Sequence[Any], processes: int) -> None:
+        """Replace the memory of a unit that has not been gathered yet.
+
+        Args:
+            parameters: all FSDPParam of the unit, in the order in which torch releases them.
+        """
+        rows = [parameter._sharded_param_data for parameter in parameters]
+        ends = list(accumulate(_in_whole_pages(processes * own.nbytes) for own in rows))
+        self._pages = Pages(ends[-1])
+        for parameter, own, begin in zip(parameters, rows, [0, *ends], strict=False):
+            if own.numel():
+                numbers = processes * own.numel()
+                place = self._pages.tensor(begin, numbers, dtype=own.dtype)
+                parameter.all_gather_outputs = [place]
+            parameter.alloc_all_gather_outputs = self._pages.allow
+            parameter.free_unsharded_param = _wait_for_the_last
+        parameters[-1].free_unsharded_param = self._pages.give_back
+
+
+def _in_whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _wait_for_the_last() -> None:
+    """Nothing: all parameters of a unit are released together, with the last one."""

@@ -10,10 +10,9 @@ Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Zhao et al., arXiv
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,8 +30,9 @@ from service.distributed.gradient_sync import GradientSync, Seed, per_weight
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
-from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace, Scratch
+from service.sharding.cpu_exchange import GatheredInPages, GatherInPlace, ReduceScatterInPlace
 from service.sharding.deferred_init import Deferring
+from service.sharding.heap import ON_LINUX, Heap, keep_blocks
 from service.spec.models import ExchangeSpec
 
 T = TypeVar("T")
@@ -133,21 +133,6 @@ def held_bytes(parameter: nn.Parameter, processes: int) -> int:
     return parameter[:rows].nbytes
 
 
-def give_large_blocks_back() -> None:
-    """Let the C library return freed blocks of 128 KiB and more to the system.
-
-    Units and activations are allocated and freed in every pass. glibc starts with this limit, but
-    raises it to the size of the largest freed block; then it keeps smaller blocks for itself,
-    between other blocks: a process grew by 80 MiB in each of the first steps.
-    """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust is not None:  # not in other C libraries
-        adjust(_MMAP_THRESHOLD, 1 << 17)
-
-
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
-
-
 def shard(
     model: nn.Module,
     world: World,
@@ -187,7 +172,6 @@ def shard(
     for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
         world.watch_over(group)
     root = root or model
-    kept_bytes = 0 if spec.return_memory else _most_exchanged(units.values(), sizes[-1])
     for unit in [*units.values(), root]:
         _make(unit, deferred if filled and world.is_lead else None)
         if filled:
@@ -203,16 +187,11 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if world.device.type == "cpu":
-        _exchange_on_cpus(_sharded_modules(root), kept_bytes, sizes[-1])
+        heap = Heap() if spec.return_memory else None
+        _exchange_on_cpus(_sharded_modules(root), heap, sizes[-1])
     _hook_into_passes(root, units, world.trace)
     if root is not model:
         _InnerBackward(root, units)
-
-
-def _most_exchanged(units: Iterable[nn.Module], processes: int) -> int:
-    """Bytes of the largest unit in an exchange: each process sends as many rows as the first."""
-    sizes = [sum(held_bytes(p, processes) for p in unit.parameters()) for unit in units]
-    return processes * max(sizes, default=0)
 
 
 def _hook_into_passes(root: nn.Module, units: Mapping[str, nn.Module], trace: Trace) -> None:
@@ -221,16 +200,24 @@ def _hook_into_passes(root: nn.Module, units: Mapping[str, nn.Module], trace: Tr
     root.register_forward_hook(_let_go_after_a_test)
 
 
-def _exchange_on_cpus(modules: Sequence[Any], kept_bytes: int, processes: int) -> None:
-    scratch, rows = Scratch(kept_bytes), Scratch(kept_bytes // processes)
-    gather, scatter = GatherInPlace(scratch), ReduceScatterInPlace(scratch, rows)
+def _exchange_on_cpus(modules: Sequence[Any], heap: Heap | None, processes: int) -> None:
+    gather, scatter = GatherInPlace(heap), ReduceScatterInPlace(heap)
     for module in modules:
         module.set_custom_all_gather(gather)
         module.set_custom_reduce_scatter(scatter)
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            if processes > 1 and ON_LINUX:  # FSDP2 treats a single process differently
+                GatheredInPages(group.fsdp_params, processes)
         # By default FSDP2 gathers the next unit before it computes the backward pass of this one.
         # On a CPU the gathering blocks: it saves no time and needs memory for one more unit. With
         # the unit itself as the one to prefetch, no other is.
         module.set_modules_to_backward_prefetch([module])
+
+
+def keep_freed_blocks(world: World) -> None:
+    """Keep the memory of activations and gradients for later ones, if the device is a CPU."""
+    if world.device.type == "cpu":
+        keep_blocks()
 
 
 def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:

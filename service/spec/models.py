@@ -228,8 +228,9 @@ class ExchangeSpec(Part):
     last of a step. A process with several micro-batches then never has the gradients of the whole
     model in memory, but gradients are sent with each of them."""
     return_memory: bool = True
-    """With `sharded` on CPUs: return the memory of a unit to the system as soon as it is released.
-    `false` makes a step faster, and needs more memory."""
+    """With `sharded` on CPUs: return freed activations and gradients to the system when the process
+    has become larger than it has to be. `false` keeps them: a step is faster, and needs more
+    memory."""
 
     @property
     def shards(self) -> bool:

@@ -51,9 +51,9 @@ from service.plan.early_stopping import EarlyStopping
 from service.plan.plan import Plan
 from service.remote.rows import StoredRows
 from service.sharding.deferred_init import Deferring, NotDeferred, made_deferred
+from service.sharding.heap import return_blocks
 from service.sharding.sharding import (
     ShardedSync,
-    give_large_blocks_back,
     holds_rows,
     parameters_by_unit,
     release,
@@ -134,7 +134,7 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
     deferred: Deferring | None = None
     if sharded:
         if spec.exchange.return_memory:
-            give_large_blocks_back()
+            return_blocks()
         module, deferred, made_whole = unit_by_unit(spec, task)
     else:
         module = new_model(task, seed=spec.seed)
