@@ -270,3 +270,14 @@ def test_tab_completion_knows_commands_and_options(words, at, offered, tmp_path)
     done = evenstep(cwd=tmp_path, **asked)
     assert done.returncode == 0, done.stderr
     assert f"plain,{offered}" in done.stdout.splitlines()
+
+
+def test_a_folder_of_specs_may_have_other_files(tmp_path):
+    """Such as the schema that `evenstep new` writes beside the spec."""
+    assert evenstep("new", "mine", cwd=tmp_path).returncode == 0
+    (tmp_path / "mine/values.toml").write_text("[project]\n")
+    done = evenstep("sweep", "mine", "seed=0,1", "optimizer.lrr=1", cwd=tmp_path)
+    told = "mine: not taken for specs, without any key of one: evenstep.schema.json, values.toml"
+    assert told in done.stderr
+    assert done.returncode == 64, "of the override alone"
+    assert done.stderr.count("unknown key") == 1, done.stderr

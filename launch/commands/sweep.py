@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from launch.commands.engines import load_named
+from launch.commands.engines import complain, load_named
 from launch.commands.overrides import overridden
 from launch.commands.places import Directory
 from launch.engines.contract import CODES
@@ -187,6 +187,12 @@ def _variants(spec: str) -> list[tuple[str, str]]:
     if not folder.is_dir():
         return [("", spec)]
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    keys = {EXTENDS, *Spec.model_fields}
+    others = [file for file in files if not keys & read_document(file).values.keys()]
+    if others:  # such as the schema that `evenstep new` writes, or pyproject.toml
+        told = ", ".join(printable(file.name) for file in others)
+        complain(f"{folder}: not taken for specs, without any key of one: {told}")
+    files = [file for file in files if file not in others]
     bases = {base for file in files for base in _base_of(file)}
     files = [file for file in files if file.resolve() not in bases]
     if not files:
