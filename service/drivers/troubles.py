@@ -6,6 +6,7 @@ No driver is imported: botocore, gcsfs and adlfs are known by the names and code
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 Verb = Literal["write", "read", "list", "delete"]
@@ -64,6 +65,7 @@ _UNREACHED = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnector
 _UNREACHED |= {"ClientConnectorDNSError", "ServiceRequestError"}  # of gcsfs and azure
 _STRANGE = {"", "405", "501", "ResponseParserError", "HTTPClientError", "SSLError"}
 """An answer without a code of S3, or none that can be read."""
+_ENDPOINTS = "AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST or AZURE_STORAGE_CONNECTION_STRING"
 _UNANSWERED = ("FSTimeoutError", "ReadTimeoutError", "ServerTimeoutError", "TimeoutError")
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AuthorizationPermissionMismatch", "403"}
 _LONGEST = 300  # characters of what a driver says
@@ -97,14 +99,12 @@ def trouble_of(error: Exception, verb: Verb) -> Trouble:
         )
     said = next((text for each in chain if (text := str(each))), "") or type(error).__name__
     if not _UNREACHED.isdisjoint(names):
-        said = (
-            f"it cannot be reached ({said}). Check the network, and AWS_ENDPOINT_URL if it is set"
-        )
+        said = f"it cannot be reached ({said}). Check the network, and {_ENDPOINTS} if it is set"
     elif not set(_UNANSWERED).isdisjoint(names):
         said = f"it did not answer a request to {verb} in time ({said})"
     elif not _STRANGE.isdisjoint(names):
         said = (
-            f"what answers is perhaps no object store ({said[:_LONGEST]}). Check AWS_ENDPOINT_URL "
+            f"what answers is perhaps no object store ({said[:_LONGEST]}). Check {_ENDPOINTS} "
             "if it is set"
         )
         return Trouble(said, is_passing=True)
@@ -154,6 +154,9 @@ def _names_of(error: BaseException) -> Iterator[str]:
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         yield str(response.get("Error", {}).get("Code", ""))
-    for name in ("code", "error_code", "status"):
-        if isinstance(value := getattr(error, name, None), int | str):
+    for name in ("code", "error_code", "status", "status_code"):
+        value = getattr(error, name, None)
+        if isinstance(value, Enum):  # azure's codes, whose `str` is the name of the member
+            value = value.value
+        if isinstance(value, int | str):
             yield str(value)
