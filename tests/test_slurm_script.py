@@ -403,6 +403,58 @@ def test_a_failed_job_of_a_sweep_fails_the_wait(tmp_path: Path, later: str, told
     assert "  36_1 failed 2 times, the last with 137 (killed" in status.stdout
 
 
+def record(tasks: str, state: str) -> str:
+    """A line of scontrol for the jobs `tasks` of the array 36."""
+    return f"JobId=9 ArrayJobId=36 ArrayTaskId={tasks} JobState={state} ExitCode=0:0\n"
+
+
+DONE = "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("between", "later", "code", "told"),
+    [
+        (record("1-3", "PENDING"), record("3", DONE), 0, "4 of 4 jobs are done"),
+        (record("1,2,3%1", "PENDING"), record("3", DONE), 0, "4 of 4 jobs are done"),
+        # Jobs that are cancelled before their start are one record to their end.
+        (
+            record("1,2-3", "PENDING"),
+            record("1-3:2", "CANCELLED"),
+            1,
+            "2 of 4 jobs are done; 36_1 was cancelled; 36_3 was cancelled",
+        ),
+    ],
+    ids=["a range", "a list", "cancelled"],
+)
+def test_jobs_of_a_sweep_that_wait_in_one_record_do_not_fail_it(
+    tmp_path: Path, between: str, later: str, code: int, told: str
+) -> None:
+    """One job runs at a time; scontrol is asked at the end of the first, and of the last."""
+    commands = {
+        "sbatch": "echo 36",
+        "squeue": """n=$(cat asked); echo $((n + 1)) >asked
+            [ "$n" -lt 1 ] || [ "$n" -gt 2 ] || tail -n +$n queue""",
+        "scontrol": """[ "$SLURM_BITSTR_LEN" = 0 ] || exit 1
+            if [ "$(cat asked)" -gt 3 ]; then cat later; else cat between; fi""",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    comment = tmp_path / "runs/.slurm/digits"
+    rows = [
+        (f"36_{task}", "PENDING", "0:00", "1:00", "1", "", str(comment), "Resources")
+        for task in range(4)
+    ]
+    (tmp_path / "queue").write_text("".join("\t".join(row) + "\n" for row in rows))
+    (tmp_path / "asked").write_text("0")
+    (tmp_path / "between").write_text(record("0", DONE) + between)
+    (tmp_path / "later").write_text("".join(record(str(n), DONE) for n in range(3)) + later)
+    words = ("slurm", "submit", "digits", "slurm={nodes: 1}", "--sweep", "seed=1,2,3,4", "--wait")
+    done = evenstep(*words, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert f"digits: {told}\n" in done.stdout
+
+
 def test_a_comment_of_another_job_may_have_any_bytes(tmp_path: Path) -> None:
     path = one_job(tmp_path, tmp_path / "runs")
     with open(tmp_path / "answer", "ab") as answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -75,12 +76,20 @@ def ends_of(number: str) -> Ends:
     except SlurmError:
         return {}
     ends: Ends = {}
-    for line in told.splitlines():  # one for each job of an array
+    for line in told.splitlines():  # of an array: one for each job that has been started
         facts = dict(word.partition("=")[::2] for word in line.split())
         code = facts.get("ExitCode", "").partition(":")[0]
-        own = f"{number}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else number
-        ends[own] = facts.get("JobState", ""), int(code) if code.isdecimal() else 0
+        end = facts.get("JobState", ""), int(code) if code.isdecimal() else 0
+        tasks = _tasks_in(facts["ArrayTaskId"]) if "ArrayTaskId" in facts else None
+        ends |= {number: end} if tasks is None else {f"{number}_{task}": end for task in tasks}
     return ends
+
+
+def _tasks_in(text: str) -> Iterator[int]:
+    """The indices of an `ArrayTaskId`: `3`, or of all jobs not started, `2-3,7` or `2-8:2%1`."""
+    for found in re.finditer(r"(\d+)(?:-(\d+)(?::(\d+))?)?", text.partition("%")[0], re.ASCII):
+        first, last, step = found.groups()
+        yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 
 def submitted(script: Path) -> str:
@@ -112,6 +121,7 @@ def asked(*words: str) -> str:
             capture_output=True,
             encoding="utf-8",
             errors="replace",  # squeue also prints comments of jobs that are not ours
+            env=os.environ | {"SLURM_BITSTR_LEN": "0"},  # else scontrol cuts long lists of tasks
             timeout=_ANSWER_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
