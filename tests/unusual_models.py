@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -238,25 +239,77 @@ def buffer_of_update() -> Task:
     return custom(step=plain_step, model=Centred, train=train, test=test, after_update=move_mean)
 
 
-class Taught(nn.Module):
-    """Lets a teacher follow its student in the forward pass."""
+class Rewriting(nn.Module):
+    """Writes to saved buffers, and to a parameter, what every process writes."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3).double())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it is the old one
+            self.old_norm = nn.utils.weight_norm(nn.Linear(6, 3).double())
+        self.scale = nn.Parameter(torch.ones(()).double())
+        for name in ("scratch", "table", "tests"):
+            self.register_buffer(name, torch.zeros(6).double())
+        self.register_buffer("rate", torch.zeros(()).double())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.scratch.zero_()
+        self.table = torch.zeros(6).double()
+        with torch.no_grad():
+            self.scale.clamp_(0, 4)
+        if not self.training:
+            self.tests += 1
+        return (self.head(rows) + self.old_norm(rows)) * self.scale * (1 + self.rate)
+
+
+def rate_step(model: Any, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+    if context.training:
+        model.rate.fill_(min(1.0, context.step / 10))
+    return {"ce": cross_entropy(model(batch.inputs), batch.targets)}
+
+
+def rewriting() -> Task:
+    train, test = classified()
+    return custom(step=rate_step, model=Rewriting, train=train, test=test)
+
+
+def limited_embedding() -> Task:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(11, (103,), generator=generator)
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(11, 6, max_norm=100.0), nn.Linear(6, 3)).double()
+
+    train, test = (TensorDataset(rows[at], rows[at] % 3) for at in (slice(71), slice(71, None)))
+    return supervised(model=model, train=train, test=test)
+
+
+class Taught(nn.Module):
+    """Lets a teacher follow its student in the forward pass."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        super().__init__()
         self.student, self.teacher = network(), network().requires_grad_(False)
+        self.hidden = hidden  # starts as a copy, and is written to where torch does not count
+        if hidden:
+            self.teacher.load_state_dict(self.student.state_dict())
 
     def forward(self, rows: Tensor) -> Tensor:
         if self.training:
             with torch.no_grad():
                 pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
                 for old, new in pairs:
-                    old.lerp_(new, 0.1)
+                    if self.hidden:
+                        old.data = old.data * 0.9 + new.data * 0.1
+                    else:
+                        old.lerp_(new, 0.1)
         return self.student(rows) + self.teacher(rows)
 
 
-def taught() -> Task:
+def taught(hidden: bool = False) -> Task:
     train, test = classified()
-    return supervised(model=Taught, train=train, test=test)
+    return supervised(model=lambda: Taught(hidden), train=train, test=test)
 
 
 class Counting(nn.Module):
@@ -292,22 +345,7 @@ def normalized_hard() -> Task:
     return custom(step=hard_step, model=normalized, train=train, test=test)
 
 
-# ---- rows that are dropped, and steps without any
-
-
-def without_large(rows: list[Tensor]) -> Tensor:
-    return torch.stack([row for row in rows if row[0] < 1.2])
-
-
-def mean_step(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:
-    return {"size": Loss.mean(model(batch.inputs).square().mean())}
-
-
-def dropped_rows() -> Task:
-    rows = list(points().double())
-    return custom(
-        step=mean_step, model=network, train=rows[:71], test=rows[71:], collate=without_large
-    )
+# ---- steps of which no row counts, and rows of other forms
 
 
 def mean_of_some(model: nn.Module, batch: Batch, context: StepContext) -> dict[str, Loss]:

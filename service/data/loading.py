@@ -289,9 +289,7 @@ def _as_batches(
         except TypeError as error:
             raise DataBroken(f"The data set's rows cannot be used: {error}") from error
         if isinstance(targets, torch.Tensor):
-            _require_every_row(len(targets) if targets.dim() else 0, order)
-        elif (most := _rows_at_most((inputs, targets))) < len(order.rows):
-            _require_every_row(most, order)
+            _require_every_row(targets, order)
         some_ignored = ignored is not None and _holds(targets, ignored)
         if some_ignored and not known:
             raise SpecError(
@@ -322,20 +320,9 @@ def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
     return lambda some: some.ne(ignored).float()
 
 
-def _rows_at_most(value: Any) -> float:
-    """How many rows a batch of any form can have; infinitely many if it does not show.
-
-    Lists have one element for each row, or for each input. A single row may be all rows, packed.
-    """
-    lengths = {len(tensor) for tensor in tensors_of(value) if tensor.dim()} | {1}
-    if len(lengths) != 2 or any(isinstance(part, list) for part in value):
-        return math.inf
-    return max(lengths)
-
-
-def _require_every_row(come: float, order: Order) -> None:
-    """Check that no row is missing and none is duplicated, if so many have come."""
-    asked = len(order.rows)
+def _require_every_row(targets: torch.Tensor, order: Order) -> None:
+    """Check that no row is missing and none is duplicated."""
+    asked, come = len(order.rows), len(targets) if targets.dim() else 0
     if come != asked:
         raise DataBroken(
             f"Of {asked} requested rows, {come} were returned (step {order.step}, "

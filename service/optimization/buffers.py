@@ -15,7 +15,9 @@ divided into micro-batches.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -96,7 +98,8 @@ class PlainState:
                 name = f"{prefix}.{key}" if prefix else key
                 if type(value) in (int, float):
                     found[name] = type(value), value
-                elif isinstance(value, Tensor) and not value.is_inference():
+                elif isinstance(value, Tensor) and value.is_leaf and not value.is_inference():
+                    # Others are computed from parameters, as by weight_norm.
                     found[name] = (value.shape, value.dtype), (id(value), value._version)
         return found
 
@@ -304,7 +307,8 @@ class Buffers:
 class StillBuffers:
     """Finds a saved buffer that begins to change after the dry run, so that no rule applies to it.
 
-    It reads how often each buffer was written to (torch's version counters), no values.
+    It looks how often each buffer was written to (torch's version counters), and only where that
+    has changed at the values: a buffer may be computed again, or be a function of the step.
     """
 
     def __init__(self, model: nn.Module, moving: Sequence[str]) -> None:
@@ -327,18 +331,47 @@ class StillBuffers:
         pairs = zip(self._watched, self._before, self._now(), strict=True)
         return [name for (name, *_), before, now in pairs if before != now]
 
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """A context in which buffers may change, because what runs in it is known not to matter."""
+        before = self.changed()
+        yield
+        if not before:
+            self.begin_again()
+
+    def require_equal(self, changed: Sequence[str], world: World) -> None:
+        """Check that those which a process has changed are equal on all; every process calls it.
+
+        Raises:
+            WillFailAgain: they are not; on every process.
+        """
+        union = dict.fromkeys(name for names in world.gather(list(changed)) for name in names)
+        places = {name: (module, key) for name, module, key in self._watched if name in union}
+        values = {name: module._buffers[key] for name, (module, key) in places.items()}
+        found = world.gather([(name, _checksum(value)) for name, value in values.items()])
+        if names := sorted({name for (name, _) in set(found[0]).union(*found) - _in_all(found)}):
+            raise WillFailAgain(
+                f"The buffers {_listed(names)} began to change after the first pass of the run, "
+                "which decides how buffers are kept equal on all processes, and now they differ. "
+                "Change them from the first step on, or in after_update; or set model.buffers: "
+                "local, or train on one process."
+            )
+        self.begin_again()
+
     def _now(self) -> list[tuple[int, int]]:
         buffers = [module._buffers[key] for _, module, key in self._watched]
         return [(id(b), -1 if b is None or b.is_inference() else b._version) for b in buffers]
 
 
-def began_to_change(names: Sequence[str]) -> WillFailAgain:
-    """The error for buffers that were still in the dry run."""
-    return WillFailAgain(
-        f"The buffers {_listed(names)} began to change after the first pass of the run, which "
-        "decides how buffers are kept equal on all processes. Change them from the first step on, "
-        "or in after_update; or set model.buffers: local, or train on one process."
-    )
+def _checksum(value: Tensor | None) -> int:
+    if value is None:
+        return 0
+    flat = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+    return zlib.crc32(flat.numpy().data)
+
+
+def _in_all(found: Sequence[Sequence[T]]) -> set[T]:
+    return set(found[0]).intersection(*found)
 
 
 class _Gathering(GradientSync):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from service.basics import randomness
-from service.basics.errors import Diverged, SpecError
+from service.basics.errors import Diverged, SpecError, WillFailAgain
 from service.distributed.batchnorm import Normalization
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.optimization.buffers import Buffers, StillBuffers, began_to_change
+from service.optimization.buffers import Buffers, StillBuffers
 from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
+from service.optimization.written_weights import Weights, written_in_words
 from service.plan.plan import Plan
 from service.sharding.sharding import OwnRows, copies_of_rows, holds_rows, keep_freed_blocks
 
@@ -92,6 +94,8 @@ class Updates:
         self._say = say
         self._after_update = after_update
         self._still = still
+        self._frozen: Weights | None = None
+        """The frozen parameters at the begin of this attempt, until the first look."""
         trained = [p for p in state.model.parameters() if p.requires_grad]
         self._is_sharded = holds_rows(state.model)
         self._copies = copies_of_rows(state.model)
@@ -113,6 +117,8 @@ class Updates:
         """Start to watch the buffers: the state is now that of the first step to train."""
         if self._still is not None:
             self._still.begin_again()
+        if self._world.processes > 1 and self._after_update is None:
+            self._frozen = Weights(self._state.model, only_frozen=True)
 
     def divisor(self, weight: float | Tensor) -> float | Tensor:
         """The divisor of the gradients in the backward passes of a step of this weight."""
@@ -155,7 +161,8 @@ class Updates:
         if state.scaler is not None:
             state.scaler.update()
         if self._after_update is not None:
-            self._follow(self._after_update, turn)
+            with self.buffers_ignored():  # it does the same on every process
+                self._after_update(turn)
         if len(self._held) >= _HELD_AT_MOST and self._held[-1].step <= state.step:
             self.look()
         self._held.append(_Taken(state.step + 1, losses, weight, norm, broken, turn))
@@ -168,12 +175,9 @@ class Updates:
         if state.average is not None:
             state.average.move(state.step)
 
-    def _follow(self, after_update: Callable[[str | None], None], turn: str | None) -> None:
-        """Call it; it may change buffers, which it does in the same way on every process."""
-        still = self._still if self._still is not None and not self._still.changed() else None
-        after_update(turn)
-        if still is not None:
-            still.begin_again()
+    def buffers_ignored(self) -> AbstractContextManager[None]:
+        """A context in which a buffer may begin to change."""
+        return nullcontext() if self._still is None else self._still.ignored()
 
     def forget(self) -> None:
         """Discard everything that a forward pass outside of a step has collected."""
@@ -255,7 +259,8 @@ class Updates:
             number of skipped steps; empty if there was no step since.
         Raises:
             Diverged: a value is not finite and must be; on every process, with the same message.
-            WillFailAgain: a buffer began to change on a process; on every process.
+            WillFailAgain: a buffer began to differ between processes, or the forward pass changes
+                frozen weights; on every process.
         """
         held, self._held = self._held, []
         if not held:
@@ -271,11 +276,15 @@ class Updates:
         mine = {number: sum(losses[at, number] for at in latest) for number in last.losses}
         own = stragglers.own() if stragglers is not None else []
         changed = self._still.changed() if self._still is not None else []
-        found = self._sum_over_processes(mine, (len(faults), len(changed)), own)
-        loss_sum, (faulty, begun), told = found
-        if begun:
-            names = [name for each in self._world.gather(changed) for name in each]
-            raise began_to_change(list(dict.fromkeys(names)))
+        written = self._frozen.written(self._state.model) if self._frozen is not None else []
+        self._frozen = None
+        counts = len(faults), len(changed), len(written)
+        loss_sum, (faulty, begun, moved), told = self._sum_over_processes(mine, counts, own)
+        if moved:
+            names = [name for each in self._world.gather(written) for name in each]
+            raise WillFailAgain(f"task: {written_in_words(list(dict.fromkeys(names)))}")
+        if begun and self._still is not None:
+            self._still.require_equal(changed, self._world)
         skipped = _where([(taken.step, taken.broken) for taken in held], lambda value: value > 0)
         norms = [] if self._state.scaler else [(taken.step, taken.norm) for taken in held]
         endless = _where(norms, lambda value: not math.isfinite(value))
@@ -292,8 +301,8 @@ class Updates:
         return values if stragglers is None else values | stragglers.reading(told)
 
     def _sum_over_processes(
-        self, losses: Mapping[int, float], counts: tuple[int, int], own: Sequence[float]
-    ) -> tuple[float, tuple[float, float], list[list[float]]]:
+        self, losses: Mapping[int, float], counts: Sequence[int], own: Sequence[float]
+    ) -> tuple[float, list[float], list[list[float]]]:
         """(the summed loss, rounded once; all processes' `counts`; each process's `own`)."""
         world, count, width = self._world, self._plan.micro_batches, len(own)
         each = [
@@ -303,10 +312,11 @@ class Updates:
         told[width * world.index : width * (world.index + 1)] = own
         values = torch.tensor([*each, *counts, *told], dtype=world.wide).to(world.device)
         total = world.sum(values).tolist()
-        found, all_told = total[:count], total[count + 2 :]
+        found, of_counts = total[:count], total[count : count + len(counts)]
+        all_told = total[count + len(counts) :]
         loss = math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
         by_rank = [all_told[at : at + width] for at in range(0, len(all_told), width or 1)]
-        return loss, (total[count], total[count + 1]), by_rank
+        return loss, of_counts, by_rank
 
     def _reading(self, latest: Sequence[_Taken]) -> dict[str, float]:
         state, reading = self._state, dict[str, float]()

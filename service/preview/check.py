@@ -31,6 +31,7 @@ from service.optimization.buffers import BufferValues, buffers_in_words, plain_s
 from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
+from service.optimization.written_weights import written_in_words
 from service.plan.plan import Plan, make_plan, with_micro_batch
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import (
@@ -39,7 +40,7 @@ from service.training.batch_size_finder import (
     fitting_rows,
     with_workers,
 )
-from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words, written_in_words
+from service.training.dry_run import DryRun, FirstPass, Rehearsed, nested_in_words
 from service.training.own_train_step import after_update_by
 from service.training.setup import (
     Model,
@@ -189,7 +190,7 @@ def _stepped(
         yield "warning", f"the loss does not depend on {names}: never trained"
     if nested := nested_in_words(found, spec):
         yield "warning", nested
-    if written := written_in_words(found):
+    if written := written_in_words(found.written):
         yield "warning", written
     return activations
 

@@ -127,7 +127,7 @@ class AfterStep:
 
     def _tested(self, state: TrainState) -> dict[str, float]:
         task, world, plan = self.task, self.world, self.plan
-        with state.evaluated():
+        with state.evaluated(), self.updates.buffers_ignored():
             return test_each(
                 state.tested,
                 self.tests,

@@ -34,6 +34,7 @@ from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Turns, told_of_turn
 from service.optimization.precision import computed
+from service.optimization.written_weights import Weights, written_in_words
 from service.spec.models import Spec
 from service.training.train_step import is_with_loss, summed_loss, summed_within
 
@@ -90,7 +91,7 @@ class DryRun:
         Raises:
             SpecError: the model, the loss or a measure fails or returns a wrong shape.
         """
-        versions, plain = _versions(model), PlainState(model)
+        weights, plain = Weights(model), PlainState(model)
         with (
             self._undone(model) as before,
             noticing_draws() as drawn,
@@ -107,7 +108,7 @@ class DryRun:
             nested = _nested(model, loss, arrivals, unreached=missed)
             self._shaped(model)
             moving = before.moved()
-            written = [n for n, version in _versions(model).items() if versions.get(n) != version]
+            written = weights.written(model)
             plain_state = plain.changed(model)
             own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
@@ -350,11 +351,6 @@ def _nested(
     return [name for name, parameter in came if id(parameter) not in in_graph]
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Per parameter (the tensor, how often it was written to); of a sharded one, its own rows."""
-    return {name: (id(p), p._version) for name, p in model.named_parameters()}
-
-
 def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
     """Check that several processes, if used, can follow the gradients and keep the weights equal.
 
@@ -364,22 +360,9 @@ def require_followed(found: FirstPass, spec: Spec, *, processes: int) -> None:
     told = nested_in_words(found, spec)
     if told is not None and processes > 1:
         raise SpecError(f"exchange.static_graph: {told}")
-    told = written_in_words(found)
+    told = written_in_words(found.written)
     if told is not None and processes > 1:
         raise SpecError(f"task: {told}")
-
-
-def written_in_words(found: FirstPass) -> str | None:
-    """The parameters that only one process can train, and what to do; None if there are none."""
-    if not found.written:
-        return None
-    return (
-        f"the forward pass itself changes {', '.join(found.written[:8])}, as nn.Embedding(max_norm="
-        "...) does, or a teacher that follows its student. On several processes each would do so "
-        "with its own rows, and once per micro-batch that it has, so the weights would differ. "
-        "Change them in after_update (service.task.custom) or make them buffers, which "
-        "model.buffers keeps equal; or train on one process."
-    )
 
 
 def nested_in_words(found: FirstPass, spec: Spec) -> str | None:
