@@ -92,9 +92,10 @@ Harm = str | int | float | bytes | Callable[[], None] | None
 """What happens to a request, if not None.
 
 `drop`: no answer; `lose`: done, but no answer; `cut`: half an answer; `drip`: an answer byte by
-byte, until the proxy ends; `stall`: nothing is read and answered until then; an int: a status; a
-float: so many seconds pass first; a code of S3, with its status; bytes: this is the answer; a
-function: done, and called before the answer, which is lost.
+byte, until the proxy ends; `chunk`: an answer in chunks, without a length; `stall`: nothing is
+read and answered until then; an int: a status; a float: so many seconds pass first; a code of S3,
+with its status; bytes: this is the answer; a function: done, and called before the answer, which
+is lost.
 """
 _STATUS = {"AuthorizationHeaderMalformed": 400, "PermanentRedirect": 301, "NoSuchBucket": 404}
 _STATUS |= {"SlowDown": 503, "InternalError": 500, "ExpiredToken": 400, "NotImplemented": 501}
@@ -200,7 +201,10 @@ class Proxy:
                 for name, value in headers:
                     if name.lower() != "content-length" or self.command == "HEAD":
                         self.send_header(name, value)
-                if self.command != "HEAD":
+                if how == "chunk":
+                    self.send_header("Transfer-Encoding", "chunked")
+                    content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+                elif self.command != "HEAD":
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if how == "drip":

@@ -559,6 +559,15 @@ def test_an_object_that_drips_is_given_up(client, address, monkeypatch, tmp_path
                 asked()  # all of it would take four hours
 
 
+def test_an_answer_of_unknown_length_is_read_to_its_end(client, address, monkeypatch):
+    content = random.Random(0).randbytes(300_000)
+    store_at(address).put("object", content)
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: "chunk"
+        assert open_store(address, patience_seconds=0.0).get("object") == content
+
+
 def test_an_answer_that_is_cut_is_no_content(client, address, monkeypatch, tmp_path):
     store_at(address).put("object", bytes(300_000))
     with Proxy(client) as proxy, (tmp_path / "copy").open("wb") as copy:

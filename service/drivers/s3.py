@@ -121,16 +121,16 @@ class S3:
         """
         over = time.monotonic() + timeout
         answer = self._of_object("get_object", path, **part)
-        left = int(answer["ContentLength"])
+        length, come = answer.get("ContentLength"), 0  # a gateway may send no length
         with answer["Body"] as body:
             # `read` would wait for a whole block, also if each second brings one byte.
             while block := body.read1(_BLOCK_BYTES):
-                left -= len(block)
+                come += len(block)
                 yield block
                 _require_before(over)
-        if left:
+        if length is not None and come < length:
             raise ConnectionResetError(
-                errno.ECONNRESET, f"the answer ended {left:,} bytes before its end", path
+                errno.ECONNRESET, f"the answer ended {length - come:,} bytes before its end", path
             )
 
     def find(self, path: str, *, detail: bool, timeout: float) -> dict[str, dict[str, Any]]:
