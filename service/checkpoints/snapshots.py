@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from service.basics.errors import NoCheckpoint, SpecError, did_you_mean
 from service.checkpoints.packing import DTYPES, is_wrapped, kept, pack, rewrapped, unpacked
-from service.optimization.optimizers import require_one_state, step_of, stepped_by
+from service.optimization.optimizers import Together, require_one_state, step_of, stepped_by
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
 from service.sharding.sharding import (
@@ -572,8 +572,8 @@ def _require_whole(
             kind = type(steps[id(parameter)])
             if kind is torch.optim.LBFGS or not _is_of_torch(kind):
                 continue
-            if not entries:
-                continue  # it has not stepped yet
+            if not entries and (kind is not torch.optim.Adagrad or isinstance(optimizer, Together)):
+                continue  # it has not stepped yet; only Adagrad's state exists from the beginning
             like = kind, parameter.dim(), parameter.dtype
             if like not in wanted:
                 wanted[like] = _read_in_a_step(*like, group)

@@ -15,7 +15,6 @@ From top to bottom; a room imports only from rooms below it:
   in the backward pass.
 * flops: floating-point operations: how many a pass takes, and how many a device can do.
 * compilation: torch.compile of a model in place: the keys of its state dict do not change.
-* written_weights: parameters that a forward pass changes itself, which several processes refuse.
 * buffers: buffers that the forward pass changes, besides BatchNorm's: codebooks, counters and
-  others.
+  others; and parameters that it changes itself, which several processes refuse.
 """

@@ -22,11 +22,10 @@ from service.basics.errors import Diverged, SpecError, WillFailAgain
 from service.distributed.batchnorm import Normalization
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.optimization.buffers import Buffers, StillBuffers
+from service.optimization.buffers import Buffers, StillBuffers, Weights, written_in_words
 from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
-from service.optimization.written_weights import Weights, written_in_words
 from service.plan.plan import Plan
 from service.sharding.sharding import OwnRows, copies_of_rows, holds_rows, keep_freed_blocks
 

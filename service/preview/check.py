@@ -27,11 +27,15 @@ from service.distributed.devices import peak_bytes
 from service.distributed.gradient_sync import OverlappedSync
 from service.distributed.world import World
 from service.evaluation.test_loop import test_each
-from service.optimization.buffers import BufferValues, buffers_in_words, plain_state_in_words
+from service.optimization.buffers import (
+    BufferValues,
+    buffers_in_words,
+    plain_state_in_words,
+    written_in_words,
+)
 from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
-from service.optimization.written_weights import written_in_words
 from service.plan.plan import Plan, make_plan, with_micro_batch
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import (

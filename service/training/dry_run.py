@@ -28,13 +28,12 @@ from service.distributed.generators import Seeded, noticing_draws
 from service.distributed.world import World
 from service.evaluation.own_step_test import entries_of_test
 from service.evaluation.test_loop import in_eval_mode
-from service.optimization.buffers import BufferValues, Moving, PlainState
+from service.optimization.buffers import BufferValues, Moving, PlainState, Weights, written_in_words
 from service.optimization.compilation import require_compiled
 from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Turns, told_of_turn
 from service.optimization.precision import computed
-from service.optimization.written_weights import Weights, written_in_words
 from service.spec.models import Spec
 from service.training.train_step import is_with_loss, summed_loss, summed_within
 
