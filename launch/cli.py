@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -26,6 +27,7 @@ from launch.environment import (
     Node,
     launched,
     read_secrets,
+    torchrun_began,
     torchrun_grace,
 )
 from launch.processes.signals import STARTED, hear_interrupts, heard, stop_listening
@@ -145,6 +147,8 @@ def run(
     os.environ.update(read_secrets())
     accepted = _accepted(overrides, fresh=fresh, **accepting)
     given = torchrun_grace() if place is not None else slurm_grace(loaded)
+    if fresh and place is not None and place.rank == 0:  # which decides for all
+        fresh = not _begun_by_torchrun(runs, loaded)
 
     def job_in(directory: Path) -> Job:
         if node is None or node.index == 0:
@@ -174,6 +178,24 @@ def run(
 
         leave(note_exit_code(run_node(job, node, processes=asked)))
     _start(job, place, **starting, echoed_logs=job.directory().logs if node else None)
+
+
+def _begun_by_torchrun(runs: Path | Address, spec: Spec) -> bool:
+    """Whether the run was begun by the torchrun that has now restarted this process.
+
+    `--fresh` moves an earlier run aside only once, but torchrun repeats the command.
+    """
+    if isinstance(runs, Address):
+        from service.storage.scratch import scratch_runs
+
+        runs = scratch_runs(runs / spec.name)
+    began = torchrun_began()
+    directory = RunDirectory(runs / spec.name)
+    if began is None or not directory.facts.exists():
+        return False
+    # A run of the future is an earlier one, of a machine with another time.
+    created: float = directory.read_facts()["created"]
+    return began <= created <= time.time()
 
 
 def _check_restarts(

@@ -20,6 +20,7 @@ STORE_FILE = "EVENSTEP_STORE_FILE"
 """The path of that store, if it is a file of the launcher's."""
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """The variable of torchrun's --shutdown-timeout."""
+_OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 MOST_PROCESSES = "EVENSTEP_MOST_PROCESSES"
 """Set in a job with elastic nodes: the processes that it has with most nodes."""
 
@@ -221,6 +222,23 @@ def torchrun_grace() -> GracePeriod:
             f"{SHUTDOWN_TIMEOUT} must be a number of seconds, but is {said!r}."
         ) from None
     return GracePeriod(seconds, "torchrun's --shutdown-timeout")
+
+
+def torchrun_began() -> float | None:
+    """When the torchrun of this process started, in seconds since 1970; None without torchrun.
+
+    torchrun sets a variable in all processes that it starts, but not in its own: a wrapper or a
+    process of ours may be between it and this one.
+    """
+    if _OF_TORCHRUN not in os.environ:
+        return None
+    for process in psutil.Process().parents():
+        try:
+            if _OF_TORCHRUN not in process.environ():
+                return float(process.create_time())
+        except psutil.Error:  # it belongs to another user, so it is above torchrun
+            return None
+    return None
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -194,6 +195,52 @@ def test_a_run_of_torchrun_goes_on_with_the_same_bits_after_a_kill(
     compared = compare(find_run(place / "two/job"), at_end, level="bits", tolerance=0)
     assert compared.equal, compared.lines
     assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
+
+
+def test_fresh_starts_over_once_in_a_torchrun_that_restarts(place, address, client, tmp_path):
+    scratch = tmp_path / "a"
+    earlier = ("run", "job.yaml", "length.steps=28", "--runs", str(address))
+    done = evenstep(*earlier, cwd=place, EVENSTEP_SCRATCH=str(scratch), **client.variables)
+    assert done.returncode == 0, done.stderr
+    hold = {"HOLD_AT_ROWS": "40", "GO_ON_WITH": str(tmp_path / "go-"), "PET_MAX_RESTARTS": "1"}
+    hold["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    agent = under_torchrun(place, address, scratch, client, "--fresh", **hold)
+    try:
+        until(lambda: newest_step(address) == 8, "step 8 of the new run in the store", of=agent)
+        (child,) = (each for each in descendants(agent.pid) if brought_to(each))
+        (tmp_path / "go-0").touch()
+        os.kill(child, signal.SIGKILL)
+        told, _ = agent.communicate(timeout=DEADLINE_SECONDS)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, told
+    assert "Resuming after step" in told, told
+    at_end = brought_back(address, tmp_path / "end")
+    assert [attempt["from_step"] > 0 for attempt in at_end.read_facts()["attempts"]] == [0, 1]
+    assert len(list(scratch.glob("*/.job-*/run.json"))) == 1, "the earlier run"
+
+
+def brought_to(process):
+    """Whether it is the child that trains as rank 0."""
+    return b"EVENSTEP_BROUGHT_TO=" in Path(f"/proc/{process}/environ").read_bytes()
+
+
+def test_a_run_that_fresh_began_gets_no_checkpoint_of_the_one_before(
+    place, address, client, tmp_path, monkeypatch
+):
+    """It ended before anything of it was published."""
+    variables = client.variables | {"EVENSTEP_SCRATCH": str(tmp_path / "scratch")}
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "scratch"))
+    earlier = evenstep("run", "job.yaml", "--runs", address, cwd=place, **variables)
+    assert earlier.returncode == 0, earlier.stderr
+    (there,) = (tmp_path / "scratch").glob("*/job")
+    there.rename(tmp_path / "aside")  # as --fresh does
+    begun = local_run(place, tmp_path / "begun")
+    begun.path.rename(there)
+    spec = load_spec(place / "job.yaml")
+    uploading = brought(address / "job", spec, fresh=False, say=print)
+    uploading.abandon()
+    assert checkpoints_in(RunDirectory(there).checkpoints) == []
 
 
 def test_a_stop_of_torchrun_is_saved_and_uploaded(place, address, client, tmp_path):

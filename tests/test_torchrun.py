@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep
 from injuring import descendants, is_alive, until
 from jobs import spec_of
 
@@ -84,6 +84,59 @@ def test_an_elastic_job_continues_with_the_nodes_that_are_left_and_stops_with_it
     words = ("--name", "whole", "--stop-at", stopped)
     assert evenstep("run", "job.yaml", *words, cwd=tmp_path).returncode == 75
     assert rows == read_receipt(tmp_path / "runs/whole/receipt.jsonl"), "on exactly the same rows"
+
+
+FAILS_TWICE = """
+from pathlib import Path
+import torch
+from torch import nn
+from service.data.task import supervised
+
+PASSES = 0
+
+class Fails(nn.Linear):
+    def forward(self, inputs):
+        global PASSES
+        PASSES += self.training
+        if PASSES == 12 and Path("failures").exists():
+            with open("failures", "r+") as left:
+                count = int(left.read())
+                if count:
+                    left.seek(0)
+                    left.write(str(count - 1))
+                    raise RuntimeError("as asked")
+        return super().forward(inputs)
+
+class Rows:
+    def __len__(self):
+        return 43
+
+    def __getitem__(self, row):
+        return torch.full((4,), row / 43), row % 3
+
+def task():
+    return supervised(model=lambda: Fails(4, 3), train=Rows(), test=Rows())
+"""
+
+
+def test_a_restart_of_torchrun_does_not_start_over_again_with_fresh(tmp_path):
+    (tmp_path / "job.py").write_text(FAILS_TWICE)
+    values = spec_of("", task="./job.py:task", batch={"global_batch": 7}, length={"steps": 30})
+    (tmp_path / "job.yaml").write_text(json.dumps(values | {"checkpoint": {"every_steps": 2}}))
+    words = ("-m", "launch", "run", "job.yaml", "--fresh")
+    agent = (BIN / "torchrun", "--standalone", "--nproc-per-node", 1, "--max-restarts", 2)
+    earlier = evenstep("run", "job.yaml", cwd=tmp_path)
+    assert earlier.returncode == 0, earlier.stderr
+    (tmp_path / "failures").write_text("2")
+    done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    facts = RunDirectory(tmp_path / "runs/job").read_facts()
+    steps = [attempt["from_step"] for attempt in facts["attempts"]]
+    assert len(steps) == 3, steps
+    assert 0 == steps[0] < steps[1] < steps[2]
+    aside = [found.parent for found in tmp_path.glob("runs/.job-*/run.json")]
+    assert len(aside) == 1, "the earlier run"
+    assert RunDirectory(aside[0]).read_facts()["state"] == "done"
 
 
 def listening(process: int) -> bytes:

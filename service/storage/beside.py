@@ -221,7 +221,7 @@ def brought(
     try:
         held = _held(store, fresh=fresh, say=say)
         note = settled(run, held, say)
-        if held is not None and not fresh:
+        if held is not None and not fresh and not _is_replaced(held, by=run):
             bring(store.until(is_stopped), held, run, say)
         mirror = Mirror(
             store, lease, run, held=held, scratch=note.id, spec=spec.checkpoint, say=say
@@ -230,6 +230,11 @@ def brought(
         _release(lease)
         raise
     return Uploading(mirror, lease, run, note, say=say)
+
+
+def _is_replaced(held: Published, *, by: RunDirectory) -> bool:
+    """Whether the run here was begun by `--fresh`, and ended before anything was published."""
+    return by.facts.exists() and str(by.read_facts()["id"]) != held.run
 
 
 def _held(store: Store, *, fresh: bool, say: Say) -> Published | None:
