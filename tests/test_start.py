@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,8 @@ import pytest
 from commands import BIN, CLEAN, evenstep
 from injuring import DEADLINE_SECONDS, descendants, is_alive, until
 
-from launch.processes.warm_start import starts_processes
+from launch.processes.warm_start import ensure_server, starts_processes
+from service.basics.errors import SpecError
 
 # Each process that Python starts leaves the names of its modules; a killed one leaves none.
 _LEAVE_MODULES = """
@@ -225,3 +228,26 @@ def test_ctrl_c_while_the_command_is_imported_prints_nothing(tmp_path, words):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_directory_for_sockets_that_others_can_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user can make it at the same path when something has removed ours."""
+    place = tmp_path / "pymp-known"
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(place))
+    ensure_server()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700, "made again"
+    place.chmod(0o770)
+    with pytest.raises(SpecError, match="others can write into it"):
+        ensure_server()
+    place.chmod(0o700)
+    ensure_server()
+    if os.geteuid() == 0:
+        os.chown(place, 65534, 65534)
+        with pytest.raises(SpecError, match="belongs to another user"):
+            ensure_server()
+    place.rename(tmp_path / "other")
+    place.symlink_to(tmp_path / "other")
+    with pytest.raises(SpecError, match="belongs to another user"):
+        ensure_server()

@@ -12,6 +12,7 @@ import gc
 import os
 import re
 import signal
+import stat
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -133,10 +134,15 @@ def begin_server() -> None:
 
 
 def ensure_server() -> None:
-    """Start another fork server, if something has removed the socket of this one."""
+    """Start another fork server, if something has removed the socket of this one.
+
+    Raises:
+        SpecError: another user could replace the socket.
+    """
     from multiprocessing import forkserver
 
     _make_directory_again()
+    _require_own_directory()
     server: Any = forkserver._forkserver
     address = server._forkserver_address
     if _begun_with and address is not None and not os.path.exists(address):
@@ -149,13 +155,43 @@ def _make_directory_again() -> None:
 
     A new server puts its socket there, and the exit handler reports a directory that is missing.
     """
-    from multiprocessing import process
-
-    current: Any = process.current_process()
-    place = current._config.get("tempdir")
+    place = _own_directory()
     if place is not None:
         with suppress(OSError):  # whoever needs the directory reports what is wrong
             os.makedirs(place, mode=0o700, exist_ok=True)
+
+
+def _require_own_directory() -> None:
+    """Refuse a directory that another user has made at this path since ours was removed.
+
+    Raises:
+        SpecError: it is not ours, or others can write into it.
+    """
+    place = _own_directory()
+    if place is None:
+        return
+    try:
+        found = os.lstat(place)
+    except OSError:  # whoever needs the directory reports what is wrong
+        return
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        from service.basics.errors import SpecError
+
+        raise SpecError(
+            f"{place}: the directory for the sockets of this command was removed, and what is "
+            "there now belongs to another user, or others can write into it. Set TMPDIR to a "
+            "directory of your own, and start again."
+        )
+
+
+def _own_directory() -> str | None:
+    """The path of multiprocessing's own directory; None if it has made none."""
+    from multiprocessing import process
+
+    current: Any = process.current_process()
+    place: str | None = current._config.get("tempdir")
+    return place
 
 
 def end_server() -> None:
