@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -269,6 +270,16 @@ def test_an_impossible_fork_is_reported_and_leaves_nothing(place, words, told):
     assert sorted((place / "runs").iterdir()) == before
 
 
+def test_a_fork_names_the_file_of_the_source_that_cannot_be_read(place, tmp_path):
+    shutil.copytree(place / "runs/long", tmp_path / "runs/long")
+    (tmp_path / "runs/long/metrics.jsonl").unlink()
+    (tmp_path / "runs/long/metrics.jsonl").mkdir()
+    refused = evenstep("fork", "long", "--at", "6", "--name", "x", cwd=tmp_path)
+    assert refused.returncode == 64, refused.stdout
+    assert "metrics.jsonl cannot be read: Is a directory" in refused.stderr
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["long"]
+
+
 def test_a_schedule_that_depends_on_the_length_is_reported(tmp_path, processes):
     job = JOB | {"schedule": {"name": "cosine"}, "length": {"steps": 6}}
     processes(1).run(train_in_process, job, tmp_path / "runs", 3)
@@ -282,8 +293,6 @@ def test_a_schedule_that_depends_on_the_length_is_reported(tmp_path, processes):
 
 
 def test_a_change_that_was_entered_and_never_written_is_forgotten(place, tmp_path):
-    import shutil
-
     from service.runs.directory import open_run
 
     shutil.copytree(place / "runs/extended", tmp_path / "extended")

@@ -1,12 +1,13 @@
 """`evenstep doctor`: what it finds on this machine, and on machines with something wrong."""
 
 import json
+import os
 import socket
 
 import pytest
 from commands import evenstep
 
-from launch.commands.doctor import Asked, Finding, _shared_memory, exit_code
+from launch.commands.doctor import Asked, Finding, _kubectl, _shared_memory, exit_code
 from service.basics.limits import limits, memory_each, workers_each
 from service.recipes import find_recipe
 from service.spec.files import load_spec
@@ -69,6 +70,15 @@ def test_what_is_wrong_is_reported_with_its_fix(tmp_path):
     assert "--runs" in found["disk"]["fix"]
     assert found["all-reduce"]["state"] == "failed"
     assert "no fabric" in found["all-reduce"]["told"]
+
+
+def test_a_kubectl_that_waits_is_no_fault_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "kubectl").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("launch.commands.doctor.KUBECTL_SECONDS", 0.2)
+    [found] = _kubectl(Asked())
+    assert (found.state, found.told) == ("warning", "kubectl config took over 0.2 s")
 
 
 def test_a_loader_that_overflows_shared_memory_is_found():

@@ -1,13 +1,16 @@
 """A machine that has little left of what a start needs says so, at once and in words."""
 
+import errno
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, command
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep
+from disks import mounted
 
 from launch.processes.warm_start import out_of_place
 from service.basics.errors import SpecError
@@ -83,6 +86,26 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_reported(tmp_path):
     assert out_of_place(["run", "digits"], {"TMPDIR": fits + "x"}) is None
     line = told("run", "digits", "--processes", "2", cwd=tmp_path, TMPDIR=fits + "x")
     assert line.startswith("error: TMPDIR has 76 bytes")
+
+
+def test_a_machine_without_a_temporary_directory_is_reported(monkeypatch):
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert out_of_place(["run", "digits"], {}) is None
+    told = out_of_place(["run", "digits", "--processes", "2"], {})
+    assert told == (
+        "No usable temporary directory found in ['/tmp']. Set TMPDIR to a directory that can be "
+        "written to."
+    )
+
+
+def test_a_new_job_on_a_full_disk_leaves_no_half_of_it(tmp_path):
+    with mounted(tmp_path / "small", "16k") as small:
+        full = evenstep("new", "job", cwd=small)
+        assert (full.returncode, "cannot be written: No space left" in full.stderr) == (64, True)
+        assert list((small / "job").iterdir()) == []
 
 
 @pytest.mark.parametrize("threads", ["abc", "0", "", "2,2"])

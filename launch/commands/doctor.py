@@ -41,6 +41,8 @@ REDUCED_BYTES_ON_GPU = 256 << 20
 REDUCTION_SECONDS = 90
 """Time for two interpreters to import torch, perhaps from a slow disk."""
 REACH_SECONDS = 3
+KUBECTL_SECONDS = 20.0
+"""Time for kubectl to answer, perhaps after a sign-in by another program."""
 
 
 @dataclass(frozen=True)
@@ -331,32 +333,39 @@ def _has_wandb_key(host: str) -> bool:
 
 def _kubectl(asked: Asked) -> Iterator[Finding]:
     if shutil.which("kubectl") is None:
-        yield Finding("kubectl", "skipped", "not installed; only `evenstep kubernetes` needs it")
+        yield Finding("kubectl", "skipped", "not installed; `evenstep kubernetes` works without it")
         return
-    context = subprocess.run(
-        ["kubectl", "config", "current-context"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=20,
-    )
-    if context.returncode:
-        yield Finding("kubectl", "skipped", "no context is set; `evenstep kubernetes` needs one")
+    try:
+        context = _asked_of_kubectl("config", "current-context")
+        if context.returncode:
+            without = "no context is set; `evenstep kubernetes` needs one"
+            yield Finding("kubectl", "skipped", without)
+            return
+        name = context.stdout.strip()
+        timeout = f"--request-timeout={REACH_SECONDS}s"
+        reached = _asked_of_kubectl("get", "--raw", "/version", timeout)
+    except subprocess.TimeoutExpired as error:
+        asked_for = " ".join(error.cmd[:2])
+        fix = "Run it by hand: it may wait for a sign-in, or for a cluster that is not there."
+        yield Finding("kubectl", "warning", f"{asked_for} took over {error.timeout:g} s", fix)
         return
-    name = context.stdout.strip()
-    reached = subprocess.run(
-        ["kubectl", "get", "--raw", "/version", f"--request-timeout={REACH_SECONDS}s"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=30,
-    )
     if reached.returncode:
         last = (reached.stderr.strip().splitlines() or ["no message"])[-1]
         fix = "Check `kubectl cluster-info`, or choose another: `kubectl config use-context`."
         yield Finding("kubectl", "warning", f"context {name} does not respond: {last}", fix)
     else:
         yield Finding("kubectl", "ok", f"context {name} answers")
+
+
+def _asked_of_kubectl(*words: str) -> subprocess.CompletedProcess[str]:
+    """What kubectl answers."""
+    return subprocess.run(
+        ["kubectl", *words],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=KUBECTL_SECONDS,
+    )
 
 
 # ---- cores and memory

@@ -21,6 +21,7 @@ from service.basics.atomic_files import (
     replace_file,
     sync_directory,
     sync_file,
+    told_when_unread,
 )
 from service.basics.errors import NoCheckpoint, SpecError, printable
 from service.plan.changing import Change, changes
@@ -106,6 +107,7 @@ def _write(
         make_directory(place)
     for checkpoint in _with_the_best(chosen, source):
         copied = partial.checkpoints / checkpoint.path.name
+        _require_readable(checkpoint.path)
         shutil.copytree(checkpoint.path, copied)
         damage = damage_of(Checkpoint(copied, checkpoint.step))
         if damage is not None:
@@ -116,6 +118,7 @@ def _write(
     sync_directory(partial.checkpoints)
     for record in (source.metrics, source.receipt):
         if record.exists():
+            _require_readable(record)
             shutil.copyfile(record, partial.path / record.name)
     MetricsFile(partial.metrics, resume_step=chosen.step).close("stopped")
     text = dump_spec(spec)
@@ -136,6 +139,20 @@ def _write(
     }
     replace_file(partial.spec, text)
     partial.write_facts(own)
+
+
+def _require_readable(place: Path) -> None:
+    """Check a file of the source, or those of a checkpoint, so that the target is not blamed.
+
+    Raises:
+        SpecError: permission is denied, or it is not a regular file.
+        EvenstepError: it cannot be read at the moment.
+    """
+    is_checkpoint = place.parent.name == "checkpoints"
+    with told_when_unread(place):
+        for file in sorted(place.iterdir()) if is_checkpoint else [place]:
+            with file.open("rb") as opened:
+                opened.read(1)
 
 
 def _with_the_best(chosen: Checkpoint, source: RunDirectory) -> list[Checkpoint]:

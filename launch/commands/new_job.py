@@ -27,10 +27,15 @@ def start(directory: Path) -> list[Path]:
         raise SpecError(
             f"{directory} already contains {', '.join(there)}. Choose another directory."
         )
+    written: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (directory / name).write_text(text, encoding="utf-8")
+            with (directory / name).open("x", encoding="utf-8") as file:
+                written.append(directory / name)
+                file.write(text)
     except OSError as error:
+        for half in written:  # so that the same command works once there is room
+            half.unlink(missing_ok=True)
         raise SpecError(f"{directory} cannot be written: {error.strerror}.") from error
     return [directory / name for name in texts]

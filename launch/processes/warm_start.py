@@ -72,6 +72,13 @@ def out_of_place(words: Sequence[str], variables: Mapping[str, str]) -> str | No
                 f"TMPDIR has {size} bytes, but processes connect by a socket in it, so it can have "
                 f"at most {LONGEST_TMPDIR}. Set it to a shorter path, such as TMPDIR=/tmp."
             )
+    if starts:
+        import tempfile
+
+        try:
+            tempfile.gettempdir()
+        except OSError as error:
+            return f"{error.strerror or error}. Set TMPDIR to a directory that can be written to."
     threads = variables.get("OMP_NUM_THREADS")
     computes = words[:1] in (["run"], ["test"], ["check"])
     if computes and threads is not None and not re.fullmatch(r"0*[1-9][0-9]*", threads.strip()):
