@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
@@ -145,7 +145,9 @@ def node_asked(processes: str | None, nodes: str | None) -> Node | None:
         raise SpecError("--nodes: PET_NNODES already sets it; leave it out.")
     node = node_here({**os.environ, "PET_NNODES": nodes} if nodes is not None else None)
     if node is not None and processes is not None:
-        raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
+        if "PET_NPROC_PER_NODE" in os.environ:
+            raise SpecError("--processes: PET_NPROC_PER_NODE already sets it; leave it out.")
+        return replace(node, processes=processes)
     step = step_here() if node is None else None
     return node if step is None else node_of(step, processes=processes, variables=os.environ)
 

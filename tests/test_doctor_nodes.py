@@ -31,7 +31,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def doctors(place: Path, *environs: dict[str, str]) -> list[subprocess.Popen[str]]:
+def doctors(
+    place: Path, *environs: dict[str, str], options: tuple[str, ...] = ()
+) -> list[subprocess.Popen[str]]:
     """`evenstep doctor --nodes 2` on each node, with its own variables."""
     common = CLEAN | {
         "PET_MASTER_ADDR": "127.0.0.1",
@@ -40,7 +42,7 @@ def doctors(place: Path, *environs: dict[str, str]) -> list[subprocess.Popen[str
         "EVENSTEP_DEVICE": "cpu",
     }
     pipe = subprocess.PIPE
-    words = [BIN / "evenstep", "doctor", "--nodes", "2", "--json"]
+    words = [BIN / "evenstep", "doctor", "--nodes", "2", "--json", *options]
     return [
         subprocess.Popen(
             words,
@@ -65,14 +67,16 @@ def network_of(process: subprocess.Popen[str]) -> dict[str, str]:
     return told | {"log": err}
 
 
-def test_two_nodes_measure_the_network_between_them(tmp_path: Path) -> None:
-    two = {"PET_NPROC_PER_NODE": "2"}
-    found = [network_of(each) for each in doctors(tmp_path, two, two)]
+@pytest.mark.parametrize("by", ["variable", "option", "default"])
+def test_two_nodes_measure_the_network_between_them(tmp_path: Path, by: str) -> None:
+    two = {"PET_NPROC_PER_NODE": "2"} if by == "variable" else {}
+    options = ("--processes", "2") if by == "option" else ()
+    found = [network_of(each) for each in doctors(tmp_path, two, two, options=options)]
     for each in found:
         assert each["state"] == "ok", each
         measured = MEASURED.fullmatch(each["told"])
         assert measured is not None, each
-        assert measured[1] == "4", "two processes on each"
+        assert measured[1] == ("2" if by == "default" else "4"), "on both together"
     assert found[0]["told"] == found[1]["told"], "a mean over all of them"
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 

@@ -64,7 +64,7 @@ class Asked:
     """The job for which the machine is checked."""
 
     processes: int = 2
-    """Also on each node."""
+    """On each node, if there are several."""
     node: Node | None = None
     """This machine among those between which the network is measured, and nothing else."""
     place: Environment | None = None

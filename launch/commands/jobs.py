@@ -64,7 +64,12 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
 
 @click.command()
 @click.argument("spec", metavar="[SPEC]", required=False)
-@click.option("--processes", metavar="N", type=click.IntRange(min=1), help="Default: 2.")
+@click.option(
+    "--processes",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Default: 2; with --nodes as in a run.",
+)
 @click.option("--runs", type=Directory(), default="runs", show_default=True)
 @click.option(
     "--nodes",
