@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from service.basics.errors import SpecError, printable
+from service.basics.process_starts import start_of
 from service.health.stop_budget import GracePeriod
 
 RUN_OF_STORE = "EVENSTEP_RUN_OF_STORE"
@@ -235,10 +237,23 @@ def torchrun_began() -> float | None:
     for process in psutil.Process().parents():
         try:
             if _OF_TORCHRUN not in process.environ():
-                return float(process.create_time())
+                return _started(process)
         except psutil.Error:  # it belongs to another user, so it is above torchrun
             return None
     return None
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process started, in seconds since 1970.
+
+    The kernel tells it in hundredths of a second since boot, but the time of boot in whole seconds,
+    so what psutil adds up can be a second too early.
+    """
+    ticks = start_of(process.pid)
+    if ticks is None:
+        return float(process.create_time())
+    since_boot = int(ticks) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
 def read_secrets(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep
 from injuring import descendants, is_alive, until
 from jobs import spec_of
 
+from launch.environment import _started
 from service.runs.directory import RunDirectory
 from service.runs.receipt_file import read_receipt
 
@@ -139,9 +142,16 @@ def test_a_restart_of_torchrun_does_not_start_over_again_with_fresh(tmp_path):
     assert RunDirectory(aside[0]).read_facts()["state"] == "done"
 
 
+def test_the_start_of_a_process_is_told_to_hundredths_of_a_second():
+    before = time.time()
+    with subprocess.Popen(["sleep", "60"]) as started:
+        after = time.time()
+        told = _started(psutil.Process(started.pid))
+        started.kill()
+    assert before - 0.03 <= told <= after + 0.03
+
+
 def listening(process: int) -> bytes:
     """Ports on which the process listens, as `:port` words."""
-    import psutil
-
     found = psutil.Process(process).net_connections(kind="tcp")
     return b" ".join(b":%d" % c.laddr.port for c in found if c.status == psutil.CONN_LISTEN)
