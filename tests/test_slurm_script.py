@@ -465,9 +465,9 @@ def test_a_comment_of_another_job_may_have_any_bytes(tmp_path: Path) -> None:
 
 
 def test_a_command_of_slurm_that_cannot_be_started_is_reported(tmp_path: Path) -> None:
-    path = one_job(tmp_path, tmp_path / "runs")
-    (tmp_path / "squeue").write_text("#!/nowhere/sh\n")
-    done = evenstep("slurm", "status", "digits", cwd=tmp_path, PATH=path)
+    one_job(tmp_path, tmp_path / "runs")
+    (tmp_path / "squeue").write_text("#!/nowhere/sh\n")  # on a longer PATH the next one is tried
+    done = evenstep("slurm", "status", "digits", cwd=tmp_path, PATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == "error: squeue cannot be started: No such file or directory.\n"
 
