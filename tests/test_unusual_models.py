@@ -3,41 +3,30 @@
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import own_steps
 import pytest
+import test_own_steps
 import torch
 import unusual_models
 from commands import evenstep
-from jobs import difference, furthest, rows_of, same_bits, spec_of, train_in_process, weights
+from jobs import difference, furthest, rows_of, same_bits, train_in_process, weights
 from processes import ProcessesFailed
 
 import service
 from service.basics.errors import SpecError
 from service.distributed.world import alone
 
-HERE = Path(unusual_models.__file__)
-
-
-def job(factory: str, **sections: Any) -> dict[str, Any]:
-    return (
-        spec_of("")
-        | {
-            "task": f"{HERE}:{factory}",
-            "batch": {"global_batch": 23, "micro_batch": 5},  # five of them, the last of 3 rows
-            "length": {"steps": 12},
-            "test": {"every_steps": 6, "micro_batch": 7},
-        }
-        | sections
-    )
+job = partial(test_own_steps.job, of=Path(unusual_models.__file__))
 
 
 UNUSUAL = [
     ("late_draws", {}),
     ("random_update", {}),
-    *(("stream", {"kind": kind}) for kind in ("shuffled", "by_epoch", "skipping", "noisy")),
+    *(("stream", {"kind": kind}) for kind in ("shuffled", "by_epoch", "in_set_epoch")),
+    *(("stream", {"kind": kind}) for kind in ("with_state", "skipping", "noisy")),
     ("learned_temperature", {}),
     ("supervised_contrast", {}),
     ("buffer_of_update", {}),
@@ -52,8 +41,7 @@ def test_neither_the_number_of_processes_nor_a_stop_changes_anything(
     for count in (1, 3):
         processes(count).run(train_in_process, spec, tmp_path / str(count))
     assert difference(tmp_path / "1", tmp_path / "3") < 1e-12
-    for one, three in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "3"), strict=True):
-        assert one == pytest.approx(three, rel=1e-9, abs=1e-9)
+    test_own_steps.assert_same_rows(tmp_path / "1", tmp_path / "3")
     for count, of in ((1, 1), (3, 3)):
         for stop in (5, None):
             processes(count).run(train_in_process, spec, tmp_path / f"cut-{of}", stop)
@@ -68,6 +56,14 @@ def test_a_parameter_that_only_a_loss_of_all_rows_uses_is_trained(processes, tmp
         processes(count).run(train_in_process, spec, tmp_path / str(count))
     assert difference(tmp_path / "1", tmp_path / "2") < 1e-12
     assert abs(weights(tmp_path / "1")["scale"].item() - 1) > 1e-3
+
+
+def test_its_gradient_does_not_depend_on_how_the_batch_is_divided(processes, tmp_path):
+    for size in (5, 23):
+        batch = {"global_batch": 23, "micro_batch": size}
+        spec = job("learned_temperature", batch=batch)
+        processes(1).run(train_in_process, spec, tmp_path / str(size))
+    assert difference(tmp_path / "5", tmp_path / "23") < 1e-12
 
 
 @pytest.mark.parametrize("factory", ["fourier", "noisy_in_numpy"])
@@ -96,6 +92,7 @@ def test_a_model_of_a_run_is_the_one_that_was_trained(processes, tmp_path):
         ("late_buffer", {}, "The buffers mean began to change after the first pass of the run"),
         ("taught", {}, "the forward pass itself changes teacher.0.weight, teacher.0.bias"),
         ("taught", {"hidden": True}, "the forward pass itself changes teacher.0.weight"),
+        ("drifting", {}, "the forward pass itself changes head.bias"),
         ("limited_embedding", {}, "the forward pass itself changes 0.weight"),
     ],
 )

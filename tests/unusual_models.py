@@ -121,6 +121,41 @@ class ShuffledByEpoch(Shuffled):
         self.epoch = epoch
 
 
+class ShuffledBySetEpoch(Rows):
+    """Draws the order when it is told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = list(range(71))
+        random.shuffle(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(self.row, self.order)
+
+
+class ShuffledWithState(Shuffled):
+    """Goes on in the middle of the order that it draws when it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(self.counted, list(super().__iter__())[self.at :])
+
+    def counted(self, row: tuple[Tensor, int]) -> tuple[Tensor, int]:
+        self.at += 1
+        return row
+
+
 class Skipping:
     def __init__(self, rows: list[tuple[Tensor, int]]) -> None:
         self.rows = rows
@@ -151,6 +186,7 @@ def noisy(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 def stream(kind: str) -> Task:
     kinds = {"shuffled": Shuffled, "by_epoch": ShuffledByEpoch, "skipping": ShuffledWithSkip}
+    kinds |= {"in_set_epoch": ShuffledBySetEpoch, "with_state": ShuffledWithState}
     _, test = classified()
     if kind == "noisy":
         return supervised(model=network, train=Rows(), test=test, collate=noisy)
@@ -285,6 +321,23 @@ def limited_embedding() -> Task:
     return supervised(model=model, train=train, test=test)
 
 
+class Drifting(nn.Module):
+    """Adds to a parameter that is trained, where torch does not count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.head.bias.data.add_(rows.mean())
+        return self.head(rows)
+
+
+def drifting() -> Task:
+    train, test = classified()
+    return supervised(model=Drifting, train=train, test=test)
+
+
 class Taught(nn.Module):
     """Lets a teacher follow its student in the forward pass."""
 
@@ -300,10 +353,7 @@ class Taught(nn.Module):
             with torch.no_grad():
                 pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
                 for old, new in pairs:
-                    if self.hidden:
-                        old.data = old.data * 0.9 + new.data * 0.1
-                    else:
-                        old.lerp_(new, 0.1)
+                    (old.data if self.hidden else old).lerp_(new, 0.1)
         return self.student(rows) + self.teacher(rows)
 
 

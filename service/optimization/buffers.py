@@ -11,6 +11,10 @@ and at the end of the step the values after all micro-batches of all processes a
 
 So with the first three rules the number of processes does not matter, only how a step is
 divided into micro-batches.
+
+A rule applies to the buffers that the dry run has seen change.  What begins to change later
+(`StillBuffers`), what changes in attributes (`PlainState`) and parameters that the forward pass
+changes itself (`WrittenWeights`) cannot be kept equal: they are found, and refused or reported.
 """
 
 from __future__ import annotations
@@ -346,11 +350,11 @@ class StillBuffers:
         Raises:
             WillFailAgain: they are not; on every process.
         """
-        union = dict.fromkeys(name for names in world.gather(list(changed)) for name in names)
-        places = {name: (module, key) for name, module, key in self._watched if name in union}
-        values = {name: module._buffers[key] for name, (module, key) in places.items()}
-        found = world.gather([(name, _checksum(value)) for name, value in values.items()])
-        if names := sorted({name for (name, _) in set(found[0]).union(*found) - _in_all(found)}):
+        union = {name for names in world.gather(list(changed)) for name in names}
+        asked = [(name, m._buffers[key]) for name, m, key in self._watched if name in union]
+        found = world.gather([_checksum(value) for _, value in asked])  # by process, by buffer
+        by_buffer = zip(asked, zip(*found, strict=True), strict=True)
+        if names := [name for (name, _), sums in by_buffer if len(set(sums)) > 1]:
             raise WillFailAgain(
                 f"The buffers {_listed(names)} began to change after the first pass of the run, "
                 "which decides how buffers are kept equal on all processes, and now they differ. "
@@ -369,10 +373,6 @@ def _checksum(value: Tensor | None) -> int:
         return 0
     flat = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
     return zlib.crc32(flat.numpy().data)
-
-
-def _in_all(found: Sequence[Sequence[T]]) -> set[T]:
-    return set(found[0]).intersection(*found)
 
 
 class _Gathering(GradientSync):
@@ -431,7 +431,7 @@ def _listed(names: Sequence[str]) -> str:
 # ---- parameters that a forward pass changes itself
 
 
-class Weights:
+class WrittenWeights:
     """Checksums of parameters, to find those that a forward pass changes itself."""
 
     def __init__(self, model: nn.Module, *, only_frozen: bool = False) -> None:

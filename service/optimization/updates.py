@@ -22,7 +22,7 @@ from service.basics.errors import Diverged, SpecError, WillFailAgain
 from service.distributed.batchnorm import Normalization
 from service.distributed.stragglers import StragglerDetector
 from service.distributed.world import World
-from service.optimization.buffers import Buffers, StillBuffers, Weights, written_in_words
+from service.optimization.buffers import Buffers, StillBuffers, WrittenWeights, written_in_words
 from service.optimization.optimizers import Turns, may_draw, needs_closure
 from service.optimization.precision import SMALLEST_SCALE
 from service.optimization.train_state import TrainState
@@ -93,8 +93,10 @@ class Updates:
         self._say = say
         self._after_update = after_update
         self._still = still
-        self._frozen: Weights | None = None
-        """The frozen parameters at the begin of this attempt, until the first look."""
+        self._frozen: WrittenWeights | None = None
+        """The frozen parameters at the begin of this attempt, until a look after two steps: one
+        that follows another parameter is first moved after an update of that."""
+        self._began_at = 0
         trained = [p for p in state.model.parameters() if p.requires_grad]
         self._is_sharded = holds_rows(state.model)
         self._copies = copies_of_rows(state.model)
@@ -117,7 +119,8 @@ class Updates:
         if self._still is not None:
             self._still.begin_again()
         if self._world.processes > 1 and self._after_update is None:
-            self._frozen = Weights(self._state.model, only_frozen=True)
+            self._frozen = WrittenWeights(self._state.model, only_frozen=True)
+            self._began_at = self._state.step
 
     def divisor(self, weight: float | Tensor) -> float | Tensor:
         """The divisor of the gradients in the backward passes of a step of this weight."""
@@ -276,7 +279,8 @@ class Updates:
         own = stragglers.own() if stragglers is not None else []
         changed = self._still.changed() if self._still is not None else []
         written = self._frozen.written(self._state.model) if self._frozen is not None else []
-        self._frozen = None
+        if self._state.step >= self._began_at + 2:
+            self._frozen = None
         counts = len(faults), len(changed), len(written)
         loss_sum, (faulty, begun, moved), told = self._sum_over_processes(mine, counts, own)
         if moved:

@@ -28,7 +28,13 @@ from service.distributed.generators import Seeded, noticing_draws
 from service.distributed.world import World
 from service.evaluation.own_step_test import entries_of_test
 from service.evaluation.test_loop import in_eval_mode
-from service.optimization.buffers import BufferValues, Moving, PlainState, Weights, written_in_words
+from service.optimization.buffers import (
+    BufferValues,
+    Moving,
+    PlainState,
+    WrittenWeights,
+    written_in_words,
+)
 from service.optimization.compilation import require_compiled
 from service.optimization.flops import FlopCount
 from service.optimization.moving_average import MovingAverage
@@ -90,7 +96,7 @@ class DryRun:
         Raises:
             SpecError: the model, the loss or a measure fails or returns a wrong shape.
         """
-        weights, plain = Weights(model), PlainState(model)
+        weights, plain = WrittenWeights(model), PlainState(model)
         with (
             self._undone(model) as before,
             noticing_draws() as drawn,
