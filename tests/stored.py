@@ -2,13 +2,20 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
 import threading
 
-from commands import evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from injuring import until
 
-from service.runs.checkpoint_files import Checkpoint, damage_of
-from service.runs.directory import RunDirectory
+from service.basics.errors import SpecError
+from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
+from service.runs.directory import RunDirectory, find_run
+from service.runs.metrics_file import read_metrics
+from service.runs.verification import compare
 from service.spec.files import load_spec
 from service.storage.beside import Uploading
 from service.storage.bringing import bring_checkpoint, bring_files
@@ -65,6 +72,75 @@ def make_job(directory):
     (directory / "job.yaml").write_text(json.dumps(SPEC))
     done = evenstep("run", "job.yaml", "checkpoint.keep=9", cwd=directory)
     assert done.returncode == 0, done.stderr
+
+
+def run_through_a_kill(place, address, variables, tmp_path):
+    """Kill a run in a store, and go on with it on an empty disk to the bits of the undisturbed run.
+
+    Meanwhile a second launcher is refused, and after the kill the run is shown as lost. Returns
+    what is in the store at the end, brought to another empty disk.
+    """
+    run = ("run", "job.yaml", "--runs", str(address))
+    # A launcher is refused when it has seen the lease renewed: after a third of its duration.
+    common = variables | {"EVENSTEP_LEASE_SECONDS": "6"}
+    one = common | {"EVENSTEP_SCRATCH": str(tmp_path / "one"), "HOLD_AT_ROWS": "70"}
+    two = common | {"EVENSTEP_SCRATCH": str(tmp_path / "two")}
+    first = start(
+        (BIN / "evenstep", *run),
+        cwd=place,
+        env=CLEAN | one,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until(lambda: first.poll() is not None or newest_step(address) == 8, "step 8 in the store")
+        refused = evenstep(*run, cwd=place, **two)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        told, _ = first.communicate(timeout=DEADLINE_SECONDS)
+    assert first.returncode == -signal.SIGKILL, told
+    assert refused.returncode == SpecError.exit_code, refused.stderr
+    assert f"{address}/job is being written by process {first.pid} of " in refused.stderr
+    listed = evenstep("runs", address, cwd=tmp_path, **common)
+    assert re.search(r"^job +lost +", listed.stdout, re.MULTILINE), listed
+
+    done = evenstep(*run, cwd=place, **two)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step 8" in done.stdout
+    assert f"Everything is in {address}/job." in done.stdout
+    assert "WARNING" not in done.stdout + done.stderr  # such as of a store without conditions
+    at_end = brought_back(address, tmp_path / "three")
+    compared = compare(find_run(place / "runs/job"), at_end, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
+    assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
+    assert [each.step for each in checkpoints_in(at_end.checkpoints)] == [20, 24]
+    return at_end
+
+
+def start_together(address):
+    """Let four launchers start at the same moment: one gets the run, and three are refused."""
+    got, refused, over = [], [], threading.Event()
+
+    def launch():
+        try:
+            lease = taken(store_at(address / "job"), say=lambda text: None)
+        except SpecError as error:
+            refused.append(str(error))
+            return
+        got.append(lease)
+        while not over.wait(0.2):
+            lease.renew()
+
+    threads = [threading.Thread(target=launch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(refused) == 3, "three refusals")
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    assert all("is being written by process" in told for told in refused)
 
 
 class Killed(BaseException):

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,21 +49,34 @@ class Server(NamedTuple):
 @contextmanager
 def s3_server(bucket: str = BUCKET) -> Iterator[Server]:
     """A server with one empty bucket, until the context ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(LISTED_AT_ONCE)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until(lambda: process.poll() is not None or _answers(port), "the start of moto's server")
-        assert process.poll() is None, "moto's server did not start"
+    port = free_port()
+    variables = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(LISTED_AT_ONCE)}
+    words = (sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))
+    with serving(words, port, variables):
         put_bucket(port, bucket)
         yield Server(port)
+
+
+def free_port() -> int:
+    """A port of loopback on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(
+    words: Sequence[str], port: int, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The program of a server, which answers on this port, until the context ends."""
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=variables, **quiet)
+    told = " ".join(words[:3])
+    try:
+        until(lambda: process.poll() is not None or _answers(port), f"the start of {told}")
+        assert process.poll() is None, f"{told} did not start"
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,8 @@ from stored import (
     make_job,
     mirror_of,
     newest_step,
+    run_through_a_kill,
+    start_together,
     steps_in,
     store_at,
     uploading_of,
@@ -97,42 +98,11 @@ def address():
 def test_a_killed_run_goes_on_with_the_same_bits_on_an_empty_machine(
     server, place, address, client, tmp_path
 ):
-    run = ("run", "job.yaml", "--runs", str(address))
-    # A launcher is refused when it has seen the lease renewed: after a third of its duration.
-    common = server.variables | {"EVENSTEP_LEASE_SECONDS": "6"}
-    one = common | {"EVENSTEP_SCRATCH": str(tmp_path / "one"), "HOLD_AT_ROWS": "70"}
-    two = common | {"EVENSTEP_SCRATCH": str(tmp_path / "two")}
-    first = start(
-        (BIN / "evenstep", *run),
-        cwd=place,
-        env=CLEAN | one,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        until(lambda: first.poll() is not None or newest_step(address) == 8, "step 8 in the store")
-        refused = evenstep(*run, cwd=place, **two)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        told, _ = first.communicate(timeout=DEADLINE_SECONDS)
-    assert first.returncode == -signal.SIGKILL, told
-    assert refused.returncode == SpecError.exit_code, refused.stderr
-    assert f"{address}/job is being written by process {first.pid} of " in refused.stderr
-    assert re.search(r"^job +lost +", said_by("runs", str(address)), re.MULTILINE)
-
-    done = evenstep(*run, cwd=place, **two)
-    assert done.returncode == 0, done.stderr
-    assert "Resuming after step 8" in done.stdout
-    assert f"Everything is in {address}/job." in done.stdout
-    at_end = brought_back(address, tmp_path / "three")
-    compared = compare(find_run(place / "runs/job"), at_end, level="bits", tolerance=0)
-    assert compared.equal, compared.lines
-    assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
+    at_end = run_through_a_kill(place, address, server.variables, tmp_path)
     assert at_end.read_facts()["state"] == "done"
-    assert [each.step for each in checkpoints_in(at_end.checkpoints)] == [20, 24]
-
-    again = evenstep(*run, cwd=place, **one)
+    run = ("run", "job.yaml", "--runs", str(address))
+    scratch = {"EVENSTEP_SCRATCH": str(tmp_path / "one")}
+    again = evenstep(*run, cwd=place, **server.variables, **scratch)
     assert again.returncode == 0, again.stderr
     assert "Nothing to do" in again.stdout
 
@@ -589,6 +559,15 @@ def test_a_large_object_that_takes_too_long_is_given_up(client, address, monkeyp
     assert store.sizes("object") == {"object": 40_000}
 
 
+def reads_of(store, copy):
+    """The ways to read the object, which has 300,000 bytes."""
+    return (
+        lambda: store.get("object"),
+        lambda: store.get_range("object", 0, 300_000),
+        lambda: store.copy("object", copy.fileno(), begin=0, end=300_000),
+    )
+
+
 def test_an_object_that_drips_is_given_up(client, address, monkeypatch, tmp_path):
     store_at(address).put("object", bytes(300_000))
     monkeypatch.setattr("service.storage.store._ANSWER_SECONDS", 10 * DRIP_SECONDS)
@@ -597,11 +576,7 @@ def test_an_object_that_drips_is_given_up(client, address, monkeypatch, tmp_path
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
         proxy.harm = lambda method, path: "drip"
         store = open_store(address, patience_seconds=0.0)
-        for asked in (
-            lambda: store.get("object"),
-            lambda: store.get_range("object", 5, 200_000),
-            lambda: store.copy("object", copy.fileno(), begin=0, end=300_000),
-        ):
+        for asked in reads_of(store, copy):
             with pytest.raises(StoreFailed, match="did not answer a request to read in time"):
                 asked()  # all of it would take four hours
 
@@ -621,11 +596,7 @@ def test_an_answer_that_is_cut_is_no_content(client, address, monkeypatch, tmp_p
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
         proxy.harm = lambda method, path: "cut"
         store = open_store(address, patience_seconds=0.0)
-        for asked in (
-            lambda: store.get("object"),
-            lambda: store.get_range("object", 0, 300_000),
-            lambda: store.copy("object", copy.fileno(), begin=0, end=300_000),
-        ):
+        for asked in reads_of(store, copy):
             with pytest.raises(StoreFailed, match="the answer ended 150,000 bytes before its end"):
                 asked()
 
@@ -661,28 +632,7 @@ def test_a_profile_that_does_not_exist_is_named(client, address, monkeypatch):
 
 
 def test_of_launchers_that_start_together_one_gets_the_run(client, address):
-    got, refused = [], []
-    over = threading.Event()
-
-    def launch():
-        try:
-            lease = taken(store_at(address / "job"), say=lambda text: None)
-        except SpecError as error:
-            refused.append(str(error))
-            return
-        got.append(lease)
-        while not over.wait(0.2):
-            lease.renew()
-
-    threads = [threading.Thread(target=launch) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    until(lambda: len(refused) == 3, "three refusals")
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert len(got) == 1
-    assert all("is being written by process" in told for told in refused)
+    start_together(address)
 
 
 def test_a_lease_that_is_not_renewed_runs_out_and_its_holder_publishes_no_more(

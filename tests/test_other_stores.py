@@ -3,14 +3,10 @@
 import itertools
 import random
 import re
-import signal
-import subprocess
-import threading
 
 import emulators
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
-from injuring import until
+from commands import evenstep
 from stored import (
     add_checkpoint,
     assert_same,
@@ -18,18 +14,15 @@ from stored import (
     local_run,
     make_job,
     mirror_of,
-    newest_step,
+    run_through_a_kill,
+    start_together,
     steps_in,
     store_at,
 )
 
 from service.basics.errors import SpecError
-from service.runs.checkpoint_files import checkpoints_in
-from service.runs.directory import find_run
-from service.runs.metrics_file import read_metrics
-from service.runs.verification import compare
 from service.storage.address import Address, address_in
-from service.storage.lease import require_rights, taken
+from service.storage.lease import require_rights
 from service.storage.store import NoObject, StoreFailed, open_store
 
 
@@ -70,41 +63,7 @@ def address(client):
 
 
 def test_a_killed_run_goes_on_with_the_same_bits_on_an_empty_disk(client, place, address, tmp_path):
-    run = ("run", "job.yaml", "--runs", str(address))
-    # A launcher is refused when it has seen the lease renewed: after a third of its duration.
-    common = client.variables | {"EVENSTEP_LEASE_SECONDS": "6"}
-    one = common | {"EVENSTEP_SCRATCH": str(tmp_path / "one"), "HOLD_AT_ROWS": "70"}
-    two = common | {"EVENSTEP_SCRATCH": str(tmp_path / "two")}
-    first = start(
-        (BIN / "evenstep", *run),
-        cwd=place,
-        env=CLEAN | one,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        until(lambda: first.poll() is not None or newest_step(address) == 8, "step 8 in the store")
-        refused = evenstep(*run, cwd=place, **two)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        told, _ = first.communicate(timeout=DEADLINE_SECONDS)
-    assert first.returncode == -signal.SIGKILL, told
-    assert refused.returncode == SpecError.exit_code, refused.stderr
-    assert f"{address}/job is being written by process {first.pid} of " in refused.stderr
-    listed = evenstep("runs", address, cwd=tmp_path, **common)
-    assert re.search(r"^job +lost +", listed.stdout, re.MULTILINE), listed
-
-    done = evenstep(*run, cwd=place, **two)
-    assert done.returncode == 0, done.stderr
-    assert "Resuming after step 8" in done.stdout
-    assert f"Everything is in {address}/job." in done.stdout
-    assert "WARNING" not in done.stdout + done.stderr  # both have conditional writes
-    at_end = brought_back(address, tmp_path / "three")
-    compared = compare(find_run(place / "runs/job"), at_end, level="bits", tolerance=0)
-    assert compared.equal, compared.lines
-    assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
-    assert [each.step for each in checkpoints_in(at_end.checkpoints)] == [20, 24]
+    run_through_a_kill(place, address, client.variables, tmp_path)
 
 
 def test_a_stored_run_is_read_by_the_commands(client, address, tmp_path):
@@ -146,27 +105,7 @@ def test_old_checkpoints_are_deleted_and_the_rest_comes_back(client, place, addr
 
 def test_of_launchers_that_start_together_one_gets_the_run(client, address, monkeypatch):
     monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "1.5")
-    got, refused, over = [], [], threading.Event()
-
-    def launch():
-        try:
-            lease = taken(store_at(address / "job"), say=lambda text: None)
-        except SpecError as error:
-            refused.append(str(error))
-            return
-        got.append(lease)
-        while not over.wait(0.2):
-            lease.renew()
-
-    threads = [threading.Thread(target=launch) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    until(lambda: len(refused) == 3, "three refusals")
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert len(got) == 1
-    assert all("is being written by process" in told for told in refused)
+    start_together(address)
 
 
 # ---- the requests

@@ -22,12 +22,13 @@ HERE = Path(own_steps.__file__)
 STEPS = 12
 
 
-def job(factory: str, **sections: Any) -> dict[str, Any]:
+def job(factory: str, *, of: Path = HERE, **sections: Any) -> dict[str, Any]:
+    """A job of a factory in the module `of`, with five micro-batches, the last of 3 rows."""
     return (
         spec_of("")
         | {
-            "task": f"{HERE}:{factory}",
-            "batch": {"global_batch": 23, "micro_batch": 5},  # five of them, the last of 3 rows
+            "task": f"{of}:{factory}",
+            "batch": {"global_batch": 23, "micro_batch": 5},
             "length": {"steps": STEPS},
             "test": {"every_steps": 6, "micro_batch": 7},
         }

@@ -405,10 +405,7 @@ def _load_optimizer(
     }
     by_number = {n: _own_rows_of(entries, members[n]) for n, entries in whole.items()}
     own = optimizer.state_dict()["param_groups"]
-    made = dict(optimizer.state)  # by a constructor: it stands for what has not stepped yet
     optimizer.load_state_dict({"state": by_number, "param_groups": own})
-    for parameter, state_of_one in made.items():
-        optimizer.state.setdefault(parameter, state_of_one)
     require_one_state(optimizer)
     windows: list[tuple[Tensor, Tensor]] = []
     for number, entries in whole.items():

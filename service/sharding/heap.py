@@ -1,6 +1,6 @@
 """Main memory of a sharded run on CPUs: what is kept when it is freed, and what is returned.
 
-New memory costs a page fault for every 4 KiB: these took a third of a step.  But memory that is
+New memory costs a page fault for every 4 KiB.  But memory that is
 kept for one purpose is missing for another: in a backward pass activations are freed, and the
 gradients of the own rows allocated.  And glibc keeps freed blocks between others, where no large
 block has room.  So there are three kinds of blocks:
