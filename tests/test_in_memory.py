@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import evenstep
@@ -10,6 +11,7 @@ from jobs import plan_of, spec_of, train_in_process
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
+from service.basics.errors import SpecError
 from service.data.in_memory import InMemory, in_memory
 from service.data.task import supervised
 from service.runs.directory import RunDirectory
@@ -126,6 +128,103 @@ def test_a_part_of_tensors_is_in_memory_too():
     assert held.targets.tolist() == [5, 9]
     assert len(held) == 2
     assert held[1][1] == 9
+
+
+class Doubled(TensorDataset):
+    """Rows that are not those of its tensors, as with an augmentation."""
+
+    def __getitem__(self, row):
+        inputs, target = super().__getitem__(row)
+        return inputs * 2, target
+
+
+class Repeated(TensorDataset):
+    def __len__(self):
+        return 2 * len(self.tensors[0])
+
+    def __getitem__(self, row):
+        return super().__getitem__(row % len(self.tensors[0]))
+
+
+class DoubledPart(Subset):
+    def __getitem__(self, row):
+        inputs, target = self.dataset[self.indices[row]]
+        return inputs * 2, target
+
+    def __getitems__(self, rows):
+        return [self[row] for row in rows]
+
+
+class Plain(TensorDataset):
+    """Only another name."""
+
+
+def few():
+    return torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])
+
+
+def doubled():
+    train = DoubledPart(TensorDataset(*few()), [2, 0, 1])
+    return supervised(model=lambda: nn.Linear(2, 2), train=train, test=Doubled(*few()))
+
+
+def test_a_data_set_that_makes_its_rows_itself_is_asked_for_them():
+    """Its tensors were used before, without a word."""
+    assert in_memory(Doubled(*few())) is None
+    assert in_memory(Repeated(*few())) is None
+    assert in_memory(Subset(Doubled(*few()), [0])) is None
+    assert in_memory(DoubledPart(TensorDataset(*few()), [0])) is None
+    assert isinstance(in_memory(Plain(*few())), InMemory)
+
+
+def batches_of_doubled(world):
+    from service.data.loading import test_batches, train_steps
+    from service.plan.plan import make_plan
+    from service.spec.files import load_spec
+
+    task, batch = doubled(), {"global_batch": 3, "micro_batch": 3}
+    spec = load_spec(job("job", "doubled", batch=batch, length={"steps": 1}))
+    plan = make_plan(spec, processes=1, train_rows=3, test_rows=3)
+    [step] = train_steps(task.train_data(), task=task, plan=plan, world=world, start=0)
+    tested = [*test_batches(task.test_data(), task=task, plan=plan, world=world)]
+    return [float(batch.inputs.sum()) for batch in (*step.micro_batches, *tested)]
+
+
+def test_training_and_test_get_the_rows_that_a_data_set_makes(processes):
+    assert processes(1).run(batches_of_doubled)[0] == [30.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [-1, 0, -3],
+        [],
+        np.array([2, 1], np.uint16),
+        range(2),
+        [torch.tensor(1), torch.tensor(0)],
+        {"a": 2, "b": 1}.values(),
+    ],
+    ids=["from the end", "none", "small numbers", "a range", "tensors", "values"],
+)
+def test_the_rows_of_a_subset_are_those_that_torch_gives(rows):
+    whole, rows_as_list = TensorDataset(*few()), list(rows)
+    held = in_memory(Subset(whole, rows))
+    by_torch = [Subset(whole, rows_as_list)[n] for n in range(len(rows_as_list))]
+    assert [target for _, target in by_torch] == held.targets.tolist()
+    assert [inputs.tolist() for inputs, _ in by_torch] == held.inputs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (np.array([True, False, True]), r"are bool of the shape \[3\].*mask\.nonzero"),
+        ([0.0, 1.0], "must be whole numbers, but are float64"),
+        ([0, 3], "a Subset has the row 3, but its data set has 3 rows, numbered from 0 to 2"),
+    ],
+)
+def test_a_subset_of_other_things_than_rows_is_told(rows, told):
+    with pytest.raises(SpecError, match=told):
+        in_memory(Subset(TensorDataset(*few()), rows))
 
 
 def refused(tmp_path, task, *words):

@@ -273,6 +273,26 @@ def test_a_batch_sampler_of_rows_in_batches_is_understood_by_its_own_sampler():
     assert sampling_of(made) is None
 
 
+class Normalizing(DataLoader):
+    def __iter__(self):
+        for inputs, targets in super().__iter__():
+            yield inputs / 255, targets
+
+
+class Named(DataLoader):
+    """With a way to make batches that is that of torch."""
+
+
+def test_a_loader_of_another_class_without_its_own_batches_is_that_of_torch():
+    together = list
+    train = Named(DATA, shuffle=True, collate_fn=together)
+    made = of(train=train, test=Named(DATA, collate_fn=together))
+    assert made.train_data() is made.test_data() is DATA
+    assert made.collate is together
+    asked = of(train=DATA, test=DataLoader(DATA), collate=together)
+    assert asked.collate is together
+
+
 def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
     spec = load_spec(job("task"))
     plan = make_plan(spec, processes=1, train_rows=71, test_rows=0)
@@ -318,6 +338,12 @@ def test_the_batch_of_a_loader_is_that_of_the_spec_or_refused():
             {"train": DATA, "test": DataLoader(DATA, collate_fn=list)},
             "another collate_fn than the training data",
         ),
+        (
+            {"train": DataLoader(DATA, shuffle=True, collate_fn=list), "test": DataLoader(DATA)},
+            "another collate_fn than the training data",
+        ),
+        ({"train": Normalizing(DATA, shuffle=True)}, "Normalizing has its own __iter__"),
+        ({"train": DATA, "test": Normalizing(DATA)}, r"write test=loader\.dataset"),
         ({"train": DATA, "sampling": weighted([1, 2])}, "weights of 2 rows, .* has 71"),
         ({"train": DATA, "sampling": balanced([1, 2])}, "labels of 2 rows"),
         ({"train": DATA, "sampling": proportions({"a": 1})}, r"train=\{'a': \.\.\.\}"),

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from service.basics.errors import SpecError
 from service.data.batches import each_tensor, tensors_of
 from service.distributed.devices import free_bytes
 
@@ -77,17 +79,56 @@ def bytes_on_device() -> int:
 
 
 def in_memory(data: Any) -> InMemory | None:
-    """The data set as tensors, if it consists of two tensors, or is a subset of such a data set."""
+    """The data set as tensors, if it consists of two tensors, or is a subset of such a data set.
+
+    A subclass with its own way to make a row, such as an augmentation, is not.
+
+    Raises:
+        SpecError: the rows of a subset are not row numbers of its data set.
+    """
     if isinstance(data, InMemory):
         return data
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+    if _reads_as(data, TensorDataset) and len(data.tensors) == 2:
         return InMemory(*data.tensors)
-    if isinstance(data, Subset):
+    if _reads_as(data, Subset):
         whole = in_memory(data.dataset)
         if whole is not None:
-            rows = torch.as_tensor(data.indices)
+            rows = _row_numbers(data, of=len(whole))
             return InMemory(picker(whole.inputs)(rows), picker(whole.targets)(rows))
     return None
+
+
+def _reads_as(data: Any, kind: type) -> bool:
+    """Whether it reads rows as this class of torch does, and not as a subclass overrides it."""
+    reading = ("__len__", "__getitem__", "__getitems__")
+    return isinstance(data, kind) and all(
+        getattr(type(data), name, None) is getattr(kind, name, None) for name in reading
+    )
+
+
+def _row_numbers(subset: Subset[Any], *, of: int) -> Tensor:
+    """The rows of a subset as numbers from 0 up; torch counts negative ones from the end.
+
+    Raises:
+        SpecError: there is no such row, or they are no whole numbers.
+    """
+    given: Any = subset.indices
+    rows = np.asarray(given if hasattr(given, "__array__") else list(given))
+    rows = rows if rows.size else rows.astype(np.int64)  # [] has floats
+    if rows.dtype.kind not in "iu" or rows.ndim != 1:
+        raise SpecError(
+            f"task: the rows of a Subset must be whole numbers, but are {rows.dtype} of the shape "
+            f"{list(rows.shape)}. For a mask, write Subset(data, mask.nonzero()[0]) with numpy, or "
+            "mask.nonzero().flatten() with torch."
+        )
+    numbers = torch.from_numpy(rows.astype(np.int64))
+    outside = numbers[(numbers < -of) | (numbers >= of)]
+    if len(outside):
+        raise SpecError(
+            f"task: a Subset has the row {int(outside[0])}, but its data set has {of:,} rows, "
+            f"numbered from 0 to {of - 1:,}."
+        )
+    return numbers.remainder(of) if of else numbers
 
 
 def joined(pieces: Sequence[tuple[Any, Any]]) -> InMemory:

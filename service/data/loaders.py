@@ -37,6 +37,7 @@ def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
         SpecError: its sampler has another meaning here; says what to write instead.
     """
     what = "test" if test else "train"
+    _require_plain(loader, what)
     if loader.batch_sampler is None:  # a stream of rows, as a StatefulDataLoader can be
         return FromLoader(loader, None, None, None)
     if not _is(loader.batch_sampler, "BatchSampler"):
@@ -58,6 +59,20 @@ def taken_from(loader: DataLoader[Any], *, test: bool = False) -> FromLoader:
         else:
             sampling = _of_trained(sampler, loader.dataset)
     return FromLoader(loader.dataset, collate, sampling, rows)
+
+
+_KNOWN_LOADERS = ("torch", "torchdata", "accelerate")
+
+
+def _require_plain(loader: DataLoader[Any], what: str) -> None:
+    """Refuse a class of the user that makes batches in its own way: it would not be called."""
+    owner = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    if owner.__module__.partition(".")[0] not in _KNOWN_LOADERS:
+        raise SpecError(
+            f"task.{what}: {owner.__name__} has its own __iter__, which is not called: Evenstep "
+            "makes the batches. Do what it does in the data set or in collate_fn, and write "
+            f"{what}=loader.dataset."
+        )
 
 
 def _require_whole(sampler: Any) -> None:

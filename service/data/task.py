@@ -488,6 +488,7 @@ class _FromParts:
         **further: Unpack[Further],
     ) -> None:
         self.model = model
+        self._collate_of_loader: Callable[[list[Any]], Any] | None = None
         self._train = self._brought(train() if callable(train) else train)
         test = test() if callable(test) else test
         if collate is not None:
@@ -527,7 +528,11 @@ class _FromParts:
         if not isinstance(test, DataLoader):
             return test
         taken = taken_from(test, test=True)
-        if taken.collate is not None and taken.collate != getattr(self, "collate", None):
+        of_task = getattr(self, "collate", None)
+        wanted = taken.collate or of_task
+        if of_task is not None and of_task is self._collate_of_loader:
+            wanted = taken.collate  # None, torch's default, is not what the training loader does
+        if wanted != of_task:
             raise SpecError(
                 "task.test: its DataLoader has another collate_fn than the training data. A task "
                 "has one for both: pass it as collate=, and write test=loader.dataset."
@@ -540,7 +545,7 @@ class _FromParts:
             taken = taken_from(train)
             self.loader_rows = taken.rows
             if taken.collate is not None:
-                self.collate = taken.collate
+                self.collate = self._collate_of_loader = taken.collate
             if taken.sampling is not None:
                 self.sampling = taken.sampling
             return taken.data
