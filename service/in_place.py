@@ -26,8 +26,8 @@ from service.plan.changing import Accepted
 from service.plan.plan import make_plan
 from service.recipes import find_recipe
 from service.results import History, read_history
-from service.spec.documents import document_of
-from service.spec.files import load_spec
+from service.spec.documents import Setting, document_of
+from service.spec.files import load_spec, plain_values
 from service.spec.models import Spec
 from service.training.batch_size_finder import settled
 from service.training.worker import run as run_to_the_end
@@ -98,8 +98,8 @@ def run(
 
 
 def _loaded(spec: Any, overrides: Mapping[str, Any]) -> Spec:
-    document_of(overrides)  # refuses values that no spec can contain
-    return load_spec(_source(spec), overrides=list(_as_text(overrides, ())))
+    given = document_of(overrides).values  # refuses values that no spec can contain
+    return load_spec(_source(spec), overrides=list(_settings(given)))
 
 
 def _run_alone(
@@ -174,20 +174,25 @@ def _run(
 
 def _source(spec: Any) -> Path | Mapping[str, Any]:
     if isinstance(spec, Spec):
-        return spec.model_dump(mode="json", exclude_none=True)
+        values: dict[str, Any] = plain_values(spec)
+        return values
     return spec if isinstance(spec, Mapping) else find_recipe(os.fspath(spec))
 
 
-def _as_text(values: Mapping[str, Any], steps: tuple[str, ...]) -> Iterator[str]:
-    """`optimizer.lr=0.02`, as on the command line; keys that a section does not name are kept.
-
-    A mapping with a dot in a key, such as names of modules, is set as a whole.
-    """
+def _settings(values: Mapping[str, Any]) -> Iterator[Setting]:
+    """A setting for each value; keys that a section does not name are kept."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and value and not any("." in name for name in value):
-            yield from _as_text(value, (*steps, key))
-        else:
-            yield f"{'.'.join((*steps, key))}={json.dumps(value)}"
+        names = tuple(key.split("."))
+        yield from _settings_within(value, names, written=len(names))
+
+
+def _settings_within(value: Any, names: tuple[str, ...], *, written: int) -> Iterator[Setting]:
+    """The same of one value. A mapping with a dot in a key (names of modules) is set as a whole."""
+    if isinstance(value, Mapping) and value and not any("." in name for name in value):
+        for name, inner in value.items():
+            yield from _settings_within(inner, (*names, name), written=written)
+    else:
+        yield Setting(names, value, f"{'.'.join(names)}={json.dumps(value)}", written)
 
 
 def _require_one_process() -> None:

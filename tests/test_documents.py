@@ -25,6 +25,7 @@ from service.spec.documents import (
     read_document,
     read_values,
     scalar,
+    setting_of,
 )
 
 
@@ -212,7 +213,7 @@ def test_an_override_is_read_by_the_same_rules() -> None:
         ("a.x==", ("a", "x"), "="),
         ("keep.x=1", ("keep", "x"), 1),
     ]:
-        changed = override(document, text)
+        changed = override(document, setting_of(text))
         assert find(changed.values, steps) == value
         assert changed.place_of_value(steps).text == text
 
@@ -220,14 +221,14 @@ def test_an_override_is_read_by_the_same_rules() -> None:
 def test_null_can_be_written_in_yaml_and_in_python() -> None:
     document = document_of({"a": 1})
     for text in ("a=", "a=null", "a=None", "a=~"):
-        assert override(document, text).values == {"a": None}
-    assert override(document, "a=[None, True]").values == {"a": [None, True]}
-    assert override(document, "a='None'").values == {"a": "None"}
+        assert override(document, setting_of(text)).values == {"a": None}
+    assert override(document, setting_of("a=[None, True]")).values == {"a": [None, True]}
+    assert override(document, setting_of("a='None'")).values == {"a": "None"}
 
 
 def test_an_override_leaves_the_document_it_was_given_as_it_was() -> None:
     document = document_of({"a": {"b": [1]}})
-    override(document, "a.b.0=2")
+    override(document, setting_of("a.b.0=2"))
     assert document.values == {"a": {"b": [1]}}
 
 
@@ -253,7 +254,7 @@ def test_an_override_leaves_the_document_it_was_given_as_it_was() -> None:
 )
 def test_an_override_that_is_not_right_is_reported_with_its_text(text: str, fault: str) -> None:
     document = document_of({"a": [1], "n": 3})
-    assert fault_of(partial(override, document, text)) == fault
+    assert fault_of(lambda: override(document, setting_of(text))) == fault
 
 
 def test_a_mapping_may_hold_plain_values_only() -> None:
@@ -287,7 +288,7 @@ def test_junk_is_a_document_or_a_spec_error(text: str, name: str, change: str | 
     with suppress(SpecError):
         document = read_document(name)
         if change is not None:
-            override(document, change)
+            override(document, setting_of(change))
 
 
 def test_neither_a_document_nor_a_spec_needs_torch() -> None:

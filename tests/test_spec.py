@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -13,8 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launch.rank.job import Job
 from service.basics.errors import SpecError
 from service.plan.changing import CANNOT_CHANGE_THE_RESULT, changes
+from service.in_place import _loaded
+from service.spec import files
 from service.spec.files import (
     dump_spec,
     load_spec,
@@ -380,6 +384,45 @@ def test_what_is_written_reads_back_equal(spec: Spec) -> None:
     assert again.optimizer.options() == spec.optimizer.options()
     assert dump_spec(again) == dump_spec(spec)
     assert told(spec, again) == []
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(spec=specs())
+def test_every_process_and_machine_gets_the_values_of_the_spec(spec: Spec) -> None:
+    received = pickle.loads(pickle.dumps(Job(spec, Path("runs")))).spec  # a rank
+    submitted = load_spec(files.plain_values(spec, defaults=False))  # a job of a cluster
+    given_in_python = _loaded(spec, {})
+    for other in (received, submitted, given_in_python):
+        assert dump_spec(other) == dump_spec(spec)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(values=st.dictionaries(texts.filter(lambda key: "." not in key), plain_values, min_size=1))
+def test_a_value_from_python_is_in_the_spec_as_it_was_given(values: dict[str, Any]) -> None:
+    Path("good.yaml").write_text(GOOD)
+    assert _loaded("good.yaml", {"task_args": values}).task_args == values
+
+
+def test_numbers_of_python_begin_a_list_where_they_are_written_with_dots_only() -> None:
+    Path("good.yaml").write_text(f"{GOOD}task_args: {{held: [1, {{x: 2}}], kept: 3}}\n")
+    given: dict[str, Any] = {
+        "task_args": {"classes": {"0": "cat"}, "held": {"1": {"y": math.inf}}},
+        "optimizer.groups.0.match": "*.bias",
+        "optimizer.groups.0.lr": 0.5,
+    }
+    spec = _loaded("good.yaml", given)
+    assert spec.task_args == {
+        "classes": {"0": "cat"},
+        "held": [1, {"x": 2, "y": math.inf}],
+        "kept": 3,
+    }
+    assert spec.optimizer is not None
+    assert [(group.match, group.lr) for group in spec.optimizer.groups] == [("*.bias", 0.5)]
+
+
+def test_a_duration_replaces_that_of_the_file_also_where_the_override_has_dashes() -> None:
+    spec = good("--length.steps=5")  # as the agents of W&B write it
+    assert (spec.length.steps, spec.length.epochs) == (5, None)
 
 
 LINES = [*GOOD.splitlines(), "schedule: {name: cosine}", "test: {every_steps: 3}", "model:"]

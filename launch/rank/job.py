@@ -11,7 +11,7 @@ from service.basics.errors import SpecError
 from service.health.stop_budget import GracePeriod
 from service.plan.changing import NOTHING_ACCEPTED, Accepted
 from service.runs.directory import RunDirectory
-from service.spec.files import Override, load_spec
+from service.spec.files import Override, load_spec, plain_values
 from service.spec.models import Spec
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Job:
     def __reduce__(self) -> tuple[Any, ...]:
         # The optimizer classes of a spec are created at import time and have no name by which
         # a pickle could find them.  Plain values are sent instead, as in a file.
-        values = self.spec.model_dump(mode="json", exclude_none=True)
+        values = plain_values(self.spec)
         rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace, self.accepted)
         return _received, (values, self.runs, *rest)
 

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -126,8 +126,21 @@ def document_of(mapping: Mapping[str, Any]) -> Document:
     return Document(values)
 
 
-def override(document: Document, text: str) -> Document:
-    """`document` with the value of `key.sub.0=value` set; its position is `text` itself.
+class Setting(NamedTuple):
+    """A value for a key: `key.sub.0=value` of a command line, or one that was given in Python."""
+
+    names: tuple[str, ...]
+    """The names of the key; in a list, a number or the text of one."""
+    value: Any
+    text: str
+    """The position that messages show."""
+    written: int
+    """How many of the names were written with dots: a number among them begins a list where there
+    is nothing yet. The other names are keys of mappings."""
+
+
+def setting_of(text: str) -> Setting:
+    """The setting `key.sub.0=value` of a command line.
 
     A value is parsed as YAML; text that does not begin with a quote or a bracket is always
     one scalar, so that `match=*.bias` needs no quotes. `key=` is null, and so is
@@ -136,13 +149,17 @@ def override(document: Document, text: str) -> Document:
     key, equals, content = text.partition("=")
     if not equals:
         raise SpecError(f"{text}: must be key=value, such as optimizer.lr=0.1")
-    names = key.strip().removeprefix("--").split(".")
+    names = tuple(key.strip().removeprefix("--").split("."))
     if not all(names) or len(names) > DEEPEST_NESTING:
         raise SpecError(f"{text}: {key.strip()!r} is not a key; write it as section.key=value")
-    place = SourcePosition(document.overrides + 1, 0, 0, text)
-    value = _override_value(content.strip(), place=place)
-    values = _with(document.values, names, value, before=(), text=text)
-    return _with_place(document, values, _steps(values, names), place)
+    return Setting(names, _override_value(content.strip(), text), text, written=len(names))
+
+
+def override(document: Document, setting: Setting) -> Document:
+    """`document` with the value of the setting; its position is the text of the setting."""
+    place = SourcePosition(document.overrides + 1, 0, 0, setting.text)
+    values = _with(document.values, setting.names, setting, before=())
+    return _with_place(document, values, _steps(values, setting.names), place)
 
 
 def find(values: Any, steps: Steps) -> Any:
@@ -510,36 +527,39 @@ def _plain_entries(mapping: Mapping[Any, Any], *, steps: Steps) -> dict[str, Any
 # ---- overrides
 
 
-def _override_value(text: str, *, place: SourcePosition) -> Any:
-    if text.startswith(("[", "{", "'", '"')):
+def _override_value(content: str, text: str) -> Any:
+    if content.startswith(("[", "{", "'", '"')):
         # An override is one line: it is shown completely, without a column.
-        return _YamlReader(text, place=lambda *_: place, none=("None",)).read()
+        place = SourcePosition(0, 0, 0, text)
+        return _YamlReader(content, place=lambda *_: place, none=("None",)).read()
     try:
-        return scalar(text, none=("None",))
+        return scalar(content, none=("None",))
     except ValueError as error:
-        raise SpecError(f"{place.text}: {error}") from None
+        raise SpecError(f"{text}: {error}") from None
 
 
-def _with(container: Any, names: list[str], value: Any, *, before: Steps, text: str) -> Any:
-    """A copy of `container` with `value` at `names`; missing levels are created."""
+def _with(container: Any, names: Sequence[str], setting: Setting, *, before: Steps) -> Any:
+    """A copy of `container` with the value at `names`; missing levels are created."""
     if not names:
-        return value
+        return setting.value
     name, *rest = names
     if container is None:
-        container = [] if _index(name) is not None else {}
+        container = [] if len(before) < setting.written and _index(name) is not None else {}
     if isinstance(container, dict):
-        inner = _with(container.get(name), rest, value, before=(*before, name), text=text)
+        inner = _with(container.get(name), rest, setting, before=(*before, name))
         return {**container, name: inner}
     if not isinstance(container, list):
-        raise SpecError(f"{text}: {dotted(before)} is {shown(container)} and has nothing inside")
+        raise SpecError(
+            f"{setting.text}: {dotted(before)} is {shown(container)} and has nothing inside"
+        )
     at = _index(name)
     if at is None or at > len(container):
         raise SpecError(
-            f"{text}: {dotted(before)} is a list of {len(container)}, counted from 0; "
+            f"{setting.text}: {dotted(before)} is a list of {len(container)}, counted from 0; "
             f"{name!r} is neither one of them nor the next"
         )
     old = container[at] if at < len(container) else None
-    inner = _with(old, rest, value, before=(*before, at), text=text)
+    inner = _with(old, rest, setting, before=(*before, at))
     return [*container[:at], inner, *container[at + 1 :]]
 
 
@@ -547,7 +567,7 @@ def _index(name: str) -> int | None:
     return int(name) if re.fullmatch("[0-9]{1,9}", name) else None
 
 
-def _steps(values: Any, names: list[str]) -> Steps:
+def _steps(values: Any, names: Sequence[str]) -> Steps:
     steps: Steps = ()
     for name in names:
         inside = find(values, steps)

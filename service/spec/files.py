@@ -20,12 +20,14 @@ from pydantic_core import ErrorDetails
 from service.basics.errors import SpecError, did_you_mean
 from service.spec.documents import (
     Document,
+    Setting,
     SourcePosition,
     Steps,
     dotted,
     find,
     override,
     scalar,
+    setting_of,
     shown,
 )
 from service.spec.extending import (
@@ -47,7 +49,9 @@ Override = str | Path
 
 
 def load_spec(
-    path: str | os.PathLike[str] | Mapping[str, Any], *, overrides: Iterable[Override] = ()
+    path: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    overrides: Iterable[Override | Setting] = (),
 ) -> Spec:
     """The spec in a file, or in a mapping, with overrides applied in order.
 
@@ -110,14 +114,15 @@ def _errors(document: Document) -> Spec | list[ErrorDetails]:
         return error.errors(include_url=False)
 
 
-def _overridden(document: Document, given: Override) -> Document:
-    if not isinstance(given, str):
+def _overridden(document: Document, given: Override | Setting) -> Document:
+    if isinstance(given, Path):
         return with_set_file(document, given)
-    if given.partition("=")[0].strip().removeprefix("--").partition(".")[0] == EXTENDS:
+    setting = setting_of(given) if isinstance(given, str) else given
+    if setting.names[0] == EXTENDS:
         raise SpecError(
-            f"{given}: {EXTENDS} belongs in the file; use --set-file to add another one"
+            f"{setting.text}: {EXTENDS} belongs in the file; use --set-file to add another one"
         )
-    return _without_rivals(override(document, given), given)
+    return _without_rivals(override(document, setting), setting.names)
 
 
 def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
@@ -128,16 +133,17 @@ def with_source(spec: Spec, path: Callable[[str], str]) -> Spec:
     return spec.model_copy(update={"init": init})
 
 
-def _without_rivals(document: Document, text: str) -> Document:
-    """The document without the file's own value for the duration that the override `text` sets."""
-    *section, name = (part.strip() for part in text.partition("=")[0].split("."))
+def _without_rivals(document: Document, names: tuple[str, ...]) -> Document:
+    """The document without the file's own value for the duration that the override has set."""
+    *section, name = names
     held = find(document.values, tuple(section))
     if not isinstance(held, dict) or held.get(name) is None:
         return document
     for rival in rivals_of(name):
-        place = document.place_of_key((*section, rival))
+        steps = (*section, rival)
+        place = document.place_of_key(steps)
         if rival in held and (place.override <= 0 or place.line):  # it is in a file
-            document = override(document, f"{'.'.join([*section, rival])}=")
+            document = override(document, setting_of(f"{dotted(steps)}="))
     return document
 
 
@@ -456,16 +462,22 @@ def dump_values(values: Mapping[str, Any]) -> str:
     return _yaml(dict(values))
 
 
-def plain_values(value: Any) -> Any:
-    """Plain values of a section in the order of its fields; a field that is null is its default."""
+def plain_values(value: Any, *, defaults: bool = True) -> Any:
+    """Plain values of a section in the order of its fields; a field that is null is its default.
+
+    Unlike pydantic's own `model_dump`, it keeps what is not finite, and an option that is null.
+
+    Args:
+        defaults: also those of fields that were not given.
+    """
     if isinstance(value, Part):
-        fields = {key: getattr(value, key) for key in type(value).model_fields}
-        given = {key: content for key, content in fields.items() if content is not None}
-        return {key: plain_values(v) for key, v in (given | (value.model_extra or {})).items()}
+        keys = [k for k in type(value).model_fields if defaults or k in value.model_fields_set]
+        fields = {key: content for key in keys if (content := getattr(value, key)) is not None}
+        value = fields | (value.model_extra or {})
     if isinstance(value, tuple | list):
-        return [plain_values(item) for item in value]
+        return [plain_values(item, defaults=defaults) for item in value]
     if isinstance(value, dict):
-        return {key: plain_values(item) for key, item in value.items()}
+        return {key: plain_values(item, defaults=defaults) for key, item in value.items()}
     return value
 
 

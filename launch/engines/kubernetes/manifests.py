@@ -30,7 +30,7 @@ from launch.engines.kubernetes.refusals import check, checked_template
 from launch.engines.kubernetes.targets import TARGETS, template_of, with_template
 from service.basics.errors import SpecError
 from service.runs.failure_reports import line_of_secret
-from service.spec.files import code_files, dump_values, with_code_files
+from service.spec.files import code_files, dump_values, plain_values, with_code_files
 from service.spec.kubernetes import KubernetesSpec
 from service.spec.models import Spec
 
@@ -204,7 +204,7 @@ def _config_map(spec: Spec, files: Mapping[str, str]) -> Manifest:
     # Next to the spec, as in the user's directory.
     spec = with_code_files(spec, lambda file, at: f"./{Path(file).name}")
     # Only given values, without defaults: so an image of another version can read it too.
-    given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    given = plain_values(spec, defaults=False)
     data = {"spec.yaml": dump_values(given), **files}
     size = sum(len(text.encode()) for text in data.values())
     if size > _CONFIG_MAP_BYTES:

@@ -16,7 +16,7 @@ from launch.engines.settings import Settings
 from service.basics.errors import PeerLost, SpecError, Stopped, WillFailAgain, printable
 from service.runs.directory import require_no_secret
 from service.runs.failure_reports import is_secret
-from service.spec.files import dump_values
+from service.spec.files import dump_values, plain_values
 from service.spec.models import Spec
 from service.spec.slurm import SlurmSpec
 
@@ -178,7 +178,7 @@ def _wishes(asked: SlurmSpec) -> Iterator[str]:
 
 def _spec_file(script: Script) -> str:
     """The spec, in a file for this job; only given values, without defaults."""
-    given = script.spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    given = plain_values(script.spec, defaults=False)
     return "\n".join(
         [
             "set -u",
