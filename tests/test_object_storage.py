@@ -173,7 +173,6 @@ def test_fresh_starts_over_once_in_a_torchrun_that_restarts(place, address, clie
     done = evenstep(*earlier, cwd=place, EVENSTEP_SCRATCH=str(scratch), **client.variables)
     assert done.returncode == 0, done.stderr
     hold = {"HOLD_AT_ROWS": "40", "GO_ON_WITH": str(tmp_path / "go-"), "PET_MAX_RESTARTS": "1"}
-    hold["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     agent = under_torchrun(place, address, scratch, client, "--fresh", **hold)
     try:
         until(lambda: newest_step(address) == 8, "step 8 of the new run in the store", of=agent)

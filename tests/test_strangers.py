@@ -9,6 +9,7 @@ import subprocess
 import threading
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed import TCPStore
 
 import service.distributed.world
 from launch.environment import Environment
+from launch.rank.attempts import of_attempt
 from launch.rank.joining import wait_for_all
 from launch.rank.store import own_store
 from service.basics.errors import PeerLost
@@ -157,6 +159,46 @@ def test_processes_that_wait_for_others_write_nothing(capfd: pytest.CaptureFixtu
 def test_processes_that_are_not_all_there_in_time_are_counted() -> None:
     with pytest.raises(PeerLost, match=r"After 0\.1 s only 1 of 2 processes have connected"):
         wait_for_all(own_store("127.0.0.1"), Environment(0, 2, 0, 2), seconds=0.1)
+
+
+def test_processes_of_an_attempt_meet_in_a_store_that_earlier_ones_have_used() -> None:
+    """All of the first attempt had met; of the second one, rank 2 had only asked."""
+    store = own_store("127.0.0.1")
+    ranks = [Environment(rank, 3, rank, 3) for rank in range(3)]
+
+    def attempt(rank: Environment, word: str) -> str:
+        client = TCPStore("127.0.0.1", store.port, is_master=False)
+        part = of_attempt(client, rank, seconds=60)
+        if rank.rank == 0:
+            part.set("word", word)
+        return part.get("word").decode()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert [*threads.map(attempt, ranks, ["first"] * 3)] == ["first"] * 3
+        store.set("asks/2", "killed before it was told")
+        early = threads.submit(attempt, ranks[0], "third")
+        until(lambda: store.get("told/2").startswith(b"killed"), "an answer to one that is gone")
+        late = [threads.submit(attempt, rank, "") for rank in ranks[1:]]
+        assert [each.result(timeout=60) for each in (early, *late)] == ["third"] * 3
+
+
+def test_a_rank_that_asks_for_the_attempt_notices_who_changes_its_word() -> None:
+    store = own_store("127.0.0.1")
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(of_attempt, store, Environment(1, 2, 1, 2), seconds=60)
+        store.wait(["asks/1"], timedelta(seconds=30))
+        store.set("asks/1", "another's")
+        with pytest.raises(PeerLost, match="Another program has changed what the processes"):
+            asking.result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(0, r"After 0\.1 s only 1 of 2 processes"), (1, r"After 0\.1 s rank 0 has not connected")],
+)
+def test_an_attempt_whose_processes_do_not_come_ends_in_time(rank: int, told: str) -> None:
+    with pytest.raises(PeerLost, match=told):
+        of_attempt(own_store("127.0.0.1"), Environment(rank, 2, rank, 2), seconds=0.1)
 
 
 def connect_alone(world: World) -> str:

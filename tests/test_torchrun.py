@@ -10,13 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep, start
 from injuring import descendants, is_alive, until
 from jobs import spec_of
 
 from launch.environment import _started
 from service.runs.directory import RunDirectory
 from service.runs.receipt_file import read_receipt
+from service.runs.verification import compare
 
 ELASTIC = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job")
 QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -26,7 +27,7 @@ def node(place: Path, name: str, port: int) -> subprocess.Popen[str]:
     """One agent of an elastic job, its output in a file."""
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
     words = (BIN / "torchrun", *ELASTIC, *rendezvous, "--rdzv-conf", QUICK, "-m", "launch", "run")
-    # With it, torch 2.13 gives each attempt a store of its own: a rank must not meet dead ones.
+    # Without it, torch 2.13 keeps the address of its store when another node becomes the first one.
     environ = CLEAN | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (place / name).open("w") as output:
         return subprocess.Popen(
@@ -90,6 +91,7 @@ def test_an_elastic_job_continues_with_the_nodes_that_are_left_and_stops_with_it
 
 
 FAILS_TWICE = """
+import os
 from pathlib import Path
 import torch
 from torch import nn
@@ -101,13 +103,12 @@ class Fails(nn.Linear):
     def forward(self, inputs):
         global PASSES
         PASSES += self.training
-        if PASSES == 12 and Path("failures").exists():
-            with open("failures", "r+") as left:
-                count = int(left.read())
-                if count:
-                    left.seek(0)
-                    left.write(str(count - 1))
-                    raise RuntimeError("as asked")
+        if PASSES == 12 and os.environ.get("RANK") == os.environ.get("FAILING_RANK"):
+            left = Path("failures")
+            count = int(left.read_text())
+            if count:
+                left.write_text(str(count - 1))
+                raise RuntimeError("as asked")
         return super().forward(inputs)
 
 class Rows:
@@ -122,24 +123,82 @@ def task():
 """
 
 
+def job_that_fails(directory, times=1, **values):
+    """Write a job whose rank FAILING_RANK fails so many times, in its twelfth pass."""
+    (directory / "job.py").write_text(FAILS_TWICE)
+    values = {"batch": {"global_batch": 7}, "checkpoint": {"every_steps": 2}} | values
+    job = spec_of("", task="./job.py:task", length={"steps": 30}, **values)
+    (directory / "job.yaml").write_text(json.dumps(job))
+    (directory / "failures").write_text(str(times))
+
+
+def from_steps(directory):
+    return [attempt["from_step"] for attempt in RunDirectory(directory).read_facts()["attempts"]]
+
+
 def test_a_restart_of_torchrun_does_not_start_over_again_with_fresh(tmp_path):
-    (tmp_path / "job.py").write_text(FAILS_TWICE)
-    values = spec_of("", task="./job.py:task", batch={"global_batch": 7}, length={"steps": 30})
-    (tmp_path / "job.yaml").write_text(json.dumps(values | {"checkpoint": {"every_steps": 2}}))
+    job_that_fails(tmp_path, times=2)
     words = ("-m", "launch", "run", "job.yaml", "--fresh")
     agent = (BIN / "torchrun", "--standalone", "--nproc-per-node", 1, "--max-restarts", 2)
-    earlier = evenstep("run", "job.yaml", cwd=tmp_path)
+    earlier = evenstep("run", "job.yaml", cwd=tmp_path, FAILING_RANK="none")
     assert earlier.returncode == 0, earlier.stderr
-    (tmp_path / "failures").write_text("2")
-    done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS, FAILING_RANK="0")
     assert done.returncode == 0, done.stderr
-    facts = RunDirectory(tmp_path / "runs/job").read_facts()
-    steps = [attempt["from_step"] for attempt in facts["attempts"]]
+    steps = from_steps(tmp_path / "runs/job")
     assert len(steps) == 3, steps
     assert 0 == steps[0] < steps[1] < steps[2]
     aside = [found.parent for found in tmp_path.glob("runs/.job-*/run.json")]
     assert len(aside) == 1, "the earlier run"
     assert RunDirectory(aside[0]).read_facts()["state"] == "done"
+
+
+# Each of two processes has two micro-batches: twelve passes are three steps.
+SHARED = {"batch": {"global_batch": 8, "micro_batch": 2}}
+
+
+def test_torchrun_restarts_several_processes_which_meet_no_dead_ones(tmp_path):
+    """torch keeps one store for all attempts, with the addresses of processes that have ended."""
+    job_that_fails(tmp_path, times=2, **SHARED)
+    agent = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 2)
+    words = ("-m", "launch", "run", "job.yaml")
+    done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS, FAILING_RANK="1")
+    assert done.returncode == 0, done.stderr
+    assert len(from_steps(tmp_path / "runs/job")) == 3
+    whole = evenstep("run", "job.yaml", "--name", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    ends = [RunDirectory(tmp_path / "runs" / name) for name in ("job", "whole")]
+    compared = compare(*ends, level="losses", tolerance=1e-5)
+    assert compared.equal, compared.lines
+
+
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("static", marks=pytest.mark.slow)])
+def test_torchrun_restarts_the_processes_of_two_nodes_after_a_failure_on_one(tmp_path, backend):
+    """Only the agent of that node counts it as a restart."""
+    job_that_fails(tmp_path, **SHARED)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = ("--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3, "--rdzv-id", "job")
+    meeting = ("--rdzv-backend", backend, "--rdzv-endpoint", f"localhost:{port}")
+    words = ("--monitor-interval", 0.1, "-m", "launch", "run", "job.yaml")
+    nodes = [
+        start(
+            (BIN / "torchrun", *job, *meeting, "--node-rank", index, *words),
+            cwd=tmp_path,
+            env=CLEAN | {"FAILING_RANK": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        told = [node.communicate(timeout=DEADLINE_SECONDS)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert len(from_steps(tmp_path / "runs/job")) == 2, told
 
 
 def test_the_start_of_a_process_is_told_to_hundredths_of_a_second():

@@ -15,6 +15,13 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
+from launch.rank.attempts import (
+    FIRST_PAUSE_SECONDS,
+    FOREIGN,
+    longest_pause,
+    missing,
+    of_attempt,
+)
 from launch.rank.store import LOOPBACK, own_store
 from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
@@ -24,17 +31,15 @@ _LOOK_SECONDS = 1.0
 LAZY_FROM = 64
 """From this number of processes on, each connects only to those it sends to."""
 _COUNT, _ALL = "joined", "all joined"
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.002, 0.01
-"""Between two questions of one process."""
-_ASKED_A_SECOND = 8000
-"""By all processes together, at most: the pauses of more than 80 are longer."""
 
 
 def store_of(environment: Environment, *, seconds: float) -> Store | None:
-    """The store of this job; None if torchrun has it and torch finds it.
+    """The store of this job; None if torch finds it: on several nodes, if rank 0 has it.
 
     Args:
         seconds: how long to wait for the process that has it.
+    Raises:
+        PeerLost: the processes did not find each other in the store of torchrun.
     """
     run = os.environ.get(RUN_OF_STORE)
     if run is not None:
@@ -42,7 +47,10 @@ def store_of(environment: Environment, *, seconds: float) -> Store | None:
         return PrefixStore(
             run, _in_file(file) if file else _client(os.environ["MASTER_ADDR"], seconds)
         )
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not on_one_node(environment):
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        kept = PrefixStore("evenstep", _client(os.environ["MASTER_ADDR"], seconds))
+        return of_attempt(kept, environment, seconds=seconds)
+    if not on_one_node(environment):
         return None
     if environment.rank == 0:
         return own_store(LOOPBACK, int(os.environ["MASTER_PORT"]))
@@ -95,17 +103,11 @@ def wait_for_all(store: Store, environment: Environment, *, seconds: float) -> N
     while not _is_there(store, _ALL, environment.world_size):
         here = store.add(_COUNT, 0)
         if here < most or not store.check([own]) or store.get(own) != token.encode():
-            raise PeerLost(
-                "Another program has changed what the processes of this job exchange in their "
-                "store: docs/explanation/reliability.md says who must not reach it."
-            )
+            raise PeerLost(FOREIGN)
         if here >= environment.world_size:
             return
         if not limit.left:
-            raise PeerLost(
-                f"After {seconds:g} s only {here} of {environment.world_size} processes have "
-                "connected."
-            )
+            raise PeerLost(missing(here, environment, seconds))
         most = here
 
 
@@ -114,13 +116,12 @@ def _is_there(store: Store, key: str, processes: int) -> bool:
 
     It asks again and again: torch's own wait writes two warnings for each of its timeouts.
     """
-    limit, pause = TimeLimit(_LOOK_SECONDS), _FIRST_PAUSE_SECONDS
-    longest = max(_LAST_PAUSE_SECONDS, processes / _ASKED_A_SECOND)
+    limit, pause = TimeLimit(_LOOK_SECONDS), FIRST_PAUSE_SECONDS
     while not store.check([key]):
         if not limit.left:
             return False
         time.sleep(min(pause, limit.left))
-        pause = min(2 * pause, longest)
+        pause = min(2 * pause, longest_pause(processes))
     return True
 
 
