@@ -232,16 +232,23 @@ def _start_in_store(
     **starting: Any,
 ) -> NoReturn:
     """Bring the run of an address here, train it in processes, upload it; exit with their code."""
-    from launch.stored.in_store import followed, kept_in_store, require_supported, uploaded
-    from launch.stored.under_torchrun import seconds_to_stop, train_in_child, trained_in
+    from launch.stored.in_store import followed, kept_in_store, require_supported, say, uploaded
+    from launch.stored.under_torchrun import (
+        on_several,
+        seconds_to_stop,
+        train_in_child,
+        trained_in,
+        when_connected,
+    )
     from service.health.stop_budget import budget_seconds
 
     require_supported(address, spec, place, node)
     if place is not None:
         if (runs := trained_in(address / spec.name, place)) is not None:
-            _start(job_in(runs), place, **starting)
+            connected = when_connected(address / spec.name, place, say=say)
+            _start(job_in(runs), place, **starting, when_connected=connected)
         die_with_parent()
-    several = node is not None and node.nodes > 1
+    several = on_several(place) if place else node is not None and node.nodes > 1
     if node is not None and several and node.index > 0:
         from launch.nodes.node import run_node
 
@@ -319,10 +326,12 @@ def _start(
     max_restarts: int = 0,
     elastic: bool = False,
     echoed_logs: Path | None = None,
+    when_connected: Callable[[], None] | None = None,
 ) -> NoReturn:
     """Run this rank, or start `processes` ranks; exit with their code.
 
     This command also prints what the other ranks write to `echoed_logs`, for the log of a pod.
+    For `when_connected` see `RankContext`.
     """
     if place is None and (processes > 1 or max_restarts):
         leave(
@@ -349,7 +358,8 @@ def _start(
 
     collect_garbage()
     environment = place or Environment()
-    here = RankContext(Heartbeat(rank=environment.rank, started=STARTED), leave_hung)
+    heartbeat = Heartbeat(rank=environment.rank, started=STARTED)
+    here = RankContext(heartbeat, leave_hung, when_connected=when_connected)
     first = environment.rank - environment.local_rank
     ranks = range(first, first + environment.local_world_size)
     with stop_on_signals(heard) as stop:

@@ -114,8 +114,8 @@ def test_what_cannot_live_in_a_store_yet_is_refused_by_name(place, address):
     nodes |= {"PET_MASTER_ADDR": "127.0.0.1"}
     sharded = "exchange={mode: sharded}"
     for variables, words, told in (
-        (torchrun, (), "torchrun can start such a run on one machine only"),
-        (nodes, (sharded,), "with exchange.mode=sharded the 2 nodes would each write a part"),
+        (torchrun, (sharded,), "with exchange.mode=sharded the nodes would each write a part"),
+        (nodes, (sharded,), "with exchange.mode=sharded the nodes would each write a part"),
         (nodes | {"PET_NNODES": "1:2"}, (), "cannot have elastic nodes yet, because a new genera"),
     ):
         done = evenstep("run", "job.yaml", *words, "--runs", str(address), cwd=place, **variables)
@@ -187,6 +187,63 @@ def test_fresh_starts_over_once_in_a_torchrun_that_restarts(place, address, clie
     at_end = brought_back(address, tmp_path / "end")
     assert [attempt["from_step"] > 0 for attempt in at_end.read_facts()["attempts"]] == [0, 1]
     assert len(list(scratch.glob("*/.job-*/run.json"))) == 1, "the earlier run"
+
+
+def on_nodes_of_torchrun(place, address, scratch, client, **variables):
+    """Start the job under torchrun on two nodes, each with its own scratch directory."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "job", "--max-restarts", "3")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    words = ("--monitor-interval", "0.1", "-m", "launch", "run", "job.yaml", TWO)
+    variables |= client.variables | {"EVENSTEP_LEASE_SECONDS": "1.5"}
+    return [
+        start(
+            (BIN / "torchrun", *job, *meeting, *words, "--runs", str(address)),
+            cwd=place,
+            env=CLEAN | variables | {"EVENSTEP_SCRATCH": str(scratch / str(index))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+
+
+def test_two_nodes_of_torchrun_go_on_with_the_same_bits_after_kills(
+    place, address, client, tmp_path
+):
+    """First rank 1 is killed, which torchrun restarts; then all, and both disks are lost."""
+    whole = evenstep("run", "job.yaml", TWO, "--processes", "2", "--runs", "two", cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    hold = {"HOLD_AT_ROWS": "40 44", "GO_ON_WITH": str(tmp_path / "go-")}
+    nodes = on_nodes_of_torchrun(place, address, tmp_path / "a", client, **hold)
+    try:
+        until(lambda: newest_step(address) == 8, "step 8 in the store", of=nodes[0])
+        for process in [each for node in nodes for each in descendants(node.pid)]:
+            if b"\0RANK=1\0" in Path(f"/proc/{process}/environ").read_bytes():
+                os.kill(process, signal.SIGKILL)
+        (tmp_path / "go-0").touch()
+        until(lambda: newest_step(address) == 16, "step 16 in the store", of=nodes[0])
+        below = [each for node in nodes for each in descendants(node.pid)]
+    finally:
+        for node in nodes:
+            node.send_signal(signal.SIGKILL)
+        told = [node.communicate(timeout=DEADLINE_SECONDS)[0] for node in nodes]
+    assert all("Resuming after step 8" in text or "Brought" in text for text in told), told
+    until(lambda: not any(map(is_alive, below)), "the end of all that they started")
+
+    nodes = on_nodes_of_torchrun(place, address, tmp_path / "b", client)
+    told = [node.communicate(timeout=DEADLINE_SECONDS)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert "Resuming after step 16" in "".join(told)
+    assert all("(step-00000016) in" in text for text in told), "each brings it"
+    at_end = brought_back(address, tmp_path / "end")
+    compared = compare(find_run(place / "two/job"), at_end, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
+    assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
+    assert len(list((tmp_path / "b").glob("*/*-node-1/job/logs"))) == 1
 
 
 def brought_to(process):

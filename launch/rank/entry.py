@@ -39,6 +39,7 @@ from service.plan.plan import Plan, make_plan
 from service.runs.failure_reports import redacted, write_failure
 from service.spec.models import Spec
 from service.training.batch_size_finder import settled
+from service.training.setup import together
 from service.training.worker import run, test_run
 
 # Keep exceptions until the process exits, with the objects in their frames: freeing a loader
@@ -55,6 +56,9 @@ class RankContext:
     """Kills it immediately, if its main thread cannot exit."""
     mark: Path | None = None
     """The file for the reason of a kill, for a launcher that reads it."""
+    when_connected: Callable[[], None] | None = None
+    """Called before the run is opened, when all processes of the job have connected. On each of
+    them, or on none; what it raises is raised on all."""
 
     def watched(self, spec: Spec, environment: Environment) -> AbstractContextManager[None]:
         """A context in which the watchdog reports and kills this process if it hangs."""
@@ -93,6 +97,8 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
     watched_here = here.watched(spec, environment)
     with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
         world.leave_limits_to_the_watchdog()
+        if here.when_connected is not None:
+            together(world, here.when_connected)
         if not on_one_node(environment):
             network = measured(world, processes_here=environment.local_world_size)
             if world.is_lead:

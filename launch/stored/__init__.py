@@ -2,10 +2,10 @@
 
 From top to bottom; a room imports only from rooms below it:
 
-* under_torchrun: A run in a store that torchrun has started: rank 0 trains in a child, and its
-  parent uploads.
 * in_store: A run that lives in an object store: what its launcher does before and after the
   processes.
+* under_torchrun: A run in a store that torchrun has started: rank 0 trains in a child, and its
+  parent uploads.
 * following: A further node of a run in a store: it brings what node 0 has published, and uploads
   nothing.
 """

@@ -14,6 +14,11 @@ from service.storage.published import newest_published
 from service.storage.store import open_store
 
 
+def runs_of_node(scratch: Path, node: int) -> Path:
+    """The directory of runs of a further node: not that of node 0, which may be on its machine."""
+    return scratch.with_name(f"{scratch.name}-node-{node}")
+
+
 class Following:
     """The directory of one further node, which is filled anew at each start."""
 
@@ -22,8 +27,7 @@ class Following:
     ) -> None:
         """`address` is that of the run; `scratch` that of the runs of node 0 on this machine."""
         self._store = open_store(address)
-        # Not that of node 0, which may be on the same machine.
-        self.runs = scratch.with_name(f"{scratch.name}-node-{node}")
+        self.runs = runs_of_node(scratch, node)
         self._run = RunDirectory(self.runs / address.name)
         self._say = say
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from launch.environment import Environment, Node, meeting_secret
 from launch.processes.signals import heard
 from launch.stored.following import Following
+from launch.stored.under_torchrun import on_several
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.spec.models import Spec
 from service.storage.address import Address
@@ -32,25 +33,20 @@ def require_supported(
     Raises:
         SpecError: names it.
     """
-    if place is not None and place.local_world_size < place.world_size:
+    several = on_several(place) if place is not None else node is not None and node.nodes > 1
+    if several and spec.exchange.shards:
         raise SpecError(
-            f"--runs {address}: torchrun can start such a run on one machine only, because each "
-            "machine must bring what the first one has published. Start it with `evenstep run` on "
-            "each machine (with PET_NNODES), or give --runs a directory that all of them share."
+            f"--runs {address}: with exchange.mode={spec.exchange.mode} the nodes would each write "
+            "a part of a checkpoint, and only node 0 uploads. Use exchange.mode=ddp, one node, or "
+            "give --runs a directory that all nodes share."
         )
-    if node is None or node.nodes == 1:
+    if node is None or not several:
         return
     if node.least:
         raise SpecError(
             f"--runs {address}: a run in an object store cannot have elastic nodes yet, because "
             "a new generation begins from a checkpoint that may not be uploaded at that moment. "
             "Use a fixed number of nodes, or give --runs a directory that all nodes share."
-        )
-    if spec.exchange.shards:
-        raise SpecError(
-            f"--runs {address}: with exchange.mode={spec.exchange.mode} the {node.nodes} nodes "
-            "would each write a part of a checkpoint, and only node 0 uploads. Use "
-            "exchange.mode=ddp, one node, or give --runs a directory that all nodes share."
         )
     if node.secret_name and not meeting_secret():
         raise SpecError(
@@ -62,7 +58,7 @@ def require_supported(
 def followed(address: Address, spec: Spec, node: Node) -> Following:
     """What a node other than the first has of the run, as far as it is needed before the start."""
     run = address / spec.name
-    following = Following(run, scratch_runs(run), node=node.index, say=_say)
+    following = Following(run, scratch_runs(run), node=node.index, say=say)
     following.begin()
     return following
 
@@ -77,7 +73,7 @@ def kept_in_store(
         several: whether other nodes follow, which bring what this one has published.
     """
     uploading = brought(
-        address / spec.name, spec, fresh=fresh, say=_say, is_stopped=lambda: heard.requested
+        address / spec.name, spec, fresh=fresh, say=say, is_stopped=lambda: heard.requested
     )
     try:
         yield uploading
@@ -134,5 +130,5 @@ def _finished(uploading: Uploading, budget_seconds: Callable[[], float]) -> Even
         return EvenstepError(f"interrupted: {uploading.missing()}.")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""A run in a store that torchrun has started: rank 0 trains in a child, and its parent uploads."""
+"""A run in a store that torchrun has started: rank 0 trains in a child, and its parent uploads.
+
+On several machines, the first process of each other one brings what rank 0 has published.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from launch.environment import SHUTDOWN_TIMEOUT, Environment, torchrun_grace
 from launch.processes.signals import heard
+from launch.stored.following import Following, runs_of_node
 from service.basics.errors import EvenstepError, Stopped
 from service.health.stop_request import PARENT, stop_on_signals
 from service.storage.address import Address
@@ -22,6 +27,11 @@ _LOOK_SECONDS = 0.1
 _LEAVING_SECONDS = 1.0
 
 
+def on_several(place: Environment) -> bool:
+    """Whether torchrun has started the job on several machines."""
+    return place.local_world_size < place.world_size
+
+
 def trained_in(run: Address, place: Environment) -> Path | None:
     """The directory of runs in which this process trains; None if its child does.
 
@@ -31,7 +41,37 @@ def trained_in(run: Address, place: Environment) -> Path | None:
     brought = os.environ.pop(_BROUGHT, None)
     if brought is not None:
         return Path(brought)
-    return scratch_runs(run) if place.rank else None
+    if not place.rank:
+        return None
+    scratch = scratch_runs(run)
+    node = _node(place)
+    return runs_of_node(scratch, node) if node else scratch
+
+
+def when_connected(
+    run: Address, place: Environment, *, say: Callable[[str], None]
+) -> Callable[[], None] | None:
+    """What each process does when all of them have connected; None on one machine.
+
+    The first one of each machine but that of rank 0 brings the run, which rank 0 has published.
+    """
+    if not on_several(place):
+        return None
+
+    def bring() -> None:
+        node = _node(place)
+        if node and place.local_rank == 0:
+            following = Following(run, scratch_runs(run), node=node, say=say)
+            following.begin()
+            following.bring()
+
+    return bring
+
+
+def _node(place: Environment) -> int:
+    """The number of this machine: 0 for that of rank 0."""
+    first = place.rank - place.local_rank
+    return int(os.environ.get("GROUP_RANK", first)) if first else 0
 
 
 def train_in_child(runs: Path) -> int:
