@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, told_as_mistake
 
 
 def spare_compiler() -> None:
@@ -35,7 +35,9 @@ def spare_compiler() -> None:
 _KEPT_OUT = "__dynamo_disable"
 
 
-def compile_in_place(model: nn.Module, *, telling: bool) -> None:
+def compile_in_place(
+    model: nn.Module, *, telling: bool, units: Mapping[str, nn.Module] | None = None
+) -> None:
     """Let torch compile the model's forward and backward pass when it is first called.
 
     Of several models each is compiled. A plain copy of the model afterwards would still call
@@ -43,15 +45,17 @@ def compile_in_place(model: nn.Module, *, telling: bool) -> None:
 
     Args:
         telling: let torch report on stderr why it recompiles.
+        units: as for `parts_to_compile`.
     """
     # Imported here, because loading the compiler takes a second at every start.
     from torch._logging._internal import set_logs
 
     if telling:
         set_logs(recompiles=True)
-    for part in called_parts(model):
+    for part in parts_to_compile(model, units).values():
         # Not Module.compile: if the outermost class is torch's own (nn.Sequential), it
-        # compiles only layers that are not torch's own.
+        # compiles only layers that are not torch's own; and it would compile the hooks that
+        # gather the parameters of a unit.
         part.forward = torch.compile(part.forward)
 
 
@@ -66,32 +70,54 @@ def called_parts(model: nn.Module) -> list[nn.Module]:
     return [part for child in model.children() for part in called_parts(child)]
 
 
+def parts_to_compile(
+    model: nn.Module, units: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """The modules that are compiled, by name; the model itself has an empty one.
+
+    Args:
+        units: modules of which each is compiled by itself, in place of the called module that
+            contains them: a graph of several could not wait for parameters between them.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    chosen: dict[str, nn.Module] = {}
+    for part in called_parts(model):
+        inside = {id(module) for module in part.modules()}
+        within = {name: unit for name, unit in (units or {}).items() if id(unit) in inside}
+        chosen |= within or {names[id(part)]: part}
+    return chosen
+
+
 def uncompiled_copy(model: nn.Module) -> nn.Module:
     """A deep copy, which uses its own weights even if the model was compiled."""
-    parts = [vars(part).get("forward") for part in called_parts(model)]
-    compiled = [forward for forward in parts if hasattr(forward, _COMPILED)]
+    compiled = [part.forward for part in model.modules() if _is_compiled(part)]
     copied = copy.deepcopy(model, {id(forward): forward for forward in compiled})
-    for part in called_parts(copied):
-        if hasattr(vars(part).get("forward"), _COMPILED):
+    for part in copied.modules():
+        if _is_compiled(part):
             del part.forward  # restores the method of its class
     return copied
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("forward"), _COMPILED)
+
+
 @contextmanager
-def require_compiled(model: nn.Module) -> Iterator[None]:
-    """A context in which a compiled part of the model must be called.
+def require_compiled(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A context in which at least one of these compiled modules must be called.
 
     Raises:
-        SpecError: at its end, if none was called.
+        SpecError: torch cannot compile the forward pass of one, which it names; or, at its end,
+            none was called.
     """
-    called: list[nn.Module] = []
-    compiled = [(part, part.forward) for part in called_parts(model)]
-    for part, forward in compiled:
-        part.forward = partial(_noting, called.append, part, forward)
+    called: list[str] = []
+    compiled = {name: (part, part.forward) for name, part in parts.items()}
+    for name, (part, forward) in compiled.items():
+        part.forward = partial(_noting, called.append, name, forward)
     try:
         yield
     finally:
-        for part, forward in compiled:
+        for part, forward in compiled.values():
             part.forward = forward
     if not called:
         raise SpecError(
@@ -102,14 +128,11 @@ def require_compiled(model: nn.Module) -> Iterator[None]:
 
 
 def _noting(
-    note: Callable[[nn.Module], None],
-    part: nn.Module,
-    forward: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+    note: Callable[[str], None], name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    note(part)
-    return forward(*args, **kwargs)
+    note(name)
+    with told_as_mistake(f"model.compile: torch cannot compile {name or 'this model'} here"):
+        return forward(*args, **kwargs)
 
 
 def compiled_graphs() -> int:

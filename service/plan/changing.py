@@ -180,7 +180,7 @@ def changes(old: Spec, new: Spec) -> list[Change]:
     return swapped + [
         Change(dotted(steps), was, now)
         for steps, was, now in _differences(before, after, ())
-        if not _cannot_matter(steps, old)
+        if _compiled_otherwise(steps, old, new) or not _cannot_matter(steps, old)
     ]
 
 
@@ -207,7 +207,9 @@ def changes_page() -> str:
         "| key | why |\n|---|---|",
         *(f"| `{key}` | {why} |" for key, why in CANNOT_CHANGE_THE_RESULT.items()),
         "",
-        "`test` may not change if the run depends on tests (early stopping, schedule `plateau`).\n",
+        "`test` may not change if the run depends on tests (early stopping, schedule `plateau`).",
+        "`exchange.units`, and `exchange.mode` from or to `ddp`, may not change if the model is",
+        "compiled: they decide what is one graph, and so which numbers compiled dropout draws.\n",
         "In these keys, except `test`, a value may contain `${env:NAME}`, the value of an "
         "environment",
         "variable when the spec is read ([how](../how-to/share-a-spec.md)).\n",
@@ -238,6 +240,17 @@ def _cannot_matter(steps: Steps, spec: Spec) -> bool:
     if steps[0] == "test" and waits_for_tests:
         return False
     return any(dotted(steps[:n]) in CANNOT_CHANGE_THE_RESULT for n in range(1, len(steps) + 1))
+
+
+def _compiled_otherwise(steps: Steps, old: Spec, new: Spec) -> bool:
+    """Whether this key decides which parts of a compiled model become one graph."""
+    if not (old.model.compile and new.model.compile):
+        return False
+    sharded = old.exchange.shards or new.exchange.shards
+    moved = old.exchange.shards != new.exchange.shards
+    return (dotted(steps) == "exchange.mode" and moved) or (
+        dotted(steps[:2]) == "exchange.units" and sharded
+    )
 
 
 class _Absent:

@@ -53,6 +53,7 @@ from service.training.setup import (
     build_model,
     build_optimizer,
     build_state,
+    compile_now,
     compiled,
     drawn_alike,
     rehearse,
@@ -106,7 +107,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
     size, seconds = _timed(lambda: _round_trip(state, plan, task, world))
     yield "checkpoint", f"{_size(size)}, read back equal ({seconds:.2f} s)"
     if spec.model.compile:
-        yield from _compiled(state, each)
+        yield from _compiled(state, each, spec)
     yield "memory", _memory(state, activations, world)
 
 
@@ -119,15 +120,16 @@ def _rehearsed(
     return rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
 
 
-def _compiled(state: TrainState, each: Sequence[Rehearsed]) -> Iterator[Finding]:
+def _compiled(state: TrainState, each: Sequence[Rehearsed], spec: Spec) -> Iterator[Finding]:
     """The model compiled in place, if the spec says so; nothing else is computed after it."""
     model, world = state.model, each[0].dry_run.world
     task = each[0].dry_run.task
-    called = compiled(each[0].dry_run.callee(model), model, task=task, world=world, telling=False)
+    callee = each[0].dry_run.callee(model)
+    called = compiled(callee, model, task=task, world=world, spec=spec, telling=False)
     for part in each:
         if isinstance(state.optimizer, Turns):
             state.optimizer.begin(str(part.turn))
-        _, seconds = _timed(partial(part.dry_run.compile, called, model))
+        _, seconds = _timed(partial(compile_now, part.dry_run, called, model, spec))
         whose = "" if part.turn is None else f"{part.turn}: "
         yield "compile", f"{whose}a forward and a backward pass ({seconds:.2f} s)"
 

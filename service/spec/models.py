@@ -89,7 +89,7 @@ class ModelSpec(Part):
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; weights keep the dtype that the model gave."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile; of a sharded model, each unit by itself."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its convolution algorithms and use the fastest. Another attempt may measure
     other times and round differently, so a resumed run may not end with the same bits."""
@@ -435,7 +435,6 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     known = f"use one of {', '.join(BY_NUMBER)}"
     return [
         *((o.name not in BY_NUMBER, f"{key}: {o.name}", known) for key, o in named.items()),
-        (model.compile, "model.compile", "leave it out"),
         (model.channels_last, "model.channels_last", "leave it out"),
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
         (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),

@@ -8,7 +8,7 @@ without this, a resumed run would sum its first step in another order than an un
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -139,15 +139,17 @@ class DryRun:
         with told_as_mistake(f"task: one forward and backward pass over {over} failed"):
             return self._pass(model, checked=True)
 
-    def compile(self, wrapped: nn.Module, bare: nn.Module) -> None:
+    def compile(self, wrapped: nn.Module, bare: nn.Module, parts: Mapping[str, nn.Module]) -> None:
         """Compile the model, with a call as in training.
 
+        Args:
+            parts: the compiled modules by name, of which a call must reach at least one.
         Raises:
             SpecError: that fails.
         """
         said = told_as_mistake("model.compile: torch cannot compile this model here")
         whose = nullcontext() if self.turn is None else told_of_turn(self.turn)
-        called = nullcontext() if is_with_loss(wrapped) else require_compiled(bare)
+        called = nullcontext() if is_with_loss(wrapped) else require_compiled(parts)
         with whose, self._undone(bare), said, called:
             self._pass(wrapped)
 

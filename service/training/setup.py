@@ -30,7 +30,7 @@ from service.optimization.activation_checkpointing import (
     require_still_buffers,
 )
 from service.optimization.buffers import Buffers, StillBuffers, buffers_of, kept_equal
-from service.optimization.compilation import compile_in_place, spare_compiler
+from service.optimization.compilation import compile_in_place, parts_to_compile, spare_compiler
 from service.optimization.flops import peak_flops
 from service.optimization.learning_rates import Schedule, make_schedule
 from service.optimization.moving_average import MovingAverage, copy_for_average
@@ -364,10 +364,13 @@ def build_exchanges(
     Raises:
         SpecError: torch cannot compile it.
     """
-    if plan.spec.model.compile:  # inside the wrapper, which can then overlap the exchange
-        called = compiled(called, state.model, task=task, world=world, telling=world.is_lead)
+    spec = plan.spec
+    if spec.model.compile:  # inside the wrapper, which can then overlap the exchange
+        lead = world.is_lead
+        called = compiled(called, state.model, task=task, world=world, spec=spec, telling=lead)
         if state.average is not None:
-            compile_in_place(state.average.model, telling=False)
+            average = state.average.model
+            compile_in_place(average, telling=False, units=compiled_units(average, spec))
     stopwatch = Stopwatch(world.device)
     timed = stopwatch if world.processes > 1 else None
     exchanges = []
@@ -384,24 +387,41 @@ def build_exchanges(
 
 
 def compiled(
-    called: nn.Module, model: nn.Module, *, task: Task, world: World, telling: bool
+    called: nn.Module, model: nn.Module, *, task: Task, world: World, spec: Spec, telling: bool
 ) -> nn.Module:
     """Let torch compile the model in place; returns the module that training calls.
 
     That is the model together with its loss and the casts between them, unless the task has its
     own step: the compiler then computes a loss such as cross-entropy without keeping its
-    intermediate values.
+    intermediate values. Of a sharded model each unit is compiled, and neither the rest nor the
+    loss: also on one process, so that compiled dropout draws the same numbers on several.
 
     Args:
         called: the model, or the model within the task's own step.
         telling: let torch report on stderr why it recompiles.
     """
-    compile_in_place(model, telling=telling)
-    if called is not model:
+    compile_in_place(model, telling=telling, units=compiled_units(model, spec))
+    if called is not model or spec.exchange.shards:
         return called
     whole = ModelWithLoss(model, task, world)
     compile_in_place(whole, telling=False)
     return whole
+
+
+def compiled_units(model: nn.Module, spec: Spec) -> dict[str, nn.Module]:
+    """The units of a sharded model, of which each is compiled by itself; otherwise none."""
+    return units_of(model, spec.exchange.units) if spec.exchange.shards else {}
+
+
+def compile_now(dry_run: DryRun, called: nn.Module, model: nn.Module, spec: Spec) -> None:
+    """Let torch compile with the rows of the dry run, before anything is written.
+
+    Args:
+        called: the result of `compiled`, maybe wrapped.
+    Raises:
+        SpecError: it cannot.
+    """
+    dry_run.compile(called, model, parts_to_compile(model, compiled_units(model, spec)))
 
 
 def _exchange(
@@ -428,9 +448,11 @@ def _exchange(
             stopwatch=timed,
         )
         if spec.model.compile:
-            rehearsed.dry_run.compile(ordered.model, state.model)
+            compile_now(rehearsed.dry_run, ordered.model, state.model, spec)
         return kept_equal(ordered, buffers)
     if holds_rows(state.model):
+        if spec.model.compile:  # before the hooks that record which gradients a step has
+            compile_now(rehearsed.dry_run, called, state.model, spec)
         sharded = ShardedSync(
             called,
             world,
@@ -451,7 +473,7 @@ def _exchange(
         stopwatch=timed,
     )
     if spec.model.compile:
-        rehearsed.dry_run.compile(overlapped.model, state.model)
+        compile_now(rehearsed.dry_run, overlapped.model, state.model, spec)
     rehearsed.dry_run.settle_buckets(overlapped.model, state.model)
     return kept_equal(overlapped, buffers)
 
