@@ -14,7 +14,7 @@ from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchmetrics import ClasswiseWrapper, MetricCollection, PearsonCorrCoef
+from torchmetrics import ClasswiseWrapper, Metric, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import (
     BinaryAUROC,
     BinaryAveragePrecision,
@@ -144,6 +144,138 @@ def test_they_are_what_one_pass_over_all_rows_gives(processes):
     assert found["test/named/seen/0"] + found["test/named/seen/1"] == outputs.argmax(1).sum()
     assert found["test/mistakes"] == pytest.approx(1 - found["test/accuracy"])
     assert found["test/accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
+
+
+class Within(Metric):
+    """Has no state itself, but a metric that has."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.inner = MulticlassAccuracy(2, average="micro")
+
+    def update(self, outputs, targets):
+        self.inner.update(outputs, targets)
+
+    def compute(self):
+        return self.inner.compute()
+
+
+class InPlainPython(Metric):
+    """Counts in a state, and in an attribute that torchmetrics does not know."""
+
+    full_state_update = False
+
+    def __init__(self, *, from_number=0.0):
+        super().__init__()
+        self.add_state("positive", torch.tensor(0), dist_reduce_fx="sum")
+        self.rows, self.from_number = 0, from_number
+
+    def update(self, outputs, targets):
+        self.positive += targets.sum()
+        if outputs[:, 1].max() >= self.from_number:
+            self.rows += len(targets)
+
+    def compute(self):
+        return self.positive / self.rows
+
+    def reset(self):
+        super().reset()
+        self.rows = 0
+
+
+class InOrder(Metric):
+    """Merged by joining lists, and its value depends on their order."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("seen", [], dist_reduce_fx="cat")
+
+    def update(self, outputs, targets):
+        self.seen.append(outputs[:, 1])
+
+    def compute(self):
+        return torch.cat([part.flatten() for part in self.seen])
+
+
+class Lazy(Metric):
+    """Has a state from the first update on, when it knows the number of outputs."""
+
+    full_state_update = False
+
+    def update(self, outputs, targets):
+        if not self._defaults:
+            self.add_state("sums", torch.zeros(outputs.shape[1]), dist_reduce_fx="sum")
+        self.sums += outputs.sum(0)
+
+    def compute(self):
+        return self.sums
+
+
+OWN_METRICS = {
+    "within": Within,
+    "plain": InPlainPython,
+    "order": InOrder,
+    "lazy": Lazy,
+}
+
+
+def measure_own(world, name, rows=70, **arguments):
+    points = torch.randn(rows, 2, generator=torch.Generator().manual_seed(1))
+    labels = (points[:, 1] > points[:, 0]).long()
+    metric = OWN_METRICS[name](**arguments)
+    test = TensorDataset(points, labels)
+    task = supervised(
+        model=nn.Identity,
+        train=test,
+        test=test,
+        loss=lambda outputs, targets: torch.zeros(len(targets)),
+        measures={"own": metric},
+    )
+    spec = load_spec(spec_of("plain_rows", test={"micro_batch": 20}))
+    plan = make_plan(spec, processes=1, train_rows=rows, test_rows=rows)
+    batches = batches_of(test, task=task, plan=plan, world=world)
+    found = run_test(
+        task.model(), batches, world=world, counted=Counted(task, plan=plan, world=world)
+    )
+    metric.distributed_available_fn = lambda: False
+    metric.update(points, labels)
+    by_hand = metric.compute().flatten().tolist()
+    return [value for name, value in found.items() if "own" in name], by_hand
+
+
+@pytest.mark.parametrize("name", OWN_METRICS)
+def test_a_metric_of_ones_own_gets_every_row_in_order(processes, name):
+    """The first two were 0 before, the third in the order of the last process first."""
+    for count in (1, 2, 5):  # five processes have four micro-batches
+        for found, by_hand in processes(count).run(measure_own, name):
+            assert found == pytest.approx(by_hand, abs=1e-5), (name, count)
+
+
+def test_what_a_metric_keeps_beside_its_states_only_later_is_refused(alone):
+    """Only the third micro-batch has an output of 1.9 or more."""
+    with pytest.raises(SpecError, match="own keeps something in an attribute that is no state"):
+        measure_own(alone, "plain", from_number=1.9)
+
+
+@pytest.mark.parametrize(
+    ("measures", "told"),
+    [
+        ({"loss": "accuracy"}, "'loss' is the name of the loss"),
+        (
+            {"a/b": "accuracy", "a": MetricCollection({"b": MulticlassAccuracy(2)})},
+            "'a/b' is the name of two measures",
+        ),
+    ],
+)
+def test_a_measure_does_not_replace_another_value(measures, told):
+    spec = load_spec(spec_of("plain_rows"))
+    task = supervised(model=nn.Identity, train=[(0.0, 0)], test=[(0.0, 0)], measures=measures)
+    with pytest.raises(SpecError, match=f"task.measures: {told}. Give the measure another name"):
+        require_measures(spec, task)
 
 
 def test_a_collection_is_measures_and_what_is_no_metric_is_reported():

@@ -234,6 +234,19 @@ def measured_by(task: Task) -> tuple[str, ...]:
     return ("loss", *task.measures, *metrics_of(task))
 
 
+def require_names(task: Task) -> None:
+    """Check that no measure has the name of another, or of the loss, whose value it would replace.
+
+    Raises:
+        SpecError: one has.
+    """
+    names = measured_by(task)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        told = "the name of the loss" if twice == "loss" else "the name of two measures"
+        raise SpecError(f"task.measures: {twice!r} is {told}. Give the measure another name.")
+
+
 def metrics_of(task: Task) -> dict[str, Any]:
     """The torchmetrics metrics of a task by name; those of a collection as `collection/metric`."""
     found: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from service.basics.errors import DataBroken, SpecError
 from service.data.batches import to_device
+from service.data.streams import contents
 from service.distributed.world import World
 
 _PARTS_AT_MOST = 1000  # numbers of one metric, such as one for each class
@@ -125,13 +126,14 @@ class Gathered:
         self._metrics = {name: copy.deepcopy(m).to(world.device) for name, m in metrics.items()}
         self._world = world
         self._kept: list[tuple[Any, Any]] = []
+        self._has_rows = False
         for metric in self._metrics.values():
             metric.reset()
             # By default it would sum the states of all processes, and count everything twice.
             for part in metric.modules():  # a wrapper's own metrics too
                 part.distributed_available_fn = _alone
         self._empty = copy.deepcopy(self._metrics)
-        self._unmerged = {n: m for n, m in self._metrics.items() if not _merges_exactly(m)}
+        self._unmerged = {n for n, m in self._metrics.items() if not _merges_exactly(m)}
 
     def add(self, outputs: Any, targets: Any) -> None:
         """Add one micro-batch, in the order of the data set."""
@@ -139,6 +141,9 @@ class Gathered:
         for name, metric in self._metrics.items():
             if name not in self._unmerged:
                 metric.update(outputs, targets)
+        if not self._has_rows:
+            self._unmerged.update(self._not_in_states())
+        self._has_rows = True
         if self._unmerged:
             self._kept.append((to_device(outputs, _CPU), to_device(targets, _CPU)))
 
@@ -146,26 +151,50 @@ class Gathered:
         """`test/<name>` of each over the whole test set, and `test/<name>/<key>` of its parts.
 
         Raises:
-            SpecError: the result of a metric is not numbers.
+            SpecError: the result of a metric is not numbers, or it cannot be merged.
         """
         if not self._metrics:
             return {}
+        self._agree_on_unmerged()
         own = {n: m.cpu() for n, m in self._metrics.items() if n not in self._unmerged}
         states = self._world.gather({name: metric.metric_state for name, metric in own.items()})
+        whole = {name: copy.deepcopy(empty).cpu() for name, empty in self._empty.items()}
         for name in own:
-            total = self._metrics[name] = copy.deepcopy(self._empty[name]).cpu()
-            for state in states:
-                total.merge_state(state[name])
-            total._update_count = 1  # otherwise it warns that it was never updated
+            for state in reversed(states):  # torchmetrics puts what it merges before the rest
+                whole[name].merge_state(state[name])
+            whole[name]._update_count = 1  # otherwise it warns that it was never updated
         if self._unmerged:
             for kept in self._world.gather(self._kept):
                 for outputs, targets in kept:
-                    for metric in self._unmerged.values():
-                        metric.cpu().update(outputs, targets)
+                    for name in sorted(self._unmerged):
+                        whole[name].update(outputs, targets)
         found: dict[str, float] = {}
-        for name, metric in self._metrics.items():
-            found |= _numbers(f"test/{name}", metric.cpu().compute(), metric)
+        for name, metric in whole.items():
+            found |= _numbers(f"test/{name}", metric.compute(), metric)
         return found
+
+    def _not_in_states(self) -> list[str]:
+        """Metrics to be merged that have kept something which is not in their states."""
+        merged = [name for name in self._metrics if name not in self._unmerged]
+        return [n for n in merged if _beside_states(self._metrics[n], self._empty[n])]
+
+    def _agree_on_unmerged(self) -> None:
+        """Agree with all processes on the metrics that get all outputs.
+
+        Raises:
+            SpecError: one of them was not noticed from the first micro-batch on, on a process.
+        """
+        late = self._not_in_states()
+        told = self._world.gather([sorted(self._unmerged), late, self._has_rows])
+        every = {name for unmerged, late, _ in told for name in (*unmerged, *late)}
+        for unmerged, _, has_rows in told:
+            if has_rows and (missed := sorted(every - {*unmerged})):
+                raise SpecError(
+                    f"task.measures: {missed[0]} keeps something in an attribute that is no state "
+                    "of the metric, so it cannot be merged over processes. Declare it by add_state "
+                    "of torchmetrics, or set full_state_update = True in the class."
+                )
+        self._unmerged = every
 
 
 def _alone() -> bool:
@@ -200,10 +229,29 @@ def _numbers(name: str, value: Any, metric: Any) -> dict[str, float]:
 
 
 def _merges_exactly(metric: Any) -> bool:
-    """Whether its states are sums, extremes or lists, and it treats each micro-batch separately."""
+    """Whether its states are sums, extremes or lists, and it treats each micro-batch separately.
+
+    A metric without states has them in plain attributes or in metrics of its own.
+    """
     exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
     ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
-    return metric.full_state_update is False and ways <= exact
+    inner = sum(hasattr(part, "merge_state") for part in metric.modules()) - 1
+    return metric.full_state_update is False and bool(ways) and ways <= exact and not inner
+
+
+_OF_EVERY_METRIC = {"_update_count", "_computed", "_forward_cache", "_cache", "_device"}
+
+
+def _beside_states(metric: Any, empty: Any) -> bool:
+    """Whether updates have changed an attribute of a metric that is none of its states.
+
+    Such as a counter in plain Python, or states that are created by the first update.
+    """
+    before, now = (
+        {n: v for n, v in vars(each).items() if n not in _OF_EVERY_METRIC | {*empty._defaults}}
+        for each in (empty, metric)
+    )
+    return contents([before]).tolist() != contents([now]).tolist()
 
 
 _CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch._C._autograd import _profiler_enabled
 
 from service.basics.errors import SpecError, did_you_mean
 from service.data.streams import Stream
-from service.data.task import Task, measured_by, metrics_of, step_of
+from service.data.task import Task, measured_by, metrics_of, require_names, step_of
 from service.optimization.learning_rates import Schedule
 from service.optimization.moving_average import MovingAverage
 from service.optimization.optimizers import Frozen, modal, plain_step, step_hooks
@@ -180,8 +180,9 @@ def require_measures(spec: Spec, task: Task, *, known: Sequence[str] | None = No
         known: the values that a task's own step returns in a test; before they are known, only
             the existence of test rows can be checked.
     Raises:
-        SpecError: it does not, or has no test rows.
+        SpecError: it does not, or has no test rows; or two of them have one name.
     """
+    require_names(task)
     told = step_of(task) is None or known is not None
     sets = [f"test/{name}/" for name in getattr(task, "tests", ())] or ["test/"]
     known = [f"{part}{name}" for part in sets for name in known or measured_by(task)]
