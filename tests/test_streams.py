@@ -1,8 +1,10 @@
 """Data that can only be iterated: the same rows at any process count, resumed where it was."""
 
+import numpy as np
 import pytest
 import torch
 from jobs import spec_of, train_in_process
+from processes import ProcessesFailed
 from test_features import difference
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
@@ -96,6 +98,37 @@ def test_split_each_process_reads_its_own_part(processes, tmp_path):
         read_metrics(tmp_path / n / "job/metrics.jsonl")[-1]["train/loss"] for n in ("one", "whole")
     ]
     assert last[0] != last[1], "it does depend on the number of processes, and the plan says so"
+
+
+class ByRank(Lines):
+    """Divides itself by the rank, as most streams for several processes do elsewhere."""
+
+    def __init__(self):
+        started = torch.distributed.is_initialized()
+        super().__init__(first=torch.distributed.get_rank() if started else 0, every=2)
+
+
+class OwnNoise(IterableDataset):
+    """Draws from a generator that nobody seeds."""
+
+    def __iter__(self):
+        generator = np.random.default_rng()
+        while True:
+            yield torch.from_numpy(generator.normal(size=3)), 0
+
+
+def divided(stream):
+    train = {"ByRank": ByRank, "OwnNoise": OwnNoise}[stream]()
+    return supervised(model=lambda: nn.Linear(3, 3).double(), train=train)
+
+
+@pytest.mark.parametrize("stream", ["ByRank", "OwnNoise"])
+def test_a_stream_of_which_each_process_reads_other_rows_is_refused(processes, tmp_path, stream):
+    """Each process kept its own micro-batches of another half: most rows were never used."""
+    job = JOB | {"task": f"{HERE}:divided", "task_args": {"stream": stream}}
+    processes(1).run(train_in_process, job, tmp_path / "1")
+    with pytest.raises(ProcessesFailed, match=rf"different first rows of the stream {stream}"):
+        processes(2).run(train_in_process, job, tmp_path / "2")
 
 
 def test_split_cannot_be_taken_up_by_another_number(processes, tmp_path):

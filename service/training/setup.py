@@ -16,7 +16,7 @@ from service.checkpoints.snapshots import expected_bytes
 from service.data.batches import Batch
 from service.data.loading import brought_into_memory, sample, way_of_rows
 from service.data.own_step import SteppedModel
-from service.data.streams import Stream, is_stream
+from service.data.streams import Stream, contents, is_stream
 from service.data.task import Data, Task, TestSet, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import python_and_numpy, seed_generators
@@ -242,9 +242,12 @@ def rehearse(
     """Run the first micro-batch once; then `world` chooses its threads to fit the model.
 
     Raises:
-        SpecError: the model, the loss or a measure breaks a rule of tasks.
+        SpecError: the model, the loss or a measure breaks a rule of tasks; or the processes read
+            different rows of a stream.
     """
     batch = sample(rows.train, task=task, plan=plan, world=world)
+    if is_stream(rows.train) and plan.spec.loader.stream == "whole":
+        _require_same_rows(batch, rows.train, world)
     two_rows: Batch | None = None
     if len(batch.rows) == 1 < plan.micro_batch:
         two_rows = sample(rows.train, task=task, plan=plan, world=world, rows=2)
@@ -567,6 +570,24 @@ def _stream(data: Any, plan: Plan, world: World) -> Stream:
     if isinstance(data, StoredRows):
         _require_same_files(data, world)
     return Stream(data, mode=mode, index=world.index, of=world.processes, seed=seed)
+
+
+def _require_same_rows(first: Batch, data: Any, world: World) -> None:
+    """Check that every process reads the same rows of a stream, from which it keeps its own.
+
+    Raises:
+        SpecError: one does not: the stream divides itself, or has random numbers of its own.
+    """
+    found = world.gather(int(contents([(first.inputs, first.targets)])[0]))
+    if len(set(found)) > 1:
+        raise SpecError(
+            f"loader.stream: the processes read different first rows of the stream "
+            f"{type(data).__name__}, but with whole each of them must read the same rows; it keeps "
+            "those of its own micro-batches. Do not divide the stream by rank (as "
+            "split_dataset_by_node, or nodesplitter of webdataset, does), and give its random "
+            "generators a fixed seed. For a stream that is read in parts, give it "
+            "shard(num_shards, index), and use loader.stream=split."
+        )
 
 
 def _require_same_files(data: StoredRows, world: World) -> None:
