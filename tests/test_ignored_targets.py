@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError
-from service.data.task import supervised
+from service.data.batches import Batch
+from service.data.losses import StepContext
+from service.data.task import custom, new_model, supervised
 from service.runs.tracking import read_metrics
+from service.spec.files import load_spec
 
 ROWS, STEPS, RATE = 61, 4, 0.3
 CLASSES = torch.tensor([0.5, 3.0, 1.25])
@@ -150,6 +153,76 @@ def test_training_rows_that_come_one_by_one_ask_for_a_weight(alone, tmp_path):
     steps, *_ = by_torch("named")
     rows = read_metrics(tmp_path / "job/metrics.jsonl")
     assert [row["train/loss"] for row in rows] == pytest.approx(steps, rel=1e-6)
+
+
+class OneToken(nn.Module):
+    """Outputs of one token a row: [B, classes, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.inner(inputs).unsqueeze(-1)
+
+
+def one_token() -> supervised:
+    inputs, targets = points()
+    rows = TensorDataset(inputs, targets.unsqueeze(-1))
+    return supervised(model=OneToken, train=rows, test=rows)
+
+
+def test_targets_in_a_column_are_ignored_as_those_in_a_row(processes, tmp_path):
+    """An ignored row counted as a row with the loss 0."""
+    column = job() | {"task": f"{__file__}:one_token"}
+    [values, *_] = processes(2).run(train_in_process, column, tmp_path / "column")
+    [others, *_] = processes(2).run(train_in_process, job(kind="named"), tmp_path / "row")
+    assert values["test/loss"] == others["test/loss"]
+    assert values["train/loss"] == pytest.approx(others["train/loss"], rel=1e-12)
+
+
+def missing(own: bool) -> supervised | custom:
+    """Rows without a target, which is not a number, have weight 0."""
+    inputs, _ = points()
+    targets = inputs.sum(1, keepdim=True)
+    targets[::3] = float("nan")
+
+    def weight(targets: Tensor) -> Tensor:
+        return targets.isnan().logical_not().flatten()
+
+    def errors(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().flatten()
+
+    known = targets.isnan().logical_not().flatten()
+    parts: dict[str, Any] = {
+        "model": lambda: nn.Linear(4, 1).double(),
+        "train": TensorDataset(inputs[known], targets[known]),
+        "test": TensorDataset(inputs, targets),
+        "measures": {"size": lambda outputs, targets: errors(outputs, targets).sqrt()},
+        "weight": weight,
+    }
+    if not own:
+        return supervised(loss="mean_squared", **parts)
+
+    def step(model: nn.Module, batch: Batch, context: StepContext) -> Any:
+        outputs = model(batch.inputs)
+        return {"squared": errors(outputs, batch.targets)}, outputs
+
+    return custom(step=step, **parts)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["supervised", "custom"])
+def test_a_row_of_weight_zero_may_have_no_value(processes, tmp_path, own):
+    """NaN times 0 made the whole test NaN."""
+    sections = {"optimizer": {"name": "sgd", "lr": 0}, "task_args": {"own": own}}
+    spec = job() | {"task": f"{__file__}:missing"} | sections
+    [values, *_] = processes(2).run(train_in_process, spec, tmp_path)
+    task = missing(own)
+    model = new_model(task, seed=load_spec(spec).seed)
+    inputs, targets = task.train_data().tensors
+    off = (model(inputs) - targets).abs().detach()
+    assert values["test/loss"] == pytest.approx(float(off.square().mean()))
+    assert values["test/size"] == pytest.approx(float(off.mean()))
 
 
 def test_weights_of_classes_that_belong_to_no_value_are_refused():

@@ -246,6 +246,42 @@ def test_rows_of_several_shapes_are_reported(tmp_path):
     assert "stack expects each tensor to be equal size" in done.stderr
 
 
+def named_by_text(kind="text"):
+    class Texts(Rows):
+        def __getitem__(self, row):
+            return {"x": torch.ones(4), "name": f"row {row}", "label": row % 3}
+
+    def together(rows):
+        made = torch.utils.data.default_collate(rows)
+        name = {"text": made["name"], "array": np.ones(len(rows)), "setting": "english"}[kind]
+        return made | {"name": name}
+
+    class Model(nn.Linear):
+        def forward(self, x, name):
+            return super().forward(x)
+
+    return supervised(model=lambda: Model(4, 3), train=Texts(ROWS), collate=together)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("text", r"of the inputs of the collated rows, \['name'\] is a list of str, and only"),
+        ("array", r"\['name'\] is a ndarray"),
+    ],
+)
+def test_what_cannot_be_selected_by_index_is_refused(alone, tmp_path, kind, told):
+    """Each micro-batch had the texts of all rows."""
+    spec = job("job", "named_by_text", loader={"in_memory": True}, task_args={"kind": kind})
+    with pytest.raises(SpecError, match=told):
+        train_in_process(alone, spec, tmp_path)
+
+
+def test_a_setting_that_belongs_to_no_row_stays(alone, tmp_path):
+    spec = job("job", "named_by_text", loader={"in_memory": True}, task_args={"kind": "setting"})
+    assert train_in_process(alone, spec, tmp_path)["train/loss"] > 0
+
+
 def test_a_stream_is_not_held(tmp_path):
     done = refused(tmp_path, "stream")
     assert done.returncode == 64, done.stderr

@@ -116,6 +116,14 @@ def first_rows(value: Any, count: int) -> Any:
     return each_tensor(value, lambda tensor: tensor[:count])
 
 
+def counted(values: Tensor, weight: Tensor) -> Tensor:
+    """The values times their weights, without a gradient.
+
+    0 where the weight is 0, also of a value that is not finite: a missing target counts nothing.
+    """
+    return (values * weight).masked_fill(weight == 0, 0.0)
+
+
 def each_tensor(value: Any, act: Callable[[Tensor], Any]) -> Any:
     """The same structure with `act` applied to each tensor in it, in order."""
     if isinstance(value, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +138,26 @@ def joined(pieces: Sequence[tuple[Any, Any]]) -> InMemory:
         RuntimeError: rows of one piece have another shape than those of another.
     """
     return InMemory(*(_joined([piece[side] for piece in pieces]) for side in (0, 1)))
+
+
+def beside_tensors(value: Any, *, rows: int, where: str = "") -> str | None:
+    """The first part of collated rows that has a value for each row and is no tensor, in words.
+
+    A single number or text, such as a setting that a collate adds, belongs to no row.
+    """
+    if isinstance(value, Tensor | str | bytes | int | float | None):
+        return None
+    if isinstance(value, Mapping):
+        parts = [(item, f"{where}[{key!r}]") for key, item in value.items()]
+    elif isinstance(value, tuple | list):
+        is_column = len(value) == rows and not tensors_of(value)
+        if is_column:
+            return f"{where or 'whole'} is a {type(value).__name__} of {type(value[0]).__name__}"
+        parts = [(item, f"{where}[{place}]") for place, item in enumerate(value)]
+    else:
+        return f"{where or 'whole'} is a {type(value).__name__}"
+    told = (beside_tensors(item, rows=rows, where=part) for item, part in parts)
+    return next(filter(None, told), None)
 
 
 def _joined(values: Sequence[Any]) -> Any:

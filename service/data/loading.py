@@ -35,7 +35,15 @@ from service.data.batches import (
     tensors_of,
     to_device,
 )
-from service.data.in_memory import InMemory, in_memory, joined, near, picker, run_copier
+from service.data.in_memory import (
+    InMemory,
+    beside_tensors,
+    in_memory,
+    joined,
+    near,
+    picker,
+    run_copier,
+)
 from service.data.streams import Stream, contents, is_stream
 from service.data.task import Data, Task, collate_of, step_of
 from service.distributed.devices import copies_late
@@ -306,8 +314,10 @@ def _as_batches(
 
 
 def _holds(targets: Any, ignored: int) -> bool:
-    """Whether one of these classes (one for each row) is the ignored one."""
-    if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.is_floating_point():
+    """Whether one of these classes (one for each row, [B] or [B, 1]) is the ignored one."""
+    if not isinstance(targets, torch.Tensor) or targets.dim() == 0 or targets.is_floating_point():
+        return False
+    if targets.numel() != len(targets):
         return False
     return bool(targets.eq(ignored).any())
 
@@ -466,11 +476,25 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
     orders = [Order(0, n, 0, int(rows[0]), rows) for n, rows in enumerate(spans)]
     parted = split_or_whole if step_of(task) else split
     try:
-        return joined([parted(value) for _, value in _collated(reader, orders, plan, world)])
+        pieces = [parted(value) for _, value in _collated(reader, orders, plan, world)]
+        for side, value in zip(("inputs", "targets"), pieces[0], strict=True):
+            _require_tensors(value, side, rows=len(orders[0].rows))
+        return joined(pieces)
     except (RuntimeError, TypeError) as error:
         raise DataBroken(
             f"loader.in_memory: the rows cannot be converted to tensors: {error}"
         ) from error
+
+
+def _require_tensors(value: Any, side: str, *, rows: int) -> None:
+    """Refuse values of rows that cannot be selected by index."""
+    told = beside_tensors(value, rows=rows)
+    if told is not None:
+        raise SpecError(
+            f"loader.in_memory: of the {side} of the collated rows, {told}, and only rows of "
+            "tensors are selected by index. Make it a tensor or leave it out, in the data set or "
+            "in collate; or leave in_memory out."
+        )
 
 
 def _require_room(reader: _Reader, rows: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from service.basics.errors import SpecError
-from service.data.batches import Batch
+from service.data.batches import Batch, counted
 from service.distributed.devices import copies_late
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -188,7 +188,7 @@ def _part(name: str, given: object, batch: Batch, context: StepContext) -> LossP
         )
     wide = loss.sum if loss.sum.dtype.itemsize >= 4 else loss.sum.float()
     if loss.kind == "each":
-        return _of_values(wide, batch, scale, where)
+        return _of_values(wide, batch, scale, where, training=context.training)
     value = _scalar(wide, where)
     if loss.kind == "mean" and loss.weight is None:
         if batch.weight is None:
@@ -260,10 +260,13 @@ def values_across(across: Across, features: Sequence[Tensor], where: str) -> Ten
     return values
 
 
-def _of_values(values: Tensor, batch: Batch, scale: float, where: str) -> LossPart:
+def _of_values(
+    values: Tensor, batch: Batch, scale: float, where: str, *, training: bool
+) -> LossPart:
     rows, weight = len(batch.rows), batch.weight
     if weight is not None and values.shape == weight.shape:
-        return LossPart((values * weight).sum(), weight.sum(), scale, "batch")
+        weighed = values * weight if training else counted(values, weight)
+        return LossPart(weighed.sum(), weight.sum(), scale, "batch")
     if values.dim() == 0:
         raise SpecError(
             f"{where} is a single number, a mean or a sum of unknown weight. Return one value for "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.basics.errors import DataBroken, SpecError
-from service.data.batches import to_device
+from service.data.batches import counted, to_device
 from service.data.streams import contents
 from service.distributed.world import World
 
@@ -60,10 +60,10 @@ class Tally:
         losses, measured, wide = losses.to(self._on), measured.to(self._on), torch.float64
         if weight is not None:
             weight = weight.to(self._on, wide)
-            losses = losses * weight
+            losses = counted(losses, weight)
         sums = [losses.flatten().sum(0, keepdim=True, dtype=wide)]
         if len(self._names) > 1:  # there are measures
-            each = measured if weight is None else measured * weight.unsqueeze(-1)
+            each = measured if weight is None else counted(measured, weight.unsqueeze(-1))
             sums.append(each.flatten(0, -2).sum(0, dtype=wide))
         total = losses.numel() if weight is None else weight.sum()
         self._held.append(_Line(number, sums, total, rows))
@@ -185,9 +185,9 @@ class Gathered:
             SpecError: one of them was not noticed from the first micro-batch on, on a process.
         """
         late = self._not_in_states()
-        told = self._world.gather([sorted(self._unmerged), late, self._has_rows])
-        every = {name for unmerged, late, _ in told for name in (*unmerged, *late)}
-        for unmerged, _, has_rows in told:
+        noticed = self._world.gather(sorted(self._unmerged))
+        every = {name for names in (*noticed, *self._world.gather(late)) for name in names}
+        for unmerged, has_rows in zip(noticed, self._world.gather(self._has_rows), strict=True):
             if has_rows and (missed := sorted(every - {*unmerged})):
                 raise SpecError(
                     f"task.measures: {missed[0]} keeps something in an attribute that is no state "
@@ -236,7 +236,7 @@ def _merges_exactly(metric: Any) -> bool:
     exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
     ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
     inner = sum(hasattr(part, "merge_state") for part in metric.modules()) - 1
-    return metric.full_state_update is False and bool(ways) and ways <= exact and not inner
+    return bool(metric.full_state_update is False and ways and ways <= exact and inner == 0)
 
 
 _OF_EVERY_METRIC = {"_update_count", "_computed", "_forward_cache", "_cache", "_device"}

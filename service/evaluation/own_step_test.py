@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from service.basics.errors import DataBroken, SpecError
-from service.data.batches import Batch
+from service.data.batches import Batch, counted
 from service.data.losses import Entry, StepContext
 from service.data.own_step import Pass, SteppedModel
 from service.data.task import WithStep, metrics_of
@@ -117,17 +117,17 @@ def _measured(task: WithStep, outputs: Any, batch: Batch) -> dict[str, Entry]:
     rows, weight = len(batch.rows), batch.weight
     shape = list(measured.shape)
     if weight is not None and shape[:-1] == list(weight.shape):
-        each = (measured * weight.to(measured).unsqueeze(-1)).flatten(0, -2).sum(0)
-        counted: Tensor | float = weight.sum()
+        each = counted(measured, weight.to(measured).unsqueeze(-1)).flatten(0, -2).sum(0)
+        divisor: Tensor | float = weight.sum()
     elif shape == [rows, len(task.measures)]:
-        each, counted = measured.sum(0), float(rows)
+        each, divisor = measured.sum(0), float(rows)
     else:
         told = "" if weight is None else f", or that of task.weight, {list(weight.shape)}"
         raise SpecError(
             f"task.measures: each must return one value for each row, so the shape [{rows}]{told}, "
             f"but they return {shape[:-1]}."
         )
-    return {name: (value, counted, 0.0) for name, value in zip(task.measures, each, strict=True)}
+    return {name: (value, divisor, 0.0) for name, value in zip(task.measures, each, strict=True)}
 
 
 def _require_outputs(outputs: object, wanted: str) -> None:
