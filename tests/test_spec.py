@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from launch.rank.job import Job
 from service.basics.errors import SpecError
-from service.plan.changing import CANNOT_CHANGE_THE_RESULT, changes
 from service.in_place import _loaded
+from service.plan.changing import CANNOT_CHANGE_THE_RESULT, changes
 from service.spec import files
 from service.spec.files import (
     dump_spec,
