@@ -236,7 +236,8 @@ def _merges_exactly(metric: Any) -> bool:
     exact = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
     ways = {getattr(way, "__name__", None) for way in metric._reductions.values()}
     inner = sum(hasattr(part, "merge_state") for part in metric.modules()) - 1
-    return bool(metric.full_state_update is False and ways and ways <= exact and inner == 0)
+    by_rows = metric.full_state_update is False and inner == 0
+    return by_rows and len(ways) > 0 and ways <= exact
 
 
 _OF_EVERY_METRIC = {"_update_count", "_computed", "_forward_cache", "_cache", "_device"}
@@ -251,7 +252,7 @@ def _beside_states(metric: Any, empty: Any) -> bool:
         {n: v for n, v in vars(each).items() if n not in _OF_EVERY_METRIC | {*empty._defaults}}
         for each in (empty, metric)
     )
-    return contents([before]).tolist() != contents([now]).tolist()
+    return bool((contents([before]) != contents([now])).any())
 
 
 _CPU = torch.device("cpu")
