@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 
 from launch.commands.doctor import network_finding
@@ -44,11 +44,10 @@ def doctors(
     pipe = subprocess.PIPE
     words = [BIN / "evenstep", "doctor", "--nodes", "2", "--json", *options]
     return [
-        subprocess.Popen(
+        start(
             words,
             cwd=place,
             env=common | {"PET_NODE_RANK": str(index)} | own,
-            stdin=subprocess.DEVNULL,
             stdout=pipe,
             stderr=pipe,
             text=True,
@@ -94,6 +93,7 @@ def test_nodes_that_cannot_measure_say_why(tmp_path: Path) -> None:
     )
     assert (first["state"], second["state"]) == ("failed", "failed")
     assert "Node 1 (127.0.0.1) has ended with exit code 1." in first["told"]
+    assert "The processes of this node waited for it, and were ended." in first["told"]
     assert "no fabric" in second["told"]
     first, second = (
         network_of(each) for each in doctors(tmp_path, {}, {"PET_NPROC_PER_NODE": "3"})
@@ -119,7 +119,7 @@ def test_each_of_several_launchers_of_a_machine_knows_the_result(tmp_path: Path)
     port = str(free_port())
     environ = CLEAN | {"EVENSTEP_DEVICE": "cpu"}
     launchers = [
-        subprocess.Popen(
+        start(
             [sys.executable, "-c", ONE_OF_A_MACHINE, str(index), port],
             cwd=tmp_path,
             env=environ,
@@ -148,11 +148,10 @@ def test_under_torchrun_it_measures_and_each_machine_tells_it_once(tmp_path: Pat
     place += ("--master-port", str(free_port()))
     environ = CLEAN | {"EVENSTEP_DEVICE": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     agents = [
-        subprocess.Popen(
+        start(
             [BIN / "torchrun", *place, "--node-rank", str(index), "-m", "launch", "doctor"],
             cwd=tmp_path,
             env=environ,
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

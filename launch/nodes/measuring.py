@@ -38,11 +38,15 @@ def measured_by(node: Node, *, processes: int, runs: Path) -> TrialEnd:
     code = 1
     try:
         places = [Environment(0, 0, local, processes) for local in range(processes)]
-        ended = tried("nodes", [group.variables(each) for each in places], seconds=TRIAL_SECONDS)
+        variables = [group.variables(each) for each in places]
+        lost = lambda: company.lost is not None  # noqa: E731
+        ended = tried("nodes", variables, seconds=TRIAL_SECONDS, lost=lost)
         code = 0 if ended.code == 0 else 1
     finally:
         company.part(code)
         del store  # node 0's store; the others need it only until here
     if ended.code != 0 and company.lost is not None:
-        raise PeerLost(f"{company.lost} Here: {ended.last_line}")
+        waited = "The processes of this node waited for it, and were ended."
+        here = waited if ended.code is None else f"Here: {ended.last_line}"
+        raise PeerLost(f"{company.lost} {here}")
     return ended

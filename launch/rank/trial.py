@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.basics.running_time import TimeLimit
+
+LOST_SECONDS = 10
+"""Time for the processes to say what has failed here, when others are lost."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,18 @@ class TrialEnd:
         return (self.wrong.strip().splitlines() or ["no message"])[-1]
 
 
-def tried(argument: str, variables: Sequence[Mapping[str, str]], *, seconds: float) -> TrialEnd:
-    """Run `launch.commands.reduction ARGUMENT` once for each of these environments."""
+def tried(
+    argument: str,
+    variables: Sequence[Mapping[str, str]],
+    *,
+    seconds: float,
+    lost: Callable[[], bool] = lambda: False,
+) -> TrialEnd:
+    """Run `launch.commands.reduction ARGUMENT` once for each of these environments.
+
+    Args:
+        lost: whether processes elsewhere have ended, for which these would wait in vain.
+    """
     with tempfile.TemporaryDirectory(prefix="evenstep-doctor-") as place, ExitStack() as stack:
         processes = [
             subprocess.Popen(
@@ -46,22 +59,26 @@ def tried(argument: str, variables: Sequence[Mapping[str, str]], *, seconds: flo
             )
             for number, own in enumerate(variables)
         ]
-        failed = _first_failure(processes, seconds)
+        failed = _first_failure(processes, seconds, lost)
         said = Path(place, "0.out").read_text()
         wrong = Path(place, f"{failed}.err").read_text() if failed is not None else ""
         code = 0 if failed is None else processes[failed].returncode
     return TrialEnd(None if code == -signal.SIGKILL else code, said, wrong)
 
 
-def _first_failure(processes: list[subprocess.Popen[bytes]], seconds: float) -> int | None:
+def _first_failure(
+    processes: list[subprocess.Popen[bytes]], seconds: float, lost: Callable[[], bool]
+) -> int | None:
     """The index of the first process that failed, or of one that was killed at the time limit."""
-    limit = TimeLimit(seconds)
+    limit, is_lost = TimeLimit(seconds), False
     failed: list[int] = []
     try:
         while any(process.poll() is None for process in processes):
             failed = [n for n, process in enumerate(processes) if process.poll()]
             if failed or not limit.left:
                 break  # its peers would wait for it
+            if lost() and not is_lost:
+                limit, is_lost = TimeLimit(min(limit.left, LOST_SECONDS)), True
             time.sleep(0.02)
     finally:
         for process in processes:
