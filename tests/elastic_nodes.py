@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
+from commands import start as start_command
 from injuring import until
 
 from service.runs.checkpoint_files import checkpoints_in
@@ -96,7 +97,7 @@ class Nodes:
     def start(self, index: int, *, name: str = "", **more: str) -> subprocess.Popen[bytes]:
         """Start the launcher of a node; its log goes on where that of an earlier one ended."""
         with self._log(name or str(index)).open("ab") as log:
-            process = subprocess.Popen(
+            process = start_command(
                 [BIN / "evenstep", "run", "job.yaml", "--nodes", self.nodes],
                 cwd=self.place,
                 env=CLEAN | self._variables | {"PET_NODE_RANK": str(index)} | more,

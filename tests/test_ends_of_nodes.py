@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS
+from commands import BIN, CLEAN, DEADLINE_SECONDS, start
 from injuring import until
 
 from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
@@ -106,7 +106,7 @@ class Node:
         self.port = int(variables["PET_MASTER_PORT"])
         self._log = place / f"node-{index}-{self.port}.log"
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process = start(
                 [BIN / "evenstep", "run", "job.yaml"],
                 cwd=place,
                 env=CLEAN | variables | {"PET_NODE_RANK": str(index)},

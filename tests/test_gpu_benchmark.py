@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
-from commands import CLEAN, ROOT
+from commands import ROOT, command
 
 
 def benchmark(*words: str, seconds: float) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--small", *words],
-        cwd=ROOT,
-        env=CLEAN | {"EVENSTEP_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    words = (sys.executable, "-m", "benchmarks.gpu", "--small", *words)
+    done = command(*words, cwd=ROOT, timeout=seconds, EVENSTEP_DEVICE="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import CLEAN, DEADLINE_SECONDS, command, evenstep, torchrun
+from commands import DEADLINE_SECONDS, ROOT, command, evenstep, start, torchrun
 from injuring import started, until
 
 TASKS = '''
@@ -179,8 +179,8 @@ def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
         "atexit.register(linger)\n"
         "leaving.leave(7)\n"
     )
-    start = [sys.executable, "-c", script]
-    with subprocess.Popen(start, env=CLEAN, stdout=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, "-c", script]
+    with start(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "leaving\n"
         if number is not None:

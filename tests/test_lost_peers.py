@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, command, evenstep, start
 
 from service.distributed.world import backend_advice, lost_peer
 
@@ -112,8 +112,8 @@ leave(end.code)
 
 def test_a_mistake_that_nccl_finds_ends_with_1_and_what_helps() -> None:
     message = next(iter(MISTAKES))
-    words = [sys.executable, "-c", MISTAKEN, message]  # a process of its own: it has to leave
-    end = subprocess.run(words, env=CLEAN, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    words = (sys.executable, "-c", MISTAKEN, message)  # a process of its own: it has to leave
+    end = command(*words, cwd=ROOT, timeout=DEADLINE_SECONDS)
     assert end.returncode == 1, end.stderr
     for told in (end.stdout, end.stderr):
         assert "No space left on device (28)" in told
@@ -207,8 +207,8 @@ def test_a_process_that_fails_alone_leaves_a_group_that_waits_for_its_peers(plac
     script = Path(__file__).with_name("waiting_group.py")
     with ExitStack() as stack:
         ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), "run", "job.yaml"],
+            start(
+                [sys.executable, script, "run", "job.yaml"],
                 cwd=place,
                 env=CLEAN
                 | common

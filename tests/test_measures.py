@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from commands import CLEAN, DEADLINE_SECONDS, evenstep
+from commands import DEADLINE_SECONDS, command, evenstep
 from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
 from torch import nn
@@ -380,10 +379,8 @@ def test_parquet_without_pyarrow_is_refused_before_the_test(tmp_path, processes)
     """A directory of the path in which pyarrow is a module that cannot be found."""
     processes(1).run(train_in_process, spec_of("plain_rows", length={"steps": 1}), tmp_path)
     hiding = "import sys; sys.modules['pyarrow'] = None\nfrom launch.__main__ import main; main()"
-    words = [sys.executable, "-c", hiding, "test", "job", "--predictions", "out.parquet"]
-    told = subprocess.run(
-        words, cwd=tmp_path, env=CLEAN, capture_output=True, text=True, timeout=DEADLINE_SECONDS
-    )
+    words = (sys.executable, "-c", hiding, "test", "job", "--predictions", "out.parquet")
+    told = command(*words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert told.returncode == 64
     assert "out.parquet needs pyarrow, which is not installed" in told.stderr
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from clients import closed_by_server, free_port, get, listens, raw, serving, silent
-from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
+from commands import BIN, DEADLINE_SECONDS, ROOT, evenstep, start
 from injuring import descendants, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.parser import text_string_to_metric_families as parse_older
@@ -94,11 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(place: Path, tmp_path: Path) -> Any:
     """(the port, the process) of a run on two processes, which trains for minutes."""
     port = free_port()
-    process = subprocess.Popen(
+    process = start(
         (*RUN, f"tracking.metrics_port={port}", "--runs", str(tmp_path)),
         cwd=place,
-        env=CLEAN,
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

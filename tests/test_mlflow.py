@@ -7,7 +7,6 @@ import math
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from clients import free_port
-from commands import CLEAN, DEADLINE_SECONDS, evenstep
+from commands import DEADLINE_SECONDS, ROOT, command, evenstep
 from mlflow_server import mlflow_server
 
 from service.observability.mlflow_backend import key_of
@@ -79,12 +78,8 @@ print(json.dumps(said))
 
 
 def python(script: str, *words: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *words],
-        env=CLEAN,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
+    done = command(
+        *(sys.executable, "-W", "ignore", "-c", script, *words), cwd=ROOT, timeout=DEADLINE_SECONDS
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

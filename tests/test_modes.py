@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-import subprocess
 import sys
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ import own_steps
 import pytest
 import torch
 from accelerate import Accelerator
-from commands import CLEAN, DEADLINE_SECONDS, evenstep
+from commands import DEADLINE_SECONDS, command, evenstep
 from jobs import spec_of
 from precisions import images, job
 from safetensors.torch import load_file
@@ -190,10 +189,7 @@ def test_cudnn_times_its_algorithms_during_a_run_that_asks_for_it(tmp_path, want
         "kinds = [vars(m).get('Noticing') for m in list(sys.modules.values())]\n"
         "print(set().union(*[k.seen for k in kinds if k]), torch.backends.cudnn.benchmark)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=CLEAN, capture_output=True, text=True,
-        timeout=DEADLINE_SECONDS,
-    )  # fmt: skip
+    done = command(sys.executable, "-c", code, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert done.stdout.splitlines()[-1:] == [f"{{{wanted}}} False"], done.stderr
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import CLEAN, ROOT
+from commands import DEADLINE_SECONDS, ROOT, command
 
 from service.basics.limits import cores_near
 
@@ -61,8 +60,8 @@ def test_every_thread_stays_near_on_cores_that_it_may_use(tmp_path: Path) -> Non
     said = {}
     for name, node in (("some", f"{first},4000-4001"), ("none", "4000-4001")):
         place = machine(tmp_path / name, node, "4002", card="0")
-        words = [sys.executable, "-c", STAYING, str(place)]
-        done = subprocess.run(words, cwd=ROOT, env=CLEAN, capture_output=True, text=True)
+        words = (sys.executable, "-c", STAYING, place)
+        done = command(*words, cwd=ROOT, timeout=DEADLINE_SECONDS)
         assert done.returncode == 0, done.stderr
         said[name] = done.stdout.split(maxsplit=2)
     assert said["some"][2] == f"({first},)\n"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import CLEAN, DEADLINE_SECONDS, ROOT
+from commands import DEADLINE_SECONDS, ROOT, command
 from processes import Processes, ProcessesOf
 
 from launch.rank.process_group import identity_of, require_own_device
@@ -73,12 +72,6 @@ with process_group(Environment(), bitwise=True) as world:
 
 
 def test_bitwise_is_deterministic_and_fills_no_unused_memory() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BITWISE],
-        cwd=ROOT,
-        env=CLEAN | {"EVENSTEP_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-    )
+    words = (sys.executable, "-c", BITWISE)
+    done = command(*words, cwd=ROOT, timeout=DEADLINE_SECONDS, EVENSTEP_DEVICE="cpu")
     assert done.stdout.split() == ["True", "1", "False"], done.stderr

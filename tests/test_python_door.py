@@ -5,22 +5,15 @@ import signal
 import subprocess
 import sys
 
-from commands import BIN, CLEAN, DEADLINE_SECONDS, OFFLINE, evenstep
+from commands import BIN, DEADLINE_SECONDS, OFFLINE, command, evenstep, start
 from injuring import descendants, is_alive, until
 
 from service.runs.tracking import read_metrics
 
 
-def python(script, cwd, **environ):
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=cwd,
-        env=CLEAN | environ,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
+def python(script, cwd, *options, **environ):
+    words = (sys.executable, *options, "-c", script)
+    return command(*words, cwd=cwd, timeout=DEADLINE_SECONDS, **environ)
 
 
 def test_importing_service_imports_nothing_heavy(tmp_path):
@@ -28,6 +21,7 @@ def test_importing_service_imports_nothing_heavy(tmp_path):
         "import sys, service; dir(service); from service import read_history, load_spec;"
         "print(sorted({'torch', 'numpy', 'wandb', 'accelerate'} & set(sys.modules)))",
         tmp_path,
+        "-B",  # with which no program is forked from an interpreter that has imported them
     )
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -135,14 +129,7 @@ def test_what_no_spec_can_hold_is_reported_in_a_notebook_too(tmp_path):
 def test_under_torchrun_the_door_says_where_to_go(tmp_path):
     (tmp_path / "script.py").write_text("from service import run\nrun('digits')\n")
     words = ["--standalone", "--nproc-per-node", "2", "script.py"]
-    done = subprocess.run(
-        [BIN / "torchrun", *words],
-        cwd=tmp_path,
-        env=CLEAN,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-    )
+    done = command(BIN / "torchrun", *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     assert done.returncode != 0
     assert "Use `torchrun ... -m launch run SPEC`" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -314,14 +301,9 @@ def test_several_processes_quietly_and_the_trained_model(tmp_path):
 def test_a_run_dies_with_the_program_that_follows_it(tmp_path):
     script = "from service import run; run('digits', processes=2, length={'steps': 100_000}, "
     script += "schedule={'name': 'constant'}, faults={'stop_poll_steps': 1}, quiet=True)"
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=CLEAN,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-    ) as started:
+    none = subprocess.DEVNULL
+    words = [sys.executable, "-c", script]
+    with start(words, cwd=tmp_path, stdout=none, stderr=none) as started:
         try:
             metrics = tmp_path / "runs/digits/metrics.jsonl"
             begun = lambda: metrics.exists() and metrics.stat().st_size  # noqa: E731
@@ -337,9 +319,7 @@ def test_an_interrupt_reaches_the_processes_of_a_run(tmp_path):
     script += "schedule={'name': 'constant'}, faults={'stop_poll_steps': 1}); print(repr(h))"
     words = [sys.executable, "-c", script]
     with (tmp_path / "out").open("w") as out:
-        started = subprocess.Popen(
-            words, cwd=tmp_path, env=CLEAN, stdout=out, stderr=out, stdin=subprocess.DEVNULL
-        )
+        started = start(words, cwd=tmp_path, stdout=out, stderr=out)
         try:
             metrics = tmp_path / "runs/digits/metrics.jsonl"
             begun = lambda: metrics.exists() and metrics.stat().st_size  # noqa: E731

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil
 import pytest
-from commands import CLEAN
+from commands import ROOT, start
 from injuring import (
     DEADLINE_SECONDS,
     descendants,
@@ -274,8 +274,8 @@ except HookTimeout:
 
 @pytest.mark.parametrize("which", WAITS)
 def test_a_limit_does_not_count_the_time_in_which_its_process_is_stopped(which: str) -> None:
-    start = [sys.executable, "-c", f"{LOOKS}{WAITS[which]}print(looks)"]
-    with subprocess.Popen(start, env=CLEAN, stdout=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, "-c", f"{LOOKS}{WAITS[which]}print(looks)"]
+    with start(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         stop_and_continue({process.pid}, 4.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import CLEAN, evenstep
+from commands import CLEAN, evenstep, start
 from injuring import until
 from jobs import spec_of, train_in_process
 from stores import BUCKET, Proxy, s3_server
@@ -509,8 +509,9 @@ print(len(list(rows_in(sys.argv[1], shuffle=2, cache_gib=float(sys.argv[2])))))
 
 
 def reader(address: str, proxy, cache: Path, *, gib: float = 1.0):
-    return subprocess.Popen(
-        [sys.executable, "-c", READER, address, str(gib)],
+    return start(
+        [sys.executable, "-c", READER, address, gib],
+        cwd=cache.parent,
         env=CLEAN | proxy.server.variables | {"EVENSTEP_DATA_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         text=True,

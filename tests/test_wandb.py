@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import CLEAN, ROOT, start
 from wandb_log import read_segments
 from wandb_server import WandBServer
 
@@ -151,8 +151,9 @@ class Jobs:
             "awaits_stop": False,
         }
         assert not options.keys() - job.keys()
-        process = subprocess.Popen(
+        process = start(
             [sys.executable, "-c", JOB, json.dumps(job | options)],
+            cwd=ROOT,
             env=self._environment() | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -176,7 +177,7 @@ class Jobs:
                 pass
 
     def _environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        kept = {key: value for key, value in CLEAN.items() if key != "WANDB_MODE"}
         return kept | {
             "HOME": str(self._home),
             "PYTHONPATH": str(Path(__file__).parents[1]),

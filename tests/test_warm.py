@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import warm
-from commands import CLEAN, DEADLINE_SECONDS
+from commands import BIN, CLEAN, DEADLINE_SECONDS
 
 ABOUT = """
-import json, locale, multiprocessing, os, signal, sys, tempfile, threading, time
+import json, locale, multiprocessing, os, signal, sys, tempfile, threading, time, warnings
 
 def stream(file):
     how = [file.line_buffering, file.write_through, file.mode, file.name]
@@ -25,6 +25,7 @@ umask = os.umask(0)
 print(json.dumps({
     "name": __name__,
     "argv": sys.argv,
+    "command line": open("/proc/self/cmdline").read().split(chr(0)),
     "path": sys.path,
     "cwd": os.getcwd(),
     "environ": {k: v for k, v in os.environ.items() if k != "LC_CTYPE"},
@@ -38,9 +39,26 @@ print(json.dumps({
     "held back": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
     "leads a session": os.getsid(0) == os.getpid(),
     "threads": threading.active_count(),
+    "warnings": [sys.warnoptions, warnings.filters[0][0] if sys.warnoptions else ""],
     "children": len(multiprocessing.active_children()),
     "input": sys.stdin.read(),
 }))
+"""
+PARENT = """
+import os, signal, subprocess, sys, warnings
+import service.spec.models, launch.environment
+warnings.simplefilter("error")
+sys.excepthook = print
+signal.signal(signal.SIGTERM, print)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+words = [sys.executable, "../child.py", "a b", ""]
+os.makedirs("below", exist_ok=True)
+with open("other", "w"):
+    done = subprocess.run(words, cwd="below", env=os.environ | {"MORE": "1"}, capture_output=True)
+sys.stdout.buffer.write(done.stdout)
+sys.stdout.flush()
+os.write(2, done.stderr)
+sys.exit(done.returncode)
 """
 PROGRAMS = ("script", "-c", "-m")
 ENDS = {
@@ -65,16 +83,21 @@ def started(words: list[str], *, cold: bool, env: Mapping[str, str], **how: Any)
     return process
 
 
-def program(place: Path, how: str, text: str) -> list[str]:
+def program(place: Path, how: str, text: str, *options: str) -> list[str]:
     (place / "module_of_test.py").write_text(text)
     words = {"script": ["module_of_test.py"], "-m": ["-m", "module_of_test"], "-c": ["-c", text]}
-    return [sys.executable, *words[how], "a", "--word"]
+    return [sys.executable, *options, *words[how], "a", "--word"]
 
 
 @pytest.mark.skipif(not warm.WARM, reason="every start is cold here")
-@pytest.mark.parametrize("how", PROGRAMS)
-def test_a_fork_finds_what_a_start_finds(tmp_path: Path, how: str) -> None:
-    words = program(tmp_path, how, ABOUT)
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [*((how, ()) for how in PROGRAMS), ("-c", ("-u", "-P")), ("-m", ("-W", "ignore"))],
+)
+def test_a_fork_finds_what_a_start_finds(
+    tmp_path: Path, how: str, options: tuple[str, ...]
+) -> None:
+    words = program(tmp_path, how, ABOUT, *options)
     env = CLEAN | {"TZ": "Asia/Kolkata", "WORD": "ü", "TMPDIR": str(tmp_path)}
     env |= {"PYTHONPATH": str(tmp_path / "more")}
     told = []
@@ -86,6 +109,30 @@ def test_a_fork_finds_what_a_start_finds(tmp_path: Path, how: str) -> None:
         out, err = start.communicate("asked\n", timeout=DEADLINE_SECONDS)
         assert (start.returncode, err) == (0, "")
         told.append(json.loads(out))
+    assert told[0] == told[1]
+
+
+@pytest.mark.skipif(not warm.WARM, reason="every start is cold here")
+@pytest.mark.parametrize("how", ["subprocess", "torchrun"])
+def test_what_a_fork_starts_finds_what_it_finds_elsewhere(tmp_path: Path, how: str) -> None:
+    """A program that has changed much of itself starts another, which is forked from it."""
+    (tmp_path / "child.py").write_text(
+        f"{ABOUT}\nopen('{tmp_path}/torch', 'w').write(str('torch' in sys.modules))"
+    )
+    (tmp_path / "parent.py").write_text(PARENT)
+    words = [sys.executable, "parent.py"]
+    if how == "torchrun":
+        words = [str(BIN / "torchrun"), "--nproc-per-node", "1", "child.py"]
+    told = []
+    for cold in (True, False):
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        start = started(words, cold=cold, env=CLEAN, cwd=tmp_path, text=True, **pipes)
+        out, err = start.communicate(timeout=DEADLINE_SECONDS)
+        assert start.returncode == 0, err
+        told.append(json.loads(out))
+        for name in ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"):
+            told[-1]["environ"].pop(name, None)  # each torchrun has its own
+        assert (tmp_path / "torch").read_text() == str(not cold), "it is a fork"
     assert told[0] == told[1]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from browser import needs_chromium, opened
 from clients import free_port, get, listens
-from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep, start
 from injuring import until
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
@@ -211,11 +211,9 @@ def test_a_small_chart_is_low_where_values_are_low_and_marks_what_is_not_finite(
 def served(*words: object, cwd: Path) -> Iterator[tuple[int, Any]]:
     """(the port, the process) of `report WORDS --serve`."""
     port = free_port()
-    process = subprocess.Popen(
-        [str(BIN / "evenstep"), "report", *map(str, words), "--serve", "--port", str(port)],
+    process = start(
+        [BIN / "evenstep", "report", *words, "--serve", "--port", port],
         cwd=cwd,
-        env=CLEAN,
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -333,9 +331,7 @@ serve(SimpleNamespace(answer=lambda request: Answer(200, Body(b"ok"))), [listeni
 def test_a_server_that_is_ended_while_it_answers_writes_no_trace() -> None:
     port, pipe = free_port(), subprocess.PIPE
     words = [sys.executable, "-c", STOPPED_WHILE_IT_ANSWERS, str(port)]
-    with subprocess.Popen(
-        words, cwd=ROOT, env=CLEAN, stdout=pipe, stderr=pipe, text=True
-    ) as process:
+    with start(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "listens\n"
         with suppress(ConnectionError, HTTPException):

@@ -25,7 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warm_interpreter import read_at_start
+from warm_interpreter import (
+    adds_devices,
+    can_be_forked,
+    can_tell_as,
+    changes_a_start,
+    read_at_start,
+)
 
 _PROGRAM = Path(__file__).with_name("warm_interpreter.py")
 _MODULES = (
@@ -41,7 +47,7 @@ _MODULES = (
     "click",
 )
 WARM = os.environ.get("EVENSTEP_COLD_TESTS") != "1" and hasattr(os, "pidfd_open")
-_EVENSTEP = str(Path(sys.executable).with_name("evenstep"))
+_SCRIPTS = {str(Path(sys.executable).with_name(name)) for name in ("evenstep", "torchrun")}
 _KNOWN = {"cwd", "stdin", "stdout", "stderr", "text", "errors", "bufsize", "start_new_session"}
 _interpreters: dict[str, Interpreter] = {}
 
@@ -99,6 +105,7 @@ class Warm(subprocess.Popen[Any]):
             "environ": dict(asked["env"]),
             "session": asked["start_new_session"],
             "umask": umask,
+            "ignored": False,
         }
         inherited = [n if stream == -1 else stream for n, stream in enumerate(streams)]
         self.pid, self._exit = self._interpreter.start(request, inherited)
@@ -146,13 +153,14 @@ def popen(
 
 def _devices(words: Sequence[str], env: Mapping[str, str], clean: Mapping[str, str]) -> str | None:
     """Where torch finds devices when it is imported; None if this start cannot be warm."""
-    python = words[0] == sys.executable and (words[1] in ("-c", "-m") or words[1][:1] != "-")
-    if not python and words[0] != _EVENSTEP:
+    if not can_be_forked(words) and words[0] not in _SCRIPTS:
         return None
+    if Path(words[0]).name == "torchrun" and not can_tell_as():
+        return None  # its processes read its command line
     if read_at_start(env) != read_at_start(clean):
         return None
     known = env.get("PYTHONPATH", "")
-    places = [Path(place) for place in known.split(os.pathsep) if place]
-    if any((place / "sitecustomize.py").exists() for place in places):
+    places = [place for place in known.split(os.pathsep) if place]
+    if any(map(changes_a_start, places)):
         return None
-    return known if any([*place.glob("*.dist-info")] for place in places) else ""
+    return known if any(map(adds_devices, places)) else ""
