@@ -29,8 +29,8 @@ def node_0(nodes: int, port: int, secret: bytes, told: Connection) -> None:
     """Run the rendezvous and send the address of a store; report processor time and threads."""
     own = JoinRequest(0, nodes, 8, "digest")
     place = {"port": port, "secret": secret, "address": "127.0.0.1"}
-    company = host(own, **place, seconds=600, say=print)  # type: ignore[arg-type]
-    company.begin("127.0.0.1", 1)
+    membership = host(own, **place, seconds=600, say=print)  # type: ignore[arg-type]
+    membership.begin("127.0.0.1", 1)
     told.send((time.process_time(), threading.active_count()))
     told.recv()
 

@@ -359,12 +359,14 @@ def _start(
     collect_garbage()
     environment = place or Environment()
     heartbeat = Heartbeat(rank=environment.rank, started=STARTED)
-    here = RankContext(heartbeat, leave_hung, when_connected=when_connected)
+    context = RankContext(heartbeat, leave_hung, when_connected=when_connected)
     first = environment.rank - environment.local_rank
     ranks = range(first, first + environment.local_world_size)
     with stop_on_signals(heard) as stop:
         with nullcontext() if environment.local_rank else _endpoint(job, ranks):
-            end = outcome_of(lambda: work(job, environment, stop=stop, here=here), here=here)
+            end = outcome_of(
+                lambda: work(job, environment, stop=stop, context=context), context=context
+            )
         leave(end.code)
 
 

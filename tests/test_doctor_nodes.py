@@ -136,7 +136,7 @@ def test_each_of_several_launchers_of_a_machine_knows_the_result(tmp_path: Path)
 def test_a_stop_while_the_other_node_is_awaited_ends_it(tmp_path: Path) -> None:
     (first,) = doctors(tmp_path, {})
     assert first.stderr is not None
-    until(lambda: "meeting at" in first.stderr.readline(), "the wait")  # type: ignore[union-attr]
+    until(lambda: "rendezvous at" in first.stderr.readline(), "the wait")  # type: ignore[union-attr]
     first.send_signal(signal.SIGTERM)
     found = network_of(first)
     assert found["state"] == "failed"

@@ -17,9 +17,9 @@ from test_kubernetes_manifests import job, of_kind, pod_of
 
 from launch.engines.kubernetes.manifests import render
 from launch.environment import node_here, range_of_nodes
-from launch.nodes.elastic import Roll, possible_nodes
+from launch.nodes.elastic import Roster, possible_nodes
 from launch.nodes.handshake import JoinRequest
-from launch.nodes.node_part import KILL_SECONDS, PATIENCE_SECONDS
+from launch.nodes.node_part import DETECTION_SECONDS, KILL_SECONDS
 from launch.nodes.rendezvous import enter
 from service.basics.errors import PeerLost, SpecError
 from service.spec.files import load_spec
@@ -56,7 +56,7 @@ def test_a_node_that_is_lost_before_the_ranks_start_is_no_endless_wait(tmp_path:
         server = fork_server_of(first.pid)
         server.suspend()  # it imports torch, and is as slow as on a busy machine
         second.kill()
-        time.sleep(PATIENCE_SECONDS + 2 * KILL_SECONDS)  # the first kill finds no rank
+        time.sleep(DETECTION_SECONDS + 2 * KILL_SECONDS)  # the first kill finds no rank
         server.resume()
         nodes.until_said("Node 1 (127.0.0.1) is gone.")
         nodes.until_said("Generation 2: 1 of 1:2 nodes (0).")
@@ -137,9 +137,9 @@ def test_without_a_cluster_the_job_ends_when_node_0_does_not_return(tmp_path: Pa
 # ---- which nodes take part
 
 
-def roll(*members: int, most: int = 3) -> Roll:
+def roster(*members: int, most: int = 3) -> Roster:
     numbers = frozenset(range(1, most + 1))
-    return Roll(numbers, expected=frozenset(members), members=frozenset(members))
+    return Roster(numbers, expected=frozenset(members), members=frozenset(members))
 
 
 LOST, STOPPED = {"end": 76}, {"end": 75}
@@ -147,11 +147,11 @@ LOST, STOPPED = {"end": 76}, {"end": 75}
 
 def test_a_node_that_is_lost_before_a_save_waits_for_the_next_one() -> None:
     """Or one that comes and goes could keep the job from its progress."""
-    after = roll(1, 2).ended({1: LOST, 2: None}, saved=False)
+    after = roster(1, 2).ended({1: LOST, 2: None}, saved=False)
     assert after.expected == {1}
     assert after.candidates({1, 2}, least=1) == [1]
     assert after.candidates({1, 2}, least=3) == [1, 2], "then it is needed"
-    saved = roll(1, 2).ended({1: LOST, 2: None}, saved=True)
+    saved = roster(1, 2).ended({1: LOST, 2: None}, saved=True)
     assert saved.candidates({1, 2}, least=1) == [1, 2]
     still = after.ended({1: LOST}, saved=False)
     assert still.candidates({1, 2}, least=1) == [1]
@@ -159,17 +159,17 @@ def test_a_node_that_is_lost_before_a_save_waits_for_the_next_one() -> None:
 
 
 def test_a_node_that_leaves_or_fails_is_not_waited_for() -> None:
-    farewells: dict[int, dict[str, Any] | None] = {
+    closing_messages: dict[int, dict[str, Any] | None] = {
         1: STOPPED,
         2: {"end": 75, "leaving": True},
         3: {"end": 137},
         4: LOST,
     }
-    assert roll(1, 2, 3, 4, most=5).ended(farewells, saved=True).expected == {1, 4}
+    assert roster(1, 2, 3, 4, most=5).ended(closing_messages, saved=True).expected == {1, 4}
 
 
 def test_only_possible_numbers_of_nodes_begin() -> None:
-    bitwise = Roll(frozenset({1, 2, 4}), expected=frozenset())
+    bitwise = Roster(frozenset({1, 2, 4}), expected=frozenset())
     assert bitwise.candidates({1, 2}, least=1) == [1], "3 is no power of two: one is spare"
     assert bitwise.candidates({1, 2, 3}, least=1) == [1, 2, 3]
     assert bitwise.candidates((), least=1) == []

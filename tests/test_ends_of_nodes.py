@@ -148,11 +148,11 @@ def test_a_node_that_is_stopped_before_its_first_step_stops_the_others(place: Pa
     digest = hashlib.sha256(dump_spec(load_spec(place / "job.yaml")).encode()).hexdigest()
     with nodes(place, 0) as [node]:
         wanted = JoinRequest(1, 2, 1, digest)
-        company, _ = join(wanted, address="127.0.0.1", port=node.port, seconds=60, say=print)
-        company.friends[0].say({"end": Stopped.exit_code})  # as `Membership.part` does
+        membership, _ = join(wanted, address="127.0.0.1", port=node.port, seconds=60, say=print)
+        membership.peers[0].send({"end": Stopped.exit_code})  # as `Membership.leave` does
         code = node.end()
         output = node.output
-        company.friends[0].close()
+        membership.peers[0].close()
     assert code == Stopped.exit_code, output
     assert "before the first step" in output
 
@@ -162,12 +162,12 @@ def test_a_node_ends_with_76_if_the_first_is_lost_while_the_processes_connect(pl
     digest = hashlib.sha256(dump_spec(load_spec(place / "job.yaml")).encode()).hexdigest()
     with nodes(place, 1) as [node]:
         own = JoinRequest(0, 2, 1, digest)
-        company = host(own, address="127.0.0.1", port=node.port, seconds=60, say=print)
+        membership = host(own, address="127.0.0.1", port=node.port, seconds=60, say=print)
         store = own_store("127.0.0.1")
-        company.begin("127.0.0.1", store.port)
+        membership.begin("127.0.0.1", store.port)
         store.wait([f"nodes-{store.port}/here/1"], timedelta(seconds=DEADLINE_SECONDS))
         del store  # it closes all connections, as the kernel does for a killed process
-        company.friends[0].close()
+        membership.peers[0].close()
         code = node.end()
         output = node.output
     assert code == PeerLost.exit_code, output
@@ -191,8 +191,9 @@ def test_every_request_to_stop_is_followed_while_the_nodes_connect(place: Path) 
     """SIGUSR1 is what a Slurm script hands on; SIGHUP comes when a terminal is closed."""
     with ExitStack() as stack:
         alone = {s: stack.enter_context(nodes(place, 0))[0] for s in ("SIGUSR1", "SIGHUP")}
+        waits = "rendezvous at"
         for name, node in alone.items():
-            until(lambda node=node: "meeting at" in node.output, "the rendezvous", of=node.process)
+            until(lambda node=node: waits in node.output, waits, of=node.process)
             node.process.send_signal(signal.Signals[name])
         ends = {name: (node.end(), node.output) for name, node in alone.items()}
     for name, (code, output) in ends.items():

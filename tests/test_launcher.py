@@ -36,10 +36,10 @@ from processes import Processes, ProcessesOf
 from launch.processes.agent import (
     Agent,
     Rank,
-    end_strangers,
+    end_orphans,
     of_ranks,
     rank_spec,
-    reap_strangers,
+    reap_orphans,
 )
 from launch.processes.echo import _Echo, echoed
 from launch.processes.local import _last_words
@@ -421,11 +421,11 @@ def beside_subprocesses(world: World) -> tuple[set[int], list[bool], int | None,
     )
     thread.start()
     while thread.is_alive():
-        reap_strangers()
+        reap_orphans()
     with subprocess.Popen(["sleep", "600"]) as own:
         of_a_rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
         found = {process.pid for process in of_ranks()}
-        end_strangers()
+        end_orphans()
         killed = own.poll()
         own.kill()
     left = is_alive(of_a_rank.pid)

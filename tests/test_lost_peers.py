@@ -104,7 +104,7 @@ from service.health.heartbeat import Heartbeat
 def work():
     raise dist.DistBackendError(sys.argv[1])
 
-end = outcome_of(work, here=RankContext(Heartbeat(), leave_hung))
+end = outcome_of(work, context=RankContext(Heartbeat(), leave_hung))
 print(end.message, flush=True)
 leave(end.code)
 """

@@ -32,7 +32,7 @@ from launch.environment import (
     read_secrets,
 )
 from launch.nodes import secret_file
-from launch.nodes.handshake import Doorkeeper, Foreign, JoinRequest, Seal, answered
+from launch.nodes.handshake import Authenticator, JoinRequest, Seal, Unauthenticated, answered
 from launch.nodes.node_part import check_interfaces, take_interface
 from launch.nodes.rendezvous import Membership, Peer, host, join, listen
 from launch.rank.network import interface_in_words
@@ -237,9 +237,9 @@ class Meeting:
         place: dict[str, Any] = {"address": "127.0.0.1", "port": self.port, "secret": self.secret}
 
         def work() -> Membership:
-            company = host(own, **place, seconds=seconds, say=self.said.append)
-            company.begin("127.0.0.1", 4321)
-            return company
+            membership = host(own, **place, seconds=seconds, say=self.said.append)
+            membership.begin("127.0.0.1", 4321)
+            return membership
 
         self._start(0, work)
 
@@ -276,10 +276,10 @@ def test_nodes_connect_in_any_order_and_learn_where_the_store_is(meeting: Meetin
     meeting.host()
     meeting.join(replace(OWN, index=1))
     ends = meeting.end()
-    assert [friend.index for friend in ends[0].friends] == [1, 2]
+    assert [peer.index for peer in ends[0].peers] == [1, 2]
     assert ends[1][1] == ends[2][1] == ("127.0.0.1", 4321)
-    for company in (ends[0], ends[1][0], ends[2][0]):
-        company.part(1)
+    for membership in (ends[0], ends[1][0], ends[2][0]):
+        membership.leave(1)
 
 
 def test_the_door_is_closed_once_all_are_there(meeting: Meeting) -> None:
@@ -289,7 +289,7 @@ def test_the_door_is_closed_once_all_are_there(meeting: Meeting) -> None:
     late = replace(OWN, nodes=2, index=1)
     with pytest.raises(PeerLost, match=r"After 1 s node 0 does not listen at 127\.0\.0\.1"):
         join(late, address="127.0.0.1", port=meeting.port, seconds=1, say=meeting.said.append)
-    ends[0].part(1), ends[1][0].part(1)
+    ends[0].leave(1), ends[1][0].leave(1)
 
 
 def test_a_node_that_dies_while_it_waits_may_come_again(meeting: Meeting) -> None:
@@ -301,9 +301,9 @@ def test_a_node_that_dies_while_it_waits_may_come_again(meeting: Meeting) -> Non
     meeting.join(replace(OWN, index=1))
     meeting.join(replace(OWN, index=2))
     ends = meeting.end()
-    assert [friend.index for friend in ends[0].friends] == [1, 2]
-    for company in (ends[0], ends[1][0], ends[2][0]):
-        company.part(1)
+    assert [peer.index for peer in ends[0].peers] == [1, 2]
+    for membership in (ends[0], ends[1][0], ends[2][0]):
+        membership.leave(1)
 
 
 SECRET = b"what all nodes of this job know"
@@ -338,13 +338,13 @@ def test_other_connections_are_dropped_and_the_nodes_connect(meeting: Meeting) -
         assert name == "nothing" or is_closed(stranger), name
     meeting.join(replace(two, index=1))
     ends = meeting.end()
-    assert [friend.index for friend in ends[0].friends] == [1]
+    assert [peer.index for peer in ends[0].peers] == [1]
     assert ends[1][1] == ("127.0.0.1", 4321)
     assert "A connection from 127.0.0.1 did not authenticate in time" in meeting.said[0]
     assert meeting.said[1:] == [
         f"{len(SENT) + 1} connections were not from nodes of this job; they were dropped."
     ]
-    ends[0].part(1), ends[1][0].part(1)
+    ends[0].leave(1), ends[1][0].leave(1)
     for each in (*strangers, knows_the_spec):
         each.close()
 
@@ -374,8 +374,8 @@ def test_more_unknown_connections_than_open_files_do_not_block_a_node(meeting: M
                     connection.send(b"x")
             meeting.join(replace(two, index=1), seconds=8)  # less than one may take to speak
             ends = meeting.end()
-        assert [friend.index for friend in ends[0].friends] == [1], ends
-        ends[0].part(1), ends[1][0].part(1)
+        assert [peer.index for peer in ends[0].peers] == [1], ends
+        ends[0].leave(1), ends[1][0].leave(1)
 
 
 @contextmanager
@@ -432,32 +432,32 @@ anything = st.recursive(
 @settings(deadline=None)
 @given(st.binary(max_size=100) | anything.map(lambda value: json.dumps(value).encode()))
 def test_whatever_is_sent_is_a_message_or_foreign(line: bytes) -> None:
-    with suppress(Foreign):
+    with suppress(Unauthenticated):
         answered(
             line, OWN, SECRET
         )  # of node 0: any challenge is answered, without the secret in it
-    for read in (Doorkeeper(SECRET).introduced, Seal(b"key", own="0", other="node").opened):
-        with pytest.raises(Foreign):
+    for read in (Authenticator(SECRET).authenticated, Seal(b"key", own="0", other="node").opened):
+        with pytest.raises(Unauthenticated):
             read(line)
 
 
 def test_a_recorded_message_is_of_no_use() -> None:
     """Sent again, in another meeting of the same job, in another order, or back to its sender."""
-    keeper = Doorkeeper(SECRET)
+    keeper = Authenticator(SECRET)
     answer, node = answered(keeper.challenge(), replace(OWN, index=1), SECRET)
-    request, host_seal = keeper.introduced(answer)
+    request, host_seal = keeper.authenticated(answer)
     assert request == replace(OWN, index=1)
-    with pytest.raises(Foreign):
-        Doorkeeper(SECRET).introduced(answer)
+    with pytest.raises(Unauthenticated):
+        Authenticator(SECRET).authenticated(answer)
     first, second = host_seal.sealed({"store": 1}), host_seal.sealed({"end": 0})
-    with pytest.raises(Foreign):
+    with pytest.raises(Unauthenticated):
         node.opened(second)
     assert node.opened(first) == {"store": 1}
-    with pytest.raises(Foreign):
+    with pytest.raises(Unauthenticated):
         node.opened(first)
-    with pytest.raises(Foreign):
+    with pytest.raises(Unauthenticated):
         node.opened(node.sealed({"end": 0}))
-    with pytest.raises(Foreign):
+    with pytest.raises(Unauthenticated):
         host_seal.opened(second)
 
 
@@ -548,11 +548,11 @@ def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:
     heard = {name: threading.Event() for name in ("first", "last")}
     first.watch(heard["first"].set)
     last.watch(heard["last"].set)
-    lost.friends[0].close()
+    lost.peers[0].close()
     assert heard["first"].wait(10)
     assert heard["last"].wait(10)
     assert first.lost == "Node 1 (127.0.0.1) is gone."
-    first.part(76), last.part(76)
+    first.leave(76), last.leave(76)
 
 
 def test_a_node_hears_a_stop_that_comes_with_the_address_of_the_store(meeting: Meeting) -> None:
@@ -561,18 +561,18 @@ def test_a_node_hears_a_stop_that_comes_with_the_address_of_the_store(meeting: M
         meeting.join(replace(OWN, nodes=2, index=1))
         connection, _ = door.accept()
         with connection:
-            doorkeeper = Doorkeeper(b"")
-            connection.sendall(doorkeeper.challenge())
-            _, seal = doorkeeper.introduced(connection.recv(4096).strip())
+            authenticator = Authenticator(b"")
+            connection.sendall(authenticator.challenge())
+            _, seal = authenticator.authenticated(connection.recv(4096).strip())
             place = seal.sealed({"store": 4321, "address": "127.0.0.1"})
             connection.sendall(place + seal.sealed({"end": Stopped.exit_code}))
-            company, found = meeting.end()[1]
+            membership, found = meeting.end()[1]
             stopped = threading.Event()
-            company.watch(lambda: None, stopped.set)
+            membership.watch(lambda: None, stopped.set)
             assert stopped.wait(DEADLINE_SECONDS)
     assert found == ("127.0.0.1", 4321)
-    company.part(Stopped.exit_code)
-    assert company.lost is None
+    membership.leave(Stopped.exit_code)
+    assert membership.lost is None
 
 
 def test_the_store_listens_where_other_machines_reach_it() -> None:
@@ -585,9 +585,9 @@ def test_the_store_listens_where_other_machines_reach_it() -> None:
     with ExitStack() as stack:
         ends = [connection_to(address, stack) for address in ("127.0.1.1", real[0])]
         seal = Seal(b"key", own="0", other="node")
-        friends = [Peer(n, end, "", seal) for n, (end, _) in enumerate(ends, start=1)]
-        assert Membership(friends).own_address == real[0]
-        assert Membership(friends[:1]).own_address == "127.0.1.1", "all are on this machine"
+        peers = [Peer(n, end, "", seal) for n, (end, _) in enumerate(ends, start=1)]
+        assert Membership(peers).own_address == real[0]
+        assert Membership(peers[:1]).own_address == "127.0.1.1", "all are on this machine"
 
 
 def connection_to(address: str, stack: ExitStack) -> tuple[socket.socket, socket.socket]:

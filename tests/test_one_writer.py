@@ -148,7 +148,7 @@ def test_a_node_that_is_started_again_waits_while_node_0_has_the_run_open(tmp_pa
     opened = open_digits(tmp_path)
     variables = node_variables(2, 1)
     with node(variables, log) as first:
-        until(lambda: "Node 1 of 2, meeting at" in log.read_text(), "node 1 waits", of=first)
+        until(lambda: "Node 1 of 2, rendezvous at" in log.read_text(), "node 1 waits", of=first)
         opened.close()
         with node(variables | {"JOB_COMPLETION_INDEX": "0"}, log_0) as second:
             codes = [each.wait(DEADLINE_SECONDS) for each in (first, second)]

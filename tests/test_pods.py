@@ -116,7 +116,7 @@ def test_the_pods_of_another_target_find_each_other_and_train_the_same(
 ) -> None:
     with start(tmp_path / "job", target=target) as cluster:
         assert cluster.run(seconds=400) == "Complete", cluster.logs()
-        assert "meeting at digits-node-0-0.digits:29500" in cluster.logs()
+        assert "rendezvous at digits-node-0-0.digits:29500" in cluster.logs()
         assert same_bits(weights(cluster.runs), weights(undisturbed.runs))
 
 
@@ -261,7 +261,7 @@ def test_a_crash_that_comes_again_ends_the_job_when_its_budget_is_spent(tmp_path
 
 
 def once_every_attempt(
-    act: Callable[[Cluster], None], *, sign: str = "meeting at", node: int = 1
+    act: Callable[[Cluster], None], *, sign: str = "rendezvous at", node: int = 1
 ) -> Callable[[Cluster], None]:
     """Do it once in every attempt, when a node's log shows the sign."""
     acted: set[int] = set()

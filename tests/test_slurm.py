@@ -17,7 +17,7 @@ def test_one_task_on_each_node_is_one_job(cluster: Cluster, tmp_path: Path) -> N
     assert ran.returncode == 0, ran.stderr
     assert "0: digits: 4 processes on cpu" in ran.stdout
     assert "0: Done after step 12" in ran.stdout
-    assert re.search(r"1: Node 1 of 2, meeting at n0:\d+\.", ran.stderr)
+    assert re.search(r"1: Node 1 of 2, rendezvous at n0:\d+\.", ran.stderr)
     assert "WARNING" not in ran.stderr, "they have a secret"
 
 

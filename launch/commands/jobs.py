@@ -59,7 +59,7 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
                 click.echo(f"  {what:<10}  {told}")
         click.echo(f"{loaded.name}: ready to run, found in {time.perf_counter() - begin:.1f} s")
 
-    leave(outcome_of(work, here=RankContext(Heartbeat(), leave_hung)).code)
+    leave(outcome_of(work, context=RankContext(Heartbeat(), leave_hung)).code)
 
 
 @click.command()

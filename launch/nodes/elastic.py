@@ -26,7 +26,7 @@ from typing import Any
 from launch.environment import MOST_PROCESSES, Group, Node
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node_part import (
-    PATIENCE_SECONDS,
+    DETECTION_SECONDS,
     is_done,
     kill_ranks,
     meeting_seconds,
@@ -37,10 +37,10 @@ from launch.nodes.node_part import (
     take_interface,
 )
 from launch.nodes.rendezvous import (
-    FAREWELL_SECONDS,
-    Hall,
+    CLOSING_SECONDS,
+    Deadline,
     Membership,
-    Patience,
+    RendezvousServer,
     enter,
     listen,
 )
@@ -54,13 +54,13 @@ from service.spec.models import Spec
 WAIT_SECONDS = 30
 _STOPPED, _LOST = Stopped.exit_code, PeerLost.exit_code
 _NEVER_AGAIN = (SpecError.exit_code, WillFailAgain.exit_code)
-_SETTLE_SECONDS = PATIENCE_SECONDS + 5
+_SETTLE_SECONDS = DETECTION_SECONDS + 5
 """How long node 0 waits for the last messages of a generation that has lost a node."""
 _MANY_ROWS = 1 << 60
 
 
 @dataclass
-class _Here:
+class _LocalNode:
     """This node, through all generations."""
 
     job: Any
@@ -89,11 +89,11 @@ class _Here:
         last = self.job.stop_at
         return last is not None and self.newest_step() >= last
 
-    def trains(self, company: Membership, group: Group | None) -> int:
+    def trains(self, membership: Membership, group: Group | None) -> int:
         """Run the processes of this node in one generation; return their exit code."""
-        if company.friends:
+        if membership.peers:
             assert group is not None, "several nodes have a store"
-            take_interface(group.address, company.own_address)
+            take_interface(group.address, membership.own_address)
         started = time.time() if self.begun else STARTED
         before = self.job.run_id()
         self.begun = True
@@ -101,7 +101,7 @@ class _Here:
             return run_part(
                 self.job,
                 self.node,
-                company,
+                membership,
                 group,
                 processes=self.own.processes,
                 kill=_kill_ranks,
@@ -122,15 +122,15 @@ def run_elastic(job: Any, node: Node, own: JoinRequest, secret: bytes) -> int:
         Stopped: a stop was requested while the nodes connected.
     """
     numbers = possible_nodes(job.spec, node.least, node.nodes, processes=own.processes)
-    here = _Here(job, node, own, secret)
+    local = _LocalNode(job, node, own, secret)
     os.environ[MOST_PROCESSES] = str(node.nodes * own.processes)  # for the ranks
     if node.index:
-        return _follow(here)
+        return _follow(local)
     say(
-        f"Node 0 of {own.range}, meeting at {node.address}:{node.port}. Nodes may come and go: "
+        f"Node 0 of {own.range}, rendezvous at {node.address}:{node.port}. Nodes may come and go: "
         f"the job runs with at least {node.least}."
     )
-    return _lead(here, numbers)
+    return _lead(local, numbers)
 
 
 def possible_nodes(spec: Spec, least: int, most: int, *, processes: int) -> frozenset[int]:
@@ -157,7 +157,7 @@ def possible_nodes(spec: Spec, least: int, most: int, *, processes: int) -> froz
 
 
 @dataclass
-class Roll:
+class Roster:
     """Which nodes take part, as node 0 knows it between two generations."""
 
     numbers: frozenset[int]
@@ -176,60 +176,60 @@ class Roll:
         most = max((n for n in self.numbers if n <= len(free) + 1), default=0)
         return free[: most - 1] if most else []
 
-    def ended(self, farewells: dict[int, dict[str, Any] | None], *, saved: bool) -> Roll:
-        """The roll after a generation, from the last message of each of its nodes."""
-        gone = {n for n in self.members if not _comes_again(farewells.get(n))}
-        lost = {n for n in gone if not (farewells.get(n) or {}).get("leaving")}
+    def ended(self, closing_messages: dict[int, dict[str, Any] | None], *, saved: bool) -> Roster:
+        """The roster after a generation, from the last message of each of its nodes."""
+        gone = {n for n in self.members if not _comes_again(closing_messages.get(n))}
+        lost = {n for n in gone if not (closing_messages.get(n) or {}).get("leaving")}
         held_back = frozenset() if saved else self.held_back | lost
         return replace(self, expected=self.members - gone, held_back=held_back)
 
 
-def _comes_again(farewell: dict[str, Any] | None) -> bool:
+def _comes_again(closing: dict[str, Any] | None) -> bool:
     """Whether a node that sent this last message connects again at once."""
-    if farewell is None or farewell.get("leaving"):
+    if closing is None or closing.get("leaving"):
         return False
-    return farewell["end"] in (_STOPPED, _LOST)
+    return closing["end"] in (_STOPPED, _LOST)
 
 
-def _lead(here: _Here, numbers: frozenset[int]) -> int:
+def _lead(local: _LocalNode, numbers: frozenset[int]) -> int:
     """Node 0: one generation after the other, until the job ends; its exit code."""
-    node, code = here.node, 1
-    with listen(node.address, node.port) as door, selectors.DefaultSelector() as events:
-        hall = Hall(here.own, here.secret, door, events, say)
+    node, code = local.node, 1
+    with listen(node.address, node.port) as listener, selectors.DefaultSelector() as events:
+        server = RendezvousServer(local.own, local.secret, listener, events, say)
         try:
-            code = _generations(here, hall, numbers)
+            code = _generations(local, server, numbers)
         except EvenstepError as error:
             code = error.exit_code
             raise
         finally:
-            hall.close(end=code)
+            server.close(end=code)
     return code
 
 
-def _generations(here: _Here, hall: Hall, numbers: frozenset[int]) -> int:
-    roll = Roll(numbers, expected=frozenset(range(1, here.own.nodes)))
+def _generations(local: _LocalNode, server: RendezvousServer, numbers: frozenset[int]) -> int:
+    roster = Roster(numbers, expected=frozenset(range(1, local.own.nodes)))
     while True:
         with stop_raises():
-            members = _gathered(here, hall, roll)
-        company, group, store = _begin(here, hall, members)
-        roll = replace(roll, members=frozenset(members))
-        before = here.newest_step()
-        with _Reception(hall, roll, partial(here.has_saved_since, before)) as reception:
-            code = here.trains(company, group)
-        company.await_ends(_SETTLE_SECONDS if code == _LOST else FAREWELL_SECONDS)
+            members = _gathered(local, server, roster)
+        membership, group, store = _begin(local, server, members)
+        roster = replace(roster, members=frozenset(members))
+        before = local.newest_step()
+        with _LateJoins(server, roster, partial(local.has_saved_since, before)) as late_joins:
+            code = local.trains(membership, group)
+        membership.await_ends(_SETTLE_SECONDS if code == _LOST else CLOSING_SECONDS)
         del store  # the processes of all nodes have ended
-        again = not here.is_at_its_end() and _goes_on(
-            code, company, asked=reception.asked, nodes=len(members) + 1
+        again = not local.is_at_its_end() and _goes_on(
+            code, membership, asked=late_joins.asked, nodes=len(members) + 1
         )
-        company.part(code, again=again, leaving=heard.signal_name is not None)
+        membership.leave(code, again=again, leaving=heard.signal_name is not None)
         if not again:
             return code
-        roll = roll.ended(company.farewells, saved=here.has_saved_since(before))
+        roster = roster.ended(membership.closing_messages, saved=local.has_saved_since(before))
 
 
-def _goes_on(code: int, company: Membership, *, asked: bool, nodes: int) -> bool:
+def _goes_on(code: int, membership: Membership, *, asked: bool, nodes: int) -> bool:
     """Whether there is another generation after one that ended with this code on node 0."""
-    ends = company.farewells.values()
+    ends = membership.closing_messages.values()
     if heard.signal_name is not None or any(end and end["end"] in _NEVER_AGAIN for end in ends):
         return False
     if code == _STOPPED:
@@ -237,60 +237,62 @@ def _goes_on(code: int, company: Membership, *, asked: bool, nodes: int) -> bool
     return code == _LOST and nodes > 1
 
 
-def _gathered(here: _Here, hall: Hall, roll: Roll) -> list[int]:
+def _gathered(local: _LocalNode, server: RendezvousServer, roster: Roster) -> list[int]:
     """The nodes of the next generation, without node 0.
 
     All expected ones; after `wait_seconds` without a new one also fewer.
     """
-    least = here.own.least
-    patience = Patience(meeting_seconds(here.job), say)
-    known, last_call = None, TimeLimit(here.wait_seconds)
+    least = local.own.least
+    deadline = Deadline(meeting_seconds(local.job), say)
+    known, last_call = None, TimeLimit(local.wait_seconds)
     while True:
-        there = frozenset(hall.friends)
-        found = roll.candidates(there, least)
+        there = frozenset(server.peers)
+        found = roster.candidates(there, least)
         if there != known:
-            known, last_call = there, TimeLimit(here.wait_seconds)
+            known, last_call = there, TimeLimit(local.wait_seconds)
         if len(found) + 1 >= least:
-            if roll.expected <= there or not last_call.left:
+            if roster.expected <= there or not last_call.left:
                 return found
-        elif not patience.goes_on(f"{len(there) + 1} of at least {least} nodes are connected"):
+        elif not deadline.goes_on(f"{len(there) + 1} of at least {least} nodes are connected"):
             raise PeerLost(
-                f"After {meeting_seconds(here.job):g} s only {len(there) + 1} of at least {least} "
+                f"After {meeting_seconds(local.job):g} s only {len(there) + 1} of at least {least} "
                 "nodes are connected."
             )
-        hall.look()
+        server.look()
 
 
-def _begin(here: _Here, hall: Hall, members: list[int]) -> tuple[Membership, Group | None, object]:
+def _begin(
+    local: _LocalNode, server: RendezvousServer, members: list[int]
+) -> tuple[Membership, Group | None, object]:
     """Tell these nodes that a generation begins."""
-    hall.generation += 1
+    server.generation += 1
     nodes = len(members) + 1
     names = ", ".join(map(str, [0, *members]))
-    say(f"Generation {hall.generation}: {nodes} of {here.own.range} nodes ({names}).")
-    peers = hall.taken(members)
+    say(f"Generation {server.generation}: {nodes} of {local.own.range} nodes ({names}).")
+    peers = server.taken(members)
     if not peers:
         return Membership([]), None, None
-    company = Membership(peers)
-    store, address, port = new_store(company.own_address)
-    told = {"store": port, "address": address, "generation": hall.generation, "nodes": nodes}
+    membership = Membership(peers)
+    store, address, port = new_store(membership.own_address)
+    told = {"store": port, "address": address, "generation": server.generation, "nodes": nodes}
     for place, peer in enumerate(peers, start=1):
-        peer.say({**told, "index": place})
-    return company, Group(0, nodes, here.own.processes, address, port), store
+        peer.send({**told, "index": place})
+    return membership, Group(0, nodes, local.own.processes, address, port), store
 
 
-class _Reception:
+class _LateJoins:
     """While a generation trains: lets nodes in, and asks for a stop when one can join.
 
     It asks once, when a checkpoint of this generation is complete.
     """
 
-    def __init__(self, hall: Hall, roll: Roll, saved: Callable[[], bool]) -> None:
-        self._hall, self._roll, self._saved = hall, roll, saved
+    def __init__(self, server: RendezvousServer, roster: Roster, saved: Callable[[], bool]) -> None:
+        self._server, self._roster, self._saved = server, roster, saved
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._receive, name="reception", daemon=True)
+        self._thread = threading.Thread(target=self._receive, name="late-joins", daemon=True)
         self.asked = False
 
-    def __enter__(self) -> _Reception:
+    def __enter__(self) -> _LateJoins:
         self._thread.start()
         return self
 
@@ -301,7 +303,7 @@ class _Reception:
     def _receive(self) -> None:
         told: frozenset[int] = frozenset()
         while not self._over.is_set():
-            self._hall.look()
+            self._server.look()
             new = self._new()
             if new - told:
                 say(f"Node {_listed(new - told)} waits for the next checkpoint, to join.")
@@ -313,29 +315,29 @@ class _Reception:
 
     def _new(self) -> frozenset[int]:
         """The waiting nodes with which the next generation would have more nodes than this."""
-        members = self._roll.members
-        waiting = frozenset(self._hall.friends) - members
-        roll = replace(self._roll, held_back=frozenset())
-        more = len(roll.candidates(members | waiting, 1)) > len(members)
+        members = self._roster.members
+        waiting = frozenset(self._server.peers) - members
+        roster = replace(self._roster, held_back=frozenset())
+        more = len(roster.candidates(members | waiting, 1)) > len(members)
         return waiting if more else frozenset()
 
 
 # ---- the other nodes
 
 
-def _follow(here: _Here) -> int:
+def _follow(local: _LocalNode) -> int:
     """Any other node: one generation after the other, until the job ends; its exit code."""
-    node, own = here.node, here.own
-    place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": here.secret}
-    say(f"Node {node.index} of {own.range}, meeting at {node.address}:{node.port}.")
+    node, own = local.node, local.own
+    place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": local.secret}
+    say(f"Node {node.index} of {own.range}, rendezvous at {node.address}:{node.port}.")
     while True:
         # Without a cluster nobody starts node 0 again, except a person who is there.
-        waits = node.returns or not here.begun
-        seconds = meeting_seconds(here.job) if waits else here.wait_seconds
+        waits = node.returns or not local.begun
+        seconds = meeting_seconds(local.job) if waits else local.wait_seconds
         with stop_raises():
-            friend, answer = enter(own, **place, seconds=seconds, say=say)
+            peer, answer = enter(own, **place, seconds=seconds, say=say)
         if "end" in answer:
-            friend.close()
+            peer.close()
             say(f"The job has ended with exit code {answer['end']}.")
             return int(answer["end"]) if answer["end"] in (0, _STOPPED) else _LOST
         own = replace(own, generation=int(answer["generation"]))
@@ -347,23 +349,23 @@ def _follow(here: _Here) -> int:
             int(answer["store"]),
         )
         say(f"Generation {own.generation}: this is {group.index} of {group.nodes} nodes, from 0.")
-        company, code = Membership([friend]), 1
+        membership, code = Membership([peer]), 1
         try:
-            code = here.trains(company, group)
+            code = local.trains(membership, group)
         finally:
-            company.part(code, leaving=heard.signal_name is not None)
-        if code == 0 or not _follows_on(code, company, returns=node.returns):
+            membership.leave(code, leaving=heard.signal_name is not None)
+        if code == 0 or not _follows_on(code, membership, returns=node.returns):
             return code
-        if is_done(here.job):
-            say(f"Nothing to do: {here.job.runs / here.job.spec.name} is done.")
+        if is_done(local.job):
+            say(f"Nothing to do: {local.job.runs / local.job.spec.name} is done.")
             return 0
 
 
-def _follows_on(code: int, company: Membership, *, returns: bool) -> bool:
+def _follows_on(code: int, membership: Membership, *, returns: bool) -> bool:
     """Whether this node goes on to another generation after one that ended with this code."""
     if heard.signal_name is not None or code not in (_STOPPED, _LOST):
         return False
-    leader = company.farewells.get(0)
+    leader = membership.closing_messages.get(0)
     if leader is None or leader.get("again"):  # it may be gone, or hung up for another node
         return True
     if leader["end"] in _NEVER_AGAIN:

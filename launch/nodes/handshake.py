@@ -19,7 +19,7 @@ _TOKEN_BYTES = 16
 _PURPOSE = b"evenstep meeting 1"
 
 
-class Foreign(Exception):
+class Unauthenticated(Exception):
     """A message on a connection does not come from a node of this job."""
 
 
@@ -58,11 +58,11 @@ class Lines:
         """The lines that this piece completes.
 
         Raises:
-            Foreign: a line is longer than any valid one.
+            Unauthenticated: a line is longer than any valid one.
         """
         *lines, self._rest = (self._rest + piece).split(b"\n")
         if max(map(len, [*lines, self._rest])) > LINE_BYTES:
-            raise Foreign("a line too long")
+            raise Unauthenticated("a line too long")
         return lines
 
 
@@ -85,13 +85,13 @@ class Seal:
         """The message.
 
         Raises:
-            Foreign: it is not the next message of the other end, authenticated with this key.
+            Unauthenticated: it is not the next message of the other end, with a code of this key.
         """
         told = _told(line)
         text, proof = _text(told, "said"), _text(told, "proof")
         expected = self._proof(self._other, self._heard, text)
         if not hmac.compare_digest(proof.encode(), expected.encode()):
-            raise Foreign("no proof")
+            raise Unauthenticated("no proof")
         self._heard += 1
         return _told(text.encode())
 
@@ -99,7 +99,7 @@ class Seal:
         return hmac.digest(self._key, f"{who} {number} {text}".encode(), "sha256").hex()
 
 
-class Doorkeeper:
+class Authenticator:
     """Node 0's side of the authentication of a node."""
 
     def __init__(self, secret: bytes) -> None:
@@ -110,11 +110,11 @@ class Doorkeeper:
         """The first message of node 0."""
         return _line({"challenge": self._challenge})
 
-    def introduced(self, line: bytes) -> tuple[JoinRequest, Seal]:
+    def authenticated(self, line: bytes) -> tuple[JoinRequest, Seal]:
         """The node that has answered.
 
         Raises:
-            Foreign: it does not know the secret.
+            Unauthenticated: it does not know the secret.
         """
         nonce = _text(_told(line), "nonce")
         seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
@@ -122,7 +122,7 @@ class Doorkeeper:
         kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
         kinds |= {"least": int, "generation": int}
         if {key: type(value) for key, value in said.items()} != kinds:
-            raise Foreign("no introduction")
+            raise Unauthenticated("no introduction")
         return JoinRequest(**said), seal
 
 
@@ -130,7 +130,7 @@ def answered(line: bytes, own: JoinRequest, secret: bytes) -> tuple[bytes, Seal]
     """The answer of a node to node 0's challenge, and the seal for later messages.
 
     Raises:
-        Foreign: it is not a challenge.
+        Unauthenticated: it is not a challenge.
     """
     challenge = _text(_told(line), "challenge")
     nonce = secrets.token_hex(_TOKEN_BYTES)
@@ -150,14 +150,14 @@ def _told(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Foreign("no JSON") from error
+        raise Unauthenticated("no JSON") from error
     if not isinstance(message, dict):
-        raise Foreign("no message")
+        raise Unauthenticated("no message")
     return message
 
 
 def _text(message: dict[str, Any], name: str) -> str:
     value = message.get(name)
     if not isinstance(value, str) or not value.isascii():
-        raise Foreign(f"no {name}")
+        raise Unauthenticated(f"no {name}")
     return value

@@ -32,21 +32,21 @@ def measured_by(node: Node, *, processes: int, runs: Path) -> TrialEnd:
     own = JoinRequest(node.index, node.nodes, processes, _PURPOSE)
     seconds = MEETING_SECONDS
     with stop_raises(), secret_of(node, runs, seconds=seconds) as secret:
-        company, group, store = meet(node, own, secret, seconds=seconds)
-    take_interface(group.address, company.own_address)
-    company.watch(lambda: None)
+        membership, group, store = meet(node, own, secret, seconds=seconds)
+    take_interface(group.address, membership.own_address)
+    membership.watch(lambda: None)
     code = 1
     try:
         places = [Environment(0, 0, local, processes) for local in range(processes)]
         variables = [group.variables(each) for each in places]
-        lost = lambda: company.lost is not None  # noqa: E731
+        lost = lambda: membership.lost is not None  # noqa: E731
         ended = tried("nodes", variables, seconds=TRIAL_SECONDS, lost=lost)
         code = 0 if ended.code == 0 else 1
     finally:
-        company.part(code)
+        membership.leave(code)
         del store  # node 0's store; the others need it only until here
-    if ended.code != 0 and company.lost is not None:
+    if ended.code != 0 and membership.lost is not None:
         waited = "The processes of this node waited for it, and were ended."
         here = waited if ended.code is None else f"Here: {ended.last_line}"
-        raise PeerLost(f"{company.lost} {here}")
+        raise PeerLost(f"{membership.lost} {here}")
     return ended

@@ -57,16 +57,16 @@ def run_node(
             return run_elastic(job, node, own, secret)
     seconds = meeting_seconds(job)
     with stop_raises(), secret_of(node, job.runs, seconds=seconds) as secret:
-        company, group, store = meet(node, own, secret, seconds=seconds)
+        membership, group, store = meet(node, own, secret, seconds=seconds)
     # From here on a request to stop is recorded, for `run_locally`; at the end it changes nothing.
-    take_interface(group.address, company.own_address)
+    take_interface(group.address, membership.own_address)
     code = 1
     try:
         when_met()
         code = run_part(
             job,
             node,
-            company,
+            membership,
             group,
             processes=processes,
             kill=kill_ranks,
@@ -76,7 +76,7 @@ def run_node(
         code = error.exit_code
         raise
     finally:
-        company.part(code)
+        membership.leave(code)
         del store  # node 0's store; the others need it only until here
     return code
 
@@ -109,17 +109,17 @@ def meet(
         SpecError: the nodes disagree, or the port is taken.
         PeerLost: not all nodes connected in time.
     """
-    say(f"Node {node.index} of {node.nodes}, meeting at {node.address}:{node.port}.")
+    say(f"Node {node.index} of {node.nodes}, rendezvous at {node.address}:{node.port}.")
     place: dict[str, Any] = {"address": node.address, "port": node.port, "secret": secret}
     if node.index == 0:
-        company = host(own, **place, seconds=seconds, say=say)
-        store, address, port = new_store(company.own_address)
-        company.begin(address, port)
+        membership = host(own, **place, seconds=seconds, say=say)
+        store, address, port = new_store(membership.own_address)
+        membership.begin(address, port)
     else:
         store = None
-        company, (address, port) = join(own, **place, seconds=seconds, say=say)
+        membership, (address, port) = join(own, **place, seconds=seconds, say=say)
     here = {"local_index": node.local_index, "local_nodes": node.local_nodes}
-    return company, Group(node.index, node.nodes, own.processes, address, port, **here), store
+    return membership, Group(node.index, node.nodes, own.processes, address, port, **here), store
 
 
 _OPEN = (

@@ -26,7 +26,7 @@ from service.plan.changing import changes
 from service.runs.directory import RunDirectory
 
 MEETING_SECONDS = 600
-PATIENCE_SECONDS = 10.0
+DETECTION_SECONDS = 10.0
 """Time for the local processes to detect by themselves that a node is gone, and to end with their
 own messages."""
 
@@ -47,7 +47,7 @@ class Job(Protocol):
 def run_part(
     job: Any,
     node: Node,
-    company: Membership,
+    membership: Membership,
     group: Group | None,
     *,
     processes: int,
@@ -68,7 +68,7 @@ def run_part(
 
     first = group.index * processes if group else 0
     ranks = range(first, first + processes)
-    watch = _Watch(company, job, ranks, kill=kill, stop=stop)
+    watch = _Watch(membership, job, ranks, kill=kill, stop=stop)
     logs = RunDirectory(job.runs / job.spec.name).logs
     try:
         with (
@@ -78,7 +78,7 @@ def run_part(
             ended = run_locally(
                 replace(job, group=group),
                 processes=processes,
-                node_lost=lambda: company.lost_time,
+                node_lost=lambda: membership.lost_time,
                 started=started,
             )
             return watch.outcome(ended)
@@ -117,27 +117,27 @@ class _Watch:
 
     def __init__(
         self,
-        company: Membership,
+        membership: Membership,
         job: Job,
         ranks: Collection[int],
         *,
         kill: Callable[[], None],
         stop: Callable[[], None],
     ) -> None:
-        self._company = company
+        self._membership = membership
         self._job = job
         self._ranks = ranks
         self._kill, self._stop = kill, stop
         self._over = threading.Event()
         self._killed = False
-        company.watch(self._when_lost, self._when_stopped)
+        membership.watch(self._when_lost, self._when_stopped)
 
     def outcome(self, code: int) -> int:
         """The exit code of this node, from that of its processes."""
         self.end()
         code = PeerLost.exit_code if self._killed else code
-        if code == PeerLost.exit_code and self._company.lost is not None:
-            say(self._company.lost)
+        if code == PeerLost.exit_code and self._membership.lost is not None:
+            say(self._membership.lost)
         return code
 
     def end(self) -> None:
@@ -145,12 +145,12 @@ class _Watch:
         self._over.set()
 
     def _when_lost(self) -> None:
-        limit = TimeLimit(PATIENCE_SECONDS)
+        limit = TimeLimit(DETECTION_SECONDS)
         while limit.left:
             if self._over.wait(limit.look):
                 return
             if self._some_save():
-                limit = TimeLimit(PATIENCE_SECONDS)
+                limit = TimeLimit(DETECTION_SECONDS)
         self._killed = True
         while True:  # on a busy machine some may not even have been started the first time
             self._kill()
@@ -165,7 +165,7 @@ class _Watch:
 
     def _when_stopped(self) -> None:
         """Stop the local processes: they may wait for ranks that the other node never started."""
-        if not TimeLimit(PATIENCE_SECONDS).wait(self._over.wait):
+        if not TimeLimit(DETECTION_SECONDS).wait(self._over.wait):
             self._stop()
 
 

@@ -28,25 +28,25 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.nodes.handshake import (
     LINE_BYTES,
-    Doorkeeper,
-    Foreign,
+    Authenticator,
     JoinRequest,
     Lines,
     Seal,
+    Unauthenticated,
     answered,
 )
 from service.basics.errors import PeerLost, SpecError, Stopped
 from service.basics.running_time import LOOK_SECONDS, RunningClock, TimeLimit
 
 _CONNECT_SECONDS = 5.0
-_INTRODUCTION_SECONDS = 10.0
+_AUTHENTICATION_SECONDS = 10.0
 """Time limit for a connection to identify itself."""
 _SEND_SECONDS = 5.0
 _POLL_SECONDS = 0.25
 _TELL_AFTER_SECONDS = 10.0
-FAREWELL_SECONDS = 30.0
+CLOSING_SECONDS = 30.0
 _ACCEPTED_AT_ONCE = 256
-_MOST_UNKNOWN = 4096
+_MOST_PENDING = 4096
 _SPARE_FILES = 64
 GOOD_ENDS = (0, 75)
 """Exit codes without a failure: the node is done, or stopped together with all others."""
@@ -62,13 +62,13 @@ class Peer:
     seal: Seal
     lines: Lines = field(default_factory=Lines)
     unread: list[dict[str, Any]] = field(default_factory=list)
-    """Messages that arrived together with an earlier one, for the next `hear`."""
+    """Messages that arrived together with an earlier one, for the next `receive`."""
 
     def __post_init__(self) -> None:
         self.connection.settimeout(_SEND_SECONDS)
         _keep_alive(self.connection)
 
-    def say(self, message: dict[str, Any]) -> bool:
+    def send(self, message: dict[str, Any]) -> bool:
         """Send it; False if the other end is gone."""
         try:
             self.connection.sendall(self.seal.sealed(message))
@@ -76,7 +76,7 @@ class Peer:
             return False
         return True
 
-    def hear(self) -> list[dict[str, Any]] | None:
+    def receive(self) -> list[dict[str, Any]] | None:
         """The received messages, when there is something to read; None if the other end is gone."""
         if self.unread:
             messages, self.unread = self.unread, []
@@ -86,7 +86,7 @@ class Peer:
             return [self.seal.opened(line) for line in self.lines.fed(piece)] if piece else None
         except TimeoutError:
             return []
-        except (OSError, Foreign):
+        except (OSError, Unauthenticated):
             return None
 
     @property
@@ -94,7 +94,7 @@ class Peer:
         """Address of this machine, on the interface to the other end."""
         return str(self.connection.getsockname()[0]).removeprefix("::ffff:")
 
-    def hang_up(self) -> None:
+    def shut_down(self) -> None:
         """Tell the other end that this one closes; its last message can still be read."""
         with suppress(OSError):  # the other end has already closed it
             self.connection.shutdown(socket.SHUT_WR)
@@ -106,13 +106,13 @@ class Peer:
 class Membership:
     """The other nodes while the job runs: on node 0 all of them, on the others only node 0."""
 
-    def __init__(self, friends: list[Peer]) -> None:
-        self.friends = friends
+    def __init__(self, peers: list[Peer]) -> None:
+        self.peers = peers
         self.lost: str | None = None
         """A description of the node that was lost first."""
         self.lost_time: float | None = None
         """The time when this was detected, in seconds since the epoch."""
-        self.farewells: dict[int, dict[str, Any] | None] = {}
+        self.closing_messages: dict[int, dict[str, Any] | None] = {}
         """The closing message of each node that has ended; None of one that is gone."""
         self._settled = threading.Event()
         self._all_ended = threading.Event()
@@ -124,7 +124,7 @@ class Membership:
         A node on the same machine may have connected through loopback, on which others cannot reach
         this one.
         """
-        ends = [str(friend.connection.getsockname()[0]) for friend in self.friends]
+        ends = [str(peer.connection.getsockname()[0]) for peer in self.peers]
         own = [end.removeprefix("::ffff:") for end in ends]
         return next((address for address in own if not is_loopback(address)), own[0])
 
@@ -134,9 +134,9 @@ class Membership:
         Raises:
             PeerLost: one of them has left in the meantime.
         """
-        for friend in self.friends:
-            if not friend.say({"store": store_port, "address": store_address}):
-                raise PeerLost(_loss(friend, None))
+        for peer in self.peers:
+            if not peer.send({"store": store_port, "address": store_address}):
+                raise PeerLost(_loss(peer, None))
 
     def watch(
         self, when_lost: Callable[[], None], when_stopped: Callable[[], None] = lambda: None
@@ -152,50 +152,50 @@ class Membership:
         """Wait until every other node has sent its closing message or is gone, at most so long."""
         TimeLimit(seconds).wait(self._all_ended.wait)
 
-    def part(self, code: int, **more: bool) -> None:
+    def leave(self, code: int, **more: bool) -> None:
         """Send the exit code of this node, and wait until the other nodes have ended as well.
 
         Node 0's store must outlive the processes that use it; processes do not wait for a node that
         has failed.
         """
-        for friend in self.friends:
-            friend.say({"end": code, **more})
+        for peer in self.peers:
+            peer.send({"end": code, **more})
         if code in GOOD_ENDS and self.lost is None:
-            TimeLimit(FAREWELL_SECONDS).wait(self._settled.wait)
-        for friend in self.friends:
-            friend.close()
+            TimeLimit(CLOSING_SECONDS).wait(self._settled.wait)
+        for peer in self.peers:
+            peer.close()
 
     def _follow(self, when_lost: Callable[[], None], when_stopped: Callable[[], None]) -> None:
         """Wait until each node has sent its closing message, or is gone."""
         stopped = False
         with selectors.DefaultSelector() as events:
-            for friend in self.friends:
-                events.register(friend.connection, selectors.EVENT_READ, friend)
-            while len(self.farewells) < len(self.friends):
-                unread = [friend for friend in self.friends if friend.unread]
-                for friend in unread or [key.data for key, _ in events.select()]:
-                    heard = friend.hear()
+            for peer in self.peers:
+                events.register(peer.connection, selectors.EVENT_READ, peer)
+            while len(self.closing_messages) < len(self.peers):
+                unread = [peer for peer in self.peers if peer.unread]
+                for peer in unread or [key.data for key, _ in events.select()]:
+                    heard = peer.receive()
                     if heard == []:
                         continue
                     end = heard[0].get("end") if heard else None
-                    events.unregister(friend.connection)
-                    self.farewells[friend.index] = heard[0] if heard else None
+                    events.unregister(peer.connection)
+                    self.closing_messages[peer.index] = heard[0] if heard else None
                     if end not in GOOD_ENDS:
-                        self._lose(friend, end, when_lost)
+                        self._lose(peer, end, when_lost)
                     elif end == Stopped.exit_code and not stopped:
                         stopped = True
                         threading.Thread(target=when_stopped, daemon=True).start()
         self._settled.set()
         self._all_ended.set()
 
-    def _lose(self, friend: Peer, end: Any, when_lost: Callable[[], None]) -> None:
+    def _lose(self, peer: Peer, end: Any, when_lost: Callable[[], None]) -> None:
         if self.lost is not None:  # only the first is the reason
             return
-        self.lost, self.lost_time = _loss(friend, end), time.time()
+        self.lost, self.lost_time = _loss(peer, end), time.time()
         self._settled.set()
-        for other in self.friends:  # they are connected only to node 0
-            if other is not friend:  # it may hear, although it has hung up
-                other.hang_up()
+        for other in self.peers:  # they are connected only to node 0
+            if other is not peer:  # it may hear, although it has shut down its side
+                other.shut_down()
         threading.Thread(target=when_lost, daemon=True).start()
 
 
@@ -220,40 +220,40 @@ def host(
         SpecError: the port is taken, or the nodes have different configurations.
         PeerLost: not all of them connected in time.
     """
-    waiting = Patience(seconds, say)
-    with listen(address, port) as door, selectors.DefaultSelector() as events:
-        hall = Hall(own, secret, door, events, say)
-        while len(hall.friends) < own.nodes - 1:
-            reason = hall.missing(port)
+    waiting = Deadline(seconds, say)
+    with listen(address, port) as listener, selectors.DefaultSelector() as events:
+        server = RendezvousServer(own, secret, listener, events, say)
+        while len(server.peers) < own.nodes - 1:
+            reason = server.missing(port)
             if not waiting.goes_on(
                 f"{reason}. Check its pod or task: has it started, does its image exist"
             ):
-                hall.close()
+                server.close()
                 raise PeerLost(f"After {seconds:g} s {reason}.")
-            hall.look()
-        hall.send_away()
-    return Membership([hall.friends[index] for index in sorted(hall.friends)])
+            server.look()
+        server.close_pending()
+    return Membership([server.peers[index] for index in sorted(server.peers)])
 
 
 @dataclass
-class _Unknown:
+class _Pending:
     """A connection that has not identified itself yet."""
 
     connection: socket.socket
     address: str
-    doorkeeper: Doorkeeper
+    authenticator: Authenticator
     until: float
     lines: Lines = field(default_factory=Lines)
 
 
-class Hall:
+class RendezvousServer:
     """All connections to node 0, in one loop: nodes that wait, and those not yet identified."""
 
     def __init__(
         self,
         own: JoinRequest,
         secret: bytes,
-        door: socket.socket,
+        listener: socket.socket,
         events: selectors.BaseSelector,
         say: Callable[[str], None],
     ) -> None:
@@ -261,155 +261,153 @@ class Hall:
         self.generation = own.generation
         """The highest that a node has belonged to."""
         self._clock = RunningClock()
-        self._door, self._events = door, events
-        self._most_unknown = _room_for(own.nodes)
-        self._unknown: dict[socket.socket, _Unknown] = {}  # ordered by arrival
-        self.friends: dict[int, Peer] = {}
-        self.strangers = 0
+        self._listener, self._events = listener, events
+        self._most_pending = _room_for(own.nodes)
+        self._pending: dict[socket.socket, _Pending] = {}  # ordered by arrival
+        self.peers: dict[int, Peer] = {}
+        self.dropped = 0
         """How many connections were dropped."""
-        door.setblocking(False)
-        events.register(door, selectors.EVENT_READ)
+        listener.setblocking(False)
+        events.register(listener, selectors.EVENT_READ)
 
     def missing(self, port: int) -> str:
         """A description of the missing nodes."""
-        missing = [str(n) for n in range(1, self._own.nodes) if n not in self.friends]
+        missing = [str(n) for n in range(1, self._own.nodes) if n not in self.peers]
         several = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         told = (
             f"node {', '.join(missing[:8])}{several} of {self._own.nodes} did not connect to port "
         )
-        dropped = (
-            f" ({self.strangers} others connected, without its secret)" if self.strangers else ""
-        )
+        dropped = f" ({self.dropped} others connected, without its secret)" if self.dropped else ""
         return f"{told}{port}{dropped}"
 
     def look(self) -> None:
         """Process incoming messages for a moment."""
         for key, _ in self._events.select(_POLL_SECONDS):
-            if key.fileobj is self._door:
-                self._let_in()
+            if key.fileobj is self._listener:
+                self._accept()
             elif isinstance(key.data, Peer):
                 # A waiting peer can send only one thing: that it leaves.
                 self._forget(key.data)
-            elif key.fileobj in self._unknown:  # otherwise it was dropped in this round
-                self._hear(key.data)
+            elif key.fileobj in self._pending:  # otherwise it was dropped in this round
+                self._receive(key.data)
         now = self._clock()
-        while self._unknown and next(iter(self._unknown.values())).until < now:
-            self._drop(next(iter(self._unknown.values())))
+        while self._pending and next(iter(self._pending.values())).until < now:
+            self._drop(next(iter(self._pending.values())))
 
     def taken(self, indexes: Iterable[int]) -> list[Peer]:
         """The peers of these waiting nodes, which wait no longer."""
-        found = [self.friends.pop(index) for index in sorted(indexes)]
-        for friend in found:
-            self._events.unregister(friend.connection)
+        found = [self.peers.pop(index) for index in sorted(indexes)]
+        for peer in found:
+            self._events.unregister(peer.connection)
         return found
 
     def close(self, **last_message: int) -> None:
         """Close all connections."""
-        self.send_away()
-        for friend in self.friends.values():
+        self.close_pending()
+        for peer in self.peers.values():
             if last_message:
-                friend.say(last_message)
-            friend.close()
+                peer.send(last_message)
+            peer.close()
 
-    def send_away(self) -> None:
+    def close_pending(self) -> None:
         """Close the unidentified connections, because all nodes are connected."""
-        for unknown in list(self._unknown.values()):
-            self._drop(unknown)
-        if self.strangers > 1:
+        for pending in list(self._pending.values()):
+            self._drop(pending)
+        if self.dropped > 1:
             self._say(
-                f"{self.strangers} connections were not from nodes of this job; they were dropped."
+                f"{self.dropped} connections were not from nodes of this job; they were dropped."
             )
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
-                connection, address = self._door.accept()
+                connection, address = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._unknown:
-                    self._drop(next(iter(self._unknown.values())))
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._pending:
+                    self._drop(next(iter(self._pending.values())))
                     continue
                 return  # it has disconnected
-            if len(self._unknown) >= self._most_unknown:
-                self._drop(next(iter(self._unknown.values())))
+            if len(self._pending) >= self._most_pending:
+                self._drop(next(iter(self._pending.values())))
             connection.setblocking(False)
-            unknown = _Unknown(
+            pending = _Pending(
                 connection,
                 str(address[0]).removeprefix("::ffff:"),
-                Doorkeeper(self._secret),
-                self._clock() + _INTRODUCTION_SECONDS,
+                Authenticator(self._secret),
+                self._clock() + _AUTHENTICATION_SECONDS,
             )
-            self._unknown[connection] = unknown
-            self._events.register(connection, selectors.EVENT_READ, unknown)
+            self._pending[connection] = pending
+            self._events.register(connection, selectors.EVENT_READ, pending)
             try:
-                connection.send(unknown.doorkeeper.challenge())
+                connection.send(pending.authenticator.challenge())
             except OSError:
-                self._drop(unknown)
+                self._drop(pending)
 
-    def _hear(self, unknown: _Unknown) -> None:
+    def _receive(self, pending: _Pending) -> None:
         try:
-            piece = unknown.connection.recv(LINE_BYTES)
-            lines = unknown.lines.fed(piece)
+            piece = pending.connection.recv(LINE_BYTES)
+            lines = pending.lines.fed(piece)
             if not piece or len(lines) > 1:
-                raise Foreign("it disconnected, or sent too much")
+                raise Unauthenticated("it disconnected, or sent too much")
             if not lines:
                 return
-            other, seal = unknown.doorkeeper.introduced(lines[0])
+            other, seal = pending.authenticator.authenticated(lines[0])
         except BlockingIOError:
             return
-        except (OSError, Foreign):
-            self._drop(unknown)
+        except (OSError, Unauthenticated):
+            self._drop(pending)
             return
-        self._welcome(unknown, other, seal)
+        self._admit(pending, other, seal)
 
-    def _welcome(self, unknown: _Unknown, other: JoinRequest, seal: Seal) -> None:
-        self._release(unknown)
-        friend = Peer(other.index, unknown.connection, unknown.address, seal)
+    def _admit(self, pending: _Pending, other: JoinRequest, seal: Seal) -> None:
+        self._release(pending)
+        peer = Peer(other.index, pending.connection, pending.address, seal)
         difference = _difference(self._own, other)
         if difference is not None and self._own.is_elastic:  # the job can do without it
             self._say(f"{difference} It was refused.")
-            friend.say({"refused": difference})
-            friend.close()
+            peer.send({"refused": difference})
+            peer.close()
             return
         if difference is not None:
-            for each in [friend, *self.friends.values()]:
-                each.say({"refused": difference})
+            for each in [peer, *self.peers.values()]:
+                each.send({"refused": difference})
                 each.close()
-            self.friends.clear()
+            self.peers.clear()
             self.close()
             raise SpecError(difference)
         if not 0 < other.index < self._own.nodes:
-            friend.close()
-            self._count(unknown)
+            peer.close()
+            self._count(pending)
             return
-        if other.index in self.friends:  # a node that connects again has restarted
-            self._forget(self.friends[other.index])
-        self.friends[other.index] = friend
-        self._events.register(friend.connection, selectors.EVENT_READ, friend)
+        if other.index in self.peers:  # a node that connects again has restarted
+            self._forget(self.peers[other.index])
+        self.peers[other.index] = peer
+        self._events.register(peer.connection, selectors.EVENT_READ, peer)
         self.generation = max(self.generation, other.generation)
         if self._own.is_elastic:
-            friend.say({"waiting": True})
+            peer.send({"waiting": True})
 
-    def _forget(self, friend: Peer) -> None:
-        if self.friends.get(friend.index) is friend:
-            self._events.unregister(friend.connection)
-            self.friends.pop(friend.index).close()
+    def _forget(self, peer: Peer) -> None:
+        if self.peers.get(peer.index) is peer:
+            self._events.unregister(peer.connection)
+            self.peers.pop(peer.index).close()
 
-    def _release(self, unknown: _Unknown) -> None:
-        self._events.unregister(unknown.connection)
-        del self._unknown[unknown.connection]
+    def _release(self, pending: _Pending) -> None:
+        self._events.unregister(pending.connection)
+        del self._pending[pending.connection]
 
-    def _drop(self, unknown: _Unknown) -> None:
-        self._release(unknown)
-        unknown.connection.close()
-        self._count(unknown)
+    def _drop(self, pending: _Pending) -> None:
+        self._release(pending)
+        pending.connection.close()
+        self._count(pending)
 
-    def _count(self, unknown: _Unknown) -> None:
-        self.strangers += 1
-        if self.strangers == 1:
+    def _count(self, pending: _Pending) -> None:
+        self.dropped += 1
+        if self.dropped == 1:
             self._say(
-                f"A connection from {unknown.address} did not authenticate in time as a node of "
+                f"A connection from {pending.address} did not authenticate in time as a node of "
                 f"this job, "
                 "with the secret; it was dropped. Further ones are only counted."
             )
@@ -423,17 +421,17 @@ def _room_for(nodes: int) -> int:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = psutil.Process().num_fds() + nodes + _SPARE_FILES
-    wanted = needed + min(nodes + _SPARE_FILES, _MOST_UNKNOWN)
+    wanted = needed + min(nodes + _SPARE_FILES, _MOST_PENDING)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    room = _MOST_UNKNOWN if soft == resource.RLIM_INFINITY else soft - needed
+    room = _MOST_PENDING if soft == resource.RLIM_INFINITY else soft - needed
     if room < 1:
         raise SpecError(
             f"PET_NNODES={nodes}: node 0 needs a connection to each, and may open {soft} files "
             f"(ulimit -Hn). Let it open {wanted}."
         )
-    return min(room, _MOST_UNKNOWN)
+    return min(room, _MOST_PENDING)
 
 
 def is_loopback(address: str) -> bool:
@@ -470,7 +468,7 @@ def listen(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
     try:
         return socket.create_server(
-            (address, port), family=family, dualstack_ipv6=both, backlog=_MOST_UNKNOWN
+            (address, port), family=family, dualstack_ipv6=both, backlog=_MOST_PENDING
         )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -504,8 +502,8 @@ def join(
         PeerLost: node 0 was not found, or did not start, in time.
     """
     place: dict[str, Any] = {"address": address, "port": port, "secret": secret}
-    friend, answer = enter(own, **place, seconds=seconds, say=say)
-    return Membership([friend]), (str(answer["address"]), int(answer["store"]))
+    peer, answer = enter(own, **place, seconds=seconds, say=say)
+    return Membership([peer]), (str(answer["address"]), int(answer["store"]))
 
 
 def enter(
@@ -525,7 +523,7 @@ def enter(
         SpecError: the nodes have different configurations.
         PeerLost: node 0 was not found, or did not start, in time.
     """
-    waiting = Patience(seconds, say)
+    waiting = Deadline(seconds, say)
     reason = ""
     while waiting.goes_on(reason):
         try:
@@ -534,17 +532,17 @@ def enter(
             reason = _unreachable(address, port, error)
             time.sleep(_POLL_SECONDS)
             continue
-        friend = _introduce(own, secret, connection, address, waiting.left)
-        if friend is not None:
-            answer = _heard(friend, waiting)
+        peer = _authenticate(own, secret, connection, address, waiting.left)
+        if peer is not None:
+            answer = _heard(peer, waiting)
             if answer and "refused" in answer:
-                friend.close()
+                peer.close()
                 raise SpecError(str(answer["refused"]))
             if answer and ("store" in answer or "end" in answer):
-                return friend, answer
-            friend.close()
+                return peer, answer
+            peer.close()
             if answer:  # it waited, perhaps for hours, and node 0 is gone
-                waiting = Patience(seconds, say)
+                waiting = Deadline(seconds, say)
         reason = (
             f"node 0 at {address}:{port} closed the connection before all nodes were connected. It "
             "exited, or has another secret: give all nodes the same EVENSTEP_SECRET_FILE"
@@ -553,54 +551,54 @@ def enter(
     raise PeerLost(f"After {seconds:g} s {reason}.")
 
 
-def _introduce(
+def _authenticate(
     own: JoinRequest, secret: bytes, connection: socket.socket, address: str, seconds: float
 ) -> Peer | None:
     """Answer node 0's challenge; None if the listener is not node 0, or too slow."""
     lines = Lines()
     first: list[bytes] = []
     # For all of it: a listener that sends a byte now and then must not hold up this node.
-    limit = TimeLimit(min(_INTRODUCTION_SECONDS, seconds))
+    limit = TimeLimit(min(_AUTHENTICATION_SECONDS, seconds))
     try:
         while not first:
             if not limit.left:
-                raise Foreign("it is too slow")
+                raise Unauthenticated("it is too slow")
             connection.settimeout(max(0.1, limit.left))
             piece = connection.recv(LINE_BYTES)
             if not piece:
-                raise Foreign("it closed")
+                raise Unauthenticated("it closed")
             first = lines.fed(piece)
         answer, seal = answered(first[0], own, secret)
         connection.sendall(answer)
-    except (OSError, Foreign):
+    except (OSError, Unauthenticated):
         connection.close()
         return None
     return Peer(0, connection, address, seal, lines)
 
 
-def _heard(friend: Peer, waiting: Patience) -> dict[str, Any] | None:
+def _heard(peer: Peer, waiting: Deadline) -> dict[str, Any] | None:
     """The message of node 0 when all nodes are connected; None if time is up.
 
     If it is lost: its last message, that this node waits, if there was one.
     """
     last: dict[str, Any] | None = None
     with selectors.DefaultSelector() as events:
-        events.register(friend.connection, selectors.EVENT_READ)
+        events.register(peer.connection, selectors.EVENT_READ)
         while last or waiting.left:
             if not events.select(LOOK_SECONDS if last else waiting.look):
                 continue
-            heard = friend.hear()
+            heard = peer.receive()
             if heard is None:
                 break
             while heard:
                 last, *heard = heard
                 if "waiting" not in last:
-                    friend.unread = heard
+                    peer.unread = heard
                     return last
     return last
 
 
-class Patience:
+class Deadline:
     """A deadline, and one log line if the wait is long."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
@@ -661,7 +659,7 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _loss(friend: Peer, end: Any) -> str:
+def _loss(peer: Peer, end: Any) -> str:
     if isinstance(end, int):
-        return f"Node {friend.index} ({friend.address}) has ended with exit code {end}."
-    return f"Node {friend.index} ({friend.address}) is gone."
+        return f"Node {peer.index} ({peer.address}) has ended with exit code {end}."
+    return f"Node {peer.index} ({peer.address}) is gone."

@@ -220,7 +220,7 @@ class Agent(SimpleElasticAgent):
         return {local: rank.process.pid for local, rank in enumerate(self.ranks)}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        reap_strangers()
+        reap_orphans()
         alive = self._look()
         now = self._clock()
         if alive:
@@ -240,7 +240,7 @@ class Agent(SimpleElasticAgent):
         for rank in self.ranks:
             rank.process.join()
         self._look()
-        end_strangers()
+        end_orphans()
 
     # ---- the end of the ranks
 
@@ -319,7 +319,7 @@ _EARLIER: set[int | None] = set()
 """The children that this process had before the first rank, such as a daemon of an entrypoint."""
 
 
-def adopt_strangers() -> None:
+def adopt_orphans() -> None:
     """Become the parent of orphaned processes of a rank, as PID 1 of a container is already."""
     if not _EARLIER:  # later on, what ranks have left behind could be among them
         _EARLIER.update(_children())
@@ -327,15 +327,15 @@ def adopt_strangers() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def reap_strangers() -> None:
+def reap_orphans() -> None:
     """Reap every adopted process that has ended, so that it does not remain a zombie."""
-    for process in _strangers():
+    for process in _orphans():
         _reap(process, os.WNOHANG)
 
 
-def end_strangers() -> None:
+def end_orphans() -> None:
     """Kill what the ranks have left behind."""
-    for process in _strangers():
+    for process in _orphans():
         with suppress(ProcessLookupError):  # another thread had started it, and has reaped it
             os.kill(process, signal.SIGKILL)
         _reap(process, 0)
@@ -347,7 +347,7 @@ def of_ranks() -> list[psutil.Process]:
 
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     found: list[psutil.Process] = []
-    for process in [*_strangers(), *([] if server is None else [server])]:
+    for process in [*_orphans(), *([] if server is None else [server])]:
         with suppress(psutil.NoSuchProcess):
             first = psutil.Process(process)
             found += [first, *first.children(recursive=True)]
@@ -368,7 +368,7 @@ def _reap(process: int, options: int) -> None:
         os.waitpid(process, options)
 
 
-def _strangers() -> Iterator[int]:
+def _orphans() -> Iterator[int]:
     """The children of this process that a rank has started.
 
     A rank and the fork server have sessions of their own. What is in the session of this process

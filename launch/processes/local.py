@@ -166,9 +166,9 @@ def _require_files(processes: int) -> None:
 def _get_ready() -> None:
     """Import the agent while the fork server, already started, imports what the ranks need."""
     begin_server()
-    from launch.processes.agent import adopt_strangers
+    from launch.processes.agent import adopt_orphans
 
-    adopt_strangers()
+    adopt_orphans()
     collect_garbage()
     # The agent's own log repeats, in a traceback, what we say in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -303,14 +303,16 @@ def process(environment: dict[str, str], job: Any, notes: str, started: float) -
             os._exit(code)
 
     heartbeat = Heartbeat(rank=place.rank, scratch=Path(notes), started=started)
-    here = RankContext(heartbeat, leave_hung, mark=_mark(Path(notes), place.rank))
+    context = RankContext(heartbeat, leave_hung, mark=_mark(Path(notes), place.rank))
     with stop_on_signals() as stop:
         if place.rank:
             heartbeat.speak_into_log()
         faulthandler.enable(all_threads=True)
         # The launcher reports a lost peer, after the reason.
         end = outcome_of(
-            lambda: work(job, place, stop=stop, here=here), here=here, silent=(PeerLost,)
+            lambda: work(job, place, stop=stop, context=context),
+            context=context,
+            silent=(PeerLost,),
         )
         note(end.code, end.message, end.trace, said=place.rank == 0)
         leave(end.code)

@@ -74,7 +74,7 @@ class RankContext:
 
 
 def work(
-    job: Job | TestJob, environment: Environment, *, stop: StopRequest, here: RankContext
+    job: Job | TestJob, environment: Environment, *, stop: StopRequest, context: RankContext
 ) -> None:
     """Run this process's part of the job.
 
@@ -84,21 +84,21 @@ def work(
     if isinstance(job, TestJob):
         test(job, environment, stop=stop)
     else:
-        train(job, environment, stop=stop, here=here)
+        train(job, environment, stop=stop, context=context)
 
 
-def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankContext) -> None:
+def train(job: Job, environment: Environment, *, stop: StopRequest, context: RankContext) -> None:
     """Train this process's part of the job to its end, or until a request to stop.
 
     Raises:
         EvenstepError: see `service.training.worker.run`.
     """
     spec = job.spec
-    watched_here = here.watched(spec, environment)
-    with stop.followed_at_once(), watched_here, _world(spec, environment) as world:
+    watched = context.watched(spec, environment)
+    with stop.followed_at_once(), watched, _world(spec, environment) as world:
         world.leave_limits_to_the_watchdog()
-        if here.when_connected is not None:
-            together(world, here.when_connected)
+        if context.when_connected is not None:
+            together(world, context.when_connected)
         if not on_one_node(environment):
             network = measured(world, processes_here=environment.local_world_size)
             if world.is_lead:
@@ -133,7 +133,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, here: RankCo
                 runs=job.runs,
                 stop=stop,
                 fresh=job.fresh,
-                heartbeat=here.heartbeat,
+                heartbeat=context.heartbeat,
                 grace_periods=grace_periods(spec, launcher=job.grace),
             )
         except (RuntimeError, MemoryError) as error:
@@ -219,7 +219,7 @@ class End(NamedTuple):
 def outcome_of(
     work: Callable[[], object],
     *,
-    here: RankContext,
+    context: RankContext,
     silent: tuple[type[EvenstepError], ...] = (),
 ) -> End:
     """Run the work and return how it ended; a failure of this process is written to a file.
@@ -234,16 +234,16 @@ def outcome_of(
     try:
         work()
     except EvenstepError as error:
-        return _told(error, here, silent)
+        return _told(error, context, silent)
     except StoppedEarly as told:
-        return _told(Stopped(str(told)), here, silent)
+        return _told(Stopped(str(told)), context, silent)
     except KeyboardInterrupt as error:
         _let_leave(error, 130)
         return End(130, "interrupted")
     except (Exception, SystemExit) as error:
         lost = lost_peer(error)
         if lost is not None:
-            return _told(lost, here, silent)
+            return _told(lost, context, silent)
         _let_leave(error, 1)
         # Exceptions of the user's code may contain secrets: the log of a pod is read by many
         # people.
@@ -255,19 +255,21 @@ def outcome_of(
         print(
             trace, f"{advice[1:]}\n" if advice else "", sep="", end="", file=sys.stderr, flush=True
         )
-        _report(here, message)
+        _report(context, message)
         return End(1, message, trace)
     return End(0)
 
 
-def _told(error: EvenstepError, here: RankContext, silent: tuple[type[EvenstepError], ...]) -> End:
+def _told(
+    error: EvenstepError, context: RankContext, silent: tuple[type[EvenstepError], ...]
+) -> End:
     _let_leave(error, error.exit_code)
     message = printable(str(redacted(str(error))), keep=LINES)
-    if here.heartbeat.rank == 0 and not isinstance(error, silent):
+    if context.heartbeat.rank == 0 and not isinstance(error, silent):
         word = "" if isinstance(error, Stopped) else "error: "
         print(f"{word}{message}", file=sys.stderr, flush=True)
     if not isinstance(error, Stopped | PeerLost | SpecError):
-        _report(here, message)
+        _report(context, message)
     return End(error.exit_code, message)
 
 
@@ -276,8 +278,8 @@ def _let_leave(error: BaseException, code: int) -> None:
     end_in_time(code)
 
 
-def _report(here: RankContext, message: str) -> None:
+def _report(context: RankContext, message: str) -> None:
     """Called while an exception is handled: write its traceback to the run, if there is one."""
-    if here.heartbeat.failures is not None:
+    if context.heartbeat.failures is not None:
         told = {"kind": "failure", "message": message, "stacks": traceback.format_exc()}
-        write_failure(here.heartbeat.failures, here.heartbeat.record() | told)
+        write_failure(context.heartbeat.failures, context.heartbeat.record() | told)
