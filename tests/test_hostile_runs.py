@@ -195,6 +195,22 @@ def test_a_special_file_blocks_no_command(
     called("checkpoints", tmp_path / "runs/torn")
     called("verify", tmp_path / "runs/torn", sound, "--level", "bits")
     called("report", tmp_path / "runs/torn", "-o", tmp_path / "one.html")
+    called("watch", tmp_path / "runs/torn", "--once")
+    called("fork", tmp_path / "runs/torn", "--at", "6", "--name", "forked")
+
+
+def test_a_fork_copies_nothing_that_a_link_names(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("a key of mine")
+    for file in ("metrics.jsonl", "receipt.jsonl"):
+        run = tmp_path / "runs" / file
+        shutil.copytree(sound, run)
+        (run / file).unlink()
+        (run / file).symlink_to(tmp_path / "private")
+        done = called("fork", run, "--at", "6", "--name", "forked")
+        assert isinstance(done.exception, SpecError)
+        assert str(done.exception).startswith(f"{run / file} cannot be read: it is a link")
+        assert {path.name for path in run.parent.iterdir()} == {run.name}
+        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(

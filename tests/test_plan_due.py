@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import plan_of
 
+from service.plan import plan as plans
 from service.plan.plan import make_plan
 from service.spec.files import load_spec
 
@@ -48,3 +50,19 @@ def test_what_is_due_is_what_the_plan_does(steps, log, test, save, stop, batch, 
 
     assert [step for step in happens if step not in due] == []
     assert [step for step in due if step not in happens and step != stop] == []
+
+    for happens_at, interval in (
+        (plan.tests_at, plan.test_every),
+        (plan.saves_at, plan.save_every),
+    ):
+        known = [step for step in range(1, steps + 1) if happens_at(step)]
+        if test_rows or happens_at == plan.saves_at:
+            assert plans.due(interval, steps=steps) == (len(known), known[:4])
+
+
+def test_the_plan_of_a_long_run_counts_all_tests_and_checkpoints(tmp_path):
+    changed = ("length.steps=1000000000000", "test.every_steps=250000", "checkpoint.every_epochs=")
+    told = " ".join(plan_of("digits", *changed, runs=tmp_path).split())
+    assert "tests 4,000,000, after steps 250,000, 500,000, 750,000 ..." in told
+    assert "checkpoints 1, after steps 1,000,000,000,000" in told
+    assert "step 1,000,000,000,000 0.1" in told

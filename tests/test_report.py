@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from jobs import spec_of, train_in_process
 
 from service.basics.errors import SpecError
-from service.observability.charts import Axis, path, short, smoothed, step_axis, thinned, value_axis
+from service.observability.charts import (
+    Axis,
+    Line,
+    chart,
+    path,
+    short,
+    smoothed,
+    step_axis,
+    thinned,
+    value_axis,
+)
 from service.observability.report import _title, page
 from service.runs.history import differing, read_history
 
@@ -202,6 +212,16 @@ def test_an_axis_holds_every_value_and_has_labels(values):
     ticks = axis.ticks()
     assert ticks
     assert all(-1e-6 <= axis.place(tick) <= 1 + 1e-6 for tick in ticks)
+
+
+EXTREME = (0.0, 1e-320, 1e-29, 1e-10, 1.0, 1e38, 1e290, 1e299, 1e300, 1e308, -1e300, math.nan)
+
+
+@pytest.mark.parametrize("low", EXTREME)
+@pytest.mark.parametrize("high", EXTREME)
+def test_a_curve_of_any_two_numbers_is_drawn(low, high):
+    drawn = chart("t", [Line("t", [(1, low), (2, high)], 0)], x=step_axis([1, 2]))
+    assert not re.search(r"[\"M ]-?(nan|inf)", drawn)
 
 
 @given(st.lists(st.one_of(finite, st.just(math.nan)), min_size=1, max_size=3000))

@@ -162,7 +162,15 @@ def test_every_text_of_a_run_is_safe_to_print(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [{"step": "NaN"}, {"step": "Infinity"}, {"time": "Infinity"}, {"time": -1}, {"step": 1e300}],
+    [
+        {"step": "NaN"},
+        {"step": "Infinity"},
+        {"time": "Infinity"},
+        {"time": -1},
+        {"step": 1e300},
+        {"step": -1, "epoch": 1.0},
+        {"step": "no number", "epoch": 1.0},
+    ],
 )
 def test_a_row_whose_step_or_time_is_none_does_not_end_a_look_at_all_runs(
     tmp_path: Path, row: dict[str, Any]
@@ -170,7 +178,8 @@ def test_a_row_whose_step_or_time_is_none_does_not_end_a_look_at_all_runs(
     for name in ("good", "strange"):
         add_row(write_run(tmp_path, name), 3)
     strange = write_run(tmp_path, "other")
-    strange.spec.write_text(json.dumps({"batch": {"global_batch": 10**400}}))
+    spec = {"batch": {"global_batch": 10**400}, "length": {"epochs": 2.0}}
+    strange.spec.write_text(json.dumps(spec))
     with strange.metrics.open("a") as file:
         file.write(json.dumps({"step": 4, "time": time.time(), "train/loss": 1.0, **row}) + "\n")
     found, broken = LiveRuns(directory=tmp_path).look()

@@ -16,7 +16,9 @@ from launch.commands.overrides import overridden
 from launch.commands.places import Directory
 from service.basics.atomic_files import (
     in_the_way,
+    is_there,
     make_directory,
+    plain,
     remove_if_possible,
     replace_file,
     sync_directory,
@@ -34,7 +36,8 @@ from service.runs.directory import (
     first_facts,
     told_of_fixed,
 )
-from service.runs.receipt_file import ReceiptFile
+from service.runs.metrics_file import rows_in
+from service.runs.receipt_file import ReceiptFile, read_weights
 from service.runs.tracking import MetricsFile
 from service.spec.files import Override, dump_spec
 from service.spec.models import Spec
@@ -108,7 +111,9 @@ def _write(
     for checkpoint in _with_the_best(chosen, source):
         copied = partial.checkpoints / checkpoint.path.name
         _require_readable(checkpoint.path)
-        shutil.copytree(checkpoint.path, copied)
+        make_directory(copied)
+        for file in sorted(checkpoint.path.iterdir()):
+            _copy(file, copied / file.name)
         damage = damage_of(Checkpoint(copied, checkpoint.step))
         if damage is not None:
             raise NoCheckpoint(f"The checkpoint {checkpoint.path} has changed: {damage}.")
@@ -116,10 +121,12 @@ def _write(
             sync_file(file)
         sync_directory(copied)
     sync_directory(partial.checkpoints)
-    for record in (source.metrics, source.receipt):
-        if record.exists():
+    for record, lines_of in ((source.metrics, rows_in), (source.receipt, read_weights)):
+        if is_there(record):
             _require_readable(record)
-            shutil.copyfile(record, partial.path / record.name)
+            for _ in lines_of(record):  # all of them, so that an error names the source
+                pass
+            _copy(record, partial.path / record.name)
     MetricsFile(partial.metrics, resume_step=chosen.step).close("stopped")
     text = dump_spec(spec)
     # The hash of earlier changes is not needed here: it shows whether spec.yaml was written.
@@ -141,6 +148,12 @@ def _write(
     partial.write_facts(own)
 
 
+def _copy(file: Path, target: Path) -> None:
+    """Copy a regular file. Whoever can write to the source must not choose what else is copied."""
+    with open(file, "rb", opener=plain) as source, open(target, "xb") as copied:
+        shutil.copyfileobj(source, copied)
+
+
 def _require_readable(place: Path) -> None:
     """Check a file of the source, or those of a checkpoint, so that the target is not blamed.
 
@@ -151,7 +164,7 @@ def _require_readable(place: Path) -> None:
     is_checkpoint = place.parent.name == "checkpoints"
     with told_when_unread(place):
         for file in sorted(place.iterdir()) if is_checkpoint else [place]:
-            with file.open("rb") as opened:
+            with open(file, "rb", opener=plain) as opened:
                 opened.read(1)
 
 

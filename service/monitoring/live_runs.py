@@ -111,7 +111,7 @@ class LiveRun:
         """The spec as plain values, read once; of a run that lacks one, nothing."""
         if self._spec is None:
             try:
-                self._spec = read_values(self._directory.spec)
+                self._spec = read_values(self._directory.regular_spec())
             except EvenstepError:
                 return {}
         return self._spec

@@ -29,6 +29,9 @@ SMOOTHED_POINTS = 8000
 """Longer curves are first averaged in sections."""
 _LARGEST = 1e300
 """Limit of drawn values: their differences are still finite."""
+_LARGEST_RATIO = 1e300
+_HIGHEST = 1e305
+"""The end of an axis; below it, the space around its values is still finite."""
 _LEAST = 1e-290
 """The shortest valid axis."""
 
@@ -71,8 +74,8 @@ def value_axis(values: Iterable[float], *, may_be_log: bool = True) -> Axis:
     finite = [value for value in values if _is_drawn(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if may_be_log and low > 1e-30 and high / low > 30:
-        air = (high / low) ** 0.04
-        return Axis(low / air, high * air, log=True)
+        air = min(high / low, _LARGEST_RATIO) ** 0.04
+        return Axis(low / air, min(high * air, _HIGHEST), log=True)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), _LEAST):
         half = abs(low) * 0.1
         if half < _LEAST:  # only zeros: an axis around zero

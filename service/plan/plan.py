@@ -180,6 +180,20 @@ def _next_multiple(interval: Fraction | None, step: int) -> list[int]:
     return [math.ceil((step // interval + 1) * interval)]
 
 
+def due(interval: Fraction | None, *, steps: int) -> tuple[int, list[int]]:
+    """How many of the steps 1, 2, ... `steps` pass a multiple of `interval` or are the last one.
+
+    Also returns the first four of them.
+    """
+    first: list[int] = []
+    step = 0
+    while step < steps and len(first) < 4:
+        step = min([steps, *_next_multiple(interval, step)])
+        first.append(step)
+    count = 0 if interval is None else min(steps, steps // interval)
+    return count + (not _passes_multiple(interval, steps)), first
+
+
 def _passes_multiple(interval: Fraction | None, step: int) -> bool:
     """Whether a multiple of `interval` lies in (step - 1, step]."""
     if interval is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from service.optimization.optimizers import (
     trained_by,
 )
 from service.optimization.train_state import require_measures
-from service.plan.plan import Plan, make_plan
+from service.plan.plan import Plan, due, make_plan
 from service.runs.checkpoint_files import in_words, saving_in_words
 from service.runs.directory import RunDirectory
 from service.sharding.sharding import held_bytes, parameters_by_unit, units_of
@@ -109,8 +110,8 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ("micro-batches", f"{plan.micro_batches} a step, of {_micro_batch(plan)}"),
         ("processes", f"{plan.processes}, computing {_counted(shares)} micro-batches each"),
         ("most processes", f"{plan.micro_batches}"),
-        ("tests", _every(plan.tests_at, plan)),
-        ("checkpoints", _every(plan.saves_at, plan)),
+        ("tests", _every(plan.test_every, plan) if plan.test_rows else "never"),
+        ("checkpoints", _every(plan.save_every, plan)),
         *_waiting(plan.spec),
         *_narrowed(plan),
     ]
@@ -175,14 +176,14 @@ def _rates(plan: Plan, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]
     """The rate of every group at the first and last step, at the quarters and after the warmup."""
     last = plan.steps - 1
     warmups = [pace.warmup for pace in plan.paces.values()] or [plan.warmup]
-    marks = {0, *warmups, last // 4, last // 2, 3 * last // 4, last} & set(range(plan.steps))
+    marks = {0, *warmups, last // 4, last // 2, 3 * last // 4, last}
     schedule = make_schedule(optimizer, plan)
     several = isinstance(optimizer, Turns)
     each = optimizer.by_name if isinstance(optimizer, Turns) else {"": optimizer}
     table: list[tuple[str, ...]] = [("", *each)] if several else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's: a scheduler steps without its optimizer
-        for step in sorted(marks):
+        for step in sorted(mark for mark in marks if mark < plan.steps):
             schedule.set(step)
             rates = [
                 ", ".join(dict.fromkeys(f"{group['lr']:.6g}" for group in one.param_groups))
@@ -321,13 +322,10 @@ def _counted(shares: Iterable[int]) -> str:
     return " or ".join(str(size) for size in sizes)
 
 
-def _every(happens_at: object, plan: Plan) -> str:
-    assert callable(happens_at)
-    steps = [step for step in range(1, min(plan.steps, 100_000) + 1) if happens_at(step)]
-    if not steps:
-        return "never"
-    shown = ", ".join(f"{step:,}" for step in steps[:3])
-    return f"{len(steps):,}, after steps {shown}{' ...' if len(steps) > 3 else ''}"
+def _every(interval: Fraction | None, plan: Plan) -> str:
+    count, first = due(interval, steps=plan.steps)
+    shown = ", ".join(f"{step:,}" for step in first[:3])
+    return f"{count:,}, after steps {shown}{' ...' if len(first) > 3 else ''}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, header: bool = False) -> str:

@@ -163,10 +163,20 @@ class RunDirectory:
             SpecError: see `load_spec`.
         """
         begun_at = self.read_facts().get("place")
-        spec = load_spec(self.spec, overrides=overrides)
+        spec = load_spec(self.regular_spec(), overrides=overrides)
         if not isinstance(begun_at, str):  # from an earlier version
             return spec
         return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
+
+    def regular_spec(self) -> Path:
+        """`spec.yaml`, if it is a regular file: a user may name a pipe, a run must not wait for it.
+
+        Raises:
+            SpecError: it is something else, or missing.
+        """
+        with told_when_unread(self.spec):
+            os.close(plain(self.spec, os.O_RDONLY))
+        return self.spec
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Replace run.json atomically.

@@ -17,7 +17,7 @@ from service.basics.errors import EvenstepError, SpecError
 from service.runs.directory import LATEST_TIME, RunDirectory, changes_in, find_run, is_number
 from service.runs.failure_reports import LARGEST_REPORT_BYTES
 from service.runs.metrics_file import Curves, best_in, last_row, read_curves, read_metrics
-from service.spec.documents import LARGEST_FILE_BYTES, dotted, find, read_values, shown
+from service.spec.documents import dotted, find, read_values, shown
 
 MOST_FAILURES = 1000
 _LONGEST_HOLDER_BYTES = 1000
@@ -135,11 +135,11 @@ class History:
         wanted = find(self.spec, ("length", "steps"))
         if is_number(wanted) and wanted:
             return int(wanted)
-        epochs = find(self.spec, ("length", "epochs"))
-        if not is_number(epochs) or not epochs or not last.get("epoch", 0) > 0:
+        epochs, step = find(self.spec, ("length", "epochs")), last.get("step")
+        if not is_number(epochs) or not epochs or not last.get("epoch", 0) > 0 or step is None:
             return None
         # An epoch is written with six decimals: a whole number of steps may be slightly exceeded.
-        return math.ceil(min(2.0**53, epochs * last["step"] / last["epoch"]) - 1e-3)
+        return math.ceil(min(2.0**53, epochs * step / last["epoch"]) - 1e-3)
 
     @property
     def news(self) -> float:
@@ -201,8 +201,7 @@ def read_history(path: Path | str) -> History:
     with told_when_unread(Path(path)):
         directory = find_run(Path(path))
         facts = directory.read_facts()
-        read_bytes(directory.spec, at_most=LARGEST_FILE_BYTES)  # a regular file, not a pipe
-        spec = read_values(directory.spec)
+        spec = read_values(directory.regular_spec())
         return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
 

@@ -204,7 +204,7 @@ def _first_spec(place: Path) -> list[Spec]:
     """The spec with which the run started, if it exists."""
     directory = RunDirectory(place)
     there = directory.facts.exists() and directory.spec.exists()
-    return [load_spec(directory.spec)] if there else []
+    return [load_spec(directory.regular_spec())] if there else []
 
 
 def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:
