@@ -163,6 +163,7 @@ def run(
             profile=window,
             grace=given,
             accepted=accepted,
+            own_disks=isinstance(runs, Address),
         )
 
     starting: dict[str, Any] = {

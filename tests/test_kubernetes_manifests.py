@@ -426,15 +426,6 @@ def test_a_policy_lets_the_endpoint_of_the_runs_through(endpoint: Any, expected:
     assert at_metadata is (endpoint is None), "a cloud's own store, with the identity of the pod"
 
 
-def test_sharded_nodes_are_refused_where_only_node_0_uploads() -> None:
-    sharded = JOB | {"exchange": {"mode": "sharded"}}
-    cluster = {"image": IMAGE, "nodes": 2} | IN_A_BUCKET
-    with pytest.raises(
-        SpecError, match=r"kubernetes\.runs: with exchange\.mode=sharded the 2 nodes"
-    ):
-        render(load_spec(sharded | {"kubernetes": cluster}))
-
-
 def test_the_trainer_of_kubeflow_sets_its_own_five_variables() -> None:
     (container,) = pod_of(render(job(nodes=2), target="kubeflow"))["containers"]
     assert container["name"] == "node", "the name by which the trainer finds it"

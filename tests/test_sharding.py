@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ import pytest
 import test_features
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from commands import evenstep
-from jobs import on_nodes, train_in_process
+from jobs import on_nodes, same_bits, train_in_process
 from processes import ProcessesFailed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from service.basics.errors import SpecError
+from service.basics.errors import EvenstepError, SpecError
 from service.checkpoints.checkpoints import Checkpoints
 from service.data.task import Task, load_task, supervised
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
+from service.optimization.train_state import TrainState
 from service.plan.plan import make_plan
 from service.plan.sampling import weighted
 from service.preview.plan import planned
@@ -229,6 +232,40 @@ def test_hybrid_over_two_nodes_is_the_run_of_one_process(processes, tmp_path):
     assert damage_of(checkpoint) is None
 
 
+def on_own_disks(world: World, spec: dict[str, Any], runs: Path, on_node: int, stop: Any) -> None:
+    """A run on nodes of so many processes, each of which has its own directory in `runs`."""
+    before, node = os.environ["LOCAL_WORLD_SIZE"], world.index // on_node
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(on_node, world.processes - node * on_node))
+    try:
+        apart = World(Accelerator(cpu=True), own_disks=True)
+        train_in_process(apart, spec, runs / str(node), stop)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "on_node"),
+    [("sharded", 4, 2), ("sharded", 3, 1), ("sharded", 3, 2), ("hybrid", 4, 2)],
+)
+def test_nodes_without_a_shared_disk_save_on_the_first_one(
+    processes, tmp_path, mode, count, on_node
+):
+    """What they save has the bits that it has on a shared disk, and each node can go on from it."""
+    processes(count).run(on_nodes, job(mode), tmp_path / "shared", on_node, None)
+    apart = tmp_path / "apart"
+    processes(count).run(on_own_disks, job(mode), apart, on_node, 8)
+    first, *others = (apart / str(node) for node in range(-(-count // on_node)))
+    for other in others:
+        assert not list(other.rglob("step-*"))
+        shutil.copytree(first, other, dirs_exist_ok=True)
+    processes(count).run(on_own_disks, job(mode), apart, on_node, None)
+    assert same_bits(run_of(first)[0], run_of(tmp_path / "shared")[0])
+    for checkpoint in checkpoints_in(first / "job/checkpoints"):
+        assert damage_of(checkpoint) is None
+    for other in others:
+        assert max(c.step for c in checkpoints_in(other / "job/checkpoints")) == 8
+
+
 def held_on_nodes(world: World, spec: dict[str, Any], on_node: int) -> tuple[int, int]:
     """As `held_numbers`, with so many processes on each node."""
     before = os.environ["LOCAL_WORLD_SIZE"]
@@ -286,34 +323,41 @@ def saved_files(place: Path, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.glob("*.safetensors"))}
 
 
-def saved_again(world: World, spec: dict[str, Any], place: Path, to: Path) -> list[str]:
-    """Read the newest checkpoint of a run, save the state as it is; the names of held tensors."""
+def made_for(
+    world: World, spec: dict[str, Any], *runs: Path
+) -> tuple[TrainState, Sequence[Checkpoints]]:
+    """A new state of a job, and the checkpoints of its runs in these directories."""
     loaded = load_spec(spec)
     task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
     plan = make_plan(
         loaded, processes=world.processes, train_rows=task.train_rows, test_rows=task.test_rows
     )
     prepared = prepare_training(plan, task, world, heartbeat=Heartbeat(), say=lambda text: None)
-    made = {
-        directory: Checkpoints(
-            directory,
+    made = [
+        Checkpoints(
+            directory / "job" / "checkpoints",
             world=world,
             spec=loaded.checkpoint,
             facts={},
             say=print,
             part_bytes=256,
         )
-        for directory in (place / "job" / "checkpoints", to / "job" / "checkpoints")
-    }
-    reading, writing = made.values()
+        for directory in runs
+    ]
+    return prepared.state, made
+
+
+def saved_again(world: World, spec: dict[str, Any], place: Path, to: Path) -> list[str]:
+    """Read the newest checkpoint of a run, save the state as it is; the names of held tensors."""
+    state, (reading, writing) = made_for(world, spec, place, to)
     to.joinpath("job").mkdir(parents=True, exist_ok=True)
-    assert reading.restore(prepared.state)
-    writing.save(prepared.state)
+    assert reading.restore(state)
+    writing.save(state)
     writing.finish()
-    for one in made.values():
-        one.close()
-    held = {**prepared.state.model.state_dict()}
-    moments = {f"{n}": s["exp_avg"] for n, s in enumerate(prepared.state.optimizer.state.values())}
+    reading.close()
+    writing.close()
+    held = {**state.model.state_dict()}
+    moments = {f"{n}": s["exp_avg"] for n, s in enumerate(state.optimizer.state.values())}
     return [
         name
         for name, tensor in {**held, **moments}.items()
@@ -337,6 +381,59 @@ def test_a_checkpoint_does_not_tell_how_many_processes_saved_it(processes, tmp_p
         assert saved_files(place, 3) == whole, count
         [checkpoint] = checkpoints_in(place / "job" / "checkpoints")
         assert damage_of(checkpoint) is None
+
+
+def saved_after_failures(
+    world: World, spec: dict[str, Any], place: Path, to: Path
+) -> tuple[list[tuple[str, str]], bool]:
+    """Save with a value of the last node that is not finite, then on a full disk, then well."""
+    before, told = os.environ["LOCAL_WORLD_SIZE"], []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    try:
+        apart = World(Accelerator(cpu=True), own_disks=True)
+        to = to / str(world.index)
+        if world.is_lead:
+            to.joinpath("job").mkdir(parents=True)
+        state, (reading, writing) = made_for(apart, spec, place, to)
+        assert reading.restore(state)
+        each = (own_rows(p.detach()) for p in state.model.parameters() if is_sharded(p))
+        rows = next(rows for rows in each if rows.numel())
+        held = rows.clone()
+        for failure in ("value", "disk", ""):
+            if failure == "value" and world.index == world.processes - 1:
+                rows.fill_(math.nan)
+            if failure == "disk" and world.index == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            try:
+                writing.save(state)
+                writing.finish()
+            except EvenstepError as error:
+                told.append((type(error).__name__, str(error)))
+            rows.copy_(held)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        reading.close()
+        writing.close()
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before
+    return told, to.exists()
+
+
+def test_a_save_of_nodes_without_a_shared_disk_that_fails_fails_on_all(processes, tmp_path):
+    """Whichever process it is: no other one waits for it, and the next save is whole."""
+    spec = job("ddp", length={"steps": 3})
+    processes(1).run(train_in_process, spec, tmp_path / "alone")
+    sharded = spec | {"exchange": {"mode": "sharded"}}
+    to = tmp_path / "to"
+    ends = processes(3).run(saved_after_failures, sharded, tmp_path / "alone", to)
+    for told, _ in ends:
+        (value, of_value), (disk, of_disk) = told
+        assert value == "Diverged"
+        assert "is not finite, so the state is not saved" in of_value
+        assert disk == "NotSaved"
+        assert "the limit on the size of a file" in of_disk
+    assert [wrote for _, wrote in ends] == [True, False, False]
+    assert saved_files(to / "0", 3) == saved_files(tmp_path / "alone", 3)
 
 
 def test_a_run_continues_in_any_mode_at_any_number_of_processes(processes, tmp_path):

@@ -95,7 +95,8 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, context: Ran
     """
     spec = job.spec
     watched = context.watched(spec, environment)
-    with stop.followed_at_once(), watched, _world(spec, environment) as world:
+    entered = _world(spec, environment, own_disks=job.own_disks)
+    with stop.followed_at_once(), watched, entered as world:
         world.leave_limits_to_the_watchdog()
         if context.when_connected is not None:
             together(world, context.when_connected)
@@ -167,7 +168,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
 
 
 @contextmanager
-def _world(spec: Spec, environment: Environment) -> Iterator[World]:
+def _world(spec: Spec, environment: Environment, *, own_disks: bool = False) -> Iterator[World]:
     timed = convolutions_timed(spec.model.cudnn_benchmark)
     with (
         timed,
@@ -176,6 +177,7 @@ def _world(spec: Spec, environment: Environment) -> Iterator[World]:
             precision=spec.model.precision,
             bitwise=spec.exactness == "bitwise",
             timeout_seconds=_collective_timeout(spec),
+            own_disks=own_disks,
         ) as world,
     ):
         yield world

@@ -34,6 +34,8 @@ class Job:
     """The time limit of a stop, if it is not that of our launcher."""
     accepted: Accepted = NOTHING_ACCEPTED
     """The changes that are accepted in a run that has begun."""
+    own_disks: bool = False
+    """Whether `runs` is another directory on each node."""
 
     def again(self, before: str | None) -> Job:
         """The job for a restart after a failure: `fresh` moves an earlier run aside only once.
@@ -59,7 +61,7 @@ class Job:
         # a pickle could find them.  Plain values are sent instead, as in a file.
         values = plain_values(self.spec)
         rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace, self.accepted)
-        return _received, (values, self.runs, *rest)
+        return _received, (values, self.runs, *rest, self.own_disks)
 
 
 def _received(spec: dict[str, Any], *rest: Any) -> Job:

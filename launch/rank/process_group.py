@@ -57,6 +57,7 @@ def process_group(
     precision: str = "fp32",
     bitwise: bool = False,
     timeout_seconds: float = 300.0,
+    own_disks: bool = False,
 ) -> Iterator[World]:
     """A context with all processes of the job connected.
 
@@ -64,6 +65,7 @@ def process_group(
 
     Args:
         bitwise: compute so that the same rows give the same bits, whatever else differs.
+        own_disks: see `World`.
     Raises:
         SpecError: two processes would compute on one device.
         PeerLost: the processes did not connect.
@@ -77,7 +79,13 @@ def process_group(
     multiply_in(precision)
     accelerator = _accelerator(environment, device, timeout_seconds)
     own = _own(environment, device, accelerator)
-    world = World(accelerator, device=own, precision=precision, may_set_threads=free)
+    world = World(
+        accelerator,
+        device=own,
+        precision=precision,
+        may_set_threads=free,
+        own_disks=own_disks,
+    )
     # By default, accelerate under torchrun on CPU silently trains every rank alone.
     assert world.processes == environment.world_size, "accelerate joined another group"
     assert world.index == environment.rank, "accelerate took another rank"

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from launch.environment import Environment, Node, meeting_secret
 from launch.processes.signals import heard
 from launch.stored.following import Following
-from launch.stored.under_torchrun import on_several
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.spec.models import Spec
 from service.storage.address import Address
@@ -33,14 +32,7 @@ def require_supported(
     Raises:
         SpecError: names it.
     """
-    several = on_several(place) if place is not None else node is not None and node.nodes > 1
-    if several and spec.exchange.shards:
-        raise SpecError(
-            f"--runs {address}: with exchange.mode={spec.exchange.mode} the nodes would each write "
-            "a part of a checkpoint, and only node 0 uploads. Use exchange.mode=ddp, one node, or "
-            "give --runs a directory that all nodes share."
-        )
-    if node is None or not several:
+    if node is None or node.nodes == 1:
         return
     if node.least:
         raise SpecError(

@@ -4,7 +4,8 @@ The training thread copies the state into a reused buffer and continues; a backg
 syncs and publishes it.  It is a thread and not a process, so it ends with the process whose state
 it writes; writing, hashing and syncing do not hold the interpreter's lock.  A large state is
 shared: each process of rank 0's node copies and writes its parts of the files, and rank 0 publishes
-the checkpoint after all parts are on disk.
+the checkpoint after all parts are on disk.  If each process has only some rows, all of them write;
+on nodes that share no disk, those of other nodes send their rows to processes of rank 0's node.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -61,7 +63,7 @@ from service.checkpoints.shards import (
 )
 from service.checkpoints.snapshots import Content, content_of, load
 from service.distributed.devices import Arrival, use
-from service.distributed.world import World, Writers
+from service.distributed.world import Piece, World, Writers
 from service.health.heartbeat import WRITER, Heartbeat
 from service.health.stop_budget import StopBudget
 from service.optimization.train_state import TrainState
@@ -164,6 +166,8 @@ class Checkpoints:
         self._directory = directory
         self._world = world
         self._by_rows = False
+        self._at_disk = world.processes
+        """How many processes, the first ones, have the disk on which a sharded state is written."""
         self._part_bytes = part_bytes
         self._spec = spec
         self._facts = dict(facts)
@@ -264,6 +268,8 @@ class Checkpoints:
         """If each process has only some rows, all processes write."""
         if not self._by_rows and holds_rows(state.model):
             self._by_rows = True
+            if self._world.own_disks:
+                self._at_disk = self._world.writers().processes
 
     def _begin(
         self,
@@ -300,7 +306,7 @@ class Checkpoints:
             held = shard_by_rows(
                 content,
                 index=self._writers.index,
-                processes=self._writers.processes,
+                hashing=self._at_disk,
                 part_bytes=self._part_bytes,
             )
         elif is_shared:
@@ -514,11 +520,37 @@ class Checkpoints:
 
     def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         """Returns an empty result when the rows of this process are on disk."""
-        if not self._world.is_lead:  # rank 0 has checked before it created the directory
-            _require_fit(job, shard)
-        pieces = shard.pieces(with_heads=self._world.is_lead)
-        write_pieces(partial, pieces, moved=self._get_on)
+        if self._writers.index >= self._at_disk:
+            return self._rows_sent(job, shard)
+        arriving = self._arriving(shard)
+        try:
+            if not self._world.is_lead:  # rank 0 has checked before it created the directory
+                _require_fit(job, shard)
+            own = shard.pieces(with_heads=self._world.is_lead)
+            write_pieces(partial, chain(own, arriving), moved=self._get_on)
+        finally:
+            for _ in arriving:  # whoever sends them waits until they are taken
+                self._get_on()
         return {}
+
+    def _rows_sent(self, job: _Job, shard: Shard) -> dict[Part, str]:
+        """The same for a process of another node, whose disk is another one."""
+        rows: Iterable[Piece] = ()
+        try:
+            _require_fit(job, shard)
+            rows = shard.own_bytes()
+        finally:  # the process that receives them waits for the last, also if there are none
+            to = self._writers.index % self._at_disk
+            self._writers.send(rows, to=to, moved=self._get_on)
+        return {}
+
+    def _arriving(self, shard: Shard) -> Iterator[tuple[str, int, Iterator[memoryview]]]:
+        """The rows that processes of other nodes send to this one."""
+        files = list(shard.heads)
+        first = self._at_disk + self._writers.index
+        for origin in range(first, self._writers.processes, self._at_disk):
+            for number, begin, blocks in self._writers.receive(origin):
+                yield files[number], begin, blocks
 
     def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # rank 0 has checked before it created the directory

@@ -73,6 +73,12 @@ class Shard:
             for stretch in stretches:
                 yield file, stretch.begin, iter([_bytes_of(stretch.numbers)])
 
+    def own_bytes(self) -> Iterator[tuple[int, int, memoryview]]:
+        """(number of the file, offset, bytes) of each segment in order, without the headers."""
+        for number, stretches in enumerate(self.stretches.values()):
+            for stretch in stretches:
+                yield number, stretch.begin, _bytes_of(stretch.numbers)
+
     def bytes_of(self, part: Part) -> Iterator[memoryview]:
         """The bytes of one part, copied to main memory piece by piece."""
         head = self.heads[part.file]
@@ -145,11 +151,14 @@ class ShardLayout:
         return Shard(shares, self._heads, stretches, content.rest, content.trained)
 
 
-def shard_by_rows(content: Content, *, index: int, processes: int, part_bytes: int) -> Shard:
+def shard_by_rows(content: Content, *, index: int, hashing: int, part_bytes: int) -> Shard:
     """The part of the content that process `index` writes, if each has only some rows.
 
     Rows are consecutive in a file, so they are one range of its bytes.  What is not sharded, such
     as buffers and the optimizer's counters, is written by rank 0.
+
+    Args:
+        hashing: how many processes hash the files; each of the first ones has a share of the parts.
     """
     heads = {file: header(content.entries(file)) for file in content.tensors}
     stretches: dict[str, list[Segment]] = {}
@@ -165,7 +174,7 @@ def shard_by_rows(content: Content, *, index: int, processes: int, part_bytes: i
             at += tensor.nbytes
         stretches[file] = row
         parts += parts_of(file, at, part_bytes)
-    hashed = parts[len(parts) * index // processes : len(parts) * (index + 1) // processes]
+    hashed = parts[len(parts) * index // hashing : len(parts) * (index + 1) // hashing]
     return Shard([{*hashed}], heads, stretches, content.rest, content.trained, by_rows=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -76,6 +76,13 @@ _USUAL_BUCKET_MIB = 25
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+BLOCK_BYTES = 4 << 20
+"""The most bytes of a piece that a process sends at once."""
+Piece = tuple[int, int, memoryview]
+"""The number of a file, a position in it, and the bytes from there on."""
+_NO_PIECE = (-1, 0, 0)
+
+
 class World:
     """The processes that train together.  With one process every sum is the identity.
 
@@ -90,13 +97,16 @@ class World:
         device: torch.device | None = None,
         precision: str = "fp32",
         may_set_threads: bool = False,
+        own_disks: bool = False,
     ) -> None:
         """The processes that torch has connected; a single one if there is no group.
 
         Args:
             device: of this process; None means accelerate's choice.
             may_set_threads: true if the user has not set the number of threads of this process.
+            own_disks: true if the directory of the run is another one on each node.
         """
+        self.own_disks = own_disks
         self._may_set_threads = may_set_threads
         # From torch: accelerate counts the processes only on the devices that it knows by name.
         joined = dist.is_initialized()
@@ -398,6 +408,57 @@ class Writers:
             return [value]
         with _told_when_lost():
             return _from_each(value, self.processes, self._group)
+
+    def send(self, pieces: Iterable[Piece], *, to: int, moved: Callable[[], None]) -> None:
+        """Send pieces to one of them, which receives them; returns when it has taken all.
+
+        Args:
+            moved: called after each block.
+        Raises:
+            PeerLost: it is gone.
+        """
+        with _told_when_lost():
+            for number, begin, content in pieces:
+                self._send(torch.tensor([number, begin, len(content)]), to)
+                for start in range(0, len(content), BLOCK_BYTES):
+                    block = content[start : start + BLOCK_BYTES]
+                    self._send(torch.frombuffer(block, dtype=torch.uint8), to)
+                    moved()
+            self._send(torch.tensor(_NO_PIECE), to)
+
+    def receive(self, origin: int) -> Iterator[tuple[int, int, Iterator[memoryview]]]:
+        """The pieces that one of them sends, in blocks of a buffer that is used again.
+
+        Take all of them: the other one waits until it has sent the last. Blocks that are not taken
+        before the next piece are lost.
+
+        Raises:
+            PeerLost: it is gone.
+        """
+        buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        while True:
+            told = torch.zeros(3, dtype=torch.int64)
+            self._receive(told, origin)
+            number, begin, size = told.tolist()
+            if number < 0:
+                return
+            blocks = self._blocks(buffer, size, origin)
+            yield number, begin, blocks
+            for _ in blocks:
+                pass
+
+    def _blocks(self, buffer: Tensor, size: int, origin: int) -> Iterator[memoryview]:
+        for start in range(0, size, BLOCK_BYTES):
+            block = buffer[: min(BLOCK_BYTES, size - start)]
+            self._receive(block, origin)
+            yield block.numpy().data
+
+    def _send(self, numbers: Tensor, to: int) -> None:
+        dist.send(numbers, group=self._group, group_dst=to)
+
+    def _receive(self, numbers: Tensor, origin: int) -> None:
+        with _told_when_lost():
+            dist.recv(numbers, group=self._group, group_src=origin)
 
 
 def connect_patience(processes: int) -> timedelta:

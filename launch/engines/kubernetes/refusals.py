@@ -33,7 +33,7 @@ def check(spec: Spec, cluster: KubernetesSpec) -> None:
     """
     require_name(spec.name, cluster.most_nodes)
     require_no_secret(spec)
-    _check_runs(spec, cluster)
+    _check_runs(cluster)
     _check_quantities(cluster)
     _check_mounts(cluster)
     _check_variables(cluster)
@@ -104,7 +104,7 @@ def require_name(name: str, nodes: int) -> None:
         )
 
 
-def _check_runs(spec: Spec, cluster: KubernetesSpec) -> None:
+def _check_runs(cluster: KubernetesSpec) -> None:
     if cluster.runs is None:
         return
     try:
@@ -116,13 +116,6 @@ def _check_runs(spec: Spec, cluster: KubernetesSpec) -> None:
             "kubernetes.runs: a run in a bucket cannot have elastic nodes yet, because a new "
             "generation begins from a checkpoint that may not be uploaded at that moment. Write a "
             "fixed number of nodes, or use storage_claim."
-        )
-    if cluster.most_nodes > 1 and spec.exchange.shards:
-        raise SpecError(
-            f"kubernetes.runs: with exchange.mode={spec.exchange.mode} the "
-            f"{cluster.most_nodes} nodes would each write a part of a checkpoint, and only node 0 "
-            "uploads. Use nodes: 1 with more processes_per_node, exchange.mode=ddp, or "
-            "storage_claim."
         )
 
 
