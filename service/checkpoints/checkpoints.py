@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -83,6 +82,9 @@ from service.runs.checkpoint_files import (
 )
 from service.sharding.sharding import holds_rows
 from service.spec.models import CheckpointSpec
+
+Bytes = tuple[str, int, Iterator[memoryview]]
+"""A file, a position in it, and what is to be written there."""
 
 
 class Record(Protocol):
@@ -527,10 +529,12 @@ class Checkpoints:
             if not self._world.is_lead:  # rank 0 has checked before it created the directory
                 _require_fit(job, shard)
             own = shard.pieces(with_heads=self._world.is_lead)
-            write_pieces(partial, chain(own, arriving), moved=self._get_on)
+            # In turn, so that no process waits long without progress.
+            write_pieces(partial, in_turn([own, *arriving]), moved=self._get_on)
         finally:
-            for _ in arriving:  # whoever sends them waits until they are taken
-                self._get_on()
+            for rows in arriving:  # whoever sends them waits until they are taken
+                for _ in rows:
+                    self._get_on()
         return {}
 
     def _rows_sent(self, job: _Job, shard: Shard) -> dict[Part, str]:
@@ -544,13 +548,16 @@ class Checkpoints:
             self._writers.send(rows, to=to, moved=self._get_on)
         return {}
 
-    def _arriving(self, shard: Shard) -> Iterator[tuple[str, int, Iterator[memoryview]]]:
-        """The rows that processes of other nodes send to this one."""
+    def _arriving(self, shard: Shard) -> list[Iterator[Bytes]]:
+        """The rows that each of some processes of other nodes sends to this one."""
         files = list(shard.heads)
-        first = self._at_disk + self._writers.index
-        for origin in range(first, self._writers.processes, self._at_disk):
+
+        def sent(origin: int) -> Iterator[Bytes]:
             for number, begin, blocks in self._writers.receive(origin):
                 yield files[number], begin, blocks
+
+        first = self._at_disk + self._writers.index
+        return [sent(each) for each in range(first, self._writers.processes, self._at_disk)]
 
     def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
         if not self._world.is_lead:  # rank 0 has checked before it created the directory
@@ -734,6 +741,18 @@ class Checkpoints:
                 "rank 0. Give all processes the same storage."
             )
         load(chosen.path, state, index=self._world.index, rename=self._rename)
+
+
+def in_turn(sources: Iterable[Iterator[Bytes]]) -> Iterator[Bytes]:
+    """One of each in turn, until all of them end."""
+    left = list(sources)
+    while left:
+        for source in list(left):
+            one = next(source, None)
+            if one is None:
+                left.remove(source)
+            else:
+                yield one
 
 
 def _writer_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
