@@ -46,21 +46,23 @@ _MODULES = (
     "psutil",
     "click",
 )
+_MORE = {"mlflow": ("mlflow.tracking", "service.observability.mlflow_backend")}
+"""Imports that take a second, for programs whose words have this one."""
 WARM = os.environ.get("EVENSTEP_COLD_TESTS") != "1" and hasattr(os, "pidfd_open")
 _SCRIPTS = {str(Path(sys.executable).with_name(name)) for name in ("evenstep", "torchrun")}
 _KNOWN = {"cwd", "stdin", "stdout", "stderr", "text", "errors", "bufsize", "start_new_session"}
-_interpreters: dict[str, Interpreter] = {}
+_interpreters: dict[tuple[str, str | None], Interpreter] = {}
 
 
 class Interpreter:
     """A process that has imported what commands need, and forks them."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], modules: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         self._control = ours
         self._one_at_a_time = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, _PROGRAM, str(theirs.fileno()), *_MODULES],
+            [sys.executable, _PROGRAM, str(theirs.fileno()), *modules],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -146,9 +148,11 @@ def popen(
     devices = _devices(words, env, clean) if WARM and not how.keys() - _KNOWN else None
     if devices is None:
         return subprocess.Popen(words, env=env, **how)
-    if devices not in _interpreters:
-        _interpreters[devices] = Interpreter({**clean, "PYTHONPATH": devices})
-    return Warm(_interpreters[devices], words, env=env, **how)
+    named = next((name for name in _MORE if any(name in word for word in words)), None)
+    if (devices, named) not in _interpreters:
+        modules = (*_MODULES, *_MORE.get(named or "", ()))
+        _interpreters[devices, named] = Interpreter({**clean, "PYTHONPATH": devices}, modules)
+    return Warm(_interpreters[devices, named], words, env=env, **how)
 
 
 def _devices(words: Sequence[str], env: Mapping[str, str], clean: Mapping[str, str]) -> str | None:
