@@ -87,6 +87,11 @@ class Forgetful(Linear):
 def job(train=None, test=None, model=Linear, **more):
     return supervised(model=model, train=train or Rows(), test=test or Rows(), **more)
 
+class Unordered(Linear):
+    def forward(self, rows):
+        return super().forward(rows.clone().put_(torch.zeros(1, dtype=torch.long), rows[0, :1]))
+
+def unordered(**_): return job(model=Unordered)
 def broken_rows(**_): return job(train=Rows(broken=True))
 def broken_tests(**_): return job(test=Rows(broken=True))
 def no_number(**_): return job(train=Rows(value=float("nan")))
@@ -191,6 +196,11 @@ MORE_MISTAKES = {
         [],
         r"scale",
     ),
+    "a secret": (
+        GOOD,
+        ["task_args.source=https://me:a-password@example.com/rows"],
+        r"task_args.source contains a secret",
+    ),
     "a measure of another shape": (
         of("crooked"),
         [],
@@ -245,6 +255,15 @@ def test_a_mistake_ends_check_with_one_message(tmp_path):
     assert "must give one value for each row" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "ready to run" not in ended.stdout
+
+
+def test_a_check_computes_in_one_order_as_a_run_with_the_same_bits_does(tmp_path):
+    (tmp_path / "tasks_to_check.py").write_text(TASKS + MORE_TASKS)
+    (tmp_path / "job.yaml").write_text(f"{of('unordered')}exactness: bitwise\n")
+    ends = [evenstep(command, "job.yaml", cwd=tmp_path) for command in ("check", "run")]
+    told = ["put_ does not have a deterministic implementation" in end.stderr for end in ends]
+    assert (told, ends[0].returncode) == ([True, True], ends[1].returncode)
+    assert "ready to run" not in ends[0].stdout
 
 
 def test_the_good_spec_of_these_mistakes_is_good(processes):

@@ -12,7 +12,7 @@ from commands import BIN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 
 from launch.cli import evenstep as command
-from launch.commands.sweep import shares_of
+from launch.commands.sweep import _choices, _fixed, _planned, shares_of
 from launch.engines.settings import settings_of
 from launch.processes.side_by_side import Command, run_side_by_side
 from service.basics.errors import SpecError
@@ -252,6 +252,18 @@ def test_values_ranges_and_commas_of_their_own():
     assert settings_of(["seed=0..2"]) == [("seed=0",), ("seed=1",), ("seed=2",)]
     assert settings_of(["a=-1..0,7"]) == [("a=-1",), ("a=0",), ("a=7",)]
     assert settings_of(["a='x,y',[1,2]"]) == [("a='x,y'",), ("a=[1,2]",)]
+
+
+def test_a_value_may_end_as_a_cleared_key_does():
+    given = ("test.every_steps=", "task_args.word=YQ==,Yg==", "name= ")
+    assert _fixed(given) == ("test.every_steps=", "name= ")
+    assert _choices(given) == [("task_args.word=YQ==",), ("task_args.word=Yg==",)]
+
+
+def test_no_run_has_the_name_of_a_file_of_the_sweep():
+    variants = [(name, "digits") for name in ("logs", "sweep.json", "run.json", "other")]
+    names = [run.name for run in _planned(variants, (), set())]
+    assert names == ["logs-2", "sweep.json-2", "run.json-2", "other"]
 
 
 def test_devices_are_divided_among_the_runs():

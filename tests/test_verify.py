@@ -81,6 +81,16 @@ def test_weights_are_compared_at_checkpoints_that_are_gone(processes, tmp_path):
     assert other.returncode == 1
     assert "weights: model.safetensors differs at step 4" in other.stdout
 
+    for line in lines:
+        if line.get("step") == 4:
+            known = read_weights(tmp_path / "a/job/receipt.jsonl")[4]
+            line["weights"] = {**known, "average.safetensors": "0" * 64}
+    receipt.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for pair in (("a/job", "b/job"), ("b/job", "a/job")):
+        one_more = evenstep("verify", *pair, "--level", "bits", cwd=tmp_path)
+        assert one_more.returncode == 1
+        assert "weights: at step 4, only one of them has average.safetensors" in one_more.stdout
+
 
 def test_what_is_taken_again_after_a_stop_is_sealed_once(processes, tmp_path):
     job = FEATURES["dropout"] | {"length": {"steps": 9}, "checkpoint": {"every_steps": 2}}

@@ -45,16 +45,15 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     loaded = load_spec(find_recipe(spec), overrides=overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.echo(f"{loaded.name}: the spec is valid")
-    from launch.rank.entry import RankContext, outcome_of
+    from launch.rank.entry import RankContext, outcome_of, world_of
     from launch.rank.exit import leave, leave_hung
-    from launch.rank.process_group import process_group
     from service.health.heartbeat import Heartbeat
     from service.preview.check import checked
 
     collect_garbage()
 
     def work() -> None:
-        with process_group(Environment(), precision=loaded.model.precision) as world:
+        with world_of(loaded, Environment()) as world:
             for what, told in checked(loaded, world=world, processes=processes):
                 click.echo(f"  {what:<10}  {told}")
         click.echo(f"{loaded.name}: ready to run, found in {time.perf_counter() - begin:.1f} s")

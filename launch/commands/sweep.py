@@ -42,6 +42,8 @@ from service.spec.models import Spec
 
 VARIANT = "variant"
 _LOGS = "logs"
+_OWN = (_LOGS, "run.json", "sweep.json")
+"""Names in the directory of a sweep that no run can have."""
 _LONGEST_NAME = 63
 _LAST_BYTES = 8192
 
@@ -224,7 +226,7 @@ def _planned(
     fixed, choices = _fixed(overrides), _choices(overrides)
     several = _several(choices) | named
     found: list[_Run] = []
-    taken = {_LOGS}
+    taken = set(_OWN)
     faults: dict[str, None] = {}
     for variant, spec in variants:
         for settings in choices:
@@ -246,12 +248,18 @@ def _planned(
 
 def _fixed(overrides: Sequence[Override]) -> tuple[Override, ...]:
     """Files, and keys that are cleared: the same in every run."""
-    return tuple(o for o in overrides if not isinstance(o, str) or o.endswith("="))
+    return tuple(o for o in overrides if not isinstance(o, str) or _clears(o))
+
+
+def _clears(text: str) -> bool:
+    """Whether it is `key=`; a value may end with `=` too."""
+    _, equals, value = text.partition("=")
+    return bool(equals) and not value.strip()
 
 
 def _choices(overrides: Sequence[Override]) -> list[Settings]:
     """Every combination of the other values; an empty one if there are none."""
-    words = [o for o in overrides if isinstance(o, str) and not o.endswith("=")]
+    words = [o for o in overrides if isinstance(o, str) and not _clears(o)]
     return settings_of(words, option="sweep: ") or [()]
 
 

@@ -95,7 +95,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, context: Ran
     """
     spec = job.spec
     watched = context.watched(spec, environment)
-    entered = _world(spec, environment, own_disks=job.own_disks)
+    entered = world_of(spec, environment, own_disks=job.own_disks)
     with stop.followed_at_once(), watched, entered as world:
         world.leave_limits_to_the_watchdog()
         if context.when_connected is not None:
@@ -151,7 +151,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
     """
     stop.interrupt = True  # there is nothing to save
     spec = job.spec
-    with _world(spec, environment) as world:
+    with world_of(spec, environment) as world:
         with files_may_have_moved():
             task = load_task(spec.task, spec.task_args, seed=spec.seed)
         measures = test_run(
@@ -168,7 +168,8 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
 
 
 @contextmanager
-def _world(spec: Spec, environment: Environment, *, own_disks: bool = False) -> Iterator[World]:
+def world_of(spec: Spec, environment: Environment, *, own_disks: bool = False) -> Iterator[World]:
+    """A context with the processes of a job, each of which computes as the spec says."""
     timed = convolutions_timed(spec.model.cudnn_benchmark)
     with (
         timed,

@@ -37,6 +37,7 @@ from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
 from service.plan.plan import Plan, make_plan, with_micro_batch
+from service.runs.directory import require_no_secret
 from service.spec.models import CheckpointSpec, ExchangeSpec, Spec
 from service.training.batch_size_finder import (
     default_on,
@@ -75,6 +76,7 @@ def checked(spec: Spec, *, world: World, processes: int = 1) -> Iterator[Finding
         SpecError: an error that would end the run before its first step.
         EvenstepError: an error that would end it at its first step, test or checkpoint.
     """
+    require_no_secret(spec)
     task, seconds = _timed(lambda: load_task(spec.task, spec.task_args, seed=spec.seed))
     yield "task", f"{_rows(task)} ({seconds:.2f} s)"
     workers = default_workers(spec, task=task, world=world, processes_here=processes)

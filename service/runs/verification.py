@@ -147,8 +147,11 @@ def _weights(a: RunDirectory, b: RunDirectory) -> Compared:
     if not common:
         return Compared(False, ["weights: no checkpoint of the same step to compare"])
     for step in common:
-        for file in first[step]:
-            if first[step][file] != second[step].get(file):
+        for file in sorted(first[step].keys() | second[step].keys()):
+            if not (file in first[step] and file in second[step]):
+                told = f"weights: at step {step}, only one of them has {file}"
+                return Compared(False, [told])
+            if first[step][file] != second[step][file]:
                 return Compared(False, [f"weights: {file} differs at step {step}"])
     return Compared(True, [f"weights: the same bits at {_told(common)}"])
 
