@@ -305,14 +305,19 @@ def test(
     KEY=VALUE changes the spec for this test only: other rows, or new paths of files."""
     place = launched()
     asked = process_count(processes)
-    if isinstance(run, Address) and place is not None:
-        raise SpecError(
-            f"{run}: torchrun cannot test a run in an object store. Use evenstep test "
-            "--processes N."
-        )
-    with run_at(run, checkpoint=checkpoint) as found:
+
+    def job_of(found: RunDirectory) -> TestJob:
         found.read_spec(overrides)  # an error is reported here, once
-        job = TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
+        return TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
+
+    if isinstance(run, Address) and place is not None:
+        from launch.stored.copied import copy_of
+
+        die_with_parent()
+        found = copy_of(run, place, checkpoint=checkpoint, say=complain)
+        _start(job_of(found), place, processes=asked)
+    with run_at(run, checkpoint=checkpoint) as found:
+        job = job_of(found)
         if not isinstance(run, Address):
             _start(job, place, processes=asked)
         code = _in_processes(job, processes=asked)  # so that the copy can be removed afterwards

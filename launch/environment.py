@@ -227,7 +227,19 @@ def torchrun_grace() -> GracePeriod:
 
 
 def torchrun_began() -> float | None:
-    """When the torchrun of this process started, in seconds since 1970; None without torchrun.
+    """When the torchrun of this process started, in seconds since 1970; None without torchrun."""
+    torchrun = _torchrun()
+    return _started(torchrun) if torchrun is not None else None
+
+
+def launcher_here() -> str:
+    """A name that the processes which one torchrun has started on this machine have in common."""
+    torchrun = _torchrun() or psutil.Process(os.getppid())
+    return f"{torchrun.pid}-{start_of(torchrun.pid) or int(torchrun.create_time())}"
+
+
+def _torchrun() -> psutil.Process | None:
+    """The torchrun of this process; None without it.
 
     torchrun sets a variable in all processes that it starts, but not in its own: a wrapper or a
     process of ours may be between it and this one.
@@ -237,7 +249,7 @@ def torchrun_began() -> float | None:
     for process in psutil.Process().parents():
         try:
             if _OF_TORCHRUN not in process.environ():
-                return _started(process)
+                return process
         except psutil.Error:  # it belongs to another user, so it is above torchrun
             return None
     return None

@@ -53,7 +53,10 @@ class Rows:
 
 
 def task():
-    return supervised(model=lambda: nn.Linear(1, 2), train=Rows(), loss="cross_entropy")
+    test = Rows() if "WITH_TEST_ROWS" in os.environ else None
+    return supervised(
+        model=lambda: nn.Linear(1, 2), train=Rows(), test=test, loss="cross_entropy"
+    )
 """
 SPEC = {
     "name": "job",

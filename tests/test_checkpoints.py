@@ -37,6 +37,7 @@ from torch import nn
 import service.checkpoints.checkpoints
 import service.runs.checkpoint_files
 from service.basics.errors import Diverged, EvenstepError, NoCheckpoint, NotSaved, SpecError
+from service.checkpoints.checkpoints import agreed_checkpoint
 from service.checkpoints.snapshots import content_of, expected_bytes
 from service.optimization.learning_rates import Schedule
 from service.optimization.train_state import TrainState
@@ -400,6 +401,30 @@ def test_one_process_chooses_and_all_follow(tmp_path, alone, processes):
     told = processes(3).run(restore_in_process, tmp_path)
     assert [kind for kind, _ in told] == ["NoCheckpoint"] * 3
     assert len({text for _, text in told}) == 1
+
+
+def found_for_a_test(world, directories, which):
+    try:
+        found = agreed_checkpoint(directories[world.index], which, world)
+    except EvenstepError as error:
+        return type(error).__name__, str(error)
+    return found.path
+
+
+def test_all_processes_test_the_checkpoint_that_one_chooses(tmp_path, alone, processes):
+    """Of a run that trains, another one could find a newer checkpoint."""
+    early, late = (tmp_path / name for name in ("early", "late"))
+    saved(late, alone, 1, 2)
+    shutil.copytree(late / "step-00000001", early / "step-00000001")
+    told = processes(2).run(found_for_a_test, (early, late), "latest")
+    assert told == [early / "step-00000001", late / "step-00000001"]
+    lacks = f"Process 1 finds no checkpoint in {early}/step-00000002, unlike rank 0."
+    for kind, text in processes(2).run(found_for_a_test, (late, early), "latest"):
+        assert kind == "NoCheckpoint"
+        assert lacks in text
+    for kind, text in processes(2).run(found_for_a_test, (early, late), "2"):
+        assert kind == "SpecError"
+        assert "there is no '2'; known: best, latest, 1" in text
 
 
 def test_none_readable_ends_the_real_command_with_42(tmp_path):

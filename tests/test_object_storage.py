@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep, start
 from injuring import descendants, is_alive, until
 from stored import (
     Dying,
@@ -240,6 +240,29 @@ def test_two_nodes_of_torchrun_go_on_with_the_same_bits_after_kills(
     assert compared.equal, compared.lines
     assert [row["step"] for row in read_metrics(at_end.metrics)] == [*range(1, 25)]
     assert len(list((tmp_path / "b").glob("*/*-node-1/job/logs"))) == 1
+
+
+def test_torchrun_tests_a_run_with_one_copy_for_each_machine(place, address, client, tmp_path):
+    assert mirror_of(address, local_run(place, tmp_path / "local", 4, 8)).publish()
+    variables = client.variables | {"WITH_TEST_ROWS": "1", "TMPDIR": str(tmp_path / "tmp")}
+    variables["EVENSTEP_SCRATCH"] = str(tmp_path / "scratch")
+    (tmp_path / "tmp").mkdir()
+    alone = evenstep("test", f"{address}/job", cwd=place, **variables)
+    assert alone.returncode == 0, alone.stderr
+    with Proxy(client) as proxy:
+        done = command(
+            *(BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launch"),
+            *("test", f"{address}/job"),
+            cwd=place,
+            timeout=DEADLINE_SECONDS,
+            **(variables | {"AWS_ENDPOINT_URL": proxy.server.url}),
+        )
+        assert done.returncode == 0, done.stderr
+        read = [path for method, path in proxy.seen if path.endswith("/manifest.json")]
+    assert json.loads(done.stdout) == pytest.approx(json.loads(alone.stdout))
+    assert len(read) == 1, "one process has brought it"
+    left = [*(tmp_path / "scratch").iterdir(), *(tmp_path / "tmp").glob("evenstep-*")]
+    assert not left
 
 
 def brought_to(process):

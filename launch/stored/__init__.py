@@ -6,6 +6,8 @@ From top to bottom; a room imports only from rooms below it:
   processes.
 * under_torchrun: A run in a store that torchrun has started: rank 0 trains in a child, and its
   parent uploads.
+* copied: A copy of a run in a store, which the processes of torchrun on one machine share to test
+  it.
 * following: A further node of a run in a store: it brings what node 0 has published, and uploads
   nothing.
 """

@@ -73,6 +73,7 @@ from service.runs.checkpoint_files import (
     checkpoints_in,
     complete,
     damage_of,
+    find_checkpoint,
     in_words,
     kept,
     name_of,
@@ -729,18 +730,55 @@ class Checkpoints:
 
     def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
         chosen = Checkpoint(self._directory / name, step)
-        try:
-            finds = "another" if read_manifest(chosen)["sha256"] != sha256 else None
-        except NoCheckpoint as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            finds = "no"
-        if finds is not None:
-            raise NoCheckpoint(
-                f"Process {self._world.index} finds {finds} checkpoint in {chosen.path}, unlike "
-                "rank 0. Give all processes the same storage."
-            )
+        _require_that(chosen, sha256, self._world)
         load(chosen.path, state, index=self._world.index, rename=self._rename)
+
+
+def agreed_checkpoint(directory: Path, which: str, world: World) -> Checkpoint:
+    """The checkpoint for `best`, `latest` or a step; every process calls it, and rank 0 chooses.
+
+    Raises:
+        SpecError: it does not exist, or may not be read; on every process.
+        NoCheckpoint: it is damaged, or a process has another one; on every process.
+    """
+    found: tuple[str, int, str] | None = None
+    failed: EvenstepError | None = None
+    try:
+        if world.is_lead:
+            chosen = find_checkpoint(directory, which)
+            found = chosen.path.name, chosen.step, str(read_manifest(chosen)["sha256"])
+    except EvenstepError as error:
+        failed = error
+    world.fail_together(failed)
+    found = world.from_lead(found)
+    assert found is not None, "rank 0 has found one, or failed"
+    name, step, sha256 = found
+    own = Checkpoint(directory / name, step)
+    try:
+        _require_that(own, sha256, world)
+    except EvenstepError as error:
+        failed = error
+    world.fail_together(failed)
+    return own
+
+
+def _require_that(chosen: Checkpoint, sha256: str, world: World) -> None:
+    """Check that this process finds the checkpoint that rank 0 has chosen.
+
+    Raises:
+        NoCheckpoint: it finds another one there, or none.
+    """
+    try:
+        finds = "another" if read_manifest(chosen)["sha256"] != sha256 else None
+    except NoCheckpoint as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        finds = "no"
+    if finds is not None:
+        raise NoCheckpoint(
+            f"Process {world.index} finds {finds} checkpoint in {chosen.path}, unlike rank 0. Give "
+            "all processes the same storage."
+        )
 
 
 def in_turn(sources: Iterable[Iterator[Bytes]]) -> Iterator[Bytes]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from service.basics.errors import EvenstepError, SpecError, Stopped
-from service.checkpoints.checkpoints import Checkpoints
+from service.checkpoints.checkpoints import Checkpoints, agreed_checkpoint
 from service.checkpoints.initial_weights import InitialWeights, settled_weights
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import Step
@@ -35,7 +35,7 @@ from service.optimization.buffers import buffers_in_words, plain_state_in_words
 from service.optimization.optimizers import Turns
 from service.optimization.train_state import TrainState, require_measures
 from service.plan.plan import Plan, make_plan
-from service.runs.checkpoint_files import find_checkpoint, saving_in_words
+from service.runs.checkpoint_files import saving_in_words
 from service.runs.directory import RunDirectory
 from service.runs.tracking import Outcome
 from service.spec.models import Spec
@@ -382,7 +382,7 @@ def test_run(
     """
     # The plan of micro-batches is for training only, so any number of processes can test.
     plan = make_plan(spec, processes=1, train_rows=task.train_rows, test_rows=task.test_rows)
-    chosen = find_checkpoint(RunDirectory(run).checkpoints, checkpoint)
+    chosen = agreed_checkpoint(RunDirectory(run).checkpoints, checkpoint, world)
     with files_may_have_moved():
         model = new_model(task, seed=spec.seed)
     model.to(world.device)
