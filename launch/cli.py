@@ -20,7 +20,7 @@ from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new, process_count
 from launch.commands.overrides import overridden
 from launch.commands.places import Directory, Place, run_at
-from launch.commands.runs import list_runs, report, watch
+from launch.commands.runs import Number, list_runs, report, watch
 from launch.commands.sweep import sweep
 from launch.environment import (
     Environment,
@@ -408,9 +408,7 @@ def _endpoint(job: Job | TestJob, ranks: range) -> AbstractContextManager[None]:
 @click.option(
     "--level", type=click.Choice(["rows", "losses", "bits"]), default="losses", show_default=True
 )
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Of losses."
-)
+@click.option("--tolerance", type=Number(min=0), default=1e-3, show_default=True, help="Of losses.")
 def verify(run_a: Path | Address, run_b: Path | Address, level: str, tolerance: float) -> None:
     """Check that two runs took the same steps, or name the first step that differs (exit 1)."""
     from service.runs.verification import compare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -155,6 +156,11 @@ FAULTS = [
     ("a: 'b", "spec.yaml:1:6: not valid YAML: found unexpected end of stream"),
     (b"a: 1\nb: \xff", "spec.yaml:2:4: not UTF-8 text (byte 0xff)"),
     ("a: 1\nb: \0", "spec.yaml:2:4: the character U+0000 is not text"),
+    (
+        "a: 1\nb: x\u2028y",
+        "spec.yaml:2:5: U+2028 ends a line in YAML 1.1 and none in YAML 1.2. Remove it, or write "
+        '"\\u2028" within double quotes',
+    ),
     ('a: "\\ud800"', "spec.yaml:1:4: the text contains half a character (a lone surrogate)"),
     ('a: "\\UFFFFFFFF"', "spec.yaml:1:1: an escape in a string after this is not a character"),
     (f"a: {'9' * 5000}", "spec.yaml:1:4: a whole number of 5000 digits is too long"),
@@ -271,6 +277,25 @@ def test_a_mapping_may_hold_plain_values_only() -> None:
     for mapping, fault in faults:
         with pytest.raises(SpecError, match=fault):
             document_of(mapping)
+
+
+words_in_json = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
+words_in_json |= st.sampled_from(["a\u2028b", "\x85", "\x7f\x9b", "\ufeff"])
+finite = st.floats(allow_nan=False, allow_infinity=False)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | finite | words_in_json,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words_in_json, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(words_in_json, json_values), st.booleans(), st.sampled_from([None, 1, "\t"]))
+def test_a_file_of_json_holds_what_json_says(
+    values: dict[str, Any], ascii_only: bool, indent: int | str | None
+) -> None:
+    text = json.dumps(values, ensure_ascii=ascii_only, indent=indent, allow_nan=False)
+    assert values_of(text, name="a.json") == json.loads(text)
 
 
 words = "a b: 1e3 - [ ] { } , &x *x !!a ' \" | > ? # % --- ... \\U \\ud800 \0 \x85 = ."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import plan_of
 
+from service.basics.errors import SpecError
 from service.plan import plan as plans
-from service.plan.plan import make_plan
+from service.plan.plan import make_plan, window_of
 from service.spec.files import load_spec
 
 EVERY = st.one_of(
@@ -17,6 +19,7 @@ EVERY = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     steps=st.integers(1, 60),
     log=st.integers(1, 20),
@@ -65,4 +68,30 @@ def test_the_plan_of_a_long_run_counts_all_tests_and_checkpoints(tmp_path):
     told = " ".join(plan_of("digits", *changed, runs=tmp_path).split())
     assert "tests 4,000,000, after steps 250,000, 500,000, 750,000 ..." in told
     assert "checkpoints 1, after steps 1,000,000,000,000" in told
-    assert "step 1,000,000,000,000 0.1" in told
+    assert "step 500,000,000,000 0.0" in told
+
+
+@pytest.mark.parametrize("exactness", ["rounding", "bitwise"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 16])
+def test_the_most_processes_of_a_plan_are_possible_and_one_more_is_not(exactness, micro_batch):
+    spec = load_spec(
+        {
+            "name": "most",
+            "task": "x:y",
+            "batch": {"global_batch": 19, "micro_batch": micro_batch},
+            "length": {"steps": 1},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "exactness": exactness,
+        }
+    )
+    most = make_plan(spec, processes=1, train_rows=41, test_rows=0).most_processes
+    assert make_plan(spec, processes=most, train_rows=41, test_rows=0).processes == most
+    with pytest.raises(SpecError, match="Use "):
+        make_plan(spec, processes=most + 1, train_rows=41, test_rows=0)
+
+
+@pytest.mark.parametrize("text", ["0:3", "3:0", "3", "-1:2", "1:2:3", "9" * 5000 + ":1", ""])
+def test_what_is_no_window_of_steps_is_told_in_one_line(text):
+    with pytest.raises(SpecError, match=r"^--profile: must be START:STEPS.{,90}$"):
+        window_of(text)
+    assert window_of("020:5") == (20, 5)

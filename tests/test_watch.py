@@ -16,14 +16,17 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from browser import needs_chromium, opened
+from click.testing import CliRunner
 from clients import free_port, get, listens
 from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep, start
 from injuring import until
 from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
+from launch.cli import evenstep as command
 from service.monitoring.http_server import BadRequest, Request
 from service.monitoring.live_report import MOST_SIDE_BY_SIDE, LiveReport
 from service.monitoring.live_runs import LiveRun, LiveRuns
@@ -150,6 +153,14 @@ def test_watch_draws_a_table_that_follows_a_run_and_ends_cleanly(tmp_path: Path)
         assert "\x1b[?25h" in shown.read(), "the cursor is back"
     finally:
         shown.close()
+
+
+@pytest.mark.parametrize(
+    "words", [("watch", "x", "--every", "nan"), ("verify", "x", "y", "--tolerance", "NaN")]
+)
+def test_nan_is_no_number_of_an_option(words: tuple[str, ...]) -> None:
+    with pytest.raises(click.BadParameter, match=r"(?i)'nan' is not a number"):
+        CliRunner().invoke(command, words, catch_exceptions=False, standalone_mode=False)
 
 
 def test_every_text_of_a_run_is_safe_to_print(tmp_path: Path) -> None:

@@ -112,8 +112,11 @@ def _write(
         copied = partial.checkpoints / checkpoint.path.name
         _require_readable(checkpoint.path)
         make_directory(copied)
-        for file in sorted(checkpoint.path.iterdir()):
-            _copy(file, copied / file.name)
+        try:
+            for file in sorted(checkpoint.path.iterdir()):
+                _copy(file, copied / file.name)
+        except FileNotFoundError as error:
+            raise NoCheckpoint(f"The run has just removed {checkpoint.path}; try again.") from error
         damage = damage_of(Checkpoint(copied, checkpoint.step))
         if damage is not None:
             raise NoCheckpoint(f"The checkpoint {checkpoint.path} has changed: {damage}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,11 +28,23 @@ _ALL = click.option("--all", "everything", is_flag=True, help="All runs in the d
 _RUNS = click.option("--runs", "place", type=Directory(), default="runs", show_default=True)
 
 
+class Number(click.FloatRange):
+    """A number within limits, which `nan` is not although no comparison says so."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
 @click.command()
 @click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1)
 @_ALL
 @_RUNS
-@click.option("--every", metavar="SECONDS", type=click.FloatRange(min=0.1), default=1.0)
+@click.option("--every", metavar="SECONDS", type=Number(min=0.1, max=86400), default=1.0)
 @click.option("--once", is_flag=True, help="Print them one time.")
 def watch(runs: tuple[Path, ...], everything: bool, place: Path, every: float, once: bool) -> None:
     """Show RUNs while they run: directories, or names in ./runs. Ctrl-C ends it, not the runs.

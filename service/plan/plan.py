@@ -43,10 +43,11 @@ def window_of(text: str) -> Window:
     Raises:
         SpecError: it has another form.
     """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if found is None or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
+    found = re.fullmatch(r"0*([1-9][0-9]{0,15}):0*([1-9][0-9]{0,15})", text)
+    if found is None:
         raise SpecError(
-            f"--profile: must be START:STEPS, such as 20:5 for the steps 20 to 24, but is {text!r}."
+            f"--profile: must be START:STEPS, such as 20:5 for the steps 20 to 24, but is "
+            f"{text[:40]!r}."
         )
     return Window(int(found[1]), int(found[2]))
 
@@ -87,6 +88,11 @@ class Plan:
     def micro_batches(self) -> int:
         """Micro-batches of one step, over all processes."""
         return math.ceil(self.global_batch / self.micro_batch)
+
+    @property
+    def most_processes(self) -> int:
+        """The largest possible number of processes: each computes a micro-batch of every step."""
+        return possible_processes(self.spec, most=self.micro_batches)
 
     @property
     def test_micro_batches(self) -> int:

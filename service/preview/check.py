@@ -163,7 +163,7 @@ def _planned(
     yield (
         "plan",
         f"{plan.steps:,} steps of {plan.global_batch:,} rows, {plan.micro_batches} micro-batches "
-        f"of {plan.micro_batch}: up to {plan.micro_batches} processes",
+        f"of {plan.micro_batch}: up to {plan.most_processes} processes",
     )
     return plan
 

@@ -109,7 +109,7 @@ def _arithmetic(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("micro-batches", f"{plan.micro_batches} a step, of {_micro_batch(plan)}"),
         ("processes", f"{plan.processes}, computing {_counted(shares)} micro-batches each"),
-        ("most processes", f"{plan.micro_batches}"),
+        ("most processes", f"{plan.most_processes}"),
         ("tests", _every(plan.test_every, plan) if plan.test_rows else "never"),
         ("checkpoints", _every(plan.save_every, plan)),
         *_waiting(plan.spec),

@@ -88,8 +88,7 @@ def read_document(path: str | os.PathLike[str], *, rank: int = 0) -> Document:
             document = _read_toml(text, source=source)
         case ".json":
             _check_json(text, source=source)
-            # A tab between tokens is valid in JSON, and cannot occur inside a string there.
-            document = _read_yaml(text.replace("\t", " "), source=source)
+            document = _read_yaml(_json_as_yaml(text), source=source)
         case _:
             document = _read_yaml(text, source=source)
     return document if rank == 0 else _ranked(document, rank)
@@ -256,6 +255,9 @@ _PROBLEMS = {
 }
 
 
+_OLD_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
+
+
 class _YamlReader:
     """Builds values from PyYAML's events, so that nothing is expanded, and nesting is limited."""
 
@@ -276,6 +278,12 @@ class _YamlReader:
         self._last: Any = None
 
     def read(self) -> Any:
+        if found := _OLD_LINE_BREAK.search(self._text):
+            where = self._place(*_line_and_column(self._text, found.start())).text
+            raise SpecError(
+                f"{where}: U+{ord(found[0]):04X} ends a line in YAML 1.1 and none in YAML 1.2. "
+                f'Remove it, or write "\\u{ord(found[0]):04x}" within double quotes'
+            )
         self._next()  # the stream's start
         if isinstance(self._next(), yaml.StreamEndEvent):
             return None
@@ -405,6 +413,17 @@ def _whole_text(text: str) -> str:
 
 
 # ---- JSON and TOML
+
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def _json_as_yaml(text: str) -> str:
+    """The same for a reader of YAML.
+
+    Of its tabs none is inside a string, and of the characters that it escapes all of them are.
+    """
+    escaped = _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return escaped.replace("\t", " ")
 
 
 def _check_json(text: str, *, source: str) -> None:
