@@ -174,17 +174,17 @@ MORE_MISTAKES = {
     "rows that cannot be read": (
         of("broken_rows"),
         [],
-        r"The data set failed at step 0, micro-batch 0 .*OSError: disk gone",
+        r"The data set failed on row 34 \(step 0, micro-batch 0\): OSError: disk gone",
     ),
     "rows that cannot be read by a worker": (
         of("broken_rows"),
         ["loader.workers=1"],
-        r"^The data set failed at step 0, micro-batch 0 [^\n]*OSError: disk gone \(\S+py:\d+\)$",
+        r"^The data set failed on row 34 \(step 0, [^\n]*\): OSError: disk gone \(\S+py:\d+\)$",
     ),
     "test rows that cannot be read": (
         of("broken_tests"),
         [],
-        r"The data set failed .*OSError: disk gone",
+        r"The test set failed on row 0 \(micro-batch 0\): OSError: disk gone",
     ),
     "a loss that is no number": (
         of("no_number"),

@@ -335,6 +335,13 @@ def test_a_missing_row_fails_the_test_instead_of_changing_its_result(alone):
         tally.means(alone, rows=5)
 
 
+def test_a_negative_weight_of_the_test_set_is_refused(alone):
+    tally = Tally((), micro_batches=1, device=torch.device("cpu"))
+    tally.add(0, torch.ones(3), torch.zeros(0), torch.tensor([1.0, -2.0, -2.0]), rows=3)
+    with pytest.raises(DataBroken, match=r"task\.weight: the weights of the test set sum to -3"):
+        tally.means(alone, rows=3)
+
+
 def test_the_test_command_writes_predictions_in_the_order_of_the_data(processes, tmp_path):
     spec = spec_of("plain_rows", length={"steps": 3}, checkpoint={"keep": 1})
     processes(1).run(train_in_process, spec, tmp_path)

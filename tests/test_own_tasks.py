@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import evenstep
 from jobs import spec_of, train_in_process
+from processes import ProcessesFailed
 from safetensors.torch import load_file
 from test_features import difference
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils.data import TensorDataset, random_split
 
 import launch
 import service
-from service.basics.errors import SpecError, is_own_code, with_place
+from service.basics.errors import SpecError, WillFailAgain, is_own_code, with_place
 from service.checkpoints.snapshots import load_weights
 from service.data.batches import first_rows, split, to_device
 from service.data.streams import Stream
@@ -483,3 +484,100 @@ def to_json(values: dict[str, Any]) -> str:
     import json
 
     return json.dumps(values)
+
+
+# ---- what a mistake in the data or in a weight is told as
+
+
+class Broken:
+    """Row 37 cannot be read; with `at_once` in one call for several rows."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if row == 37:
+            raise ValueError("broken image")
+        return torch.ones(4), row % 3
+
+
+class BrokenAtOnce(Broken):
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
+        return [self[row] for row in rows]
+
+
+class Fewer(BrokenAtOnce):
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
+        return [(torch.ones(4), row % 3) for row in rows if row != 37]
+
+
+class OtherShape(Broken):
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return torch.ones(5 if row == 37 else 4), row % 3
+
+
+def as_mapping(rows: list[Any]) -> Any:
+    inputs, targets = torch.utils.data.default_collate(rows)
+    return inputs, {"kind": targets}
+
+
+def of_kind(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets["kind"], reduction="none")
+
+
+def broken(kind: str) -> supervised:
+    good = TensorDataset(torch.randn(60, 4), torch.arange(60) % 3)
+    nothing = [(torch.ones(4), 0) if row != 37 else None for row in range(60)]
+    parts: dict[str, Any] = {
+        "one by one": {"train": Broken()},
+        "at once": {"train": BrokenAtOnce()},
+        "a subset": {"train": torch.utils.data.Subset(Broken(), range(60))},
+        "no row": {"train": nothing},
+        "another shape": {"train": OtherShape()},
+        "fewer": {"train": Fewer(), "collate": as_mapping, "loss": of_kind},
+        "a test set": {"train": good, "test": {"good": good, "bad": Broken()}},
+        "a number": {"train": good, "weight": lambda targets: 1.0},
+        "an array": {"train": good, "weight": lambda targets: np.ones(len(targets))},
+        "an error": {"train": good, "weight": lambda targets: targets["label"]},
+        "negative": {"train": good, "weight": lambda targets: -torch.ones(len(targets))},
+    }[kind]
+    return supervised(model=lambda: nn.Linear(4, 3), **parts)
+
+
+AT = r"The data set failed on row 37 \(step 0, micro-batch \d\)"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("one by one", AT + ": ValueError: broken image"),
+        ("at once", AT + ": ValueError: broken image"),
+        ("a subset", AT + ": ValueError: broken image"),
+        ("no row", AT + ": TypeError"),
+        ("another shape", r"The data set failed on rows \[.*\b37\b.*got \[4\] at entry 0"),
+        ("fewer", "Of 30 requested rows, 29 were returned"),
+        ("a test set", r"The test set 'bad' failed on row 37 \(micro-batch \d\): ValueError: bro"),
+    ],
+)
+def test_an_error_of_the_data_names_the_row(processes, tmp_path, kind, told, workers):
+    """It named the first eight of the micro-batch before."""
+    spec = job("broken", task_args={"kind": kind}, loader={"workers": workers})
+    sections = {"batch": {"global_batch": 60, "micro_batch": 30}, "length": {"steps": 1}}
+    with pytest.raises(ProcessesFailed, match=told):
+        processes(1).run(train_in_process, spec | sections, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("a number", r"^task\.weight: must return a tensor, .* but returned a float\. "),
+        ("an array", r"^task\.weight: must return a tensor, .* but returned a ndarray\. "),
+        ("an error", r"^task\.weight: it failed on the targets of a micro-batch: \w+Error: "),
+        ("negative", r"^task\.weight: the weights of step 1 sum to less than 0"),
+    ],
+)
+def test_a_mistake_in_a_weight_is_told_as_one(alone, tmp_path, kind, told):
+    """A negative sum trained nothing: the gradients were 0."""
+    with pytest.raises((SpecError, WillFailAgain), match=told):
+        train_in_process(alone, job("broken", task_args={"kind": kind}), tmp_path)

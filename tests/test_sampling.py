@@ -386,6 +386,7 @@ def test_a_source_without_rows_can_be_left_out():
         (lambda: proportions({"a": 1.0, "b": 0.123456789}), "Round them"),
         (lambda: stages({5: shuffled()}), "the first one must be 0"),
         (lambda: stages({0: shuffled(), "5": shuffled()}), "the first one must be 0"),
+        (lambda: stages({0: shuffled}), "the stage from step 0 on is a function. Write weighted"),
         (lambda: weighted(["much"]), "one number for each row"),
         (lambda: weighted([[1], [1, 2]]), "one number for each row"),
         (lambda: balanced([None, "a"]), "one label for each row, all of one kind"),

@@ -22,7 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from service.basics import randomness
-from service.basics.errors import DataBroken, EvenstepError, SpecError, with_place
+from service.basics.errors import (
+    DataBroken,
+    EvenstepError,
+    SpecError,
+    told_as_mistake,
+    with_place,
+)
 from service.basics.limits import LONGEST_TMPDIR, memory_here
 from service.data.batches import (
     Batch,
@@ -114,14 +120,26 @@ def train_steps(
         yield Step(taken, _step_weight(taken, plan, world))
 
 
-def test_batches(data: Data, *, task: Task, plan: Plan, world: World) -> Iterator[Batch]:
-    """This process's micro-batches of the test set, each row once over all processes."""
+def test_batches(
+    data: Data, *, task: Task, plan: Plan, world: World, name: str = ""
+) -> Iterator[Batch]:
+    """This process's micro-batches of the test set, each row once over all processes.
+
+    Args:
+        name: of the test set, for messages, if there are several.
+    """
     orders = _test_orders(plan, world)
     rows = _held(data, task)
     if rows is not None:
         rows = near(data, rows, world.device)
         return _copied_from_memory(rows, orders, task=task, world=world)
-    reader = _Reader(data, plan.spec.seed, rows=plan.test_rows, collate=collate_of(task))
+    reader = _Reader(
+        data,
+        plan.spec.seed,
+        rows=plan.test_rows,
+        collate=collate_of(task),
+        test=f"The test set {name!r}" if name else "The test set",
+    )
     brought = _collated(reader, orders, plan, world)
     return _as_batches(brought, task=task, world=world)
 
@@ -287,7 +305,7 @@ def _as_batches(
     Args:
         known: whether all processes know that the step has a row that the loss ignores.
     """
-    weigh = getattr(task, "weight", None)
+    weigh = _weight_of(task)
     bring = carrier(world.device)
     ignored = getattr(task, "ignored", None) if weigh is None else None
     parted = split_or_whole if step_of(task) else split
@@ -326,13 +344,41 @@ def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:
     """A function that returns the weight of each row with these targets; None: 1 for each."""
     ignored = getattr(task, "ignored", None)
     if hasattr(task, "weight") or ignored is None or not _holds(targets, ignored):
-        return getattr(task, "weight", None)
+        return _weight_of(task)
     return lambda some: some.ne(ignored).float()
+
+
+def _weight_of(task: Task) -> Callable[[Any], torch.Tensor] | None:
+    """The weight of a task, if it has one; its errors name it.
+
+    Raises:
+        SpecError: when it is called, it fails or returns no tensor.
+    """
+    weigh: Callable[[Any], object] | None = getattr(task, "weight", None)
+    if weigh is None:
+        return None
+
+    def weight_of(targets: Any) -> torch.Tensor:
+        with told_as_mistake("task.weight: it failed on the targets of a micro-batch"):
+            weight = weigh(targets)
+        if not isinstance(weight, torch.Tensor):
+            raise SpecError(
+                "task.weight: must return a tensor, the weight of each value of the loss, but "
+                f"returned a {type(weight).__name__}. For the same weight everywhere, leave it out."
+            )
+        return weight
+
+    return weight_of
 
 
 def _require_every_row(targets: torch.Tensor, order: Order) -> None:
     """Check that no row is missing and none is duplicated."""
-    asked, come = len(order.rows), len(targets) if targets.dim() else 0
+    _require_as_many(len(targets) if targets.dim() else 0, order)
+
+
+def _require_as_many(come: int, order: Order) -> None:
+    """Check that as many rows have come as were requested."""
+    asked = len(order.rows)
     if come != asked:
         raise DataBroken(
             f"Of {asked} requested rows, {come} were returned (step {order.step}, "
@@ -342,8 +388,8 @@ def _require_every_row(targets: torch.Tensor, order: Order) -> None:
         )
 
 
-def _told(rows: NDArray[np.int64]) -> str:
-    return f"{rows[:8].tolist()}{' ...' if len(rows) > 8 else ''}"
+def _told(rows: NDArray[np.int64], *, most: int = 8) -> str:
+    return f"{rows[:most].tolist()}{' ...' if len(rows) > most else ''}"
 
 
 def _collated(
@@ -569,8 +615,17 @@ class _Reader(Dataset[tuple[Order, Any]]):
         rows: int | None,
         collate: Callable[[list[Any]], Any],
         repeats: bool = False,
+        test: str | None = None,
     ) -> None:
-        """`rows`: rows in one epoch; `repeats`: whether a row may occur twice in an epoch."""
+        """The reader of a data set.
+
+        Args:
+            rows: rows in one epoch.
+            repeats: whether a row may occur twice in an epoch.
+            test: what messages call a test set.
+        """
+        self._test = test
+        self._asked: int | None = None
         self._data = data
         self._seed = seed
         self._collate = collate
@@ -578,30 +633,50 @@ class _Reader(Dataset[tuple[Order, Any]]):
         self._repeats = repeats
 
     def __getitem__(self, order: Order) -> tuple[Order, Any]:
+        brought: list[Any] | None = None
+        self._asked = None
         try:
-            return order, self._collate(self._rows(order))
+            brought = self._rows(order)
+            return order, self._collate(brought)
         except EvenstepError:
             raise
         except Exception as error:
-            raise DataBroken(
-                f"The data set failed at step {order.step}, micro-batch {order.number} "
-                f"(rows {_told(order.rows)}): "
-                f"{with_place(error)}{_remedy(error)}"
-            ) from error
+            row = self._asked if self._asked is not None else self._failing(order, brought)
+            which = f"rows {_told(order.rows, most=32)}" if row is None else f"row {row}"
+            at = f"micro-batch {order.number}"
+            at = f"step {order.step}, {at}" if self._test is None else at
+            told = f"{self._test or 'The data set'} failed on {which} ({at})"
+            raise DataBroken(f"{told}: {with_place(error)}{_remedy(error)}") from error
 
     def _rows(self, order: Order) -> list[Any]:
         rows = order.rows.tolist()
         if hasattr(self._data, "__getitems__"):
             # Rows that are read in one call share a key, which is the same at any world size.
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
-            return list(self._data.__getitems__(rows))
+            brought = list(self._data.__getitems__(rows))
+            _require_as_many(len(brought), order)
+            return brought
         brought = []
         for place, row in enumerate(rows, start=order.position):
             epoch = place // self._passed_over
             which = (epoch, row, place) if self._repeats else (epoch, row)
             seed_generators(randomness.key(randomness.ROW, self._seed, *which))
+            self._asked = row
             brought.append(self._data[row])
+        self._asked = None
         return brought
+
+    def _failing(self, order: Order, brought: list[Any] | None) -> int | None:
+        """The first row that fails by itself too; None if only all of them together do."""
+        for place, row in enumerate(order.rows.tolist()):
+            try:
+                if brought is None:
+                    self._data.__getitems__([row])
+                else:
+                    self._collate([brought[place]])
+            except Exception:  # the error of all rows is the one that is raised
+                return int(row)
+        return None
 
 
 def _remedy(error: Exception) -> str:

@@ -99,6 +99,11 @@ class Tally:
             )
         if weight == 0:
             raise DataBroken("No row of the test set has any weight; the mean does not exist.")
+        if weight < 0:
+            raise DataBroken(
+                f"task.weight: the weights of the test set sum to {weight:g}. A weight is what a "
+                "value counts, from 0 up."
+            )
         return {
             f"test/{name}": value / weight for name, value in zip(self._names, sums, strict=True)
         }

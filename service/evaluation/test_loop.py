@@ -55,7 +55,8 @@ def test_each(
     values: dict[str, float] = {}
     for part in sets:
         of_set = replace(plan, test_rows=part.rows)
-        batches = over(test_batches(part.data, task=task, plan=of_set, world=world), of_set)
+        read = test_batches(part.data, task=task, plan=of_set, world=world, name=part.name)
+        batches = over(read, of_set)
         counted = counted_for(task, plan=of_set, world=world, step=step)
         values |= part.named(test(model, batches, world=world, counted=counted))
     return values

@@ -261,8 +261,8 @@ class Updates:
             number of skipped steps; empty if there was no step since.
         Raises:
             Diverged: a value is not finite and must be; on every process, with the same message.
-            WillFailAgain: a buffer began to differ between processes, or the forward pass changes
-                frozen weights; on every process.
+            WillFailAgain: a buffer began to differ between processes, the forward pass changes
+                frozen weights, or a step has a negative weight; on every process.
         """
         held, self._held = self._held, []
         if not held:
@@ -296,12 +296,23 @@ class Updates:
             faults = [fault for found in self._world.gather(faults) for fault in found]
         if faulty or endless:
             self._answer(faults, endless)
+        self._require_weight(held)
         # A skipped step may have no weight at all, and then it has no mean loss.
         weight = float(last.weight)
         self.weight = weight if isinstance(last.weight, Tensor) else None
         values = {"train/loss": loss_sum / weight} if weight else {}
         values |= self._reading([held[at] for at in latest])
         return values if stragglers is None else values | stragglers.reading(told)
+
+    def _require_weight(self, held: Sequence[_Taken]) -> None:
+        """Refuse a step of negative weight, whose gradients were 0; the same on every process."""
+        weights = [(t.step, t.weight) for t in held if isinstance(t.weight, Tensor)]
+        if below := _where(weights, lambda weight: weight < 0):
+            raise WillFailAgain(
+                f"task.weight: the weights of step {below[0]} sum to less than 0, so it has no "
+                "mean loss. A weight is what a value counts, from 0 up. To train against some "
+                "rows, let the loss change its sign."
+            )
 
     def _sum_over_processes(
         self, losses: Mapping[int, float], counts: Sequence[int], own: Sequence[float]

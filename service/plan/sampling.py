@@ -374,4 +374,10 @@ def stages(each: Mapping[int, Sampling]) -> Sampling:
             "apply, "
             f"and the first one must be 0, but they are {list(each)!r}."
         )
+    for step in steps:
+        if not hasattr(each[step], "rows_at"):
+            raise SpecError(
+                f"task.sampling: the stage from step {step} on is a {type(each[step]).__name__}. "
+                "Write weighted(weights), balanced(labels), proportions({...}) or shuffled()."
+            )
     return Stages(tuple((step, each[step]) for step in steps))

@@ -401,7 +401,7 @@ def test_run(
     [part] = sets
     plan = replace(plan, test_rows=part.rows)
     kept = Predictions(predictions, task=task, rows=part.rows, world=world)
-    batches = test_batches(part.data, task=task, plan=plan, world=world)
+    batches = test_batches(part.data, task=task, plan=plan, world=world, name=part.name)
     counted = counted_for(task, plan=plan, world=world, step=chosen.step, predictions=kept)
     measures = test(model, batches, world=world, counted=counted)
     kept.write()
