@@ -19,7 +19,7 @@ from launch.commands.engines import ENGINES, accepted_by, commands_of, complain,
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new, process_count
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory, Place, run_at
+from launch.commands.places import Place, directory_of, run_at
 from launch.commands.runs import Number, list_runs, report, watch
 from launch.commands.sweep import sweep
 from launch.environment import (
@@ -423,14 +423,17 @@ def verify(run_a: Path | Address, run_b: Path | Address, level: str, tolerance: 
 @_SPEC
 @overridden
 @_PROCESSES
-@click.option("--runs", type=Directory(), default="runs", show_default=True)
-def plan(spec: str, overrides: tuple[Override, ...], processes: str | None, runs: Path) -> None:
+@click.option("--runs", type=Place(), default="runs", show_default=True)
+def plan(
+    spec: str, overrides: tuple[Override, ...], processes: str | None, runs: Path | Address
+) -> None:
     """Show the plan of SPEC: rows, steps, shares, rates, parameter groups. Needs no GPU."""
     loaded = load_named(spec, overrides, None)
     from service.preview.plan import planned
 
     collect_garbage()
-    click.echo(planned(loaded, processes=process_count(processes), runs=runs.absolute()))
+    here = directory_of(runs, loaded.name).absolute()
+    click.echo(planned(loaded, processes=process_count(processes), runs=here))
 
 
 @evenstep.command(name="recipes")

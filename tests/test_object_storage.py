@@ -38,6 +38,7 @@ from stored import (
 from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
+from launch.commands.doctor import Asked, _store
 from service.basics.errors import EvenstepError, NoCheckpoint, SpecError
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, find_run
@@ -926,6 +927,31 @@ def test_runs_in_a_store_are_read_by_the_commands(client, address, place, tmp_pa
     ):
         with pytest.raises(SpecError, match=told):
             said_by(*words)
+
+
+def test_plan_of_a_run_in_a_store_makes_no_request(client, address, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "scratch"))
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        told = said_by("plan", "job.yaml", "--runs", address)
+    assert re.search(r"a stop takes +.*MB/s of this disk", told), told
+    assert proxy.seen == []
+
+
+def test_doctor_tries_the_store_of_the_runs(client, address, place, tmp_path, monkeypatch):
+    scratch = {"EVENSTEP_SCRATCH": str(tmp_path)} | client.variables
+    done = evenstep("doctor", "--runs", address, "--json", cwd=place, **scratch)
+    (found,) = (each for each in json.loads(done.stdout) if each["name"] == "store")
+    assert found["state"] == "ok", found
+    assert f"objects of {address} can be written, read and deleted" in found["told"]
+    assert not store_at(address).sizes("")
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: 403 if method == "DELETE" else None
+        (found,) = _store(Asked(store=address))
+    assert found.state == "failed"
+    assert "no right to delete objects" in found.told
 
 
 def test_a_run_whose_launcher_is_gone_is_shown_as_lost(client, address, place, tmp_path):

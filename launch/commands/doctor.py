@@ -33,6 +33,7 @@ from service.basics.limits import limits, workers_each
 from service.health.stop_budget import estimated, grace_periods, longest_save, stop_in_words
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
+from service.storage.address import Address
 
 State = Literal["ok", "skipped", "warning", "failed"]
 
@@ -71,6 +72,8 @@ class Asked:
     """This process among those of torchrun: then the same is measured."""
     runs: Path = Path("runs")
     spec: Spec | None = None
+    store: Address | None = None
+    """Where runs are kept, if it is in an object store; `runs` is the scratch directory then."""
 
     @property
     def workers(self) -> int:
@@ -479,6 +482,26 @@ def _run_directory(asked: Asked) -> Iterator[Finding]:
         yield Finding("disk", "failed", f"{place} cannot be written: {error.strerror}", fix)
 
 
+def _store(asked: Asked) -> Iterator[Finding]:
+    """Whether a run could live in the object store: the credentials, the rights, the rules."""
+    if asked.store is None:
+        return
+    from service.storage.lease import require_rights
+    from service.storage.store import open_store
+
+    told: list[str] = []
+    try:
+        store = open_store(asked.store)
+        require_rights(store, say=told.append)
+        told += store.rules()
+    except EvenstepError as error:
+        yield Finding("store", "failed", str(error))
+        return
+    for each in told:
+        yield Finding("store", "warning", each.removeprefix("WARNING: "))
+    yield Finding("store", "ok", f"objects of {asked.store} can be written, read and deleted")
+
+
 def _stop(asked: Asked) -> Iterator[Finding]:
     """Whether the time for a stop is long enough for the last save."""
     if asked.spec is None:
@@ -562,6 +585,7 @@ CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
     _shared_memory,
     _open_files,
     _run_directory,
+    _store,
     _stop,
     _host_name,
     _rdma,

@@ -13,13 +13,14 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory
+from launch.commands.places import Place, directory_of
 from launch.environment import Environment, Node, launched
 from launch.processes.warm_start import collect_garbage
 from launch.slurm_step import node_asked, step_here
 from service.basics.errors import SpecError, printable
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
+from service.storage.address import Address
 
 
 @click.command()
@@ -69,7 +70,7 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
     type=click.IntRange(min=1),
     help="Default: 2; with --nodes as in a run.",
 )
-@click.option("--runs", type=Directory(), default="runs", show_default=True)
+@click.option("--runs", type=Place(), default="runs", show_default=True)
 @click.option(
     "--nodes",
     metavar="N",
@@ -78,11 +79,15 @@ def check(spec: str, overrides: tuple[Override, ...], processes: int) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(
-    spec: str | None, processes: int | None, runs: Path, nodes: int | None, as_json: bool
+    spec: str | None,
+    processes: int | None,
+    runs: Path | Address,
+    nodes: int | None,
+    as_json: bool,
 ) -> None:
     """Check this machine; with SPEC, for that job. Exit 0: fine, 1: warnings, 2: failures.
 
-    Under torchrun: as with --nodes."""
+    Under torchrun: as with --nodes. --runs may be an address in an object store."""
     from launch.commands.doctor import Asked, examined, exit_code
 
     loaded = load_spec(find_recipe(spec)) if spec is not None else None
@@ -93,8 +98,10 @@ def doctor(
         node = _node_among(nodes, processes)
     each = process_count(node.processes) if node is not None else processes or 2
     speaks = place.local_rank == 0 if place is not None else node is None or node.local_index == 0
+    store = runs if isinstance(runs, Address) else None
+    here = directory_of(runs, loaded.name if loaded is not None else "job")
     findings = []
-    for finding in examined(Asked(each, node, place, runs, loaded)):
+    for finding in examined(Asked(each, node, place, here, loaded, store)):
         findings.append(finding)
         if speaks and not as_json:
             click.echo(f"{finding.state:<7}  {finding.name:<11}  {finding.told}")

@@ -58,6 +58,15 @@ def run_at(place: Path | Address, *, checkpoint: str | None = None) -> Iterator[
         yield found
 
 
+def directory_of(place: Path | Address, name: str) -> Path:
+    """The directory on this machine in which a run of this name is trained at a place of runs."""
+    if isinstance(place, Path):
+        return place
+    from service.storage.scratch import scratch_runs
+
+    return scratch_runs(place / name)
+
+
 class Directory(click.ParamType[Path]):
     """A directory; an address is refused, by a command that cannot use one yet."""
 
