@@ -47,7 +47,7 @@ from service.runs.tracking import read_metrics
 from service.sharding import deferred_init
 from service.sharding.cpu_exchange import GatherInPlace, ReduceScatterInPlace
 from service.sharding.deferred_init import NotDeferred, made_deferred
-from service.sharding.heap import Heap, Pages
+from service.sharding.heap import Heap, Pages, populate
 from service.sharding.sharding import is_sharded, own_rows, parameters_by_unit, shard, units_of
 from service.spec.files import load_spec
 from service.spec.models import ExchangeSpec
@@ -801,6 +801,45 @@ print(numbers.sum())
     assert (ended.returncode, ended.stdout) == (-signal.SIGSEGV, "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this advice")
+def test_memory_of_a_tensor_is_allocated_at_once_and_keeps_what_is_in_it():
+    tensor = torch.empty(12 << 20)
+    tensor[5:9] = 3.0
+    before = resident_bytes()
+    populate(tensor)
+    assert resident_bytes() - before > 40 << 20
+    assert tensor[5:9].tolist() == [3.0] * 4
+    populate(torch.empty(3))
+    populate(torch.empty(0))
+
+
+class Doubling(Net):
+    """A state dict that holds more than the parameters as they are."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__(norm)
+        self.register_state_dict_post_hook(self._doubled)
+        self.register_load_state_dict_pre_hook(self._halved)
+
+    @staticmethod
+    def _doubled(module: nn.Module, values: dict[str, Tensor], prefix: str, _: Any) -> None:
+        values[f"{prefix}blocks.0.inner.weight"] = values[f"{prefix}blocks.0.inner.weight"] * 2
+
+    @staticmethod
+    def _halved(module: nn.Module, values: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        values[f"{prefix}blocks.0.inner.weight"] = values[f"{prefix}blocks.0.inner.weight"] / 2
+
+
+def test_a_state_dict_that_is_computed_from_the_parameters_is_resumed(processes, tmp_path):
+    spec = job(task_args={"net": "Doubling"}, test={"every_steps": None, "micro_batch": 6})
+    processes(2).run(train_in_process, spec, tmp_path / "whole")
+    processes(2).run(train_in_process, spec, tmp_path / "cut", 5)
+    processes(3).run(train_in_process, spec, tmp_path / "cut")
+    whole, cut = (run_of(tmp_path / name)[0] for name in ("whole", "cut"))
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=1e-9)
+
+
 class Wide(nn.Module):
     """Four units of 8 MiB each, on rows of 4 KiB."""
 
@@ -859,7 +898,7 @@ class Borrowing(Net):
         return super().forward(tokens) + self.blocks[1].inner.weight.sum()
 
 
-NETS = {"Net": Net, "Borrowing": Borrowing, "Initialised": Initialised}
+NETS = {"Net": Net, "Doubling": Doubling, "Borrowing": Borrowing, "Initialised": Initialised}
 
 
 def test_a_torch_that_lacks_what_it_needs_is_refused(monkeypatch, alone):

@@ -5,9 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,10 @@ from saves import (
 )
 
 import service.checkpoints.checkpoints
+import service.runs.checkpoint_files
 from service.basics.errors import EvenstepError
 from service.basics.limits import Limits
-from service.basics.multipart import PART_BYTES, digest_of, parts_of, shared_out, write_pieces
+from service.basics.multipart import PART_BYTES, Part, digest_of, parts_of, shared_out, write_pieces
 from service.checkpoints.snapshots import content_of
 from service.distributed.world import World
 from service.runs.checkpoint_files import (
@@ -43,6 +46,7 @@ from service.runs.checkpoint_files import (
     OPTIMIZER,
     STATE,
     Checkpoint,
+    Share,
     checkpoints_in,
     damage_of,
 )
@@ -343,6 +347,90 @@ def test_a_changed_bit_of_any_part_is_noticed(tmp_path, alone):
             assert damage_of(found) == f"the content of {name} has changed"
         (found.path / name).write_bytes(raw)
     assert damage_of(found) is None
+
+
+# ---- who verifies what
+
+
+def restored_by_all(world, directory, struck):
+    """What came of a restore, and the parts that this process has hashed.
+
+    `struck` is the process for which the files of tensors cannot be read.
+    """
+    hashed = []
+    hash_of = service.runs.checkpoint_files.sha256_of
+
+    def note(path, begin, end):
+        if world.index == struck and path.name == MODEL:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        hashed.append((path.name, begin, end))
+        return hash_of(path, begin, end)
+
+    state = new_state(seed=world.index)
+    service.runs.checkpoint_files.sha256_of = note
+    try:
+        checkpoints(Path(directory), world, part_bytes=PART).restore(state)
+    except EvenstepError as error:
+        return type(error).__name__, str(error), hashed
+    finally:
+        service.runs.checkpoint_files.sha256_of = hash_of
+    return state.step, same(state, at_step(state.step)), hashed
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_each_part_is_verified_by_one_of_the_processes(tmp_path, alone, processes, count):
+    saved(tmp_path, alone, 1, part_bytes=PART)
+    told = processes(count).run(restored_by_all, tmp_path, None)
+    assert [each[:2] for each in told] == [(1, True)] * count
+    hashed = [Part(*part) for each in told for part in each[2]]
+    every = [p for name, raw in files_of(tmp_path, 1).items() for p in _parts(name, len(raw))]
+    assert sorted(hashed) == sorted(every)
+    sizes = [sum(end - begin for _, begin, end in each[2]) for each in told]
+    assert max(sizes) - min(sizes) <= 2 * max(PART, len(files_of(tmp_path, 1)[STATE]))
+
+
+def _parts(name, size):
+    return parts_of(name, size, size if name == STATE else PART)
+
+
+def test_whoever_finds_a_changed_bit_all_use_the_checkpoint_before(tmp_path, alone, processes):
+    saved(tmp_path / "good", alone, 1, 2, part_bytes=PART)
+    found = tmp_path / "good/step-00000002"
+    places = [(name, at) for name in DATA for at in range(99, (found / name).stat().st_size, 700)]
+    finders = set()
+    for number, (name, at) in enumerate(places):
+        place = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", place)
+        changed = bytearray((place / found.name / name).read_bytes())
+        changed[at] ^= 1 << at % 8
+        (place / found.name / name).write_bytes(changed)
+        told = processes(3).run(restored_by_all, place, None)
+        assert [each[:2] for each in told] == [(1, True)] * 3, (name, at)
+        part = next(p for p in _parts(name, len(changed)) if p.begin <= at < p.end)
+        finders |= {rank for rank, each in enumerate(told) if tuple(part) in each[2]}
+        assert len(list(place.glob(".damaged-step-00000002-*"))) == 1
+    assert finders == {0, 1, 2}
+
+
+def test_storage_that_fails_one_process_fails_all_and_damages_nothing(tmp_path, alone, processes):
+    saved(tmp_path, alone, 1, 2, part_bytes=PART)
+    told = processes(3).run(restored_by_all, tmp_path, 1)
+    assert {each[0] for each in told} == {"EvenstepError"}
+    assert all("cannot be used: Stale file handle" in each[1] for each in told)
+    assert [each.step for each in checkpoints_in(tmp_path)] == [1, 2]
+
+
+@given(
+    st.lists(st.integers(0, 40), max_size=30),
+    st.integers(1, 6),
+)
+def test_shares_of_a_verification_are_adjacent_and_contain_each_part_once(sizes, processes):
+    ends = list(accumulate(sizes, initial=0))
+    parts = [(Part("f", a, b), n) for n, (a, b) in enumerate(pairwise(ends))]
+    shares = [Share(index, processes).of(parts) for index in range(processes)]
+    assert [pair for share in shares for pair in share] == parts
+    most = max((sum(p.end - p.begin for p, _ in share) for share in shares), default=0)
+    assert most <= sum(sizes) / processes + max(sizes, default=0)
 
 
 def forged(directory, edit):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -44,7 +45,7 @@ from service.basics.errors import (
     WillFailAgain,
     with_place,
 )
-from service.basics.limits import limits
+from service.basics.limits import limits, threads_each
 from service.basics.multipart import (
     PART_BYTES,
     Part,
@@ -69,6 +70,8 @@ from service.optimization.train_state import TrainState
 from service.runs.checkpoint_files import (
     BEST,
     Checkpoint,
+    Share,
+    apparent_damage_of,
     best_of,
     checkpoints_in,
     complete,
@@ -651,61 +654,83 @@ class Checkpoints:
         """
         self._trainer = threading.get_ident()
         self._know(state)
-        chosen: tuple[str, int, str] | None = None
-        failed: EvenstepError | None = None
-        if self._world.is_lead:
-            try:
-                chosen = self._choose()
-            except EvenstepError as error:
-                failed = error
-        self._world.fail_together(failed)
-        # One process chooses, because two different choices would train two models.
-        chosen = self._world.from_lead(chosen)
+        damaged: list[Checkpoint] = []
+        chosen = self._newest_good(damaged)
         if chosen is None:
             return False
+        failed: EvenstepError | None = None
         try:
-            self._load(*chosen, state)
+            if self._world.is_lead:
+                with self._told_as_unusable():
+                    self._enter(chosen, damaged)
+            load(chosen.path, state, index=self._world.index, rename=self._rename)
         except EvenstepError as error:
             failed = error
         self._world.fail_together(failed)
         return True
 
-    def _choose(self) -> tuple[str, int, str] | None:
-        """Name, step and hash of the newest valid checkpoint; removes incomplete ones."""
-        try:
-            if os.path.lexists(self._directory) and not self._directory.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            self._sweep()
-            newest = self._newest_good()
-            if newest is None:
-                return None
-            manifest = read_manifest(newest)
-            self._require_same_rows(newest, manifest)
-            best = read_state(newest.path)["best"]
-            self._mark_best(best["step"] if best else None)
-            return newest.path.name, newest.step, str(manifest["sha256"])
-        except OSError as error:
-            kind = kind_of_unread(error)
-            named = f" ({error.filename})" if error.filename else ""
-            raise kind(
-                f"The checkpoints in {self._directory} cannot be used: "
-                f"{error.strerror or error}{named}."
-            ) from error
+    def _newest_good(self, damaged: list[Checkpoint]) -> Checkpoint | None:
+        """The newest valid checkpoint; the processes that write to its disk verify it together.
 
-    def _newest_good(self) -> Checkpoint | None:
-        found = checkpoints_in(self._directory)
-        damaged: list[Checkpoint] = []
-        for checkpoint in reversed(found):
-            damage = damage_of(checkpoint)
+        Args:
+            damaged: receives newer ones that are damaged.
+        Raises:
+            EvenstepError: they cannot be used; on every process.
+        """
+        share = self._share()
+        while True:
+            # One process chooses, because two different choices would train two models.
+            proposed = self._proposed(damaged) if self._world.is_lead else (None, None)
+            failed, candidate = self._world.from_lead(proposed)
+            if failed is not None:
+                raise failed
+            if candidate is None:
+                return None
+            name, step, sha256 = candidate
+            chosen = Checkpoint(self._directory / name, step)
+            answers = self._world.gather(self._verified(chosen, sha256, share))
+            for failed, _ in answers:
+                if failed is not None:
+                    raise failed
+            damage = next((damage for _, damage in answers if damage is not None), None)
             if damage is None:
-                for broken in damaged:
-                    self._set_aside(broken)
-                return checkpoint
-            self._say(
-                f"WARNING: checkpoint {checkpoint.path} is damaged: {damage}. It is not used; "
-                "trying the previous one."
-            )
-            damaged.append(checkpoint)
+                return chosen
+            damaged.append(self._reported(chosen, damage))
+
+    def _share(self) -> Share | None:
+        """What this process verifies; None if it does not write to the disk of rank 0."""
+        count = min(self._writers.processes, self._at_disk)
+        if self._world.index >= count:
+            return None
+        here = min(count, self._world.processes_here)
+        return Share(self._world.index, count, threads_each(here))
+
+    def _proposed(
+        self, damaged: list[Checkpoint]
+    ) -> tuple[EvenstepError | None, tuple[str, int, str] | None]:
+        """Why none can be used, or name, step and hash of the next one; None if there is none."""
+        try:
+            with self._told_as_unusable():
+                return None, self._next(damaged)
+        except EvenstepError as error:
+            return error, None
+
+    def _next(self, damaged: list[Checkpoint]) -> tuple[str, int, str] | None:
+        """The newest that is not known to be damaged; removes incomplete ones."""
+        if os.path.lexists(self._directory) and not self._directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        self._sweep()
+        found = checkpoints_in(self._directory)
+        for checkpoint in reversed(found):
+            if checkpoint in damaged:
+                continue
+            damage = apparent_damage_of(checkpoint)
+            if damage is not None:
+                damaged.append(self._reported(checkpoint, damage))
+                continue
+            manifest = read_manifest(checkpoint)
+            self._require_same_rows(checkpoint, manifest)
+            return checkpoint.path.name, checkpoint.step, str(manifest["sha256"])
         if found:
             # They are not renamed: the next attempt must not take this for a new run.
             raise NoCheckpoint(
@@ -713,6 +738,44 @@ class Checkpoints:
                 "Restore a good copy, or start over with --fresh."
             )
         return None
+
+    def _verified(
+        self, chosen: Checkpoint, sha256: str, share: Share | None
+    ) -> tuple[EvenstepError | None, str | None]:
+        """Why this process cannot use the checkpoint, and its damage in this process's share."""
+        try:
+            _require_that(chosen, sha256, self._world)
+            with self._told_as_unusable():
+                return None, damage_of(chosen, share) if share is not None else None
+        except EvenstepError as error:
+            return error, None
+
+    def _reported(self, checkpoint: Checkpoint, damage: str) -> Checkpoint:
+        if self._world.is_lead:
+            self._say(
+                f"WARNING: checkpoint {checkpoint.path} is damaged: {damage}. It is not used; "
+                "trying the previous one."
+            )
+        return checkpoint
+
+    def _enter(self, chosen: Checkpoint, damaged: Sequence[Checkpoint]) -> None:
+        """Put damaged ones aside, and mark the best again, before the run goes on."""
+        for broken in damaged:
+            self._set_aside(broken)
+        best = read_state(chosen.path)["best"]
+        self._mark_best(best["step"] if best else None)
+
+    @contextmanager
+    def _told_as_unusable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kind = kind_of_unread(error)
+            named = f" ({error.filename})" if error.filename else ""
+            raise kind(
+                f"The checkpoints in {self._directory} cannot be used: "
+                f"{error.strerror or error}{named}."
+            ) from error
 
     def _require_same_rows(self, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
         before, now = manifest.get("train_rows"), self._facts.get("train_rows")
@@ -727,11 +790,6 @@ class Checkpoints:
                 "for example with other weights. Use the original sampling, or start over "
                 "with --fresh."
             )
-
-    def _load(self, name: str, step: int, sha256: str, state: TrainState) -> None:
-        chosen = Checkpoint(self._directory / name, step)
-        _require_that(chosen, sha256, self._world)
-        load(chosen.path, state, index=self._world.index, rename=self._rename)
 
 
 def agreed_checkpoint(directory: Path, which: str, world: World) -> Checkpoint:

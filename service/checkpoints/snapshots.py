@@ -24,6 +24,7 @@ from service.checkpoints.packing import DTYPES, is_wrapped, kept, pack, rewrappe
 from service.optimization.optimizers import Together, require_one_state, step_of, stepped_by
 from service.optimization.train_state import Best, TrainState
 from service.runs.checkpoint_files import AVERAGE, MODEL, OPTIMIZER, Entry, read_state
+from service.sharding.heap import populate
 from service.sharding.sharding import (
     empty_like_rows,
     is_sharded,
@@ -298,7 +299,34 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
         raise SpecError(
             f"The checkpoint {directory} belongs to another model: {'; '.join(shapes[:5])}"
         )
-    model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
+    model.load_state_dict(_by_rows(model, own, weights))
+
+
+def _by_rows(
+    model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `load_state_dict` takes of the weights; rows of parameters are copied here.
+
+    Then it copies each of those parameters to itself, which takes no time.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    given, windows = {}, []
+    for name, tensor in own.items():
+        if is_sharded(tensor) and _are_one(tensor, parameters.get(name)):
+            windows.append((own_rows(tensor), rows_like(tensor, weights[name])))
+            given[name] = tensor
+        else:
+            given[name] = sharded_like(tensor, weights[name])
+    _fill(windows)
+    return given
+
+
+def _are_one(tensor: Tensor, parameter: nn.Parameter | None) -> bool:
+    """Whether the value in a state dict is the parameter itself, and not computed from it."""
+    if parameter is None or not is_sharded(parameter):
+        return False
+    own, rows = own_rows(parameter), own_rows(tensor)
+    return own.data_ptr() == rows.data_ptr() and (own.shape, own.dtype) == (rows.shape, rows.dtype)
 
 
 def _how_to_rename(missing: list[str], strange: list[str]) -> str:
@@ -675,6 +703,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
     if not (alike and target.device.type == "cpu" and target.dim()):
         target.copy_(source)
         return
+    populate(target)
     # With numpy, which starts no additional threads: there are as many as cores.
     into, of = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (target, source))
     np.copyto(into, of)

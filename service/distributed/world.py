@@ -339,7 +339,7 @@ class World:
         Raises:
             SpecError: the nodes have different numbers, or their ranks are not adjacent.
         """
-        on_node = self._on_node()
+        on_node = self.processes_here
         counts = self.gather(on_node)
         if len(set(counts)) > 1 or self.processes % on_node:
             raise SpecError(
@@ -350,7 +350,8 @@ class World:
             )
         return on_node
 
-    def _on_node(self) -> int:
+    @property
+    def processes_here(self) -> int:
         """Processes on this node, according to its launcher."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
 
@@ -361,7 +362,7 @@ class World:
             everyone: all processes, if each has a part of the state.
         """
         if everyone not in self._writers:
-            here = min(self._on_node(), self.processes)
+            here = min(self.processes_here, self.processes)
             count = self.processes if everyone else self.from_lead(here)
             self._writers[everyone] = Writers(self.index, count)
         return self._writers[everyone]

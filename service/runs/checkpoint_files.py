@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from service.basics.atomic_files import (
     PASSING,
@@ -34,6 +34,8 @@ from service.basics.errors import NoCheckpoint, SpecError
 from service.basics.limits import limits
 from service.basics.multipart import Part, digest_of, parts_of, told_of
 from service.spec.models import CheckpointSpec
+
+T = TypeVar("T")
 
 FORMAT = 2
 FORMATS = (1, 2)  # format 1 has no parts
@@ -291,49 +293,101 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
 # ---- read and verify
 
 
-def damage_of(checkpoint: Checkpoint) -> str | None:
-    """The damage of a checkpoint, or None if every byte is as it was written.
+@dataclass(frozen=True)
+class Share:
+    """The bytes that one of several processes verifies; the default is all of them."""
+
+    index: int = 0
+    """Of this process; the first one also checks what a hash cannot show."""
+    processes: int = 1
+    threads: int | None = None
+    """None means one for each core."""
+
+    def of(self, parts: Sequence[tuple[Part, T]]) -> list[tuple[Part, T]]:
+        """The parts of this process: adjacent ones, nearly as many bytes as those of the others."""
+        total = max(1, sum(part.end - part.begin for part, _ in parts))
+        own, before = [], 0
+        for part, value in parts:
+            size = part.end - part.begin
+            whose = (2 * before + size) * self.processes // (2 * total)  # where its middle is
+            if min(whose, self.processes - 1) == self.index:  # an empty last one is at the end
+                own.append((part, value))
+            before += size
+        return own
+
+
+WHOLE = Share()
+
+
+def damage_of(checkpoint: Checkpoint, share: Share = WHOLE) -> str | None:
+    """The damage of a checkpoint, or None if every byte of the share is as it was written.
 
     Raises:
         OSError: it may not be read, or cannot be read at the moment: its state is unknown.
     """
+    return _told(checkpoint, lambda: _require_undamaged(checkpoint, share))
+
+
+def apparent_damage_of(checkpoint: Checkpoint) -> str | None:
+    """The same, from the manifest and the names and sizes of its files only.
+
+    Raises:
+        OSError: as for `damage_of`.
+    """
+    return _told(checkpoint, lambda: _require_files(checkpoint))
+
+
+def _told(checkpoint: Checkpoint, check: Callable[[], object]) -> str | None:
+    """The damage that `check` raises."""
     try:
         try:
-            return _damage_found(checkpoint)
+            return _damage_in(check)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             # NFS mounted `soft` gives this error for a server that does not answer for a while.
-            return _damage_found(checkpoint)
+            return _damage_in(check)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM) or error.errno in PASSING:
             raise
         return f"{error.filename or checkpoint.path}: {error.strerror or error}"
 
 
-def _damage_found(checkpoint: Checkpoint) -> str | None:
-    directory = checkpoint.path
+def _damage_in(check: Callable[[], object]) -> str | None:
     try:
-        if directory.is_symlink() or not directory.is_dir():
-            return "it is not a directory, but a link or a file"
-        manifest = _manifest_of(directory, checkpoint.step)
-        files = manifest["files"]
-        strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
-        if strangers:  # NFS and file browsers create hidden files
-            return (
-                f"it contains files that do not belong to a checkpoint: "
-                f"{', '.join(sorted(strangers)[:3])!r}"
-            )
-        parts = [pair for n in files for pair in _parts_of(directory / n, files[n], manifest)]
-        # Hashing releases the GIL: two cores need half the time of one.
-        with ThreadPoolExecutor(limits().cores, thread_name_prefix="hash") as threads:
-            checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
-        for check in checks:
-            check.result()
-        _require_state(directory, checkpoint.step)
+        check()
     except _Damaged as damage:
         return str(damage)
     return None
+
+
+def _require_undamaged(checkpoint: Checkpoint, share: Share) -> None:
+    directory = checkpoint.path
+    parts = share.of(_require_files(checkpoint))
+    # Hashing releases the GIL: two cores need half the time of one.
+    with ThreadPoolExecutor(share.threads or limits().cores, thread_name_prefix="hash") as threads:
+        checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
+    for check in checks:
+        check.result()
+    if share.index == 0:
+        _require_state(directory, checkpoint.step)
+
+
+def _require_files(checkpoint: Checkpoint) -> list[tuple[Part, str | None]]:
+    """The parts of all files and their hashes in the manifest; `state.json` is the first."""
+    directory = checkpoint.path
+    if directory.is_symlink() or not directory.is_dir():
+        raise _Damaged("it is not a directory, but a link or a file")
+    manifest = _manifest_of(directory, checkpoint.step)
+    files = manifest["files"]
+    strangers = {n for n in os.listdir(directory) if n[:1] != "."} - {*files, MANIFEST}
+    if strangers:  # NFS and file browsers create hidden files
+        raise _Damaged(
+            f"it contains files that do not belong to a checkpoint: "
+            f"{', '.join(sorted(strangers)[:3])!r}"
+        )
+    ordered = sorted(files, key=lambda name: name != STATE)
+    return [pair for n in ordered for pair in _parts_of(directory / n, files[n], manifest)]
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:

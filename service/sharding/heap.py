@@ -37,6 +37,7 @@ _LARGEST_KEPT_BYTES = 1 << 25  # glibc accepts no more
 _ADDED_BYTES = 1 << 26  # grow by more than a step needs, so that all of it is in large pages
 _ANY = (1 << 31) - 1  # the largest int
 _MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_MADV_POPULATE_WRITE = 23  # since Linux 5.14; it keeps what is there
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _mallopt = getattr(_libc, "mallopt", None)  # not in other C libraries
@@ -104,6 +105,18 @@ class Pages:
         begin, size_bytes = ctypes.c_void_p(self._begin), ctypes.c_size_t(self._size_bytes)
         if _libc.mprotect(begin, size_bytes, ctypes.c_int(access)):
             raise OSError(ctypes.get_errno(), f"mprotect: {os.strerror(ctypes.get_errno())}")
+
+
+def populate(tensor: Tensor) -> None:
+    """Let Linux allocate the memory of a new tensor at once, instead of at each first access.
+
+    100 MiB that are filled afterwards take 49 ms instead of 64.  In pages of 2 MiB they take 44 to
+    143 ms: where free memory is in small pieces, Linux moves other memory first.
+    """
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if ON_LINUX and begin < end:
+        _advise(begin, end - begin, _MADV_POPULATE_WRITE)
 
 
 def pages(size: Sequence[int], *, dtype: torch.dtype) -> Tensor:

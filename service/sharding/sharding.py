@@ -374,8 +374,8 @@ def own_rows(tensor: Tensor) -> Tensor:
     """The rows of a sharded tensor on this process, not a copy; any other tensor completely."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # on the whole tensor, detach() takes longer
-        rows: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
+    # As to_local() without gradients, which takes three times as long to say so.
+    rows: Tensor = tensor._local_tensor.detach()  # type: ignore[attr-defined]
     return rows
 
 
@@ -426,9 +426,13 @@ def empty_like_rows(tensor: Tensor, *, dtype: torch.dtype, device: torch.device)
 
 def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """The tensor of which each process has these rows, sharded like `tensor`."""
-    kind: Any = type(tensor.data)
+    from torch.distributed.tensor import DTensor
+
     like: Any = tensor
-    sharded: Tensor = kind.from_local(
+    if rows.dtype == tensor.dtype:  # as FSDP2 itself makes one: a twentieth of the time
+        made: Tensor = DTensor(rows, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return made
+    return DTensor.from_local(
         rows,
         like.device_mesh,
         like.placements,
@@ -436,7 +440,6 @@ def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
-    return sharded
 
 
 @dataclass(frozen=True)
