@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import warm
 from commands import BIN, CLEAN, OFFLINE, ROOT
 
 PAGE = ROOT / "docs/tutorial/first-job.md"
@@ -77,23 +78,19 @@ def _shown(command: str, place: Path) -> Iterator[str]:
     yield from _without_the_middle([line for line in lines if "is a straggler" not in line])
 
 
-def _hear_ctrl_c() -> None:
-    """A shell lets what it starts in the background ignore SIGINT, and so would the command."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _output(command: str, place: Path, *, interrupted: bool) -> str:
     theirs = {key: value for key, value in CLEAN.items() if key not in ("OMP_NUM_THREADS", "CI")}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    with subprocess.Popen(
-        shlex.split(command),
+    name, *words = shlex.split(command)
+    with warm.popen(
+        [str(BIN / name), *words],
         cwd=place,
         env=theirs | OFFLINE | {"PATH": path},
+        clean=theirs,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_hear_ctrl_c,
     ) as process:
         assert process.stdout is not None
         lines = []
@@ -117,6 +114,7 @@ def _without_the_middle(lines: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
+    warm.WARM = False  # the page shows how long real starts take
     text = PAGE.read_text()
     assert BEGIN in text, f"the README has no line {BEGIN!r}"
     before, _, rest = text.partition(BEGIN)

@@ -51,7 +51,7 @@ _MORE = {"mlflow": ("mlflow.tracking", "service.observability.mlflow_backend")}
 WARM = os.environ.get("EVENSTEP_COLD_TESTS") != "1" and hasattr(os, "pidfd_open")
 _SCRIPTS = {str(Path(sys.executable).with_name(name)) for name in ("evenstep", "torchrun")}
 _KNOWN = {"cwd", "stdin", "stdout", "stderr", "text", "errors", "bufsize", "start_new_session"}
-_interpreters: dict[tuple[str, str | None], Interpreter] = {}
+_interpreters: dict[tuple[object, ...], Interpreter] = {}
 
 
 class Interpreter:
@@ -149,10 +149,11 @@ def popen(
     if devices is None:
         return subprocess.Popen(words, env=env, **how)
     named = next((name for name in _MORE if any(name in word for word in words)), None)
-    if (devices, named) not in _interpreters:
+    kind = (devices, named, *read_at_start(clean).items())
+    if kind not in _interpreters:
         modules = (*_MODULES, *_MORE.get(named or "", ()))
-        _interpreters[devices, named] = Interpreter({**clean, "PYTHONPATH": devices}, modules)
-    return Warm(_interpreters[devices, named], words, env=env, **how)
+        _interpreters[kind] = Interpreter({**clean, "PYTHONPATH": devices}, modules)
+    return Warm(_interpreters[kind], words, env=env, **how)
 
 
 def _devices(words: Sequence[str], env: Mapping[str, str], clean: Mapping[str, str]) -> str | None:
