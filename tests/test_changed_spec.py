@@ -355,6 +355,15 @@ def test_a_cluster_gets_the_changes_of_submit(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("below", "run"), [(".", "."), ("checkpoints", "..")])
+def test_a_fork_of_the_current_directory_is_beside_it(place, below, run):
+    name = f"beside-{len(run)}"
+    forked = evenstep("fork", run, "--at", "6", "--name", name, cwd=place / "runs/long" / below)
+    assert forked.returncode == 0, forked.stderr
+    assert read_history(place / "runs" / name).step == 6
+    assert not (place / "runs/long" / below / name).exists()
+
+
 def test_the_command_that_fork_prints_works_where_a_path_has_a_space(tmp_path):
     runs = tmp_path / "my runs"
     words = ("run", "digits", "length={steps: 2}", "--stop-at", 1, "--runs", runs)

@@ -153,7 +153,7 @@ FAULTS = [
     ),
     ("a: 1\nb\nc: 2", "spec.yaml:3:1: not valid YAML: a key without its ':'"),
     ("a: [1, 2", "spec.yaml:1:9: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-    ("a: 'b", "spec.yaml:1:6: not valid YAML: found unexpected end of stream"),
+    ("a: 'b", "spec.yaml:1:6: not valid YAML: a quote is not closed"),
     (b"a: 1\nb: \xff", "spec.yaml:2:4: not UTF-8 text (byte 0xff)"),
     ("a: 1\nb: \0", "spec.yaml:2:4: the character U+0000 is not text"),
     (
@@ -255,6 +255,11 @@ def test_an_override_leaves_the_document_it_was_given_as_it_was() -> None:
         ("n.x=1", "n.x=1: n is 3 and has nothing inside"),
         ("a=[1", "a=[1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("a={b: 1, b: 2}", "a={b: 1, b: 2}: 'b' is written twice"),
+        (
+            "a=[a-z]+",
+            "a=[a-z]+: not valid YAML: something follows the end of the value; text that begins "
+            "with a bracket or a quote must be in quotes as a whole",
+        ),
         ("a=[*x]", "a=[*x]: anchors and aliases (& and *) are not supported; write the value out"),
     ],
 )

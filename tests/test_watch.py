@@ -200,6 +200,20 @@ def test_a_row_whose_step_or_time_is_none_does_not_end_a_look_at_all_runs(
         assert line_of(now)
 
 
+def test_a_run_that_is_extended_while_it_is_watched_has_its_new_length(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "job", steps=40)
+    runs = LiveRuns(directory=tmp_path)
+    add_row(run, 1)
+    lengths = [runs.look()[0][0].steps]
+    longer = json.loads(run.spec.read_text()) | {"length": {"steps": 4000}}
+    run.spec.with_name("new").write_text(json.dumps(longer))
+    run.spec.with_name("new").rename(run.spec)
+    lengths.append(runs.look()[0][0].steps)
+    run.spec.unlink()
+    lengths.append(runs.look()[0][0].steps)
+    assert lengths == [40, 4000, None]
+
+
 def test_of_a_long_run_the_latest_losses_and_tests_are_found(tmp_path: Path) -> None:
     run = write_run(tmp_path, "long", steps=900)
     for step in range(1, 301):

@@ -16,7 +16,7 @@ import click
 
 from launch.commands.places import Directory, Place, run_at
 from service.basics.errors import SpecError, printable
-from service.runs.directory import find_run
+from service.runs.directory import find_run, with_name
 from service.storage.address import Address
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def _sweep_at(path: Path) -> Path | None:
     """The directory of a sweep: this one, or the one of that name in `runs/`."""
     from service.observability.sweeps import is_sweep
 
-    return next((place for place in (path, Path("runs") / path) if is_sweep(place)), None)
+    places = (path, Path("runs") / path)
+    return next((with_name(place) for place in places if is_sweep(place)), None)
 
 
 @click.command(name="runs")

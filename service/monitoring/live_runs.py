@@ -64,7 +64,8 @@ class LiveRun:
         )
         self._signature: Signature = ()
         self._now: RunNow | None = None
-        self._spec: dict[str, Any] | None = None
+        self._spec: dict[str, Any] = {}
+        self._spec_facts: tuple[int, ...] = ()
 
     def look(self) -> RunNow:
         """What is known of it now.
@@ -108,13 +109,14 @@ class LiveRun:
         )
 
     def _known_spec(self) -> dict[str, Any]:
-        """The spec as plain values, read once; of a run that lacks one, nothing."""
-        if self._spec is None:
+        """The spec as plain values, read again when it has changed; of a run without, nothing."""
+        facts = _facts_of(self._directory.spec)  # a run may be extended, or started afresh
+        if facts != self._spec_facts:
             try:
-                self._spec = read_values(self._directory.regular_spec())
+                self._spec, self._spec_facts = read_values(self._directory.regular_spec()), facts
             except EvenstepError:
                 return {}
-        return self._spec
+        return self._spec if facts else {}
 
 
 class LiveRuns:

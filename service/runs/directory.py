@@ -189,6 +189,11 @@ class RunDirectory:
             replace_file(self.facts, json.dumps(facts, indent=1) + "\n", mode=0o600)
 
 
+def with_name(path: Path) -> Path:
+    """The path such that its name and its parent are those of the directory, also of `.`."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def find_run(path: Path) -> RunDirectory:
     """The run in a directory, or the run of that name in `runs/`.
 
@@ -198,7 +203,7 @@ def find_run(path: Path) -> RunDirectory:
     with told_when_unread(path):
         for place in (path, Path("runs") / path):
             if is_there(place / "run.json"):
-                return RunDirectory(place)
+                return RunDirectory(with_name(place))
         if path.exists():
             raise SpecError(f"{path} is not a run: it has no run.json.")
         parent = path.parent if path.parent != Path() else Path("runs")

@@ -252,6 +252,9 @@ _PROBLEMS = {
     "and put text that contains ': ' in quotes",
     "expected <block end>": "this does not match the lines above it; check the indentation",
     "could not find expected ':'": "a key without its ':'",
+    "found unexpected end of stream": "a quote is not closed",
+    "expected '<document start>'": "something follows the end of the value; text that begins with "
+    "a bracket or a quote must be in quotes as a whole",
 }
 
 
