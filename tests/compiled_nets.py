@@ -1,4 +1,4 @@
-"""Models of blocks, to be compiled by units."""
+"""Models of blocks, to be sharded, compiled or offloaded by units."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks between an embedding and a head, which may share their weights."""
 
-    def __init__(self, count: int, dropout: float, tied: bool = True) -> None:
+    def __init__(self, count: int, dropout: float, tied: bool = True, width: int = 10) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 10)
-        self.blocks = nn.ModuleList(Block(10, dropout) for _ in range(count))
-        self.head = nn.Linear(10, 7)
+        self.embedding = nn.Embedding(7, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(count))
+        self.head = nn.Linear(width, 7)
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
         return self.head(rows)
 
 
-def blocks(count: int = 3, dropout: float = 0.0, tied: bool = True) -> Task:
+def blocks(count: int = 3, dropout: float = 0.0, tied: bool = True, width: int = 10) -> Task:
     """Guess the next of seven tokens.
 
     With ten blocks there are more than torch compiles one function for (8), if it does so for each
@@ -48,7 +48,7 @@ def blocks(count: int = 3, dropout: float = 0.0, tied: bool = True) -> Task:
     tokens = torch.randint(0, 7, (103, 4), generator=torch.Generator().manual_seed(2))
     following = (tokens[:, 0] + tokens[:, 3]) % 7
     return supervised(
-        model=lambda: Net(count, dropout, tied).double(),
+        model=lambda: Net(count, dropout, tied, width).double(),
         train=TensorDataset(tokens[21:], following[21:]),
         test=TensorDataset(tokens[:21], following[:21]),
         loss="cross_entropy",

@@ -46,7 +46,7 @@ RAN = {
     "service/data/losses.py": SIM,
     "service/evaluation/hooks.py": CPU,
     "service/evaluation/metrics.py": SIM,
-    "service/sharding/sharding.py": "CPU; no sharded run on any other device yet",
+    "service/sharding/sharding.py": SIM,
     "service/distributed/batchnorm.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
     "service/optimization/optimizers.py": SIM,
     "service/distributed/recursive_doubling.py": SIM,

@@ -285,6 +285,8 @@ def _on_simulated(rank: int, *, joined: bool) -> Any:
 
     from service.distributed.world import World
 
+    # Before it is counted; the fork server has the environment of the session's start.
+    os.environ["SIM_DEVICES"] = str(max(simulated_device.device_count(), rank + 2))
     simulated_device.register()
     if joined:
         dist.init_process_group(dist.get_default_backend_for_device("sim"))

@@ -9,7 +9,8 @@ computes with torch's CPU kernels, and like a GPU it
   a copy from pinned memory is read from there late, so that an overwritten buffer is seen;
 - notes in `WAITS`, and in the trace of a profiler, every time the host waits for the device;
 - has streams and events: what one stream wrote may be read by another only after a wait, and memory
-  that another stream still reads may be given back only with `record_stream`. Else: `Race`;
+  that another stream still reads may be given back only with `record_stream`, unless its own
+  stream waits for the other before it uses memory again. Else: `Race`;
 - draws random numbers from generators of its own;
 - has so much memory (`SIM_BYTES`), says how much of it was used, and how it is out of memory;
 - has several devices (`SIM_DEVICES`), and notes on which of them a thread has opened a context;
@@ -27,8 +28,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -136,6 +138,8 @@ class Event:
 _HOST: dict[Stream, int] = {}  # up to where the host has waited for each
 _late: list[tuple[Stream, int, Callable[[], object]]] = []  # copies to the host under way
 _to_come: list[_Home] = []  # memory into which copies of the host are under way
+# (stream of free memory, another stream, the work of it that may still use this memory)
+_given_back: list[tuple[Stream, Stream, int]] = []
 
 
 def _learn(known: dict[Stream, int], told: dict[Stream, int]) -> None:
@@ -235,6 +239,14 @@ def manual_seed_all(seed: int) -> None:
         generator.manual_seed(seed)
 
 
+def get_rng_state(device: Any = None) -> torch.Tensor:
+    return _generators[_memory["device"]].get_state()
+
+
+def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    _generators[_memory["device"]].set_state(state)
+
+
 class _Properties:
     name = "Simulated device"
     total_memory = BYTES
@@ -262,6 +274,9 @@ def _module() -> ModuleType:
     module.manual_seed_all = manual_seed_all
     module.manual_seed = lambda seed: _generators[_thread.index].manual_seed(seed)
     module.default_generators = _generators
+    module._initialized = True  # asked by checkpoints, which then restore the generators
+    module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state
+    module.device = lambda device: nullcontext()  # a tensor does not tell on which one it is
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return module
 
@@ -278,7 +293,7 @@ class _Home:
         self.written = (self.stream, self.stream.now)
         self.used: dict[Stream, int] = {}
         self.recorded: set[Stream] = set()
-        self.pending = PENDING
+        self.given_back = _given_back
         self.due: list[Callable[[], object]] = []
         if _memory["held"] + size_bytes > BYTES:
             told = (
@@ -286,9 +301,14 @@ class _Home:
                 f"has a total capacity of {BYTES / 2**20:.2f} MiB."
             )
             _raise(torch.OutOfMemoryError(told))
-        self.size_bytes = size_bytes
-        _memory["held"] += size_bytes
+        _require_unused(self.stream)
+        self.resize(size_bytes)
+
+    def resize(self, size_bytes: int) -> None:
+        """Another size of the same allocation, such as none while nobody needs its values."""
+        _memory["held"] += size_bytes - self.size_bytes
         _memory["peak"] = max(_memory["held"], _memory["peak"])
+        self.size_bytes = size_bytes
 
     def receive(self) -> None:
         """Let what is under way to it arrive."""
@@ -312,9 +332,15 @@ class _Home:
         memory["held"] -= self.size_bytes
         for stream, work in self.used.items():
             if stream not in self.recorded and not self.stream.follows(stream, work):
-                self.pending.append(
-                    Race("given back while another stream used it: no record_stream")
-                )
+                self.given_back.append((self.stream, stream, work))
+
+
+def _require_unused(stream: Stream) -> None:
+    """What was given back to this stream is used again by it: others must be done with it."""
+    late = [given for given in _given_back if given[0] is stream]
+    _given_back[:] = [given for given in _given_back if given[0] is not stream]
+    if not all(stream.follows(other, work) for _, other, work in late):
+        _raise(Race("given back while another stream used it: no record_stream"))
 
 
 class Sim(torch.Tensor):
@@ -345,7 +371,9 @@ class Sim(torch.Tensor):
         return self.raw.data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.raw.untyped_storage()
+        storage: Any = self.raw.untyped_storage()
+        storage.resize_ = partial(_resized, weakref.ref(storage))
+        return storage
 
     def record_stream(self, stream: Stream) -> None:
         self.home.recorded.add(stream)
@@ -371,6 +399,8 @@ class Sim(torch.Tensor):
         kwargs = dict(kwargs or {})
         if func.namespace == "c10d":
             return _exchange(func, args, kwargs)
+        if func.overloadpacket is aten.to:  # arrives here inside of a dispatch mode
+            return func.decompose(*args, **kwargs)
         if func is aten._to_copy.default:
             return _moved(args[0], kwargs)
         if func is aten.copy_.default:
@@ -380,6 +410,12 @@ class Sim(torch.Tensor):
             _read(args[0], "item")
             return func(args[0].raw)
         return _computed(func, args, kwargs)
+
+
+def _resized(storage: Any, size_bytes: int) -> Any:
+    """`UntypedStorage.resize_`, with which FSDP2 frees parameters; the device notes it."""
+    storage().home.resize(size_bytes)
+    return torch.UntypedStorage.resize_(storage(), size_bytes)
 
 
 def _bare(value: Any) -> Any:

@@ -114,6 +114,11 @@ MISTAKES = {
         ["--profile", "20"],
         r"--profile: must be START:STEPS, such as 20:5",
     ),
+    "weights offloaded to where they are": (
+        GOOD,
+        ["exchange={mode: sharded, offload: true}"],
+        r"exchange.offload: true keeps weights in main memory .*Leave it out here",
+    ),
     "an option nobody knows": (GOOD, ["--proceses", "2"], r"No such option.*--processes"),
 }
 

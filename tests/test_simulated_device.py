@@ -102,7 +102,15 @@ def raced(world):
     refused(lambda: on_side(held[0].zero_), simulated_device.Race, "still reads")
     held.clear()
     gc.collect()  # what was raised above holds it too
-    refused(lambda: torch.ones(1, device="sim"), simulated_device.Race, "record_stream")
+    refused(
+        lambda: on_side(lambda: torch.ones(1, device="sim")), simulated_device.Race, "no record_"
+    )
+    held.append(on_side(lambda: torch.ones(3, device="sim")))
+    module.current_stream().wait_stream(side)
+    held[0] + 1
+    held.clear()
+    side.wait_stream(module.current_stream())  # before it uses the memory again
+    on_side(lambda: torch.ones(1, device="sim"))
     kept = on_side(lambda: torch.ones(3, device="sim"))
     module.current_stream().wait_stream(side)
     kept + 1

@@ -501,6 +501,7 @@ def test_a_key_that_cannot_change_the_result_is_no_change() -> None:
         "model.activation_checkpointing": "{match: 'blocks.*'}",
         "exchange.mode": "sharded",
         "exchange.reshard_after_forward": "false",
+        "exchange.offload": "true",
         "exchange.return_memory": "false",
         "exchange.sync_each_micro_batch": "true",
         "exchange.units": "['blocks.*']",

@@ -54,7 +54,9 @@ class MovingAverage:
         pairs = self._pairs()
         real = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
         rest = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]
-        torch._foreach_lerp_([a for a, _ in real], [b for _, b in real], 1 - decay)
+        for device in {a.device: None for a, _ in real}:  # rows may be offloaded, not buffers
+            here = [pair for pair in real if pair[0].device == device]
+            torch._foreach_lerp_([a for a, _ in here], [b for _, b in here], 1 - decay)
         if rest:
             torch._foreach_copy_([a for a, _ in rest], [b for _, b in rest])
 

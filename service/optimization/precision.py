@@ -143,5 +143,10 @@ class LossScaler(torch.amp.GradScaler):
         grads = [own_rows(p.grad) for p in members if p.grad is not None]
         for kind in {grad.dtype: None for grad in grads}:
             rows = [grad for grad in grads if grad.dtype == kind and grad.numel()]
-            torch._amp_foreach_non_finite_check_and_unscale_(rows, found_inf, inv_scale)
+            if not rows:
+                continue
+            where = rows[0].device  # main memory, if they are offloaded
+            here = found_inf.to(where)
+            torch._amp_foreach_non_finite_check_and_unscale_(rows, here, inv_scale.to(where))
+            found_inf.copy_(here)
         return {found_inf.device: self._told(found_inf)}

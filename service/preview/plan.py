@@ -292,7 +292,7 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
         return []
     units = parameters_by_unit(model, units_of(model, plan.spec.exchange.units))
     table = [("unit", "tensors", "numbers", "whole", "a process holds")]
-    largest = held_of_all = trained = 0
+    largest = held_of_all = trained = summed = 0
     for name, parameters in units.items():
         whole = sum(p.nbytes for p in parameters.values())
         held = sum(held_bytes(p, plan.processes) for p in parameters.values())
@@ -300,6 +300,7 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
         at_once = plan.rounds == 1 or plan.spec.exchange.sync_each_micro_batch
         parts = plan.processes if at_once else 1
         trained += sum(held_bytes(p, parts) for p in parameters.values() if p.requires_grad)
+        summed += sum(held_bytes(p, plan.processes) for p in parameters.values() if p.requires_grad)
         largest, held_of_all = max(largest, whole), held_of_all + held
         numbers = f"{sum(p.numel() for p in parameters.values()):,}"
         table.append((name, str(len(parameters)), numbers, in_words(whole), in_words(held)))
@@ -311,6 +312,14 @@ def _units(model: nn.Module, plan: Plan, saved_bytes: int | None) -> list[str]:
         f"{in_words(trained)} of gradients and {state} of optimizer state; "
         f"and the largest unit whole at one time, {in_words(largest)}."
     )
+    if plan.spec.exchange.offload:
+        waiting = "" if trained == summed else f" and {in_words(trained)} of gradients"
+        told = (
+            f"  In main memory a process holds at most {in_words(held_of_all)} of weights, "
+            f"{in_words(summed)} of gradients and {state} of optimizer state.\n"
+            f"  On the device it holds the units that are gathered, the largest of "
+            f"{in_words(largest)}{waiting}; and all activations and buffers."
+        )
     over = "the processes"
     if plan.spec.exchange.mode == "hybrid":
         over = f"the processes of each node, if one has {plan.processes}"

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.basics.errors import SpecError
-from service.sharding.sharding import is_sharded, own_rows, rows_like, sharded_like
+from service.sharding.sharding import (
+    computing_device,
+    is_sharded,
+    own_rows,
+    rows_like,
+    sharded_like,
+)
 
 
 @contextmanager
@@ -50,7 +56,7 @@ class _WholeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
                 "would depend on the number of processes. Use randn_like, rand_like, normal_ or "
                 "uniform_."
             )
-        device = own_rows(like).device
+        device = computing_device(like)  # whose generator draws the same if rows are offloaded
         whole: Tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
         whole = func(whole, *rest, **(kwargs or {}))
         if not func._schema.is_mutable:

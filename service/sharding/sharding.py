@@ -156,7 +156,12 @@ def shard(
     """
     # Imported here, because it takes a second at the start of a run that does not need it.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise SpecError(
@@ -172,16 +177,16 @@ def shard(
     for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
         world.watch_over(group)
     root = root or model
+    kept = CPUOffloadPolicy() if spec.offload else OffloadPolicy()
     for unit in [*units.values(), root]:
         _make(unit, deferred if filled and world.is_lead else None)
+        _move_all(unit, world.device)
         if filled:
-            _give_all(unit, world)
-        else:
-            unit.to(world.device)
+            _give_all(unit)
         # Parameters outside all blocks are needed last in the forward and first in the backward
         # pass.
         goes = spec.reshard_after_forward and unit is not root
-        fully_shard(unit, mesh=mesh, reshard_after_forward=goes)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=goes, offload_policy=kept)
     for module in _sharded_modules(root):
         # Sums, already divided by the weight of the step: not means over processes.
         module.set_gradient_divide_factor(1.0)
@@ -312,12 +317,33 @@ def _made(parameter: nn.Parameter, deferred: Deferring | None) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _give_all(unit: nn.Module, world: World) -> None:
+def _give_all(unit: nn.Module) -> None:
     """Send rank 0's tensors to all processes, one by one, except those that are already sharded."""
     for tensor in [*unit.parameters(), *unit.buffers()]:
         if not is_sharded(tensor):
-            tensor.data = tensor.to(world.device)
             dist.broadcast(tensor.data, src=0)
+
+
+@torch.no_grad()
+def _move_all(unit: nn.Module, device: torch.device) -> None:
+    """Move all tensors that are not sharded; a shared one stays shared.
+
+    `Module.to` gives each module a parameter of its own, if those of the device are of a class of
+    their own, as of a vendor's device in Python.
+    """
+    for tensor in [*unit.parameters(), *unit.buffers()]:
+        if is_sharded(tensor):
+            continue
+        there = tensor.to(device)
+        if there is tensor:
+            continue
+        if torch._has_compatible_shallow_copy_type(tensor, there):
+            tensor.data = there
+            continue
+        if isinstance(tensor, nn.Parameter):
+            there = nn.Parameter(there, requires_grad=tensor.requires_grad)
+        swap: Any = torch.utils.swap_tensors  # it has no type annotations
+        swap(tensor, there)
 
 
 def _let_go_after_a_test(model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -379,6 +405,12 @@ def own_rows(tensor: Tensor) -> Tensor:
     return rows
 
 
+def computing_device(tensor: Tensor) -> torch.device:
+    """The device on which the passes of a sharded tensor are computed, wherever its rows are."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return torch.device(mesh.device_type)
+
+
 def first_row(tensor: Tensor) -> int:
     """The index of the first of `own_rows` in a sharded tensor; arbitrary if there are none."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
@@ -425,21 +457,21 @@ def empty_like_rows(tensor: Tensor, *, dtype: torch.dtype, device: torch.device)
 
 
 def _of_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """The tensor of which each process has these rows, sharded like `tensor`."""
+    """The tensor of which each process has these rows, sharded like `tensor`.
+
+    As FSDP2 itself makes one: `from_local` takes twenty times as long, and moves offloaded rows to
+    the device.
+    """
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     like: Any = tensor
-    if rows.dtype == tensor.dtype:  # as FSDP2 itself makes one: a twentieth of the time
-        made: Tensor = DTensor(rows, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-        return made
-    return DTensor.from_local(
-        rows,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    spec = like._spec
+    if rows.dtype != tensor.dtype:
+        meta = TensorMeta(like.shape, like.stride(), rows.dtype)
+        spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    made: Tensor = DTensor(rows, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 @dataclass(frozen=True)

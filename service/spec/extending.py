@@ -39,6 +39,7 @@ CANNOT_CHANGE_THE_RESULT = {
     "model.activation_checkpointing": "recomputed values have the same bits",
     "exchange.mode": "which process has which rows of a parameter does not matter",
     "exchange.reshard_after_forward": "it decides when parameters are sent, not their values",
+    "exchange.offload": "it decides where rows are kept; updates are equal up to rounding",
     "exchange.return_memory": "it decides when memory is freed",
     "exchange.sync_each_micro_batch": "it only changes the order of a sum, as more processes do",
     "exchange.units": "which process has which rows of a parameter does not matter",

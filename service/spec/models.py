@@ -227,6 +227,11 @@ class ExchangeSpec(Part):
     """With `sharded`: sum gradients over the processes after every micro-batch, not only with the
     last of a step. A process with several micro-batches then never has the gradients of the whole
     model in memory, but gradients are sent with each of them."""
+    offload: bool = False
+    """With `sharded` on GPUs: keep each process's rows of weights, gradients and optimizer state in
+    main memory, where the optimizer computes its updates. The device then holds only the units that
+    are gathered. Rows are copied to the device in every pass, and gradients from it in every
+    step."""
     return_memory: bool = True
     """With `sharded` on CPUs: return freed activations and gradients to the system when the process
     has become larger than it has to be. `false` keeps them: a step is faster, and needs more
@@ -426,6 +431,16 @@ def _not_in_turns(spec: Spec) -> list[tuple[bool, str, str]]:
     ]
 
 
+ONLY_SHARDED = (
+    "units",
+    "reshard_after_forward",
+    "sync_each_micro_batch",
+    "offload",
+    "return_memory",
+)
+"""Keys of the section exchange that other modes do not have."""
+
+
 def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead) for everything not yet sharded."""
     model, exchange = spec.model, spec.exchange
@@ -570,7 +585,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if self.exchange.mode == "ddp":
-            for key in ("units", "reshard_after_forward", "sync_each_micro_batch", "return_memory"):
+            for key in ONLY_SHARDED:
                 if getattr(self.exchange, key) != getattr(ExchangeSpec(), key):
                     raise wrong(f"exchange.{key} needs exchange.mode: sharded or hybrid")
             return self

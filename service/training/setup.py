@@ -129,6 +129,11 @@ def build_model(plan: Plan, task: Task, world: World) -> Model:
         SpecError: the task does not provide one, or it cannot be trained as specified.
     """
     spec = plan.spec
+    if spec.exchange.offload and world.device.type == "cpu":
+        raise SpecError(
+            "exchange.offload: true keeps weights in main memory that would otherwise be in the "
+            "memory of a GPU, but this run computes on the CPU. Leave it out here."
+        )
     sharded = spec.exchange.shards and world.processes > 1
     made_whole: str | None = None
     deferred: Deferring | None = None
@@ -512,6 +517,8 @@ def prepare_training(
     model = build_model(plan, task, world)
     if model.made_whole is not None:
         say(f"Each process builds the whole model before it keeps its rows: {model.made_whole}.")
+    if plan.spec.exchange.offload and not holds_rows(model.module):
+        say("WARNING: exchange.offload: a single process shards nothing, so nothing is offloaded.")
     optimization = build_optimizer(model, plan, task)
     optimizer = optimization.optimizer
     rehearsal = rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
