@@ -24,9 +24,11 @@ from torchmetrics.classification import (
 
 from service.basics import randomness
 from service.basics.errors import DataBroken, SpecError
+from service.data.batches import Batch
 from service.data.loading import test_batches as batches_of
 from service.data.task import measured_by, supervised
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
+from service.evaluation.predictions import Predictions
 from service.evaluation.test_loop import Counted
 from service.evaluation.test_loop import test as run_test
 from service.optimization.train_state import require_measured, require_measures
@@ -258,6 +260,58 @@ def test_what_a_metric_keeps_beside_its_states_only_later_is_refused(alone):
     """Only the third micro-batch has an output of 1.9 or more."""
     with pytest.raises(SpecError, match="own keeps something in an attribute that is no state"):
         measure_own(alone, "plain", from_number=1.9)
+
+
+class Missing(InOrder):
+    def compute(self):
+        return {}["score"]
+
+
+class MissingInPlace(Missing):
+    full_state_update = True
+
+
+class OfOthers(InOrder):
+    def update(self, outputs, targets):
+        raise ValueError("outputs are no probabilities")
+
+
+class OfOthersInPlace(OfOthers):
+    full_state_update = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Missing, r"task\.measures: own failed on the test set: KeyError: 'score'"),
+        (MissingInPlace, r"task\.measures: own failed on the test set: KeyError: 'score'"),
+        (OfOthers, r"task\.measures: own failed on a micro-batch: ValueError: outputs are no"),
+        (
+            OfOthersInPlace,
+            r"task\.measures: own failed on a micro-batch: ValueError: outputs are no",
+        ),
+    ],
+)
+def test_a_metric_that_fails_is_named(alone, monkeypatch, kind, told):
+    monkeypatch.setitem(OWN_METRICS, "failing", kind)
+    with pytest.raises(SpecError, match=told):
+        measure_own(alone, "failing")
+
+
+@pytest.mark.parametrize(
+    ("predict", "told"),
+    [
+        (lambda outputs: outputs.numpy(), "must return a tensor, .* but returned a ndarray"),
+        (lambda outputs: (outputs, outputs), "must return a tensor, .* but returned a tuple"),
+        (lambda outputs: outputs["logits"], "it failed on the outputs of a micro-batch: "),
+    ],
+)
+def test_a_predict_that_returns_no_tensor_is_told(alone, tmp_path, predict, told):
+    task = supervised(model=nn.Identity, train=[(0.0, 0)], predict=predict)
+    predictions = Predictions(tmp_path / "all.npy", task=task, rows=3, world=alone)
+    batch = Batch(0, np.arange(3), torch.zeros(3, 2), torch.zeros(3), None, 0)
+    with pytest.raises(SpecError, match=f"^task.predict: {told}"):
+        predictions.add(torch.zeros(3, 2), batch)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,6 +282,30 @@ def test_a_wrong_argument_is_told(tmp_path, address, options, told):
     with pytest.raises(SpecError, match=told) as raised:
         next(iter(rows_in(named if not isinstance(address, str) else named[0], **options)))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shuffle", [0, 3])
+@pytest.mark.parametrize("error", [ValueError("bad image"), StopIteration()], ids=["value", "stop"])
+def test_a_row_that_cannot_be_made_is_named(tmp_path, error, shuffle):
+    """A StopIteration in `row=` ended the epoch before, without a word."""
+    files = written("parquet", tmp_path)
+    every = list(rows_in(files))
+    last = every[-1]
+
+    def made(row):
+        if all(np.array_equal(row[name], last[name]) for name in row):
+            raise error
+        return row
+
+    stream = Stream(rows_in(files, row=made, shuffle=shuffle), mode="whole", index=0, of=1)
+    told = rf"parquet, part \d+, row \d+: row= of rows_in failed: {type(error).__name__}"
+    with pytest.raises(DataBroken, match=told) as caught:
+        stream.take(len(every))
+    file, part, row = re.search(
+        r"(\S+\.parquet), part (\d+), row (\d+)", str(caught.value)
+    ).groups()
+    group = pq.ParquetFile(file).read_row_group(int(part)).to_pylist()[int(row)]
+    assert all(np.array_equal(group[name], last[name]) for name in last)
 
 
 def test_a_column_that_is_not_there_is_told(tmp_path):

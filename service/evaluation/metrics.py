@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from service.basics.errors import DataBroken, SpecError
+from service.basics.errors import DataBroken, SpecError, told_as_mistake
 from service.data.batches import counted, to_device
 from service.data.streams import contents
 from service.distributed.world import World
@@ -145,7 +145,8 @@ class Gathered:
         outputs = _scores(outputs) if self._metrics else outputs
         for name, metric in self._metrics.items():
             if name not in self._unmerged:
-                metric.update(outputs, targets)
+                with told_as_mistake(f"task.measures: {name} failed on a micro-batch"):
+                    metric.update(outputs, targets)
         if not self._has_rows:
             self._unmerged.update(self._not_in_states())
         self._has_rows = True
@@ -156,7 +157,7 @@ class Gathered:
         """`test/<name>` of each over the whole test set, and `test/<name>/<key>` of its parts.
 
         Raises:
-            SpecError: the result of a metric is not numbers, or it cannot be merged.
+            SpecError: a metric fails, its result is not numbers, or it cannot be merged.
         """
         if not self._metrics:
             return {}
@@ -172,10 +173,13 @@ class Gathered:
             for kept in self._world.gather(self._kept):
                 for outputs, targets in kept:
                     for name in sorted(self._unmerged):
-                        whole[name].update(outputs, targets)
+                        with told_as_mistake(f"task.measures: {name} failed on a micro-batch"):
+                            whole[name].update(outputs, targets)
         found: dict[str, float] = {}
         for name, metric in whole.items():
-            found |= _numbers(f"test/{name}", metric.compute(), metric)
+            with told_as_mistake(f"task.measures: {name} failed on the test set"):
+                value = metric.compute()
+            found |= _numbers(f"test/{name}", value, metric)
         return found
 
     def _not_in_states(self) -> list[str]:

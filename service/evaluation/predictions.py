@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from service.basics.atomic_files import require_replaceable, told_when_unwritten, without_link
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, told_as_mistake
 from service.data.batches import Batch
 from service.data.task import Task, logits
 from service.distributed.world import World
@@ -57,8 +57,19 @@ class Predictions:
         self._targets: list[Tensor | None] = []
 
     def add(self, outputs: Any, batch: Batch) -> None:
-        """Add the predictions of one micro-batch: [B, ...]."""
-        self._kept.append(self._predict(outputs).cpu())
+        """Add the predictions of one micro-batch: [B, ...].
+
+        Raises:
+            SpecError: the task's `predict` fails, or returns no tensor.
+        """
+        with told_as_mistake("task.predict: it failed on the outputs of a micro-batch"):
+            made: object = self._predict(outputs)
+        if not isinstance(made, Tensor):
+            raise SpecError(
+                f"task.predict: must return a tensor, [B, ...], but returned a "
+                f"{type(made).__name__}."
+            )
+        self._kept.append(made.cpu())
         self._ids.append(torch.from_numpy(np.array(batch.rows)))
         targets = batch.targets
         fits = isinstance(targets, Tensor) and targets.shape[:1] == (len(batch.rows),)

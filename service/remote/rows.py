@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from service.basics import randomness
-from service.basics.errors import SpecError
+from service.basics.errors import DataBroken, EvenstepError, SpecError, with_place
 from service.remote.cache import Cache, default_cache
 from service.remote.files import File, Files, Place, digest_of, place_of
 from service.remote.parts import Format, Part
@@ -106,6 +106,8 @@ class _Unread(NamedTuple):
     part: int
     """The same, in its file."""
     read: Callable[[], Part]
+    told: str
+    """What messages call it."""
 
 
 class StoredRows:
@@ -181,6 +183,10 @@ class StoredRows:
         bucket, names = self._source.place
         return f"{bucket}/{names[0]}" if bucket else names[0]
 
+    def _told(self, file: File) -> str:
+        bucket = self._source.place.bucket
+        return f"{bucket}/{file.name}" if bucket else file.name
+
     def fingerprint(self) -> str:
         """A digest of the names and sizes of all files."""
         return self._look()[2]
@@ -215,8 +221,9 @@ class StoredRows:
             count = format.parts(file)
             order = self._permuted(count, begin.epoch, _PARTS, number)
             for part in range(begin.part if number == begin.file else 0, count):
-                read = partial(format.read, file, int(order[part]))
-                yield _Unread(number, part, read)
+                which = int(order[part])
+                told = f"{self._told(file)}, part {which}" if count > 1 else self._told(file)
+                yield _Unread(number, part, partial(format.read, file, which), told)
 
     def rows_of(self, at: _At, count: int) -> Any:
         """The order of the rows of the window that begins there."""
@@ -246,9 +253,18 @@ class Reading:
         window = self._filled()
         if window is None:
             raise StopIteration
-        values = window.row(self.at.row)
-        self.at = self.at._replace(row=self.at.row + 1)
-        return self._stored.row(values)
+        number = self.at.row
+        values = window.row(number)
+        self.at = self.at._replace(row=number + 1)
+        try:
+            return self._stored.row(values)
+        except EvenstepError:
+            raise
+        except Exception as error:  # also StopIteration, which would end the epoch here
+            raise DataBroken(
+                f"{window.told(number)}: row= of rows_in failed: {with_place(error)}. The row has "
+                f"{', '.join(values)}."
+            ) from error
 
     def skip(self, count: int) -> int:
         """Go on without making rows; the number of rows, which is lower at the end of the epoch."""
@@ -288,9 +304,13 @@ class Reading:
 class _Window:
     """Parts whose rows are mixed."""
 
-    def __init__(self, stored: StoredRows, at: _At, parts: Sequence[Part]) -> None:
+    def __init__(
+        self, stored: StoredRows, at: _At, parts: Sequence[Part], told: Sequence[str]
+    ) -> None:
+        """`told`: what messages call the parts."""
         self.file, self.part = at.file, at.part
         self._parts = parts
+        self._told = told
         self._ends = list(accumulate(len(part) for part in parts))
         self._order = stored.rows_of(at, self._ends[-1])
 
@@ -298,10 +318,19 @@ class _Window:
         return self._ends[-1]
 
     def row(self, number: int) -> dict[str, Any]:
+        index, row = self._place(number)
+        return self._parts[index].row(row)
+
+    def told(self, number: int) -> str:
+        """The file, the part and the row of this row of the window, for messages."""
+        index, row = self._place(number)
+        return f"{self._told[index]}, row {row}"
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The part of this row, and the number of the row in it."""
         place = int(self._order[number])
         index = bisect_right(self._ends, place)
-        first = self._ends[index - 1] if index else 0
-        return self._parts[index].row(place - first)
+        return index, place - (self._ends[index - 1] if index else 0)
 
     def close(self) -> None:
         for part in self._parts:
@@ -339,16 +368,18 @@ class _Ahead:
 
     def _work(self) -> None:
         read: list[Part] = []
+        told: list[str] = []
         try:
             begins: _At | None = None
             for unread in islice(self._parts, self._stored.window):
                 begins = begins or _At(self._epoch, unread.file, unread.part)
                 read.append(unread.read())
+                told.append(unread.told)
                 if self._is_closed:
                     break
             with self._lock:
                 if begins is not None and not self._is_closed:
-                    self._window = _Window(self._stored, begins, read)
+                    self._window = _Window(self._stored, begins, read, told)
         except BaseException as error:  # raised in the thread that needs the rows
             self._failed = error
         if self._window is None:
