@@ -232,22 +232,22 @@ def newest_step(address):
     return max(steps_in(address), default=0)
 
 
-def steps_in(address):
+def steps_in(address, name="job"):
     """The steps of the checkpoints that the store holds."""
-    held = newest_published(store_at(address / "job"))
+    held = newest_published(store_at(address / name))
     paths = held.files if held is not None else ()
     return sorted({int(path.split("/")[1][5:]) for path in paths if path.endswith("manifest.json")})
 
 
-def brought_back(address, directory):
+def brought_back(address, directory, name="job"):
     """All that the store holds of a run, in a new directory; each checkpoint is good."""
     shutil.rmtree(directory, ignore_errors=True)
-    store = store_at(address / "job")
+    store = store_at(address / name)
     held = newest_published(store)
     assert held is not None
-    run = RunDirectory(directory / "job")
+    run = RunDirectory(directory / name)
     bring_files(store, held, run.path)
-    for step in steps_in(address):
+    for step in steps_in(address, name):
         bring_checkpoint(store, held, f"step-{step:08d}", run.path)
         damage = damage_of(Checkpoint(run.checkpoints / f"step-{step:08d}", step))
         assert damage is None, damage

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -927,6 +928,63 @@ def test_runs_in_a_store_are_read_by_the_commands(client, address, place, tmp_pa
     ):
         with pytest.raises(SpecError, match=told):
             said_by(*words)
+
+
+def test_a_fork_in_a_store_goes_on_from_the_checkpoint_of_the_other_run(
+    client, address, place, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "one"))
+    assert mirror_of(address, local_run(place, tmp_path / "local", 4, 8)).publish()
+    before = store_at(address / "job").sizes("")
+    told = said_by("fork", f"{address}/job", "--at", "latest", "--name", "other")
+    assert f"{address}/other: a fork of {address}/job after step 8. Continue with:" in told
+    words = shlex.split(told.splitlines()[1])
+    assert words[-2:] == ["--runs", str(address)]
+    with pytest.raises(SpecError, match=f"--name: {address}/other exists"):
+        said_by("fork", f"{address}/job", "--at", "4", "--name", "other")
+    assert store_at(address / "job").sizes("") == before, "the source is not changed"
+    shutil.copy(words[2], tmp_path / "other.yaml")
+    again = ("run", tmp_path / "other.yaml", "--runs", address)
+    elsewhere = client.variables | {"EVENSTEP_SCRATCH": str(tmp_path / "two")}
+    done = evenstep(*again, cwd=place, **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step 8" in done.stdout
+    at_end = brought_back(address, tmp_path / "end", name="other")
+    compared = compare(find_run(place / "runs/job"), at_end, level="bits", tolerance=0)
+    assert compared.equal, compared.lines
+    assert at_end.read_facts()["forked_from"]["step"] == 8
+
+
+def test_a_fork_in_a_store_has_the_best_checkpoint_too(
+    client, address, place, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "scratch"))
+    # The loss falls, so the first test is the best one.
+    words = ("test={every_steps: 4}", "checkpoint.best={measure: test/loss, mode: max}")
+    run = ("run", "job.yaml", *words, "--runs", address)
+    scratch = {"WITH_TEST_ROWS": "1", "EVENSTEP_SCRATCH": str(tmp_path / "scratch")}
+    done = evenstep(*run, cwd=place, **client.variables, **scratch)
+    assert done.returncode == 0, done.stderr
+    said_by("fork", f"{address}/job", "--at", "latest", "--name", "other")
+    assert steps_in(address, "other") == [4, 24]
+
+
+def test_a_fork_that_cannot_be_uploaded_leaves_nothing_here(
+    client, address, place, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("EVENSTEP_SCRATCH", str(tmp_path / "one"))
+    assert mirror_of(address, local_run(place, tmp_path / "local", 4)).publish()
+    with Proxy(client) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
+        proxy.harm = lambda method, path: 403 if "/other/data" in path and method == "PUT" else None
+        with pytest.raises(SpecError, match="no right to write objects"):
+            said_by("fork", f"{address}/job", "--at", "4", "--name", "other")
+        proxy.harm = lambda method, path: None
+        assert not list((tmp_path / "one").glob("*/other"))
+        said_by("fork", f"{address}/job", "--at", "4", "--name", "other")
+        assert newest_published(store_at(address / "other")) is not None
 
 
 def test_plan_of_a_run_in_a_store_makes_no_request(client, address, place, tmp_path, monkeypatch):

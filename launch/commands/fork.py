@@ -7,13 +7,15 @@ import secrets
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory
+from launch.commands.places import Place, run_at, say
 from service.basics.atomic_files import (
     in_the_way,
     is_there,
@@ -32,7 +34,6 @@ from service.runs.directory import (
     RunDirectory,
     change_entry,
     changes_in,
-    find_run,
     first_facts,
     told_of_fixed,
 )
@@ -41,26 +42,75 @@ from service.runs.receipt_file import ReceiptFile, read_weights
 from service.runs.tracking import MetricsFile
 from service.spec.files import Override, dump_spec
 from service.spec.models import Spec
+from service.storage.address import Address
 
 
 @click.command()
-@click.argument("run", type=Directory())
+@click.argument("run", type=Place())
 @overridden
 @click.option("--at", "step", required=True, metavar="best|latest|STEP", help="Its checkpoint.")
-@click.option("--name", required=True, help="Name of the new run, in the same directory as RUN.")
-def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> None:
+@click.option("--name", required=True, help="Name of the new run, in the same place as RUN.")
+def fork(run: Path | Address, overrides: tuple[Override, ...], step: str, name: str) -> None:
     """Start a new run from a checkpoint of RUN, with KEY=VALUE changed from there on.
 
     RUN is not changed. The new run has its own copy of the checkpoint, and of the metrics
     and the receipt up to it."""
-    source = find_run(run)
-    held = source.read_spec()
-    spec = source.read_spec((*overrides, f"name={json.dumps(name)}"))
-    found = changes(held, spec)
-    fixed = told_of_fixed(found, held)
-    if fixed:
-        raise SpecError(f"A run cannot be forked with these changes:{fixed}")
-    target = RunDirectory(source.path.parent / spec.name)
+    with run_at(run, checkpoint=step, with_best=True) as source:
+        held = source.read_spec()
+        spec = source.read_spec((*overrides, f"name={json.dumps(name)}"))
+        found = changes(held, spec)
+        fixed = told_of_fixed(found, held)
+        if fixed:
+            raise SpecError(f"A run cannot be forked with these changes:{fixed}")
+        runs = run.parent if isinstance(run, Address) else source.path.parent
+        with _new_run(runs, spec) as target:
+            chosen = _forked(source, step, spec, found, target)
+    origin = run if isinstance(run, Address) else source.path
+    told = f"{runs / spec.name}: a fork of {origin} after step {chosen.step:,}. Continue with:"
+    click.echo(printable(told))
+    click.echo(printable(f"  evenstep run {shlex.quote(str(target.spec))}{_elsewhere(runs)}"))
+
+
+@contextmanager
+def _new_run(runs: Path | Address, spec: Spec) -> Iterator[RunDirectory]:
+    """The directory of a new run; of one in a store, it is uploaded when the context ends.
+
+    Raises:
+        SpecError: the store has a run of this name, or cannot be used.
+    """
+    if isinstance(runs, Path):
+        yield RunDirectory(runs / spec.name)
+        return
+    from service.storage.beside import brought
+    from service.storage.published import newest_published
+    from service.storage.store import open_store
+
+    address = runs / spec.name
+    if newest_published(open_store(address)) is not None:
+        raise SpecError(f"--name: {address} exists. Choose another name, or remove it.")
+    uploading = brought(address, spec, fresh=False, say=say)
+    target = RunDirectory(uploading.runs / spec.name)
+    is_new = not target.path.exists()
+    try:
+        yield target
+        uploading.publish_now()
+    except BaseException:
+        if is_new:
+            remove_if_possible(target.path)
+        raise
+    finally:
+        uploading.abandon()
+
+
+def _forked(
+    source: RunDirectory, step: str, spec: Spec, found: list[Change], target: RunDirectory
+) -> Checkpoint:
+    """Write the fork to the directory `target`; return the checkpoint from which it starts.
+
+    Raises:
+        SpecError: it exists, or cannot be written; or there is no such checkpoint.
+        NoCheckpoint: the checkpoint is damaged.
+    """
     if target.path.exists():
         raise SpecError(f"--name: {target.path} exists. Choose another name, or remove it.")
     chosen = find_checkpoint(source.checkpoints, step)
@@ -75,20 +125,11 @@ def fork(run: Path, overrides: tuple[Override, ...], step: str, name: str) -> No
     except BaseException:
         remove_if_possible(partial)
         raise
-    click.echo(
-        printable(
-            f"{target.path}: a fork of {source.path} after step {chosen.step:,}. Continue with:"
-        )
-    )
-    click.echo(printable(f"  evenstep run {shlex.quote(str(target.spec))}{_elsewhere(target)}"))
+    return chosen
 
 
-def _elsewhere(target: RunDirectory) -> str:
-    return (
-        ""
-        if target.path.parent == Path("runs")
-        else f" --runs {shlex.quote(str(target.path.parent))}"
-    )
+def _elsewhere(runs: Path | Address) -> str:
+    return "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
 
 
 def _write(

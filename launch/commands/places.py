@@ -38,11 +38,14 @@ def _require_some(value: str | Path, parameter: click.Parameter | None) -> None:
 
 
 @contextmanager
-def run_at(place: Path | Address, *, checkpoint: str | None = None) -> Iterator[RunDirectory]:
+def run_at(
+    place: Path | Address, *, checkpoint: str | None = None, with_best: bool = False
+) -> Iterator[RunDirectory]:
     """The run at a place: its directory, or a copy of what is needed, until the context ends.
 
     Args:
         checkpoint: the one to copy: `best`, `latest`, or a step; None for none.
+        with_best: copy also the best one according to that checkpoint.
     Raises:
         SpecError: there is no such run.
     """
@@ -51,11 +54,13 @@ def run_at(place: Path | Address, *, checkpoint: str | None = None) -> Iterator[
         return
     from service.storage.reading import copied
 
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
-    with copied(place, checkpoint=checkpoint, say=say) as found:
+    with copied(place, checkpoint=checkpoint, with_best=with_best, say=say) as found:
         yield found
+
+
+def say(text: str) -> None:
+    """Print a line of the store for the user."""
+    click.echo(text, err=True)
 
 
 def directory_of(place: Path | Address, name: str) -> Path:

@@ -27,6 +27,11 @@ class Address:
         return Address(self.scheme, f"{self.path}/{name}")
 
     @property
+    def parent(self) -> Address:
+        """The address above: of a run, that of the runs."""
+        return Address(self.scheme, self.path.rpartition("/")[0])
+
+    @property
     def name(self) -> str:
         """Its last part: of a run, the name of the run."""
         return self.path.rpartition("/")[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from service.basics.errors import EvenstepError, SpecError, did_you_mean
-from service.runs.checkpoint_files import Checkpoint, best_of, damage_of
+from service.runs.checkpoint_files import Checkpoint, best_of, damage_of, name_of, read_state
 from service.runs.directory import RunDirectory
 from service.spec.part import RUN_NAME
 from service.storage.address import Address
@@ -34,12 +34,17 @@ Result = TypeVar("Result")
 
 @contextmanager
 def copied(
-    address: Address, *, checkpoint: str | None = None, say: Callable[[str], None]
+    address: Address,
+    *,
+    checkpoint: str | None = None,
+    with_best: bool = False,
+    say: Callable[[str], None],
 ) -> Iterator[RunDirectory]:
     """A copy of the run at an address, until the context ends.
 
     Args:
         checkpoint: `best`, `latest` or a step, which is copied too; None for none.
+        with_best: copy also the best one according to that checkpoint, if the store has it.
     Raises:
         SpecError: there is no such run, or no such checkpoint.
     """
@@ -49,10 +54,16 @@ def copied(
 
         def bring(held: Published) -> None:
             bring_files(store, held, run.path)
+            name = None
             if checkpoint == "latest":
-                bring_newest(store, held, run.path, say=say)
+                name = bring_newest(store, held, run.path, say=say)
             elif checkpoint is not None:
-                bring_checkpoint(store, held, _named(run, held, checkpoint, address), run.path)
+                name = _named(run, held, checkpoint, address)
+                bring_checkpoint(store, held, name, run.path)
+            if with_best and name is not None:
+                best = _best(run, name)
+                if best != name and best in checkpoints_of(held):
+                    bring_checkpoint(store, held, best, run.path)
 
         _with_newest(store, _published(store), bring)
         yield run
@@ -170,6 +181,12 @@ def _published(store: Store) -> Published:
         known = open_store(Address(store.address.scheme, parent)).children() if parent else []
         raise SpecError(f"There is no run {store.address}{did_you_mean(name, known) or '.'}")
     return held
+
+
+def _best(run: RunDirectory, name: str) -> str:
+    """The name of the best checkpoint according to this one; its own if it tells of none."""
+    best = read_state(run.checkpoints / name)["best"]
+    return name_of(int(best["step"])) if best else name
 
 
 def _named(run: RunDirectory, held: Published, which: str, address: Address) -> str:
