@@ -28,6 +28,18 @@ def test_one_task_for_each_gpu_is_one_job(cluster: Cluster, tmp_path: Path) -> N
     assert "digits: 4 processes on cpu" in ran.stdout
 
 
+def test_the_doctor_measures_the_network_between_the_tasks(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    words = ("srun", "-l", "-N2", "-n2", "evenstep", "doctor", "--nodes", 2)
+    ran = cluster.ran(*words, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    measured = (
+        r"[01]: ok +network +\d+\.\d\d GB/s for each process, in a sum of .* 2 processes on 2 nodes"
+    )
+    assert len(re.findall(measured, ran.stdout)) == 2, ran.stdout
+
+
 def test_a_mixture_is_refused_by_all(cluster: Cluster, tmp_path: Path) -> None:
     ran = cluster.ran("srun", "-l", "-N2", "-n3", *WORDS, cwd=tmp_path)
     assert ran.returncode == 64

@@ -208,6 +208,27 @@ def test_a_sweep_is_a_run_for_each_setting(place: Place) -> None:
     assert "  job-0: done\n  job-1: done\n" in status
 
 
+def test_one_job_of_a_sweep_is_queued_again_alone(place: Place) -> None:
+    """Of an array: the other one, whose time is not up, goes on in its first attempt."""
+    words = ("slurm.nodes=1", "slurm.processes_per_node=2", "slurm.options=[]")
+    words += ("--sweep", "seed=1,2")
+    told = place.ran("slurm", "submit", "job.yaml", *words)
+    found = re.search(r"submitted as job (\d+)", told)
+    assert found is not None, told
+    jobs = [f"{found[1]}_{number}" for number in range(2)]
+    until(lambda: all("step=6/14" in place.log(job) for job in jobs), "both are held")
+    place.cluster.done("scancel", "--batch", "--signal=TERM", jobs[1])
+    until(lambda: "SIGUSR1: saving" in place.log(jobs[1]), "the launcher has heard")
+    place.let_go()
+    for job in jobs:
+        place.cluster.wait_for(job, "COMPLETED")
+    assert [place.cluster.restarts_of(job) for job in jobs] == [0, 1]
+    runs = [place.path / f"runs/job-{number}/run.json" for number in range(2)]
+    attempts = [json.loads(run.read_text())["attempts"] for run in runs]
+    outcomes = [[attempt["outcome"] for attempt in each] for each in attempts]
+    assert outcomes == [["done"], ["stopped", "done"]]
+
+
 def test_what_slurm_refuses_is_reported_in_words(place: Place) -> None:
     told = place.ran("slurm", "submit", "job.yaml", "slurm.partition=none", code=64)
     assert "Invalid partition name specified. See slurm.partition; sinfo lists them." in told
