@@ -177,7 +177,9 @@ def test_nothing_is_written_through_a_link(
         assert "a symbolic link is in its place, and a run is not written through links" in words
 
 
-@pytest.mark.parametrize("part", ["checkpoints", "logs", "failures", "profile", "wandb"])
+@pytest.mark.parametrize(
+    "part", ["checkpoints", "logs", "failures", "profile", "wandb", "tensorboard", "logged"]
+)
 def test_a_part_that_lies_elsewhere_is_refused(
     run_of_9: Path, tmp_path: Path, processes: ProcessesOf, part: str
 ) -> None:

@@ -12,6 +12,7 @@ from service.observability.background_writer import BackgroundWriter, TrackerBac
 from service.observability.mlflow_backend import MLflow
 from service.observability.tensorboard_backend import TensorBoard
 from service.observability.trackio_backend import Trackio
+from service.runs.directory import RunDirectory
 from service.runs.tracking import Writer
 from service.spec.models import TrackingSpec
 
@@ -67,7 +68,7 @@ def second_writers(
     """
     backends: dict[str, Callable[[], TrackerBackend]] = {}
     if spec.tensorboard:
-        backends["TensorBoard"] = lambda: TensorBoard.open(directory / "tensorboard")
+        backends["TensorBoard"] = lambda: TensorBoard.open(RunDirectory(directory).tensorboard)
     if spec.trackio is not None:
         asked = spec.trackio
         backends["trackio"] = lambda: Trackio.open(asked, run=run_id, name=name, config=config)

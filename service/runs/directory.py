@@ -136,6 +136,11 @@ class RunDirectory:
         """The files of W&B."""
         return self.path / "wandb"
 
+    @property
+    def tensorboard(self) -> Path:
+        """The event files of TensorBoard."""
+        return self.path / "tensorboard"
+
     def read_facts(self) -> dict[str, Any]:
         """The content of run.json.
 
@@ -652,7 +657,7 @@ def _unusable(directory: RunDirectory, error: OSError) -> EvenstepError:
 def _require_no_link(directory: RunDirectory) -> None:
     """Refuse a run with a link as one of its parts: its target may belong to something else."""
     parts = (directory.checkpoints, directory.logs, directory.failures, directory.profile)
-    for part in (*parts, directory.wandb, directory.logged):
+    for part in (*parts, directory.wandb, directory.tensorboard, directory.logged):
         if part.is_symlink():
             raise SpecError(
                 f"{part} is a link, and a run is not written through links. Replace it by its "
