@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -250,3 +251,25 @@ def test_a_run_keeps_the_merged_spec_and_resumes_by_it(tmp_path):
         (tmp_path / file).unlink()
     done = evenstep("test", "child", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_long_list_is_replaced_in_a_time_of_its_length(place):
+    def calls(length):
+        made = 0
+
+        def count(frame, event, argument):
+            nonlocal made
+            made += event == "call"
+
+        paths = [f"rows-{n}" for n in range(length)]
+        base = yaml.safe_load(BASE) | {"task_args": {"files": paths}}
+        (place / "long.json").write_text(json.dumps(base))
+        (place / "more.json").write_text(json.dumps({"task_args": {"files": paths}}))
+        sys.setprofile(count)
+        try:
+            load_spec(place / "long.json", overrides=[place / "more.json"])
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(800) < 3 * calls(400)

@@ -143,14 +143,14 @@ def with_set_file(document: Document, path: str | os.PathLike[str]) -> Document:
 
 def _merged(base: Document, over: Document) -> Document:
     """`over` merged over `base`. A section in both keeps its position in `over`."""
-    keys, contents = _all_places(base)
+    gone = {steps for steps, value in _walk(over.values, ()) if _is_new(value, base, steps)}
+    # In one pass: a list may have thousands of items.
+    keys, contents = (
+        {at: place for at, place in places.items() if not _is_inside(at, gone)}
+        for places in _all_places(base)
+    )
     of_over = _all_places(over)
-    for steps, value in _walk(over.values, ()):
-        held = find(base.values, steps)
-        if not (isinstance(held, dict) and isinstance(value, dict)):
-            for places in (keys, contents):
-                for other in [other for other in places if _is_inside(other, steps)]:
-                    del places[other]
+    for steps, _ in _walk(over.values, ()):
         keys[steps], contents[steps] = of_over[0][steps], of_over[1][steps]
     values = _merged_values(base.values, over.values, ())
     return replace(base, values=values, keys=keys, contents=contents)
@@ -175,8 +175,13 @@ def _walk(values: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
         yield from _walk(value, (*steps, key))
 
 
-def _is_inside(steps: Steps, outer: Steps) -> bool:
-    return len(steps) > len(outer) and steps[: len(outer)] == outer
+def _is_new(value: Any, base: Document, steps: Steps) -> bool:
+    """Whether the value replaces what `base` has at its position, and is not merged with it."""
+    return not (isinstance(value, dict) and isinstance(find(base.values, steps), dict))
+
+
+def _is_inside(steps: Steps, outer: set[Steps]) -> bool:
+    return any(steps[:n] in outer for n in range(len(steps)))
 
 
 def _merged_values(base: Any, over: Any, steps: Steps) -> Any:
