@@ -346,22 +346,25 @@ def can_tell_as() -> bool:
 
 
 def tell_as(words: Sequence[str]) -> None:
-    """Let /proc tell these words as the command line of this process, where the kernel can.
+    """Let /proc tell these words and the environment as those of this process, where it can.
 
     Source: prctl(2), PR_SET_MM_MAP; proc(5), /proc/pid/stat.
     """
-    text = b"".join(os.fsencode(word) + b"\0" for word in words)
-    memory = mmap.mmap(-1, len(text), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[:] = text
+    told = [os.fsencode(word) for word in words]
+    variables = [os.fsencode(f"{name}={value}") for name, value in os.environ.items()]
+    both = [b"".join(each + b"\0" for each in texts) for texts in (told, variables)]
+    memory = mmap.mmap(-1, sum(map(len, both)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"".join(both)
     _kept.append(memory)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    between, end = begin + len(both[0]), begin + len(memory)
     _, _, after = Path("/proc/self/stat").read_text().rpartition(")")
     fields = [0, 0, 0, *after.split()]  # numbered as in proc(5)
     numbers = {name: int(fields[number]) for name, number in _PLACES.items() if number}
-    numbers |= {"arg_start": begin, "arg_end": begin + len(text)}
+    numbers |= {"arg_start": begin, "arg_end": between, "env_start": between, "env_end": end}
     numbers["brk"] = _libc.sbrk(0)
-    told = _Map(**numbers, exe_fd=0xFFFFFFFF)
-    _libc.prctl(_SET_MM, _SET_MM_MAP, ctypes.byref(told), ctypes.sizeof(told), 0)
+    asked = _Map(**numbers, exe_fd=0xFFFFFFFF)
+    _libc.prctl(_SET_MM, _SET_MM_MAP, ctypes.byref(asked), ctypes.sizeof(asked), 0)
 
 
 # ---- what the program itself starts
