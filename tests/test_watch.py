@@ -27,6 +27,7 @@ from jobs import spec_of, train_in_process
 from processes import ProcessesOf
 
 from launch.cli import evenstep as command
+from launch.commands.runs import _live
 from service.monitoring.http_server import BadRequest, Request
 from service.monitoring.live_report import MOST_SIDE_BY_SIDE, LiveReport
 from service.monitoring.live_runs import LiveRun, LiveRuns
@@ -212,6 +213,15 @@ def test_a_run_that_is_extended_while_it_is_watched_has_its_new_length(tmp_path:
     run.spec.unlink()
     lengths.append(runs.look()[0][0].steps)
     assert lengths == [40, 4000, None]
+
+
+def test_a_run_that_a_watched_sweep_starts_later_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "runs": {}}))
+    add_row(write_run(tmp_path, "lr-0.1"), 1)
+    runs = _live((tmp_path,), False, tmp_path)
+    assert [run.name for run in runs.look()[0]] == ["lr-0.1"]
+    add_row(write_run(tmp_path, "lr-0.2"), 1)
+    assert {run.name for run in runs.look()[0]} == {"lr-0.1", "lr-0.2"}
 
 
 def test_of_a_long_run_the_latest_losses_and_tests_are_found(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def _live(runs: tuple[Path, ...], everything: bool, place: Path) -> LiveRuns:
         if not place.is_dir():
             raise SpecError(f"There is no directory {place}. Name the one that has the runs.")
         return LiveRuns(directory=place)
+    if len(runs) == 1 and (sweep := _sweep_at(runs[0])) is not None:
+        return LiveRuns(directory=sweep)  # with the runs that it starts later
     paths: list[Path] = []
     for name in runs:
         sweep = _sweep_at(name)
