@@ -22,6 +22,8 @@ STORE_FILE = "EVENSTEP_STORE_FILE"
 """The path of that store, if it is a file of the launcher's."""
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """The variable of torchrun's --shutdown-timeout."""
+TORCHRUN_BEGAN = "EVENSTEP_TORCHRUN_BEGAN"
+"""Set by a process of ours between torchrun and this one: when that torchrun started."""
 _OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 MOST_PROCESSES = "EVENSTEP_MOST_PROCESSES"
 """Set in a job with elastic nodes: the processes that it has with most nodes."""
@@ -228,6 +230,8 @@ def torchrun_grace() -> GracePeriod:
 
 def torchrun_began() -> float | None:
     """When the torchrun of this process started, in seconds since 1970; None without torchrun."""
+    if told := os.environ.get(TORCHRUN_BEGAN):
+        return float(told)
     torchrun = _torchrun()
     return _started(torchrun) if torchrun is not None else None
 

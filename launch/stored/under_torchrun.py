@@ -13,7 +13,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from launch.environment import SHUTDOWN_TIMEOUT, Environment, torchrun_grace
+from launch.environment import (
+    SHUTDOWN_TIMEOUT,
+    TORCHRUN_BEGAN,
+    Environment,
+    torchrun_began,
+    torchrun_grace,
+)
 from launch.processes.signals import heard
 from launch.stored.following import Following, runs_of_node
 from service.basics.errors import EvenstepError, Stopped
@@ -82,8 +88,10 @@ def train_in_child(runs: Path) -> int:
     Raises:
         EvenstepError: it cannot be started.
     """
-    seconds = str(torchrun_grace().seconds)  # the child could not ask torchrun
-    variables = {PARENT: str(os.getpid()), _BROUGHT: str(runs), SHUTDOWN_TIMEOUT: seconds}
+    variables = {PARENT: str(os.getpid()), _BROUGHT: str(runs)}
+    # The child could not ask torchrun.
+    variables[SHUTDOWN_TIMEOUT] = str(torchrun_grace().seconds)
+    variables[TORCHRUN_BEGAN] = str(torchrun_began() or "")
     with stop_on_signals(heard):
         if heard.requested:
             return Stopped.exit_code
