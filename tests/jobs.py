@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,14 @@ def train_in_process(
         return None
     finally:
         collector.rest()
+
+
+def said_in_process(world: World, spec: dict[str, Any], runs: Path) -> str:
+    """What such a run prints."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        train_in_process(world, spec, runs)
+    return output.getvalue()
 
 
 def weights(runs: Path, step: int | None = None, file: str = "model") -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import evenstep
-from jobs import spec_of, train_in_process
+from jobs import said_in_process, spec_of, train_in_process
 from processes import ProcessesFailed
 from safetensors.torch import load_file
 from test_features import difference
@@ -28,6 +28,7 @@ from service.preview.check import checked
 from service.preview.plan import planned
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
+from service.task import weighted
 
 HERE = __file__
 SMALL = {"length": {"steps": 8}, "test": {}, "optimizer": {"name": "sgd", "lr": 0.05}}
@@ -581,3 +582,52 @@ def test_a_mistake_in_a_weight_is_told_as_one(alone, tmp_path, kind, told):
     """A negative sum trained nothing: the gradients were 0."""
     with pytest.raises((SpecError, WillFailAgain), match=told):
         train_in_process(alone, job("broken", task_args={"kind": kind}), tmp_path)
+
+
+# ---- processes that do not have the same data
+
+
+def of_rank(kind: str) -> supervised:
+    """Data that is another on each process, as with files that are missing on a node."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    draw = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(60, 4, generator=draw), torch.arange(60) % 3
+    order = torch.arange(60).roll(rank)
+    good = TensorDataset(inputs, targets)
+    fewer = TensorDataset(inputs[rank:], targets[rank:])
+    parts: dict[str, Any] = {
+        "train": {"train": fewer},
+        "test": {"train": good, "test": fewer},
+        "one of two": {"train": good, "test": {"a": good, "b": fewer}},
+        "weights": {
+            "train": good,
+            "sampling": weighted(torch.ones(60).index_fill(0, order[:1], 2)),
+        },
+        "order": {"train": TensorDataset(inputs[order], targets[order])},
+        "same": {"train": good, "test": good, "sampling": weighted(torch.ones(60))},
+    }[kind]
+    return supervised(model=lambda: nn.Linear(4, 3), **parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("train", "rank 0 has 60 training rows, and rank 1 has 59"),
+        ("test", "rank 0 has 60 test rows, and rank 1 has 59"),
+        ("one of two", "rank 0 has 60 rows of the test set 'b', and rank 1 has 59"),
+        ("weights", "rank 1 chooses rows in another way than rank 0"),
+    ],
+)
+def test_processes_with_other_data_are_refused(processes, tmp_path, kind, told):
+    """They trained on other rows without a word, or aborted in the test."""
+    spec = job("of_rank", task_args={"kind": kind})
+    with pytest.raises(ProcessesFailed, match=told):
+        processes(2).run(train_in_process, spec, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("order", True), ("same", False)])
+def test_rows_in_another_order_on_a_process_are_told(processes, tmp_path, kind, warns):
+    said = processes(2).run(said_in_process, job("of_rank", task_args={"kind": kind}), tmp_path)
+    assert (
+        "WARNING: the processes read different values in the same first rows" in said[0]
+    ) is warns

@@ -97,6 +97,7 @@ def bring_rows(plan: Plan, task: Task, world: World) -> Rows:
     spec = plan.spec
     train, test = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
     sets = test_sets(task, test)
+    _require_same_numbers(plan, sets, world)
     way = way_of_rows(train, task=task, spec=spec.loader)
     brought = together(
         world,
@@ -233,6 +234,8 @@ class Rehearsal:
     """All of them together."""
     buffers: Buffers | None
     """Buffers that change in training, except BatchNorm's; None if there are none."""
+    warning: str | None = None
+    """What the user should know of the rows."""
 
 
 def rehearse(
@@ -251,8 +254,7 @@ def rehearse(
             different rows of a stream.
     """
     batch = sample(rows.train, task=task, plan=plan, world=world)
-    if is_stream(rows.train) and plan.spec.loader.stream == "whole":
-        _require_same_rows(batch, rows.train, world)
+    warning = _other_rows(batch, rows.train, plan, world)
     two_rows: Batch | None = None
     if len(batch.rows) == 1 < plan.micro_batch:
         two_rows = sample(rows.train, task=task, plan=plan, world=world, rows=2)
@@ -288,7 +290,7 @@ def rehearse(
         for part in each:
             require_own_step(plan, part.found, model.normalization, moving=buffers is not None)
         require_measures(plan.spec, task, known=found.tested)
-    return Rehearsal(each, found, buffers)
+    return Rehearsal(each, found, buffers, warning)
 
 
 def _set_up_exchange(root: nn.Module) -> None:
@@ -522,6 +524,8 @@ def prepare_training(
     optimization = build_optimizer(model, plan, task)
     optimizer = optimization.optimizer
     rehearsal = rehearse(model, rows, optimizer, plan=plan, task=task, world=world)
+    if rehearsal.warning is not None:
+        say(rehearsal.warning)
     throughput = _throughput(plan, rehearsal.found, world=world, heartbeat=heartbeat)
     state = build_state(model, optimization, plan, world)
     own = step_of(task)
@@ -579,22 +583,64 @@ def _stream(data: Any, plan: Plan, world: World) -> Stream:
     return Stream(data, mode=mode, index=world.index, of=world.processes, seed=seed)
 
 
-def _require_same_rows(first: Batch, data: Any, world: World) -> None:
-    """Check that every process reads the same rows of a stream, from which it keeps its own.
+def _require_same_numbers(plan: Plan, sets: Sequence[TestSet], world: World) -> None:
+    """Check that every process has as many rows, and chooses them in the same way.
 
     Raises:
-        SpecError: one does not: the stream divides itself, or has random numbers of its own.
+        SpecError: one has not, for example because files are missing on its node.
     """
+    numbers = {"training rows": plan.train_rows} | {
+        f"rows of the test set {part.name!r}" if part.name else "test rows": part.rows
+        for part in sets
+    }
+    sampling = plan.sampling.digest() if plan.sampling is not None else ""
+    each, chosen = world.gather(numbers), world.gather(sampling)
+    lead = each[0]
+    for rank, others in enumerate(each):
+        for what in [*lead, *others]:
+            if lead.get(what) != others.get(what):
+                raise SpecError(
+                    f"task: the processes have different data: rank 0 has {lead.get(what)} {what}, "
+                    f"and rank {rank} has {others.get(what)}. The task must give every process all "
+                    "rows, in the same order; let every node see the same files, and do not divide "
+                    "the rows by rank."
+                )
+        if chosen[rank] != chosen[0]:
+            raise SpecError(
+                f"task.sampling: rank {rank} chooses rows in another way than rank 0: the weights, "
+                "labels or proportions differ. They must be the same on every process; give the "
+                "random generators that make them a fixed seed."
+            )
+
+
+def _other_rows(first: Batch, data: Any, plan: Plan, world: World) -> str | None:
+    """What to tell if the first rows that the processes have read are not the same.
+
+    Raises:
+        SpecError: they are those of a stream of which each process keeps a part: it divides itself,
+            or has random numbers of its own.
+    """
+    if plan.spec.loader.stream != "whole" and is_stream(data):
+        return None
     found = world.gather(int(contents([(first.inputs, first.targets)])[0]))
-    if len(set(found)) > 1:
-        raise SpecError(
-            f"loader.stream: the processes read different first rows of the stream "
-            f"{type(data).__name__}, but with whole each of them must read the same rows; it keeps "
-            "those of its own micro-batches. Do not divide the stream by rank (as "
-            "split_dataset_by_node, or nodesplitter of webdataset, does), and give its random "
-            "generators a fixed seed. For a stream that is read in parts, give it "
-            "shard(num_shards, index), and use loader.stream=split."
+    if len(set(found)) == 1:
+        return None
+    if not is_stream(data):
+        return (
+            "WARNING: the processes read different values in the same first rows. Either the order "
+            "of the rows differs, such as that of an unsorted directory: then some rows are used "
+            "twice in an epoch, and others never. Or the rows have random numbers that do not come "
+            "from the generators of torch, numpy or random: then the result depends on the number "
+            "of processes."
         )
+    raise SpecError(
+        f"loader.stream: the processes read different first rows of the stream "
+        f"{type(data).__name__}, but with whole each of them must read the same rows; it keeps "
+        "those of its own micro-batches. Do not divide the stream by rank (as "
+        "split_dataset_by_node, or nodesplitter of webdataset, does), and give its random "
+        "generators a fixed seed. For a stream that is read in parts, give it "
+        "shard(num_shards, index), and use loader.stream=split."
+    )
 
 
 def _require_same_files(data: StoredRows, world: World) -> None:
