@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from service.basics.errors import SpecError
 from service.data.in_memory import InMemory, in_memory
+from service.data.streams import reads_at_once
 from service.data.task import supervised
 from service.runs.directory import RunDirectory
 from service.runs.verification import compare
@@ -155,6 +156,40 @@ class DoubledPart(Subset):
         return [self[row] for row in rows]
 
 
+class ByLists:
+    """Gives several rows in one call."""
+
+    def __init__(self, inputs, targets):
+        self.rows = list(zip(inputs, targets, strict=True))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+    def __getitems__(self, rows):
+        return [self.rows[row] for row in rows]
+
+
+class DoubledRow(ByLists):
+    """With an inherited `__getitems__`, which does not call it."""
+
+    def __getitem__(self, row):
+        inputs, target = super().__getitem__(row)
+        return inputs * 2, target
+
+
+class Twice:
+    def __getitem__(self, row):
+        inputs, target = super().__getitem__(row)
+        return inputs * 2, target
+
+
+class Mixed(Twice, ByLists):
+    pass
+
+
 class Plain(TensorDataset):
     """Only another name."""
 
@@ -163,8 +198,9 @@ def few():
     return torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])
 
 
-def doubled():
-    train = DoubledPart(TensorDataset(*few()), [2, 0, 1])
+def doubled(kind="DoubledPart"):
+    part = DoubledPart(TensorDataset(*few()), [2, 0, 1])
+    train = {"DoubledPart": part, "DoubledRow": DoubledRow(*few()), "Mixed": Mixed(*few())}[kind]
     return supervised(model=lambda: nn.Linear(2, 2), train=train, test=Doubled(*few()))
 
 
@@ -175,14 +211,19 @@ def test_a_data_set_that_makes_its_rows_itself_is_asked_for_them():
     assert in_memory(Subset(Doubled(*few()), [0])) is None
     assert in_memory(DoubledPart(TensorDataset(*few()), [0])) is None
     assert isinstance(in_memory(Plain(*few())), InMemory)
+    assert [reads_at_once(data(*few())) for data in (ByLists, DoubledRow, Mixed)] == [
+        True,
+        False,
+        False,
+    ]
 
 
-def batches_of_doubled(world):
+def batches_of_doubled(world, kind):
     from service.data.loading import test_batches, train_steps
     from service.plan.plan import make_plan
     from service.spec.files import load_spec
 
-    task, batch = doubled(), {"global_batch": 3, "micro_batch": 3}
+    task, batch = doubled(kind), {"global_batch": 3, "micro_batch": 3}
     spec = load_spec(job("job", "doubled", batch=batch, length={"steps": 1}))
     plan = make_plan(spec, processes=1, train_rows=3, test_rows=3)
     [step] = train_steps(task.train_data(), task=task, plan=plan, world=world, start=0)
@@ -190,8 +231,9 @@ def batches_of_doubled(world):
     return [float(batch.inputs.sum()) for batch in (*step.micro_batches, *tested)]
 
 
-def test_training_and_test_get_the_rows_that_a_data_set_makes(processes):
-    assert processes(1).run(batches_of_doubled)[0] == [30.0, 30.0]
+@pytest.mark.parametrize("kind", ["DoubledPart", "DoubledRow", "Mixed"])
+def test_training_and_test_get_the_rows_that_a_data_set_makes(processes, kind):
+    assert processes(1).run(batches_of_doubled, kind)[0] == [30.0, 30.0]
 
 
 @pytest.mark.parametrize(

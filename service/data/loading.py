@@ -50,7 +50,7 @@ from service.data.in_memory import (
     picker,
     run_copier,
 )
-from service.data.streams import Stream, contents, is_stream
+from service.data.streams import Stream, contents, is_stream, reads_at_once
 from service.data.task import Data, Task, collate_of, step_of
 from service.distributed.devices import copies_late
 from service.distributed.generators import seed_generators
@@ -492,7 +492,7 @@ def way_of_rows(data: Data, *, task: Task, spec: LoaderSpec) -> str:
         return "one after the other, in the order of the stream"
     if spec.in_memory or _held(data, task) is not None:
         return "by index, from memory"
-    each = "a micro-batch at a time" if hasattr(data, "__getitems__") else "row by row"
+    each = "a micro-batch at a time" if reads_at_once(data) else "row by row"
     if spec.workers == "auto":
         return f"{each}, by as many workers as there are cores for"
     return f"{each}, by {spec.workers} workers ahead of time" if spec.workers else each
@@ -650,7 +650,7 @@ class _Reader(Dataset[tuple[Order, Any]]):
 
     def _rows(self, order: Order) -> list[Any]:
         rows = order.rows.tolist()
-        if hasattr(self._data, "__getitems__"):
+        if reads_at_once(self._data):
             # Rows that are read in one call share a key, which is the same at any world size.
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
             brought = list(self._data.__getitems__(rows))

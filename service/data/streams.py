@@ -34,6 +34,22 @@ def is_stream(data: Any) -> bool:
     return by_name or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__"))
 
 
+def reads_at_once(data: Any) -> bool:
+    """Whether a data set gives several rows in one call, by `__getitems__`.
+
+    Not if a subclass has its own `__getitem__` beside an inherited `__getitems__`, which does not
+    call it: the rows would be read past it.
+    """
+    if not hasattr(data, "__getitems__"):
+        return False
+    depth = [
+        next((n for n, kind in enumerate(type(data).__mro__) if name in vars(kind)), None)
+        for name in ("__getitem__", "__getitems__")
+    ]
+    one, many = depth
+    return one is None or many is None or many <= one
+
+
 class Stream:
     """An iterable data set as one endless sequence of rows, epoch after epoch."""
 

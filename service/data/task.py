@@ -33,7 +33,7 @@ from service.basics.errors import SpecError, did_you_mean, is_out_of_memory, is_
 from service.data.batches import Batch, forward, split
 from service.data.loaders import sampling_of_sampler, taken_from
 from service.data.losses import AfterUpdate, OwnStep, StepContext, StepResult
-from service.data.streams import is_stream
+from service.data.streams import is_stream, reads_at_once
 from service.distributed.generators import seed_generators
 from service.plan.sampling import Sampling
 
@@ -459,7 +459,7 @@ def first_row(task: Task) -> Any:
     if is_stream(data):
         rows = [next(iter(data))]
     else:
-        rows = data.__getitems__([0]) if hasattr(data, "__getitems__") else [data[0]]
+        rows = data.__getitems__([0]) if reads_at_once(data) else [data[0]]
     return collate_of(task)(list(rows))
 
 
