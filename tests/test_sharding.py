@@ -806,11 +806,11 @@ def test_memory_of_a_tensor_is_allocated_at_once_and_keeps_what_is_in_it():
     tensor = torch.empty(12 << 20)
     tensor[5:9] = 3.0
     before = resident_bytes()
-    populate(tensor)
+    assert populate(tensor)
     assert resident_bytes() - before > 40 << 20
     assert tensor[5:9].tolist() == [3.0] * 4
-    populate(torch.empty(3))
-    populate(torch.empty(0))
+    assert populate(torch.empty(3))
+    assert not populate(torch.empty(0))
 
 
 class Doubling(Net):
