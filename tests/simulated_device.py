@@ -65,7 +65,9 @@ def _raise(error: Exception) -> None:
     There torch calls back into Python while it unwinds, and would end the process.
     """
     if isinstance(threading.current_thread(), threading._DummyThread):
-        PENDING.append(error)
+        # The pass goes on until somebody is told, and must not run out of memory twice.
+        if not any(isinstance(error, torch.OutOfMemoryError) for error in PENDING):
+            PENDING.append(error)
     else:
         raise error
 

@@ -73,7 +73,7 @@ def rows_below_a_limit(world, spec):
         resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 700 * MEGABYTE, hard)
     )
     try:
-        return rows_that_fit(world, spec, [10**6])
+        return unlimited(world, spec)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -81,6 +81,31 @@ def rows_below_a_limit(world, spec):
 def test_a_pass_that_runs_out_of_memory_ends_the_search(processes):
     [rows] = processes(1).run(rows_below_a_limit, wide_spec())
     assert 1 <= rows <= 80
+
+
+def rows_with_a_limit_on_one(world, spec):
+    return rows_below_a_limit(world, spec) if world.index == 1 else unlimited(world, spec)
+
+
+def unlimited(world, spec):
+    return rows_that_fit(world, spec, [10**6] * world.processes)
+
+
+SHARDED = {"exchange": {"mode": "sharded"}}
+
+
+def test_a_sharded_model_takes_what_fits_in_the_smallest_process(processes):
+    rows = processes(2).run(rows_that_fit, wide_spec() | SHARDED, [4000, 300])
+    assert rows[0] == rows[1] <= 30
+
+
+def test_one_process_that_runs_out_of_memory_leaves_no_other_in_an_exchange(processes):
+    spec = wide_spec() | SHARDED
+    rows = processes(2).run(rows_with_a_limit_on_one, spec)
+    assert rows[0] == rows[1] <= 80
+    assert processes(2).run(
+        unlimited, spec | {"batch": {"global_batch": 10, "micro_batch": "auto"}}
+    ) == [5, 5]
 
 
 def huge():

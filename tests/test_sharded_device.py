@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import compiled_nets
@@ -29,6 +31,7 @@ from service.preview.plan import planned
 from service.runs.checkpoint_files import checkpoints_in, damage_of
 from service.sharding.sharding import own_rows
 from service.spec.files import load_spec
+from service.training.batch_size_finder import fitting_rows
 from service.training.setup import prepare_training
 from service.training.train_step import summed_loss
 
@@ -200,6 +203,61 @@ def test_offloaded_rows_take_no_memory_of_the_device(devices):
     assert gone[0] == 0
     # Gathered twice, in the message and as parameters; while the next one is fetched ahead.
     assert gone[1] < 4.2 * unit
+
+
+def rows_that_fit(world: World, spec: dict[str, Any], room: list[int]) -> int:
+    """What `micro_batch: auto` finds where each device has so much room."""
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
+    with of_size(room[world.index]):
+        return fitting_rows(
+            loaded, task=task, world=world, processes=world.processes, memory_bytes=0
+        )
+
+
+@contextmanager
+def of_size(room: int) -> Iterator[None]:
+    gc.collect()
+    before, held = simulated_device.BYTES, simulated_device.memory_allocated()
+    simulated_device.BYTES = held + room
+    try:
+        yield
+    finally:
+        simulated_device.BYTES = before
+
+
+def trained_in(world: World, spec: dict[str, Any], room: list[int], place: Path) -> None:
+    with of_size(room[world.index]):
+        jobs.train_in_process(world, spec, place)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "room"),
+    [({"mode": "sharded"}, 11_200_000), (OFFLOADED, 5_500_000)],
+    ids=["device", "host"],
+)
+def test_a_micro_batch_that_fits_all_devices_is_found_and_trains(devices, tmp_path, exchange, room):
+    """The second device runs out of memory in a pass, and the first one does not."""
+    spec = job(
+        task=f"{compiled_nets.__file__}:blocks",
+        task_args={"count": 6, "width": 128},
+        batch={"global_batch": 64, "micro_batch": "auto"},
+        length={"steps": 2},
+        exchange=exchange,
+    )
+    rooms = [10 * room, room]
+    found = devices(2).run(on_device, rows_that_fit, spec, rooms)
+    assert found[0] == found[1]
+    assert 1 < found[0] < 32
+    spec["batch"]["micro_batch"] = found[0]
+    devices(2).run(on_device, trained_in, spec, rooms, tmp_path)
+    assert (
+        devices(2).run(on_device, rows_that_fit, job(**auto_of(spec)), [10 * room] * 2) == [32] * 2
+    )
+
+
+def auto_of(spec: dict[str, Any]) -> dict[str, Any]:
+    return spec | {"batch": {"global_batch": 64, "micro_batch": "auto"}}
 
 
 def test_plan_shows_what_is_held_where(tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import several_models
@@ -13,8 +14,11 @@ from test_own_steps import job as step_job
 from test_several_models import STEPS, TASKS, job
 
 from service.basics.errors import SpecError
+from service.data.task import load_task
+from service.distributed.world import World
 from service.runs.receipt_file import read_receipt
 from service.spec.files import load_spec
+from service.training.batch_size_finder import fitting_rows
 
 HERE = Path(sharded_steps.__file__)
 SHARDED = {"exchange": {"mode": "sharded"}}
@@ -154,3 +158,24 @@ def test_an_optimizer_that_sees_whole_parameters_is_refused_with_the_spec():
     }
     with pytest.raises(SpecError, match=r"optimizers\.generator\.optimizer\.name: lbfgs yet: use"):
         load_spec(job("gan", optimizers=optimizers) | SHARDED)
+
+
+# ---- micro_batch: auto
+
+
+def rows_found(world: World, spec: dict[str, Any]) -> int:
+    """What `micro_batch: auto` finds with all of this machine's memory."""
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args, seed=loaded.seed)
+    return fitting_rows(
+        loaded, task=task, world=world, processes=world.processes, memory_bytes=10**11
+    )
+
+
+def test_steps_are_tried_without_exchanges(processes):
+    """Also those that call units in any order, and the average."""
+    auto = {"batch": {"global_batch": 30, "micro_batch": "auto"}} | SHARDED
+    deep = job("gan", **DEEP) | auto
+    follows = step_job("byol", model={"moving_average": 0.9}) | auto
+    for spec in (deep, follows):
+        assert processes(3).run(rows_found, spec) == [10, 10, 10]

@@ -687,7 +687,6 @@ def test_it_is_traced_and_its_predictions_are_written(tmp_path):
     ("sections", "words"),
     [
         ({"optimizer": {"name": "lbfgs", "lr": 1.0}}, "optimizer.name: lbfgs yet: use one of sgd"),
-        ({"batch": {"global_batch": 8, "micro_batch": "auto"}}, "give a number of rows"),
         ({"exactness": "bitwise"}, "exactness: bitwise"),
         ({"exchange": {"mode": "ddp", "units": ["a"]}}, "exchange.units needs exchange.mode"),
         (

@@ -37,6 +37,8 @@ class GatherInPlace:
         """`heap` returns memory before an exchange of a backward pass."""
         self._heap = heap
         self._memory: Tensor | None = None
+        self.alone = False
+        """Whether to use own rows for those of others, with which nothing is exchanged."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         size_bytes = math.prod(size) * dtype.itemsize
@@ -57,6 +59,9 @@ class GatherInPlace:
     ) -> None:
         """Fill `output_tensor`, of which `input_tensor` is this process's part in its place."""
         parts, own = output_tensor.chunk(group.size()), group.rank()
+        if self.alone:
+            fill_with_own(output_tensor, input_tensor, group)
+            return
         others = [other for other in range(group.size()) if other != own]
         waits = [group.recv([parts[other]], other, _ROWS) for other in others]
         waits += [group.send([input_tensor], other, _ROWS) for other in others]
@@ -71,6 +76,8 @@ class ReduceScatterInPlace:
         """`heap` returns memory before each exchange."""
         self._heap = heap
         self._given: Tensor | None = None
+        self.alone = False
+        """Whether to sum nothing."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """First the tensor of all gradients of a unit, then that of the sums, which stays."""
@@ -97,7 +104,7 @@ class ReduceScatterInPlace:
         output_tensor.copy_(parts[own])
         numbers, most = len(output_tensor), _PIECE_BYTES // output_tensor.itemsize
         received = output_tensor.new_empty(min(most, numbers))
-        for distance in range(1, processes):
+        for distance in range(1, 1 if self.alone else processes):
             to, of = (own + distance) % processes, (own - distance) % processes
             for begin in range(0, numbers, most):
                 piece = slice(begin, begin + most)
@@ -109,6 +116,13 @@ class ReduceScatterInPlace:
                 output_tensor[piece] += arrived
         self._given = None
         discard(input_tensor)  # FSDP2 keeps it until the next unit
+
+
+def fill_with_own(gathered: Tensor, own: Tensor, group: Any) -> None:
+    """Let the rows of each process be copies of this process's own, in place of an exchange."""
+    for place, part in enumerate(gathered.chunk(group.size())):
+        if place != group.rank():  # where they are already
+            part.copy_(own)
 
 
 class GatheredInPages:

@@ -30,7 +30,12 @@ from service.distributed.gradient_sync import GradientSync, Seed, per_weight
 from service.distributed.stragglers import Stopwatch
 from service.distributed.world import World
 from service.health.heartbeat import Trace
-from service.sharding.cpu_exchange import GatheredInPages, GatherInPlace, ReduceScatterInPlace
+from service.sharding.cpu_exchange import (
+    GatheredInPages,
+    GatherInPlace,
+    ReduceScatterInPlace,
+    fill_with_own,
+)
 from service.sharding.deferred_init import Deferring
 from service.sharding.heap import ON_LINUX, Heap, keep_blocks
 from service.spec.models import ExchangeSpec
@@ -155,7 +160,6 @@ def shard(
             different on another process.
     """
     # Imported here, because it takes a second at the start of a run that does not need it.
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         FSDPModule,
@@ -171,11 +175,7 @@ def shard(
     units = units_of(model, spec.units)
     parameters_by_unit(model, units)
     _require_alike(model, world)
-    sizes = _mesh_of(world, spec)
-    names = ("nodes", "processes of a node")[-len(sizes) :]
-    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
-    for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
-        world.watch_over(group)
+    mesh = _mesh_of(world, spec)
     root = root or model
     kept = CPUOffloadPolicy() if spec.offload else OffloadPolicy()
     for unit in [*units.values(), root]:
@@ -193,7 +193,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     if world.device.type == "cpu":
         heap = Heap() if spec.return_memory else None
-        _exchange_on_cpus(_sharded_modules(root), heap, sizes[-1])
+        _exchange_on_cpus(_sharded_modules(root), heap, mesh.size(mesh.ndim - 1))
     _hook_into_passes(root, units, world.trace)
     if root is not model:
         _InnerBackward(root, units)
@@ -219,13 +219,60 @@ def _exchange_on_cpus(modules: Sequence[Any], heap: Heap | None, processes: int)
         module.set_modules_to_backward_prefetch([module])
 
 
+def stand_alone(root: nn.Module) -> None:
+    """Exchange nothing from now on: a pass takes as much memory as usual, and waits for nobody.
+
+    The rows of the others are replaced by copies of this process's own. Such a model serves for
+    trials only, in which one process may run out of memory while others do not.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+        DefaultAllGather,
+        DefaultReduceScatter,
+    )
+
+    class Gather(DefaultAllGather):
+        def __call__(
+            self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+        ) -> None:
+            fill_with_own(output_tensor, input_tensor, group)
+
+    class Scatter(DefaultReduceScatter):
+        def __call__(  # type: ignore[override]  # torch ignores what it returns
+            self, output_tensor: Tensor, input_tensor: Tensor, group: Any, **_: Any
+        ) -> None:
+            output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
+
+    for module in _sharded_modules(root):
+        module.set_requires_all_reduce(False)  # between the nodes in hybrid mode
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            gather, scatter = group._all_gather_comm, group._reduce_scatter_comm
+            if isinstance(gather, GatherInPlace):
+                gather.alone = scatter.alone = True
+            else:
+                module.set_custom_all_gather(Gather())
+                module.set_custom_reduce_scatter(Scatter())
+
+
 def keep_freed_blocks(world: World) -> None:
     """Keep the memory of activations and gradients for later ones, if the device is a CPU."""
     if world.device.type == "cpu":
         keep_blocks()
 
 
-def _mesh_of(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
+def _mesh_of(world: World, spec: ExchangeSpec) -> Any:
+    """The processes, or in hybrid mode a mesh of nodes and of processes of a node."""
+    # Imported here, because it takes a second at the start of a run that does not need it.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes = _sizes_of_mesh(world, spec)
+    names = ("nodes", "processes of a node")[-len(sizes) :]
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # of a mesh of two dimensions they are new
+        world.watch_over(group)
+    return mesh
+
+
+def _sizes_of_mesh(world: World, spec: ExchangeSpec) -> tuple[int, ...]:
     """(processes that share the rows), preceded in hybrid mode by (sets of such processes)."""
     if spec.mode != "hybrid":
         return (world.processes,)

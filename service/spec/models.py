@@ -453,7 +453,6 @@ def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
         (model.channels_last, "model.channels_last", "leave it out"),
         (model.batchnorm == "local", "model.batchnorm: local", "use micro or sync"),
         (model.buffers == "local", "model.buffers: local", "use mean, sum or first"),
-        (spec.batch.micro_batch == "auto", "batch.micro_batch: auto", "give a number of rows"),
         (exchange.precision != "full", "exchange.precision: bf16", "leave it out"),
         (
             exchange.bucket_mib != 25,

@@ -7,19 +7,22 @@ the run's own spec, and never changed afterwards, at any number of processes.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from service.basics.errors import EvenstepError, OutOfMemory, is_out_of_memory
 from service.basics.limits import memory_each, workers_each
 from service.checkpoints.snapshots import expected_bytes
 from service.data.loading import resident_bytes, sample, workers_with_room
-from service.data.task import Task, new_model, test_sets
+from service.data.own_step import SteppedModel
+from service.data.task import Task, new_model, step_of, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
@@ -33,9 +36,11 @@ from service.plan.plan import (
     with_micro_batch,
 )
 from service.runs.directory import RunDirectory
+from service.sharding.sharding import holds_rows, own_rows, stand_alone, told_as_used_outside
 from service.spec.files import load_spec
 from service.spec.models import Spec
 from service.training.dry_run import DryRun, rehearsed, teacher_of
+from service.training.setup import build_model, set_up_exchange
 
 _USED_AT_MOST = 0.8  # fraction of the main memory, which other programs use too
 
@@ -187,8 +192,12 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
         world.sum(torch.zeros(1, device=world.device))  # now the backend allocates its own memory
     failed: EvenstepError | None = None
     found = 0
+    # A sharded model is made by all processes together, so what one of them raises ends all.
+    sharded = spec.exchange.shards and world.processes > 1
+    trial = _sharded_trial(plan, task=task, world=world) if sharded else None
     try:
-        found = _largest(plan, task=task, world=world, memory_bytes=memory_bytes)
+        trial = trial or _whole_trial(plan, task=task, world=world)
+        found = _largest(trial, plan, task=task, world=world, memory_bytes=memory_bytes)
     except EvenstepError as error:
         failed = error
     except (RuntimeError, MemoryError) as error:
@@ -196,6 +205,9 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
             raise
         failed = OutOfMemory(f"Out of memory with the model alone: {str(error).splitlines()[0]}")
     world.fail_together(failed)
+    del trial
+    gc.collect()  # the parts of a sharded model refer to each other
+    forget_peak(world.device)
     [fewest] = world.highest([-found])
     return _in_equal_parts(plan.global_batch, -fewest, processes)
 
@@ -216,34 +228,82 @@ def _in_equal_parts(global_batch: int, most: int, processes: int) -> int:
     return math.ceil(global_batch / min(rounds * processes, global_batch))
 
 
-def _largest(plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
-    """The largest number of rows, doubled from 1 on, with which a pass fits in this process."""
-    most = largest_micro_batch(plan.global_batch, plan.processes)
+@dataclass(frozen=True)
+class _Trial:
+    """A model for trial passes, which no other process takes part in."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    held: int
+    """Bytes that training needs in addition to a pass."""
+    waiting: int = 0
+    """Bytes that it needs besides if a process computes several micro-batches of a step."""
+    twin: nn.Module | None = None
+    """The model for the average, if it is sharded."""
+
+
+def _whole_trial(plan: Plan, *, task: Task, world: World) -> _Trial:
     model = new_model(task, seed=plan.spec.seed).to(world.device)
     checkpoint_activations(model, plan.spec.model.activation_checkpointing)
     optimizer = trained_by(model, plan.spec, task).optimizer
     held = _held_besides(model, optimizer, plan, processes=world.processes)
+    return _Trial(model, optimizer, held)
+
+
+def _sharded_trial(plan: Plan, *, task: Task, world: World) -> _Trial:
+    """A trial whose model is sharded as in training, and then exchanges nothing."""
+    spec = plan.spec
+    built = build_model(plan, task, world)
+    model, own = built.module, step_of(task)
+    for each in filter(None, [model, built.twin]):
+        root = each if own is None else SteppedModel.of(each, own, world)
+        set_up_exchange(root)  # with all processes, for the last time
+        stand_alone(root)
+    optimizer = trained_by(model, spec, task).optimizer
+    weights = sum(p.nbytes for p in model.parameters())
+    size = expected_bytes(model, optimizer, averaged=False)  # the average exists already
+    state = 2 * weights if size is None else max(0, size - weights)
+    held = state * sum(own_rows(p).nbytes for p in model.parameters()) // weights
+    # Gradients are exchanged with the last micro-batch, unless the spec says otherwise.
+    whole = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    waiting = 0 if spec.exchange.sync_each_micro_batch else whole
+    offloaded = spec.exchange.offload
+    return _Trial(model, optimizer, 0 if offloaded else held, waiting, built.twin)
+
+
+def _largest(trial: _Trial, plan: Plan, *, task: Task, world: World, memory_bytes: int) -> int:
+    """The largest number of rows, doubled from 1 on, with which a pass fits in this process."""
+    most = largest_micro_batch(plan.global_batch, plan.processes)
     on_cpu = world.device.type == "cpu"
-    room = _USED_AT_MOST * memory_bytes - held if on_cpu else math.inf
-    reserved = None
-    if not on_cpu:
-        # On a device this memory is reserved, so that a pass fails here if it would fail in
-        # training.
-        held += _resident_bytes(task, world)
-        reserved = torch.empty(held, dtype=torch.uint8, device=world.device)
+    resident = 0 if on_cpu else _resident_bytes(task, world)
     before, found = peak_bytes(world.device), 0
     for rows in _doubled(most):
+        held = trial.held + resident + (trial.waiting if rows < most else 0)
         took = peak_bytes(world.device) - before
-        if on_cpu and found and took * rows / found > room:
+        if on_cpu and found and took * rows / found > _USED_AT_MOST * memory_bytes - held:
             break  # the kernel would kill a process that uses more
-        if not _fits(rows, model, optimizer, plan, task=task, world=world):
+        # On a device this memory is reserved, so that a pass fails here if it would fail in
+        # training.
+        reserved = None if on_cpu else _reserved(held, trial, world)
+        if not _fits(rows, trial, plan, task=task, world=world):
             break
         found = rows
-    del reserved, model
-    forget_peak(world.device)
+        del reserved
     if not found:
         raise OutOfMemory("Out of memory with a micro-batch of one row. Use a smaller model.")
     return found
+
+
+def _reserved(size_bytes: int, trial: _Trial, world: World) -> Tensor:
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=world.device)
+    except RuntimeError as error:
+        if not trial.waiting or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            "Out of memory with the gradients of the whole model, which a process with several "
+            "micro-batches holds until the last. Set exchange.sync_each_micro_batch=true."
+        ) from error
 
 
 def _resident_bytes(task: Task, world: World) -> int:
@@ -275,25 +335,18 @@ def _held_besides(
     return buckets + (2 * weights if size is None else max(0, size - weights))
 
 
-def _fits(
-    rows: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    plan: Plan,
-    *,
-    task: Task,
-    world: World,
-) -> bool:
+def _fits(rows: int, trial: _Trial, plan: Plan, *, task: Task, world: World) -> bool:
     """Whether this many rows fit in a pass; with several optimizers, in that of each turn."""
-    alone = replace(plan, global_batch=rows, micro_batch=rows)
+    alone, model = replace(plan, global_batch=rows, micro_batch=rows), trial.model
     try:
         batch = sample(task.train_data(), task=task, plan=alone, world=world)
         normalization = prepare(model, "micro", world)
-        average = teacher_of(model, task, plan.spec)
+        average = teacher_of(model, task, plan.spec, twin=trial.twin)
         dry_run = DryRun(
             batch, task=task, world=world, normalization=normalization, average=average
         )
-        rehearsed(dry_run, model, optimizer)
+        with told_as_used_outside(model) if holds_rows(model) else nullcontext():
+            rehearsed(dry_run, model, trial.optimizer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -269,7 +269,7 @@ def rehearse(
     )
     if holds_rows(model.module):
         require_one_type(model.module, plan.spec.exchange)
-        _set_up_exchange(dry_run.callee(model.module))
+        set_up_exchange(dry_run.callee(model.module))
     with told_as_used_outside(model.module) if holds_rows(model.module) else nullcontext():
         each = rehearsed(dry_run, model.module, optimizer)
     found = together_found(each, plan.spec)
@@ -293,7 +293,7 @@ def rehearse(
     return Rehearsal(each, found, buffers, warning)
 
 
-def _set_up_exchange(root: nn.Module) -> None:
+def set_up_exchange(root: nn.Module) -> None:
     """Let FSDP2 set up its units, which it does in the first pass, with all that will be trained.
 
     In the turn of one of several optimizers, the parameters of the others seem frozen.
