@@ -7,7 +7,7 @@ import socket
 import pytest
 from commands import evenstep
 
-from launch.commands.doctor import Asked, Finding, _kubectl, _shared_memory, exit_code
+from launch.commands.doctor import Asked, Finding, _kubectl, _shared_memory, _wandb, exit_code
 from service.basics.limits import limits, memory_each, workers_each
 from service.recipes import find_recipe
 from service.spec.files import load_spec
@@ -167,3 +167,11 @@ def test_workers_follow_the_cores():
     cores = limits().cores
     assert workers_each(1) == min(8, cores - 1)
     assert workers_each(cores) == workers_each(cores + 1) == 0
+
+
+@pytest.mark.parametrize("url", ["http://wandb.example.com:99999", "http://[::1", "https://a:b"])
+def test_an_address_of_wandb_that_is_none_is_a_mistake_and_no_bug(url, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    [finding] = _wandb(Asked())
+    assert (finding.state, finding.fix) == ("warning", "Correct or unset it.")
+    assert finding.told.startswith("WANDB_BASE_URL is no address of a server: ")

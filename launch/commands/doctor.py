@@ -307,8 +307,14 @@ def _wandb(asked: Asked) -> Iterator[Finding]:
     if "offline" in (mode, os.environ.get("WANDB_MODE")) or mode == "disabled":
         yield Finding("W&B", "ok", "offline, as requested")
         return
-    url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-    place = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    named = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    try:
+        url = urlsplit(named)
+        place = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    except ValueError as error:
+        told = f"WANDB_BASE_URL is no address of a server: {error}"
+        yield Finding("W&B", "warning", told, "Correct or unset it.")
+        return
     if not _has_wandb_key(place[0]):
         yield Finding("W&B", "ok", "no key is set: runs are kept offline, for `wandb sync`")
         return
