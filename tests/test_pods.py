@@ -289,5 +289,5 @@ def test_pods_without_a_service_say_which_name_is_missing(tmp_path: Path) -> Non
         cluster.run(seconds=200, each=give_up)
         assert (1, 76, "Ignore") in cluster.ended, cluster.logs()
         log = next(pod.log for pod in cluster.pods if pod.index == 1)
-        assert "name digits-0.digits is not known" in log
+        assert "name digits-0.digits cannot be resolved" in log
         assert "headless Service" in log
