@@ -625,6 +625,14 @@ def test_processes_with_other_data_are_refused(processes, tmp_path, kind, told):
         processes(2).run(train_in_process, spec, tmp_path)
 
 
+def test_the_test_command_refuses_processes_with_other_test_rows(processes, tmp_path):
+    spec = job("of_rank", task_args={"kind": "test"})
+    processes(1).run(train_in_process, spec, tmp_path / "runs")
+    done = evenstep("test", "job", "--processes", 2, cwd=tmp_path)
+    assert done.returncode == 64, done.stderr
+    assert "rank 0 has 60 test rows, and rank 1 has 59" in done.stderr
+
+
 @pytest.mark.parametrize(("kind", "warns"), [("order", True), ("same", False)])
 def test_rows_in_another_order_on_a_process_are_told(processes, tmp_path, kind, warns):
     said = processes(2).run(said_in_process, job("of_rank", task_args={"kind": kind}), tmp_path)

@@ -97,7 +97,7 @@ def bring_rows(plan: Plan, task: Task, world: World) -> Rows:
     spec = plan.spec
     train, test = drawn_alike(spec, task.train_data), drawn_alike(spec, task.test_data)
     sets = test_sets(task, test)
-    _require_same_numbers(plan, sets, world)
+    require_same_numbers(plan, sets, world)
     way = way_of_rows(train, task=task, spec=spec.loader)
     brought = together(
         world,
@@ -583,7 +583,7 @@ def _stream(data: Any, plan: Plan, world: World) -> Stream:
     return Stream(data, mode=mode, index=world.index, of=world.processes, seed=seed)
 
 
-def _require_same_numbers(plan: Plan, sets: Sequence[TestSet], world: World) -> None:
+def require_same_numbers(plan: Plan, sets: Sequence[TestSet], world: World) -> None:
     """Check that every process has as many rows, and chooses them in the same way.
 
     Raises:

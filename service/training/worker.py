@@ -60,7 +60,13 @@ from service.training.changed_spec import (
 )
 from service.training.own_train_step import OwnTrainStep, TurnsTrainStep
 from service.training.receipts import Receipt
-from service.training.setup import Prepared, drawn_alike, prepare_training, together
+from service.training.setup import (
+    Prepared,
+    drawn_alike,
+    prepare_training,
+    require_same_numbers,
+    together,
+)
 from service.training.train_loop import train
 from service.training.train_step import CompiledTrainStep, TrainStep, is_with_loss
 
@@ -391,6 +397,7 @@ def test_run(
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
     world.seed_also(python_and_numpy())  # there is no dry run, which would find what is used
     sets = chosen_test_sets(test_sets(task, drawn_alike(spec, task.test_data)), data)
+    require_same_numbers(replace(plan, train_rows=None), sets, world)
     if not any(part.rows for part in sets):
         raise SpecError("task.test: has no rows, so there is nothing to test. Give the task some.")
     if predictions is None:
