@@ -184,8 +184,9 @@ def test_processes_of_an_attempt_meet_in_a_store_that_earlier_ones_have_used() -
 
 def test_a_rank_that_asks_for_the_attempt_notices_who_changes_its_word() -> None:
     store = own_store("127.0.0.1")
+    client = TCPStore("127.0.0.1", store.port, is_master=False)  # a wait holds up all others of it
     with ThreadPoolExecutor(1) as threads:
-        asking = threads.submit(of_attempt, store, Environment(1, 2, 1, 2), seconds=60)
+        asking = threads.submit(of_attempt, client, Environment(1, 2, 1, 2), seconds=60)
         store.wait(["asks/1"], timedelta(seconds=30))
         store.set("asks/1", "another's")
         with pytest.raises(PeerLost, match="Another program has changed what the processes"):
