@@ -84,6 +84,10 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_reported(tmp_path):
     fits = "/tmp/" + "x" * 70
     assert out_of_place(["run", "digits", "--processes", "2"], {"TMPDIR": fits}) is None
     assert out_of_place(["run", "digits"], {"TMPDIR": fits + "x"}) is None
+    assert out_of_place(["test", "runs/job", "task_args.at=s3://b"], {"TMPDIR": fits + "x"}) is None
+    of_a_bucket = out_of_place(["test", "s3://b/runs/job"], {"TMPDIR": fits + "x"})
+    assert of_a_bucket is not None
+    assert of_a_bucket.startswith("TMPDIR has 76 bytes")
     line = told("run", "digits", "--processes", "2", cwd=tmp_path, TMPDIR=fits + "x")
     assert line.startswith("error: TMPDIR has 76 bytes")
 

@@ -201,6 +201,8 @@ def test_a_server_that_was_started_for_nothing_is_ended(tmp_path):
         ("run digits", {"PET_NNODES": "2"}, True),
         ("run digits", {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "gpu"}, True),
         ("test runs/digits --processes 2", {}, True),
+        ("test s3://bucket/runs/digits", {}, True),
+        ("test runs/digits task_args.at=s3://bucket", {}, False),
     ],
 )
 def test_the_arguments_say_who_starts_the_processes(words, variables, starts):
