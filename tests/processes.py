@@ -10,6 +10,8 @@ def test_sum(processes: ProcessesOf) -> None:
 from __future__ import annotations
 
 import faulthandler
+import importlib
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -27,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
@@ -63,6 +65,26 @@ class _Answer:
     warnings: list[tuple[str, type[Warning], str, int]] = field(default_factory=list)
 
 
+class _ByName(pickle.Pickler):
+    """Functions by name: a test may have loaded their module again, as the file of a task."""
+
+    def reducer_override(self, value: Any) -> Any:
+        is_named = isinstance(value, FunctionType) and value.__qualname__.isidentifier()
+        if is_named and value is not _function:
+            return _function, (value.__module__, value.__qualname__)
+        return NotImplemented
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _pickled(value: object) -> bytes:
+    written = io.BytesIO()
+    _ByName(written).dump(value)
+    return written.getvalue()
+
+
 class Processes:
     """`count` processes joined in one gloo group, each behind `World(Accelerator(cpu=True))`.
 
@@ -90,7 +112,7 @@ class Processes:
         Raises:
             ProcessesFailed: a process raised, died or hung.
         """
-        call = pickle.dumps((function, args))
+        call = _pickled((function, args))
         if not self._children:
             self._children = _start(self.count, self._device)
         for child in self._children:
