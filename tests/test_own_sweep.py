@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from commands import BIN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 
 from launch.cli import evenstep as command
-from launch.commands.sweep import _choices, _fixed, _planned, shares_of
+from launch.commands.sweep import _choices, _fixed, _opened, _planned, shares_of
 from launch.engines.settings import settings_of
 from launch.processes.side_by_side import Command, run_side_by_side
 from service.basics.errors import SpecError
 from service.health.stop_request import StopRequest
-from service.observability.sweeps import mean_and_deviation, read_sweep, rows_of
+from service.observability.sweeps import add_to_sweep, mean_and_deviation, read_sweep, rows_of
 from service.runs.history import read_history
 
 QUICK = ("length.steps=4", "schedule.name=constant", "tracking.log_every_steps=1")
@@ -219,6 +220,14 @@ def test_a_sweep_names_no_run_elsewhere(tmp_path, name):
     (tmp_path / "sweep.json").write_text(json.dumps(facts))
     with pytest.raises(SpecError, match="is not the name of a run"):
         read_sweep(tmp_path)
+
+
+def test_sweeps_that_start_at_the_same_time_keep_the_runs_of_each_other(tmp_path):
+    earlier, names = read_sweep(tmp_path), [f"seed-{number}" for number in range(12)]
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(lambda name: add_to_sweep(tmp_path, {name: (("seed", name),)}), names))
+    _opened(earlier, _planned([("", "digits")], ("optimizer.lr=1,2",), set()))
+    assert read_sweep(tmp_path).settings.keys() == {*names, "lr-1", "lr-2"}
 
 
 def test_a_mean_and_deviation_of_numbers_of_any_size():

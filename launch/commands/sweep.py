@@ -27,12 +27,12 @@ from service.health.stop_request import stop_on_signals
 from service.observability.sweeps import (
     Setting,
     Sweep,
+    add_to_sweep,
     in_lines,
     is_sweep,
     read_sweep,
     rows_of,
     table_of,
-    write_sweep,
 )
 from service.runs.directory import RunDirectory, check_run
 from service.spec.documents import SUFFIXES, read_document
@@ -322,7 +322,7 @@ def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:
             make_directory(directory)
     except OSError as error:
         raise SpecError(f"{place} cannot be written: {in_the_way(error)}.") from error
-    write_sweep(Sweep(place, {**earlier.settings, **{run.name: run.setting for run in planned}}))
+    add_to_sweep(place, {run.name: run.setting for run in planned})
     return there
 
 

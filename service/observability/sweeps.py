@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
@@ -10,13 +11,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from service.basics.atomic_files import is_there, read_json, replace_file, told_when_unwritten
+from service.basics.atomic_files import (
+    is_there,
+    read_json,
+    replace_file,
+    told_when_unread,
+    told_when_unwritten,
+    without_link,
+)
 from service.basics.errors import SpecError
 from service.runs.history import History, read_history
 from service.spec.part import RUN_NAME
 
 FORMAT = 1
 _FILE = "sweep.json"
+_LOCK = ".lock"
 _LARGEST_BYTES = 8 << 20
 SEED = "seed"
 _MOST_MEASURES = 6
@@ -51,13 +60,15 @@ def read_sweep(path: Path) -> Sweep:
     """The sweep in a directory; without runs if none was started there.
 
     Raises:
-        SpecError: its file is damaged.
+        SpecError: its file is damaged, or permission is denied.
+        EvenstepError: it cannot be read at the moment.
     """
     file = path / _FILE
-    if not is_there(file):
-        return Sweep(path, {})
     try:
-        told = read_json(file, at_most=_LARGEST_BYTES)
+        with told_when_unread(file):
+            if not is_there(file):
+                return Sweep(path, {})
+            told = read_json(file, at_most=_LARGEST_BYTES)
         settings = {
             str(name): tuple((str(key), str(value)) for key, value in pairs)
             for name, pairs in told["runs"].items()
@@ -68,7 +79,7 @@ def read_sweep(path: Path) -> Sweep:
         for name in settings:
             if not re.fullmatch(RUN_NAME, name):
                 raise ValueError(f"{name!r} is not the name of a run")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs are "
             f"kept."
@@ -76,11 +87,21 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(path, settings)
 
 
-def write_sweep(sweep: Sweep) -> None:
-    """Write the settings of a sweep next to its runs."""
-    facts = {"format": FORMAT, "runs": {name: list(s) for name, s in sweep.settings.items()}}
-    with told_when_unwritten(sweep.path / _FILE):
-        replace_file(sweep.path / _FILE, json.dumps(facts, indent=1) + "\n")
+def add_to_sweep(path: Path, settings: Mapping[str, Setting]) -> None:
+    """Write the settings of runs next to those of the sweep's other runs.
+
+    Another command may add the runs of its own at this moment.
+
+    Raises:
+        SpecError: the file of the sweep is damaged.
+        EvenstepError: it cannot be written.
+    """
+    file = path / _FILE
+    with told_when_unwritten(file), open(path / _LOCK, "ab", opener=without_link) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = {**read_sweep(path).settings, **settings}
+        facts = {"format": FORMAT, "runs": {name: list(pairs) for name, pairs in known.items()}}
+        replace_file(file, json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
