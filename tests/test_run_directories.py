@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_SECONDS, command, evenstep
+from commands import DEADLINE_SECONDS, ROOT, command, evenstep
 
 from service.runs.directory import git_facts
 
@@ -51,6 +51,23 @@ def test_a_run_on_nfs_is_resumed_and_refused_to_a_second_writer(tmp_path):
     again = evenstep(*words, cwd=tmp_path, **nfs)
     assert again.returncode == 0, again.stderr
     assert "Resuming after step 2" in again.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every path is UTF-8")
+def test_no_run_begins_where_it_could_never_resume(tmp_path):
+    """Its checkpoints could be written, but safetensors opens no such path; nor can YAML name it."""
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    ended = evenstep("run", "digits", "--stop-at", 1, cwd=place)
+    assert ended.returncode == 64, ended.stdout
+    assert r"caf\udce9/runs/digits: this path is not valid UTF-8, so no checkpoint" in ended.stderr
+    (place / "job.yaml").write_text((ROOT / "service/recipes/digits.yaml").read_text())
+    words = ("run", place / "job.yaml", "--stop-at", 1)
+    assert evenstep(*words, cwd=tmp_path).returncode == 75, "the spec alone lies there"
+    ended = evenstep(*words, "task=./my_task.py:task", cwd=place)
+    assert ended.returncode == 64, ended.stdout
+    assert r"caf\udce9/my_task.py: this path is not valid UTF-8" in ended.stderr
+    assert [path.name for path in place.iterdir()] == ["job.yaml"]
 
 
 @pytest.fixture

@@ -94,6 +94,15 @@ def plain(path: str | Path, flags: int) -> int:
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
+def is_utf_8(path: str) -> bool:
+    """Whether a path is text: its bytes may be any, which Python keeps as lone surrogates."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_there(path: Path) -> bool:
     """Whether a name exists, also as a broken link.
 

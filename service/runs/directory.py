@@ -27,6 +27,7 @@ from typing import IO, Any, TypeGuard
 from service.basics.atomic_files import (
     in_the_way,
     is_there,
+    is_utf_8,
     kind_of_unread,
     make_directory,
     plain,
@@ -511,6 +512,7 @@ def open_run(
     """
     directory = RunDirectory(runs / spec.name)
     require_no_secret(spec)
+    _require_utf_8(directory)
     with ExitStack() as stack:
         try:
             lock = stack.enter_context(_lock(directory))
@@ -572,6 +574,7 @@ def check_run(
     """
     directory = RunDirectory(runs / spec.name)
     require_no_secret(spec)
+    _require_utf_8(directory)
     try:
         if lock_seconds is not None:
             _require_free(directory, lock_seconds)
@@ -652,6 +655,20 @@ def _unusable(directory: RunDirectory, error: OSError) -> EvenstepError:
     kind = kind_of_unread(error)
     told = f"The run directory {directory.path} cannot be used: {in_the_way(error)}."
     return kind(f"{told} Choose another with --runs or --name." if kind is SpecError else told)
+
+
+def _require_utf_8(directory: RunDirectory) -> None:
+    """Refuse a place whose checkpoints could be written and never read: safetensors opens no other.
+
+    Raises:
+        SpecError: a name in the path has other bytes.
+    """
+    place = os.path.abspath(directory.path)
+    if not is_utf_8(place):
+        raise SpecError(
+            f"{printable(place)}: this path is not valid UTF-8, so no checkpoint in it could be "
+            "read again. Choose another with --runs."
+        )
 
 
 def _require_no_link(directory: RunDirectory) -> None:

@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
-from service.basics.errors import SpecError, did_you_mean
+from service.basics.atomic_files import is_utf_8
+from service.basics.errors import SpecError, did_you_mean, printable
 from service.spec.documents import (
     Document,
     Setting,
@@ -223,11 +224,25 @@ def _with_paths(value: Any, steps: Steps, path: Callable[[str, Steps], str]) -> 
 def _joined(text: str, folder: str) -> str:
     if not text.startswith(("./", "../")):
         return text  # relative to the current directory, or not a path: a name, a URL
-    return os.path.abspath(os.path.join(folder, text))
+    return _writable(os.path.abspath(os.path.join(folder, text)))
 
 
 def _absolute(file: str, folder: str) -> str:
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(file)))
+    return _writable(os.path.abspath(os.path.join(folder, os.path.expanduser(file))))
+
+
+def _writable(path: str) -> str:
+    """The path, which the spec of a run must be able to name.
+
+    Raises:
+        SpecError: its bytes are no text.
+    """
+    if not is_utf_8(path):
+        raise SpecError(
+            f"{printable(path)}: this path is not valid UTF-8, so spec.yaml could not name it, and "
+            "the run could never resume. Rename the directory or file that has \\udc here."
+        )
+    return path
 
 
 # ---- explain
