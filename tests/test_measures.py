@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -453,6 +454,23 @@ def test_an_impossible_path_for_predictions_is_reported(tmp_path, processes):
     assert told.returncode == 64
     assert "must end in .npy, .safetensors, .csv or .parquet" in told.stderr
     assert HERE.exists()
+
+
+def test_predictions_that_cannot_be_written_are_reported_before_the_test(alone, tmp_path):
+    task = supervised(model=nn.Identity, train=[(0.0, 0)])
+    batch = Batch(0, np.arange(3), torch.zeros(3, 2), torch.zeros(3), None, 0)
+    with pytest.raises(SpecError, match=r"^--predictions: /proc/out.npy: "):
+        Predictions(Path("/proc/out.npy"), task=task, rows=3, world=alone)
+    one, other = (
+        Predictions(tmp_path / "out.npy", task=task, rows=3, world=alone) for _ in range(2)
+    )
+    assert list(tmp_path.iterdir()) == []
+    for number, predictions in enumerate((one, other)):
+        predictions.add(torch.full((3, 2), float(number)), batch)
+    other.write()
+    one.write()  # what the other writes at the same time is not in its way
+    assert np.load(tmp_path / "out.npy").tolist() == [[0.0, 0.0]] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 
 
 def test_more_micro_batches_than_fit_in_the_buffer_are_all_counted(alone):

@@ -55,7 +55,7 @@ def test_a_run_on_nfs_is_resumed_and_refused_to_a_second_writer(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every path is UTF-8")
 def test_no_run_begins_where_it_could_never_resume(tmp_path):
-    """Its checkpoints could be written, but safetensors opens no such path; nor can YAML name it."""
+    """Its checkpoints could be written, but safetensors opens no such path."""
     place = tmp_path / os.fsdecode(b"caf\xe9")
     place.mkdir()
     ended = evenstep("run", "digits", "--stop-at", 1, cwd=place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +16,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from service.basics.atomic_files import require_replaceable, told_when_unwritten, without_link
+from service.basics.atomic_files import (
+    in_the_way,
+    remove_if_possible,
+    require_replaceable,
+    told_when_unwritten,
+    without_link,
+)
 from service.basics.errors import SpecError, told_as_mistake
 from service.data.batches import Batch
 from service.data.task import Task, logits
@@ -32,7 +39,7 @@ class Predictions:
             path: its suffix determines the content: only the predictions (.npy), or with the ids of
                 the rows and their targets (.csv, .parquet, .safetensors).
         Raises:
-            SpecError: it has another suffix, or its directory or pyarrow is missing.
+            SpecError: it has another suffix, cannot be written, or pyarrow is missing.
         """
         if path.suffix not in _KINDS:
             *others, last = _KINDS
@@ -42,12 +49,16 @@ class Predictions:
                 f"--predictions: {path} needs pyarrow, which is not installed. Install it: pip "
                 "install pyarrow; or write .csv."
             )
-        if not path.absolute().parent.is_dir():
+        if not os.path.isdir(path.absolute().parent):
             raise SpecError(f"--predictions: there is no directory {path.absolute().parent}.")
+        # By a name of its own: another test may write the same file at the same time.
+        self._partial = path.with_name(f".{secrets.token_hex(8)}.partial")
         try:
             require_replaceable(path)
+            open(self._partial, "xb", opener=without_link).close()  # not only after the test
+            self._partial.unlink()
         except OSError as error:
-            raise SpecError(f"--predictions: {path}: {error.strerror}.") from error
+            raise SpecError(f"--predictions: {path}: {in_the_way(error)}.") from error
         self._path = path
         self._world = world
         self._predict = getattr(task, "predict", logits)
@@ -91,11 +102,13 @@ class Predictions:
         tensors = {"rows": torch.cat(ids), "predictions": rows.contiguous()}
         if None not in targets and len({part.shape[1:] for part in targets}) == 1:
             tensors["targets"] = torch.cat(targets).contiguous()
-        partial = self._path.with_name(f".{self._path.stem}.partial{self._path.suffix}")
-        with told_when_unwritten(self._path):
-            with open(partial, "wb", opener=without_link) as file:
-                _KINDS[self._path.suffix](file, tensors)
-            os.replace(partial, self._path)
+        try:
+            with told_when_unwritten(self._path):
+                with open(self._partial, "xb", opener=without_link) as file:
+                    _KINDS[self._path.suffix](file, tensors)
+                os.replace(self._partial, self._path)
+        finally:
+            remove_if_possible(self._partial)
 
 
 def _joined(parts: Sequence[Sequence[Any]]) -> list[Any]:
