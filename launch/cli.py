@@ -19,7 +19,7 @@ from launch.commands.engines import ENGINES, accepted_by, commands_of, complain,
 from launch.commands.fork import fork
 from launch.commands.jobs import check, doctor, new, process_count
 from launch.commands.overrides import overridden
-from launch.commands.places import Place, directory_of, run_at
+from launch.commands.places import Named, Place, directory_of, run_at
 from launch.commands.runs import Number, list_runs, report, watch
 from launch.commands.sweep import sweep
 from launch.environment import (
@@ -286,7 +286,7 @@ def _start_in_store(
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option(
     "--predictions",
-    type=click.Path(path_type=Path),
+    type=Named(),
     metavar="FILE",
     help="Write them as .npy, or with row ids and targets as .csv, .parquet or .safetensors.",
 )

@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from commands import ROOT, evenstep
+from commands import BIN, DEADLINE_SECONDS, ROOT, command, evenstep
 
 GOOD = (ROOT / "service/recipes/digits.yaml").read_text()
 
@@ -203,17 +203,53 @@ def test_restarts_that_another_makes_are_refused(tmp_path, variables, told):
         ("slurm", "status", "x", "--runs", ""),
         ("plan", "digits", "--runs", ""),
         ("report", "", "-o", "x.html"),
+        ("new", ""),
+        ("report", "x", "-o", ""),
+        ("export", "x", "-o", ""),
+        ("test", "x", "--predictions", ""),
+        ("plan", "digits", "--set-file", ""),
     ],
 )
 def test_a_place_without_a_name_is_not_this_directory(tmp_path, words):
     ended = evenstep(*words, cwd=tmp_path)
     assert ended.returncode == 64, ended.stdout
-    assert ": is empty. Is a variable of the shell not set? Name a directory." in ended.stderr
+    told = r": is empty\. Is a variable of the shell not set\? Name a (directory|file)\.$"
+    assert re.search(told, ended.stderr), ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["run", "new", "runs"])
-def test_a_name_too_long_for_a_file_is_reported(tmp_path, command):
-    ended = evenstep(command, "a" * 300, cwd=tmp_path)
+def test_a_spec_without_a_name_is_not_the_folder_of_a_sweep(tmp_path):
+    (tmp_path / "job.yaml").write_text(GOOD)
+    ended = evenstep("sweep", "", "seed=0,1", cwd=tmp_path)
+    assert ended.returncode == 64, ended.stdout
+    assert "there is no recipe ''" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("runs", "locked"),
+        ("watch", "--once", "--all", "--runs", "locked"),
+        ("sweep", "locked"),
+        ("sweep", "digits", "--name", "own", "--runs", "locked"),
+        ("slurm", "status", "job", "--runs", "locked"),
+    ],
+    ids=" ".join,
+)
+def test_a_directory_that_may_not_be_read_is_reported(tmp_path, words):
+    (tmp_path / "locked").mkdir(mode=0)
+    root = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")  # root may read it else
+    plain = root if os.geteuid() == 0 else ()
+    ended = command(*plain, BIN / "evenstep", *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    (tmp_path / "locked").chmod(0o700)
+    assert ended.returncode in (1, 64), ended.stderr
+    assert re.match(r"error: .*locked.* cannot be read: Permission denied\.$", ended.stderr)
+
+
+@pytest.mark.parametrize("words", ["run", "new", "runs", "sweep", "watch --all --runs"])
+def test_a_name_too_long_for_a_file_is_reported(tmp_path, words):
+    ended = evenstep(*words.split(), "a" * 300, cwd=tmp_path)
     assert ended.returncode == 64, ended.stderr
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr

@@ -9,10 +9,10 @@ From top to bottom; a room imports only from rooms below it:
 * fork: `evenstep fork`: a new run that starts from a checkpoint of another one.
 * checkpoints: `evenstep checkpoints` and `evenstep export`: list, verify and export what a run
   has saved.
-* places: what a command line calls a place of runs: a directory, or an address in an object
-  store.
 * engines: the commands of every engine, from its contract: render, submit, status, logs, cancel.
 * overrides: `KEY=VALUE` and `--set-file`, for every command with a spec.
+* places: what a command line calls a place: of runs, a directory or an address in an object
+  store; of a file.
 * new_job: `evenstep new`: a directory with a task, a spec, and the schema for an editor.
 * doctor: the checks of `evenstep doctor`: the machine, from the point of view of a job.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
-from launch.commands.places import Place, run_at
+from launch.commands.places import Named, Place, run_at
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import SpecError, printable
 from service.runs.checkpoint_files import (
@@ -94,7 +94,7 @@ def _ordinal(number: int) -> str:
 @click.command()
 @_RUN
 @overridden
-@click.option("-o", "file", type=click.Path(path_type=Path), required=True, metavar="FILE|DIR")
+@click.option("-o", "file", type=Named(), required=True, metavar="FILE|DIR")
 @click.option("--checkpoint", default="latest", metavar="best|latest|STEP", show_default=True)
 @click.option("--average", is_flag=True, help="Export the moving average of the weights.")
 @click.option("--trained", is_flag=True, help="Export only the parameters that the run trains.")
@@ -143,4 +143,4 @@ def export(
                 )
     what = "averaged weights" if average else "weights"
     what = f"trained {what}" if trained else f"merged {what}" if merged else what
-    click.echo(f"{file}: {written}, the {what} after step {chosen.step:,}")
+    click.echo(printable(f"{file}: {written}, the {what} after step {chosen.step:,}"))

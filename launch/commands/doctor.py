@@ -90,6 +90,9 @@ def examined(asked: Asked) -> Iterator[Finding]:
             yield from check(asked)
         except Exception as error:
             name = check.__name__.strip("_").replace("_", " ")
+            if isinstance(error, EvenstepError):  # such as of the task: it says what to do
+                yield Finding(name, "failed", str(error))
+                continue
             told = f"could not be checked: {type(error).__name__}: {error}"
             yield Finding(name, "failed", told, "Report this as a bug of evenstep.")
 
@@ -473,7 +476,7 @@ def _open_files(asked: Asked) -> Iterator[Finding]:
 def _run_directory(asked: Asked) -> Iterator[Finding]:
     """The requirements of checkpoints on the real disk: space, fsync, atomic rename, locks."""
     place = asked.runs.absolute()
-    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    place = next(folder for folder in (place, *place.parents) if os.path.exists(folder))
     free = shutil.disk_usage(place).free
     if free < 2**30:
         fix = "Free some, or choose another directory with --runs."

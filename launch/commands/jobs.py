@@ -13,27 +13,28 @@ from pathlib import Path
 import click
 
 from launch.commands.overrides import overridden
-from launch.commands.places import Place, directory_of
+from launch.commands.places import Named, Place, directory_of
 from launch.environment import Environment, Node, launched
 from launch.processes.warm_start import collect_garbage
 from launch.slurm_step import node_asked, step_here
-from service.basics.errors import SpecError, printable
+from service.basics.errors import LINES, SpecError, printable
 from service.recipes import find_recipe
 from service.spec.files import Override, load_spec
 from service.storage.address import Address
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("directory", type=Named(file_okay=False))
 def new(directory: Path) -> None:
     """Write a commented task and spec into DIRECTORY, as the start of your own job."""
     from launch.commands.new_job import SPEC, start
 
     for path in start(directory):
-        click.echo(f"wrote {path}")
+        click.echo(printable(f"wrote {path}"))
     spec = directory / SPEC
     where = shlex.quote(str(spec) if spec.is_absolute() else f"./{spec}")
-    click.echo(f"next: evenstep check {where}\n      evenstep run {where}")
+    click.echo(printable(f"next: evenstep check {where}"))
+    click.echo(printable(f"      evenstep run {where}"))
 
 
 @click.command()
@@ -104,7 +105,8 @@ def doctor(
     for finding in examined(Asked(each, node, place, here, loaded, store)):
         findings.append(finding)
         if speaks and not as_json:
-            click.echo(f"{finding.state:<7}  {finding.name:<11}  {finding.told}")
+            told = printable(finding.told, keep=LINES)
+            click.echo(f"{finding.state:<7}  {finding.name:<11}  {told}")
             if finding.fix:
                 click.echo(f"{'':<22}fix: {finding.fix}")
     if speaks and as_json:

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from launch.commands.places import Named
+
 
 def overrides_and_files() -> list[click.Parameter]:
     """The parameters `overrides` and `set_files` of a command."""
@@ -16,7 +18,7 @@ def overrides_and_files() -> list[click.Parameter]:
         click.Argument(["overrides"], metavar="[KEY=VALUE ...]", nargs=-1),
         click.Option(
             ["--set-file", "set_files"],
-            type=click.Path(path_type=Path),
+            type=Named(),
             multiple=True,
             metavar="FILE",
             help="A file of values in the format of a spec; KEY=VALUE is applied after it.",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,11 +32,32 @@ class Place(click.ParamType[Path | Address]):
         return address_in(str(value)) or Path(value)
 
 
-def _require_some(value: str | Path, parameter: click.Parameter | None) -> None:
+class Named(click.Path):
+    """The path of a file, or of a directory that is no place of runs."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay, dir_okay=dir_okay)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        _require_some(value, param, kind="file" if self.file_okay else "directory")
+        return super().convert(value, param, ctx)
+
+
+def _require_some(
+    value: object, parameter: click.Parameter | None, *, kind: str = "directory"
+) -> None:
     """Refuse an empty name: as a path it would be the current directory."""
     if value == "":
-        which = parameter.opts[0] if isinstance(parameter, click.Option) else "RUN"
-        raise SpecError(f"{which}: is empty. Is a variable of the shell not set? Name a directory.")
+        which = "RUN"
+        if parameter is not None:
+            is_option = isinstance(parameter, click.Option)
+            which = parameter.opts[0] if is_option else parameter.human_readable_name
+        raise SpecError(f"{which}: is empty. Is a variable of the shell not set? Name a {kind}.")
 
 
 @contextmanager

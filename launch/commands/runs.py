@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launch.commands.places import Directory, Place, run_at
+from launch.commands.places import Directory, Named, Place, run_at
 from service.basics.errors import SpecError, printable
 from service.runs.directory import find_run, with_name
 from service.storage.address import Address
@@ -63,7 +64,7 @@ def _live(runs: tuple[Path, ...], everything: bool, place: Path) -> LiveRuns:
     if everything == bool(runs):
         raise SpecError("RUN or --all: name the runs, or say --all for those in --runs.")
     if everything:
-        if not place.is_dir():
+        if not os.path.isdir(place):  # False also for a name that is too long for a file
             raise SpecError(f"There is no directory {place}. Name the one that has the runs.")
         return LiveRuns(directory=place)
     if len(runs) == 1 and (sweep := _sweep_at(runs[0])) is not None:
@@ -94,7 +95,7 @@ def _ends_cleanly() -> Iterator[None]:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Named(dir_okay=False),
     default="report.html",
     show_default=True,
 )

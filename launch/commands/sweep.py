@@ -20,7 +20,13 @@ from launch.engines.settings import Settings, settings_of
 from launch.environment import launched, node_here
 from launch.processes.side_by_side import Command, run_side_by_side
 from launch.processes.signals import heard
-from service.basics.atomic_files import in_the_way, is_there, make_directory, plain
+from service.basics.atomic_files import (
+    in_the_way,
+    is_there,
+    make_directory,
+    plain,
+    told_when_unread,
+)
 from service.basics.errors import EvenstepError, SpecError, Stopped, printable
 from service.basics.limits import limits
 from service.health.stop_request import stop_on_signals
@@ -185,10 +191,11 @@ def _variants(spec: str) -> list[tuple[str, str]]:
     Raises:
         SpecError: there are none.
     """
-    folder = Path(spec)
-    if not folder.is_dir():
+    if not os.path.isdir(spec):  # False also for an empty name, and one too long for a file
         return [("", spec)]
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    folder = Path(spec)
+    with told_when_unread(folder):
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     keys = {EXTENDS, *Spec.model_fields}
     others = [file for file in files if not keys & read_document(file).values.keys()]
     if others:  # such as the schema that `evenstep new` writes, or pyproject.toml

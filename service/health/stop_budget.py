@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.basics.atomic_files import remove_if_possible, write_file
+from service.basics.atomic_files import (
+    is_there,
+    remove_if_possible,
+    told_when_unread,
+    write_file,
+)
 from service.basics.errors import EvenstepError
 from service.runs.directory import RunDirectory, read_beat
 from service.spec.models import Spec
@@ -107,9 +112,15 @@ def budget_seconds(spec: Spec, directory: RunDirectory) -> float:
 
 
 def longest_save(directory: RunDirectory) -> StopTime | None:
-    """From the longest save of all attempts of a run, including this one; None before the first."""
+    """From the longest save of all attempts of a run, including this one; None before the first.
+
+    Raises:
+        EvenstepError: run.json cannot be read.
+    """
     attempts: list[Mapping[str, Any]] = []
-    if directory.facts.exists():
+    with told_when_unread(directory.facts):
+        there = is_there(directory.facts)
+    if there:
         attempts += directory.read_facts()["attempts"]
     return measured_in([*attempts, read_beat(directory.logs, 0) or {}])
 
@@ -122,7 +133,7 @@ def measured_in(attempts: Iterable[Mapping[str, Any]]) -> StopTime | None:
 
 def estimated(size_bytes: int | None, directory: Path) -> StopTime | None:
     """From the size of a checkpoint and a disk test; None if either is unknown."""
-    place = next((p for p in (directory, *directory.parents) if p.is_dir()), None)
+    place = next((p for p in (directory, *directory.parents) if os.path.isdir(p)), None)
     if size_bytes is None or place is None:
         return None
     piece = os.urandom(1 << 20)  # some file systems store zeros at no cost

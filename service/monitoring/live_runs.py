@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.basics.atomic_files import is_there, told_when_unread
 from service.basics.errors import EvenstepError
 from service.monitoring.snapshot import LatestValues
 from service.runs.directory import LATEST_TIME, RunDirectory, is_number
@@ -132,10 +133,13 @@ class LiveRuns:
 
     def look(self) -> tuple[list[RunNow], list[str]]:
         """The runs, the latest news first, and why others cannot be read."""
-        if self._directory is not None:
-            paths = list(run_paths(self._directory))
-            self._runs = {path: self._runs.get(path) or LiveRun(path) for path in paths}
         found, broken = [], []
+        if self._directory is not None:
+            try:
+                paths = list(run_paths(self._directory))
+                self._runs = {path: self._runs.get(path) or LiveRun(path) for path in paths}
+            except EvenstepError as error:
+                broken.append(str(error))
         for run in self._runs.values():
             try:
                 found.append(run.look())
@@ -145,19 +149,29 @@ class LiveRuns:
 
 
 def run_paths(directory: Path) -> Iterator[Path]:
-    """The runs in a directory; a link is none, wherever it leads."""
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
-            )
-    except OSError:
-        return
+    """The runs in a directory; a link is none, wherever it leads.
+
+    Raises:
+        SpecError: permission is denied, or it is no longer there.
+        EvenstepError: it cannot be read at the moment.
+    """
+    with told_when_unread(directory), os.scandir(directory) as entries:
+        names = sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+        )
     for name in names:
-        if _facts_of(directory / name / "run.json"):
+        if _is_run(directory / name):
             yield directory / name
+
+
+def _is_run(directory: Path) -> bool:
+    facts = directory / "run.json"
+    try:
+        return is_there(facts) and not facts.is_symlink()
+    except OSError:
+        return True  # reading it as a run reports the reason
 
 
 def signature_of(directory: RunDirectory) -> Signature:

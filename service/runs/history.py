@@ -209,14 +209,17 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
     """The runs in a directory, the latest first, and why others cannot be read.
 
     Raises:
-        SpecError: there is no such directory.
+        SpecError: there is no such directory, or permission is denied.
+        EvenstepError: it cannot be read at the moment.
     """
     if not os.path.isdir(runs):  # False also for a name that is too long for a file
         raise SpecError(
             f"There is no directory {runs}. Use the directory that was given to `run --runs`."
         )
+    with told_when_unread(runs):
+        entries = sorted(runs.iterdir())
     found, broken = [], []
-    for entry in sorted(runs.iterdir()):
+    for entry in entries:
         try:
             with told_when_unread(entry):
                 is_run = not entry.name.startswith(".") and is_there(entry / "run.json")

@@ -27,7 +27,7 @@ def allowance(directory: RunDirectory, variables: Mapping[str, str] | None = Non
 
 
 def _history(directory: RunDirectory) -> History | None:
-    if not directory.facts.exists():
+    if not os.path.exists(directory.facts):
         return None
     try:
         return read_history(directory.path)

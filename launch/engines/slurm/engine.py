@@ -25,6 +25,7 @@ from launch.engines.slurm.script import Script, place_of, render
 from launch.engines.slurm.states import state_in_words
 from launch.processes.echo import spoken
 from service.basics.atomic_files import (
+    is_there,
     make_directory,
     plain,
     replace_file,
@@ -228,7 +229,9 @@ def _command(verb: str, name: str, runs: Path) -> str:
 
 def _known(runs: Path, name: str) -> Path:
     place = place_of(runs.absolute(), name)
-    if not place.is_dir():
+    with told_when_unread(place):
+        is_known = is_there(place) and place.is_dir()
+    if not is_known:
         raise SlurmError(
             f"{name} was never submitted from here: there is no {place}. Use the same --runs as "
             "to submit."
