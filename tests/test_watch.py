@@ -218,10 +218,10 @@ def test_a_run_that_is_extended_while_it_is_watched_has_its_new_length(tmp_path:
 def test_a_run_that_a_watched_sweep_starts_later_is_shown(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "runs": {}}))
     add_row(write_run(tmp_path, "lr-0.1"), 1)
-    runs = _live((tmp_path,), False, tmp_path)
-    assert [run.name for run in runs.look()[0]] == ["lr-0.1"]
-    add_row(write_run(tmp_path, "lr-0.2"), 1)
-    assert {run.name for run in runs.look()[0]} == {"lr-0.1", "lr-0.2"}
+    with _live((tmp_path,), False, tmp_path) as runs:
+        assert [run.name for run in runs.look()[0]] == ["lr-0.1"]
+        add_row(write_run(tmp_path, "lr-0.2"), 1)
+        assert {run.name for run in runs.look()[0]} == {"lr-0.1", "lr-0.2"}
 
 
 def test_of_a_long_run_the_latest_losses_and_tests_are_found(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launch.commands.places import Directory, Named, Place, run_at
+from launch.commands.places import Named, Place, run_at
 from service.basics.errors import SpecError, printable
 from service.runs.directory import find_run, with_name
 from service.storage.address import Address
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
 
 _WIDEST = 120  # characters of a cell, so that one run does not widen the whole table
 _ALL = click.option("--all", "everything", is_flag=True, help="All runs in the directory --runs.")
-_RUNS = click.option("--runs", "place", type=Directory(), default="runs", show_default=True)
+_RUNS = click.option(
+    "--runs",
+    "place",
+    type=Place(),
+    default="runs",
+    show_default=True,
+    help="A directory, or an address in an object store.",
+)
+_EVERY_SECONDS = 1.0
+_PATIENCE_SECONDS = 5.0
+"""How long a request to a store is tried again: what looks again soon need not wait."""
 
 
 class Number(click.FloatRange):
@@ -42,38 +53,95 @@ class Number(click.FloatRange):
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", type=Directory(), nargs=-1)
+@click.argument("runs", metavar="RUN...", type=Place(), nargs=-1)
 @_ALL
 @_RUNS
-@click.option("--every", metavar="SECONDS", type=Number(min=0.1, max=86400), default=1.0)
+@click.option(
+    "--every",
+    metavar="SECONDS",
+    type=Number(min=0.1, max=86400),
+    help="Look so often. Default: 1; at an object store 15, or more for many runs.",
+)
 @click.option("--once", is_flag=True, help="Print them one time.")
-def watch(runs: tuple[Path, ...], everything: bool, place: Path, every: float, once: bool) -> None:
-    """Show RUNs while they run: directories, or names in ./runs. Ctrl-C ends it, not the runs.
+def watch(
+    runs: tuple[Path | Address, ...],
+    everything: bool,
+    place: Path | Address,
+    every: float | None,
+    once: bool,
+) -> None:
+    """Show RUNs while they run: directories, addresses, or names in ./runs. Ctrl-C ends it, not the
+    runs.
 
     On a terminal a table, elsewhere a line whenever a run has news."""
     from service.monitoring.watch import watch as show
 
-    with _ends_cleanly():
-        show(_live(runs, everything, place), stream=sys.stdout, seconds=every, once=once)
+    with _ends_cleanly(), _live(runs, everything, place, every_seconds=every) as live:
+        # The age of what is shown goes on between two requests.
+        seconds = min(every or _EVERY_SECONDS, _EVERY_SECONDS) if _stored(runs, place) else every
+        show(live, stream=sys.stdout, seconds=seconds or _EVERY_SECONDS, once=once)
 
 
-def _live(runs: tuple[Path, ...], everything: bool, place: Path) -> LiveRuns:
-    """The named runs, those of a sweep, or all in a directory."""
-    from service.monitoring.live_runs import LiveRuns, run_paths
+def _stored(runs: Sequence[Path | Address], place: Path | Address) -> list[Address]:
+    """The addresses among the places of a command."""
+    return [each for each in (*runs, *(() if runs else (place,))) if isinstance(each, Address)]
 
+
+@contextmanager
+def _live(
+    runs: Sequence[Path | Address],
+    everything: bool,
+    place: Path | Address,
+    *,
+    every_seconds: float | None = None,
+    in_background: bool = False,
+) -> Iterator[LiveRuns]:
+    """The named runs, those of a sweep, or all in a directory; copies of those in a store."""
     if everything == bool(runs):
         raise SpecError("RUN or --all: name the runs, or say --all for those in --runs.")
-    if everything:
+    if not (addresses := _stored(runs, place)):
+        here = tuple(each for each in runs if isinstance(each, Path))
+        yield _live_here(here, place if isinstance(place, Path) else None)
+        return
+    from service.monitoring.live_runs import StoredRuns
+    from service.storage.copies import Copies
+    from service.storage.store import open_store
+
+    with tempfile.TemporaryDirectory(prefix="evenstep-", ignore_cleanup_errors=True) as text:
+        stores = [
+            open_store(each, patience_seconds=_PATIENCE_SECONDS)
+            for each in dict.fromkeys(addresses)
+        ]
+        below = stores if everything else []
+        copies = Copies(Path(text), [] if everything else stores, below=below)
+        here = tuple(each for each in runs if isinstance(each, Path))
+        yield StoredRuns(
+            copies, _paths_of(here), every_seconds=every_seconds, in_background=in_background
+        )
+
+
+def _live_here(runs: tuple[Path, ...], place: Path | None) -> LiveRuns:
+    from service.monitoring.live_runs import LiveRuns
+
+    if not runs:
+        assert place is not None
         if not os.path.isdir(place):  # False also for a name that is too long for a file
             raise SpecError(f"There is no directory {place}. Name the one that has the runs.")
         return LiveRuns(directory=place)
     if len(runs) == 1 and (sweep := _sweep_at(runs[0])) is not None:
         return LiveRuns(directory=sweep)  # with the runs that it starts later
+    return LiveRuns(_paths_of(runs))
+
+
+def _paths_of(runs: Sequence[Path]) -> list[Path]:
+    """The directories of the named runs and of those of the named sweeps."""
+    from service.monitoring.live_runs import run_paths
+
     paths: list[Path] = []
     for name in runs:
         sweep = _sweep_at(name)
         paths += list(run_paths(sweep)) if sweep is not None else [find_run(name).path]
-    return LiveRuns(list(dict.fromkeys(paths)))
+    return list(dict.fromkeys(paths))
 
 
 @contextmanager
@@ -102,19 +170,18 @@ def _ends_cleanly() -> Iterator[None]:
 def report(
     runs: tuple[Path | Address, ...],
     everything: bool,
-    place: Path,
+    place: Path | Address,
     serve: bool,
     port: int,
     output: Path,
 ) -> None:
-    """Write one HTML page about RUNs: directories, or names in ./runs. Needs no network.
+    """Write one HTML page about RUNs: directories, addresses, or names in ./runs. The page needs no
+    network.
 
     For a directory of `evenstep sweep`: all its runs, and each setting's mean and deviation."""
     if serve:
-        here = tuple(run for run in runs if isinstance(run, Path))
-        if len(here) < len(runs):
-            raise SpecError("--serve does not work with object stores yet. Name directories.")
-        _serve(_live(here, everything, place), port, lists=everything)
+        with _live(runs, everything, place, in_background=True) as live:
+            _serve(live, port, lists=everything)
         return
     if everything or not runs:
         raise SpecError("RUN: name the runs of the page; --all is for --serve.")

@@ -147,6 +147,17 @@ class S3:
         page = self._ask("list_objects_v2", path, Bucket=bucket, Prefix=key, MaxKeys=1)
         return {name: told for name, told in _files_of(page, bucket).items() if name == path}
 
+    def find_after(self, path: str, *, after: str, timeout: float) -> dict[str, dict[str, Any]]:
+        """The objects below the directory `path` whose names come after this one."""
+        over = time.monotonic() + timeout
+        bucket, _, key = path.partition("/")
+        start = after.partition("/")[2]
+        found: dict[str, dict[str, Any]] = {}
+        for page in self._pages(path, Prefix=f"{key}/" if key else "", StartAfter=start):
+            found |= _files_of(page, bucket)
+            _require_before(over)
+        return found
+
     def ls(self, path: str, *, detail: bool) -> list[str]:
         """The names one level below a directory."""
         bucket, _, key = path.partition("/")

@@ -15,11 +15,21 @@
     for (const each of document.querySelectorAll("input")) each.checked = chosen.has(each.value);
     drawValues();
   };
+  // Of runs in a store: how old what is shown is.
+  const tell = (seen) => {
+    if (!seen) return;
+    const head = document.querySelector("header");
+    const told = document.querySelector("#seen") ?? head.appendChild(document.createElement("p"));
+    told.id = "seen";
+    told.textContent = seen;
+  };
   const look = async () => {
+    if (document.hidden) return setTimeout(look, wait); // nobody reads what a request would bring
     try {
-      const { version } = await (await fetch(ask)).json();
+      const { version, seen } = await (await fetch(ask)).json();
       // The page has its own version, so that nothing is missed between its load and this question.
       if (version !== document.querySelector("main").dataset.version) await renew();
+      tell(seen);
       wait = 2000;
     } catch {
       wait = Math.min(30000, 2 * wait); // the server has ended, or is slow

@@ -16,12 +16,11 @@ from html import escape
 from importlib import resources
 from urllib.parse import quote
 
-from service.basics.errors import EvenstepError
+from service.basics.errors import EvenstepError, SpecError
 from service.monitoring.http_server import Answer, BadRequest, ReadOnlyServer, Request
 from service.monitoring.live_runs import LiveRuns, RunNow
 from service.monitoring.watch import HEAD, cells_of, sparkline
 from service.observability.report import page, shell
-from service.runs.history import read_history
 
 MOST_SIDE_BY_SIDE = 20
 """Runs on one page of curves."""
@@ -59,7 +58,8 @@ class LiveReport:
             chosen = self._chosen(asked, found)
             version = _version_of(found if chosen is None else chosen, broken)
             if request.path == "/state":
-                return Answer(200, json.dumps({"version": version}).encode(), _JSON)
+                state = {"version": version, "seen": self._seen()}
+                return Answer(200, json.dumps(state).encode(), _JSON)
             key = "\0".join(asked)
             if self._pages.get(key, ("", b""))[0] != version:
                 if len(self._pages) >= MOST_SIDE_BY_SIDE:
@@ -72,6 +72,11 @@ class LiveReport:
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._found, self._looked = self.runs.look(), time.monotonic()
         return self._found
+
+    def _seen(self) -> str | None:
+        """How old what is shown is, for runs that are read from a store."""
+        told = (self.runs.seen(self.now()), self.runs.trouble)
+        return "; ".join(words for words in told if words) or None
 
     def _chosen(self, asked: Sequence[str], found: Sequence[RunNow]) -> list[RunNow] | None:
         """The runs that a page of curves is about; None for the list of all."""
@@ -101,10 +106,11 @@ class LiveReport:
         histories = []
         for run in chosen:
             try:
-                histories.append(read_history(run.path))
+                histories.append(self.runs.history(run))
                 _ = histories[-1].curves
             except EvenstepError as error:
-                raise BadRequest(404, str(error)) from error
+                status = 404 if isinstance(error, SpecError) else 503  # a store may answer later
+                raise BadRequest(status, str(error)) from error
         if not histories:
             raise BadRequest(404, "there is no run yet")
         return page(histories, now=self.now(), script=_script(), version=version)

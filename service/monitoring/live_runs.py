@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from service.basics.atomic_files import is_there, told_when_unread
-from service.basics.errors import EvenstepError
+from service.basics.errors import EvenstepError, SpecError
 from service.monitoring.snapshot import LatestValues
 from service.runs.directory import LATEST_TIME, RunDirectory, is_number
-from service.runs.history import History
+from service.runs.history import History, read_history
 from service.spec.documents import read_values
+from service.storage.copies import Copies, Copy
 
 MOST_LOSSES = 60
 """Of the latest losses, so many are kept for a small chart."""
+LEAST_SECONDS = 15.0
+"""Between two looks at a store."""
+MOST_LISTS_PER_SECOND = 4.0
+"""Requests to list objects, which are paid for like writes."""
 _LOSS = "train/loss"
 _LOOK_BYTES = 1 << 17
 
@@ -40,6 +48,8 @@ class RunNow:
     news: float
     """When it was last heard of, in seconds since 1970."""
     signature: Signature
+    address: str | None = None
+    """Where the run lives, if `path` is a copy."""
 
     @property
     def is_running(self) -> bool:
@@ -57,9 +67,10 @@ class RunNow:
 class LiveRun:
     """One run, whose files are read again when they have changed."""
 
-    def __init__(self, path: Path, *, name: str | None = None) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, copy: Copy | None = None) -> None:
         self._directory = RunDirectory(path)
         self._name = name or path.name
+        self._copy = copy
         self._values = LatestValues(
             self._directory, keep=_LOSS, most=MOST_LOSSES, look_bytes=_LOOK_BYTES
         )
@@ -74,7 +85,7 @@ class LiveRun:
         Raises:
             EvenstepError: it is no run, or what it left cannot be read.
         """
-        signature = signature_of(self._directory)
+        signature = (*signature_of(self._directory), self._is_abandoned)
         if self._now is None or signature != self._signature or self._now.is_running:
             self._now, self._signature = self._read(signature), signature
         return self._now
@@ -83,7 +94,7 @@ class LiveRun:
         facts = self._directory.read_facts()
         # How long the run is to be: of one that is done, nobody asks.
         spec = {} if facts["state"] == "done" else self._known_spec()
-        history = History(self._directory, facts, spec)
+        history = History(self._directory, facts, spec, is_abandoned=self._is_abandoned)
         latest = dict(self._values.look())
         batch = spec.get("batch")
         rows = batch.get("global_batch") if isinstance(batch, dict) else None
@@ -107,7 +118,12 @@ class LiveRun:
             tuple(self._values.kept),
             max(moments),
             signature,
+            str(self._copy.address) if self._copy is not None else None,
         )
+
+    @property
+    def _is_abandoned(self) -> bool:
+        return self._copy is not None and self._copy.is_abandoned
 
     def _known_spec(self) -> dict[str, Any]:
         """The spec as plain values, read again when it has changed; of a run without, nothing."""
@@ -133,6 +149,26 @@ class LiveRuns:
 
     def look(self) -> tuple[list[RunNow], list[str]]:
         """The runs, the latest news first, and why others cannot be read."""
+        return self._looked()
+
+    def history(self, run: RunNow) -> History:
+        """All that is known of one of them.
+
+        Raises:
+            EvenstepError: it cannot be read.
+        """
+        return read_history(run.path)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing newer is known of the runs."""
+        return None
+
+    def seen(self, now: float) -> str | None:
+        """How old what is shown is, in words; None where it is what the files say now."""
+        return None
+
+    def _looked(self) -> tuple[list[RunNow], list[str]]:
         found, broken = [], []
         if self._directory is not None:
             try:
@@ -146,6 +182,110 @@ class LiveRuns:
             except EvenstepError as error:
                 broken.append(str(error))
         return sorted(found, key=lambda run: (not run.is_running, -run.news)), broken
+
+
+class StoredRuns(LiveRuns):
+    """Runs in an object store, and directories beside them: copies that are renewed now and then.
+
+    A store that does not answer is told as a trouble, and the copies stay as they are.
+    """
+
+    def __init__(
+        self,
+        copies: Copies,
+        paths: Sequence[Path] = (),
+        *,
+        every_seconds: float | None,
+        in_background: bool = False,
+    ) -> None:
+        """Args:
+        every_seconds: how often to ask the store; None for `LEAST_SECONDS`, or less often where
+            that is more than `MOST_LISTS_PER_SECOND`.
+        in_background: a look, but for the first one, does not wait for the store.
+        """
+        super().__init__(paths)
+        self._copies = copies
+        self._of_paths = dict(self._runs)
+        self._every_seconds = every_seconds
+        self._in_background = in_background
+        self._asked: float | None = None
+        """When the store was last asked, by the monotonic clock."""
+        self._read: float | None = None
+        """When it last answered, in seconds since 1970."""
+        self._trouble: str | None = None
+        self._asking: threading.Thread | None = None
+
+    def look(self) -> tuple[list[RunNow], list[str]]:
+        """See `LiveRuns.look`.
+
+        Raises:
+            EvenstepError: the store does not answer the first look, or refuses a later one that
+                waits for it.
+        """
+        if self._asked is None:
+            self._ask()
+        elif time.monotonic() - self._asked >= self._pause and not self._is_asking:
+            if self._in_background:
+                self._asking = threading.Thread(target=self._renew, daemon=True, name="copies")
+                self._asking.start()
+            else:
+                self._renew()
+        runs = self._copies.runs
+        names = Counter(copy.path.name for copy in runs) + Counter(p.name for p in self._of_paths)
+        self._runs = self._of_paths | {
+            copy.path: self._runs.get(copy.path)
+            or LiveRun(
+                copy.path,
+                name=None if names[copy.path.name] == 1 else str(copy.address),
+                copy=copy,
+            )
+            for copy in runs
+        }
+        found, broken = self._looked()
+        return found, [*broken, *self._copies.unread]
+
+    def history(self, run: RunNow) -> History:
+        """See `LiveRuns.history`."""
+        if run.address is None:
+            return read_history(run.path)
+        self._copies.whole([run.path])
+        is_lost = run.state == "lost"
+        return replace(read_history(run.path), address=run.address, is_abandoned=is_lost)
+
+    @property
+    def trouble(self) -> str | None:
+        """See `LiveRuns.trouble`."""
+        return self._trouble
+
+    def seen(self, now: float) -> str | None:
+        """See `LiveRuns.seen`."""
+        ago = max(0.0, now - self._read) if self._read is not None else 0.0
+        words = f"{ago:.0f} s" if ago < 120 else f"{ago / 60:.0f} min"
+        return f"read from the store {words} ago"
+
+    @property
+    def _is_asking(self) -> bool:
+        return self._asking is not None and self._asking.is_alive()
+
+    @property
+    def _pause(self) -> float:
+        least = self._copies.requests / MOST_LISTS_PER_SECOND
+        return self._every_seconds or max(LEAST_SECONDS, least)
+
+    def _renew(self) -> None:
+        try:
+            self._ask()
+        except EvenstepError as error:
+            if isinstance(error, SpecError) and not self._in_background:
+                raise
+            self._trouble = str(error)
+
+    def _ask(self) -> None:
+        try:
+            self._copies.look()
+            self._read, self._trouble = time.time(), None
+        finally:
+            self._asked = time.monotonic()
 
 
 def run_paths(directory: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_BLOCKS = "_.-=*#"
 _CHART_COLUMNS = 24
 _LONGEST_NAME = 40
+_AGAIN = "The store answers again."
 _LINES_ROUND_THE_TABLE = 5  # its head, its frame, and the line below it
 HEAD = ("run", "state", "step", "left", "loss", "test", "rows/s", "data wait", "news")
 _TONES = {"running": "blue", "done": "green", "failed": "red", "gave up": "red", "lost": "magenta"}
@@ -64,13 +65,18 @@ def _in_lines(
     """A line for each run, and again whenever it changes."""
     told: dict[str, str] = {}
     known: set[str] = set()
+    trouble: str | None = None
     while True:
         found, broken = _readable(runs)
         for run in found:
             line = line_of(run)
             if told.get(str(run.path)) != line:
                 told[str(run.path)] = line
-                print(line, file=stream, flush=True)
+                print(f"{line}{_age_of(run)}", file=stream, flush=True)
+        if (runs.trouble is None) != (trouble is None):
+            words = runs.trouble and f"{runs.trouble} What was read before stays, and it is asked"
+            print(f"warning: {words} again." if words else _AGAIN, file=stream, flush=True)
+        trouble = runs.trouble
         for words in broken:
             if words not in known:
                 known.add(words)
@@ -78,6 +84,12 @@ def _in_lines(
         if once or not any(run.is_running for run in found):
             return
         wait(seconds)
+
+
+def _age_of(run: RunNow) -> str:
+    """How old the newest row of a copy is; a directory has the newest there is."""
+    ago = _ago(time.time() - run.news).replace(" ", "_")
+    return f" news={ago}" if run.address is not None else ""
 
 
 def line_of(run: RunNow) -> str:
@@ -142,22 +154,37 @@ def _on_a_terminal(
             drawn: object = None
             while True:
                 lines = max(1, console.height - _LINES_ROUND_THE_TABLE)
-                shown = (tuple(map(cells_of, found[:lines])), console.size, len(found))
+                below = _below(runs)
+                shown = (tuple(map(cells_of, found[:lines])), console.size, len(found), below)
                 if shown != drawn:  # a screen that is not drawn cannot flicker
                     drawn = shown
-                    live.update(table_of(found, broken, lines=lines, blocks=blocks), refresh=True)
+                    table = table_of(found, broken, lines=lines, blocks=blocks, below=below)
+                    live.update(table, refresh=True)
                 if not any(run.is_running for run in found):
                     break
                 wait(seconds)
                 found, broken = _readable(runs)
     finally:
-        console.print(table_of(found, broken, lines=len(found), blocks=blocks))
+        below = _below(runs)
+        table = table_of(found, broken, lines=len(found), blocks=blocks, below=below)
+        console.print(table)
+
+
+def _below(runs: LiveRuns) -> str:
+    """What is told below the table of how old it is; nothing of files of this machine."""
+    told = (runs.seen(time.time()), runs.trouble)
+    return "; ".join(printable(words) for words in told if words)
 
 
 def table_of(
-    runs: Sequence[RunNow], broken: Iterable[str], *, lines: int, blocks: str = _BLOCKS
+    runs: Sequence[RunNow],
+    broken: Iterable[str],
+    *,
+    lines: int,
+    blocks: str = _BLOCKS,
+    below: str = "",
 ) -> Table:
-    """The table of so many runs; below it how many more there are."""
+    """The table of so many runs; below it how many more there are, and what else is told."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -165,6 +192,7 @@ def table_of(
     more, unread = len(runs) - lines, len(list(broken))
     words = [f"and {more:,} more"] if more > 0 else []
     words += [f"{unread:,} cannot be read"] if unread else []
+    words += [below] if below else []
     table = Table(box=box.SIMPLE_HEAD, caption="; ".join(words) or None, caption_justify="left")
     for name in HEAD:
         kept = name in ("run", "step", "loss")

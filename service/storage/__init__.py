@@ -8,6 +8,8 @@ From top to bottom; a room imports only from rooms below it:
 * staging: the files of a run as they are at one moment, held by links while they are uploaded.
 * scratch: the scratch directory of a run that lives in a store: whether what is there may go on,
   and what.
+* copies: copies of runs in a store that are looked at again and again; a look requests only what is
+  new.
 * reading: reads a run that lives in a store: what a command needs of it is copied to a temporary
   place.
 * lease: the lease of a run in a store: it replaces the lock of a directory.

@@ -65,7 +65,7 @@ def copied(
                 if best != name and best in checkpoints_of(held):
                     bring_checkpoint(store, held, best, run.path)
 
-        _with_newest(store, _published(store), bring)
+        _with_newest(store, require_published(store), bring)
         yield run
 
 
@@ -85,7 +85,7 @@ def checkpoints_at(address: Address) -> Iterator[tuple[Checkpoint, str | None, i
             bring_files(store, held, run.path)
             return held
 
-        held = _with_newest(store, _published(store), bring)
+        held = _with_newest(store, require_published(store), bring)
         best = best_of(run.checkpoints)
         seen: set[str] = set()
         while left := [n for n in newest_first(checkpoints_of(held)) if n not in seen]:
@@ -174,7 +174,12 @@ def _with_newest(store: Store, held: Published, act: Callable[[Published], Resul
     return act(held)
 
 
-def _published(store: Store) -> Published:
+def require_published(store: Store) -> Published:
+    """The newest publication of a run.
+
+    Raises:
+        SpecError: there is no such run.
+    """
     held = newest_published(store)
     if held is None:
         parent, _, name = store.address.path.rpartition("/")
