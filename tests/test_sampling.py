@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from service.basics.errors import SpecError
 from service.data.loaders import require_batch
-from service.data.loading import _Reader
+from service.data.loading import Order, _Block, _Reader, _row_keys
 from service.data.task import sampling_of, supervised
 from service.distributed.world import alone
 from service.plan.plan import make_plan
@@ -189,9 +189,10 @@ def test_a_row_that_comes_twice_in_an_epoch_draws_again():
             return torch.rand(()).item()
 
     def rows_of(repeats):
-        reader = _Reader(Drawing(), 0, rows=2, collate=list, repeats=repeats)
-        order = type("Order", (), {"rows": np.array([1, 1]), "position": 0})
-        return reader._rows(order)
+        rows = np.array([[1, 1]])
+        block = _Block(range(1), range(1), [2], np.array([[0]]), np.array([[0, 1]]), rows)
+        keys = _row_keys(block, 0, epoch=2, repeats=repeats)
+        return _Reader(Drawing(), 0, collate=list)[Order(0, 0, 0, rows[0], keys[0])]
 
     assert len(set(rows_of(True))) == 2
     assert len(set(rows_of(False))) == 1  # as for a plain shuffle, where none comes twice

@@ -9,6 +9,7 @@ constants of Vigna's splitmix64.c (Stafford's variant 13). The tests check its p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import Final, SupportsIndex
 
@@ -53,8 +54,17 @@ def key(domain: int, *parts: SupportsIndex) -> int:
 
 def keys(domain: int, *parts: SupportsIndex, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """`key(domain, *parts, n)` for every n of `numbers`, in its shape."""
-    state = np.array([_chained(domain, parts, count=len(parts) + 1)], np.uint64)
-    return (outputs(state, numbers.astype(np.uint64)) >> 1).astype(np.int64)
+    return keys_of(domain, *parts, columns=(numbers,))
+
+
+def keys_of(
+    domain: int, *parts: SupportsIndex, columns: Sequence[NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """`key(domain, *parts, a, b, ...)` for the numbers a, b, ... at each place of the columns."""
+    state = np.array([_chained(domain, parts, count=len(parts) + len(columns))], np.uint64)
+    for column in columns:
+        state = outputs(state, column.astype(np.uint64))
+    return (state >> 1).astype(np.int64)
 
 
 def grid(

@@ -10,7 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, tee
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -53,15 +53,25 @@ from service.data.in_memory import (
 from service.data.streams import Stream, contents, is_stream, reads_at_once
 from service.data.task import Data, Task, collate_of, step_of
 from service.distributed.devices import copies_late
-from service.distributed.generators import seed_generators
+from service.distributed.generators import (
+    Global,
+    noticing_draws,
+    noticing_use,
+    python_and_numpy,
+    seed_generators,
+    seeding_without,
+)
 from service.distributed.world import World
 from service.health.stop_request import STOP_SIGNALS, die_with_parent
 from service.plan.plan import Plan
-from service.plan.samplers import micro_batches
+from service.plan.samplers import epochs_at, micro_batches
 from service.spec.models import LoaderSpec, Spec
 
 # Row ids are computed for many steps at a time: a call costs the same for 4,096 rows as for 30.
 _ROWS_AHEAD = 4096
+# Rows of a micro-batch from which it is cheaper to find out whether they used a generator than to
+# seed it for each of them.
+_SPARED_FROM = 4
 
 
 class Order(NamedTuple):
@@ -70,8 +80,8 @@ class Order(NamedTuple):
     step: int
     number: int
     key: int  # seed of the random numbers that the model draws
-    position: int  # of its first row in the endless sequence of epochs
     rows: NDArray[np.int64]  # [B]
+    row_keys: NDArray[np.int64] | None = None  # seeds of what is drawn while a row is read: [B]
 
 
 def train_steps(
@@ -92,13 +102,7 @@ def train_steps(
         batches = _from_memory(rows, task=task, plan=plan, world=world, start=start)
     else:
         orders = _train_orders(plan, world.index, start)
-        reader = _Reader(
-            data,
-            plan.spec.seed,
-            rows=plan.train_rows,
-            collate=collate_of(task),
-            repeats=plan.sampling is not None,
-        )
+        reader = _Reader(data, plan.spec.seed, collate=collate_of(task))
         brought = _collated(reader, orders, plan, world)
         batches = _as_batches(brought, task=task, world=world, known=False)
     per_step = len(plan.share(world.index))
@@ -133,14 +137,10 @@ def test_batches(
     if rows is not None:
         rows = near(data, rows, world.device)
         return _copied_from_memory(rows, orders, task=task, world=world)
-    reader = _Reader(
-        data,
-        plan.spec.seed,
-        rows=plan.test_rows,
-        collate=collate_of(task),
-        test=f"The test set {name!r}" if name else "The test set",
-    )
-    brought = _collated(reader, orders, plan, world)
+    told = f"The test set {name!r}" if name else "The test set"
+    reader = _Reader(data, plan.spec.seed, collate=collate_of(task), test=told)
+    keyed = (_keyed(order, plan.spec.seed) for order in orders)
+    brought = _collated(reader, keyed, plan, world)
     return _as_batches(brought, task=task, world=world)
 
 
@@ -150,11 +150,22 @@ def _test_orders(plan: Plan, world: World) -> Iterator[Order]:
     first, stop = (share[0][2], share[-1][3]) if share else (0, 0)
     rows = np.arange(first, stop)  # a share is a contiguous range
     for number, key, start, end in share:
-        yield Order(0, number, key, start, rows[start - first : end - first])
+        yield Order(0, number, key, rows[start - first : end - first])
     if plan.spec.exchange.shards:  # every forward pass is a collective
         some = np.arange(min(size, plan.test_rows))
         for _ in range(-(-plan.test_micro_batches // world.processes) - len(share)):
-            yield Order(0, plan.test_micro_batches, 0, 0, some)
+            yield Order(0, plan.test_micro_batches, 0, some)
+
+
+def _keyed(order: Order, seed: int) -> Order:
+    """The same with the keys that its rows have in the first epoch."""
+    keys = randomness.keys(randomness.ROW, seed, 0, numbers=order.rows)
+    return order._replace(row_keys=keys)
+
+
+def _first_rows(count: int, *, seed: int) -> Order:
+    """The first rows of a data set, for other purposes than a step."""
+    return _keyed(Order(0, 0, 0, np.arange(count)), seed)
 
 
 @lru_cache(maxsize=16)  # the same in every test of a run
@@ -175,8 +186,8 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None
     do with few rows, such as a BatchNorm with one, then fails before the first step.
     """
     count = rows or plan.global_batch - (plan.micro_batches - 1) * plan.micro_batch
-    first = np.arange(min(count, plan.train_rows or count))
-    order = Order(0, 0, 0, 0, first)
+    order = _first_rows(min(count, plan.train_rows or count), seed=plan.spec.seed)
+    first = order.rows
     collate = collate_of(task)
     held = None if is_stream(data) else _held(data, task)
     if is_stream(data):
@@ -185,8 +196,7 @@ def sample(data: Data, *, task: Task, plan: Plan, world: World, rows: int | None
         index = torch.from_numpy(first).to(held.device)
         collated = picker(held.inputs)(index), picker(held.targets)(index)
     else:
-        reader = _Reader(data, plan.spec.seed, rows=plan.train_rows, collate=collate)
-        collated = reader[order][1]
+        collated = _Reader(data, plan.spec.seed, collate=collate)[order]
     known = held is not None
     return next(_as_batches([(order, collated)], task=task, world=world, known=known))
 
@@ -208,10 +218,9 @@ def _from_stream(
         rows = stream.take(len(own))
         stream.pass_over(read.stop - own.stop)
         for number, span in zip(share, spans, strict=True):
-            first = step * plan.global_batch + span.start
             piece = rows[span.start - own.start : span.stop - own.start]
             key = randomness.key(randomness.FORWARD, plan.spec.seed, step, number)
-            order = Order(step, number, key, first, contents(piece))
+            order = Order(step, number, key, contents(piece))
             # What it draws must not depend on the rows that this process read before.
             seed_generators(randomness.key(randomness.BATCH, plan.spec.seed, step, number))
             yield order, collate(piece)
@@ -229,24 +238,40 @@ class _Block(NamedTuple):
     steps: range  # S of them
     numbers: range  # of its micro-batches in each step, M of them
     sizes: list[int]  # rows of each: [M]
-    first: int  # position of its first row in the global batch
     keys: NDArray[np.int64]  # [S, M]
+    positions: NDArray[np.int64]  # in the endless sequence of epochs: [S, rows of a step]
     rows: NDArray[np.int64]  # [S, rows of a step]
 
     def parts(self) -> tuple[list[int], list[int], list[NDArray[np.int64]]]:
         """(number, key, rows) of each micro-batch, in order: three lists."""
+        numbers = [*self.numbers] * len(self.steps)
+        return numbers, self.keys.ravel().tolist(), self._divided(self.rows)
+
+    def orders(self, plan: Plan) -> Iterator[Order]:
+        """One for each micro-batch, in order."""
+        steps = np.repeat(self.steps, len(self.sizes)).tolist()
+        repeats = plan.sampling is not None
+        row_keys = _row_keys(self, plan.spec.seed, epoch=plan.train_rows or 1, repeats=repeats)
+        return map(Order, steps, *self.parts(), self._divided(row_keys))
+
+    def _divided(self, of_rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The part of each micro-batch."""
         ends = np.cumsum(self.sizes).tolist()
         spans = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-        rows = [of_step[span] for of_step in self.rows for span in spans]
-        return [*self.numbers] * len(self.steps), self.keys.ravel().tolist(), rows
+        return [of_step[span] for of_step in of_rows for span in spans]
 
-    def orders(self, global_batch: int) -> Iterator[Order]:
-        """One for each micro-batch, in order."""
-        firsts = self.first + np.cumsum([0, *self.sizes[:-1]])
-        positions = np.add.outer(np.array(self.steps) * global_batch, firsts).ravel().tolist()
-        steps = np.repeat(self.steps, len(self.sizes)).tolist()
-        numbers, keys, rows = self.parts()
-        return map(Order, steps, numbers, keys, positions, rows)
+
+def _row_keys(block: _Block, seed: int, *, epoch: int, repeats: bool) -> NDArray[np.int64]:
+    """The key of each row: [S, rows of a step].
+
+    Args:
+        epoch: rows in one epoch.
+        repeats: whether a row may occur twice in an epoch.
+    """
+    columns = [epochs_at(block.positions, rows=epoch), block.rows]
+    if repeats:
+        columns.append(block.positions)
+    return randomness.keys_of(randomness.ROW, seed, columns=columns)
 
 
 def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterator[_Block]:
@@ -263,15 +288,15 @@ def _train_blocks(plan: Plan, process: int, start: int, *, ahead: int) -> Iterat
             range(begin, begin + len(steps)),
             share,
             [len(span) for span in spans],
-            spans[0].start,
             randomness.grid(randomness.FORWARD, seed, rows=steps, columns=np.array(share)),
+            positions,
             rows.reshape(positions.shape),
         )
 
 
 def _train_orders(plan: Plan, process: int, start: int) -> Iterator[Order]:
     for block in _train_blocks(plan, process, start, ahead=_ROWS_AHEAD):
-        yield from block.orders(plan.global_batch)
+        yield from block.orders(plan)
 
 
 def _step_weight(batches: Sequence[Batch], plan: Plan, world: World) -> float | torch.Tensor:
@@ -396,10 +421,13 @@ def _collated(
     reader: _Reader, orders: Iterable[Order], plan: Plan, world: World
 ) -> Iterator[tuple[Order, Any]]:
     if not plan.spec.loader.workers:
-        return ((order, reader[order][1]) for order in orders)
+        for order in orders:
+            yield order, reader[order]
+        return
+    kept, sent = tee(orders)
     loader = DataLoader(
         reader,
-        sampler=orders,
+        sampler=sent,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=int(plan.spec.loader.workers),
@@ -407,7 +435,8 @@ def _collated(
         pin_memory=copies_late(world.device),
         worker_init_fn=_outlive_signals,
     )
-    return _in_our_words(loader)
+    for value in _in_our_words(loader):
+        yield next(kept), value
 
 
 def workers_with_room(task: Task, spec: Spec) -> int:
@@ -424,8 +453,8 @@ def workers_with_room(task: Task, spec: Spec) -> int:
         return 0
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR or not os.path.isdir("/dev/shm"):
         return 0
-    reader = _Reader(data, spec.seed, rows=len(data), collate=collate_of(task))
-    _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
+    reader = _Reader(data, spec.seed, collate=collate_of(task))
+    first = reader[_first_rows(1, seed=spec.seed)]
     row = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(first))
     asked = spec.batch.global_batch
     rows = len(data) if asked == "all" else asked  # of all processes, at most
@@ -451,7 +480,7 @@ def require_short_paths(data: Data, *, task: Task, plan: Plan) -> None:
         )
 
 
-def _in_our_words(loader: Iterable[tuple[Order, Any]]) -> Iterator[tuple[Order, Any]]:
+def _in_our_words(loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of workers; their errors about broken data come without the outer traceback."""
     before = set(multiprocessing.active_children())
     try:
@@ -515,11 +544,12 @@ def brought_into_memory(data: Data, *, task: Task, plan: Plan, world: World) -> 
     held = _held(data, task)
     if held is not None:
         return held
-    reader = _Reader(data, plan.spec.seed, rows=len(data), collate=collate_of(task))
-    _require_room(reader, len(data))
+    seed = plan.spec.seed
+    reader = _Reader(data, seed, collate=collate_of(task))
+    _require_room(reader[_first_rows(1, seed=seed)], len(data))
     starts = range(0, len(data), _ROWS_AHEAD)
     spans = [np.arange(at, min(at + _ROWS_AHEAD, len(data))) for at in starts]
-    orders = [Order(0, n, 0, int(rows[0]), rows) for n, rows in enumerate(spans)]
+    orders = [_keyed(Order(0, n, 0, rows), seed) for n, rows in enumerate(spans)]
     parted = split_or_whole if step_of(task) else split
     try:
         pieces = [parted(value) for _, value in _collated(reader, orders, plan, world)]
@@ -543,9 +573,8 @@ def _require_tensors(value: Any, side: str, *, rows: int) -> None:
         )
 
 
-def _require_room(reader: _Reader, rows: int) -> None:
+def _require_room(first: Any, rows: int) -> None:
     """Estimated from the first row; while they are joined, all rows exist twice."""
-    _, first = reader[Order(0, 0, 0, 0, np.arange(1))]
     needed = 2 * rows * sum(t.numel() * t.element_size() for t in tensors_of(first))
     free = memory_here()
     if needed > free:
@@ -582,7 +611,8 @@ def _copied_from_memory(
     inputs, targets = run_copier(data.inputs), run_copier(data.targets)
     send = _sender(data, world)
     weigh = _weigher(task, data.targets)
-    for _, number, key, first, rows in orders:
+    for _, number, key, rows, _ in orders:
+        first = int(rows[0])
         # Its own memory, as above, so that a model that changes its inputs in place changes no row.
         aims = send(targets(first, len(rows)))
         weight = None if weigh is None else weigh(aims)
@@ -604,7 +634,7 @@ def resident_bytes(data: Iterable[Data], task: Task, device: torch.device) -> in
     return sum(rows.size_bytes for rows in held if rows.fits_on(device))
 
 
-class _Reader(Dataset[tuple[Order, Any]]):
+class _Reader(Dataset[Any]):
     """A data set that returns whole micro-batches, with a random key for each row."""
 
     def __init__(
@@ -612,32 +642,24 @@ class _Reader(Dataset[tuple[Order, Any]]):
         data: Data,
         seed: int,
         *,
-        rows: int | None,
         collate: Callable[[list[Any]], Any],
-        repeats: bool = False,
         test: str | None = None,
     ) -> None:
-        """The reader of a data set.
-
-        Args:
-            rows: rows in one epoch.
-            repeats: whether a row may occur twice in an epoch.
-            test: what messages call a test set.
-        """
+        """The reader of a data set; `test` is what messages call a test set."""
         self._test = test
         self._asked: int | None = None
         self._data = data
+        self._at_once = reads_at_once(data)
         self._seed = seed
         self._collate = collate
-        self._passed_over = rows or 1
-        self._repeats = repeats
+        self._unused: list[Global] | None = None
 
-    def __getitem__(self, order: Order) -> tuple[Order, Any]:
+    def __getitem__(self, order: Order) -> Any:
         brought: list[Any] | None = None
         self._asked = None
         try:
             brought = self._rows(order)
-            return order, self._collate(brought)
+            return self._collate(brought)
         except EvenstepError:
             raise
         except Exception as error:
@@ -650,19 +672,59 @@ class _Reader(Dataset[tuple[Order, Any]]):
 
     def _rows(self, order: Order) -> list[Any]:
         rows = order.rows.tolist()
-        if reads_at_once(self._data):
+        if self._at_once:
             # Rows that are read in one call share a key, which is the same at any world size.
             seed_generators(randomness.key(randomness.BATCH, self._seed, order.step, order.number))
             brought = list(self._data.__getitems__(rows))
             _require_as_many(len(brought), order)
             return brought
-        brought = []
-        for place, row in enumerate(rows, start=order.position):
-            epoch = place // self._passed_over
-            which = (epoch, row, place) if self._repeats else (epoch, row)
-            seed_generators(randomness.key(randomness.ROW, self._seed, *which))
+        assert order.row_keys is not None, "rows that are read one by one have keys"
+        keys = order.row_keys.tolist()
+        if self._unused is None:
+            return self._first(rows, keys)
+        if self._unused and len(rows) >= _SPARED_FROM:
+            spared = self._sparingly(rows, keys, self._unused)
+            if spared is not None:
+                return spared
+        return self._read(rows, keys, seed_generators)
+
+    def _first(self, rows: list[int], keys: list[int]) -> list[Any]:
+        """The rows of the first micro-batch; the first row shows which generators rows use."""
+        seed_generators(keys[0])
+        with noticing_draws() as drawn:
+            first = self._read(rows[:1], keys[:1], _as_it_is)
+        self._unused = [each for each in python_and_numpy() if each not in drawn]
+        return first + self._read(rows[1:], keys[1:], seed_generators)
+
+    def _sparingly(
+        self, rows: list[int], keys: list[int], unused: list[Global]
+    ) -> list[Any] | None:
+        """The rows, without seeding generators that no row uses; None if one of them was used.
+
+        They are seeded for the last row only, so that collate and whatever else draws before the
+        next seeding finds them as after any other way of reading.
+        """
+        used: list[Global] = []
+        brought: list[Any] = []
+        try:
+            with noticing_use(unused) as used:
+                brought = self._read(rows[:-1], keys[:-1], seeding_without(unused))
+        except Exception:
+            if not used:
+                raise
+        if used:  # from now on it is seeded for each row
+            self._unused = [each for each in unused if each not in used]
+            return None
+        return brought + self._read(rows[-1:], keys[-1:], seed_generators)
+
+    def _read(
+        self, rows: Iterable[int], keys: Iterable[int], seed: Callable[[int], object]
+    ) -> list[Any]:
+        data, brought = self._data, []
+        for row, key in zip(rows, keys, strict=True):
+            seed(key)
             self._asked = row
-            brought.append(self._data[row])
+            brought.append(data[row])
         self._asked = None
         return brought
 
