@@ -93,20 +93,3 @@ def directory_of(place: Path | Address, name: str) -> Path:
     from service.storage.scratch import scratch_runs
 
     return scratch_runs(place / name)
-
-
-class Directory(click.ParamType[Path]):
-    """A directory; an address is refused, by a command that cannot use one yet."""
-
-    name = "path"
-
-    def convert(
-        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path:
-        _require_some(value, param)
-        if address_in(str(value)) is not None:
-            command = f"evenstep {ctx.info_name}" if ctx is not None else "this command"
-            raise SpecError(
-                f"{value}: {command} does not work with object stores yet. Name a directory."
-            )
-        return Path(value)

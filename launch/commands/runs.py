@@ -23,7 +23,9 @@ from service.storage.address import Address
 
 if TYPE_CHECKING:
     from service.monitoring.live_runs import LiveRuns
+    from service.observability.sweeps import Sweep
     from service.runs.history import History
+    from service.storage.store import Store
 
 _WIDEST = 120  # characters of a cell, so that one run does not widen the whole table
 _ALL = click.option("--all", "everything", is_flag=True, help="All runs in the directory --runs.")
@@ -103,17 +105,19 @@ def _live(
         here = tuple(each for each in runs if isinstance(each, Path))
         yield _live_here(here, place if isinstance(place, Path) else None)
         return
+    from launch.stored.swept import sweep_at
     from service.monitoring.live_runs import StoredRuns
     from service.storage.copies import Copies
     from service.storage.store import open_store
 
     with tempfile.TemporaryDirectory(prefix="evenstep-", ignore_cleanup_errors=True) as text:
-        stores = [
-            open_store(each, patience_seconds=_PATIENCE_SECONDS)
-            for each in dict.fromkeys(addresses)
-        ]
-        below = stores if everything else []
-        copies = Copies(Path(text), [] if everything else stores, below=below)
+        named: list[Store] = []
+        below: list[Store] = []
+        for each in dict.fromkeys(addresses):
+            several = everything or sweep_at(each) is not None
+            store = open_store(each, patience_seconds=_PATIENCE_SECONDS)
+            (below if several else named).append(store)
+        copies = Copies(Path(text), named, below=below)
         here = tuple(each for each in runs if isinstance(each, Path))
         yield StoredRuns(
             copies, _paths_of(here), every_seconds=every_seconds, in_background=in_background
@@ -186,24 +190,28 @@ def report(
     if everything or not runs:
         raise SpecError("RUN: name the runs of the page; --all is for --serve.")
     from service.observability.report import write_report
-    from service.observability.sweeps import in_lines, read_sweep, rows_of, table_of
+    from service.observability.sweeps import in_lines, rows_of, table_of
     from service.runs.history import read_history
 
     sweeps, histories = [], []
     with ExitStack() as stack:  # a report reads rows as it needs them
         for run in runs:
-            sweep_place = None if isinstance(run, Address) else _sweep_at(run)
-            if sweep_place is None:
-                found = read_history(stack.enter_context(run_at(run)).path)
-                if isinstance(run, Address):
-                    [found], unread = _with_leases([replace(found, address=str(run))], [run])
-                    _warn(unread)
-                histories.append(found)
+            sweep = _swept(run, stack)
+            if sweep is not None:
+                sweeps.append(sweep)
+                found = sweep.histories
             else:
-                sweeps.append(read_sweep(sweep_place))
-                histories += sweeps[-1].histories
+                found = [read_history(stack.enter_context(run_at(run)).path)]
+            if isinstance(run, Address):
+                addresses = [run / each.directory.name for each in found] if sweep else [run]
+                pairs = zip(found, addresses, strict=True)
+                named = [replace(each, address=str(at)) for each, at in pairs]
+                found, unread = _with_leases(named, addresses)
+                _warn(unread)
+            histories += found
         if not histories:
-            raise SpecError(f"{sweeps[0].path}: no run of this sweep has started yet.")
+            where = sweeps[0].address or sweeps[0].path
+            raise SpecError(f"{where}: no run of this sweep has started yet.")
         write_report(histories, output, sweeps=sweeps)
     for sweep in sweeps:
         click.echo("\n".join(map(printable, in_lines(*table_of(rows_of(sweep))))))
@@ -228,6 +236,21 @@ def _serve(runs: LiveRuns, port: int, *, lists: bool) -> None:
         click.echo(f"{address} shows {names}, on this machine only; Ctrl-C ends it.")
         sys.stdout.flush()
         serve(LiveReport(runs, names, lists=lists), [listening])
+
+
+def _swept(run: Path | Address, stack: ExitStack) -> Sweep | None:
+    """The sweep at a place, if it is one; of one in a store, copies until the stack ends."""
+    from service.observability.sweeps import read_sweep
+
+    if isinstance(run, Path):
+        place = _sweep_at(run)
+        return read_sweep(place) if place is not None else None
+    from launch.stored.swept import copied_sweep, sweep_at
+
+    settings = sweep_at(run)
+    if settings is None:
+        return None
+    return stack.enter_context(copied_sweep(run, settings, with_metrics=True))
 
 
 def _sweep_at(path: Path) -> Path | None:

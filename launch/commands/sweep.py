@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import click
 
 from launch.commands.engines import complain, load_named
 from launch.commands.overrides import overridden
-from launch.commands.places import Directory
+from launch.commands.places import Place
 from launch.engines.contract import CODES
 from launch.engines.settings import Settings, settings_of
 from launch.environment import launched, node_here
@@ -45,11 +45,14 @@ from service.spec.documents import SUFFIXES, read_document
 from service.spec.extending import EXTENDS
 from service.spec.files import Override
 from service.spec.models import Spec
+from service.storage.address import Address
 
 VARIANT = "variant"
 _LOGS = "logs"
 _OWN = (_LOGS, "run.json", "sweep.json")
 """Names in the directory of a sweep that no run can have."""
+_OWN_AT_ADDRESS = ("sweep", "data", "lease", "published")
+"""The same at an address in an object store."""
 _LONGEST_NAME = 63
 _LAST_BYTES = 8192
 
@@ -78,14 +81,20 @@ class _Run:
     show_default=True,
     help="Processes for each run.",
 )
-@click.option("--runs", type=Directory(), default="runs", show_default=True)
+@click.option(
+    "--runs",
+    type=Place(),
+    default="runs",
+    show_default=True,
+    help="A directory, or an address in an object store.",
+)
 @click.option("--name", help="Name of the sweep's directory. Default: the spec's name and -sweep.")
 def sweep(
     spec: str,
     overrides: tuple[Override, ...],
     jobs: int | None,
     processes: int,
-    runs: Path,
+    runs: Path | Address,
     name: str | None,
 ) -> None:
     """Run SPEC with every combination of the given values, each as a separate run.
@@ -99,26 +108,50 @@ def sweep(
     several = len(variants) > 1
     own = Path(spec).resolve().name if several else _name(variants[0][1], overrides)
     title = name or f"{own}-sweep"
-    place = (runs / _as_name(title)).absolute()
-    earlier = read_sweep(place)
-    named = {key for setting in earlier.settings.values() for key, _ in setting}
-    planned = _planned(variants, overrides, named)
-    for run in planned:
-        check_run(place, run.loaded, fresh=False)
+    home = runs / _as_name(title)
+    home = home.absolute() if isinstance(home, Path) else home
+    with _sweep_at(home) as earlier:
+        named = {key for setting in earlier.settings.values() for key, _ in setting}
+        taken = _OWN_AT_ADDRESS if isinstance(home, Address) else _OWN
+        planned = _planned(variants, overrides, named, taken)
+        for run in planned:
+            check_run(earlier.path, run.loaded, fresh=False)
+        left = [run for run in planned if _state(earlier.path, run) != "done"]
     places = _places(jobs, processes, len(planned))
-    known = _opened(earlier, planned)
-    left = [run for run in planned if _state(place, run) != "done"]
-    told = f"{len(planned)} runs in {place}, {len(places)} at a time"
+    known = _opened(home, planned)
+    told = f"{len(planned)} runs in {home}, {len(places)} at a time"
     click.echo(printable(f"{told}; {len(planned) - len(left)} are done" if known else told))
-    codes = _run_all(left, place, places, processes)
-    for line in in_lines(*table_of(rows_of(read_sweep(place)))):
+    codes = _run_all([_command(run, home, processes) for run in left], places)
+    try:
+        with _sweep_at(home, with_metrics=True) as found:
+            lines = list(in_lines(*table_of(rows_of(found))))
+    except EvenstepError as error:
+        if isinstance(home, Path):
+            raise
+        complain(f"no table: {error}")  # the runs are what they are
+        lines = []
+    for line in lines:
         click.echo(printable(line))
     sys.exit(_code(codes, left))
 
 
-def _run_all(
-    left: Sequence[_Run], place: Path, places: Sequence[Mapping[str, str]], processes: int
-) -> dict[str, int]:
+@contextmanager
+def _sweep_at(home: Path | Address, *, with_metrics: bool = False) -> Iterator[Sweep]:
+    """The sweep in a directory; or at an address, with copies of its runs until the context ends.
+
+    Raises:
+        EvenstepError: it cannot be read.
+    """
+    if isinstance(home, Path):
+        yield read_sweep(home)
+        return
+    from launch.stored.swept import copied_sweep, sweep_at
+
+    with copied_sweep(home, sweep_at(home) or {}, with_metrics=with_metrics) as found:
+        yield found
+
+
+def _run_all(commands: Sequence[Command], places: Sequence[Mapping[str, str]]) -> dict[str, int]:
     """The exit code of each run that was started, by name."""
     codes: dict[str, int] = {}
 
@@ -133,7 +166,6 @@ def _run_all(
         codes[command.name] = error.exit_code
         _say(f"{command.name}: not started: {error}")
 
-    commands = [_command(run, place, processes) for run in left]
     with stop_on_signals(heard) as stop:
         try:
             run_side_by_side(
@@ -173,13 +205,22 @@ def _end_in_words(command: Command, code: int) -> str:
     return f"{words}{said} See {command.log}"
 
 
-def _command(run: _Run, place: Path, processes: int) -> Command:
+def _command(run: _Run, home: Path | Address, processes: int) -> Command:
     files = [word for o in run.overrides if not isinstance(o, str) for word in ("--set-file", o)]
     words = [sys.executable, "-P", "-m", "launch", "run", run.spec, *map(str, files)]
-    words += ["--name", run.name, "--runs", str(place)]
+    words += ["--name", run.name, "--runs", str(home)]
     words += ["--processes", str(processes)] if processes > 1 else []
     given = [override for override in run.overrides if isinstance(override, str)]
-    return Command(run.name, [*words, "--", *given], place / _LOGS / f"{run.name}.log")
+    return Command(run.name, [*words, "--", *given], _place_of(home) / _LOGS / f"{run.name}.log")
+
+
+def _place_of(home: Path | Address) -> Path:
+    """The directory on this machine of a sweep."""
+    if isinstance(home, Path):
+        return home
+    from launch.stored.swept import place_of
+
+    return place_of(home)
 
 
 # ---- what is run
@@ -221,19 +262,23 @@ def _base_of(file: Path) -> list[Path]:
 
 
 def _planned(
-    variants: Sequence[tuple[str, str]], overrides: Sequence[Override], named: Set[str]
+    variants: Sequence[tuple[str, str]],
+    overrides: Sequence[Override],
+    named: Set[str],
+    own: Sequence[str] = _OWN,
 ) -> list[_Run]:
     """Every run of the sweep.
 
     Args:
         named: keys that are in the names of its runs, because they had several values before.
+        own: names that no run can have.
     Raises:
         SpecError: lists the errors of all of them.
     """
     fixed, choices = _fixed(overrides), _choices(overrides)
     several = _several(choices) | named
     found: list[_Run] = []
-    taken = set(_OWN)
+    taken = set(own)
     faults: dict[str, None] = {}
     for variant, spec in variants:
         for settings in choices:
@@ -313,15 +358,15 @@ def _name(spec: str, overrides: Sequence[Override]) -> str:
     return load_named(spec, (*_fixed(overrides), *_choices(overrides)[0]), None).name
 
 
-def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:
+def _opened(home: Path | Address, planned: Sequence[_Run]) -> bool:
     """Create the sweep's directory, and record its runs; whether it existed.
 
     Raises:
         SpecError: the directory is something else, or cannot be written.
     """
-    place = earlier.path
+    place, settings = _place_of(home), {run.name: run.setting for run in planned}
     there = is_sweep(place)
-    if is_there(place / "run.json"):
+    if isinstance(home, Path) and is_there(place / "run.json"):
         raise SpecError(f"--name: {place} is a run. Give the sweep another name.")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +374,11 @@ def _opened(earlier: Sweep, planned: Sequence[_Run]) -> bool:
             make_directory(directory)
     except OSError as error:
         raise SpecError(f"{place} cannot be written: {in_the_way(error)}.") from error
-    add_to_sweep(place, {run.name: run.setting for run in planned})
+    if isinstance(home, Address):
+        from launch.stored.swept import add_to_sweep_at
+
+        return add_to_sweep_at(home, settings)
+    add_to_sweep(place, settings)
     return there
 
 

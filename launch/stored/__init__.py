@@ -8,6 +8,7 @@ From top to bottom; a room imports only from rooms below it:
   parent uploads.
 * copied: A copy of a run in a store, which the processes of torchrun on one machine share to test
   it.
+* swept: A sweep whose runs live in an object store: the settings of its runs, and copies of them.
 * following: A further node of a run in a store: it brings what node 0 has published, and uploads
   nothing.
 """

@@ -210,7 +210,7 @@ def _of_sweep(sweep: Sweep) -> str:
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
     )
     return (
-        f'<section class="card"><h2>{escape(sweep.path.name)}: mean and deviation over seeds</h2>'
+        f'<section class="card"><h2>{escape(sweep.name)}: mean and deviation over seeds</h2>'
         f'<div class="scroll"><table class="compare"><thead><tr>{told}</tr></thead>'
         f"<tbody>{cells}</tbody></table></div></section>"
     )

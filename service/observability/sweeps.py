@@ -7,9 +7,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from service.basics.atomic_files import (
     is_there,
@@ -40,12 +41,22 @@ class Sweep:
 
     path: Path
     settings: Mapping[str, Setting]
+    address: str | None = None
+    """Where the sweep lives, if `path` has copies of its runs."""
+
+    @property
+    def name(self) -> str:
+        """The name of the sweep."""
+        return self.address.rpartition("/")[2] if self.address else self.path.name
 
     @cached_property
     def histories(self) -> list[History]:
         """The runs that have started."""
         runs = [self.path / name for name in self.settings]
-        return [read_history(run) for run in runs if is_there(run / "run.json")]
+        found = [read_history(run) for run in runs if is_there(run / "run.json")]
+        if self.address is None:
+            return found
+        return [replace(each, address=f"{self.address}/{each.directory.name}") for each in found]
 
 
 def is_sweep(path: Path) -> bool:
@@ -69,22 +80,37 @@ def read_sweep(path: Path) -> Sweep:
             if not is_there(file):
                 return Sweep(path, {})
             told = read_json(file, at_most=_LARGEST_BYTES)
-        settings = {
-            str(name): tuple((str(key), str(value)) for key, value in pairs)
-            for name, pairs in told["runs"].items()
-        }
-        if told["format"] != FORMAT:
-            raise ValueError(f"its format is {told['format']}")
-        # Each becomes a path below the sweep, and nowhere else.
-        for name in settings:
-            if not re.fullmatch(RUN_NAME, name):
-                raise ValueError(f"{name!r} is not the name of a run")
+        settings = settings_in(told)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
             f"{file} cannot be read: {error}. Remove it, and run the sweep again: its runs are "
             f"kept."
         ) from error
     return Sweep(path, settings)
+
+
+def settings_in(told: Any) -> dict[str, Setting]:
+    """The settings of runs in what `as_plain` has written.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is something else.
+    """
+    settings = {
+        str(name): tuple((str(key), str(value)) for key, value in pairs)
+        for name, pairs in told["runs"].items()
+    }
+    if told["format"] != FORMAT:
+        raise ValueError(f"its format is {told['format']}")
+    # Each becomes a path below the sweep, and nowhere else.
+    for name in settings:
+        if not re.fullmatch(RUN_NAME, name):
+            raise ValueError(f"{name!r} is not the name of a run")
+    return settings
+
+
+def as_plain(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """The settings of runs as plain values."""
+    return {"format": FORMAT, "runs": {name: list(pairs) for name, pairs in settings.items()}}
 
 
 def add_to_sweep(path: Path, settings: Mapping[str, Setting]) -> None:
@@ -100,8 +126,7 @@ def add_to_sweep(path: Path, settings: Mapping[str, Setting]) -> None:
     with told_when_unwritten(file), open(path / _LOCK, "ab", opener=without_link) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = {**read_sweep(path).settings, **settings}
-        facts = {"format": FORMAT, "runs": {name: list(pairs) for name, pairs in known.items()}}
-        replace_file(file, json.dumps(facts, indent=1) + "\n")
+        replace_file(file, json.dumps(as_plain(known), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ def _brought(
 
 
 @contextmanager
-def copied_runs(address: Address) -> Iterator[tuple[Path, list[str]]]:
+def copied_runs(address: Address, *, with_metrics: bool = True) -> Iterator[tuple[Path, list[str]]]:
     """A directory with what a list needs of all runs at an address; why others cannot be read."""
+    listed = _LISTED if with_metrics else (RUN, "spec.yaml")
     store = open_store(address)
 
     with _place() as place:
@@ -130,7 +131,7 @@ def copied_runs(address: Address) -> Iterator[tuple[Path, list[str]]]:
                 held = newest_published(below)
                 if held is not None:
                     _with_newest(
-                        below, held, lambda h: bring_files(below, h, place / name, only=_LISTED)
+                        below, held, lambda h: bring_files(below, h, place / name, only=listed)
                     )
             except (EvenstepError, OSError) as error:
                 return f"{below.address}: {error}" if isinstance(error, OSError) else str(error)
