@@ -327,7 +327,7 @@ def test_a_page_of_runs_in_a_bucket_is_live(place, address, client, tmp_path):
         text=True,
     )
     try:
-        assert "shows job, on this" in process.stdout.readline()
+        assert "shows job (read from the store " in process.stdout.readline()
 
         def state(path="/state"):
             return json.loads(get(port, path).text)

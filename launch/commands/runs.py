@@ -232,6 +232,8 @@ def _serve(runs: LiveRuns, port: int, *, lists: bool) -> None:
         raise SpecError(f"--port: {port}: {error.strerror}. Choose another; 0 is any.") from error
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     names = f"{len(found):,} runs" if len(found) != 1 else printable(found[0].name)
+    seen = runs.seen(time.time())
+    names += f" ({seen})" if seen else ""
     with listening, _ends_cleanly():
         click.echo(f"{address} shows {names}, on this machine only; Ctrl-C ends it.")
         sys.stdout.flush()

@@ -26,6 +26,8 @@ LEAST_SECONDS = 15.0
 """Between two looks at a store."""
 MOST_LISTS_PER_SECOND = 4.0
 """Requests to list objects, which are paid for like writes."""
+FIRST_SECONDS = 3.0
+"""How long the first look in the background is waited for."""
 _LOSS = "train/loss"
 _LOOK_BYTES = 1 << 17
 
@@ -201,7 +203,7 @@ class StoredRuns(LiveRuns):
         """Args:
         every_seconds: how often to ask the store; None for `LEAST_SECONDS`, or less often where
             that is more than `MOST_LISTS_PER_SECOND`.
-        in_background: a look, but for the first one, does not wait for the store.
+        in_background: a look does not wait for the store, but for the first one a few seconds.
         """
         super().__init__(paths)
         self._copies = copies
@@ -213,6 +215,7 @@ class StoredRuns(LiveRuns):
         self._read: float | None = None
         """When it last answered, in seconds since 1970."""
         self._trouble: str | None = None
+        self._failed: EvenstepError | None = None
         self._asking: threading.Thread | None = None
 
     def look(self) -> tuple[list[RunNow], list[str]]:
@@ -222,14 +225,17 @@ class StoredRuns(LiveRuns):
             EvenstepError: the store does not answer the first look, or refuses a later one that
                 waits for it.
         """
-        if self._asked is None:
+        is_first = self._asked is None
+        if self._is_due and self._in_background:
+            self._asking = threading.Thread(target=self._renew, daemon=True, name="copies")
+            self._asking.start()
+            self._asking.join(FIRST_SECONDS if is_first else 0)
+            if is_first and self._failed is not None:
+                raise self._failed
+        elif self._is_due and is_first:
             self._ask()
-        elif time.monotonic() - self._asked >= self._pause and not self._is_asking:
-            if self._in_background:
-                self._asking = threading.Thread(target=self._renew, daemon=True, name="copies")
-                self._asking.start()
-            else:
-                self._renew()
+        elif self._is_due:
+            self._renew()
         runs = self._copies.runs
         names = Counter(copy.path.name for copy in runs) + Counter(p.name for p in self._of_paths)
         self._runs = self._of_paths | {
@@ -259,18 +265,19 @@ class StoredRuns(LiveRuns):
 
     def seen(self, now: float) -> str | None:
         """See `LiveRuns.seen`."""
-        ago = max(0.0, now - self._read) if self._read is not None else 0.0
+        if self._read is None:
+            return "being read from the store"
+        ago = max(0.0, now - self._read)
         words = f"{ago:.0f} s" if ago < 120 else f"{ago / 60:.0f} min"
         return f"read from the store {words} ago"
 
     @property
-    def _is_asking(self) -> bool:
-        return self._asking is not None and self._asking.is_alive()
-
-    @property
-    def _pause(self) -> float:
-        least = self._copies.requests / MOST_LISTS_PER_SECOND
-        return self._every_seconds or max(LEAST_SECONDS, least)
+    def _is_due(self) -> bool:
+        if self._asking is not None and self._asking.is_alive():
+            return False
+        least = max(LEAST_SECONDS, self._copies.requests / MOST_LISTS_PER_SECOND)
+        pause = self._every_seconds or least
+        return self._asked is None or time.monotonic() - self._asked >= pause
 
     def _renew(self) -> None:
         try:
@@ -278,7 +285,7 @@ class StoredRuns(LiveRuns):
         except EvenstepError as error:
             if isinstance(error, SpecError) and not self._in_background:
                 raise
-            self._trouble = str(error)
+            self._failed, self._trouble = error, str(error)
 
     def _ask(self) -> None:
         try:

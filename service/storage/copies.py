@@ -158,8 +158,9 @@ class Copy:
             held = newest
         for tries_left in reversed(range(_TRIES)):
             if held.run != self._run:  # started over
-                self._here = {}
-                self._run = held.run
+                for path in self._here:
+                    remove(self.path / path)
+                self._here, self._run = {}, held.run
             self._files = {p: list(pieces) for p, pieces in held.files.items() if _is_shown(p)}
             try:
                 self._bring()
@@ -187,20 +188,22 @@ class Copy:
     def _bring(self) -> None:
         with told_when_unwritten(self.path):
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in sorted(self._files, key=lambda path: path == RUN):  # the state last
+            for path in sorted(self._files, key=lambda path: path != RUN):
                 pieces = self._wanted(path)
                 if pieces and pieces != self._here.get(path):
                     if not self._grows(path, pieces):
                         self._replace(path, pieces)
                     self._here[path] = pieces
-        if RUN in self._here:
-            self._state = str(RunDirectory(self.path).read_facts()["state"])
+                    if path == RUN:  # first: it says what else is wanted
+                        self._state = str(RunDirectory(self.path).read_facts()["state"])
 
     def _wanted(self, path: str) -> list[Piece]:
         """The pieces of a file that are to be here."""
         pieces = list(self._files[path])
-        if self.is_whole or path in (RUN, _SPEC):
+        if self.is_whole or path == RUN:
             return pieces
+        if path == _SPEC:  # how long a run is to be: of one that is done, nobody asks
+            return pieces if self._state != "done" else []
         if path != _METRICS:
             return []
         begin = pieces[-1].end - _TAIL_BYTES if pieces else 0
@@ -272,13 +275,20 @@ class Copies:
         self._below = below
         self._copies = {str(run.address): Copy(run, self._path(run)) for run in runs}
         self._looks = 0
-        self.runs: tuple[Copy, ...] = ()
-        """Those that are here."""
-        self.unread: tuple[str, ...] = ()
-        """Why others are not."""
         self.requests = 0
         """Lists of the last look; what they cost is far more than what the rest costs."""
         self._whole: list[Copy] = []
+
+    @property
+    def runs(self) -> list[Copy]:
+        """Those that are here; during the first look they become more."""
+        return [copy for copy in list(self._copies.values()) if copy.is_there]
+
+    @property
+    def unread(self) -> list[str]:
+        """Why others are not."""
+        found = (copy.failed for copy in list(self._copies.values()))
+        return [words for words in found if words is not None]
 
     def look(self) -> None:
         """Request what has changed.
@@ -297,12 +307,7 @@ class Copies:
         ]
         self.requests = len(self._below) + len(due)
         self._looks += 1
-        try:
-            in_parallel(self._look_at, due)
-        finally:
-            self.runs = tuple(copy for copy in self._copies.values() if copy.is_there)
-            failed = (copy.failed for copy in self._copies.values())
-            self.unread = tuple(words for words in failed if words is not None)
+        in_parallel(self._look_at, due)
         if self._looks == 1:
             for copy in due:
                 if self._is_named(copy) and copy.failed is None:
