@@ -29,6 +29,7 @@ from launch.environment import (
     read_secrets,
     torchrun_began,
     torchrun_grace,
+    unshared_store_advice,
 )
 from launch.processes.signals import STARTED, hear_interrupts, heard, stop_listening
 from launch.processes.terminal import ReaderGone
@@ -358,6 +359,8 @@ def _start(
                 "faults.stop_budget_seconds has no effect.",
                 err=True,
             )
+            if (advice := unshared_store_advice()) is not None:
+                complain(advice)
     end_server()  # `auto` may have found only one device
     from launch.rank.entry import RankContext, outcome_of, work
     from service.health.heartbeat import Heartbeat

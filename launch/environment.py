@@ -24,6 +24,8 @@ SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """The variable of torchrun's --shutdown-timeout."""
 TORCHRUN_BEGAN = "EVENSTEP_TORCHRUN_BEGAN"
 """Set by a process of ours between torchrun and this one: when that torchrun started."""
+UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""A variable of torch: with 1, torchrun agrees on a new store in every rendezvous."""
 _OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 MOST_PROCESSES = "EVENSTEP_MOST_PROCESSES"
 """Set in a job with elastic nodes: the processes that it has with most nodes."""
@@ -213,11 +215,8 @@ class Group:
 
 def torchrun_grace() -> GracePeriod:
     """The time that the torchrun of this process allows for a stop."""
-    words = [word.partition("=") for word in psutil.Process(os.getppid()).cmdline()]
-    said = os.environ.get(SHUTDOWN_TIMEOUT, "30")
-    for (name, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
-        if name.replace("_", "-") == "--shutdown-timeout":
-            said = value or following
+    given = _option_of(psutil.Process(os.getppid()), "--shutdown-timeout")
+    said = given or os.environ.get(SHUTDOWN_TIMEOUT, "30")
     try:
         seconds = float(said)
     except ValueError:
@@ -226,6 +225,35 @@ def torchrun_grace() -> GracePeriod:
             f"{SHUTDOWN_TIMEOUT} must be a number of seconds, but is {said!r}."
         ) from None
     return GracePeriod(seconds, "torchrun's --shutdown-timeout")
+
+
+def _option_of(process: psutil.Process, name: str) -> str:
+    """The value of an option in the command line of a process; empty if it has none."""
+    found = ""
+    words = [word.partition("=") for word in process.cmdline()]
+    for (option, _, value), (following, _, _) in pairwise([*words, ("", "", "")]):
+        if option.replace("_", "-") == name:
+            found = value or following
+    return found
+
+
+def unshared_store_advice() -> str | None:
+    """What to say of a torchrun with MIN:MAX nodes that keeps the address of its first store.
+
+    With torch 2.13 a node that joins, or that becomes the first one, does not write it again where
+    the others look for it: all of them end after a minute.
+    """
+    torchrun = _torchrun()
+    if torchrun is None or os.environ.get(UNSHARED_STORE) == "1":
+        return None
+    nodes = _option_of(torchrun, "--nnodes") or os.environ.get("PET_NNODES", "")
+    least, _, most = nodes.partition(":")
+    if not most or least == most:
+        return None
+    return (
+        f"WARNING: torchrun --nnodes {nodes}: when a node joins, or the first one is lost, "
+        f"torchrun itself may end on all nodes after 60 s. Start each with {UNSHARED_STORE}=1."
+    )
 
 
 def torchrun_began() -> float | None:

@@ -214,3 +214,13 @@ def listening(process: int) -> bytes:
     """Ports on which the process listens, as `:port` words."""
     found = psutil.Process(process).net_connections(kind="tcp")
     return b" ".join(b":%d" % c.laddr.port for c in found if c.status == psutil.CONN_LISTEN)
+
+
+def test_a_torchrun_that_nodes_may_join_is_told_what_it_needs(tmp_path):
+    job_that_fails(tmp_path, times=0)
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    agent = (BIN / "torchrun", "--nnodes", "1:2", *meeting, "--rdzv-conf", "last_call_timeout=1")
+    words = ("-m", "launch", "run", "job.yaml", "--stop-at", "2")
+    done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    advice = "--nnodes 1:2: when a node joins, or the first one is lost, torchrun itself may end"
+    assert advice in done.stderr, done.stderr
