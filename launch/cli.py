@@ -255,9 +255,8 @@ def _start_in_store(
         from launch.nodes.node import run_node
 
         following = followed(address, spec, node)
-        processes, met = starting["processes"], following.bring
-        job = job_in(following.runs)
-        leave(note_exit_code(run_node(job, node, processes=processes, when_met=met)))
+        job, processes = job_in(following.runs), starting["processes"]
+        leave(note_exit_code(run_node(job, node, processes=processes, following=following)))
     with kept_in_store(address, spec, fresh=fresh, several=several) as uploading:
         job = job_in(uploading.runs)
 
@@ -266,8 +265,10 @@ def _start_in_store(
             return train_in_child(uploading.runs)
         if node is not None and several:
             from launch.nodes.node import run_node
+            from launch.stored.leading import Leading
 
-            return run_node(job, node, processes=starting["processes"])
+            leading = Leading(uploading, say=say)
+            return run_node(job, node, processes=starting["processes"], leading=leading)
         return _in_processes(job, echoed_logs=job.directory().logs if node else None, **starting)
 
     code = uploaded(

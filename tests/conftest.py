@@ -58,6 +58,7 @@ def _hear_signals() -> None:
 # A worker that began one of these at the end would work alone.
 LONGEST = (
     *("object_storage", "docs", "sharding", "readme", "checkpoints", "optimizers", "elastic_nodes"),
+    *("elastic_stored",),
     *("launcher", "simulated_device", "shared_saves", "wandb", "mlflow", "ends_of_nodes", "hooks"),
     *("python_door", "standing_still", "chaos", "precision", "metrics_endpoint", "terminal"),
     *("contention", "run_command", "ready", "features", "start"),

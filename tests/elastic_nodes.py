@@ -16,10 +16,14 @@ from typing import Any
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep
 from commands import start as start_command
 from injuring import until
+from stored import newest_step
 
 from service.runs.checkpoint_files import checkpoints_in
+from service.storage.address import Address
 
 TASK = """
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -29,12 +33,28 @@ from torch.utils.data import TensorDataset
 from service.data.task import supervised
 
 HOLD = Path(__file__).with_name("hold")
+PAUSE = float(os.environ.get("PAUSE_SECONDS", 0.08))
+ASKED, SENDING = (Path(__file__).with_name(name) for name in ("stop-sending", "sending"))
+before, really_send = [None], torch.distributed.send
+
+
+# If it is asked for, the writer stops where it has sent the place of some rows, and not the rows.
+def send(numbers, *told, **named):
+    if threading.current_thread() is not threading.main_thread() and ASKED.exists():
+        if numbers.dtype == torch.uint8 and before[0] == torch.int64:
+            SENDING.touch()
+            time.sleep(3600)
+        before[0] = numbers.dtype
+    return really_send(numbers, *told, **named)
+
+
+torch.distributed.send = send
 
 
 class Model(torch.nn.Linear):
     def forward(self, rows):
         if self.training and HOLD.exists():
-            time.sleep(0.08)  # so that there are steps left when nodes come and go
+            time.sleep(PAUSE)  # so that there are steps left when nodes come and go
         return super().forward(rows)
 
 
@@ -68,12 +88,15 @@ class Nodes:
         wait_seconds: int = 60,
         steps: int = STEPS,
         sections: Mapping[str, Any] | None = None,
+        address: Address | None = None,
         **more: str,
     ) -> None:
+        """With an `address` the runs live there, and each node has a scratch directory."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
-        self.nodes, self.steps = nodes, steps
+        self.nodes, self.steps, self.address = nodes, steps, address
         self.place, self.hold = place, place / "hold"
+        self.stop_sending, self.sending = place / "stop-sending", place / "sending"
         self._variables = {
             "PET_NPROC_PER_NODE": "1",
             "PET_MASTER_ADDR": "127.0.0.1",
@@ -83,8 +106,9 @@ class Nodes:
             **more,
         }
         least, _, most = nodes.partition(":")
-        asked = {"least": int(least), "most": int(most), "wait_seconds": wait_seconds}
-        cluster = {"image": "example.com/x:1", "nodes": asked, "meeting_seconds": 120}
+        asked = {"least": int(least), "most": int(most or 0), "wait_seconds": wait_seconds}
+        cluster = {"image": "example.com/x:1", "nodes": asked if most else int(least)}
+        cluster["meeting_seconds"] = 120
         (place / "job.py").write_text(TASK)
         (place / "job.yaml").write_text(
             json.dumps(
@@ -92,15 +116,18 @@ class Nodes:
             )
         )
         self.hold.touch()
+        self.client = {name: value for name, value in more.items() if name.startswith("AWS_")}
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, index: int, *, name: str = "", **more: str) -> subprocess.Popen[bytes]:
         """Start the launcher of a node; its log goes on where that of an earlier one ended."""
+        runs = () if self.address is None else ("--runs", str(self.address))
+        scratch = {"EVENSTEP_SCRATCH": str(self.place / f"disk-{index}")}
         with self._log(name or str(index)).open("ab") as log:
             process = start_command(
-                [BIN / "evenstep", "run", "job.yaml", "--nodes", self.nodes],
+                [BIN / "evenstep", "run", "job.yaml", "--nodes", self.nodes, *runs],
                 cwd=self.place,
-                env=CLEAN | self._variables | {"PET_NODE_RANK": str(index)} | more,
+                env=CLEAN | self._variables | scratch | {"PET_NODE_RANK": str(index)} | more,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -116,11 +143,13 @@ class Nodes:
 
     @property
     def saved_step(self) -> int:
-        """The step of the newest checkpoint; 0 before the first."""
+        """The step of the newest checkpoint, in the store if there is one; 0 before the first."""
+        if self.address is not None:
+            return newest_step(self.address)
         saved = checkpoints_in(self.place / "runs/job/checkpoints")
         return saved[-1].step if saved else 0
 
-    def until_said(self, text: str, *, by: int = 0, times: int = 1) -> None:
+    def until_said(self, text: str, *, by: int | str = 0, times: int = 1) -> None:
         """Wait until a node has written this."""
 
         def said() -> bool:
@@ -134,6 +163,16 @@ class Nodes:
         """Wait until a checkpoint that is newer by at least this number of steps is complete."""
         before = self.saved_step
         until(lambda: self.saved_step >= before + more, f"a checkpoint after step {before}")
+
+    def kill_in_the_midst_of_a_save(self, sender: subprocess.Popen[bytes]) -> None:
+        """Kill a node while its process sends rows of a checkpoint to node 0."""
+        self.stop_sending.touch()
+        until(self.sending.exists, "rows of a checkpoint on their way", of=sender)
+        partial = "disk-0/*/job/checkpoints/.step-*.partial-*"
+        assert list(self.place.glob(partial)), "node 0 waits for them"
+        sender.kill()
+        sender.wait()
+        self.stop_sending.unlink()
 
     def release(self) -> None:
         """Let the steps that are left be taken at full speed."""
@@ -182,7 +221,8 @@ def require_undisturbed(nodes: Nodes, *, bits: bool = False) -> None:
     alone = evenstep("run", "job.yaml", "--name", "alone", cwd=nodes.place)
     assert alone.returncode == 0, alone.stderr
     level = ("--level", "bits") if bits else ("--tolerance", "1e-9")
-    words = ("verify", "runs/job", "runs/alone", *level)
-    compared = evenstep(*words, cwd=nodes.place)
+    run = "runs/job" if nodes.address is None else f"{nodes.address}/job"
+    words = ("verify", run, "runs/alone", *level)
+    compared = evenstep(*words, cwd=nodes.place, **nodes.client)
     assert compared.returncode == 0, (compared.stdout, nodes.everything())
     assert f"{nodes.steps:,} steps" in compared.stdout, compared.stdout

@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 import pytest
 from elastic_nodes import elastic_nodes, ended, require_undisturbed
 from injuring import until
-from test_kubernetes_manifests import job, of_kind, pod_of
+from test_kubernetes_manifests import IN_A_BUCKET, job, of_kind, pod_of
 
 from launch.engines.kubernetes.manifests import render
 from launch.environment import node_here, range_of_nodes
@@ -228,10 +228,14 @@ def test_numbers_that_cannot_be_are_refused(mistake: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.31", "1.37"])
-def test_an_elastic_job_asks_for_most_and_ends_with_node_0(version: str) -> None:
+@pytest.mark.parametrize("where", [{}, IN_A_BUCKET], ids=["on a claim", "in a bucket"])
+def test_an_elastic_job_asks_for_most_and_ends_with_node_0(
+    version: str, where: dict[str, Any]
+) -> None:
     import kubernetes_validate
 
-    objects = render(job(nodes=ELASTIC, queue="training"))
+    objects = render(job(nodes=ELASTIC, queue="training", **where))
+    assert ("PersistentVolumeClaim" in {made["kind"] for made in objects}) is not bool(where)
     for made in objects:
         kubernetes_validate.validate(made, version, strict=True)
     work = of_kind(objects, "Job")

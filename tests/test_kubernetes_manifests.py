@@ -547,10 +547,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"runs": "s3://key:secret@bucket/runs"},
         "kubernetes.runs",
     ),
-    "elastic nodes without a disk that they share": (
-        {"runs": "s3://bucket/runs", "nodes": {"least": 1, "most": 2}},
-        "kubernetes.runs: a run in a bucket cannot have elastic nodes yet, because a new",
-    ),
     "annotations of an account that exists": (
         {"service_account": "own", "service_account_annotations": {"a/b": "c"}},
         "must have one of service_account, which exists, and service_account_annotations",

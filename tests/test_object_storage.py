@@ -110,15 +110,6 @@ def test_a_killed_run_goes_on_with_the_same_bits_on_an_empty_machine(
     assert "Nothing to do" in again.stdout
 
 
-def test_what_cannot_live_in_a_store_yet_is_refused_by_name(place, address):
-    nodes = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"}
-    nodes |= {"PET_MASTER_ADDR": "127.0.0.1"}
-    nodes |= {"PET_NNODES": "1:2"}
-    done = evenstep("run", "job.yaml", "--runs", str(address), cwd=place, **nodes)
-    assert done.returncode == SpecError.exit_code, done.stderr
-    assert "cannot have elastic nodes yet, because a new generation" in done.stderr
-
-
 def under_torchrun(place, address, scratch, client, *words, **variables):
     """Start the job on two processes of torchrun, with this scratch directory."""
     command = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launch", "run")

@@ -10,6 +10,9 @@ So every generation that ends for a new node has saved at least once. A node tha
 the first save of its generation is also held back until the next one: a node that comes
 and goes cannot keep the job from its progress. `faults.attempts_without_progress` ends a run
 whose generations fail in a row.
+
+Where the nodes share no disk, all checkpoints are written on node 0. Before a generation begins it
+lets the newest good one be uploaded, and the other nodes bring that one (`launch.stored`).
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.environment import MOST_PROCESSES, Group, Node
 from launch.nodes.handshake import JoinRequest
@@ -51,6 +54,10 @@ from service.plan.plan import make_plan
 from service.runs.checkpoint_files import checkpoints_in
 from service.spec.models import Spec
 
+if TYPE_CHECKING:
+    from launch.stored.following import Following
+    from launch.stored.leading import Leading
+
 WAIT_SECONDS = 30
 _STOPPED, _LOST = Stopped.exit_code, PeerLost.exit_code
 _NEVER_AGAIN = (SpecError.exit_code, WillFailAgain.exit_code)
@@ -67,6 +74,10 @@ class _LocalNode:
     node: Node
     own: JoinRequest
     secret: bytes
+    leading: Leading | None = None
+    """Of node 0, if the run is in an object store."""
+    following: Following | None = None
+    """Of another node, if the run is in an object store."""
     begun: bool = False
 
     @property
@@ -113,16 +124,27 @@ class _LocalNode:
             self.job = self.job.again(before)
 
 
-def run_elastic(job: Any, node: Node, own: JoinRequest, secret: bytes) -> int:
+def run_elastic(
+    job: Any,
+    node: Node,
+    own: JoinRequest,
+    secret: bytes,
+    *,
+    leading: Leading | None = None,
+    following: Following | None = None,
+) -> int:
     """Run this node's processes in all generations; return the exit code of this node.
 
+    Args:
+        leading: if the run is in an object store, of node 0.
+        following: the same of another node.
     Raises:
         SpecError: this job cannot run with these numbers of nodes, or the nodes disagree.
         PeerLost: too few nodes connected, or node 0 was lost and did not come back.
         Stopped: a stop was requested while the nodes connected.
     """
     numbers = possible_nodes(job.spec, node.least, node.nodes, processes=own.processes)
-    local = _LocalNode(job, node, own, secret)
+    local = _LocalNode(job, node, own, secret, leading, following)
     os.environ[MOST_PROCESSES] = str(node.nodes * own.processes)  # for the ranks
     if node.index:
         return _follow(local)
@@ -210,8 +232,8 @@ def _generations(local: _LocalNode, server: RendezvousServer, numbers: frozenset
     roster = Roster(numbers, expected=frozenset(range(1, local.own.nodes)))
     while True:
         with stop_raises():
-            members = _gathered(local, server, roster)
-        membership, group, store = _begin(local, server, members)
+            members, state = _gathered_with_state(local, server, roster)
+        membership, group, store = _begin(local, server, members, state)
         roster = replace(roster, members=frozenset(members))
         before = local.newest_step()
         with _LateJoins(server, roster, partial(local.has_saved_since, before)) as late_joins:
@@ -235,6 +257,21 @@ def _goes_on(code: int, membership: Membership, *, asked: bool, nodes: int) -> b
     if code == _STOPPED:
         return asked or any(not _comes_again(end) for end in ends)
     return code == _LOST and nodes > 1
+
+
+def _gathered_with_state(
+    local: _LocalNode, server: RendezvousServer, roster: Roster
+) -> tuple[list[int], Mapping[str, Any]]:
+    """The same as `_gathered`, and what they are told of the state that they resume from."""
+    while True:
+        members = _gathered(local, server, roster)
+        if local.leading is None or not members:
+            return members, {}
+        offered = local.leading.offer(fresh=local.job.fresh)
+        while (state := offered()) is None:
+            server.look()
+        if server.peers.keys() >= set(members):  # it may have taken minutes
+            return members, state
 
 
 def _gathered(local: _LocalNode, server: RendezvousServer, roster: Roster) -> list[int]:
@@ -262,7 +299,7 @@ def _gathered(local: _LocalNode, server: RendezvousServer, roster: Roster) -> li
 
 
 def _begin(
-    local: _LocalNode, server: RendezvousServer, members: list[int]
+    local: _LocalNode, server: RendezvousServer, members: list[int], state: Mapping[str, Any]
 ) -> tuple[Membership, Group | None, object]:
     """Tell these nodes that a generation begins."""
     server.generation += 1
@@ -275,6 +312,7 @@ def _begin(
     membership = Membership(peers)
     store, address, port = new_store(membership.own_address)
     told = {"store": port, "address": address, "generation": server.generation, "nodes": nodes}
+    told |= state
     for place, peer in enumerate(peers, start=1):
         peer.send({**told, "index": place})
     return membership, Group(0, nodes, local.own.processes, address, port), store
@@ -351,11 +389,21 @@ def _follow(local: _LocalNode) -> int:
         say(f"Generation {own.generation}: this is {group.index} of {group.nodes} nodes, from 0.")
         membership, code = Membership([peer]), 1
         try:
+            if local.following is not None:
+                local.following.resume(answer)
             code = local.trains(membership, group)
+        except PeerLost as lost:
+            say(str(lost))
+            code = lost.exit_code
+        except EvenstepError as error:
+            code = error.exit_code
+            raise
         finally:
             membership.leave(code, leaving=heard.signal_name is not None)
         if code == 0 or not _follows_on(code, membership, returns=node.returns):
             return code
+        if local.following is not None:
+            local.following.look()
         if is_done(local.job):
             say(f"Nothing to do: {local.job.runs / local.job.spec.name} is done.")
             return 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.environment import Group, Node, meeting_secret
 from launch.nodes.elastic import run_elastic
@@ -33,14 +33,24 @@ from launch.nodes.secret_file import secret_in
 from service.basics.errors import EvenstepError
 from service.spec.files import dump_spec
 
+if TYPE_CHECKING:
+    from launch.stored.following import Following
+    from launch.stored.leading import Leading
+
 
 def run_node(
-    job: Any, node: Node, *, processes: int, when_met: Callable[[], None] = lambda: None
+    job: Any,
+    node: Node,
+    *,
+    processes: int,
+    leading: Leading | None = None,
+    following: Following | None = None,
 ) -> int:
     """Run this node's processes in the group of all nodes; return the exit code of this node.
 
     Args:
-        when_met: called when all nodes have connected, before the processes start.
+        leading: if the run is in an object store, of node 0.
+        following: the same of another node, which brings the state when the nodes have connected.
     Raises:
         SpecError: the nodes disagree, the port is taken, or an interface does not exist.
         PeerLost: not all nodes connected, or one was lost.
@@ -54,7 +64,7 @@ def run_node(
     own = JoinRequest(node.index, node.nodes, processes, digest, node.least)
     if node.least:
         with secret_of(node, job.runs, seconds=meeting_seconds(job)) as secret:
-            return run_elastic(job, node, own, secret)
+            return run_elastic(job, node, own, secret, leading=leading, following=following)
     seconds = meeting_seconds(job)
     with stop_raises(), secret_of(node, job.runs, seconds=seconds) as secret:
         membership, group, store = meet(node, own, secret, seconds=seconds)
@@ -62,7 +72,8 @@ def run_node(
     take_interface(group.address, membership.own_address)
     code = 1
     try:
-        when_met()
+        if following is not None:
+            following.bring()
         code = run_part(
             job,
             node,

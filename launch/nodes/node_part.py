@@ -194,6 +194,8 @@ def stop_raises() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if heard.signal_name is None:  # its time counts, whatever is to be done before the end
+            heard.hear(number)
         raise Stopped(f"Stopped by {name} before training started; nothing has changed.")
 
     before = {n: signal.getsignal(n) for n in STOP_SIGNALS if n != signal.SIGINT}

@@ -2,6 +2,8 @@
 
 From top to bottom; a room imports only from rooms below it:
 
+* leading: Node 0 of an elastic job whose run is in a store: what the other nodes of a generation
+  bring.
 * in_store: A run that lives in an object store: what its launcher does before and after the
   processes.
 * under_torchrun: A run in a store that torchrun has started: rank 0 trains in a child, and its

@@ -18,8 +18,8 @@ from service.storage.address import Address
 from service.storage.beside import Uploading, brought
 from service.storage.scratch import scratch_runs
 
-_WITHOUT_SUCCESS_SECONDS = 600.0
-"""How long the end of a run waits for a store that takes nothing."""
+WITHOUT_SUCCESS_SECONDS = 600.0
+"""How long the end of a run, or of a generation, waits for a store that takes nothing."""
 _LAST_SECONDS = 60.0
 """How long it waits at least."""
 
@@ -27,19 +27,13 @@ _LAST_SECONDS = 60.0
 def require_supported(
     address: Address, spec: Spec, place: Environment | None, node: Node | None
 ) -> None:
-    """Refuse what does not work yet for a run that lives in a store.
+    """Refuse what does not work for a run that lives in a store.
 
     Raises:
         SpecError: names it.
     """
     if node is None or node.nodes == 1:
         return
-    if node.least:
-        raise SpecError(
-            f"--runs {address}: a run in an object store cannot have elastic nodes yet, because "
-            "a new generation begins from a checkpoint that may not be uploaded at that moment. "
-            "Use a fixed number of nodes, or give --runs a directory that all nodes share."
-        )
     if node.secret_name and not meeting_secret():
         raise SpecError(
             f"--runs {address}: the nodes share no directory in which node 0 could leave a secret "
@@ -113,7 +107,7 @@ def _finished(uploading: Uploading, budget_seconds: Callable[[], float]) -> Even
     def left() -> float:
         if heard.heard_at is not None:
             return heard.heard_at + budget_seconds() - time.monotonic()
-        until = max(uploading.moved + _WITHOUT_SUCCESS_SECONDS, ended + _LAST_SECONDS)
+        until = max(uploading.moved + WITHOUT_SUCCESS_SECONDS, ended + _LAST_SECONDS)
         return until - time.monotonic()
 
     try:

@@ -31,6 +31,40 @@ _NICE = 10
 _TAKEN_NAMES = {name.rstrip("/") for name in (PUBLISHED, DATA, LEASE)}
 
 
+class Offer:
+    """A request to the upload: that other nodes can bring what this one resumes from."""
+
+    def __init__(self, *, fresh: bool) -> None:
+        self.fresh = fresh
+        """Whether the run starts over, so that there is nothing to resume from."""
+        self.term = 0
+        """The number of the lease under which it is published."""
+        self.checkpoint: str | None = None
+        """Its name; None: there is none yet."""
+        self._settled = threading.Event()
+        self._failed: NoCheckpoint | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is in the store.
+
+        Raises:
+            NoCheckpoint: none of the checkpoints can be read.
+        """
+        if self._failed is not None:
+            raise self._failed
+        return self._settled.is_set()
+
+    def settle(self, term: int, checkpoint: str | None) -> None:
+        """It is in the store."""
+        self.term, self.checkpoint = term, checkpoint
+        self._settled.set()
+
+    def fail(self, error: NoCheckpoint) -> None:
+        """It can never be there."""
+        self._failed = error
+
+
 class Uploading:
     """The upload of a run beside its training, in a thread of this process."""
 
@@ -43,6 +77,8 @@ class Uploading:
         self._note = note
         self._say = say
         self._ending = threading.Event()
+        self._woken = threading.Event()
+        self._offer: Offer | None = None
         self._failed: BaseException | None = None
         self._lost: EvenstepError | None = None
         self._is_up = False
@@ -79,6 +115,24 @@ class Uploading:
         """
         self._publish(ending=False)
 
+    def offer(self, *, fresh: bool) -> Offer:
+        """Ask that other nodes can bring what this one resumes from; between two generations."""
+        self._offer = offer = Offer(fresh=fresh)
+        self._woken.set()
+        return offer
+
+    def require_at_work(self) -> None:
+        """Check that the upload goes on.
+
+        Raises:
+            EvenstepError: it has ended: another launcher has the run, or the thread has failed.
+        """
+        if self._worker.is_alive():
+            return
+        if self._lost is not None:
+            raise self._lost
+        raise EvenstepError(f"The upload has ended: {self.missing()}. {self._why()}")
+
     def abandon(self) -> None:
         """Let the next launcher begin: nothing was trained."""
         _release(self._lease)
@@ -90,6 +144,7 @@ class Uploading:
             seconds: how much longer this may take, asked again and again.
         """
         self._ending.set()
+        self._woken.set()
         _joined(self._worker, seconds)
         if self._lost is not None:
             return self._lost
@@ -127,12 +182,13 @@ class Uploading:
             self._tell(error)
 
     def _upload(self) -> None:
-        """Publish whenever there is a new checkpoint, and once more at the end."""
+        """Publish whenever there is a new checkpoint, if it is asked for, and at the end."""
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            ending = self._ending.is_set()
+            self._woken.clear()
+            ending, offer = self._ending.is_set(), self._offer
             try:
-                self._publish(ending=ending)
+                self._publish(ending=ending, offer=offer)
             except LeaseLost as lost:
                 self._lost = lost
                 self._when_lost()
@@ -141,26 +197,42 @@ class Uploading:
                 self._tell(error)
                 if ending:
                     time.sleep(min(pause, _LAST_PAUSE_SECONDS))
-                elif self._ending.wait(pause * (0.5 + random.random())):
-                    pause = _FIRST_PAUSE_SECONDS  # the end has its tries at once
+                elif self._woken.wait(pause * (0.5 + random.random())):
+                    pause = _FIRST_PAUSE_SECONDS  # whoever waits now has its tries at once
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             if ending:
                 self._is_up = True
                 return
             pause = _FIRST_PAUSE_SECONDS
-            self._ending.wait(_LOOK_SECONDS)
+            self._woken.wait(_LOOK_SECONDS)
 
-    def _publish(self, *, ending: bool) -> None:
+    def _settle(self, offer: Offer) -> None:
+        """Settle on the newest checkpoint that is good here and in the store."""
+        held, name = self._mirror.published, None
+        if held is not None and not offer.fresh:
+            try:
+                name = bring(self._lease.store, held, self._run, self._say)
+            except NoCheckpoint as error:
+                offer.fail(error)
+        offer.settle(self._lease.term, name)
+        self._offer = None
+
+    def _publish(self, *, ending: bool, offer: Offer | None = None) -> None:
         self._mirror.require_lease()
         if not self._is_taken_over:
             self._mirror.take_over()
             self._is_taken_over = True
-        if not (self._run.facts.exists() and self._run.spec.exists()):
-            return  # the run has not begun
+        elif offer is not None:
+            self._mirror.find_missing()
+        has_begun = self._run.facts.exists() and self._run.spec.exists()
         found = tuple(each.path.name for each in checkpoints_in(self._run.checkpoints))
-        if found == self._last and not ending:
-            return
+        if has_begun and (found != self._last or ending or offer is not None):
+            self._publish_all(found)
+        if offer is not None:
+            self._settle(offer)
+
+    def _publish_all(self, found: tuple[str, ...]) -> None:
         self._mirror.publish()
         if not self._note.published:
             self._note.write(published=True)

@@ -146,6 +146,10 @@ class Mirror:
         self._forget_missing(listed)
         self._clean_if_possible()
 
+    def find_missing(self) -> None:
+        """Look whether the store has lost something since, which is uploaded again then."""
+        self._forget_missing(set(self._store.sizes(DATA)))
+
     def _forget_missing(self, listed: set[str]) -> None:
         """Forget the files of which the store has lost an object, so that they are uploaded again.
 
@@ -172,8 +176,8 @@ class Mirror:
         lost |= {path for name in broken for path in checkpoints_of(self._held)[name]}
         self._absent = {name: files for name, files in self._absent.items() if name not in broken}
         whole = {path: pieces for path, pieces in self._held.files.items() if path not in lost}
-        self._replaced = self._held.objects()
-        self._held = replace(self._held, files=whole)
+        self._replaced |= self._held.objects()
+        self._held, self._known = replace(self._held, files=whole), {}
 
     def publish(self) -> bool:
         """Upload the run as it is now; whether something has changed.

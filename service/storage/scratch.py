@@ -163,8 +163,10 @@ def _clear(run: RunDirectory, held: Published | None, say: Say) -> None:
     remove_if_possible(stale)
 
 
-def bring(store: Store, held: Published, run: RunDirectory, say: Say) -> None:
+def bring(store: Store, held: Published, run: RunDirectory, say: Say) -> str | None:
     """Bring what a resume needs, unless it is here: the newest checkpoint of all that is good.
+
+    Returns its name; None if there is no checkpoint yet.
 
     Raises:
         Gone: neither the store nor this directory has a good one.
@@ -179,14 +181,15 @@ def bring(store: Store, held: Published, run: RunDirectory, say: Say) -> None:
         for name in newest_first({*local, *published}):
             damage = damage_of(local[name]) if name in local else "it is not here"
             if damage is None:
-                return
+                return name
             if name in local and name in published:
                 say(f"WARNING: {local[name].path}: {damage}. It is brought again from the store.")
             if name in published and _brought(store, held, name, run, say):
                 say(f"Brought {store.address} ({name}) in {time.monotonic() - began:.1f} s.")
-                return
+                return name
     if published:
         raise none_can_be_read(store, len(published))
+    return None
 
 
 def _brought(store: Store, held: Published, name: str, run: RunDirectory, say: Say) -> bool:

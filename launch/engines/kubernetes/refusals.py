@@ -111,12 +111,6 @@ def _check_runs(cluster: KubernetesSpec) -> None:
         address_in(cluster.runs)
     except SpecError as error:
         raise SpecError(f"kubernetes.runs: {error}") from error
-    if cluster.is_elastic:
-        raise SpecError(
-            "kubernetes.runs: a run in a bucket cannot have elastic nodes yet, because a new "
-            "generation begins from a checkpoint that may not be uploaded at that moment. Write a "
-            "fixed number of nodes, or use storage_claim."
-        )
 
 
 def _check_quantities(cluster: KubernetesSpec) -> None:
