@@ -24,7 +24,7 @@ ASKS = re.compile(
 # A line that names one vendor's device, library or tool.
 VENDOR = re.compile(
     r"torch\.(cuda|xpu|mps|npu|mtia|version\.cuda)\b|\"(cuda|xpu|mps|npu)\"|nvidia-smi|cudnn(?!_benchmark)"
-    r"|CUBLAS_|NCCL_|CUDA\b|torch/(cuda|xpu|npu)/"
+    r"|CUBLAS_|NCCL_|CUDA\b(?! graph)|torch/(cuda|xpu|npu)/"
 )
 
 CPU, SIM = "CPU", "CPU and simulated device"
@@ -39,6 +39,7 @@ RAN = {
     "service/distributed/contention.py": SIM,
     "service/basics/errors.py": CPU,
     "service/training/batch_size_finder.py": SIM,
+    "service/optimization/compilation.py": "CPU; CUDA graphs: nothing yet",
     "service/optimization/flops.py": SIM,
     "service/health/watchdog.py": CPU,
     "service/data/in_memory.py": SIM,
@@ -244,6 +245,10 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "service/distributed/world.py",
         'return " ".join(["", *found, "NCCL_DEBUG=INFO shows what NCCL did before."])',
     ): ("NCCL's own setting", ""),
+    ("service/optimization/compilation.py", 'if device.type != "cuda":'): (
+        "torch makes CUDA graphs of no other kind",
+        "",
+    ),
     (
         "launch/rank/process_group.py",
         'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")',

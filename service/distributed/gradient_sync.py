@@ -3,6 +3,7 @@
 `OverlappedSync`  DistributedDataParallel exchanges them during the last backward pass.
 `OrderedSync`     Each micro-batch's gradient is computed separately, and they are added in a fixed
               order, so that every number of processes gets the same bits.
+`ReplayedSync`    The gradients of a CUDA graph, which the next replay would overwrite, are copied.
 """
 
 from __future__ import annotations
@@ -170,6 +171,46 @@ class OrderedSync(GradientSync):
         if gathered:
             torch._foreach_zero_(self._gathered)
         return grads + gathered
+
+
+class ReplayedSync(GradientSync):
+    """Gradient synchronization whose backward passes are replays of a CUDA graph.
+
+    torch makes the memory that the graph writes the `grad` of a parameter that has none. The next
+    replay would write the gradient of the next micro-batch there, before it is added to it.
+    Source: pytorch/pytorch#169545.
+    """
+
+    def __init__(self, inner: GradientSync, *, exchanges: bool) -> None:
+        """Copy the gradients of `inner`.
+
+        Args:
+            exchanges: the last pass of a step leaves its gradients in buckets of its own.
+        """
+        self.model = inner.model
+        self._inner, self._exchanges = inner, exchanges
+        self._parameters = list(inner.model.parameters())
+
+    def over(self, micro_batches: Sequence[T]) -> Iterator[T]:
+        last = len(micro_batches) - 1
+        for place, batch in enumerate(self._inner.over(micro_batches)):
+            yield batch
+            # All further ones are added to the copies. An optimizer may keep the gradients too.
+            if place == 0 and not (self._exchanges and place == last):
+                self._copy()
+
+    def backward(self, loss_sum: Tensor, step_weight: float | Tensor) -> None:
+        self._inner.backward(loss_sum, step_weight)
+
+    def _copy(self) -> None:
+        held = [p for p in self._parameters if p.grad is not None]
+        grads = [p.grad for p in held if p.grad is not None]
+        if not grads:
+            return
+        sparse = any(grad.is_sparse for grad in grads)
+        copies = [g.clone() for g in grads] if sparse else torch._foreach_clone(grads)
+        for parameter, copied in zip(held, copies, strict=True):
+            parameter.grad = copied
 
 
 def per_weight(scale: float, weight: float | Tensor) -> float | Tensor:

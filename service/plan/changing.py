@@ -175,6 +175,10 @@ def changes(old: Spec, new: Spec) -> list[Change]:
         groups = [values["optimizer"]["groups"] for values in (before, after)]
         if sorted(map(_told, groups[0])) == sorted(map(_told, groups[1])):
             after["optimizer"]["groups"] = groups[0]
+    ways = old.model.compilation, new.model.compilation
+    if None not in ways:  # true is a mapping without keys
+        for values, how in zip((before, after), ways, strict=True):
+            values["model"]["compile"] = plain_values(how)
     orders = [", ".join(values["optimizers"]) for values in (before, after)]
     swapped = [Change("optimizers", *orders)] if orders[0] != orders[1] else []
     return swapped + [

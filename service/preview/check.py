@@ -33,6 +33,7 @@ from service.optimization.buffers import (
     plain_state_in_words,
     written_in_words,
 )
+from service.optimization.compilation import replays_in_words
 from service.optimization.optimizers import Turns, needs_closure
 from service.optimization.train_state import TrainState
 from service.optimization.updates import Updates
@@ -134,6 +135,8 @@ def _compiled(state: TrainState, each: Sequence[Rehearsed], spec: Spec) -> Itera
         _, seconds = _timed(partial(compile_now, part.dry_run, called, model, spec))
         whose = "" if part.turn is None else f"{part.turn}: "
         yield "compile", f"{whose}a forward and a backward pass ({seconds:.2f} s)"
+    for line in replays_in_words(spec.model.compilation, world.device):
+        yield "compile", line
 
 
 def _initial(spec: Spec, model: nn.Module) -> Iterator[Finding]:

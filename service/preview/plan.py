@@ -37,7 +37,7 @@ from service.runs.directory import RunDirectory
 from service.sharding.sharding import held_bytes, parameters_by_unit, units_of
 from service.spec.models import Spec
 from service.spec.schedule import PlateauSpec
-from service.training.setup import require_shardable
+from service.training.setup import require_replayable, require_shardable
 
 
 def planned(spec: Spec, *, processes: int, runs: Path) -> str:
@@ -61,6 +61,7 @@ def planned(spec: Spec, *, processes: int, runs: Path) -> str:
     require_batch(task, plan)
     require_measures(spec, task)
     require_hooks(task, plan)
+    require_replayable(spec, task)
     model = new_model(task, seed=spec.seed)
     if spec.exchange.shards:
         require_shardable(model, spec)

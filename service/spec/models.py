@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    Tag,
     create_model,
     field_validator,
     model_validator,
@@ -76,6 +77,50 @@ class ActivationCheckpointingSpec(Part):
     chosen. The result has the same bits as without."""
 
 
+class CompileSpec(Part):
+    """How torch.compile compiles the model. Every key has the meaning that it has there."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    """`reduce-overhead` replays each pass as a CUDA graph: for steps of a few milliseconds, most of
+    which the host needs to launch kernels. `max-autotune-no-cudagraphs` chooses kernels by timing,
+    so another attempt may round differently; `max-autotune` does both."""
+    dynamic: bool | None = None
+    """Kernels for any shape (`true`), or for each shape (`false`). Default: for each, until a
+    second shape is met."""
+    fullgraph: bool = False
+    """Refuse a model of which torch cannot make one graph."""
+    backend: Annotated[str, Field(pattern=r"^\w+$")] = "inductor"
+    """A backend of torch.compile, such as `aot_eager` to look for the cause of a fault. A `mode`
+    other than `default` belongs to `inductor`."""
+
+    @model_validator(mode="after")
+    def _mode_of_inductor(self) -> Self:
+        if self.mode != "default" and self.backend != "inductor":
+            raise wrong(
+                f"mode: {self.mode} belongs to the backend inductor, but backend is "
+                f"{self.backend}; leave one of them out"
+            )
+        return self
+
+    @property
+    def replays(self) -> bool:
+        """Whether passes are replayed as CUDA graphs, each of which has its own memory."""
+        return self.mode in ("reduce-overhead", "max-autotune") or self.backend == "cudagraphs"
+
+    @property
+    def in_words(self) -> str:
+        """The key that asks for CUDA graphs."""
+        if self.backend != "inductor":
+            return f"model.compile.backend: {self.backend}"
+        return f"model.compile.mode: {self.mode}"
+
+
+def _switch_or_options(value: Any) -> str:
+    return "options" if isinstance(value, dict | CompileSpec) else "switch"
+
+
 class ModelSpec(Part):
     """How the model is computed."""
 
@@ -88,8 +133,12 @@ class ModelSpec(Part):
     value after its `first` micro-batch. `local`: each process keeps its own."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; weights keep the dtype that the model gave."""
-    compile: bool = False
-    """Compile the model with torch.compile; of a sharded model, each unit by itself."""
+    compile: Annotated[
+        Annotated[bool, Tag("switch")] | Annotated[CompileSpec, Tag("options")],
+        Discriminator(_switch_or_options),
+    ] = False
+    """Compile the model with torch.compile; of a sharded model, each unit by itself. `true`, or its
+    options."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its convolution algorithms and use the fastest. Another attempt may measure
     other times and round differently, so a resumed run may not end with the same bits."""
@@ -99,6 +148,11 @@ class ModelSpec(Part):
     """Decay of an exponential moving average of the weights, such as 0.999."""
     activation_checkpointing: ActivationCheckpointingSpec | None = None
     """Recompute activations in the backward pass instead of storing them."""
+
+    @property
+    def compilation(self) -> CompileSpec | None:
+        """How the model is compiled; None if it is not."""
+        return CompileSpec() if self.compile is True else self.compile or None
 
 
 class _InitSpec(Part):
@@ -441,6 +495,30 @@ ONLY_SHARDED = (
 """Keys of the section exchange that other modes do not have."""
 
 
+def _not_replayed(spec: Spec) -> list[tuple[bool, str]]:
+    """(whether the spec asks for it, why and what to do) for all that no CUDA graph can do."""
+    return [
+        (
+            spec.exchange.shards,
+            f"exchange.mode: {spec.exchange.mode}, which gathers parameters at other addresses in "
+            "each pass: use mode: default",
+        ),
+        (
+            bool(spec.optimizers),
+            "optimizers, whose step may keep outputs of a model: use mode: default",
+        ),
+        (
+            spec.model.batchnorm == "sync",
+            "model.batchnorm: sync, which sends within a pass: use micro",
+        ),
+        (
+            spec.batch.micro_batch == "auto",
+            "batch.micro_batch: auto, which measures passes without the memory of the graphs: give "
+            "a number",
+        ),
+    ]
+
+
 def _not_sharded(spec: Spec) -> list[tuple[bool, str, str]]:
     """(whether the spec asks for it, what, what to do instead) for everything not yet sharded."""
     model, exchange = spec.model, spec.exchange
@@ -579,6 +657,19 @@ class Spec(Part):
                 "exactness: bitwise needs the same algorithms in every attempt: "
                 "remove model.cudnn_benchmark"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_compiled_so(self) -> Self:
+        how = self.model.compilation or CompileSpec()
+        if self.exactness == "bitwise" and (how.mode != "default" or how.replays):
+            raise wrong(
+                "exactness: bitwise needs the same kernels in every process and attempt, which "
+                f"{how.in_words} does not promise: use mode: default"
+            )
+        for is_so, why in _not_replayed(self) if how.replays else ():
+            if is_so:
+                raise wrong(f"{how.in_words} makes CUDA graphs, which do not work with {why}")
         return self
 
     @model_validator(mode="after")

@@ -139,11 +139,19 @@ class DryRun:
         with told_as_mistake(f"task: one forward and backward pass over {over} failed"):
             return self._pass(model, checked=True)
 
-    def compile(self, wrapped: nn.Module, bare: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    def compile(
+        self,
+        wrapped: nn.Module,
+        bare: nn.Module,
+        parts: Mapping[str, nn.Module],
+        *,
+        replays: bool = False,
+    ) -> None:
         """Compile the model, with a call as in training.
 
         Args:
             parts: the compiled modules by name, of which a call must reach at least one.
+            replays: also record the CUDA graphs, in a second pass, and replay them, in a third.
         Raises:
             SpecError: that fails.
         """
@@ -151,7 +159,9 @@ class DryRun:
         whose = nullcontext() if self.turn is None else told_of_turn(self.turn)
         called = nullcontext() if is_with_loss(wrapped) else require_compiled(parts)
         with whose, self._undone(bare), said, called:
-            self._pass(wrapped)
+            for _ in range(3 if replays else 1):
+                bare.zero_grad(set_to_none=True)
+                self._pass(wrapped)
 
     def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
         """Let gradient exchange settle into the order that it keeps for the rest of the run."""

@@ -20,7 +20,12 @@ from service.data.streams import Stream, contents, is_stream
 from service.data.task import Data, Task, TestSet, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import python_and_numpy, seed_generators
-from service.distributed.gradient_sync import GradientSync, OrderedSync, OverlappedSync
+from service.distributed.gradient_sync import (
+    GradientSync,
+    OrderedSync,
+    OverlappedSync,
+    ReplayedSync,
+)
 from service.distributed.stragglers import Stopwatch, StragglerDetector
 from service.distributed.world import World
 from service.health.heartbeat import Heartbeat
@@ -30,7 +35,12 @@ from service.optimization.activation_checkpointing import (
     require_still_buffers,
 )
 from service.optimization.buffers import Buffers, StillBuffers, buffers_of, kept_equal
-from service.optimization.compilation import compile_in_place, parts_to_compile, spare_compiler
+from service.optimization.compilation import (
+    compile_in_place,
+    parts_to_compile,
+    replays_in_words,
+    spare_compiler,
+)
 from service.optimization.flops import peak_flops
 from service.optimization.learning_rates import Schedule, make_schedule
 from service.optimization.moving_average import MovingAverage, copy_for_average
@@ -374,13 +384,13 @@ def build_exchanges(
     Raises:
         SpecError: torch cannot compile it.
     """
-    spec = plan.spec
-    if spec.model.compile:  # inside the wrapper, which can then overlap the exchange
+    spec, how = plan.spec, plan.spec.model.compilation
+    if how is not None:  # inside the wrapper, which can then overlap the exchange
         lead = world.is_lead
         called = compiled(called, state.model, task=task, world=world, spec=spec, telling=lead)
         if state.average is not None:
             average = state.average.model
-            compile_in_place(average, telling=False, units=compiled_units(average, spec))
+            compile_in_place(average, how, telling=False, units=compiled_units(average, spec))
     stopwatch = Stopwatch(world.device)
     timed = stopwatch if world.processes > 1 else None
     exchanges = []
@@ -409,13 +419,33 @@ def compiled(
     Args:
         called: the model, or the model within the task's own step.
         telling: let torch report on stderr why it recompiles.
+    Raises:
+        SpecError: not in the way of the spec.
     """
-    compile_in_place(model, telling=telling, units=compiled_units(model, spec))
+    how = spec.model.compilation
+    assert how is not None, "the spec asks for it"
+    require_replayable(spec, task)
+    compile_in_place(model, how, telling=telling, units=compiled_units(model, spec))
     if called is not model or spec.exchange.shards:
         return called
     whole = ModelWithLoss(model, task, world)
-    compile_in_place(whole, telling=False)
+    compile_in_place(whole, how, telling=False)
     return whole
+
+
+def require_replayable(spec: Spec, task: Task) -> None:
+    """Check that CUDA graphs, if the spec asks for them, are possible with this task.
+
+    Raises:
+        SpecError: its step may keep what a graph overwrites.
+    """
+    how = spec.model.compilation
+    if how is not None and how.replays and step_of(task) is not None:
+        raise SpecError(
+            f"{how.in_words} makes CUDA graphs, which do not work with a task's own step: it may "
+            "call the model several times and keep what it returns, and the next pass would "
+            "overwrite it. Use mode: default."
+        )
 
 
 def compiled_units(model: nn.Module, spec: Spec) -> dict[str, nn.Module]:
@@ -431,7 +461,9 @@ def compile_now(dry_run: DryRun, called: nn.Module, model: nn.Module, spec: Spec
     Raises:
         SpecError: it cannot.
     """
-    dry_run.compile(called, model, parts_to_compile(model, compiled_units(model, spec)))
+    parts = parts_to_compile(model, compiled_units(model, spec))
+    how = spec.model.compilation
+    dry_run.compile(called, model, parts, replays=how is not None and how.replays)
 
 
 def _exchange(
@@ -485,6 +517,10 @@ def _exchange(
     if spec.model.compile:
         compile_now(rehearsed.dry_run, overlapped.model, state.model, spec)
     rehearsed.dry_run.settle_buckets(overlapped.model, state.model)
+    how = spec.model.compilation
+    if how is not None and how.replays:
+        replayed = ReplayedSync(overlapped, exchanges=world.processes > 1)
+        return kept_equal(replayed, buffers)
     return kept_equal(overlapped, buffers)
 
 
@@ -534,6 +570,8 @@ def prepare_training(
     exchanges, stopwatch = build_exchanges(
         state, called, model, rehearsal, task=task, plan=plan, world=world
     )
+    for line in replays_in_words(plan.spec.model.compilation, world.device):
+        say(line)
     stragglers = StragglerDetector(
         world, rounds=plan.rounds, throughput=throughput, stopwatch=stopwatch, say=say
     )
