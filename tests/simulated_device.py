@@ -53,6 +53,8 @@ PENDING: list[Exception] = []
 """What was found where nothing can be raised; the next operator, or wait of the host, raises it."""
 ASSERTED: list[str] = []
 """Why the device has stopped: an index was out of range. It is told to who waits for the device."""
+SOON: list[bool] = []
+"""With something in it, already the next operator is told: the device was faster than the host."""
 
 
 class Race(RuntimeError):
@@ -153,7 +155,7 @@ def _host_waits(why: str, told: dict[Stream, int]) -> None:
     WAITS.append(why)
     _raise_pending()
     if ASSERTED:
-        raise RuntimeError(f"sim error: device-side assert triggered\n{ASSERTED[0]}")
+        raise _assertion()
     with torch.profiler.record_function(f"the host waits for sim: {why}"):
         _learn(_HOST, told)
         while _to_come:
@@ -161,6 +163,10 @@ def _host_waits(why: str, told: dict[Stream, int]) -> None:
         for copy in [copy for copy in _late if _HOST.get(copy[0], 0) >= copy[1]]:
             _late.remove(copy)
             copy[2]()
+
+
+def _assertion() -> RuntimeError:
+    return RuntimeError(f"sim error: device-side assert triggered\n{ASSERTED[0]}")
 
 
 def _wait(why: str) -> None:
@@ -434,6 +440,8 @@ def _read(tensor: Sim, why: str) -> None:
 def _ready(tensors: list[Sim]) -> None:
     """The current stream goes on by one, with what these hold."""
     _raise_pending()
+    if ASSERTED and SOON:
+        raise _assertion()
     stream = current_stream()
     stream.now += 1
     for tensor in tensors:

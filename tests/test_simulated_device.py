@@ -342,7 +342,8 @@ def mislabelled():
     return supervised(model=lambda: nn.Linear(4, 3), train=rows, test=rows)
 
 
-def told_of_label(world, runs):
+def told_of_label(world, runs, soon):
+    simulated_device.SOON[:] = [True] if soon else []
     spec = spec_of("none", task=f"{__file__}:mislabelled", batch={"global_batch": 20})
     try:
         with pytest.raises(SpecError) as told:
@@ -350,10 +351,12 @@ def told_of_label(world, runs):
         return str(told.value)
     finally:
         simulated_device.ASSERTED.clear()
+        simulated_device.SOON.clear()
 
 
-def test_a_label_out_of_range_is_reported_before_the_first_step(simulated, tmp_path):
-    [told] = simulated(1).run(told_of_label, tmp_path)
+@pytest.mark.parametrize("soon", [False, True], ids=["when waited for", "by the next operator"])
+def test_a_label_out_of_range_is_reported_before_the_first_step(simulated, tmp_path, soon):
+    [told] = simulated(1).run(told_of_label, tmp_path, soon)
     assert "device-side assert triggered" in told
     assert "a label that is not a class" in told
     assert "EVENSTEP_DEVICE=cpu" in told

@@ -173,15 +173,15 @@ class DryRun:
 
     def _pass(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
         """The loss of a forward pass, after its backward pass."""
-        loss = self.loss(callee, checked=checked)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if checked:  # a device reports an index out of range only when waited for
-            try:
+        try:
+            loss = self.loss(callee, checked=checked)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if checked:  # at the latest then a device reports an index out of range
                 synchronize(self.world.device)
-            except RuntimeError as error:
-                if "device-side assert" not in str(error):
-                    raise
-                raise SpecError(_asserted(self.batch, error)) from error
+        except RuntimeError as error:
+            if "device-side assert" not in str(error):
+                raise
+            raise SpecError(_asserted(self.batch, error)) from error
         return loss
 
     def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
