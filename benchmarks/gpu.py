@@ -612,6 +612,37 @@ def part_graph(world: World, small: bool) -> None:
         show(world, f"| {name} | {1e3 * statistics.median(found):.3f} |")
 
 
+def part_replayed(world: World, small: bool) -> None:
+    """`model.compile` with and without CUDA graphs, for the tiny network."""
+    ways: dict[str, bool | dict[str, str]] = {
+        "false": False,
+        "true": True,
+        "{mode: reduce-overhead}": {"mode": "reduce-overhead"},
+    }
+    losses: dict[tuple[str, int], float] = {}
+    show(world, "| model.compile, the tiny network | ms a step | against false |", "|---|--:|--:|")
+    base = 0.0
+    for name, way in ways.items():
+        found: list[float] = []
+        more = {"steps": 6 * STEPS + 1, "over": timed(world, found), "model": {"compile": way}}
+        losses[name, 1] = first_loss(ours("tiny", world, small=small, **more))
+        seconds = statistics.median(found)
+        base = base or seconds
+        show(world, f"| {name} | {1e3 * seconds:.3f} | {seconds / base:.3f} |")
+        if name != "true":  # gradients are accumulated
+            rows = ours("tiny", world, small=small, parts=2, **more)
+            losses[name, 2] = first_loss(rows)
+    told = ", ".join(f"{name} {parts}: {loss:.6f}" for (name, parts), loss in losses.items())
+    show(world, "", f"Loss of step {STEPS}, by micro-batches: {told}.")
+    apart = max(losses.values()) - min(losses.values())
+    assert apart < 0.01 * max(losses.values()), "the ways of compiling train differently"
+
+
+def first_loss(rows: list[dict[str, Any]]) -> float:
+    """The first loss that the run has logged."""
+    return float(next(row["train/loss"] for row in rows if "train/loss" in row))
+
+
 def part_batchnorm(world: World, small: bool) -> None:
     """BatchNorm's exact ways against `local`, four micro-batches a step."""
     show(world, "| model.batchnorm, 4 micro-batches | ms a step | against local |", "|---|--:|--:|")
@@ -793,8 +824,12 @@ def weights_of(run: Path) -> str:
 def part_tests(world: World, small: bool) -> None:
     """The tests that need a GPU."""
     root = Path(__file__).parents[1]
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    assert subprocess.run(words, cwd=root).returncode == 0, "tests failed"
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    assert subprocess.run([*words, *GPU_TESTS], cwd=root).returncode == 0, "tests failed"
+
+
+# By name: to look for them in all files takes half a minute.
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("carrier", "gpu_compile", "normalization")]
 
 
 PARTS: dict[str, tuple[Callable[[World, bool], None], int]] = {
@@ -808,7 +843,8 @@ PARTS: dict[str, tuple[Callable[[World, bool], None], int]] = {
     "bitwise": (part_bitwise, 120),
     "batchnorm": (part_batchnorm, 90),
     "loader": (part_loader, 120),
-    "tests": (part_tests, 120),
+    "tests": (part_tests, 180),
+    "replayed": (part_replayed, 120),
     "graph": (part_graph, 60),
     "compiled": (part_compiled, 180),
 }
@@ -819,7 +855,9 @@ _LEAST_SECONDS = 20
 
 def run_part(name: str, *, small: bool) -> None:
     """One part, in this process."""
-    precision = "fp32" if name in ("tiny", "graph", "device") else "bf16"
+    if name == "bitwise":  # cuBLAS reads it once, and the runs without it come first
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    precision = "fp32" if name in ("tiny", "graph", "device", "replayed") else "bf16"
     with process_group(launched() or Environment(), precision=precision) as world:
         if world.device.type == "cpu" and not small:
             raise SystemExit("there is no GPU here; --small shows whether it would run")
