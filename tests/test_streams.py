@@ -9,8 +9,9 @@ from test_features import difference
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from service.basics import randomness
 from service.basics.errors import DataBroken, SpecError
-from service.data.streams import Stream
+from service.data.streams import Stream, contents
 from service.data.task import supervised
 from service.plan.plan import make_plan
 from service.preview.plan import planned
@@ -153,3 +154,40 @@ def test_the_plan_says_which_promise_holds(tmp_path):
     assert "the same rows at any number of processes" in whole
     split = planned(load_spec(JOB | {"loader": {"stream": "split"}}), processes=1, runs=tmp_path)
     assert "depend on their number" in split
+
+
+def test_each_row_draws_the_numbers_of_its_key_also_after_rows_that_were_passed_over():
+    class Drawing(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.rand(()).item(), np.random.rand()
+
+    stream = Stream(Drawing(), mode="split", index=2, of=1, seed=5)
+    rows = dict(enumerate(stream.take(1030)))
+    stream.pass_over(1030)
+    rows |= enumerate(stream.take(10), start=2060)
+    for place in (0, 1, 1023, 1024, 1029, 2060, 2069):
+        key = randomness.key(randomness.ROW, 5, 2, place)
+        torch.manual_seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        assert rows[place] == (torch.rand(()).item(), np.random.rand())
+
+
+def test_the_ids_of_rows_are_those_of_earlier_versions():
+    rows = [
+        {"input_ids": [101, 7, 4095, -3], "label": 2},
+        ([1, True, 2.5, "a", None], [[3], []]),
+        (torch.arange(6, dtype=torch.float32).reshape(2, 3).T, np.arange(3), 7),
+        b"bytes",
+        [1, True, 2],
+        [1, 2.5],
+    ]
+    of_first_version = [
+        2498097381683045508,
+        4549865432072867423,
+        4966780423435339456,
+        -4233714428153177304,
+        7161993625976042658,
+        5303935915441713824,
+    ]
+    assert contents(rows).tolist() == of_first_version

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from service.data.serialization import from_plain, plain
 from service.distributed.generators import seed_generators
 
 Mode = Literal["whole", "split"]
+
+_KEYS_AHEAD = 1024
 
 
 def is_stream(data: Any) -> bool:
@@ -82,6 +84,8 @@ class Stream:
         self._rows = 0  # since the start of this epoch
         self._taken = 0  # since the start of the first epoch
         self._rest: Iterator[Any] | None = None
+        self._keys: list[int] = []
+        self._keyed_from = 0  # the row that has the first of these keys
 
     def take(self, count: int) -> list[Any]:
         """The next `count` rows; at its end the stream starts again.
@@ -183,8 +187,17 @@ class Stream:
 
     def _drawn(self, rest: Iterator[Any]) -> Any:
         """What follows, read with the random numbers of the next row; `_END` at the end."""
-        seed_generators(randomness.key(randomness.ROW, *self._seed, self._taken))
+        seed_generators(self._key())
         return next(rest, _END)
+
+    def _key(self) -> int:
+        """The key of the next row; computed for many at a time."""
+        at = self._taken - self._keyed_from
+        if not 0 <= at < len(self._keys):
+            numbers = np.arange(self._taken, self._taken + _KEYS_AHEAD)
+            self._keys = randomness.keys(randomness.ROW, *self._seed, numbers=numbers).tolist()
+            self._keyed_from, at = self._taken, 0
+        return self._keys[at]
 
     def _started(self) -> Iterator[Any]:
         if self._rest is None:
@@ -250,8 +263,7 @@ def contents(rows: list[Any]) -> NDArray[np.int64]:
 
 def _content(row: Any) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    for piece in _pieces(row):
-        digest.update(piece)
+    _note(row, digest.update)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -260,28 +272,40 @@ def _checksum(data: bytes | memoryview) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
-def _pieces(value: Any) -> Iterator[bytes]:
-    if isinstance(value, torch.Tensor):
-        yield f"{value.dtype}{list(value.shape)}".encode()
+_PLAIN = {str, int, float, bool, type(None)}
+
+
+def _note(value: Any, add: Callable[[bytes], object]) -> None:
+    """Add the content of a value to a digest."""
+    if type(value) in _PLAIN:
+        add(repr(value).encode())
+    elif isinstance(value, torch.Tensor):
+        add(f"{value.dtype}{list(value.shape)}".encode())
         flat = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        yield _checksum(flat.numpy().data)
+        add(_checksum(flat.numpy().data))
     elif isinstance(value, np.ndarray) and value.dtype != object:
-        yield f"{value.dtype}{list(value.shape)}".encode()
-        yield _checksum(np.ascontiguousarray(value).data)
+        add(f"{value.dtype}{list(value.shape)}".encode())
+        add(_checksum(np.ascontiguousarray(value).data))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield repr(key).encode()
-            yield from _pieces(item)
-    elif isinstance(value, tuple | list):
-        yield f"{len(value)}".encode()
-        for item in value:
-            yield from _pieces(item)
+            add(repr(key).encode())
+            _note(item, add)
+    elif isinstance(value, (tuple, list)):
+        add(str(len(value)).encode())
+        kinds = {*map(type, value)}
+        if kinds == {int}:  # such as tokens: the same bytes as below, in half of the time
+            add(("%d" * len(value) % tuple(value)).encode())
+        elif kinds <= _PLAIN:
+            add("".join(map(repr, value)).encode())
+        else:
+            for item in value:
+                _note(item, add)
     elif isinstance(value, bytes):
-        yield _checksum(value)
-    elif isinstance(value, str | int | float | bool | np.generic | None):
-        yield repr(value).encode()
+        add(_checksum(value))
+    elif isinstance(value, (str, int, float, np.generic)):
+        add(repr(value).encode())
     else:  # an object of an unknown class, such as an image: its type
-        yield type(value).__qualname__.encode()
+        add(type(value).__qualname__.encode())
 
 
 def _divided(data: Any, index: int, of: int) -> Any:
