@@ -401,6 +401,11 @@ def test_cancel_lets_the_pods_save(place: Path) -> None:
         done = kubernetes(place, "cancel", "ddp-train")
     assert "is stopping with a checkpoint" in done.stdout
     assert server.requests[0].body["propagationPolicy"] == "Foreground"
+    ended = copy.deepcopy(recorded(26))
+    ended.body["status"]["conditions"][-1]["type"] = "Failed"
+    with serving({("DELETE", JOB): [ended]}, place / "config"):
+        done = kubernetes(place, "cancel", "ddp-train")
+    assert "ddp-train had ended already (Failed: PodFailurePolicy" in done.stdout
     with serving({("DELETE", JOB): [NONE]}, place / "config"):
         nobody = kubernetes(place, "cancel", "ddp-train")
     assert nobody.returncode == 1
@@ -722,6 +727,16 @@ NO_WAYS: dict[str, tuple[dict[str, Any], int, str]] = {
         1,
         "The sign-in to the cluster",
     ),
+    "a context that is a list": (
+        {"context": ["c"]},
+        64,
+        "is not a kubeconfig: each of its contexts",
+    ),
+    "variables of a command that are none": (
+        {"user": {"exec": {"apiVersion": "x/v1", "command": "true", "env": 5}}},
+        64,
+        "is not a kubeconfig: the env of a sign-in command is no list",
+    ),
     "no user at all": ({"context": {"cluster": "c"}}, 1, "does not respond"),
 }
 
@@ -743,7 +758,10 @@ def ask() -> None:
         api.get("Job", "ddp-train")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "}{:", "clusters: 3", "users: [3]", "\0"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "}{:", "clusters: 3", "users: [3]", "\0", "users: [{}]", "current-context: [c]"],
+)
 def test_a_file_that_is_not_a_kubeconfig_is_reported(
     place: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from launch.engines.kubernetes.manifests import (
 from launch.engines.kubernetes.targets import NEVER_AGAIN, NOT_ITS_FAULT
 from service.basics.errors import SpecError
 from service.spec.files import load_spec
+from service.spec.kubernetes import quantity
 from service.spec.models import Spec
 
 TARGETS = ("job", "jobset", "kubeflow")
@@ -244,6 +245,8 @@ def test_kubernetes_leaves_values_and_arguments_as_they_are() -> None:
     env = {f"V{number}": text for number, text in enumerate(texts)}
     objects = with_words(render(job(env=env)), ["--accept", *texts])
     (container,) = pod_of(objects)["containers"]
+    (stored,) = pod_of(render(job(runs="s3://bucket/$(HOME)")))["containers"]
+    assert expanded(stored["command"][-1], {"HOME": "/tmp"}) == "s3://bucket/$(HOME)"
     known: dict[str, str] = {}
     for each in container["env"]:
         known[each["name"]] = expanded(each.get("value", ""), known)
@@ -252,6 +255,12 @@ def test_kubernetes_leaves_values_and_arguments_as_they_are() -> None:
     assert expanded("$(HOME)", known) == "/tmp", "as they would be"
     with pytest.raises(SpecError, match="must not contain a NUL character, but WORD does"):
         job(env={"WORD": "a\0b"})
+
+
+@pytest.mark.parametrize(("text", "number"), [("4194304Ki", 2**32), ("512Mi", 2**29), ("3k", 3e3)])
+def test_a_quantity_in_any_unit(text: str, number: float) -> None:
+    assert quantity(text) == number
+    assert job(memory="32Gi", scratch=text).kubernetes is not None
 
 
 def test_every_option_arrives() -> None:
@@ -541,6 +550,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a directory as an address": (
         {"runs": "/runs"},
         "kubernetes.runs: must be an address in object storage, SCHEME://BUCKET/PREFIX",
+    ),
+    "an endpoint that is no address": (
+        {"env": {"AWS_ENDPOINT_URL": "http://[::1"}},
+        "kubernetes.env.AWS_ENDPOINT_URL: must be the address of a server, such as https://s3.ex",
+    ),
+    "an endpoint with a port that is none": (
+        {"env": {"AWS_ENDPOINT_URL": "http://minio:99999"}},
+        "must be the address of a server",
+    ),
+    "an endpoint without a scheme": (
+        {"env": {"AWS_ENDPOINT_URL": "minio:9000"}},
+        "must be the address of a server",
+    ),
+    "a quantity in the digits of another script": (
+        {"memory": "\u0663Gi"},
+        "kubernetes.memory: must be a Kubernetes quantity",
     ),
     "an address without a bucket": ({"runs": "s3://"}, "kubernetes.runs: must be an address"),
     "an address with a key in it": (

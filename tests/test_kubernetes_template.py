@@ -144,6 +144,16 @@ def test_a_field_that_1_31_does_not_know_is_reported() -> None:
     ]
 
 
+def test_no_name_of_a_template_ends_the_line_above_the_manifests() -> None:
+    """It would be the start of another object, for who applies what was rendered."""
+    volume = {"name": "a\nkind: Secret\nb", "hostPath": {"path": "/opt"}}
+    options = {"pod_template": {"spec": {"volumes": [volume]}}}
+    spec = job(**options, loosened_security={"pod_template": ["volumes"]})
+    told = notes(spec, render(spec), target="job")
+    assert "spec.volumes[a\\nkind: Secret\\nb].hostPath" in told[0]
+    assert not [line for line in told if "\n" in line]
+
+
 def test_the_lines_stand_above_the_manifests_and_the_pod_reads_the_same_spec(
     tmp_path: Path,
 ) -> None:
@@ -240,6 +250,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "no containers": ("spec: {containers: null}", ".spec.containers: missing; Kubernetes requires"),
     "no pods": ("spec: null", ": spec cannot be changed here: without it there are no pods."),
     "no labels": ("metadata: {labels: null}", ": metadata.labels cannot be changed here"),
+    "a label that none can be": (
+        f"metadata: {{labels: {{team: {'x' * 64}}}}}",
+        ".metadata.labels.team: must be the value of a Kubernetes label: up to 63 letters",
+    ),
     "another run's label": (
         "metadata: {labels: {app.kubernetes.io/instance: x}}",
         ": metadata.labels[app.kubernetes.io/instance] cannot be changed here: the run's objects",

@@ -446,7 +446,7 @@ class KubernetesSpec(Part):
 
 def quantity(text: str) -> float:
     """A Kubernetes quantity as a number: bytes of a size, cores of a cpu."""
-    number = text.rstrip("mkMGTi")
+    number = text.rstrip("mkKMGTi")
     unit = text.removeprefix(number)
     powers = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
     binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

@@ -70,12 +70,18 @@ def _merged(files: list[Path]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {key: {} for key in _LISTS}
     for file in files:
         config = _read(file)
+        if not isinstance(config.get("current-context") or "", str):
+            raise no_way(f"{file} is not a kubeconfig: its current-context is no text")
         if config.get("current-context"):
             merged.setdefault("current-context", config["current-context"])
         for key, inner in _LISTS.items():
             for entry in config.get(key) or []:
-                content = _complete(dict(entry.get(inner) or {}), file)
-                found[key].setdefault(entry.get("name"), {"name": entry["name"], inner: content})
+                name, content = entry.get("name"), entry.get(inner) or {}
+                if not (isinstance(name, str) and isinstance(content, dict)):
+                    told = f"each of its {key} must have a name, and a mapping as its {inner}"
+                    raise no_way(f"{file} is not a kubeconfig: {told}")
+                content = _complete(dict(content), file)
+                found[key].setdefault(name, {"name": name, inner: content})
     context = found["contexts"].get(merged.get("current-context", ""), {"context": {}})["context"]
     if context and not context.get("user"):  # such as for kubectl proxy: without credentials
         context["user"] = "nobody"
@@ -107,6 +113,9 @@ def _complete(content: dict[str, Any], file: Path) -> dict[str, Any]:
         known = {"name": "KUBERNETES_EXEC_INFO", "value": json.dumps(told)}
         # lightkube does not know v1, whose request and answer are the same.
         version = f"{_EXEC}/v1beta1" if version == f"{_EXEC}/v1" else version
-        variables = [*(command.get("env") or []), known]
+        given = command.get("env") or []
+        if not isinstance(given, list):
+            raise no_way(f"{file} is not a kubeconfig: the env of a sign-in command is no list")
+        variables = [*given, known]
         content["exec"] = command | {"apiVersion": version, "env": variables}
     return content

@@ -117,10 +117,13 @@ class Api:
             content=json.dumps(made),
         )
 
-    def delete(self, kind: str, name: str) -> bool:
-        """Delete the object after its dependents; False if it does not exist."""
+    def delete(self, kind: str, name: str) -> dict[str, Any] | None:
+        """Delete the object after its dependents; None if it does not exist.
+
+        Returns the server's answer: the object as it was, or a status.
+        """
         wish = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
-        return bool(self._call("DELETE", self._path(kind, name), missing=True, json=wish))
+        return self._call("DELETE", self._path(kind, name), missing=True, json=wish) or None
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
         """The lines of a pod's log, as they arrive.

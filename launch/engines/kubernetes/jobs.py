@@ -168,8 +168,12 @@ def cancel(api: Api, kind: str, name: str) -> str:
     Raises:
         ClusterError: the job does not exist.
     """
-    if not api.delete(kind, name):
+    deleted = api.delete(kind, name)
+    if deleted is None:
         raise _missing(api, kind, name)
+    end = ending(deleted) if deleted.get("kind") == kind else None
+    if end is not None:
+        return f"{name} had ended already ({end}); its {kind} is deleted, its runs are kept."
     return f"{name} is stopping with a checkpoint; submit it again to continue."
 
 

@@ -28,7 +28,7 @@ from launch.engines.kubernetes.pod.queues import pod_group
 from launch.engines.kubernetes.pod.security import level_of, loosenings
 from launch.engines.kubernetes.refusals import check, checked_template
 from launch.engines.kubernetes.targets import TARGETS, template_of, with_template
-from service.basics.errors import SpecError
+from service.basics.errors import SpecError, printable
 from service.runs.failure_reports import line_of_secret
 from service.spec.files import code_files, dump_values, plain_values, with_code_files
 from service.spec.kubernetes import KubernetesSpec
@@ -184,7 +184,7 @@ def notes(spec: Spec, objects: list[Manifest], *, target: Target) -> list[str]:
     lines += [f"loosened security: {each.place} ({each.name})" for each in found]
     if found:
         lines.append(f"the namespace must accept Pod Security {level_of(found)}")
-    return lines
+    return [printable(line) for line in lines]  # a name of the template may have a line end
 
 
 def to_yaml(documents: list[Any]) -> str:

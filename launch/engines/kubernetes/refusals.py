@@ -6,6 +6,7 @@ import hashlib
 import os.path
 import re
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from launch.engines.kubernetes.pod.monitoring import check_monitoring
 from launch.engines.kubernetes.pod.pod_template import KEY, merged_template
@@ -152,6 +153,21 @@ def _check_variables(cluster: KubernetesSpec) -> None:
                 f"kubernetes.{key}.{name}: it follows from nodes, processes_per_node and port, "
                 "change these instead."
             )
+    endpoint = cluster.env.get("AWS_ENDPOINT_URL")
+    if endpoint and not _is_address_of_a_server(endpoint):
+        raise SpecError(
+            "kubernetes.env.AWS_ENDPOINT_URL: must be the address of a server, such as "
+            f"https://s3.example.com or http://10.1.2.3:9000, but is {endpoint!r}"
+        )
+
+
+def _is_address_of_a_server(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        _ = address.port
+    except ValueError:  # brackets without an IPv6 address, a port that is none
+        return False
+    return address.scheme in ("http", "https") and bool(address.hostname)
 
 
 def _check_grace(spec: Spec, cluster: KubernetesSpec) -> None:

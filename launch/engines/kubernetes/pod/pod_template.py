@@ -19,6 +19,7 @@ from launch.engines.kubernetes.pod.pods import MAIN, Manifest
 from service.basics.errors import SpecError, did_you_mean
 from service.spec.files import on_one_line
 from service.spec.kubernetes import OWN_LABELS
+from service.spec.part import LABEL, LABEL_VALUE, PATTERNS_IN_WORDS
 
 KEY = "kubernetes.pod_template"
 _ROOT = "PodTemplateSpec"
@@ -83,6 +84,12 @@ def merged_template(rendered: Manifest, wanted: Manifest) -> Manifest:
             changes a field on which the job depends.
     """
     _require_known(wanted, _ROOT, "")
+    for key, value in ((wanted.get("metadata") or {}).get("labels") or {}).items():
+        if value is not None and not (
+            re.fullmatch(LABEL, key) and re.fullmatch(LABEL_VALUE, value)
+        ):
+            told = f"must be {PATTERNS_IN_WORDS[LABEL_VALUE]}, but is {_short(value)}"
+            raise SpecError(f"{KEY}.metadata.labels.{key}: {told}")
     wanted = _renamed(wanted, MAIN, _trainer_of(rendered))
     made: Manifest = _merged(rendered, wanted, _type(_ROOT), "")
     _require_whole(made, _ROOT, "")

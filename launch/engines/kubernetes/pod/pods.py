@@ -185,7 +185,7 @@ def _container(spec: Spec, cluster: KubernetesSpec, name: str, world: list[Manif
             "run",
             f"{SPEC_DIRECTORY}/spec.yaml",
             "--runs",
-            cluster.runs or RUNS_DIRECTORY,
+            literal(cluster.runs or RUNS_DIRECTORY),
         ],
         "env": [*world, *_environment(spec, cluster)],
         **({"ports": ports} if ports else {}),
