@@ -73,6 +73,8 @@ def run(
     for name, count in (("processes", processes), ("stop_at", stop_at)):
         if count is not None and (type(count) is not int or count < 1):
             raise SpecError(f"{name}: must be a whole number, at least 1, but is {count}.")
+    if not os.fspath(runs):
+        raise SpecError("runs: is empty, which would be this directory. Name a directory.")
     place = Path(runs).absolute()
     loaded = _loaded(spec, overrides)
     if processes > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -15,7 +16,13 @@ from pathlib import Path
 import pytest
 from commands import BIN, DEADLINE_SECONDS, start
 
-from service.observability.console import LiveConsole, PlainConsole, _Table, console
+from service.observability.console import (
+    LeadOutput,
+    LiveConsole,
+    PlainConsole,
+    _Table,
+    console,
+)
 from service.runs.tracking import Row
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +97,37 @@ def test_a_letter_that_the_stream_cannot_write_ends_nothing():
     screen.say("Läuft")
     screen.close("done")
     assert content.getvalue() == b"L?uft\n"
+
+
+class Tee:
+    """What scripts and notebooks put in the place of sys.stdout: it can write, and no more."""
+
+    def __init__(self, *, full: bool = False) -> None:
+        self.full, self.texts = full, []
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.texts.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_what_replaces_standard_output_needs_only_to_write(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    read = Tee()
+    screen = console(10, stream=read)
+    screen.say("begins")
+    screen.close("done")
+    assert "".join(read.texts) == "begins\n"
+    for nobody in (Tee(full=True), None):  # a full disk, and a program without an output
+        monkeypatch.setattr(sys, "stdout", nobody)
+        LeadOutput(speaks=True)("training goes on")
+        screen = console(10)
+        screen.say("training goes on")
+        screen.close("done")
 
 
 # Writes rows as fast as it can for a second, and 300 at least, in a process of its own on a

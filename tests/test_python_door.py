@@ -39,11 +39,14 @@ SCRIPT = """
 import json
 import signal
 from service import run, read_history, Spec, load_spec
+from service.basics.errors import SpecError
 
 changed = {"length": {"epochs": 2}, "optimizer": {"lr": 0.05}, "tracking": {"wandb": None}}
 changed["checkpoint"] = {"rename": {"old.line": "line"}}
 h = run("digits", name="door", **changed)
 assert h.spec["checkpoint"]["rename"] == {"old.line": "line"}, h.spec
+try: raise AssertionError(run("digits", runs=""))
+except SpecError as error: assert "runs: is empty" in str(error), error
 print(json.dumps({"state": h.state, "rows": h.rows, "optimizer": h.spec["optimizer"]}))
 again = run(load_spec(h.directory.spec))
 assert again.rows == h.rows

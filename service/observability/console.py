@@ -97,7 +97,7 @@ def console(
         step=resume_step or 0,
         time=time.time() if started is None else started,
     )
-    if _is_live(stream, environ):
+    if stream is not None and _is_live(stream, environ):
         return LiveConsole(total_steps, time_left=time_left, stream=stream, environ=environ)
     return PlainConsole(total_steps, time_left=time_left, stream=stream)
 
@@ -105,7 +105,10 @@ def console(
 def _is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
     if environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
-    return stream.isatty() and environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+    is_terminal = getattr(stream, "isatty", None)  # what replaces sys.stdout may lack it
+    if is_terminal is None or not is_terminal():
+        return False
+    return environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
 class _Screen(Console, Protocol):
@@ -114,7 +117,8 @@ class _Screen(Console, Protocol):
     Formatting takes time, drawing more; and the reader of a pipe may stop reading.
     """
 
-    _stream: TextIO
+    _stream: TextIO | None
+    """None in a program that was started without an output."""
     _queue: BackgroundQueue[Row | str]
     _thread: threading.Thread
 
@@ -134,6 +138,8 @@ class _Screen(Console, Protocol):
             self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # open until exit
 
     def _print(self, text: str) -> None:
+        if self._stream is None:
+            return
         try:
             self._stream.write(text + "\n")
             self._stream.flush()
@@ -144,7 +150,7 @@ class _Screen(Console, Protocol):
 class PlainConsole(_Screen):
     """One line per row: a time, then `name=value` pairs."""
 
-    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO) -> None:
+    def __init__(self, total_steps: int, *, time_left: _TimeLeft, stream: TextIO | None) -> None:
         self._total_steps = total_steps
         self._time_left = time_left
         self._stream = stream
@@ -363,12 +369,18 @@ def _throughput(seconds: float) -> str:
     return f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
-def _let_go(stream: TextIO) -> None:
+def _let_go(stream: TextIO | None) -> None:
     """Discard further output: the reader is gone (a closed pipe, a lost ssh), training continues.
 
     On the file descriptor, so that the interpreter's own flush at exit does not turn 0 into 120.
     Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """
+    try:
+        number = stream.fileno() if stream is not None else None
+    except (AttributeError, OSError):
+        number = None  # an object of a notebook or a script
+    if number is None:
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
+    os.dup2(nowhere, number)
     os.close(nowhere)
