@@ -247,6 +247,9 @@ def test_a_mean_and_deviation_of_numbers_of_any_size():
         (["seed"], "must be KEY=VALUE,VALUE"),
         (["seed=1,,2"], "seed=1,,2: a value is empty. Remove the comma, or write null."),
         (["seed=1,2,"], "a value is empty"),
+        (["seed=1,2", "--name", ""], "--name: must be up to 63 letters and digits, and after the"),
+        (["seed=1,2", "--name", "träge"], "but is 'träge'"),
+        (["seed=1,2", "--name", "a" * 64], "--name: must be up to 63"),
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_written(words, told, tmp_path, monkeypatch):

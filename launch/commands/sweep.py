@@ -45,6 +45,7 @@ from service.spec.documents import SUFFIXES, read_document
 from service.spec.extending import EXTENDS
 from service.spec.files import Override
 from service.spec.models import Spec
+from service.spec.part import PATTERNS_IN_WORDS, RUN_NAME, RUN_NAME_LETTERS
 from service.storage.address import Address
 
 VARIANT = "variant"
@@ -53,7 +54,6 @@ _OWN = (_LOGS, "run.json", "sweep.json")
 """Names in the directory of a sweep that no run can have."""
 _OWN_AT_ADDRESS = ("sweep", "data", "lease", "published")
 """The same at an address in an object store."""
-_LONGEST_NAME = 63
 _LAST_BYTES = 8192
 
 
@@ -107,8 +107,9 @@ def sweep(
     variants = _variants(spec)
     several = len(variants) > 1
     own = Path(spec).resolve().name if several else _name(variants[0][1], overrides)
-    title = name or f"{own}-sweep"
-    home = runs / _as_name(title)
+    title = _as_name(f"{own}-sweep") if name is None else name
+    _require_name(title)
+    home = runs / title
     home = home.absolute() if isinstance(home, Path) else home
     with _sweep_at(home) as earlier:
         named = {key for setting in earlier.settings.values() for key, _ in setting}
@@ -342,15 +343,28 @@ def _name_of(setting: Setting, taken: set[str]) -> str:
     name, number = stem, 1
     while name in taken:
         number += 1
-        name = f"{stem[: _LONGEST_NAME - 5]}-{number}"
+        name = f"{stem[: RUN_NAME_LETTERS - 5]}-{number}"
     taken.add(name)
     return name
 
 
 def _as_name(text: str) -> str:
     """The text, with characters that are not allowed in names replaced."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:_LONGEST_NAME]
-    return name if name[:1].isalnum() else f"run{name}"[:_LONGEST_NAME]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:RUN_NAME_LETTERS]
+    return name if name[:1].isalnum() else f"run{name}"[:RUN_NAME_LETTERS]
+
+
+def _require_name(name: str) -> None:
+    """Refuse what would become another name: two sweeps could then be one.
+
+    Raises:
+        SpecError: says which names are valid.
+    """
+    if not re.fullmatch(RUN_NAME, name) or len(name) > RUN_NAME_LETTERS:
+        raise SpecError(
+            f"--name: must be up to {RUN_NAME_LETTERS} {PATTERNS_IN_WORDS[RUN_NAME]}, but is "
+            f"{name!r}."
+        )
 
 
 def _name(spec: str, overrides: Sequence[Override]) -> str:
