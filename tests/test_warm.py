@@ -14,8 +14,9 @@ import pytest
 import warm
 from commands import BIN, CLEAN, DEADLINE_SECONDS
 
-UNLIKE = ("LC_CTYPE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
-"""Python sets the first, and each torchrun has its own of the others."""
+UNLIKE = ("LC_CTYPE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "PWD")
+"""Python sets the first, and each torchrun has its own of the next; a script is started by way of
+`sh`, which sets the last, if the path of Python has spaces."""
 ABOUT = f"""
 UNLIKE = {UNLIKE}
 """
