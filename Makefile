@@ -1,5 +1,6 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
 # make test-fast: the tests that start little, for the minutes between two edits.
+# make test-matrix: the other optimizers, modes and numbers of processes of tests with many cases.
 # make test-cluster: build the image, run it and its pods as containers, let checkov look, and run
 #   jobs on a Slurm controller.
 # make chaos: injure runs three hundred times and compare their bits (an hour).
@@ -14,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 WORKERS := 3
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test tests test-fast test-cluster test-slow chaos check lint types docs clean
+.PHONY: run test tests test-fast test-matrix test-cluster test-slow chaos check lint types docs clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
@@ -24,7 +25,11 @@ test: $(READY) lint
 	@$(MAKE) --no-print-directory -j2 types tests
 
 tests: $(READY)
-	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster"
+	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster and not matrix"
+
+# Further cases of tests with many: tests/matrix.py.
+test-matrix: $(READY)
+	$(BIN)/pytest -q $(SHARED) -m "matrix and not slow and not cluster"
 
 # Without the command line, injuries and trackers: see CONTRIBUTING.md. The longest come first.
 FAST := world_size shapes hostile_runs normalization samplers schedules stops kubernetes_manifests \
@@ -32,7 +37,7 @@ FAST := world_size shapes hostile_runs normalization samplers schedules stops ku
 	optimizer_values device_lines
 
 test-fast: $(READY)
-	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster" $(FAST:%=tests/test_%.py)
+	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster and not matrix" $(FAST:%=tests/test_%.py)
 
 # Needs root, podman, buildah and debootstrap, and for Slurm slurmctld, slurmd, slurm-client, munge
 # and iproute2, all of Debian; what cannot run here says why. A machine's first time makes the base and fetches the wheels; they are kept in ~/.cache/evenstep-containers.

@@ -18,6 +18,7 @@ import containers
 import pytest
 import slurm
 from accelerate import Accelerator
+from matrix import mark_further_cases
 from processes import Processes, ProcessesOf
 
 from service.distributed.world import World
@@ -65,7 +66,9 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_further_cases(items, config.args_source is pytest.Config.ArgsSource.TESTPATHS)
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

@@ -64,6 +64,7 @@ def test_a_node_that_is_lost_before_the_ranks_start_is_no_endless_wait(tmp_path:
         assert ended(first) == 0, nodes.everything()
 
 
+@pytest.mark.matrix
 @LINUX
 def test_a_sharded_job_goes_on_alone_and_with_the_node_that_returns(tmp_path: Path) -> None:
     """Each node holds a part of the parameters and of the optimizer: none is lost with it."""

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from chaos.campaign import (
     DAMAGES,
     HANGS,
@@ -42,6 +44,7 @@ def test_killed_at_operations_of_its_saves_a_run_leaves_no_trace(tmp_path: Path)
     assert all(one.struck for one in seen)
 
 
+@pytest.mark.matrix
 def test_a_sharded_run_is_injured_and_leaves_no_trace(tmp_path: Path) -> None:
     how: dict[str, Any] = {"processes": 2, "steps": 46, "hang": 3.0, "mode": "sharded"}
     run(tmp_path, "undisturbed", [], **how)
@@ -62,6 +65,7 @@ def test_a_sharded_run_is_injured_and_leaves_no_trace(tmp_path: Path) -> None:
     assert "parameters and gradients of a backward pass" in told, told  # of the hang
 
 
+@pytest.mark.matrix
 def test_a_run_that_moves_whenever_it_is_stopped_stays_the_same(tmp_path: Path) -> None:
     how: dict[str, Any] = {"processes": 1, "steps": 34, "hang": 30.0, "mode": "moved"}
     run(tmp_path, "undisturbed", [], **how)
