@@ -9,7 +9,7 @@ script (`benchmarks/plain.py`) by python or torchrun.  Both have the environment
 started in, and nobody says on how many threads they compute.  They take turns: medians of the
 seconds, and the median of the ratios of each pair with the smallest and the largest.  `--busy` adds
 two processes that keep a core busy each; `--ours NAME=VALUE` sets variables for Evenstep only.
-Peaks are the largest process's.
+Peaks are the largest process's, of all that the command starts.
 
 The second command is for rows that are expensive to read (`benchmarks/real_data.py`): for each
 number of loader workers the rows per second of both, the fraction of Evenstep's step that waits for
@@ -19,8 +19,10 @@ data, and the peak use of /dev/shm of both.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -33,6 +35,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from benchmarks.models import JOBS, OF_FILES
 
@@ -66,11 +70,12 @@ def whole(
     words: Sequence[str], environ: Mapping[str, str], directory: Path
 ) -> tuple[float, float, float]:
     """The seconds of a command, and peak MiB of its largest process and of /dev/shm."""
-    with (directory / "told.txt").open("wb") as told, SharedMemory() as shared:
+    with (directory / "told.txt").open("wb") as told, Memory() as memory:
         began = time.perf_counter()
         process = subprocess.Popen(
             words, stdout=told, stderr=subprocess.STDOUT, env=environ, cwd=Path(__file__).parents[1]
         )
+        memory.of = process.pid
         try:
             _, status, used = os.wait4(process.pid, 0)
         except BaseException:  # interrupted or timed out: leave no process behind
@@ -81,18 +86,26 @@ def whole(
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(words)} failed:\n{(directory / 'told.txt').read_text()[-3000:]}")
-    return seconds, used.ru_maxrss / 1024, shared.most_mib
+    return seconds, max(used.ru_maxrss / 1024, memory.peak_mib), memory.shared_mib
 
 
-class SharedMemory:
-    """Samples the use of /dev/shm a hundred times per second while it is entered."""
+class Memory:
+    """Samples the use of /dev/shm, and the peaks of processes, while it is entered.
+
+    The system tells the largest of those that a command has waited for itself, which leaves out the
+    ranks that a fork server starts.
+    """
+
+    of: int | None = None
+    """The process whose descendants are looked at."""
 
     def __init__(self) -> None:
         self._before = self._most = self._taken()
+        self.peak_mib = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> SharedMemory:
+    def __enter__(self) -> Memory:
         self._thread.start()
         return self
 
@@ -101,16 +114,37 @@ class SharedMemory:
         self._thread.join()
 
     @property
-    def most_mib(self) -> float:
+    def shared_mib(self) -> float:
         return (self._most - self._before) / 2**20
 
     def _look(self) -> None:
-        while not self._ended.wait(0.01):
+        for number in itertools.count():
+            if self._ended.wait(0.01):
+                return
             self._most = max(self._most, self._taken())
+            if self.of is not None and number % 20 == 0:
+                self.peak_mib = max([self.peak_mib, *map(_peak_mib, _descendants(self.of))])
 
     @staticmethod
     def _taken() -> int:
         return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").exists() else 0
+
+
+def _descendants(process: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(process).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _peak_mib(process: int) -> float:
+    """The most that a process has held; 0 if it has ended."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", text)  # a process that is ending has none
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def ours(name: str, processes: int, variables: Mapping[str, str], workers: int = 0) -> Whole:
