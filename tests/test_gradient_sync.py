@@ -8,7 +8,9 @@ from jobs import plan_of, spec_of, train_in_process
 from safetensors.torch import load_file
 from test_unused import SPEC
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from service.data.task import supervised
 from service.runs.tracking import read_metrics
 from service.spec.models import ExchangeSpec
 
@@ -50,6 +52,40 @@ def test_a_static_graph_resumes_to_the_same_bits(processes, tmp_path):
     resumed = trained(processes, 2, tmp_path / "stopped", static_graph=True)
     assert resumed[0] == whole[0]
     assert all(torch.equal(resumed[1][name], whole[1][name]) for name in whole[1])
+
+
+class Backwards(nn.Module):
+    """Layers that are used in the reverse order of their registration, a MiB each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(4))
+        self.head = nn.Linear(512, 7)
+
+    def forward(self, rows):
+        for layer in reversed(self.layers):
+            rows = torch.tanh(layer(rows))
+        return self.head(rows)
+
+
+def backwards():
+    rows = torch.randn(30, 512, generator=torch.Generator().manual_seed(3))
+    data = TensorDataset(rows, rows[:, :7].argmax(1))
+    return supervised(model=Backwards, train=data, test=data, loss="cross_entropy")
+
+
+@pytest.mark.parametrize("exchange", [{}, {"static_graph": True}], ids=["", "static"])
+def test_the_first_step_of_a_process_is_summed_as_the_others_are(processes, tmp_path, exchange):
+    """Otherwise a run that is resumed would round its first step differently."""
+    job = JOB | {"task": f"{__file__}:backwards", "task_args": {}, "length": {"steps": 6}}
+    job |= {"exchange": {"bucket_mib": 2} | exchange}
+    job["batch"] = {"global_batch": 30, "micro_batch": 10}
+    processes(3).run(train_in_process, job, tmp_path / "whole")
+    for stop in (2, 4, None):
+        processes(3).run(train_in_process, job, tmp_path / "stopped", stop)
+    ends = [tmp_path / at / "job/checkpoints/step-00000006" for at in ("whole", "stopped")]
+    whole, stopped = (load_file(end / "model.safetensors") for end in ends)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
 def test_bf16_rounds_what_travels(processes, alone, tmp_path):

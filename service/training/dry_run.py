@@ -163,13 +163,20 @@ class DryRun:
                 bare.zero_grad(set_to_none=True)
                 self._pass(wrapped)
 
-    def settle_buckets(self, wrapped: nn.Module, bare: nn.Module) -> None:
-        """Let gradient exchange settle into the order that it keeps for the rest of the run."""
+    def settle_buckets(self, wrapped: nn.Module, bare: nn.Module, *, is_static: bool) -> None:
+        """Let gradient exchange settle into the order that it keeps for the rest of the run.
+
+        The backward pass shows DDP the order of the gradients. The next forward pass, which may be
+        that of the first step, begins by arranging the buckets in that order.
+
+        Args:
+            is_static: with a static graph, the first pass of DDP exchanges in yet another way.
+        """
         if self.world.processes == 1:
             return
         with self._undone(bare):
-            self._pass(wrapped)  # its backward pass shows DDP the order of the gradients
-            self._pass(wrapped)  # this pass starts by arranging the buckets in that order
+            for _ in range(1 + is_static):
+                self._pass(wrapped)
 
     def _pass(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
         """The loss of a forward pass, after its backward pass."""

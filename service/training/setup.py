@@ -516,7 +516,9 @@ def _exchange(
     )
     if spec.model.compile:
         compile_now(rehearsed.dry_run, overlapped.model, state.model, spec)
-    rehearsed.dry_run.settle_buckets(overlapped.model, state.model)
+    rehearsed.dry_run.settle_buckets(
+        overlapped.model, state.model, is_static=spec.exchange.static_graph
+    )
     how = spec.model.compilation
     if how is not None and how.replays:
         replayed = ReplayedSync(overlapped, exchanges=world.processes > 1)
