@@ -223,10 +223,10 @@ def test_a_sweep_names_no_run_elsewhere(tmp_path, name):
 
 
 def test_sweeps_that_start_at_the_same_time_keep_the_runs_of_each_other(tmp_path):
-    earlier, names = read_sweep(tmp_path), [f"seed-{number}" for number in range(12)]
+    names = [f"seed-{number}" for number in range(12)]
     with ThreadPoolExecutor(len(names)) as threads:
         list(threads.map(lambda name: add_to_sweep(tmp_path, {name: (("seed", name),)}), names))
-    _opened(earlier, _planned([("", "digits")], ("optimizer.lr=1,2",), set()))
+    _opened(tmp_path, _planned([("", "digits")], ("optimizer.lr=1,2",), set()))
     assert read_sweep(tmp_path).settings.keys() == {*names, "lr-1", "lr-2"}
 
 
