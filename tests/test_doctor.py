@@ -7,6 +7,7 @@ import socket
 import pytest
 from commands import evenstep
 
+from launch.commands import doctor
 from launch.commands.doctor import Asked, Finding, _kubectl, _shared_memory, _wandb, exit_code
 from service.basics.limits import limits, memory_each, workers_each
 from service.recipes import find_recipe
@@ -38,6 +39,17 @@ def test_every_check_is_made_and_real_processes_add_up(tmp_path):
     assert "GB/s" in found["all-reduce"]["told"]
     assert found["lock"]["state"] == "ok"
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_what_a_run_would_report_is_no_bug_of_evenstep(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._stop,))
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/run.json").write_text("{torn")
+    spec = load_spec(find_recipe("digits"))
+    (found,) = doctor.examined(Asked(runs=tmp_path, spec=spec))
+    assert (found.name, found.state) == ("stop", "failed")
+    assert found.told.startswith(f"{tmp_path}/digits/run.json cannot be read: ")
+    assert found.fix == "Correct this first: a run would end with the same message."
 
 
 def test_what_is_wrong_is_reported_with_its_fix(tmp_path):

@@ -90,8 +90,9 @@ def examined(asked: Asked) -> Iterator[Finding]:
             yield from check(asked)
         except Exception as error:
             name = check.__name__.strip("_").replace("_", " ")
-            if isinstance(error, EvenstepError):  # such as of the task: it says what to do
-                yield Finding(name, "failed", str(error))
+            if isinstance(error, EvenstepError):  # such as of the task
+                fix = "Correct this first: a run would end with the same message."
+                yield Finding(name, "failed", str(error), fix)
                 continue
             told = f"could not be checked: {type(error).__name__}: {error}"
             yield Finding(name, "failed", told, "Report this as a bug of evenstep.")
