@@ -144,6 +144,19 @@ def test_a_field_that_1_31_does_not_know_is_reported() -> None:
     ]
 
 
+def test_a_token_in_a_projected_volume_is_a_token_too() -> None:
+    token = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
+    template = {"spec": {"volumes": [{"name": "own", "projected": token}]}}
+    with pytest.raises(SpecError, match=r"spec.volumes\[own\].projected weakens the security"):
+        render(job(pod_template=template))
+    allowed = {"pod_template": ["service_account_token"]}
+    spec = job(pod_template=template, loosened_security=allowed)
+    assert notes(spec, render(spec), target="job") == [
+        "loosened security: spec.volumes[own].projected (service_account_token)",
+        "the namespace must accept Pod Security restricted",
+    ]
+
+
 def test_no_name_of_a_template_ends_the_line_above_the_manifests() -> None:
     """It would be the start of another object, for who applies what was rendered."""
     volume = {"name": "a\nkind: Secret\nb", "hostPath": {"path": "/opt"}}

@@ -80,6 +80,10 @@ def _of_the_pod(pod: Manifest) -> Iterator[Loosening]:
         for kind in volume.keys() - {"name"} - _VOLUMES:
             level = "privileged" if kind == "hostPath" else "baseline"
             yield Loosening("volumes", f"spec.volumes[{volume['name']}].{kind}", level)
+        for source in (volume.get("projected") or {}).get("sources") or []:
+            if source.get("serviceAccountToken") is not None:
+                place = f"spec.volumes[{volume['name']}].projected"
+                yield Loosening("service_account_token", place, "")
     context, place = pod.get("securityContext") or {}, "spec.securityContext"
     for sysctl in context.get("sysctls") or []:
         if sysctl["name"] not in _SYSCTLS:
