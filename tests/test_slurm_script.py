@@ -27,8 +27,10 @@ from service.basics.errors import SpecError
 from service.runs.directory import RunDirectory
 from service.spec.files import load_spec
 from service.spec.models import Spec
+from service.storage.address import Address
 
 RUNS = Path("/shared/runs")
+ADDRESS = Address("s3", "bucket/runs")
 JOB = {
     "name": "digits",
     "task": "service.recipes.digits:task",
@@ -78,13 +80,19 @@ def script(sweep: Any = (), seconds: float = 120.0, **asked: Any) -> str:
     return render(Script(job(**asked), RUNS, seconds, sweep))
 
 
+def at_address(**asked: Any) -> str:
+    return render(Script(job(**asked), ADDRESS, 120.0, files=Path("/shared/files")))
+
+
 def scripts() -> list[str]:
-    return [script(**asked) for asked in WAYS.values()] + [script(sweep=SWEEP)]
+    ways = [script(**asked) for asked in WAYS.values()]
+    return [*ways, script(sweep=SWEEP), at_address(nodes=2)]
 
 
-@pytest.mark.parametrize("way", [*WAYS, "sweep"])
+@pytest.mark.parametrize("way", [*WAYS, "sweep", "address"])
 def test_the_script_is_clean(way: str, tmp_path: Path) -> None:
-    text = script(sweep=SWEEP) if way == "sweep" else script(**WAYS[way])
+    others = {"sweep": lambda: script(sweep=SWEEP), "address": lambda: at_address(nodes=2)}
+    text = others[way]() if way in others else script(**WAYS[way])
     file = tmp_path / "job.sh"
     file.write_text(text)
     subprocess.run(["bash", "-n", file], check=True)
@@ -114,6 +122,22 @@ def test_every_line_has_its_reason() -> None:
             assert fits, f"no reason for: {words}"
             used.update(fits)
     assert not set(rows) - used, "a reason for what is not there"
+
+
+def test_runs_at_an_address_need_no_disk_but_for_the_logs() -> None:
+    text = at_address(nodes=2)
+    (place,) = re.findall(r"^place=(.*)$", text, re.MULTILINE)
+    assert re.fullmatch(r"/shared/files/\.slurm/digits-[0-9a-f]{8}", place)
+    assert f"#SBATCH --output={place}/log-%j" in text
+    assert '--name "$name" --runs s3://bucket/runs' in text
+    # The nodes have no directory in common in which the first could leave a secret.
+    assert 'export EVENSTEP_SECRET_FILE="$place/secret-$SLURM_JOB_ID"' in text
+    assert "SECRET" not in at_address(nodes=1)
+    assert "SECRET" not in script(nodes=2)
+    contained = at_address(container=PYXIS | {"mounts": []})
+    assert "--container-mounts=/shared/files:/shared/files" in contained
+    other = render(Script(job(), Address("s3", "other/runs"), 120.0, files=Path("/shared/files")))
+    assert f"place={place}" not in other, "a run of the same name elsewhere"
 
 
 def test_every_option_arrives() -> None:

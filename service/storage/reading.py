@@ -143,6 +143,27 @@ def copied_runs(address: Address, *, with_metrics: bool = True) -> Iterator[tupl
         yield place, [each for each in told if each is not None]
 
 
+def states_at(address: Address, names: Sequence[str]) -> dict[str, str]:
+    """The state of each run that has something at the address, by its name.
+
+    Raises:
+        EvenstepError: one of them cannot be read.
+    """
+    store = open_store(address)
+    with _place() as place:
+
+        def bring(name: str) -> str | None:
+            below, run = store.below(name), RunDirectory(place / name)
+            held = newest_published(below)
+            if held is None:
+                return None
+            _with_newest(below, held, lambda h: bring_files(below, h, run.path, only=(RUN,)))
+            return str(run.read_facts()["state"])
+
+        states = in_parallel(bring, names)
+    return {name: told for name, told in zip(names, states, strict=True) if told is not None}
+
+
 def abandoned(runs: Sequence[Address]) -> tuple[set[Address], list[str]]:
     """Which of these runs no launcher holds; and why this is not known of some."""
     unread = []

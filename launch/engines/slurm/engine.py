@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
@@ -36,7 +37,9 @@ from service.basics.errors import SpecError
 from service.health.stop_budget import budget_seconds
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
+from service.storage.address import Address, address_in
 
+_PASSING_KEYS = "AWS_SESSION_TOKEN"
 _POLL_SECONDS = 2.0
 _LAST_LINES = 200
 _MOST_ENDS = 10
@@ -44,23 +47,35 @@ _MOST_BYTES = 4 << 20
 _LABELLED = re.compile(r"(\d+): (.*)")
 
 
-def _directory(context: click.Context, parameter: click.Parameter, value: str) -> Path:
+def _runs(context: click.Context, parameter: click.Parameter, value: str) -> Path | Address:
     if value == "":
         raise SpecError("--runs: is empty. Is a variable of the shell not set? Name a directory.")
-    if re.match(r"[A-Za-z0-9+.-]{2,}:/", value):
-        raise SpecError(
-            f"--runs {value}: a job of Slurm's cannot keep its runs in an object store yet. Name a "
-            "directory that all nodes see."
-        )
+    return address_in(value) or Path(value)
+
+
+def _files(context: click.Context, parameter: click.Parameter, value: str) -> Path:
+    if value == "":
+        raise SpecError("--files: is empty. Is a variable of the shell not set? Name a directory.")
     return Path(value)
 
 
-_RUNS = click.Option(
-    ["--runs"],
-    callback=_directory,
-    default="runs",
-    show_default=True,
-    help="The runs directory, on a disk that all nodes can access.",
+_PLACES = (
+    click.Option(
+        ["--runs"],
+        callback=_runs,
+        default="runs",
+        show_default=True,
+        help="The runs directory, on a disk that all nodes can access; or an address in an object "
+        "store.",
+    ),
+    click.Option(
+        ["--files"],
+        callback=_files,
+        default="runs",
+        show_default=True,
+        help="For runs at an address: the directory of the script and the logs, on a disk that all "
+        "nodes can access.",
+    ),
 )
 
 
@@ -71,7 +86,7 @@ class Slurm:
     about = "Run a job on Slurm."
     rendered = "the script of SPEC, for sbatch"
     job_options: tuple[click.Option, ...] = (
-        _RUNS,
+        *_PLACES,
         click.Option(
             ["--sweep"],
             multiple=True,
@@ -79,19 +94,27 @@ class Slurm:
             help="Submit an array, a job for each value; with several, for each combination.",
         ),
     )
-    run_options: tuple[click.Option, ...] = (_RUNS,)
+    run_options: tuple[click.Option, ...] = _PLACES
 
     def options_in(self, spec: Spec) -> dict[str, Any]:
         """See `Engine`."""
         return {}
 
     def render(
-        self, spec: Spec, *, runs: Path, sweep: Sequence[str] = (), more: Sequence[str] = ()
+        self,
+        spec: Spec,
+        *,
+        runs: Path | Address,
+        files: Path,
+        sweep: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> str:
         """See `Engine`."""
-        runs = runs.absolute()
-        budget = budget_seconds(spec, RunDirectory(runs / spec.name))
-        return render(Script(spec, runs, budget, settings_of(sweep), more))
+        runs = runs.absolute() if isinstance(runs, Path) else runs
+        # Of runs at an address, the saves so far are not known here.
+        here = runs if isinstance(runs, Path) else place_of(runs, spec.name, files=files)
+        budget = budget_seconds(spec, RunDirectory(here / spec.name))
+        return render(Script(spec, runs, budget, settings_of(sweep), more, files.absolute()))
 
     def submit(
         self,
@@ -100,22 +123,30 @@ class Slurm:
         waits: bool,
         say: Say,
         complain: Say,
-        runs: Path,
+        runs: Path | Address,
+        files: Path,
         sweep: Sequence[str] = (),
         more: Sequence[str] = (),
     ) -> None:
         """See `Engine`."""
-        text = self.render(spec, runs=runs, sweep=sweep, more=more)
-        place = place_of(runs.absolute(), spec.name)
+        text = self.render(spec, runs=runs, files=files, sweep=sweep, more=more)
+        place = _place(runs, files, spec.name)
+        if isinstance(runs, Address) and os.environ.get(_PASSING_KEYS):
+            complain(
+                f"WARNING: {_PASSING_KEYS} is set: sbatch passes it on, and such keys expire. A "
+                "job that starts, or is queued again, after that ends with 64. Use keys that stay, "
+                "or a file that is renewed (AWS_SHARED_CREDENTIALS_FILE)."
+            )
         there = jobs_of(place)
         if there:
+            stop = _command("cancel", spec.name, runs, files)
             raise SpecError(
                 f"Job {there[0].number} of {spec.name} exists already and has not ended. Stop it "
-                f"with {_command('cancel', spec.name, runs)}, or give this run its own --name."
+                f"with {stop}, or give this run its own --name."
             )
         file = place / "job.sh"
         with told_when_unwritten(file):
-            runs.mkdir(parents=True, exist_ok=True)
+            place.parent.parent.mkdir(parents=True, exist_ok=True)
             for directory in (place.parent, place):
                 make_directory(directory)
             replace_file(file, text)
@@ -124,10 +155,10 @@ class Slurm:
             replace_file(place / "job", f"{number}\n")
         say(f"{spec.name} is submitted as job {number}; its log: {_log(place, number)}")
         if waits:
-            self._wait(spec.name, runs, number, say)
+            see = _command("logs", spec.name, runs, files)
+            self._wait(spec.name, place, number, say, see=see)
 
-    def _wait(self, name: str, runs: Path, number: str, say: Say) -> None:
-        place = place_of(runs.absolute(), name)
+    def _wait(self, name: str, place: Path, number: str, say: Say, *, see: str) -> None:
         seen: set[str] = set()
         ends: Ends = {}
         while there := {job.number for job in jobs_of(place)}:
@@ -140,11 +171,13 @@ class Slurm:
             ends = {own: ends.get(own, ("UNKNOWN", 0)) for own in seen | ends.keys()}
         say(f"{name}: {_ended(ends) if ends else 'has ended'}")
         if any(state != "COMPLETED" for state, _ in ends.values()):
-            raise SlurmError(f"See: {_command('logs', name, runs)}")
+            raise SlurmError(f"See: {see}")
 
-    def status(self, name: str, *, complain: Say, runs: Path) -> Iterator[str]:
+    def status(
+        self, name: str, *, complain: Say, runs: Path | Address, files: Path
+    ) -> Iterator[str]:
         """See `Engine`."""
-        place = _known(runs, name)
+        place = _known(runs, files, name)
         last = _last_job(place)
         jobs = jobs_of(place)
         for job in jobs:
@@ -158,8 +191,9 @@ class Slurm:
         progress = progress_in(_end_of(log))
         yield from [f"  {progress}"] if progress else []
         yield f"  log: {log}"
-        for run in sorted(runs.absolute().glob(f"{name}-*/run.json")) if "%a" in log.name else []:
-            yield f"  {run.parent.name}: {RunDirectory(run.parent).read_facts()['state']}"
+        if "%a" in log.name:
+            for run, state in _states(runs, name, place):
+                yield f"  {run}: {state}"
 
     def logs(
         self,
@@ -170,18 +204,19 @@ class Slurm:
         previous: bool,
         follow: bool,
         complain: Say,
-        runs: Path,
+        runs: Path | Address,
+        files: Path,
     ) -> Iterator[str]:
         """See `Engine`."""
-        place = _known(runs, name)
-        files = sorted(place.glob("log-*"), key=_number_of)
+        place = _known(runs, files, name)
+        logs = sorted(place.glob("log-*"), key=_number_of)
         wanted = 2 if previous else 1
-        if len(files) < wanted:
+        if len(logs) < wanted:
             which = "an earlier log" if previous else "a log"
-            see = _command("status", name, runs)
+            see = _command("status", name, runs, files)
             raise SlurmError(f"{name} does not have {which} yet. See: {see}")
         labels = re.search(r"^srun .* --label\b", _text_of(place / "job.sh"), re.M) is not None
-        for line in _lines_of(files[-wanted], place if follow else None):
+        for line in _lines_of(logs[-wanted], place if follow else None):
             found = _LABELLED.fullmatch(line) if labels else None
             of_node, words = (int(found[1]), found[2]) if found else (0, line)
             spoke, text = spoken(words)
@@ -190,9 +225,9 @@ class Slurm:
             elif spoke == rank and (rank or of_node == 0):
                 yield text
 
-    def cancel(self, name: str, *, complain: Say, runs: Path) -> str:
+    def cancel(self, name: str, *, complain: Say, runs: Path | Address, files: Path) -> str:
         """See `Engine`."""
-        jobs = jobs_of(_known(runs, name))
+        jobs = jobs_of(_known(runs, files, name))
         if not jobs:
             raise SlurmError(f"There is no job of {name} in Slurm's queue.")
         running = [job.number for job in jobs if job.state == "RUNNING"]
@@ -221,22 +256,43 @@ def _ended(ends: Ends) -> str:
     return "; ".join(told)
 
 
-def _command(verb: str, name: str, runs: Path) -> str:
-    """What a user types about a run, with the option it needs."""
+def _command(verb: str, name: str, runs: Path | Address, files: Path) -> str:
+    """What a user types about a run, with the options it needs."""
     options = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+    if isinstance(runs, Address) and files != Path("runs"):
+        options += f" --files {shlex.quote(str(files))}"
     return f"evenstep slurm {verb} {name}{options}"
 
 
-def _known(runs: Path, name: str) -> Path:
-    place = place_of(runs.absolute(), name)
+def _place(runs: Path | Address, files: Path, name: str) -> Path:
+    runs = runs.absolute() if isinstance(runs, Path) else runs
+    return place_of(runs, name, files=files.absolute())
+
+
+def _known(runs: Path | Address, files: Path, name: str) -> Path:
+    place = _place(runs, files, name)
     with told_when_unread(place):
         is_known = is_there(place) and place.is_dir()
     if not is_known:
+        options = "--runs" if isinstance(runs, Path) else "--runs and --files"
         raise SlurmError(
-            f"{name} was never submitted from here: there is no {place}. Use the same --runs as "
+            f"{name} was never submitted from here: there is no {place}. Use the same {options} as "
             "to submit."
         )
     return place
+
+
+def _states(runs: Path | Address, name: str, place: Path) -> Iterator[tuple[str, str]]:
+    """The runs of an array that have begun, and their states."""
+    if isinstance(runs, Path):
+        for run in sorted(runs.absolute().glob(f"{name}-*/run.json")):
+            yield run.parent.name, str(RunDirectory(run.parent).read_facts()["state"])
+        return
+    from service.storage.reading import states_at
+
+    found = re.search(r"^#SBATCH --array=0-(\d{1,6})$", _text_of(place / "job.sh"), re.M | re.A)
+    names = [f"{name}-{number}" for number in range(int(found[1]) + 1 if found else 0)]
+    yield from states_at(runs, names).items()
 
 
 def _last_job(place: Path) -> str:

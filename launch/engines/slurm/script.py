@@ -5,6 +5,7 @@ docs/how-to/slurm.md has the reason for every line; a test checks that.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shlex
@@ -19,6 +20,7 @@ from service.runs.failure_reports import is_secret
 from service.spec.files import dump_values, plain_values
 from service.spec.models import Spec
 from service.spec.slurm import SlurmSpec
+from service.storage.address import Address
 
 _END = "END_OF_SPEC"
 _ASSIGNED = re.compile(r"(\w+)=(\S+)")
@@ -33,23 +35,33 @@ class Script:
     """Everything that determines the script."""
 
     spec: Spec
-    runs: Path
-    """The runs directory, as seen by the nodes."""
+    runs: Path | Address
+    """The runs directory, as seen by the nodes; or their address in an object store."""
     stop_budget_seconds: float
     """The time of a stop of this run, from its saves so far."""
     sweep: Sequence[Settings] = ()
     more: Sequence[str] = ()
     """Additional arguments of `evenstep run`."""
+    files: Path = Path("runs")
+    """The directory of the script and the logs, as seen by the nodes, of runs at an address."""
 
     @property
     def place(self) -> Path:
         """The directory of the run's script and logs."""
-        return place_of(self.runs, self.spec.name)
+        return place_of(self.runs, self.spec.name, files=self.files)
+
+    @property
+    def shared(self) -> Path:
+        """The directory that all nodes see."""
+        return self.runs if isinstance(self.runs, Path) else self.files
 
 
-def place_of(runs: Path, name: str) -> Path:
-    """The directory of the script and the logs of a run, next to the runs."""
-    return runs / ".slurm" / name
+def place_of(runs: Path | Address, name: str, *, files: Path) -> Path:
+    """The directory of the script and the logs of a run: next to the runs, or in `files`."""
+    if isinstance(runs, Path):
+        return runs / ".slurm" / name
+    digest = hashlib.sha256(str(runs / name).encode()).hexdigest()[:8]
+    return files / ".slurm" / f"{name}-{digest}"
 
 
 def render(script: Script) -> str:
@@ -115,16 +127,17 @@ def _check(script: Script, asked: SlurmSpec) -> None:
 
 def _check_directory(script: Script, asked: SlurmSpec) -> None:
     """Refuse a directory whose name means something else in the script."""
-    runs = str(script.runs)
+    runs = str(script.shared)
+    option = "--runs" if isinstance(script.runs, Path) else "--files"
     # A line's end would begin a line of the shell.
     if re.search(r"[\s\x00-\x1f\x7f%#\"'\\]", runs):
         raise SpecError(
-            f"--runs: {printable(runs)} contains a space, a control character, a quote, or one of "
-            "% # \\, which sbatch would misinterpret. Use another directory."
+            f"{option}: {printable(runs)} contains a space, a control character, a quote, or one "
+            "of % # \\, which sbatch would misinterpret. Use another directory."
         )
     if asked.container is not None and re.search("[,:]", runs):
         raise SpecError(
-            f"--runs: {runs} contains a comma or a colon, which separate the mounts of a "
+            f"{option}: {runs} contains a comma or a colon, which separate the mounts of a "
             "container. Use another directory."
         )
 
@@ -208,9 +221,17 @@ def _surroundings(script: Script, asked: SlurmSpec) -> str:
     lines.append(f"export EVENSTEP_STOP_SECONDS={stop_seconds(script, asked)}")
     lines.append('export EVENSTEP_EXIT_CODES="$place/codes-$SLURM_JOB_ID"')
     lines.append('rm -rf "$EVENSTEP_EXIT_CODES" && mkdir "$EVENSTEP_EXIT_CODES"')
+    if isinstance(script.runs, Address) and asked.nodes > 1:
+        lines += _SECRET
     return "\n".join([*lines, ""])
 
 
+_SECRET = (
+    'export EVENSTEP_SECRET_FILE="$place/secret-$SLURM_JOB_ID"',
+    'rm -f "$EVENSTEP_SECRET_FILE"',
+    '(umask 077 && set -C && head -c 32 /dev/urandom | base64 >"$EVENSTEP_SECRET_FILE") || exit',
+)
+"""The nodes share no runs directory in which the first one could leave a secret."""
 _AGAIN = """\
 # Until when this attempt may run, in seconds since 1970: without a limit, the year 2286.
 ends=$(squeue --noheader --jobs="$job" --format=%e)
@@ -299,7 +320,7 @@ def _contained(script: Script, asked: SlurmSpec) -> list[str]:
     container = asked.container
     if container is None:
         return []
-    binds = [f"{script.runs}:{script.runs}"]
+    binds = [f"{script.shared}:{script.shared}"]
     binds += [
         f"{mount.source}:{mount.path}{':ro' if mount.read_only else ''}"
         for mount in container.mounts
