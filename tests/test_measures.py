@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -471,6 +472,25 @@ def test_predictions_that_cannot_be_written_are_reported_before_the_test(alone, 
     one.write()  # what the other writes at the same time is not in its way
     assert np.load(tmp_path / "out.npy").tolist() == [[0.0, 0.0]] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_a_csv_file_is_written_without_the_text_of_all_values_in_memory(alone, tmp_path):
+    task = supervised(model=nn.Identity, train=[(0.0, 0)])
+    rows, path = 8_001, tmp_path / "out.csv"
+    outputs = torch.randn(rows, 10, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(rows) % 10
+    predictions = Predictions(path, task=task, rows=rows, world=alone)
+    predictions.add(outputs, Batch(0, np.arange(rows), outputs, targets, None, 0))
+    tracemalloc.start()
+    predictions.write()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 4 * 2**20  # the text of all values, as numpy's, takes 11 MiB
+    written = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64)
+    assert np.array_equal(written[:, 0], np.arange(rows))
+    assert np.array_equal(written[:, 1:11].astype(np.float32), outputs.numpy())
+    assert np.array_equal(written[:, 11], targets.numpy())
 
 
 def test_more_micro_batches_than_fit_in_the_buffer_are_all_counted(alone):

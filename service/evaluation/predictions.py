@@ -133,6 +133,8 @@ def _in_one(parts: Sequence[Tensor], rows: int) -> Tensor:
 
 # ---- the files
 
+_VALUES_AT_ONCE = 2**13
+
 
 def _npy(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     np.save(file, _of_numpy(tensors["predictions"]))
@@ -145,10 +147,14 @@ def _safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 def _csv(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     columns = _columns(tensors)
     file.write(f"{','.join(columns)}\n".encode())
-    texts = [
-        values.astype(str) for values in columns.values()
-    ]  # the shortest text that parses to an equal value
-    file.writelines(f"{','.join(row)}\n".encode() for row in zip(*texts, strict=True))
+    # A value as numpy's text takes 128 bytes: all of them at once would take 32 times the memory.
+    block = max(1, _VALUES_AT_ONCE // len(columns))
+    for first in range(0, len(tensors["rows"]), block):
+        texts = [
+            values[first : first + block].astype(str).tolist() for values in columns.values()
+        ]  # the shortest text that parses to an equal value
+        lines = (f"{','.join(row)}\n" for row in zip(*texts, strict=True))
+        file.write("".join(lines).encode())
 
 
 def _parquet(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
