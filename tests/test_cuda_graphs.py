@@ -25,7 +25,7 @@ from service.basics.errors import SpecError
 from service.data.task import Task, supervised
 from service.distributed.batchnorm import prepare, statistics_of
 from service.distributed.world import World
-from service.optimization.compilation import compile_in_place, replays_in_words
+from service.optimization.compilation import compile_in_place, compiled_graphs, replays_in_words
 from service.plan.changing import changes
 from service.preview.check import checked
 from service.spec.files import load_spec
@@ -138,6 +138,15 @@ def test_a_result_whose_tensors_cannot_be_copied_is_refused() -> None:
         compile_in_place(model, CompileSpec(backend="cudagraphs"), telling=False)
         with pytest.raises(SpecError, match=r"backend: cudagraphs: the model returns a Opaque"):
             model(torch.ones(2))
+
+
+def test_the_ninth_model_of_a_process_is_compiled_too() -> None:
+    """Of one function torch compiles eight versions, and computes all further ones uncompiled."""
+    for width in range(1, 11):
+        model, before = nn.Linear(3, width), compiled_graphs()
+        compile_in_place(model, CompileSpec(backend="eager"), telling=False)
+        model(torch.ones(2, 3))
+        assert compiled_graphs() == before + 1, width
 
 
 def test_the_compiler_leaves_dropout_and_statistics_to_the_run(

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -92,8 +93,19 @@ def compile_in_place(
             dynamic=how.dynamic,
             fullgraph=how.fullgraph,
             backend=how.backend,
+            **_apart(units),
         )
         part.forward = _copied_out(compiled, how) if how.replays else compiled
+
+
+def _apart(units: Mapping[str, nn.Module] | None) -> dict[str, Any]:
+    """The option to count the versions of this model's functions from 0.
+
+    Of one function torch compiles eight, and computes all further models of a process (a search in
+    a notebook) uncompiled. Units of one class share theirs. torch 2.11 has no such option.
+    """
+    has_it = "isolate_recompiles" in signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if has_it and not units else {}
 
 
 def _require_backend(how: CompileSpec) -> None:
