@@ -16,6 +16,7 @@ from stored import add_checkpoint, local_run, make_job, mirror_of, store_at
 from stores import BUCKET, Proxy, free_port, s3_server
 
 from service.basics.errors import SpecError
+from service.monitoring import live_runs
 from service.monitoring.live_runs import StoredRuns
 from service.runs.metrics_file import read_metrics
 from service.storage import copies as module
@@ -373,6 +374,31 @@ def test_a_look_in_the_background_waits_for_no_store(place, address, client, tmp
     client.harm = lambda method, path: None
     until(lambda: runs.look()[0][0].step == 8, "the new rows")
     assert runs.trouble is None
+
+
+def test_the_first_look_in_the_background_is_waited_for_a_moment(
+    place, address, client, tmp_path, monkeypatch
+):
+    mirror_of(address, local_run(place, tmp_path / "one", 4)).publish()
+
+    def first(name):
+        store = open_store(address / "job", patience_seconds=0.0)
+        copies = Copies(tmp_path / name, [store])
+        return StoredRuns(copies, every_seconds=1e9, in_background=True)
+
+    runs, now = first("a"), time.time()
+    client.harm = lambda method, path: 0.5
+    monkeypatch.setattr(live_runs, "FIRST_SECONDS", 0.01)
+    assert runs.look() == ([], [])
+    assert runs.seen(now) == "being read from the store"
+    client.harm = lambda method, path: None
+    until(lambda: runs.look()[0], "the run")
+    until(lambda: "ago" in runs.seen(now), "the end of the look")
+
+    client.harm = lambda method, path: 503
+    monkeypatch.setattr(live_runs, "FIRST_SECONDS", DEADLINE_SECONDS)
+    with pytest.raises(StoreFailed):
+        first("b").look()
 
 
 def test_the_first_look_tells_what_is_wrong(address, client, tmp_path):
