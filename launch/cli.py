@@ -553,6 +553,9 @@ def main() -> None:
         sys.exit(ended.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as mistake:
+        click.echo(mistake.format_message(), err=True)
+        sys.exit(SpecError.exit_code)
     except click.ClickException as mistake:
         if _reports_errors():
             message = printable(mistake.format_message(), keep=LINES)

@@ -538,6 +538,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"egress": ["10.1.2.3"]},
         "kubernetes.egress: must be address blocks, such as 10.1.2.3/32, but has '10.1.2.3'",
     ),
+    "a block with a mask": (
+        {"egress": ["10.0.0.0/255.0.0.0"]},
+        "kubernetes.egress: must be address blocks, such as 10.0.0.0/32, but has '10.0.0.0/255",
+    ),
     "a block that is none": ({"egress": ["10.1.2.3/8"]}, "10.1.2.3/8 has host bits set"),
     "a label in words": (
         {"topology": "rack 1"},

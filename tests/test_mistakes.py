@@ -288,6 +288,14 @@ def test_a_run_in_use_is_refused_with_the_name_of_its_holder(tmp_path):
     assert f"is being written by {holder}" in ended.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("kubernetes",)])
+def test_a_command_without_a_word_is_shown_its_help(tmp_path, words):
+    ended = evenstep(*words, cwd=tmp_path)
+    assert ended.returncode == 64
+    assert ended.stderr.startswith(f"Usage: {' '.join(('evenstep', *words))} [OPTIONS]")
+    assert "Commands:" in ended.stderr
+
+
 @pytest.mark.parametrize(
     "words", [["--help"], ["recipes"], ["schema"], ["run", "--help"]], ids=" ".join
 )

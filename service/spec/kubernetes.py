@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
@@ -358,11 +359,13 @@ class KubernetesSpec(Part):
     def _blocks_of_addresses(cls, egress: tuple[str, ...]) -> tuple[str, ...]:
         for block in egress:
             try:
-                if "/" in block and ip_network(block):
+                # Not 10.0.0.0/255.0.0.0, which Python accepts too.
+                if re.fullmatch(r".*/[0-9]+", block) and ip_network(block):
                     continue
             except ValueError as error:
                 raise wrong(f"must be address blocks, but {error}") from error
-            raise wrong(f"must be address blocks, such as {block}/32, but has {block!r}")
+            near = block.partition("/")[0]
+            raise wrong(f"must be address blocks, such as {near}/32, but has {block!r}")
         return egress
 
     @field_validator("env")
