@@ -193,7 +193,7 @@ def _begun_by_torchrun(runs: Path | Address, spec: Spec) -> bool:
         runs = scratch_runs(runs / spec.name)
     began = torchrun_began()
     directory = RunDirectory(runs / spec.name)
-    if began is None or not directory.facts.exists():
+    if began is None or not os.path.exists(directory.facts):  # opening it reports the reason
         return False
     # A run of the future is an earlier one, of a machine with another time.
     created: float = directory.read_facts()["created"]
