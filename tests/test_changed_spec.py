@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from service.basics.errors import SpecError
 from service.plan.changing import FIXED, Accepted, Change, changes, why_not
+from service.runs.checkpoint_files import best_of
 from service.runs.directory import check_run
 from service.runs.history import read_history
 from service.spec.files import load_spec
@@ -239,6 +240,15 @@ def test_a_fork_continues_from_its_step_and_leaves_the_run_as_it_was(place, proc
     again = evenstep(*words, cwd=place)
     assert again.returncode == 64
     assert "--name: runs/forked exists" in again.stderr
+
+
+def test_a_fork_has_the_best_checkpoint_under_this_name(tmp_path):
+    words = ("run", "digits", "length.steps=4", "test.every_steps=2", "test.every_epochs=")
+    assert evenstep(*words, cwd=tmp_path).returncode == 0
+    assert evenstep("fork", "digits", "--at", "latest", "--name", "x", cwd=tmp_path).returncode == 0
+    best = best_of(tmp_path / "runs/digits/checkpoints")
+    assert best is not None
+    assert best_of(tmp_path / "runs/x/checkpoints") == best
 
 
 def test_a_changed_option_is_the_one_that_trains(place, processes):

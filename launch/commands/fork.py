@@ -29,7 +29,14 @@ from service.basics.atomic_files import (
 )
 from service.basics.errors import NoCheckpoint, SpecError, printable
 from service.plan.changing import Change, changes
-from service.runs.checkpoint_files import Checkpoint, damage_of, find_checkpoint, read_state
+from service.runs.checkpoint_files import (
+    BEST,
+    Checkpoint,
+    damage_of,
+    find_checkpoint,
+    name_of,
+    read_state,
+)
 from service.runs.directory import (
     RunDirectory,
     change_entry,
@@ -164,6 +171,8 @@ def _write(
         for file in copied.iterdir():
             sync_file(file)
         sync_directory(copied)
+        if _is_the_best(checkpoint, chosen):
+            replace_file(partial.checkpoints / BEST, f"{name_of(checkpoint.step)}\n")
     sync_directory(partial.checkpoints)
     for record, lines_of in ((source.metrics, rows_in), (source.receipt, read_weights)):
         if is_there(record):
@@ -210,6 +219,11 @@ def _require_readable(place: Path) -> None:
         for file in sorted(place.iterdir()) if is_checkpoint else [place]:
             with open(file, "rb", opener=plain) as opened:
                 opened.read(1)
+
+
+def _is_the_best(checkpoint: Checkpoint, chosen: Checkpoint) -> bool:
+    best = read_state(chosen.path)["best"]
+    return bool(best) and best["step"] == checkpoint.step and not checkpoint.untested
 
 
 def _with_the_best(chosen: Checkpoint, source: RunDirectory) -> list[Checkpoint]:
