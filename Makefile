@@ -59,6 +59,7 @@ chaos: $(READY)
 	$(BIN)/python -m tests.chaos.campaign --injuries 40 --mode moved
 	$(BIN)/python -m tests.chaos.at_requests
 	$(BIN)/python -m tests.chaos.elastic --minutes 10
+	$(BIN)/python -m tests.chaos.elastic --minutes 3 --bucket
 
 check: lint types
 
