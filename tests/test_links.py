@@ -36,9 +36,8 @@ A_JOB = {
 
 def submit(runs: Path) -> None:
     spoken: list[str] = []
-    Slurm().submit(
-        load_spec(A_JOB), waits=False, say=spoken.append, complain=spoken.append, runs=runs
-    )
+    told = {"say": spoken.append, "complain": spoken.append}
+    Slurm().submit(load_spec(A_JOB), waits=False, runs=runs, files=runs, **told)
 
 
 def log_of_a_sweep(runs: Path) -> None:
