@@ -146,11 +146,11 @@ def texts(count: int, seed: int) -> TensorDataset:
 JOBS = {
     "mlp": Job(mlp, numbers, 32, steps=10_000, train_rows=32_768, test_rows=4096),
     "cnn": Job(cnn, images(1, 28), 32, steps=1400, train_rows=16_384, test_rows=2048),
-    "resnet18": Job(resnet18, images(3, 32), 32, steps=16, train_rows=1024, test_rows=128),
+    "resnet18": Job(resnet18, images(3, 32), 32, steps=32, train_rows=1024, test_rows=128),
     "resnet18 of 16 channels": Job(
         lambda: resnet18(16), images(3, 32), 32, steps=100, train_rows=2048, test_rows=256
     ),
-    "lm": Job(LanguageModel, texts, 8, steps=16, train_rows=1024, test_rows=16),
+    "lm": Job(LanguageModel, texts, 8, steps=32, train_rows=1024, test_rows=16),
 }
 OF_FILES = {
     "photos": Job(of_photos, Photos, 32, steps=100, train_rows=1000, test_rows=32),
