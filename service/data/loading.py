@@ -679,22 +679,21 @@ class _Reader(Dataset[Any]):
             _require_as_many(len(brought), order)
             return brought
         assert order.row_keys is not None, "rows that are read one by one have keys"
-        keys = order.row_keys.tolist()
-        if self._unused is None:
-            return self._first(rows, keys)
+        return self._one_by_one(rows, order.row_keys.tolist())
+
+    def _one_by_one(self, rows: list[int], keys: list[int]) -> list[Any]:
+        """Each row, read with the random numbers of its key."""
+        if self._unused is None:  # the very first row shows which generators rows use
+            seed_generators(keys[0])
+            with noticing_draws() as drawn:
+                first = self._read(rows[:1], keys[:1], _as_it_is)
+            self._unused = [each for each in python_and_numpy() if each not in drawn]
+            return first + self._one_by_one(rows[1:], keys[1:])
         if self._unused and len(rows) >= _SPARED_FROM:
             spared = self._sparingly(rows, keys, self._unused)
             if spared is not None:
                 return spared
         return self._read(rows, keys, seed_generators)
-
-    def _first(self, rows: list[int], keys: list[int]) -> list[Any]:
-        """The rows of the first micro-batch; the first row shows which generators rows use."""
-        seed_generators(keys[0])
-        with noticing_draws() as drawn:
-            first = self._read(rows[:1], keys[:1], _as_it_is)
-        self._unused = [each for each in python_and_numpy() if each not in drawn]
-        return first + self._read(rows[1:], keys[1:], seed_generators)
 
     def _sparingly(
         self, rows: list[int], keys: list[int], unused: list[Global]
