@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from torch.utils.data import TensorDataset
 
 from service.basics.errors import SpecError
 from service.data.batches import Batch
+from service.data.loading import train_steps
 from service.data.losses import StepContext
 from service.data.task import custom, new_model, supervised
+from service.plan.plan import make_plan
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 
@@ -234,3 +237,25 @@ def test_weights_of_classes_that_belong_to_no_value_are_refused():
     task = supervised(model=network, train=rows, loss=weighted)
     with pytest.raises(SpecError, match="need class indices as targets, but these are"):
         task.weight(torch.rand(6, 3))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_class_of_small_integers_is_taken_for_an_ignored_one(alone, weighted):
+    targets = torch.tensor([156, 3, 0, 199], dtype=torch.uint8)  # in uint8, -100 is 156
+    classes = torch.linspace(0.5, 2.0, 200)
+    rows = TensorDataset(torch.randn(4, 5), targets)
+    task = supervised(
+        model=lambda: nn.Linear(5, 200),
+        train=rows,
+        test=rows,
+        loss=nn.CrossEntropyLoss(weight=classes if weighted else None, reduction="none"),
+    )
+    spec = load_spec(spec_of("task") | {"batch": {"global_batch": 4}})
+    plan = make_plan(spec, processes=1, train_rows=4, test_rows=4)
+    [step] = islice(train_steps(rows, task=task, plan=plan, world=alone, start=0), 1)
+    [batch] = step.micro_batches
+    if not weighted:
+        assert batch.weight is None
+        assert step.weight == 4
+    else:
+        assert batch.weight.tolist() == classes[batch.targets.long()].tolist()

@@ -362,7 +362,7 @@ def _holds(targets: Any, ignored: int) -> bool:
         return False
     if targets.numel() != len(targets):
         return False
-    return bool(targets.eq(ignored).any())
+    return bool(targets.long().eq(ignored).any())  # in uint8, -100 would be class 156
 
 
 def _weigher(task: Task, targets: Any) -> Callable[[Any], torch.Tensor] | None:

@@ -160,6 +160,7 @@ def _counted_as_by_torch(loss: Any) -> tuple[RowLoss, Callable[[Any], Tensor] | 
                 "task.loss: class weights need class indices as targets, but these are "
                 f"{targets.dtype}. Give a function as the loss, and a weight."
             )
+        targets = targets.long()  # uint8 would select as a mask does
         left_out = targets == ignored
         counts: Tensor = classes.to(targets.device)[targets.masked_fill(left_out, 0)]
         return counts.masked_fill(left_out, 0.0)
