@@ -26,6 +26,7 @@ from service.optimization.compilation import compile_in_place, uncompiled_copy
 from service.plan.plan import make_plan
 from service.runs.tracking import read_metrics, tells_of_speed
 from service.spec.files import load_spec
+from service.spec.models import CompileSpec
 
 STEPS, EPOCH_ENDS = 12, (4, 7, 10)  # 71 rows by 23
 
@@ -322,7 +323,7 @@ def test_a_stream_has_no_epochs_to_call_a_hook_after():
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own
 def test_the_copy_of_a_compiled_model_computes_with_its_own_weights():
     model = own_steps.classifier().eval()
-    compile_in_place(model, telling=False)
+    compile_in_place(model, CompileSpec(), telling=False)
     copied = uncompiled_copy(model)
     with torch.no_grad():
         for parameter in copied.parameters():
