@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import time
 
 import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
@@ -76,6 +77,7 @@ def test_a_sweep_that_is_stopped_and_killed_goes_on_on_an_empty_disk(
     try:
         until(lambda: newest_of(sweep, "lr-0.1") == 8, "step 8 in the store", of=held)
         held.send_signal(signal.SIGTERM)
+        time.sleep(3)  # the run hears of it while it waits, and not after its last step
         (tmp_path / "go-0").touch()
         told = ended(held)
     finally:
