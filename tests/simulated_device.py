@@ -142,6 +142,7 @@ class Event:
 _HOST: dict[Stream, int] = {}  # up to where the host has waited for each
 _late: list[tuple[Stream, int, Callable[[], object]]] = []  # copies to the host under way
 _to_come: list[_Home] = []  # memory into which copies of the host are under way
+_arrival = threading.RLock()  # so that a thread finds a copy still to come, or made
 # (stream of free memory, another stream, the work of it that may still use this memory)
 _given_back: list[tuple[Stream, Stream, int]] = []
 
@@ -156,7 +157,7 @@ def _host_waits(why: str, told: dict[Stream, int]) -> None:
     _raise_pending()
     if ASSERTED:
         raise _assertion()
-    with torch.profiler.record_function(f"the host waits for sim: {why}"):
+    with torch.profiler.record_function(f"the host waits for sim: {why}"), _arrival:
         _learn(_HOST, told)
         while _to_come:
             _to_come[0].receive()
@@ -320,11 +321,12 @@ class _Home:
 
     def receive(self) -> None:
         """Let what is under way to it arrive."""
-        due, self.due = self.due, []
-        if due:
-            _to_come.remove(self)
-        for copy in due:
-            copy()
+        with _arrival:
+            due, self.due = self.due, []
+            if due:
+                _to_come.remove(self)
+            for copy in due:
+                copy()
 
     def use(self, stream: Stream) -> None:
         if not stream.follows(*self.written):
@@ -480,10 +482,11 @@ def _copied(into: torch.Tensor, of: torch.Tensor, late: bool) -> torch.Tensor:
 def _sent(into: Sim, of: torch.Tensor, late: bool) -> None:
     """From the host to the device."""
     if late and _is_pinned(of):
-        _spoil(into.raw)
-        if not into.home.due:
-            _to_come.append(into.home)
-        into.home.due.append(lambda raw=into.raw: raw.copy_(of))
+        with _arrival:
+            _spoil(into.raw)
+            if not into.home.due:
+                _to_come.append(into.home)
+            into.home.due.append(lambda raw=into.raw: raw.copy_(of))
         return
     if not late and of.dim():  # torch hands a single number over with the command
         _wait("copy to the device")
@@ -497,7 +500,8 @@ def _arrives(into: torch.Tensor, value: torch.Tensor, late: bool) -> torch.Tenso
         return into.copy_(value)
     _spoil(into)
     stream = current_stream()
-    _late.append((stream, stream.now, lambda: into.copy_(value)))
+    with _arrival:
+        _late.append((stream, stream.now, lambda: into.copy_(value)))
     return into
 
 

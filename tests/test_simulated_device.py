@@ -152,6 +152,36 @@ def test_a_batch_stays_until_the_device_has_read_it(simulated):
     assert one.run(without_record_stream) == [True]
 
 
+def read_while_another_thread_waits(world):
+    """What is read of a copy that another thread, which waits for the device, is about to receive.
+
+    So waits the thread that writes a checkpoint, beside the one that trains.
+    """
+    begun, go_on = threading.Event(), threading.Event()
+    memory = torch.zeros(3, dtype=torch.int64, device="sim")
+    memory.copy_(torch.arange(3).pin_memory(), non_blocking=True)
+    (copy,) = memory.home.due
+
+    def slow():
+        begun.set()
+        go_on.wait(DEADLINE_SECONDS)
+        copy()
+
+    memory.home.due[:] = [slow]
+    other = threading.Thread(target=simulated_device.synchronize)
+    other.start()
+    begun.wait(DEADLINE_SECONDS)
+    threading.Timer(0.2, go_on.set).start()  # the read below must wait for it, and cannot set it
+    try:
+        return memory.tolist()
+    finally:
+        other.join()
+
+
+def test_a_copy_that_another_thread_receives_is_waited_for(simulated):
+    assert simulated(1).run(read_while_another_thread_waits) == [[0, 1, 2]]
+
+
 def test_the_device_behaves_as_a_gpu_does(simulated):
     one = simulated(1)
     before, after = one.run(late)[0]
