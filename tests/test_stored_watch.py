@@ -202,6 +202,16 @@ def test_a_run_that_starts_over_and_one_whose_rows_are_taken_back_are_read_anew(
     assert (now.step, len(now.losses)) == (3, 3)
     assert (now.path / "metrics.jsonl").read_text() == text
 
+    # Taken back and written anew until there are more than before: the same length at the begin.
+    rows = (place / "runs/job/metrics.jsonl").read_text().splitlines(keepends=True)[:12]
+    text = "".join(rows).replace('"train/loss": ', '"train/loss": 8')
+    run.metrics.write_text(text)
+    add_checkpoint(place, run, 12)
+    mirror.publish()
+    [now], _ = runs.look()
+    assert (now.step, len(now.losses)) == (12, 12)
+    assert (now.path / "metrics.jsonl").read_text() == text
+
     mirror._lease.release()
     run = local_run(place, tmp_path / "two", 4)
     facts = json.loads(run.facts.read_text()) | {"id": "started-over"}
@@ -210,6 +220,27 @@ def test_a_run_that_starts_over_and_one_whose_rows_are_taken_back_are_read_anew(
     mirror_of(address, run).publish()
     [now], _ = runs.look()
     assert (now.step, len(now.losses)) == (2, 2)
+
+
+def test_what_was_not_uploaded_is_not_shown(place, address, client, tmp_path):
+    run = local_run(place, tmp_path / "one", 4)
+    cut(run, 5)
+    mirror = mirror_of(address, run)
+    mirror.publish()
+    false = run.metrics.read_bytes().replace(b'"train/loss": ', b'"train/loss": 7')
+    told = iter([false])
+    client.harm = lambda method, path: next(told, None) if "metrics.jsonl" in path else None
+    runs = live(tmp_path, address / "job", every_seconds=1e-9)
+    [now], _ = runs.look()
+    assert (now.path / "metrics.jsonl").read_bytes() == run.metrics.read_bytes(), "asked again"
+
+    go_on(place, run, 8)
+    mirror.publish()
+    client.harm = lambda method, path: false if "metrics.jsonl" in path else None
+    [now], broken = runs.look()
+    assert now.step == 5
+    assert "metrics.jsonl" in str(broken) + str(runs.trouble)
+    assert "is not what was uploaded" in str(broken) + str(runs.trouble)
 
 
 def test_a_run_whose_launcher_is_gone_is_lost_and_is_seen_to_go_on(
