@@ -7,9 +7,13 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
+from stores import Server, s3_server
 
 from service.basics.errors import SpecError
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
@@ -267,3 +271,21 @@ def assert_same(one, other):
         }
 
     assert content(one) == content(other)
+
+
+# Fixtures, which a file of tests takes over by their names: `place = stored.place`.
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server that speaks S3."""
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the job, and one undisturbed run of it in `runs`."""
+    directory = tmp_path_factory.mktemp("job")
+    make_job(directory)
+    return directory

@@ -9,16 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stored
 from commands import BIN, CLEAN, evenstep, start
 from elastic_nodes import Nodes, elastic_nodes, ended, require_undisturbed
 from injuring import descendants, until
-from stored import brought_back, local_run, make_job, steps_in, store_at, uploading_of
-from stores import BUCKET, Proxy, Server, free_port, s3_server
+from stored import brought_back, local_run, steps_in, store_at, uploading_of
+from stores import BUCKET, Proxy, Server, free_port
 
 from launch.stored.following import Following
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
@@ -37,10 +37,8 @@ SHARDED = {"exchange": {"mode": "sharded"}}
 numbers = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with s3_server() as running:
-        yield running
+server = stored.server
+place = stored.place
 
 
 @pytest.fixture
@@ -51,14 +49,6 @@ def address(server: Server, monkeypatch: pytest.MonkeyPatch) -> Address:
     found = address_in(f"s3://{BUCKET}/elastic-{next(numbers)}")
     assert found is not None
     return found
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a small job, and one undisturbed run of it in `runs`."""
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
 
 
 def lose_disk(nodes: Nodes, index: int) -> None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stored
 from click.testing import CliRunner
 from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep, start
 from injuring import descendants, is_alive, until
@@ -28,7 +29,6 @@ from stored import (
     assert_same,
     brought_back,
     local_run,
-    make_job,
     mirror_of,
     newest_step,
     run_through_a_kill,
@@ -37,7 +37,7 @@ from stored import (
     store_at,
     uploading_of,
 )
-from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
+from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket
 
 from launch.cli import evenstep as commands
 from launch.commands.doctor import Asked, _store
@@ -61,10 +61,8 @@ pytest.importorskip("botocore", reason="needs botocore")
 EMPTY_LIST = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
+server = stored.server
+place = stored.place
 
 
 @pytest.fixture
@@ -74,14 +72,6 @@ def client(server, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "1.5")
     return server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A directory with the job, and one undisturbed run of it in `runs`."""
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
 
 
 numbers = itertools.count()

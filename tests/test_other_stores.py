@@ -6,13 +6,13 @@ import re
 
 import emulators
 import pytest
+import stored
 from commands import evenstep
 from stored import (
     add_checkpoint,
     assert_same,
     brought_back,
     local_run,
-    make_job,
     mirror_of,
     run_through_a_kill,
     start_together,
@@ -40,12 +40,7 @@ def client(emulator, monkeypatch):
     return emulator
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A directory with the job, and one undisturbed run of it in `runs`."""
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
+place = stored.place
 
 
 numbers = itertools.count()

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+import stored
 from commands import DEADLINE_SECONDS
 from fsspec.implementations.memory import MemoryFileSystem
 from injuring import until
@@ -17,7 +18,6 @@ from stored import (
     assert_same,
     brought_back,
     local_run,
-    make_job,
     mirror_of,
     newest_step,
     steps_in,
@@ -80,11 +80,7 @@ def killed(verb, path):
     raise SystemExit
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
+place = stored.place
 
 
 @pytest.fixture

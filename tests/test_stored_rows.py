@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stored
 import torch
 from commands import CLEAN, evenstep, start
 from injuring import until
 from jobs import spec_of, train_in_process
-from stores import BUCKET, Proxy, s3_server
+from stores import BUCKET, Proxy
 from test_features import difference
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -82,10 +83,7 @@ def pair(row):
     return np.asarray(row["x"], np.float32), int(row["y"])
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
+server = stored.server
 
 
 @pytest.fixture

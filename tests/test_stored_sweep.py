@@ -5,10 +5,11 @@ import subprocess
 import time
 
 import pytest
+import stored
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import descendants, is_alive, until
-from stored import brought_back, make_job, steps_in, store_at
-from stores import BUCKET, Proxy, s3_server
+from stored import brought_back, steps_in, store_at
+from stores import BUCKET, Proxy
 
 from launch.commands.sweep import _OWN_AT_ADDRESS, _planned
 from launch.stored.swept import add_to_sweep_at, sweep_at
@@ -21,10 +22,8 @@ pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
 pytest.importorskip("botocore", reason="needs botocore")
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
+server = stored.server
+place = stored.place
 
 
 @pytest.fixture
@@ -32,13 +31,6 @@ def client(server, monkeypatch):
     for name, value in server.variables.items():
         monkeypatch.setenv(name, value)
     return server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from collections import Counter
 from urllib.parse import unquote
 
 import pytest
+import stored
 from clients import get
 from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
-from stored import add_checkpoint, local_run, make_job, mirror_of, store_at
-from stores import BUCKET, Proxy, free_port, s3_server
+from stored import add_checkpoint, local_run, mirror_of, store_at
+from stores import BUCKET, Proxy, free_port
 
 from service.basics.errors import SpecError
 from service.monitoring import live_runs
@@ -29,10 +30,8 @@ pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
 pytest.importorskip("botocore", reason="needs botocore")
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
+server = stored.server
+place = stored.place
 
 
 @pytest.fixture
@@ -43,13 +42,6 @@ def client(server, monkeypatch):
     with Proxy(server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.server.url)
         yield proxy
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("job")
-    make_job(directory)
-    return directory
 
 
 @pytest.fixture

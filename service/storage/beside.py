@@ -209,14 +209,14 @@ class Uploading:
 
     def _settle(self, offer: Offer) -> None:
         """Settle on the newest checkpoint that is good here and in the store."""
-        held, name = self._mirror.published, None
-        if held is not None and not offer.fresh:
-            try:
-                name = bring(self._lease.store, held, self._run, self._say)
-            except NoCheckpoint as error:
-                offer.fail(error)
-        offer.settle(self._lease.term, name)
-        self._offer = None
+        held = None if offer.fresh else self._mirror.published
+        try:
+            name = bring(self._lease.store, held, self._run, self._say) if held else None
+        except NoCheckpoint as error:
+            offer.fail(error)
+        else:
+            offer.settle(self._lease.term, name)
+        self._offer = None  # only now: it is tried again after a failure of the store
 
     def _publish(self, *, ending: bool, offer: Offer | None = None) -> None:
         self._mirror.require_lease()
