@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import stored
-from commands import BIN, CLEAN, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from elastic_nodes import Nodes, elastic_nodes, ended, require_undisturbed
 from injuring import descendants, until
 from stored import brought_back, local_run, steps_in, store_at, uploading_of
@@ -86,8 +86,13 @@ def test_a_sender_and_then_node_0_are_lost_with_their_disks_and_no_step_is_diffe
         second = nodes.start(1)
         nodes.until_said("The other nodes wait for the upload: ")
         assert "Generation 3" not in nodes.output(0)
+        second.kill()  # and it is lost again before the upload is through
+        second.wait(DEADLINE_SECONDS)
         proxy.harm = lambda method, path: None
-        nodes.until_said("Generation 3: 2 of 1:2 nodes (0, 1).")
+        nodes.until_said("Generation 3: 1 of 1:2 nodes (0).")
+        lose_disk(nodes, 1)
+        second = nodes.start(1)
+        nodes.until_said("Generation 4: 2 of 1:2 nodes (0, 1).")
         nodes.until_saved()
         *_, resumed = re.findall(r"Resuming after step (\d+) ", nodes.output(0))
         assert f"(step-{int(resumed):08d}) in" in nodes.output(1)
@@ -95,7 +100,7 @@ def test_a_sender_and_then_node_0_are_lost_with_their_disks_and_no_step_is_diffe
         nodes.until_said("Node 0 (127.0.0.1) is gone.", by=1)
         lose_disk(nodes, 0)
         first = nodes.start(0, **through)
-        nodes.until_said("Generation 4: 2 of 1:2 nodes (0, 1).")
+        nodes.until_said("Generation 5: 2 of 1:2 nodes (0, 1).")
         nodes.release()
         assert [ended(first), ended(second)] == [0, 0], nodes.everything()
         require_undisturbed(nodes)
