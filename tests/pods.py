@@ -3,7 +3,8 @@
 A pod's container has the command, environment, volumes, user, limits and grace period of the
 manifest; an engine (tests/engines.py) runs it. What the Job controller does is done as the one of
 Kubernetes 1.36 was seen to do it: podFailurePolicy, the back-off of each index,
-podReplacementPolicy. Not the NetworkPolicy: the pods' network has no way out at all.
+podReplacementPolicy; and its successPolicy as documented. Not the NetworkPolicy: the pods' network
+has no way out at all.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ class Cluster:
                 self.start(index)
             self._wait()
             each(self)
-            if len(self.done) == self.nodes:
+            if len(self.done) == self.nodes or self._is_met():
                 self.condition = "Complete"
-        for pod in list(self.running.values()):  # a Job that has failed ends what still runs
+        for pod in list(self.running.values()):  # a Job that is at its end ends what still runs
             self.stop(pod.index)
         while self.running:
             assert time.monotonic() < deadline + 60, self.logs()
@@ -155,6 +156,11 @@ class Cluster:
         return "\n".join(f"---- pod {p.index}, attempt {p.attempt}\n{p.log}" for p in self.pods)
 
     # ---- the controller
+
+    def _is_met(self) -> bool:
+        """Whether the Job is done by its successPolicy, whatever the other pods do."""
+        rules = self.job.get("successPolicy", {}).get("rules", ())
+        return any(self.done >= {int(rule["succeededIndexes"])} for rule in rules)
 
     def _wait(self) -> None:
         """Wait a moment for a pod to end, and do what the controller does about it."""

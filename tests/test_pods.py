@@ -13,6 +13,8 @@ import pod_processes
 import pytest
 import torch
 from commands import evenstep
+from elastic_pods import attempts_by_processes, elastic_job, lose, release, require_run_of_one_pod
+from engines import Engine
 from pod_containers import Podman
 from pod_processes import Namespaces
 from pods import Cluster, as_its_controllers_make_it
@@ -61,6 +63,10 @@ def pods(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"processes cannot run here: {pod_processes.why_not()}")
 
 
+def new_engine() -> Engine:
+    return Podman() if chosen() == "containers" else Namespaces()
+
+
 def start(directory: Path, *overrides: str, target: Target = "job", **cluster: Any) -> Cluster:
     section = json.dumps(CLUSTER | cluster)
     words = (*OVERRIDES, f"kubernetes={section}", *overrides)
@@ -68,7 +74,7 @@ def start(directory: Path, *overrides: str, target: Target = "job", **cluster: A
     objects = render(spec, target=target, secret=new_secret())
     if target != "job":
         objects = as_its_controllers_make_it(objects)
-    return Cluster(objects, directory, Podman() if chosen() == "containers" else Namespaces())
+    return Cluster(objects, directory, new_engine())
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
@@ -231,17 +237,50 @@ def test_an_interface_that_a_pod_does_not_have_fails_the_job_immediately(tmp_pat
         assert "eth0, lo. Without it" in cluster.logs()
 
 
+def test_elastic_pods_are_lost_drained_and_return_and_no_step_is_lost_or_different(
+    tmp_path: Path,
+) -> None:
+    """The machine of one pod is lost, another is drained, and then that of index 0 is lost."""
+
+    def lose_late(cluster: Cluster) -> None:
+        cluster.backoff = 1.0  # its machine is away for 10 s
+        lose(cluster, 2)
+
+    events: list[tuple[str, Callable[[Cluster], None]]] = [
+        ("Generation 1: 3 of 1:3 nodes (0, 1, 2).", lose_late),
+        ("Generation 2: 2 of 1:3 nodes (0, 1).", lambda _: None),
+        ("Generation 3: 3 of 1:3 nodes (0, 1, 2).", lambda c: c.stop(1, disruption=True)),
+        ("Generation 4: 2 of 1:3 nodes (0, 2).", lambda c: lose(c, 0)),
+        ("Generation ", release),
+    ]
+    since = 0
+
+    def each(cluster: Cluster) -> None:
+        nonlocal since
+        if not events or 0 not in cluster.running:
+            return
+        sign, act = events[0]
+        if sign not in cluster.running[0].log:
+            since = cluster.step()
+        elif cluster.step() > since + 5:  # and so a checkpoint is complete
+            events.pop(0)
+            act(cluster)
+
+    with elastic_job(tmp_path / "job", new_engine(), most=3, steps=240, bitwise=False) as cluster:
+        assert cluster.run(seconds=400, each=each) == "Complete", cluster.logs()
+    assert not events, cluster.logs()
+    assert [code for index, code, _ in cluster.ended if index == 0] == [137, 0], cluster.ended
+    assert {(2, 137, "Ignore"), (1, 75, "Ignore")} <= {*cluster.ended}, cluster.ended
+    assert attempts_by_processes(cluster).keys() >= {2, 3}
+    require_run_of_one_pod(cluster, tmp_path / "alone", new_engine, steps=240, bitwise=False)
+
+
 @pytest.mark.slow
 def test_nodes_that_are_lost_again_and_again_end_the_job_when_nothing_is_gained(
     tmp_path: Path,
 ) -> None:
     """No exit code of it counts: not that of a lost machine, and not that of its peer."""
-
-    def lose(cluster: Cluster) -> None:
-        cluster.running[1].disrupted = True
-        cluster.kill(1)
-
-    trains = once_every_attempt(lose, sign="processes on cpu", node=0)
+    trains = once_every_attempt(lambda c: lose(c, 1), sign="processes on cpu", node=0)
     with start(tmp_path / "job", "checkpoint.every_steps=1000") as cluster:
         ended = cluster.run(seconds=600, each=trains)
         assert ended == "Failed: PodFailurePolicy", cluster.logs()
