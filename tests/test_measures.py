@@ -13,7 +13,7 @@ import torch
 from commands import DEADLINE_SECONDS, command, evenstep
 from jobs import HERE, spec_of, train_in_process
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics import ClasswiseWrapper, Metric, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import (
@@ -29,6 +29,7 @@ from service.basics.errors import DataBroken, SpecError
 from service.data.batches import Batch
 from service.data.loading import test_batches as batches_of
 from service.data.task import measured_by, supervised
+from service.distributed.world import World
 from service.evaluation.metrics import _HELD_AT_MOST, Tally
 from service.evaluation.predictions import Predictions
 from service.evaluation.test_loop import Counted
@@ -474,21 +475,34 @@ def test_predictions_that_cannot_be_written_are_reported_before_the_test(alone, 
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 
 
-def test_a_csv_file_is_written_without_the_text_of_all_values_in_memory(alone, tmp_path):
+def peak_of_writing(world: World, path: Path) -> int:
+    """The most bytes that Python's objects take while outputs are written, in a quiet process."""
+    outputs, targets = csv_values()
     task = supervised(model=nn.Identity, train=[(0.0, 0)])
-    rows, path = 8_001, tmp_path / "out.csv"
-    outputs = torch.randn(rows, 10, generator=torch.Generator().manual_seed(3))
-    targets = torch.arange(rows) % 10
-    predictions = Predictions(path, task=task, rows=rows, world=alone)
-    predictions.add(outputs, Batch(0, np.arange(rows), outputs, targets, None, 0))
+    predictions = Predictions(path, task=task, rows=len(outputs), world=world)
+    rows = np.arange(len(outputs))
+    predictions.add(outputs, Batch(0, rows, outputs, targets, None, 0))
     tracemalloc.start()
     predictions.write()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    return peak
 
+
+def csv_values() -> tuple[Tensor, Tensor]:
+    """Outputs of shape [8001, 10] and targets of shape [8001]."""
+    outputs = torch.randn(8_001, 10, generator=torch.Generator().manual_seed(3))
+    return outputs, torch.arange(8_001) % 10
+
+
+def test_a_csv_file_is_written_without_the_text_of_all_values_in_memory(processes, tmp_path):
+    path = tmp_path / "out.csv"
+    [peak] = processes(1).run(peak_of_writing, path)
+
+    outputs, targets = csv_values()
     assert peak < 4 * 2**20  # the text of all values, as numpy's, takes 11 MiB
     written = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64)
-    assert np.array_equal(written[:, 0], np.arange(rows))
+    assert np.array_equal(written[:, 0], np.arange(8_001))
     assert np.array_equal(written[:, 1:11].astype(np.float32), outputs.numpy())
     assert np.array_equal(written[:, 11], targets.numpy())
 
