@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import pty
 import re
 import subprocess
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import ROOT, evenstep
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep, start
 from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
 from launch.engines.kubernetes import jobs
@@ -347,6 +349,23 @@ def test_logs_of_a_rank_are_those_lines_of_its_nodes_pod(place: Path) -> None:
         "ddp-train-1",
     ]
     assert "has not had a pod of node 4" in beyond.stderr
+
+
+def test_a_terminal_is_not_controlled_by_a_log(place: Path) -> None:
+    """A pod may write codes that hide lines or type words."""
+    log = replace(LOG, body="\x1b]0;title\x07step 1\x1b[2J\tloss 0.5\n")
+    answers = {("GET", JOB): [recorded(14)], ("GET", PODS): [recorded(15)], ("GET", "/log"): [log]}
+    words = [BIN / "evenstep", "kubernetes", "logs", "ddp-train"]
+    config = {"KUBECONFIG": str(place / "config"), "HOME": str(place)}
+    ours, theirs = pty.openpty()
+    with serving(answers, place / "config"), os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = start(words, cwd=place, env=CLEAN | config, stdout=theirs)
+        os.close(theirs)
+        shown = terminal.read(1000)
+        assert process.wait(DEADLINE_SECONDS) == 0
+    assert b"\x1b" not in shown
+    assert shown.startswith(b"\\x1b]0;title\\x07step 1\\x1b[2J"), shown
+    assert shown.rstrip().endswith(b"loss 0.5")
 
 
 def test_a_log_that_is_not_available_is_reported(place: Path) -> None:

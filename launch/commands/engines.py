@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os.path
 import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -131,8 +133,9 @@ def _of_a_run(engine: Engine) -> list[click.Command]:
 
     def logs(name: str, **options: Any) -> None:
         run, found = _named(name, engine, options)
+        shown = partial(printable, keep="\t") if sys.stdout.isatty() else str
         for line in engine.logs(run, complain=complain, **found):
-            click.echo(line)
+            click.echo(shown(line))
 
     def cancel(name: str, **options: Any) -> None:
         run, found = _named(name, engine, options)
