@@ -99,7 +99,7 @@ def test_old_checkpoints_are_deleted_and_the_rest_comes_back(client, place, addr
 
 
 def test_of_launchers_that_start_together_one_gets_the_run(client, address, monkeypatch):
-    monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "1.5")
+    monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "60")
     start_together(address)
 
 

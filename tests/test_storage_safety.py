@@ -465,7 +465,8 @@ def weights_on_disk(run):
 # ---- what is in the store
 
 
-def test_a_run_is_held_while_it_is_brought(address, place, tmp_path, harm):
+def test_a_run_is_held_while_it_is_brought(address, place, tmp_path, harm, monkeypatch):
+    monkeypatch.setenv("EVENSTEP_LEASE_SECONDS", "6")  # on a busy machine 1.5 s run out
     published(address, local_run(place, tmp_path / "local", 4))
     going_on, at_data = threading.Event(), threading.Event()
 
