@@ -1,5 +1,6 @@
 # make run: set everything up and train the digits. make test: set up and pass the tests.
 # make test-fast: the tests that start little, for the minutes between two edits.
+# make test-services: the tests with object stores, trackers, the API of Kubernetes, and Slurm.
 # make test-matrix: the other optimizers, modes and numbers of processes of tests with many cases.
 # make test-cluster: build the image, run it and its pods as containers, let checkov look, and run
 #   jobs on a Slurm controller.
@@ -15,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 WORKERS := 3
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test tests test-fast test-matrix test-cluster test-slow chaos check lint types docs clean
+.PHONY: run test tests test-fast test-services test-matrix test-cluster test-slow chaos check lint types docs clean
 
 run: $(READY)
 	$(BIN)/evenstep run digits
@@ -24,8 +25,14 @@ run: $(READY)
 test: $(READY) lint
 	@$(MAKE) --no-print-directory -j2 types tests
 
+CHOSEN := not services and not matrix
+
 tests: $(READY)
-	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster and not matrix"
+	$(BIN)/pytest -q $(SHARED) -m "not slow and not cluster and $(CHOSEN)"
+
+# tests/services.py.
+test-services: $(READY)
+	$(BIN)/pytest -q $(SHARED) -m "services and not slow and not cluster and not matrix"
 
 # Further cases of tests with many: tests/matrix.py.
 test-matrix: $(READY)

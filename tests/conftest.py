@@ -20,6 +20,7 @@ import slurm
 from accelerate import Accelerator
 from matrix import mark_further_cases
 from processes import Processes, ProcessesOf
+from services import mark_services
 
 from service.distributed.world import World
 from service.health.stop_request import STOP_SIGNALS
@@ -59,7 +60,7 @@ def _hear_signals() -> None:
 # A worker that began one of these at the end would work alone.
 LONGEST = (
     *("object_storage", "docs", "sharding", "readme", "checkpoints", "optimizers", "elastic_nodes"),
-    *("elastic_stored",),
+    *("elastic_stored", "kubernetes_client", "slurm_script"),
     *("launcher", "simulated_device", "shared_saves", "wandb", "mlflow", "ends_of_nodes", "hooks"),
     *("python_door", "standing_still", "chaos", "precision", "metrics_endpoint", "terminal"),
     *("contention", "run_command", "ready", "features", "start"),
@@ -68,7 +69,9 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mark_further_cases(items, config.args_source is pytest.Config.ArgsSource.TESTPATHS)
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    mark_further_cases(items, is_whole)
+    mark_services(items, is_whole)
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

@@ -6,8 +6,9 @@ python tests/fresh_machine.py --together user,locale,spaces    all of these at o
 python tests/fresh_machine.py --conditions busy -- tests/test_stops.py -k test_pass
                                                                with words for pytest
 
-It checks out what is committed. A condition that needs what this machine lacks is told and left
-out. Everything is kept for a look where a condition failed, and removed where it did not.
+The tests of `make test-services` run with it. It checks out what is committed. A condition that
+needs what this machine lacks is told and left out. Everything is kept for a look where a condition
+failed, and removed where it did not.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ class Seen:
 
 
 def a_round(name: str, machine: Machine, asked: argparse.Namespace) -> Seen:
-    """`make test` under the condition."""
+    """`make test` and the tests of services, in one go, under the condition."""
     missing = lacking(machine, asked)
     if missing is not None:
         return Seen(name, told=f"not run: {missing}")
@@ -268,7 +269,7 @@ def a_round(name: str, machine: Machine, asked: argparse.Namespace) -> Seen:
 
 def _command(machine: Machine, asked: argparse.Namespace) -> list[str]:
     target = "tests" if asked.without_check else "test"
-    return [*machine.before, *_become(machine), "make", target]
+    return [*machine.before, *_become(machine), "make", target, "CHOSEN=not matrix"]
 
 
 def _become(machine: Machine) -> list[str]:

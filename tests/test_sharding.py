@@ -868,6 +868,7 @@ def faults_of_a_run(world: World, job: dict[str, Any], place: Path) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
     reason="needs transparent_hugepage: madvise or always",
