@@ -63,6 +63,10 @@ class Faulty(MemoryFileSystem):
         self.harm("delete", path)
         super().rm_file(path)
 
+    def modified(self, path):
+        self.harm("age", path)
+        return super().modified(path)
+
 
 @pytest.fixture
 def harm(monkeypatch):
@@ -605,3 +609,63 @@ def test_a_run_cannot_have_the_name_of_a_part_of_one(address, place):
     spec = load_spec(place / "job.yaml")
     with pytest.raises(SpecError, match="cannot be called 'data'"):
         brought(address / "data", spec, fresh=False, say=print)
+
+
+# ---- several launchers, and those that come back
+
+
+def test_a_lease_that_goes_while_it_is_looked_at_is_no_traceback(address, harm):
+    """Of two launchers that start after a third one was killed, one removes its lease."""
+    store = store_at(address / "job")
+    taken(store, say=print)
+    said = []
+
+    def replaced(verb, path):
+        if verb == "age" and path.endswith("lease/000001.json"):
+            harm(nothing)
+            store.create("lease/000002.json", b"{}")
+            store.remove(["lease/000001.json"])
+
+    harm(replaced)
+    with pytest.raises(SpecError, match=r"000002\.json is no lease of this version"):
+        taken(store, say=said.append)
+
+
+def test_a_store_that_does_not_give_what_it_has_taken_is_refused(address, harm):
+    def late(verb, path):
+        if verb == "read":
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", path)
+
+    harm(late)
+    with pytest.raises(SpecError, match="was just written cannot be read"):
+        taken(store_at(address / "job"), say=print)
+
+
+def test_an_earlier_launcher_publishes_whole_though_nothing_was_published_before(
+    address, place, tmp_path
+):
+    """It has uploaded all, when its lease runs out and the next one finds nothing published."""
+    late = mirror_of(address, local_run(place, tmp_path / "one", 4))
+    files, run, _ = late._uploaded()
+    late._lease.release()
+    mirror_of(address, local_run(place, tmp_path / "two")).take_over()
+    late._put(files, run)
+    assert steps_in(address) == [4]
+    brought_back(address, tmp_path / "back")  # where each is good
+
+
+def test_an_offer_that_follows_at_once_is_not_forgotten(address, place, tmp_path, monkeypatch):
+    """A node that has left while the others waited lets node 0 ask again."""
+    uploading = uploading_of(address, local_run(place, tmp_path / "local", 4), print)
+    offers, settle = [], beside.Offer.settle
+
+    def settled(offer, term, checkpoint):
+        settle(offer, term, checkpoint)
+        if not offers:
+            offers.append(uploading.offer(fresh=False))
+
+    monkeypatch.setattr(beside.Offer, "settle", settled)
+    first = uploading.offer(fresh=False)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: first.is_settled and offers and offers[0].is_settled, "both answers")
+    assert uploading.finish(in_time()) is None

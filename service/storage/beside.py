@@ -213,10 +213,13 @@ class Uploading:
         try:
             name = bring(self._lease.store, held, self._run, self._say) if held else None
         except NoCheckpoint as error:
+            self._offer = None
             offer.fail(error)
         else:
+            # Only now, for it is tried again after a failure of the store; but before whoever
+            # waits is told, who may ask for the next one at once.
+            self._offer = None
             offer.settle(self._lease.term, name)
-        self._offer = None  # only now: it is tried again after a failure of the store
 
     def _publish(self, *, ending: bool, offer: Offer | None = None) -> None:
         self._mirror.require_lease()

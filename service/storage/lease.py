@@ -205,12 +205,16 @@ def require_rights(store: Store, *, say: Callable[[str], None]) -> float:
     """
     name, content = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(16)
     store.put(name, content)
-    if store.get(name) != content or name not in store.sizes(LEASE):
+    try:
+        is_there = store.get(name) == content and name in store.sizes(LEASE)
+        moment = store.modified(name)
+    except NoObject:
+        is_there = False
+    if not is_there:
         raise SpecError(
             f"{store.address}: an object that was just written cannot be read or listed. Runs need "
             "a store in which a write is visible at once, as it is in S3, GCS and Azure."
         )
-    moment = store.modified(name)
     if store.create(name, secrets.token_bytes(16)):
         say(
             f"WARNING: {store.address}: this store has no conditional writes, so of two launchers "
@@ -231,7 +235,10 @@ def _wait_for(store: Store, term: int, now: float, say: Callable[[str], None]) -
     first = _read(store, term)
     if first is None or first.released or _is_gone(first):
         return
-    moment = store.modified(_name(term))
+    try:
+        moment = store.modified(_name(term))
+    except NoObject:
+        return  # the next launcher has just replaced it: its lease is looked at then
     age = max(0.0, now - moment.timestamp()) if moment is not None else 0.0
     if age > first.seconds:
         return

@@ -144,7 +144,10 @@ class Mirror:
         if is_all_known:
             self._obsolete |= listed - needed
         self._forget_missing(listed)
-        self._clean_if_possible()
+        # Where nothing is published, an earlier writer may still publish what it has uploaded. It
+        # is deleted when a newer publication is there.
+        if self._held is not None:
+            self._clean_if_possible()
 
     def find_missing(self) -> None:
         """Look whether the store has lost something since, which is uploaded again then."""
