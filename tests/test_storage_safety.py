@@ -669,3 +669,67 @@ def test_an_offer_that_follows_at_once_is_not_forgotten(address, place, tmp_path
     uploading.start(when_lost=lambda: None)
     until(lambda: first.is_settled and offers and offers[0].is_settled, "both answers")
     assert uploading.finish(in_time()) is None
+
+
+def test_lines_of_the_task_are_uploaded_to_their_last_byte(address, place, tmp_path):
+    """Only our own lines are written while they are read: others may end without a newline."""
+    local = local_run(place, tmp_path / "local", 4)
+    (local.path / "rows.jsonl").write_text('{"row": 1}\n{"row": 2}')
+    published(address, local)
+    back = brought_back(address, tmp_path / "back")
+    assert (back.path / "rows.jsonl").read_text() == '{"row": 1}\n{"row": 2}'
+
+
+def test_a_run_that_was_started_over_here_is_not_removed_for_one_with_more_steps(
+    address, place, tmp_path
+):
+    said = []
+    published(address, local_run(place, tmp_path / "one", 4))
+    uploading, run = bring_here(address, place, said)
+    uploading.abandon()
+    facts = run.read_facts()  # --fresh, while the store takes nothing
+    run.facts.write_text(run.facts.read_text().replace(facts["id"], "f" * len(facts["id"])))
+    published(address, local_run(place, tmp_path / "two", 4, 8))
+    _, run = bring_here(address, place, said)
+    assert steps_here(run) == [8]
+    assert "moved to" in said[-2]
+    [aside] = run.path.parent.glob(".job-*")
+    assert (aside / "checkpoints/step-00000004").is_dir()
+
+
+def test_a_run_keeps_the_note_of_another_whose_name_is_like_that_of_a_leftover(
+    address, place, tmp_path
+):
+    uploading, run = bring_here(address, place, [])
+    uploading.abandon()
+    other = run.path.with_name(".job.stale-1.scratch")
+    other.touch()
+    bring_here(address, place, [])
+    assert other.exists()
+
+
+def test_files_whose_names_are_like_those_of_pieces_are_kept_apart(address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4)
+    with (local.path / "rows").open("wb") as large:
+        large.truncate((16 << 20) + 1)
+    (local.path / "rows@0").write_text("something else")
+    published(address, local)
+    assert (brought_back(address, tmp_path / "back").path / "rows@0").read_text() == (
+        "something else"
+    )
+
+
+def test_a_publication_whose_first_answer_is_cut_is_read_again(
+    address, place, tmp_path, monkeypatch
+):
+    published(address, local_run(place, tmp_path / "local", 4))
+    read, seen = Faulty.cat_file, []
+
+    def cut(driver, path, **told):
+        seen.append(path)
+        content = read(driver, path, **told)
+        return content[:50] if len(seen) == 1 else content
+
+    monkeypatch.setattr(Faulty, "cat_file", cut)
+    assert newest_published(store_at(address / "job")) is not None
+    assert len(seen) == 2

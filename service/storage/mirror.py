@@ -349,7 +349,8 @@ class Mirror:
         known = self._ready.get(key)
         if known is not None:
             return known
-        at = "" if span.is_whole else f"@{span.begin}"
+        # No file has the name of a piece of another one: after the last `@` is the begin.
+        at = "" if span.is_whole and "@" not in span.path else f"@{span.begin}"
         name = f"{DATA}{Stamp(self._lease.term, self._number)}/{span.path}{at}"
         self._store.put(name, content, sha256=sha256)
         if key not in self._sent:

@@ -88,6 +88,7 @@ def newest_published(store: Store) -> Published | None:
     Raises:
         NoCheckpoint: it is damaged.
     """
+    was_damaged = False
     for _ in range(_TRIES):
         stamps = stamps_in(store.sizes(PUBLISHED))
         if not stamps:
@@ -97,6 +98,10 @@ def newest_published(store: Store) -> Published | None:
             return decoded(store.get(name), stamps[-1], store)
         except NoObject:
             continue  # a newer one was published meanwhile, and this one was removed
+        except NoCheckpoint:
+            if was_damaged:
+                raise
+            was_damaged = True  # or the first answer was cut on its way
     raise NoCheckpoint(
         f"{store.address}/{name}: the store lists this object, but does not give it. Listings of "
         "this store may be out of date; try again."

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from service.basics.atomic_files import (
     told_when_unread,
     told_when_unwritten,
 )
-from service.basics.errors import NoCheckpoint, SpecError
+from service.basics.errors import EvenstepError, NoCheckpoint, SpecError
 from service.basics.multipart import digest_of
 from service.runs.checkpoint_files import (
     Checkpoint,
@@ -140,13 +141,17 @@ def settled(run: RunDirectory, held: Published | None, say: Say) -> Note:
 def _sweep(run: RunDirectory) -> None:
     """Remove what a start that was killed has left beside the run."""
     remove_if_possible(arrivals_of(run.path))
-    for stale in run.path.parent.glob(f".{run.name}.stale-*"):
-        remove_if_possible(stale)
+    # A run may be called `NAME.stale-1`, and has a note like this beside it.
+    left = re.compile(rf"\.{re.escape(run.name)}\.stale-[0-9a-f]+")
+    for path in run.path.parent.glob(f".{run.name}.stale-*"):
+        if left.fullmatch(path.name):
+            remove_if_possible(path)
 
 
 def _clear(run: RunDirectory, held: Published | None, say: Say) -> None:
     """Put the directory of a run out of the way; it stays if it has steps that the store lacks."""
-    there = max(map(step_of, checkpoints_of(held)), default=0)
+    is_the_same = held is not None and _id_of(run) == held.run
+    there = max(map(step_of, checkpoints_of(held)), default=0) if is_the_same else 0
     here = max((each.step for each in checkpoints_in(run.checkpoints)), default=0)
     with told_when_unwritten(run.path):
         if here > there:
@@ -161,6 +166,14 @@ def _clear(run: RunDirectory, held: Published | None, say: Say) -> None:
         os.rename(run.path, stale)
     say(f"{run.path} is not what the store holds, so it is removed and brought again.")
     remove_if_possible(stale)
+
+
+def _id_of(run: RunDirectory) -> str | None:
+    """The id of the run that is here; None if it cannot be read."""
+    try:
+        return str(run.read_facts()["id"])
+    except (EvenstepError, KeyError):
+        return None
 
 
 def bring(store: Store, held: Published, run: RunDirectory, say: Say) -> str | None:

@@ -33,7 +33,7 @@ class Staged:
     """In the directory of the run, with slashes."""
     file: Path
     size_bytes: int
-    """Up to the end of its last whole line, where it is a file of lines."""
+    """Up to the end of its last whole line, where the run writes it line by line."""
     identity: tuple[int, int, int]
     """The same for a file that has not changed."""
 
@@ -51,6 +51,8 @@ class Staging:
         self._say = say
         self._refused: set[str] = set()
         self._place = run.path.with_name(f".{run.name}.uploading")
+        self._written = (run.metrics.name, run.receipt.name)
+        """Files of lines that the run appends to while they are read."""
 
     def clear(self) -> None:
         """Let go what is held."""
@@ -125,7 +127,7 @@ class Staging:
                 raise
             link = file  # a file system without links: it may vanish, and is then staged again
         told = os.stat(link)
-        size = _up_to_a_line(link, told.st_size) if path.endswith(_LINES) else told.st_size
+        size = _up_to_a_line(link, told.st_size) if path in self._written else told.st_size
         return Staged(path, link, size, (told.st_ino, told.st_size, told.st_mtime_ns))
 
 
