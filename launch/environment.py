@@ -138,6 +138,7 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
     address = variables.get("PET_MASTER_ADDR", "")
     if nodes > 1 and not address:
         address = first_address(socket.getfqdn(), place)
+    _require_name(address)
     port = port_number(variables.get("PET_MASTER_PORT", "29500"))
     return Node(
         place,
@@ -148,6 +149,21 @@ def node_here(variables: Mapping[str, str] | None = None) -> Node | None:
         least=least if least < nodes else 0,
         returns="JOB_COMPLETION_INDEX" in variables,
     )
+
+
+def _require_name(address: str) -> None:
+    """Check that this may be the name or the address of a machine.
+
+    Raises:
+        SpecError: it cannot: Python's sockets would raise an error that is no `OSError`.
+    """
+    try:
+        address.encode("idna")
+    except UnicodeError as error:
+        raise SpecError(
+            f"PET_MASTER_ADDR={address}: is no name of a machine: between two dots are 1 to 63 "
+            "characters. Set it to the name or the address of node 0."
+        ) from error
 
 
 def range_of_nodes(text: str, name: str) -> tuple[int, int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import selectors
 import signal
 import socket
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,12 @@ from test_kubernetes_manifests import IN_A_BUCKET, job, of_kind, pod_of
 
 from launch.engines.kubernetes.manifests import render
 from launch.environment import node_here, range_of_nodes
-from launch.nodes.elastic import Roster, possible_nodes
+from launch.nodes.elastic import Roster, _LateJoins, _LocalNode, possible_nodes
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node_part import DETECTION_SECONDS, KILL_SECONDS
-from launch.nodes.rendezvous import enter
+from launch.nodes.rendezvous import RendezvousServer, enter, listen
+from launch.processes.signals import heard
+from launch.rank.job import Job
 from service.basics.errors import PeerLost, SpecError
 from service.spec.files import load_spec
 
@@ -183,6 +189,51 @@ SPEC: dict[str, Any] = {
     "length": {"steps": 1},
     "optimizer": {"name": "sgd", "lr": 0.1},
 }
+
+
+def test_a_node_that_can_join_at_the_last_moment_does_not_stop_the_next_generation() -> None:
+    """Its checkpoint may be complete when the processes of this generation have just ended."""
+    own = JoinRequest(0, 2, 1, "digest", 1)
+    is_saved = threading.Event()
+    with listen("127.0.0.1", 0) as listener, selectors.DefaultSelector() as events:
+        server = RendezvousServer(own, b"", listener, events, print)
+        place = {"address": "127.0.0.1", "port": listener.getsockname()[1]}
+        told: dict[str, Any] = {**place, "seconds": 60, "say": print}
+        wanted = replace(own, index=1)
+        node = threading.Thread(target=lambda: enter(wanted, **told)[0].close())
+        node.start()
+        try:
+            with _LateJoins(
+                server, Roster(frozenset({1, 2}), frozenset()), is_saved.is_set
+            ) as late:
+                until(lambda: server.peers, "node 1 waits")
+                is_saved.set()
+                until(lambda: late.asked, "the request to stop")
+            assert not heard.requested
+        finally:
+            heard.regroups = False
+            server.close(end=0)
+            node.join()
+
+
+def test_a_checkpoint_of_a_run_that_starts_over_is_a_new_one(tmp_path: Path) -> None:
+    """Though its step is smaller than those of the run that --fresh has moved aside."""
+
+    def begin(name: str, step: int) -> None:
+        (tmp_path / "job/checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        facts = {"format": 1, "id": name, "state": "running", "attempts": []}
+        (tmp_path / "job/run.json").write_text(json.dumps(facts))
+
+    begin("first", 24)
+    run = Job(load_spec(SPEC), tmp_path, fresh=True)
+    local = _LocalNode(run, None, JoinRequest(0, 2, 1, "digest", 1), b"")  # type: ignore[arg-type]
+    before = local.newest()
+    assert not local.has_saved_since(before)
+    (tmp_path / "job").rename(tmp_path / "aside")
+    assert not local.has_saved_since(before)
+    begin("second", 4)
+    assert local.has_saved_since(before)
+    assert not local.has_saved_since(local.newest())
 
 
 def test_the_numbers_of_nodes_follow_from_the_plan() -> None:

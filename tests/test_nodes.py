@@ -34,7 +34,7 @@ from launch.environment import (
 from launch.nodes import secret_file
 from launch.nodes.handshake import Authenticator, JoinRequest, Seal, Unauthenticated, answered
 from launch.nodes.node_part import check_interfaces, take_interface
-from launch.nodes.rendezvous import Membership, Peer, host, join, listen
+from launch.nodes.rendezvous import CLOSING_SECONDS, Membership, Peer, host, join, listen
 from launch.rank.network import interface_in_words
 from service.basics.atomic_files import replace_file
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped
@@ -71,6 +71,10 @@ MISTAKES = {
     "an index of nobody knows how many": (
         {"JOB_COMPLETION_INDEX": "1"},
         "this is node 1, but not of how many: set PET_NNODES",
+    ),
+    "a name that no machine can have": (
+        {**PET, "PET_MASTER_ADDR": "node-0..lan"},
+        r"PET_MASTER_ADDR=node-0\.\.lan: is no name",
     ),
     "an index too many": (
         PET | {"PET_NODE_RANK": "3"},
@@ -280,6 +284,21 @@ def test_nodes_connect_in_any_order_and_learn_where_the_store_is(meeting: Meetin
     assert ends[1][1] == ends[2][1] == ("127.0.0.1", 4321)
     for membership in (ends[0], ends[1][0], ends[2][0]):
         membership.leave(1)
+
+
+def test_a_node_that_is_stopped_before_its_processes_start_waits_for_nobody(
+    meeting: Meeting,
+) -> None:
+    """Such as one that brings the run from a store: it has little time to end."""
+    meeting.host(replace(OWN, nodes=2))
+    meeting.join(replace(OWN, nodes=2, index=1))
+    ends = meeting.end()
+    leaving = threading.Thread(target=ends[1][0].leave, args=(75,), daemon=True)
+    leaving.start()
+    leaving.join(CLOSING_SECONDS / 3)
+    assert not leaving.is_alive()
+    assert ends[0].peers[0].receive() == [{"end": 75}]
+    ends[0].leave(1)
 
 
 def test_the_door_is_closed_once_all_are_there(meeting: Meeting) -> None:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.environment import MOST_PROCESSES, Group, Node
 from launch.nodes.handshake import JoinRequest
@@ -66,6 +66,15 @@ _SETTLE_SECONDS = DETECTION_SECONDS + 5
 _MANY_ROWS = 1 << 60
 
 
+class _Newest(NamedTuple):
+    """The newest checkpoint at one moment."""
+
+    run: str | None
+    """The id of its run."""
+    step: int
+    """-1 if there is none."""
+
+
 @dataclass
 class _LocalNode:
     """This node, through all generations."""
@@ -91,9 +100,14 @@ class _LocalNode:
         saved = checkpoints_in(self.job.directory().checkpoints)
         return saved[-1].step if saved else -1
 
-    def has_saved_since(self, step: int) -> bool:
-        """Whether there is a newer checkpoint than that of this step."""
-        return self.newest_step() > step
+    def newest(self) -> _Newest:
+        """The newest checkpoint, and of which run it is: `--fresh` replaces the run meanwhile."""
+        return _Newest(self.job.run_id(), self.newest_step())
+
+    def has_saved_since(self, before: _Newest) -> bool:
+        """Whether there is a newer checkpoint than this one."""
+        now = self.newest()
+        return now.step > (before.step if now.run == before.run else -1)
 
     def is_at_its_end(self) -> bool:
         """Whether the step of `--stop-at` is saved."""
@@ -235,7 +249,7 @@ def _generations(local: _LocalNode, server: RendezvousServer, numbers: frozenset
             members, state = _gathered_with_state(local, server, roster)
         membership, group, store = _begin(local, server, members, state)
         roster = replace(roster, members=frozenset(members))
-        before = local.newest_step()
+        before = local.newest()
         with _LateJoins(server, roster, partial(local.has_saved_since, before)) as late_joins:
             code = local.trains(membership, group)
         membership.await_ends(_SETTLE_SECONDS if code == _LOST else CLOSING_SECONDS)
@@ -337,6 +351,8 @@ class _LateJoins:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        # It may have asked when the processes had ended: that must not stop the next ones.
+        heard.regroups = False
 
     def _receive(self) -> None:
         told: frozenset[int] = frozenset()

@@ -116,6 +116,7 @@ class Membership:
         """The closing message of each node that has ended; None of one that is gone."""
         self._settled = threading.Event()
         self._all_ended = threading.Event()
+        self._is_watched = False
 
     @property
     def own_address(self) -> str:
@@ -145,6 +146,7 @@ class Membership:
 
         And `when_stopped` once, when the first has ended because of a request to stop.
         """
+        self._is_watched = True
         callbacks = (when_lost, when_stopped)
         threading.Thread(target=self._follow, args=callbacks, daemon=True).start()
 
@@ -160,7 +162,7 @@ class Membership:
         """
         for peer in self.peers:
             peer.send({"end": code, **more})
-        if code in GOOD_ENDS and self.lost is None:
+        if code in GOOD_ENDS and self.lost is None and self._is_watched:
             TimeLimit(CLOSING_SECONDS).wait(self._settled.wait)
         for peer in self.peers:
             peer.close()
