@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ PET = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2"} | {
     "PET_MASTER_PORT": "23456",
 }
 OWN = JoinRequest(0, 3, 4, "digest")
+
+
+@dataclass(frozen=True)
+class LaterRequest(JoinRequest):
+    """What nodes of another version send."""
+
+    more: str = ""
 
 
 def test_the_five_variables_name_the_node() -> None:
@@ -514,6 +521,8 @@ def connected(port: int) -> socket.socket:
         ({"processes": 5}, "PET_NPROC_PER_NODE is 4 on node 0 and 5 on node 2"),
         ({"nodes": 4}, "PET_NNODES is 3 on node 0 and 4 on node 2"),
         ({"spec": "another"}, "Node 2 has a different spec than node 0"),
+        ({"runs": "a digest"}, "node 0 keeps the runs in a directory, and node 2 elsewhere"),
+        ({"version": "0.0.7"}, "Node 2 has another version of evenstep than node 0"),
     ],
 )
 def test_nodes_that_disagree_all_hear_of_it(
@@ -525,6 +534,21 @@ def test_nodes_that_disagree_all_hear_of_it(
     for index in (0, 2):
         assert isinstance(ends[index], SpecError)
         assert message in str(ends[index])
+
+
+def test_a_node_of_a_version_with_other_messages_hears_of_it(meeting: Meeting) -> None:
+    """It knows the secret, so it is no stranger."""
+    meeting.secret = SECRET
+    meeting.host(replace(OWN, nodes=2))
+    with connected(meeting.port) as connection:
+        later = LaterRequest(1, 2, 4, "digest")
+        answer, seal = answered(connection.recv(4096).strip(), later, SECRET)
+        connection.sendall(answer)
+        told = seal.opened(connection.recv(4096).strip())
+    [end] = meeting.end().values()
+    assert isinstance(end, SpecError)
+    assert "The node at 127.0.0.1 has another version of evenstep than node 0" in str(end)
+    assert told == {"refused": str(end)}
 
 
 def test_nodes_that_do_not_come_are_named(meeting: Meeting) -> None:

@@ -25,9 +25,13 @@ from stored import (
     uploading_of,
 )
 
-from launch.stored.in_store import uploaded
+from launch.stored.following import Following
+from launch.stored.in_store import _finished, uploaded
+from launch.stored.leading import Leading
+from service.basics import running_time
 from service.basics.errors import SpecError, Stopped
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
+from service.runs.directory import RunInUse
 from service.runs.metrics_file import read_metrics
 from service.spec.files import load_spec
 from service.storage import beside
@@ -733,3 +737,55 @@ def test_a_publication_whose_first_answer_is_cut_is_read_again(
     monkeypatch.setattr(Faulty, "cat_file", cut)
     assert newest_published(store_at(address / "job")) is not None
     assert len(seen) == 2
+
+
+def test_a_launcher_that_was_paused_does_not_give_the_store_up(
+    address, place, tmp_path, harm, monkeypatch
+):
+    """Neither between two generations nor at the end: it was not the store that stood still."""
+
+    def refused(verb, path):
+        if "/data/" in path and verb == "write":
+            raise ConnectionResetError(errno.ECONNRESET, "the connection is gone")
+
+    uploading, ends = uploading_of(address, local_run(place, tmp_path / "local", 4), print), []
+    harm(refused)
+    offered = Leading(uploading, say=print).offer(fresh=False)
+    uploading.start(when_lost=lambda: None)
+    assert offered() is None
+    ending = threading.Thread(target=lambda: ends.append(_finished(uploading, lambda: 0.0)))
+    ending.start()
+    later = time.monotonic() + 3600
+    with monkeypatch.context() as paused:
+        paused.setattr(time, "monotonic", lambda: later)
+        paused.setattr(running_time, "monotonic", lambda: later)
+        assert offered() is None
+        ending.join(1)
+        assert not ends
+    harm(nothing)
+    ending.join(DEADLINE_SECONDS)
+    assert ends == [None]
+    assert offered()["checkpoint"] == "step-00000004"
+
+
+def test_an_upload_that_has_nothing_to_do_does_not_stand_still(address, place, tmp_path):
+    """Or a store that is away for a minute at the end of a long epoch would be given up."""
+    uploading = uploading_of(address, local_run(place, tmp_path / "local", 4), print)
+    uploading.start(when_lost=lambda: None)
+    until(lambda: newest_step(address) == 4, "the checkpoint in the store")
+    uploading._mirror.moved = time.monotonic() - 3600
+    until(lambda: time.monotonic() - uploading.moved < 60, "a look at what is new")
+    assert uploading.finish(in_time()) is None
+
+
+def test_a_second_launcher_of_a_node_removes_nothing_of_the_first(address, place, tmp_path):
+    published(address, local_run(place, tmp_path / "local", 4))
+    first, second = (
+        Following(address / "job", tmp_path / "disk", node=1, say=print) for _ in range(2)
+    )
+    first.begin()
+    first.bring()
+    with pytest.raises(RunInUse, match="disk-node-1 is being written by process"):
+        second.begin()
+    assert (first.runs / "job/checkpoints/step-00000004/manifest.json").exists()
+    first._lock.close()

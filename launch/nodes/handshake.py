@@ -11,8 +11,11 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
+
+from service.runs.directory import versions
 
 LINE_BYTES = 4096
 _TOKEN_BYTES = 16
@@ -23,9 +26,22 @@ class Unauthenticated(Exception):
     """A message on a connection does not come from a node of this job."""
 
 
+class OtherVersion(Exception):
+    """A node that knows the secret has sent what this version does not understand."""
+
+    def __init__(self, seal: Seal) -> None:
+        super().__init__()
+        self.seal = seal
+
+
+@cache
+def _own_version() -> str:
+    return versions().get("evenstep", "")
+
+
 @dataclass(frozen=True)
 class JoinRequest:
-    """The configuration that a node sends; nodes to spec, and least, must be equal on all."""
+    """The configuration that a node sends; all but index and generation must be equal on all."""
 
     index: int
     nodes: int
@@ -36,6 +52,10 @@ class JoinRequest:
     """The smallest number of nodes with which the job runs; 0: all of them."""
     generation: int = 0
     """The last generation that it belonged to. It may differ between nodes."""
+    runs: str = ""
+    """A digest of the address of the runs in a store; empty: they are in a directory."""
+    version: str = field(default_factory=_own_version)
+    """Of evenstep."""
 
     @property
     def is_elastic(self) -> bool:
@@ -115,14 +135,15 @@ class Authenticator:
 
         Raises:
             Unauthenticated: it does not know the secret.
+            OtherVersion: it does, but does not introduce itself as nodes of this version do.
         """
         nonce = _text(_told(line), "nonce")
         seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
         said = seal.opened(line)
         kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
-        kinds |= {"least": int, "generation": int}
+        kinds |= {"least": int, "generation": int, "runs": str, "version": str}
         if {key: type(value) for key, value in said.items()} != kinds:
-            raise Unauthenticated("no introduction")
+            raise OtherVersion(seal)
         return JoinRequest(**said), seal
 
 

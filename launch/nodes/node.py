@@ -61,7 +61,9 @@ def run_node(
         say(f"Nothing to do: {job.runs / job.spec.name} is done.")
         return 0
     digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
-    own = JoinRequest(node.index, node.nodes, processes, digest, node.least)
+    stored = leading or following
+    runs = hashlib.sha256(str(stored.address).encode()).hexdigest() if stored is not None else ""
+    own = JoinRequest(node.index, node.nodes, processes, digest, node.least, runs=runs)
     if node.least:
         with secret_of(node, job.runs, seconds=meeting_seconds(job)) as secret:
             return run_elastic(job, node, own, secret, leading=leading, following=following)

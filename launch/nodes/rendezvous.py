@@ -31,6 +31,7 @@ from launch.nodes.handshake import (
     Authenticator,
     JoinRequest,
     Lines,
+    OtherVersion,
     Seal,
     Unauthenticated,
     answered,
@@ -361,24 +362,38 @@ class RendezvousServer:
         except (OSError, Unauthenticated):
             self._drop(pending)
             return
+        except OtherVersion as unknown:
+            self._release(pending)
+            peer = Peer(0, pending.connection, pending.address, unknown.seal)
+            self._refuse(peer, _OF_ANOTHER_VERSION.format(f"The node at {pending.address}"))
+            return
         self._admit(pending, other, seal)
+
+    def _refuse(self, peer: Peer, difference: str) -> None:
+        """Tell a node that it differs; unless the job can do without it, the job ends.
+
+        Raises:
+            SpecError: the job ends.
+        """
+        if self._own.is_elastic:
+            self._say(f"{difference} It was refused.")
+            peer.send({"refused": difference})
+            peer.close()
+            return
+        for each in [peer, *self.peers.values()]:
+            each.send({"refused": difference})
+            each.close()
+        self.peers.clear()
+        self.close()
+        raise SpecError(difference)
 
     def _admit(self, pending: _Pending, other: JoinRequest, seal: Seal) -> None:
         self._release(pending)
         peer = Peer(other.index, pending.connection, pending.address, seal)
         difference = _difference(self._own, other)
-        if difference is not None and self._own.is_elastic:  # the job can do without it
-            self._say(f"{difference} It was refused.")
-            peer.send({"refused": difference})
-            peer.close()
-            return
         if difference is not None:
-            for each in [peer, *self.peers.values()]:
-                each.send({"refused": difference})
-                each.close()
-            self.peers.clear()
-            self.close()
-            raise SpecError(difference)
+            self._refuse(peer, difference)
+            return
         if not 0 < other.index < self._own.nodes:
             peer.close()
             self._count(pending)
@@ -623,7 +638,12 @@ class Deadline:
         return self.left > 0
 
 
+_OF_ANOTHER_VERSION = "{} has another version of evenstep than node 0: install the same on all."
+
+
 def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
+    if own.version != other.version:
+        return _OF_ANOTHER_VERSION.format(f"Node {other.index}")
     for name, what in (("range", "PET_NNODES"), ("processes", "PET_NPROC_PER_NODE")):
         ours, theirs = getattr(own, name), getattr(other, name)
         if ours != theirs:
@@ -632,6 +652,12 @@ def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
             )
     if own.spec != other.spec:
         return f"Node {other.index} has a different spec than node 0: start all with the same spec."
+    if own.runs != other.runs:
+        kept = "in a store" if own.runs else "in a directory"
+        return (
+            f"--runs: node 0 keeps the runs {kept}, and node {other.index} elsewhere. Give all "
+            "nodes the same --runs."
+        )
     return None
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launch.processes.signals import heard
 from service.basics.atomic_files import remove, told_when_unwritten
 from service.basics.errors import PeerLost, SpecError
-from service.runs.directory import RunDirectory
+from service.runs.directory import RunDirectory, lock_of
 from service.storage.address import Address
 from service.storage.bringing import RUN, Gone, bring_checkpoint, bring_files, bring_newest
 from service.storage.published import checkpoints_of, is_newest, newest_published
@@ -37,14 +37,23 @@ class Following:
         self.runs = runs_of_node(scratch, node)
         self._run = RunDirectory(self.runs / address.name)
         self._say = say
+        self._lock: IO[str] | None = None
+
+    @property
+    def address(self) -> Address:
+        """Of the run."""
+        return self._store.address
 
     def begin(self) -> None:
         """Bring what the checks before the start read.
 
         Raises:
+            RunInUse: another launcher of this node is at work on this machine.
             EvenstepError: the store did not answer, or has lost what was published.
         """
         with told_when_unwritten(self._run.path):
+            self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = lock_of(RunDirectory(self.runs))
             remove(self._run.path)
         self.look()
 

@@ -13,6 +13,7 @@ from launch.environment import Environment, Node, meeting_secret
 from launch.processes.signals import heard
 from launch.stored.following import Following
 from service.basics.errors import EvenstepError, SpecError, Stopped
+from service.basics.running_time import RunningClock, StandingClock
 from service.spec.models import Spec
 from service.storage.address import Address
 from service.storage.beside import Uploading, brought
@@ -102,13 +103,12 @@ def uploaded(
 
 def _finished(uploading: Uploading, budget_seconds: Callable[[], float]) -> EvenstepError | None:
     """Wait for the end of the upload; what is wrong if it is not complete."""
-    ended = time.monotonic()
+    standing, ended = StandingClock(lambda: uploading.moved), RunningClock()
 
     def left() -> float:
         if heard.heard_at is not None:
             return heard.heard_at + budget_seconds() - time.monotonic()
-        until = max(uploading.moved + WITHOUT_SUCCESS_SECONDS, ended + _LAST_SECONDS)
-        return until - time.monotonic()
+        return max(WITHOUT_SUCCESS_SECONDS - standing(), _LAST_SECONDS - ended())
 
     try:
         return uploading.finish(left)

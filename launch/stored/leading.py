@@ -8,6 +8,8 @@ from typing import Any
 
 from launch.stored.in_store import WITHOUT_SUCCESS_SECONDS
 from service.basics.errors import EvenstepError
+from service.basics.running_time import StandingClock
+from service.storage.address import Address
 from service.storage.beside import Uploading
 
 _TELL_AFTER_SECONDS = 10.0
@@ -20,6 +22,11 @@ class Leading:
         self._uploading = uploading
         self._say = say
 
+    @property
+    def address(self) -> Address:
+        """Of the run."""
+        return self._uploading.address
+
     def offer(self, *, fresh: bool) -> Callable[[], dict[str, Any] | None]:
         """Ask for the upload; a function that gives what the others are told, None until it is up.
 
@@ -29,6 +36,7 @@ class Leading:
             EvenstepError: that function: the store takes nothing; another launcher has the run.
         """
         asked, offer = time.monotonic(), self._uploading.offer(fresh=fresh)
+        standing = StandingClock(lambda: self._uploading.moved, since=asked)
         waits = [f"The other nodes wait for the upload: {self._uploading.missing()}."]
 
         def told() -> dict[str, Any] | None:
@@ -37,8 +45,7 @@ class Leading:
             self._uploading.require_at_work()
             if waits and time.monotonic() - asked > _TELL_AFTER_SECONDS:
                 self._say(waits.pop())
-            since = max(asked, self._uploading.moved)
-            if time.monotonic() - since > WITHOUT_SUCCESS_SECONDS:
+            if standing() > WITHOUT_SUCCESS_SECONDS:
                 raise EvenstepError(
                     f"The other nodes cannot resume, because for {WITHOUT_SUCCESS_SECONDS:g} s the "
                     f"store has taken nothing: {self._uploading.missing()}."

@@ -63,11 +63,13 @@ def when_connected(
     """
     if not on_several(place):
         return None
+    held: list[Following] = []  # with their locks, as long as this process works
 
     def bring() -> None:
         node = _node(place)
         if node and place.local_rank == 0:
             following = Following(run, scratch_runs(run), node=node, say=say)
+            held.append(following)
             following.begin()
             following.bring()
 

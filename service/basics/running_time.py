@@ -35,6 +35,30 @@ class RunningClock:
         return self._seconds
 
 
+class StandingClock:
+    """Seconds in which this process has run since something last came forward.
+
+    Read it regularly, as a `RunningClock`.
+    """
+
+    def __init__(self, moved: Callable[[], float], *, since: float | None = None) -> None:
+        """
+        Args:
+            moved: when it last came forward, by the monotonic clock.
+            since: count from this moment on; None: from when it last came forward.
+        """
+        self._moved = moved
+        self._seen = moved()
+        self._before = max(0.0, monotonic() - self._seen) if since is None else monotonic() - since
+        self._clock = RunningClock()
+
+    def __call__(self) -> float:
+        now = self._moved()
+        if now != self._seen:
+            self._seen, self._before, self._clock = now, 0.0, RunningClock()
+        return self._before + self._clock()
+
+
 class TimeLimit:
     """A limit of `seconds` for one wait, with checks at most `LOOK_SECONDS` apart."""
 

@@ -515,10 +515,10 @@ def open_run(
     _require_utf_8(directory)
     with ExitStack() as stack:
         try:
-            lock = stack.enter_context(_lock(directory))
+            lock = stack.enter_context(lock_of(directory))
             if fresh and directory.facts.exists():
                 _put_aside(directory)
-                before, lock = lock, stack.enter_context(_lock(directory))
+                before, lock = lock, stack.enter_context(lock_of(directory))
                 before.close()
             opened = _opened(directory, spec, lock, accepted)
         except OSError as error:
@@ -686,7 +686,12 @@ def _is_begun(directory: RunDirectory) -> bool:
     return directory.facts.exists() and directory.spec.exists()
 
 
-def _lock(directory: RunDirectory) -> IO[str]:
+def lock_of(directory: RunDirectory) -> IO[str]:
+    """Take the lock of a directory, which is held until this file is closed.
+
+    Raises:
+        RunInUse: another process has it.
+    """
     path = directory.path / ".lock"
     while True:
         directory.path.mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,13 @@ class Uploading:
         return self._run.path.parent
 
     @property
+    def address(self) -> Address:
+        """Of the run."""
+        return self._lease.store.address
+
+    @property
     def moved(self) -> float:
-        """When the upload last came forward, by the monotonic clock."""
+        """When the upload last came forward, or had nothing to do, by the monotonic clock."""
         return self._mirror.moved
 
     def start(self, when_lost: Callable[[], None]) -> None:
@@ -204,7 +209,7 @@ class Uploading:
             if ending:
                 self._is_up = True
                 return
-            pause = _FIRST_PAUSE_SECONDS
+            pause, self._mirror.moved = _FIRST_PAUSE_SECONDS, time.monotonic()
             self._woken.wait(_LOOK_SECONDS)
 
     def _settle(self, offer: Offer) -> None:
