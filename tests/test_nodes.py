@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, evenstep, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -732,3 +732,28 @@ def test_what_the_environment_says_twice_is_refused(tmp_path: Path) -> None:
     assert "PET_NPROC_PER_NODE already sets it" in ended.stderr
     assert not re.search("meeting", ended.stderr)
     assert os.listdir(tmp_path) == []
+
+
+STOPPED_WHILE_IT_WAITS = """
+import signal, time
+from launch.nodes.node_part import stop_raises
+from launch.processes.signals import heard
+from service.basics.errors import Stopped
+
+before = time.monotonic()
+try:
+    with stop_raises():
+        signal.raise_signal(signal.SIGTERM)
+except Stopped as error:
+    assert before <= heard.heard_at <= time.monotonic()
+    print(heard.signal_name, error)
+"""
+
+
+def test_the_time_of_a_stop_begins_while_a_node_waits_for_others() -> None:
+    """What is to be done before the end, such as an upload, has the seconds after that moment."""
+    words = [sys.executable, "-c", STOPPED_WHILE_IT_WAITS]
+    process = start(words, cwd=ROOT, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, out
+    assert out.decode().startswith("SIGTERM Stopped by SIGTERM before training started"), out
