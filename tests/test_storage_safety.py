@@ -400,6 +400,21 @@ def test_of_a_checkpoint_that_was_uploaded_damaged_the_one_before_is_used(addres
     assert steps_in(address) == [4]  # the run takes the steps after 4 again
 
 
+def test_the_last_checkpoints_of_the_store_stay_while_this_machine_has_none(
+    address, place, tmp_path
+):
+    local = local_run(place, tmp_path / "local", 4)
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    shutil.rmtree(local.checkpoints / "step-00000004")
+    assert not mirror.publish()
+    assert steps_in(address) == [4]
+    add_checkpoint(place, local, 8)
+    assert mirror.publish()
+    assert steps_in(address) == [8]
+    assert_same(brought_back(address, tmp_path / "back"), local)
+
+
 def test_leftovers_of_starts_that_were_killed_are_removed(address, place, tmp_path):
     published(address, local_run(place, tmp_path / "local", 4))
     first, run = bring_here(address, place, [])
