@@ -1,6 +1,7 @@
 """Runs in an object store: nothing is lost, and nothing is said that is not so."""
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -413,6 +414,19 @@ def test_the_last_checkpoints_of_the_store_stay_while_this_machine_has_none(
     assert mirror.publish()
     assert steps_in(address) == [8]
     assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_the_objects_of_a_run_that_fresh_has_set_aside_stay(address, place, tmp_path):
+    before = published(address, local_run(place, tmp_path / "before", 4)).published
+    local = local_run(place, tmp_path / "local", 8)
+    local.facts.write_text(json.dumps(local.read_facts() | {"id": "another"}))
+    published(address, local)
+    later = mirror_of(address, local)
+    later.take_over()
+    store = store_at(address / "job")
+    assert before.name in store.sizes("published/")
+    assert before.objects() <= store.sizes("data/").keys()
+    assert later.published.objects() < store.sizes("data/").keys()
 
 
 def test_leftovers_of_starts_that_were_killed_are_removed(address, place, tmp_path):
