@@ -278,6 +278,7 @@ def _start_in_store(
         budget_seconds=(
             seconds_to_stop if place else lambda: budget_seconds(spec, job.directory())
         ),
+        is_fixed=place is not None or spec.faults.stop_budget_seconds != "auto",
     )
     leave(note_exit_code(code))
 

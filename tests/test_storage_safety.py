@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from typing import ClassVar
@@ -26,11 +27,13 @@ from stored import (
     uploading_of,
 )
 
+from launch.stored import in_store
 from launch.stored.following import Following
 from launch.stored.in_store import _finished, uploaded
 from launch.stored.leading import Leading
 from service.basics import running_time
 from service.basics.errors import SpecError, Stopped
+from service.health.stop_request import StopRequest
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunInUse
 from service.runs.metrics_file import read_metrics
@@ -234,10 +237,41 @@ def test_what_is_trained_before_an_error_of_the_launcher_is_uploaded(address, pl
             uploading_of(address, local, said.append),
             train,
             budget_seconds=lambda: DEADLINE_SECONDS,
+            is_fixed=True,
         )
     assert steps_in(address) == [4, 8]
     taken(store_at(address / "job"), say=said.append)
     assert not said  # it did not have to wait
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_stop_waits_for_an_upload_that_comes_forward_unless_its_time_is_set(
+    address, place, tmp_path, harm, monkeypatch, capsys, is_fixed
+):
+    local, going_on = local_run(place, tmp_path / "local", 4), threading.Event()
+
+    def held(verb, path):
+        if verb == "write" and "/data/" in path:
+            assert going_on.wait(DEADLINE_SECONDS)
+
+    def train():
+        heard.hear(signal.SIGTERM)
+        heard.heard_at -= 1000.0
+        if not is_fixed:
+            going_on.set()  # the upload came forward when it began, and does so again
+        return Stopped.exit_code
+
+    monkeypatch.setattr(in_store, "heard", heard := StopRequest())
+    uploading = uploading_of(address, local, print)
+    harm(held)
+    code = uploaded(
+        address / "job", uploading, train, budget_seconds=lambda: 500.0, is_fixed=is_fixed
+    )
+    going_on.set()
+    said = capsys.readouterr()
+    assert code == (1 if is_fixed else Stopped.exit_code), said
+    assert ("The run is not completely uploaded" in said.err) == is_fixed
+    uploading._worker.join(DEADLINE_SECONDS)
 
 
 def test_old_objects_that_cannot_be_deleted_do_not_stop_the_upload(address, place, tmp_path, harm):
@@ -782,7 +816,7 @@ def test_a_launcher_that_was_paused_does_not_give_the_store_up(
     offered = Leading(uploading, say=print).offer(fresh=False)
     uploading.start(when_lost=lambda: None)
     assert offered() is None
-    ending = threading.Thread(target=lambda: ends.append(_finished(uploading, lambda: 0.0)))
+    ending = threading.Thread(target=lambda: ends.append(_finished(uploading, lambda: 0.0, True)))
     ending.start()
     later = time.monotonic() + 3600
     with monkeypatch.context() as paused:

@@ -77,11 +77,13 @@ def uploaded(
     train: Callable[[], int],
     *,
     budget_seconds: Callable[[], float],
+    is_fixed: bool,
 ) -> int:
     """The exit code of the run: that of `train`, unless it is not completely in the store.
 
     Args:
         budget_seconds: how long a stop may take, from the request on.
+        is_fixed: also if the upload still comes forward; otherwise from its last progress on.
     """
 
     # Two more requests do not hurt: the processes agree on one.
@@ -89,11 +91,11 @@ def uploaded(
     try:
         code = train()
     except BaseException:
-        failed = _finished(uploading, budget_seconds)
+        failed = _finished(uploading, budget_seconds, is_fixed)
         if failed is not None:
             print(f"error: {failed}", file=sys.stderr, flush=True)
         raise
-    failed = _finished(uploading, budget_seconds)
+    failed = _finished(uploading, budget_seconds, is_fixed)
     if failed is None:
         print(f"Everything is in {address}.", flush=True)
         return code
@@ -101,13 +103,16 @@ def uploaded(
     return failed.exit_code if code in (0, Stopped.exit_code) else code
 
 
-def _finished(uploading: Uploading, budget_seconds: Callable[[], float]) -> EvenstepError | None:
+def _finished(
+    uploading: Uploading, budget_seconds: Callable[[], float], is_fixed: bool
+) -> EvenstepError | None:
     """Wait for the end of the upload; what is wrong if it is not complete."""
     standing, ended = StandingClock(lambda: uploading.moved), RunningClock()
 
     def left() -> float:
         if heard.heard_at is not None:
-            return heard.heard_at + budget_seconds() - time.monotonic()
+            waited = time.monotonic() - heard.heard_at
+            return budget_seconds() - (waited if is_fixed else min(waited, standing()))
         return max(WITHOUT_SUCCESS_SECONDS - standing(), _LAST_SECONDS - ended())
 
     try:
