@@ -32,9 +32,9 @@ from launch.stored.following import Following
 from launch.stored.in_store import _finished, uploaded
 from launch.stored.leading import Leading
 from service.basics import running_time
-from service.basics.errors import SpecError, Stopped
+from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.health.stop_request import StopRequest
-from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
+from service.runs.checkpoint_files import BEST, Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunInUse
 from service.runs.metrics_file import read_metrics
 from service.spec.files import load_spec
@@ -448,6 +448,33 @@ def test_the_last_checkpoints_of_the_store_stay_while_this_machine_has_none(
     assert mirror.publish()
     assert steps_in(address) == [8]
     assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_a_directory_that_is_replaced_while_it_is_read_is_not_published_in_parts(
+    address, place, tmp_path
+):
+    """As by --fresh in another process; a pipe shows when it is being read."""
+    local = local_run(place, tmp_path / "local", 4)
+    other = local_run(place, tmp_path / "other", 12)
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    add_checkpoint(place, local, 8)
+    (local.checkpoints / BEST).unlink(missing_ok=True)
+    os.mkfifo(local.checkpoints / BEST)
+
+    def replace():
+        with (local.checkpoints / BEST).open("w"):  # waits for the reader
+            local.path.rename(tmp_path / "aside")
+            other.path.rename(local.path)
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    with pytest.raises(EvenstepError, match="was replaced while it was read"):
+        mirror.publish()
+    replacing.join()
+    assert steps_in(address) == [4]
+    assert mirror.publish()
+    assert steps_in(address) == [12]
 
 
 def test_the_objects_of_a_run_that_fresh_has_set_aside_stay(address, place, tmp_path):
