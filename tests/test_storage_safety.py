@@ -12,7 +12,7 @@ from typing import ClassVar
 import fsspec
 import pytest
 import stored
-from commands import DEADLINE_SECONDS
+from commands import DEADLINE_SECONDS, evenstep
 from fsspec.implementations.memory import MemoryFileSystem
 from injuring import until
 from stored import (
@@ -515,6 +515,58 @@ def test_a_file_of_lines_that_gets_the_number_of_the_one_before_is_uploaded_whol
     mirror.publish()
     bring_files(store_at(address / "job"), mirror.published, tmp_path / "back")
     assert (tmp_path / "back/metrics.jsonl").read_bytes() == b"".join(new)
+
+
+def test_a_file_of_lines_that_is_replaced_is_uploaded_whole_although_its_end_is_the_same(
+    address, place, tmp_path
+):
+    local = local_run(place, tmp_path / "local", 4)
+    rows = local.metrics.read_bytes()
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    with local.metrics.open("ab") as file:
+        file.write(b'{"step": 25}\n')
+    assert mirror.publish()
+    assert len(mirror.published.files["metrics.jsonl"]) == 2
+    replaced = local.path / "replaced"
+    replaced.write_bytes(rows.replace(b"0", b"1") + b'{"step": 25}\n')
+    replaced.rename(local.metrics)
+    assert mirror.publish()
+    assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_another_checkpoint_of_the_same_step_replaces_that_in_the_store(address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4)
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    for name in ("job.yaml", "my_task.py"):
+        shutil.copy(place / name, tmp_path)
+    other = evenstep("run", "job.yaml", "seed=1", "length.steps=4", cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    replaced = local.checkpoints / "step-00000004"
+    shutil.rmtree(replaced)
+    shutil.copytree(tmp_path / "runs/job/checkpoints/step-00000004", replaced)
+    assert mirror.publish()
+    assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_what_was_uploaded_for_a_publication_that_failed_is_deleted_if_it_has_changed_since(
+    address, place, tmp_path, harm
+):
+    local = local_run(place, tmp_path / "local", 4)
+    mirror = mirror_of(address, local)
+
+    def unpublished(verb, path):
+        if verb == "write" and "/published/" in path:
+            raise ConnectionError("down")
+
+    harm(unpublished)
+    with pytest.raises(EvenstepError, match="down"):
+        mirror.publish()
+    harm(nothing)
+    local.metrics.write_text('{"step": 1}\n')
+    assert mirror.publish()
+    assert store_at(address / "job").sizes("data/").keys() == mirror.published.objects()
 
 
 def test_a_file_with_a_name_for_no_store_is_left_out_and_named(address, place, tmp_path):
