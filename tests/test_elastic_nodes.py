@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import selectors
 import signal
@@ -195,6 +196,14 @@ def test_a_node_that_can_join_at_the_last_moment_does_not_stop_the_next_generati
     """Its checkpoint may be complete when the processes of this generation have just ended."""
     own = JoinRequest(0, 2, 1, "digest", 1)
     is_saved = threading.Event()
+    looks: list[int] = []
+
+    def saved() -> bool:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")  # of a file server, for a moment
+        return is_saved.is_set()
+
     with listen("127.0.0.1", 0) as listener, selectors.DefaultSelector() as events:
         server = RendezvousServer(own, b"", listener, events, print)
         place = {"address": "127.0.0.1", "port": listener.getsockname()[1]}
@@ -203,10 +212,8 @@ def test_a_node_that_can_join_at_the_last_moment_does_not_stop_the_next_generati
         node = threading.Thread(target=lambda: enter(wanted, **told)[0].close())
         node.start()
         try:
-            with _LateJoins(
-                server, Roster(frozenset({1, 2}), frozenset()), is_saved.is_set
-            ) as late:
-                until(lambda: server.peers, "node 1 waits")
+            with _LateJoins(server, Roster(frozenset({1, 2}), frozenset()), saved) as late:
+                until(lambda: looks, "node 1 waits")
                 is_saved.set()
                 until(lambda: late.asked, "the request to stop")
             assert not heard.requested

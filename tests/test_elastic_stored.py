@@ -72,9 +72,14 @@ def store_variables(server: Server, address: Address, **more: str) -> dict[str, 
 def test_a_sender_and_then_node_0_are_lost_with_their_disks_and_no_step_is_different(
     server: Server, address: Address, tmp_path: Path
 ) -> None:
-    """Meanwhile the store takes nothing, and the next generation waits until it does."""
+    """Meanwhile the store takes nothing, and the next generation waits until it does; and it
+    gives nothing to a node, which waits too."""
     more = store_variables(server, address, **CLUSTER)
-    with Proxy(server) as proxy, elastic_nodes(tmp_path, "1:2", sections=SHARDED, **more) as nodes:
+    with (
+        Proxy(server) as proxy,
+        Proxy(server) as other,
+        elastic_nodes(tmp_path, "1:2", sections=SHARDED, **more) as nodes,
+    ):
         through = {"AWS_ENDPOINT_URL": proxy.server.url}
         first, second = nodes.start(0, **through), nodes.start(1)
         nodes.until_saved()
@@ -91,16 +96,24 @@ def test_a_sender_and_then_node_0_are_lost_with_their_disks_and_no_step_is_diffe
         proxy.harm = lambda method, path: None
         nodes.until_said("Generation 3: 1 of 1:2 nodes (0).")
         lose_disk(nodes, 1)
-        second = nodes.start(1)
+        other.harm = lambda method, path: 503 if "/model.safetensors" in path else None
+        second = nodes.start(1, AWS_ENDPOINT_URL=other.server.url)
         nodes.until_said("Generation 4: 2 of 1:2 nodes (0, 1).")
+        nodes.until_said("This node waits for the next generation.", by=1)
+        other.harm = lambda method, path: None
+        nodes.until_said("Generation 5: 1 of 1:2 nodes (0).")
+        nodes.until_said("Generation 6: 2 of 1:2 nodes (0, 1).")
         nodes.until_saved()
         *_, resumed = re.findall(r"Resuming after step (\d+) ", nodes.output(0))
         assert f"(step-{int(resumed):08d}) in" in nodes.output(1)
+        other.harm = lambda method, path: 503
         first.kill()
         nodes.until_said("Node 0 (127.0.0.1) is gone.", by=1)
+        nodes.until_said("This node waits for node 0, which needs the store too.", by=1)
+        other.harm = lambda method, path: None
         lose_disk(nodes, 0)
         first = nodes.start(0, **through)
-        nodes.until_said("Generation 5: 2 of 1:2 nodes (0, 1).")
+        nodes.until_said("Generation 7: 2 of 1:2 nodes (0, 1).")
         nodes.release()
         assert [ended(first), ended(second)] == [0, 0], nodes.everything()
         require_undisturbed(nodes)

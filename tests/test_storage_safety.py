@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -133,6 +134,11 @@ def published(address, run):
     assert mirror.publish()
     mirror._lease.release()
     return mirror
+
+
+def copied_here(run):
+    with copied(run, checkpoint="latest", say=print):
+        raise AssertionError("the disk takes nothing")
 
 
 # ---- what is said at the end
@@ -755,6 +761,18 @@ def test_a_run_cannot_have_the_name_of_a_part_of_one(address, place):
     spec = load_spec(place / "job.yaml")
     with pytest.raises(SpecError, match="cannot be called 'data'"):
         brought(address / "data", spec, fresh=False, say=print)
+
+
+@pytest.mark.parametrize("read", [lambda run: next(checkpoints_at(run)), copied_here])
+def test_a_full_disk_of_a_reader_is_one_line(address, place, tmp_path, read):
+    published(address, local_run(place, tmp_path / "local", 4))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(EvenstepError, match="could not be written: "):
+            read(address / "job")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---- several launchers, and those that come back

@@ -53,6 +53,7 @@ from service.basics.running_time import TimeLimit
 from service.plan.plan import make_plan
 from service.runs.checkpoint_files import checkpoints_in
 from service.spec.models import Spec
+from service.storage.store import StoreFailed
 
 if TYPE_CHECKING:
     from launch.stored.following import Following
@@ -343,6 +344,7 @@ class _LateJoins:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="late-joins", daemon=True)
         self.asked = False
+        self._is_told = False
 
     def __enter__(self) -> _LateJoins:
         self._thread.start()
@@ -362,10 +364,23 @@ class _LateJoins:
             if new - told:
                 say(f"Node {_listed(new - told)} waits for the next checkpoint, to join.")
                 told |= new
-            if new and not self.asked and self._saved():
+            if new and not self.asked and self._has_saved():
                 self.asked = True
                 say(f"Node {_listed(new)} can join: the state is saved for a new generation.")
                 _ask_for_stop()
+
+    def _has_saved(self) -> bool:
+        """Whether a checkpoint of this generation is complete.
+
+        A disk that cannot be read for a moment ends no thread, in which nodes are let in.
+        """
+        try:
+            return self._saved()
+        except OSError as error:
+            if not self._is_told:
+                say(f"WARNING: {error}: whether there is a new checkpoint is looked at again.")
+            self._is_told = True
+            return False
 
     def _new(self) -> frozenset[int]:
         """The waiting nodes with which the next generation would have more nodes than this."""
@@ -403,7 +418,7 @@ def _follow(local: _LocalNode) -> int:
             int(answer["store"]),
         )
         say(f"Generation {own.generation}: this is {group.index} of {group.nodes} nodes, from 0.")
-        membership, code = Membership([peer]), 1
+        membership, code, is_here = Membership([peer]), 1, True
         try:
             if local.following is not None:
                 local.following.resume(answer)
@@ -411,18 +426,31 @@ def _follow(local: _LocalNode) -> int:
         except PeerLost as lost:
             say(str(lost))
             code = lost.exit_code
+        except StoreFailed as away:
+            say(f"WARNING: {away} This node waits for the next generation.")
+            is_here = False
         except EvenstepError as error:
             code = error.exit_code
             raise
         finally:
             membership.leave(code, leaving=heard.signal_name is not None)
-        if code == 0 or not _follows_on(code, membership, returns=node.returns):
+        if is_here and (code == 0 or not _follows_on(code, membership, returns=node.returns)):
             return code
-        if local.following is not None:
-            local.following.look()
-        if is_done(local.job):
+        if is_here and local.following is not None:
+            is_here = _looked(local.following)
+        if is_here and is_done(local.job):
             say(f"Nothing to do: {local.job.runs / local.job.spec.name} is done.")
             return 0
+
+
+def _looked(following: Following) -> bool:
+    """Whether the store has told what there is of the run."""
+    try:
+        following.look()
+    except StoreFailed as away:
+        say(f"WARNING: {away} This node waits for node 0, which needs the store too.")
+        return False
+    return True
 
 
 def _follows_on(code: int, membership: Membership, *, returns: bool) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from service.basics.atomic_files import told_when_unwritten
 from service.basics.errors import EvenstepError, SpecError, did_you_mean
 from service.runs.checkpoint_files import Checkpoint, best_of, damage_of, name_of, read_state
 from service.runs.directory import RunDirectory
@@ -65,7 +67,8 @@ def copied(
                 if best != name and best in checkpoints_of(held):
                     bring_checkpoint(store, held, best, run.path)
 
-        _with_newest(store, require_published(store), bring)
+        with told_when_unwritten(place):
+            _with_newest(store, require_published(store), bring)
         yield run
 
 
@@ -85,7 +88,8 @@ def checkpoints_at(address: Address) -> Iterator[tuple[Checkpoint, str | None, i
             bring_files(store, held, run.path)
             return held
 
-        held = _with_newest(store, require_published(store), bring)
+        with told_when_unwritten(place):
+            held = _with_newest(store, require_published(store), bring)
         best = best_of(run.checkpoints)
         seen: set[str] = set()
         while left := [n for n in newest_first(checkpoints_of(held)) if n not in seen]:
@@ -111,7 +115,8 @@ def _brought(
         return held
 
     try:
-        newest = _with_newest(store, held, bring)
+        with told_when_unwritten(directory):
+            newest = _with_newest(store, held, bring)
     except Gone as gone:
         return held, str(gone)
     return newest, damage_of(checkpoint) if checkpoint.path.exists() else None
@@ -157,7 +162,8 @@ def states_at(address: Address, names: Sequence[str]) -> dict[str, str]:
             held = newest_published(below)
             if held is None:
                 return None
-            _with_newest(below, held, lambda h: bring_files(below, h, run.path, only=(RUN,)))
+            with told_when_unwritten(place):
+                _with_newest(below, held, lambda h: bring_files(below, h, run.path, only=(RUN,)))
             return str(run.read_facts()["state"])
 
         states = in_parallel(bring, names)
@@ -234,5 +240,7 @@ def _named(run: RunDirectory, held: Published, which: str, address: Address) -> 
 
 @contextmanager
 def _place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="evenstep-") as place:
+    with ExitStack() as until_the_end:
+        with told_when_unwritten(Path(os.environ.get("TMPDIR") or "/tmp")):
+            place = until_the_end.enter_context(tempfile.TemporaryDirectory(prefix="evenstep-"))
         yield Path(place)
