@@ -795,6 +795,24 @@ def test_a_lease_that_goes_while_it_is_looked_at_is_no_traceback(address, harm):
         taken(store, say=said.append)
 
 
+@pytest.mark.parametrize("request_", ["read", "age", "write"])
+def test_a_launcher_that_starts_beside_another_one_blames_no_store(address, harm, request_):
+    """The other one has just got the lease of a killed one, and removes what that has left."""
+    store, said, seen = store_at(address / "job"), [], []
+
+    def removed(verb, path):
+        if "/probe-" in path and verb == request_:
+            seen.append(path)
+            if len(seen) == (2 if verb == "write" else 1):  # the second one is on condition
+                harm(nothing)
+                store.remove(store.sizes("lease/"))
+
+    harm(removed)
+    taken(store, say=said.append)
+    assert seen
+    assert not said
+
+
 def test_a_store_that_does_not_give_what_it_has_taken_is_refused(address, harm):
     def late(verb, path):
         if verb == "read":

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ LEASE = "lease/"
 SECONDS = 30.0
 SECONDS_VARIABLE = "EVENSTEP_LEASE_SECONDS"
 _PROBE = f"{LEASE}probe-"
+_PROBES = 2
+"""A launcher that has just got its lease removes the probes that it finds, once."""
 _NAME = re.compile(r"lease/(\d{6,})\.json", re.ASCII)
 _LEAST_SECONDS = 1.5
 _LONGEST_SECONDS = 3600.0
@@ -204,18 +207,19 @@ def require_rights(store: Store, *, say: Callable[[str], None]) -> float:
         SpecError: one of these is not possible; says which.
     """
     name, content = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(16)
-    store.put(name, content)
-    try:
-        is_there = store.get(name) == content and name in store.sizes(LEASE)
-        moment = store.modified(name)
-    except NoObject:
-        is_there = False
-    if not is_there:
+    for _ in range(_PROBES):
+        store.put(name, content)
+        with suppress(NoObject):
+            is_there = store.get(name) == content and name in store.sizes(LEASE)
+            moment = store.modified(name)
+            if is_there:
+                break
+    else:
         raise SpecError(
             f"{store.address}: an object that was just written cannot be read or listed. Runs need "
             "a store in which a write is visible at once, as it is in S3, GCS and Azure."
         )
-    if store.create(name, secrets.token_bytes(16)):
+    if all(store.create(name, secrets.token_bytes(16)) for _ in range(_PROBES)):
         say(
             f"WARNING: {store.address}: this store has no conditional writes, so of two launchers "
             "that start in the same second none may be refused. Start one after the other."
