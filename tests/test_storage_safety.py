@@ -36,7 +36,7 @@ from service.basics import running_time
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.health.stop_request import StopRequest
 from service.runs.checkpoint_files import BEST, Checkpoint, checkpoints_in, damage_of
-from service.runs.directory import RunInUse
+from service.runs.directory import RunDirectory, RunInUse
 from service.runs.metrics_file import read_metrics
 from service.spec.files import load_spec
 from service.storage import beside
@@ -481,6 +481,21 @@ def test_a_directory_that_is_replaced_while_it_is_read_is_not_published_in_parts
     assert steps_in(address) == [4]
     assert mirror.publish()
     assert steps_in(address) == [12]
+
+
+def test_a_directory_with_the_facts_of_a_run_has_all_of_its_files(address, place, tmp_path, harm):
+    """A start that is interrupted while it brings them begins again with all."""
+    held = published(address, local_run(place, tmp_path / "local", 4)).published
+    back = RunDirectory(tmp_path / "back")
+
+    def without_rows(verb, path):
+        if verb == "read" and path.endswith("metrics.jsonl"):
+            raise ConnectionError("down")
+
+    harm(without_rows)
+    with pytest.raises(EvenstepError, match="down"):
+        bring_files(store_at(address / "job"), held, back.path)
+    assert not back.facts.exists()
 
 
 def test_the_objects_of_a_run_that_fresh_has_set_aside_stay(address, place, tmp_path):
