@@ -33,7 +33,7 @@ from launch.stored.following import Following
 from launch.stored.in_store import _finished, uploaded
 from launch.stored.leading import Leading
 from service.basics import running_time
-from service.basics.errors import EvenstepError, SpecError, Stopped
+from service.basics.errors import EvenstepError, NoCheckpoint, SpecError, Stopped
 from service.health.stop_request import StopRequest
 from service.runs.checkpoint_files import BEST, Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, RunInUse
@@ -42,7 +42,7 @@ from service.spec.files import load_spec
 from service.storage import beside
 from service.storage.address import Address
 from service.storage.beside import brought
-from service.storage.bringing import Gone, bring_files, bring_newest
+from service.storage.bringing import Gone, bring_files, bring_newest, newest_first
 from service.storage.lease import taken
 from service.storage.published import newest_published
 from service.storage.reading import checkpoints_at, copied, copied_runs
@@ -481,6 +481,35 @@ def test_a_directory_that_is_replaced_while_it_is_read_is_not_published_in_parts
     assert steps_in(address) == [4]
     assert mirror.publish()
     assert steps_in(address) == [12]
+
+
+def test_a_piece_whose_first_answer_is_cut_is_fetched_again(address, place, tmp_path, monkeypatch):
+    local, asked, whole = local_run(place, tmp_path / "local", 4), set(), Faulty.cat_file
+    published(address, local)
+
+    def cut(driver, path, **told):
+        content = whole(driver, path, **told)
+        if "/data/" not in path or path in asked:
+            return content
+        asked.add(path)
+        return content[: len(content) // 2]
+
+    monkeypatch.setattr(Faulty, "cat_file", cut)
+    assert_same(brought_back(address, tmp_path / "back"), local)
+
+
+def test_a_publication_in_which_a_letter_has_changed_is_not_read(address, place, tmp_path):
+    held = published(address, local_run(place, tmp_path / "local", 4)).published
+    store = store_at(address / "job")
+    content = store.get(held.name)
+    store.put(held.name, content.replace(b'"scratch": "test"', b'"scratch": "text"'))
+    with pytest.raises(NoCheckpoint, match="is damaged, or of another version of evenstep"):
+        newest_published(store)
+
+
+def test_of_two_checkpoints_of_a_step_the_tested_one_is_brought_first():
+    names = ["step-00000004", "step-00000008.untested", "step-00000008"]
+    assert newest_first(names) == ["step-00000008", "step-00000008.untested", "step-00000004"]
 
 
 def test_a_directory_with_the_facts_of_a_run_has_all_of_its_files(address, place, tmp_path, harm):
