@@ -819,6 +819,28 @@ def test_a_full_disk_of_a_reader_is_one_line(address, place, tmp_path, read):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_file_whose_name_is_too_long_for_a_store_keeps_no_other_from_it(
+    address, place, tmp_path, harm
+):
+    local, said = local_run(place, tmp_path / "local", 4), []
+    deep = local.path / "/".join(["ü" * 125] * 3)
+    deep.mkdir(parents=True)
+    (deep / ("x" * 250)).write_text("an image")
+    (deep / "short").write_text("another one")
+
+    def limited(verb, path):
+        if verb == "write" and len(path.partition("/")[2].encode()) > 1024:
+            raise OSError(errno.EINVAL, "KeyTooLongError")
+
+    harm(limited)
+    uploading = uploading_of(address, local, said.append)
+    uploading.start(when_lost=lambda: None)
+    assert uploading.finish(in_time()) is None
+    assert steps_in(address) == [4]
+    assert (brought_back(address, tmp_path / "back").path / deep.relative_to(local.path)).is_dir()
+    assert [text for text in said if "is not uploaded: rename it" in text]
+
+
 # ---- several launchers, and those that come back
 
 

@@ -46,6 +46,8 @@ from service.storage.staging import Staged, Staging
 from service.storage.store import NoObject, Store, in_parallel
 
 _BEST = f"{CHECKPOINTS}/{BEST}"
+_LONGEST_NAME_BYTES, _POSITION_BYTES = 1024, 16
+"""Of an object, in S3, GCS and Azure; and of the position of a piece in its name."""
 _Key = tuple[str, int, str]
 """Of a piece: its path, its begin and its SHA-256."""
 
@@ -76,7 +78,9 @@ class Mirror:
         self._scratch = scratch
         self._spec = spec
         self._say = say
-        self._staging = Staging(run, say=say)
+        above = f"{store.address}/{DATA}{Stamp(lease.term, 0)}/@"
+        room = _LONGEST_NAME_BYTES - len(above.encode()) - _POSITION_BYTES
+        self._staging = Staging(run, longest_bytes=room, say=say)
         self._number = 0
         self._ready: dict[_Key, Piece] = {}
         """What was uploaded for a publication that failed."""

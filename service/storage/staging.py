@@ -46,8 +46,12 @@ class Staged:
 class Staging:
     """A directory beside that of the run, on the same file system."""
 
-    def __init__(self, run: RunDirectory, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: RunDirectory, *, longest_bytes: int, say: Callable[[str], None]
+    ) -> None:
+        """`longest_bytes`: of the path of a file, that a store can have in a name."""
         self._run = run
+        self._longest_bytes = longest_bytes
         self._say = say
         self._refused: set[str] = set()
         self._place = run.path.with_name(f".{run.name}.uploading")
@@ -110,7 +114,7 @@ class Staging:
     def _held(self, file: Path) -> Staged | None:
         """A link to the file; None where it is no plain file, or has a name for no store."""
         path = file.relative_to(self._run.path).as_posix()
-        if not is_sound(path):
+        if not is_sound(path) or len(path.encode()) > self._longest_bytes:
             if path not in self._refused:
                 self._refused.add(path)
                 self._say(f"WARNING: {str(file)!a} is not uploaded: rename it.")
