@@ -483,6 +483,17 @@ def test_a_directory_that_is_replaced_while_it_is_read_is_not_published_in_parts
     assert steps_in(address) == [12]
 
 
+def test_the_best_checkpoint_is_named_in_the_store_once_it_is_there(address, place, tmp_path):
+    local = local_run(place, tmp_path / "local", 4)
+    (local.checkpoints / BEST).write_text("step-00000008\n")  # it appears while this is read
+    mirror = mirror_of(address, local)
+    assert mirror.publish()
+    assert f"checkpoints/{BEST}" not in mirror.published.files
+    add_checkpoint(place, local, 8)
+    assert mirror.publish()
+    assert f"checkpoints/{BEST}" in mirror.published.files
+
+
 def test_a_piece_whose_first_answer_is_cut_is_fetched_again(address, place, tmp_path, monkeypatch):
     local, asked, whole = local_run(place, tmp_path / "local", 4), set(), Faulty.cat_file
     published(address, local)
