@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -37,7 +37,7 @@ from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
 from launch.rank.job import Job, TestJob
 from launch.slurm_step import node_asked, note_exit_code, slurm_grace
-from service.basics.errors import LINES, EvenstepError, SpecError, printable
+from service.basics.errors import LINES, EvenstepError, PeerLost, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import Accepted
@@ -257,7 +257,8 @@ def _start_in_store(
         following = followed(address, spec, node)
         job, processes = job_in(following.runs), starting["processes"]
         leave(note_exit_code(run_node(job, node, processes=processes, following=following)))
-    with kept_in_store(address, spec, fresh=fresh, several=several) as uploading:
+    held = kept_in_store(address, spec, fresh=fresh, several=several)
+    with _started_again(node), held as uploading:
         job = job_in(uploading.runs)
 
     def train() -> int:
@@ -502,7 +503,25 @@ def _check(
         if node is None or not node.returns:
             raise
         complain(f"{error} Waiting up to {_LEASE_SECONDS:g} s, in case it is a node that was lost.")
-        check(lock_seconds=_LEASE_SECONDS)
+        with _started_again(node):
+            check(lock_seconds=_LEASE_SECONDS)
+
+
+@contextmanager
+def _started_again(node: Node | None) -> Iterator[None]:
+    """A context in which a run that is in use does not end the job of a cluster.
+
+    Its writer is an earlier pod of this node then, on a machine that only the cluster has lost.
+
+    Raises:
+        PeerLost: the run is in use; the cluster starts the pod again, as often as it must.
+    """
+    try:
+        yield
+    except RunInUse as error:
+        if node is None or not node.returns:
+            raise
+        raise PeerLost(f"{error} Until then the cluster starts this pod again.") from error
 
 
 def _tell_allowance(directory: RunDirectory) -> None:

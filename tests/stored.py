@@ -15,7 +15,7 @@ from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 from stores import Server, s3_server
 
-from service.basics.errors import SpecError
+from service.basics.errors import PeerLost, SpecError
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, find_run
 from service.runs.metrics_file import read_metrics
@@ -103,12 +103,14 @@ def run_through_a_kill(place, address, variables, tmp_path):
     try:
         until(lambda: first.poll() is not None or newest_step(address) == 8, "step 8 in the store")
         refused = evenstep(*run, cwd=place, **two)
+        pod = evenstep(*run, cwd=place, **two, PET_NNODES="1", JOB_COMPLETION_INDEX="0")
     finally:
         first.send_signal(signal.SIGKILL)
         told, _ = first.communicate(timeout=DEADLINE_SECONDS)
     assert first.returncode == -signal.SIGKILL, told
     assert refused.returncode == SpecError.exit_code, refused.stderr
     assert f"{address}/job is being written by process {first.pid} of " in refused.stderr
+    assert pod.returncode == PeerLost.exit_code, pod.stderr  # a cluster starts it again
     listed = evenstep("runs", address, cwd=tmp_path, **common)
     assert re.search(r"^job +lost +", listed.stdout, re.MULTILINE), listed
 

@@ -25,6 +25,7 @@ from typing import Any
 from service.basics.errors import SpecError, printable
 from service.basics.process_starts import start_of
 from service.basics.running_time import RunningClock
+from service.runs.directory import RunInUse
 from service.storage.published import PUBLISHED, stamps_in
 from service.storage.store import NoObject, Store
 
@@ -155,7 +156,8 @@ def taken(
     Args:
         is_stopped: whether this launcher has been asked to stop; then a wait ends.
     Raises:
-        SpecError: another launcher holds it; or a right is missing, see `require_rights`.
+        RunInUse: another launcher holds it.
+        SpecError: a right is missing, see `require_rights`.
         Stopped: see `is_stopped`.
     """
     seconds = lease_seconds()
@@ -234,7 +236,7 @@ def _wait_for(store: Store, term: int, now: float, say: Callable[[str], None]) -
     Args:
         now: a recent moment by the store's clock.
     Raises:
-        SpecError: it is held: it has been rewritten meanwhile.
+        RunInUse: it is held: it has been rewritten meanwhile.
     """
     first = _read(store, term)
     if first is None or first.released or _is_gone(first):
@@ -257,7 +259,7 @@ def _wait_for(store: Store, term: int, now: float, say: Callable[[str], None]) -
         if last is None or last.released:
             return
         if last.beat != first.beat or _newest(store) > term:
-            raise SpecError(
+            raise RunInUse(
                 f"{store.address} is being written by {first.holder}. Wait for it, or stop it; "
                 "to begin a second run of this spec, give it its own --name."
             )
