@@ -30,7 +30,7 @@ def elastic_job(place: Path, engine: Engine, *, most: int, steps: int, bitwise: 
         "memory": "1Gi",
         "shared_memory": "64Mi",
         "restarts": 10,
-        "env": {"WANDB_MODE": "offline", "HOLD_FILE": f"/runs/{HOLD}"},
+        "env": {"WANDB_MODE": "offline", "HOLD_FILE": f"/runs/{HOLD}", "PAUSE_SECONDS": "0.2"},
     }
     sections = {"length": {"steps": steps}, "kubernetes": section}
     written = place / "spec"
