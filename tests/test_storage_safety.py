@@ -494,6 +494,18 @@ def test_the_best_checkpoint_is_named_in_the_store_once_it_is_there(address, pla
     assert f"checkpoints/{BEST}" in mirror.published.files
 
 
+def test_a_lease_counts_on_from_what_is_published_if_its_object_was_deleted(
+    address, place, tmp_path
+):
+    local = local_run(place, tmp_path / "local", 4)
+    published(address, local)
+    published(address, local_run(place, tmp_path / "second", 4, 8))
+    store = store_at(address / "job")
+    store.remove(list(store.sizes("lease/")))
+    assert newest_published(store).stamp.term == 2
+    assert taken(store, say=print).term == 3
+
+
 def test_a_piece_whose_first_answer_is_cut_is_fetched_again(address, place, tmp_path, monkeypatch):
     local, asked, whole = local_run(place, tmp_path / "local", 4), set(), Faulty.cat_file
     published(address, local)
