@@ -25,6 +25,7 @@ run: $(READY)
 test: $(READY) lint
 	@$(MAKE) --no-print-directory -j2 types tests
 
+# tests/fresh_machine.py chooses those of services too.
 CHOSEN := not services and not matrix
 
 tests: $(READY)

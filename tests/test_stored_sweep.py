@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import time
 
 import pytest
 import stored
@@ -56,6 +55,11 @@ def sweeping(place, address, server, scratch, **variables):
     )
 
 
+def is_asked_to_stop(scratch):
+    """Whether the launcher of the first run has passed the request on to its process."""
+    return any("saving the state" in log.read_text() for log in scratch.rglob("logs/lr-0.1.log"))
+
+
 def ended(process):
     told, _ = process.communicate(timeout=DEADLINE_SECONDS)
     return told
@@ -69,7 +73,7 @@ def test_a_sweep_that_is_stopped_and_killed_goes_on_on_an_empty_disk(
     try:
         until(lambda: newest_of(sweep, "lr-0.1") == 8, "step 8 in the store", of=held)
         held.send_signal(signal.SIGTERM)
-        time.sleep(3)  # the run hears of it while it waits, and not after its last step
+        until(lambda: is_asked_to_stop(tmp_path / "a"), "the run has heard of it", of=held)
         (tmp_path / "go-0").touch()
         told = ended(held)
     finally:
