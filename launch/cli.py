@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,7 +31,13 @@ from launch.environment import (
     torchrun_grace,
     unshared_store_advice,
 )
-from launch.processes.signals import STARTED, hear_interrupts, heard, stop_listening
+from launch.processes.signals import (
+    STARTED,
+    hear_interrupts,
+    heard,
+    stop_listening,
+    stop_raises,
+)
 from launch.processes.terminal import ReaderGone
 from launch.processes.warm_start import collect_garbage, end_server
 from launch.rank.exit import leave, leave_hung
@@ -320,7 +326,9 @@ def test(
         die_with_parent()
         found = copy_of(run, place, checkpoint=checkpoint, say=complain)
         _start(job_of(found), place, processes=asked)
-    with run_at(run, checkpoint=checkpoint) as found:
+    with ExitStack() as until_the_end:
+        with stop_raises("the test"):
+            found = until_the_end.enter_context(run_at(run, checkpoint=checkpoint))
         job = job_of(found)
         if not isinstance(run, Address):
             _start(job, place, processes=asked)

@@ -736,8 +736,7 @@ def test_what_the_environment_says_twice_is_refused(tmp_path: Path) -> None:
 
 STOPPED_WHILE_IT_WAITS = """
 import signal, time
-from launch.nodes.node_part import stop_raises
-from launch.processes.signals import heard
+from launch.processes.signals import heard, stop_raises
 from service.basics.errors import Stopped
 
 before = time.monotonic()

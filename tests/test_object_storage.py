@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,13 @@ from service.storage.bringing import bring_files, bring_newest
 from service.storage.lease import is_abandoned, require_rights, taken
 from service.storage.mirror import LeaseLost
 from service.storage.published import newest_published
-from service.storage.store import NoObject, Store, StoreFailed, open_store
+from service.storage.store import (
+    _STANDING_SECONDS,
+    NoObject,
+    Store,
+    StoreFailed,
+    open_store,
+)
 
 pytest.importorskip("moto", reason="needs moto, flask and flask-cors")
 pytest.importorskip("botocore", reason="needs botocore")
@@ -838,6 +845,50 @@ def test_a_stop_says_what_is_not_in_the_store(client, address, place, tmp_path, 
     assert "Training goes on" in said[0]
     assert failed is not None
     assert "step 4 is in the store, and step 8 is here" in str(failed)
+
+
+@pytest.mark.parametrize(
+    ("words", "at", "number", "code"),
+    [
+        (("run", "job.yaml", "--runs", "{runs}"), "/data/", signal.SIGTERM, 75),
+        (("run", "job.yaml", "--runs", "{runs}"), "/data/", signal.SIGINT, 130),
+        (("run", "job.yaml", "--runs", "{runs}"), "", signal.SIGTERM, 75),
+        (("test", "{runs}/job"), "/data/", signal.SIGTERM, 75),
+        (("sweep", "job.yaml", "seed=0,1", "--runs", "{runs}"), "", signal.SIGTERM, 75),
+        (("checkpoints", "{runs}/job"), "/data/", signal.SIGINT, 130),
+    ],
+)
+def test_a_stop_waits_for_no_store_that_stands_still(
+    client, address, place, tmp_path, words, at, number, code
+):
+    mirror_of(address, local_run(place, tmp_path / "local", 4)).publish()
+    stalled = threading.Event()
+
+    def harm(method, path):
+        if at in path:
+            stalled.set()
+        return "stall" if stalled.is_set() else None
+
+    with Proxy(client) as proxy:
+        proxy.harm = harm
+        variables = client.variables | {"AWS_ENDPOINT_URL": proxy.server.url}
+        with start(
+            (BIN / "evenstep", *(word.format(runs=address) for word in words)),
+            cwd=place,
+            env=CLEAN | variables | {"EVENSTEP_SCRATCH": str(tmp_path / "scratch")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                until(stalled.is_set, "a request that stands still", of=process)
+                process.send_signal(number)
+                told, _ = process.communicate(timeout=_STANDING_SECONDS / 2)
+            finally:
+                process.kill()
+    assert process.returncode == code, told
+    assert "Traceback" not in told
+    assert number == signal.SIGINT or "Stopped by SIGTERM before" in told
 
 
 def test_an_object_that_somebody_has_deleted_costs_one_checkpoint(client, address, place, tmp_path):

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from launch.engines.contract import CODES
 from launch.engines.settings import Settings, settings_of
 from launch.environment import launched, node_here
 from launch.processes.side_by_side import Command, run_side_by_side
-from launch.processes.signals import heard
+from launch.processes.signals import heard, stop_raises
 from service.basics.atomic_files import (
     in_the_way,
     is_there,
@@ -111,7 +111,9 @@ def sweep(
     _require_name(title)
     home = runs / title
     home = home.absolute() if isinstance(home, Path) else home
-    with _sweep_at(home) as earlier:
+    with ExitStack() as until_read:
+        with stop_raises("the sweep"):
+            earlier = until_read.enter_context(_sweep_at(home))
         named = {key for setting in earlier.settings.values() for key, _ in setting}
         taken = _OWN_AT_ADDRESS if isinstance(home, Address) else _OWN
         planned = _planned(variants, overrides, named, taken)
@@ -119,7 +121,8 @@ def sweep(
             check_run(earlier.path, run.loaded, fresh=False)
         left = [run for run in planned if _state(earlier.path, run) != "done"]
     places = _places(jobs, processes, len(planned))
-    known = _opened(home, planned)
+    with stop_raises("the sweep"):
+        known = _opened(home, planned)
     told = f"{len(planned)} runs in {home}, {len(places)} at a time"
     click.echo(printable(f"{told}; {len(planned) - len(left)} are done" if known else told))
     codes = _run_all([_command(run, home, processes) for run in left], places)

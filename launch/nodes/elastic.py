@@ -36,7 +36,6 @@ from launch.nodes.node_part import (
     new_store,
     run_part,
     say,
-    stop_raises,
     take_interface,
 )
 from launch.nodes.rendezvous import (
@@ -47,7 +46,7 @@ from launch.nodes.rendezvous import (
     enter,
     listen,
 )
-from launch.processes.signals import STARTED, heard
+from launch.processes.signals import STARTED, heard, stop_raises
 from service.basics.errors import EvenstepError, PeerLost, SpecError, Stopped, WillFailAgain
 from service.basics.running_time import TimeLimit
 from service.plan.plan import make_plan
@@ -421,7 +420,8 @@ def _follow(local: _LocalNode) -> int:
         membership, code, is_here = Membership([peer]), 1, True
         try:
             if local.following is not None:
-                local.following.resume(answer)
+                with stop_raises():
+                    local.following.resume(answer)
             code = local.trains(membership, group)
         except PeerLost as lost:
             say(str(lost))
@@ -446,7 +446,8 @@ def _follow(local: _LocalNode) -> int:
 def _looked(following: Following) -> bool:
     """Whether the store has told what there is of the run."""
     try:
-        following.look()
+        with stop_raises():
+            following.look()
     except StoreFailed as away:
         say(f"WARNING: {away} This node waits for node 0, which needs the store too.")
         return False

@@ -8,7 +8,8 @@ from pathlib import Path
 from launch.environment import Environment, Node
 from launch.nodes.handshake import JoinRequest
 from launch.nodes.node import meet, secret_of
-from launch.nodes.node_part import MEETING_SECONDS, check_interfaces, stop_raises, take_interface
+from launch.nodes.node_part import MEETING_SECONDS, check_interfaces, take_interface
+from launch.processes.signals import stop_raises
 from launch.rank.trial import TrialEnd, tried
 from service.basics.errors import PeerLost
 

@@ -25,11 +25,11 @@ from launch.nodes.node_part import (
     new_store,
     run_part,
     say,
-    stop_raises,
     take_interface,
 )
 from launch.nodes.rendezvous import Membership, host, is_loopback, join
 from launch.nodes.secret_file import secret_in
+from launch.processes.signals import stop_raises
 from service.basics.errors import EvenstepError
 from service.spec.files import dump_spec
 
@@ -75,7 +75,8 @@ def run_node(
     code = 1
     try:
         if following is not None:
-            following.bring()
+            with stop_raises():
+                following.bring()
         code = run_part(
             job,
             node,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Protocol
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
@@ -17,10 +15,9 @@ import psutil  # type: ignore[import-untyped]  # its wheel has no types
 from launch.environment import Group, Node
 from launch.nodes.rendezvous import Membership
 from launch.processes.echo import echoed
-from launch.processes.signals import STARTED, heard
-from service.basics.errors import PeerLost, SpecError, Stopped
+from launch.processes.signals import STARTED
+from service.basics.errors import PeerLost, SpecError
 from service.basics.running_time import TimeLimit
-from service.health.stop_request import STOP_SIGNALS
 from service.monitoring.endpoint import metrics_endpoint
 from service.plan.changing import changes
 from service.runs.directory import RunDirectory
@@ -181,34 +178,6 @@ def kill_ranks(*, but: Collection[int | None] = ()) -> None:
     from launch.processes.agent import of_ranks
 
     kill_each(process for process in of_ranks() if process.pid not in but)
-
-
-@contextmanager
-def stop_raises() -> Iterator[None]:
-    """Let a request to stop end the wait for other nodes; Ctrl-C does so without a handler.
-
-    Process 1 of a pod ignores every signal without a handler. A signal that the process was told to
-    ignore (SIGHUP under nohup) stays ignored. While the local processes run,
-    `launch.processes.local` replaces this handler by its own.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if heard.signal_name is None:  # its time counts, whatever is to be done before the end
-            heard.hear(number)
-        raise Stopped(f"Stopped by {name} before training started; nothing has changed.")
-
-    before = {n: signal.getsignal(n) for n in STOP_SIGNALS if n != signal.SIGINT}
-    followed = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in followed:
-        signal.signal(number, stop)
-    try:
-        if heard.signal_name is not None:  # while this module was being imported
-            stop(signal.Signals[heard.signal_name], None)
-        yield
-    finally:
-        for number in followed:
-            signal.signal(number, before[number])
 
 
 def is_done(job: Job) -> bool:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from service.health.stop_request import STOP_SIGNALS, StopRequest
+from service.basics.errors import Stopped
+from service.health.stop_request import STOP_SIGNALS, StoppedEarly, StopRequest
 
 _EARLY = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 heard = StopRequest()
@@ -49,3 +52,39 @@ def stop_listening() -> None:
             signal.signal(number, signal.SIG_DFL)
     if heard.signal_name is not None:
         signal.raise_signal(signal.Signals[heard.signal_name])
+
+
+@contextmanager
+def stop_raises(what: str = "training") -> Iterator[None]:
+    """Let a request to stop end a long wait at once; Ctrl-C does so without a handler.
+
+    Process 1 of a pod ignores every signal without a handler. A signal that the process was told to
+    ignore (SIGHUP under nohup) stays ignored. While the local processes run,
+    `launch.processes.local` replaces this handler by its own.
+
+    Args:
+        what: has not begun yet.
+    Raises:
+        Stopped: a signal has arrived.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if heard.signal_name is None:  # its time counts, whatever is to be done before the end
+            heard.hear(number)
+        # What waits may catch every Exception, as the drivers of stores do.
+        raise StoppedEarly(f"Stopped by {name} before {what} started; nothing has changed.")
+
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS if n != signal.SIGINT}
+    followed = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
+    try:
+        for number in followed:
+            signal.signal(number, stop)
+        if heard.signal_name is not None:  # while this module was being imported
+            stop(signal.Signals[heard.signal_name], None)
+        yield
+    except StoppedEarly as told:
+        raise Stopped(str(told)) from None
+    finally:
+        for number in followed:
+            signal.signal(number, before[number])

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launch.environment import Environment, launcher_here
-from launch.processes.signals import heard
+from launch.processes.signals import heard, stop_raises
 from service.basics.atomic_files import (
     remove_if_possible,
     replace_file,
@@ -48,7 +48,8 @@ def copy_of(
         note.unlink(missing_ok=True)
     until_the_end = ExitStack()
     atexit.register(until_the_end.close)
-    found = until_the_end.enter_context(copied(run, checkpoint=checkpoint, say=say))
+    with stop_raises("the test"):
+        found = until_the_end.enter_context(copied(run, checkpoint=checkpoint, say=say))
     until_the_end.callback(remove_if_possible, note)
     with told_when_unwritten(note):
         replace_file(note, str(found.path.absolute()))

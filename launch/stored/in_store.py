@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from launch.environment import Environment, Node, meeting_secret
-from launch.processes.signals import heard
+from launch.processes.signals import heard, stop_raises
 from launch.stored.following import Following
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.basics.running_time import RunningClock, StandingClock
@@ -46,7 +46,8 @@ def followed(address: Address, spec: Spec, node: Node) -> Following:
     """What a node other than the first has of the run, as far as it is needed before the start."""
     run = address / spec.name
     following = Following(run, scratch_runs(run), node=node.index, say=say)
-    following.begin()
+    with stop_raises():
+        following.begin()
     return following
 
 
@@ -59,13 +60,15 @@ def kept_in_store(
     Args:
         several: whether other nodes follow, which bring what this one has published.
     """
-    uploading = brought(
-        address / spec.name, spec, fresh=fresh, say=say, is_stopped=lambda: heard.requested
-    )
+    with stop_raises():
+        uploading = brought(
+            address / spec.name, spec, fresh=fresh, say=say, is_stopped=lambda: heard.requested
+        )
     try:
         yield uploading
         if several:
-            uploading.publish_now()
+            with stop_raises():
+                uploading.publish_now()
     except BaseException:
         uploading.abandon()
         raise

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from service.basics.atomic_files import told_of, told_when_unwritten
 from service.basics.errors import EvenstepError, NoCheckpoint, NotSaved, SpecError, printable
+from service.basics.running_time import TimeLimit
 from service.runs.checkpoint_files import checkpoints_in
 from service.runs.directory import RunDirectory
 from service.spec.models import Spec
@@ -27,6 +28,8 @@ _LOOK_SECONDS = 0.25
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 _LAST_PAUSE_SECONDS = 2.0
 """The longest pause between two tries at the end of a run, which has little time."""
+_ABANDONING_SECONDS = 1.5
+"""How long the end of a start waits for the store, which may be what it has failed by."""
 _NICE = 10
 _TAKEN_NAMES = {name.rstrip("/") for name in (PUBLISHED, DATA, LEASE)}
 
@@ -140,7 +143,7 @@ class Uploading:
 
     def abandon(self) -> None:
         """Let the next launcher begin: nothing was trained."""
-        _release(self._lease)
+        _abandon(self._lease)
 
     def finish(self, seconds: Callable[[], float]) -> EvenstepError | None:
         """Upload the rest, and let the next launcher begin; what is wrong if it is not up.
@@ -154,10 +157,7 @@ class Uploading:
         if self._lost is not None:
             return self._lost
         if self._is_up:
-            # It may take longer than there is time; then the lease runs out.
-            releasing = threading.Thread(target=_release, args=(self._lease,), daemon=True)
-            releasing.start()
-            _joined(releasing, seconds)
+            _let_go(self._lease, seconds)
             return None
         why = f" {self._why()}" if self._failed is not None else ""
         kind = NotSaved if isinstance(self._failed, SpecError) else EvenstepError
@@ -307,7 +307,7 @@ def brought(
             store, lease, run, held=held, scratch=note.id, spec=spec.checkpoint, say=say
         )
     except BaseException:
-        _release(lease)
+        _abandon(lease)
         raise
     return Uploading(mirror, lease, run, note, say=say)
 
@@ -332,10 +332,25 @@ def _held(store: Store, *, fresh: bool, say: Say) -> Published | None:
         return None
 
 
-def _release(lease: Lease) -> None:
-    """Release a lease if possible: otherwise it runs out, and the next launcher waits for that."""
-    with suppress(EvenstepError):
-        lease.release()
+def _let_go(lease: Lease, seconds: Callable[[], float]) -> None:
+    """Release a lease if there is time: otherwise it runs out, and the next launcher waits for it.
+
+    In a thread of its own, because a store that stands still holds a request for many seconds.
+    """
+
+    def release() -> None:
+        with suppress(EvenstepError):
+            lease.release()
+
+    releasing = threading.Thread(target=release, name="release", daemon=True)
+    releasing.start()
+    _joined(releasing, seconds)
+
+
+def _abandon(lease: Lease) -> None:
+    """Release a lease under which nothing was trained."""
+    limit = TimeLimit(_ABANDONING_SECONDS)
+    _let_go(lease, lambda: limit.left)
 
 
 def _joined(thread: threading.Thread, seconds: Callable[[], float]) -> None:

@@ -11,9 +11,11 @@ import importlib
 import logging
 import os
 import random
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -449,11 +451,35 @@ Item = TypeVar("Item")
 
 
 def in_parallel(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """What `act` gives for each item, several at a time; after a failure no further one begins."""
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="store") as threads:
-        pending = [threads.submit(act, item) for item in items]
-        try:
-            return [each.result() for each in pending]
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    """What `act` gives for each item, several at a time; after a failure no further one begins.
+
+    An interrupt of the caller waits for none of them: a store that stands still holds a request for
+    many seconds. So the threads are not those of an executor, for which the interpreter waits.
+    """
+    given = [(item, Future[Result]()) for item in items]
+    left, over = deque(given), threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            try:
+                item, result = left.popleft()
+            except IndexError:
+                return
+            try:
+                result.set_result(act(item))
+            except BaseException as error:
+                result.set_exception(error)
+                over.set()
+
+    threads = [
+        threading.Thread(target=work, name=f"store_{number}", daemon=True)
+        for number in range(min(AT_ONCE, len(given)))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        over.set()
+    return [result.result() for _, result in given]  # a failure is before those that did not begin
