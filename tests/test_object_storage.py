@@ -38,11 +38,12 @@ from stored import (
     store_at,
     uploading_of,
 )
-from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket
+from stores import BUCKET, DRIP_SECONDS, LISTED_AT_ONCE, Proxy, put_bucket, s3_server
 
 from launch.cli import evenstep as commands
 from launch.commands.doctor import Asked, _store
 from service.basics.errors import EvenstepError, NoCheckpoint, SpecError
+from service.drivers.endpoints import endpoint_of
 from service.runs.checkpoint_files import Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, find_run
 from service.runs.metrics_file import read_metrics
@@ -889,6 +890,53 @@ def test_a_stop_waits_for_no_store_that_stands_still(
     assert process.returncode == code, told
     assert "Traceback" not in told
     assert number == signal.SIGINT or "Stopped by SIGTERM before" in told
+
+
+def test_one_address_at_two_endpoints_is_two_runs(client, address, place, tmp_path):
+    run = ("run", "job.yaml", "length.steps=4", "--runs", str(address))
+    scratch = {"EVENSTEP_SCRATCH": str(tmp_path / "scratch")}
+    with s3_server() as other:
+        for server in (client, other):
+            done = evenstep(*run, cwd=place, **server.variables, **scratch)
+            assert done.returncode == 0, done.stderr
+            assert "Nothing to do" not in done.stdout
+            assert "WARNING" not in done.stderr
+    facts = [json.loads(each.read_text()) for each in (tmp_path / "scratch").glob("*/job/run.json")]
+    assert len({each["id"] for each in facts}) == 2
+
+
+CONFIGURED = """
+[default]
+endpoint_url = {one}
+[profile other]
+services = ours
+[services ours]
+s3 =
+  endpoint_url = {two}
+"""
+
+
+def test_an_endpoint_is_found_wherever_it_is_set(tmp_path, monkeypatch):
+    one, two = "http://127.0.0.1:1", "http://127.0.0.1:2/"
+    (tmp_path / "config").write_text(CONFIGURED.format(one=one, two=two))
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "STORAGE_EMULATOR_HOST")
+    for name in (*names, "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    assert [endpoint_of(scheme) for scheme in ("s3", "gs", "az", "memory")] == [""] * 4
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert endpoint_of("s3") == one
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    assert endpoint_of("s3") == two.rstrip("/")
+    monkeypatch.setenv("AWS_PROFILE", "missing")
+    assert endpoint_of("s3") == ""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", one)
+    assert endpoint_of("s3") == one
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", two)
+    assert endpoint_of("s3") == two.rstrip("/")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=b;Suffix=c")
+    assert endpoint_of("az") == "accountname=a;suffix=c"
 
 
 def test_an_object_that_somebody_has_deleted_costs_one_checkpoint(client, address, place, tmp_path):

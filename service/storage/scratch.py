@@ -24,6 +24,7 @@ from service.basics.atomic_files import (
 )
 from service.basics.errors import EvenstepError, NoCheckpoint, SpecError
 from service.basics.multipart import digest_of
+from service.drivers.endpoints import endpoint_of
 from service.runs.checkpoint_files import (
     Checkpoint,
     checkpoints_in,
@@ -52,6 +53,8 @@ _NOTE_BYTES = 10_000
 def scratch_runs(address: Address) -> Path:
     """The directory on this machine where the runs of an address are trained.
 
+    Two stores that have one address, at different endpoints, have different directories.
+
     Raises:
         SpecError: this user has no home directory, and the environment names no other place.
     """
@@ -64,7 +67,9 @@ def scratch_runs(address: Address) -> Path:
             f"machine by {SCRATCH_VARIABLE}."
         ) from error
     root = Path(asked) if asked else cache / "evenstep" / "scratch"
-    digest = hashlib.sha256(str(address).encode()).hexdigest()[:12]
+    endpoint = endpoint_of(address.scheme)
+    told = f"{address} at {endpoint}" if endpoint else str(address)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
     return root.absolute() / f"{address.path.partition('/')[0]}-{digest}"
 
 
