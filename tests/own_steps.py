@@ -275,7 +275,7 @@ def late_branch() -> Task:
 def nearest(one: Tensor, other: Tensor) -> Tensor:
     """How far the second view of each row is from being the most alike to its first one: [N]."""
     likeness = F.normalize(one) @ F.normalize(other).T / 0.3  # [N, N]
-    return F.cross_entropy(likeness, torch.arange(len(one)), reduction="none")
+    return F.cross_entropy(likeness, torch.arange(len(one), device=one.device), reduction="none")
 
 
 def contrast_step(model: nn.Module, batch: Batch, context: StepContext) -> Losses:

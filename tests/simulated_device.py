@@ -39,6 +39,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+_INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 WAITS: list[str] = []
 """Why the host waited for the device, in order."""
 CONTEXTS: set[int] = set()
@@ -488,7 +489,7 @@ def _sent(into: Sim, of: torch.Tensor, late: bool) -> None:
                 _to_come.append(into.home)
             into.home.due.append(lambda raw=into.raw: raw.copy_(of))
         return
-    if not late and of.dim():  # torch hands a single number over with the command
+    if not late:
         _wait("copy to the device")
     into.raw.copy_(of)
 
@@ -517,8 +518,7 @@ def _spoil(memory: torch.Tensor) -> None:
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     ours = [tensor for tensor in leaves if isinstance(tensor, Sim)]
-    may_index = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
-    if not may_index and any(t.dim() and not isinstance(t, Sim) for t in leaves):
+    if func not in _INDEXING and any(t.dim() and not isinstance(t, Sim) for t in leaves):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, sim "
             f"and cpu! (when checking {func})"
@@ -569,7 +569,11 @@ def _result_of(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _asks_host(func: Any, args: Any) -> bool:
     """Whether the host has to know a value of the device to go on."""
-    if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+    if func in (*_INDEXING, aten.where.self):
+        operands = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        if not all(isinstance(t, Sim) for t in operands):  # a kernel takes no tensor of the host
+            return True
+    if func in _INDEXING:
         masks = (torch.bool, torch.uint8)
         return any(t is not None and t.dtype in masks for t in args[1])
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -703,7 +707,12 @@ def register() -> None:
     def empty_strided(size: Any, stride: Any, **options: Any) -> Sim:
         return _made(partial(torch.empty_strided, size), stride, options)
 
+    def arange(*limits: Any, **options: Any) -> Sim:
+        return _made(lambda of, **known: torch.arange(*of, **known), limits, options)
+
     _LIBRARY.impl("empty.memory_format", empty, "PrivateUse1")
+    for overload in ("arange", "arange.start", "arange.start_step"):
+        _LIBRARY.impl(overload, arange, "PrivateUse1")
     _LIBRARY.impl("empty_strided", empty_strided, "PrivateUse1")
     _LIBRARY.impl("_copy_from", lambda of, into, late=False: _copied(into, of, late), "PrivateUse1")
     _teach_autocast()

@@ -152,7 +152,7 @@ def _counted_as_by_torch(loss: Any) -> tuple[RowLoss, Callable[[Any], Tensor] | 
             "weight. "
             "Leave one of them out, or give a function as the loss, and a weight."
         )
-    classes, ignored = loss.weight, loss.ignore_index
+    classes, ignored = {loss.weight.device: loss.weight}, loss.ignore_index  # on each device
 
     def weight(targets: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -162,7 +162,9 @@ def _counted_as_by_torch(loss: Any) -> tuple[RowLoss, Callable[[Any], Tensor] | 
             )
         targets = targets.long()  # uint8 would select as a mask does
         left_out = targets == ignored
-        counts: Tensor = classes.to(targets.device)[targets.masked_fill(left_out, 0)]
+        if targets.device not in classes:  # once: the host waits for the device in such a copy
+            classes[targets.device] = loss.weight.to(targets.device)
+        counts: Tensor = classes[targets.device][targets.masked_fill(left_out, 0)]
         return counts.masked_fill(left_out, 0.0)
 
     return type(loss)(ignore_index=ignored, reduction="none"), weight, ignored

@@ -112,9 +112,9 @@ class OwnTrainStep(TrainStep):
         if not self._holds:
             return {}, {}
         taken: dict[int, Pass] = {}
-        table = torch.zeros(  # 0 for those of other processes
-            len(self.own_weights), self.plan.micro_batches, dtype=self.world.wide
-        ).to(self.world.device)
+        size = len(self.own_weights), self.plan.micro_batches
+        # 0 for those of other processes; made on the device, because the host waits for a copy
+        table = torch.zeros(size, dtype=self.world.wide, device=self.world.device)
         # The one that is only for a collective comes first: then what it left can be forgotten.
         only = self.plan.micro_batches
         for batch in sorted(step.micro_batches, key=lambda each: each.number != only):
