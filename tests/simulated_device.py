@@ -42,6 +42,8 @@ aten = torch.ops.aten
 _INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 WAITS: list[str] = []
 """Why the host waited for the device, in order."""
+EXCHANGED: list[str] = []
+"""What this process exchanged with others by the backend of the device, in order."""
 CONTEXTS: set[int] = set()
 """Devices on which a thread of this process has opened a context: some memory of each is gone."""
 BYTES = int(os.environ.get("SIM_BYTES", 2**30))
@@ -645,6 +647,7 @@ def _exchange(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         backend = group._get_backend(torch.device("sim"))
         return _groups[id(backend)][1].boxed() if id(backend) in _groups else value
 
+    EXCHANGED.append(str(func))
     _ready([tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Sim)])
     args = tree_map_only(torch.ScriptObject, inner, args)
     return func(*_bare(args), **_bare(kwargs))

@@ -52,6 +52,9 @@ LOSSES = {
         "The client socket has timed out after 3000ms while trying to connect to (10.0.0.1, 29744)."
     ),
     "a first process gone before they met": dist.DistBackendError(_STORE),
+    "a first process that does not come": dist.DistBackendError(
+        _STORE.replace("Connection reset by peer", "wait timeout after 60000ms, keys: /0//cuda//0")
+    ),
     "a peer that gloo misses": RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
         "[127.0.0.1]:41033. This is typically due to a remote process crash."

@@ -587,14 +587,24 @@ def test_two_processes_on_one_device_are_refused(with_sim, tmp_path):
     assert "--processes: ranks 0, 1 compute on one device (Simulated device 0 of " in done.stderr
 
 
+# A task that takes long to load on one process: by then the devices have connected.
+SLOW_TASK = """
+import simulated_device
+from service.recipes.digits import task
+
+assert simulated_device.EXCHANGED, "a process would wait for the others in its first exchange"
+"""
+
+
 def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "SIM_DEVICES": "1"}  # as under Slurm: each sees its own
     ranks = [
         start(
-            [BIN / "evenstep", *SMALL],
+            [BIN / "evenstep", *SMALL, "task=./slow.py:task"],
             cwd=tmp_path,
             env=CLEAN
             | with_sim

@@ -94,6 +94,7 @@ def process_group(
     try:
         if device != "cpu" and world.processes > 1:
             require_own_device(world, identity_of(world.device))
+            world.connect_devices()
         yield world
     except BaseException as error:
         together = isinstance(error, Stopped)

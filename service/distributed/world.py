@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from service.basics.errors import EvenstepError, PeerLost, SpecError, WillFailAgain
 from service.basics.limits import limits
-from service.distributed.devices import generators, ready
+from service.distributed.devices import generators, ready, synchronize
 from service.distributed.generators import Seeded
 from service.distributed.messages import from_bytes, to_bytes
 from service.distributed.recursive_doubling import (
@@ -52,6 +52,7 @@ _LOST = (
     "remote process exited",
     "Connection was likely closed",
     "client socket has timed out",
+    "retrieving ncclUniqueId",  # from the first process, by the store
 )
 # NCCL's reports of a user's error, and the remedy.
 _BACKEND_ADVICE = (
@@ -135,6 +136,20 @@ class World:
             group = self._control or dist.group.WORLD
             assert group is not None, "several processes need a group"
             self._pairs = RecursiveDoubling(group)
+
+    def connect_devices(self) -> None:
+        """Let the backend of the devices connect; every process calls it, at about the same time.
+
+        NCCL connects in its first collective, and a process waits there for the first one only for
+        the timeout of the store: not long enough if it is still building the model.
+
+        Raises:
+            RuntimeError: it cannot, for example because /dev/shm is too small.
+        """
+        if self._control is not None:
+            self.trace.begin("connecting the devices")
+            self.sum(torch.zeros(1, device=self.device))
+            synchronize(self.device)
 
     def leave_limits_to_the_watchdog(self) -> None:
         """From now on, torch and gloo wait for the other processes without a time limit."""
