@@ -245,7 +245,7 @@ class Updates:
             optimizer.grad_scale, optimizer.found_inf = None, broken
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
-        elif not broken:
+        elif not float(broken):  # waits for the device, so the watchdog must recognize the line
             optimizer.step()
 
     # ---- checks at the steps in which the plan waits for the device anyway
