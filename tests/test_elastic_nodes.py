@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,51 @@ def test_a_node_that_can_join_at_the_last_moment_does_not_stop_the_next_generati
             heard.regroups = False
             server.close(end=0)
             node.join()
+
+
+def test_of_two_launchers_of_one_node_the_earlier_is_told_who_replaces_it() -> None:
+    """Each of them replaced the other again and again, without a word."""
+    own = JoinRequest(0, 2, 1, "digest", 1)
+    ends: dict[str, Any] = {}
+    said: list[str] = []
+
+    def enters(name: str) -> threading.Thread:
+        wanted = replace(own, index=1, launcher=f"process 7 on {name} 0123")
+
+        def work() -> None:
+            try:
+                peer, ends[name] = enter(wanted, **told)
+                peer.close()
+            except SpecError as error:
+                ends[name] = str(error)
+
+        node = threading.Thread(target=work)
+        node.start()
+        return node
+
+    with listen("127.0.0.1", 0) as listener, selectors.DefaultSelector() as events:
+        server = RendezvousServer(own, b"", listener, events, said.append)
+        place = {"address": "127.0.0.1", "port": listener.getsockname()[1]}
+        told: dict[str, Any] = {**place, "seconds": 60, "say": said.append}
+
+        def looks_until(happened: Callable[[], Any]) -> None:
+            until(lambda: server.look() or happened(), "the nodes connect")
+
+        threads = [enters("first")]
+        looks_until(lambda: 1 in server.peers)
+        threads.append(enters("second"))
+        looks_until(lambda: "first" in ends)
+        assert "Another launcher has connected as node 1: process 7 on second" in ends["first"]
+        assert "Each node needs its own number" in ends["first"]
+        [member] = server.taken([1])
+        threads.append(enters("third"))
+        looks_until(lambda: any("Node 1 of this job is process 7 on second" in s for s in said))
+        member.send({"end": 0})
+        member.close()
+        server.close(end=75)
+        for thread in threads:
+            thread.join()
+    assert (ends["second"], ends["third"]) == ({"end": 0}, {"end": 75})
 
 
 def test_a_checkpoint_of_a_run_that_starts_over_is_a_new_one(tmp_path: Path) -> None:

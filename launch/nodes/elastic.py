@@ -36,6 +36,7 @@ from launch.nodes.node_part import (
     new_store,
     run_part,
     say,
+    started_again,
     take_interface,
 )
 from launch.nodes.rendezvous import (
@@ -402,7 +403,7 @@ def _follow(local: _LocalNode) -> int:
         # Without a cluster nobody starts node 0 again, except a person who is there.
         waits = node.returns or not local.begun
         seconds = meeting_seconds(local.job) if waits else local.wait_seconds
-        with stop_raises():
+        with stop_raises(), started_again(node):
             peer, answer = enter(own, **place, seconds=seconds, say=say)
         if "end" in answer:
             peer.close()

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import secrets
+import socket
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+from service.basics.errors import printable
 from service.runs.directory import versions
 
 LINE_BYTES = 4096
 _TOKEN_BYTES = 16
 _PURPOSE = b"evenstep meeting 1"
+_LONGEST_HOST = 100
 
 
 class Unauthenticated(Exception):
@@ -39,9 +43,20 @@ def _own_version() -> str:
     return versions().get("evenstep", "")
 
 
+@cache
+def _this_launcher() -> str:
+    host = socket.gethostname()[:_LONGEST_HOST]
+    return f"process {os.getpid()} on {host} {secrets.token_hex(4)}"
+
+
+def launcher_in_words(launcher: str) -> str:
+    """The process and the machine of the launcher that sent a request."""
+    return printable(launcher.rpartition(" ")[0])
+
+
 @dataclass(frozen=True)
 class JoinRequest:
-    """The configuration that a node sends; all but index and generation must be equal on all."""
+    """The configuration that a node sends: all but index, generation and launcher must be equal."""
 
     index: int
     nodes: int
@@ -54,6 +69,10 @@ class JoinRequest:
     """The last generation that it belonged to. It may differ between nodes."""
     runs: str = ""
     """A digest of the address of the runs in a store; empty: they are in a directory."""
+    options: str = ""
+    """What the command was given besides the spec, as far as it must be equal."""
+    launcher: str = field(default_factory=_this_launcher)
+    """The launcher that sends it, in words and with a number that no other has."""
     version: str = field(default_factory=_own_version)
     """Of evenstep."""
 
@@ -141,7 +160,8 @@ class Authenticator:
         seal = Seal(_key(self._secret, self._challenge, nonce), own="0", other="node")
         said = seal.opened(line)
         kinds = {"index": int, "nodes": int, "processes": int, "spec": str}
-        kinds |= {"least": int, "generation": int, "runs": str, "version": str}
+        kinds |= {"least": int, "generation": int, "runs": str, "options": str}
+        kinds |= {"launcher": str, "version": str}
         if {key: type(value) for key, value in said.items()} != kinds:
             raise OtherVersion(seal)
         return JoinRequest(**said), seal

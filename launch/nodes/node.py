@@ -25,6 +25,7 @@ from launch.nodes.node_part import (
     new_store,
     run_part,
     say,
+    started_again,
     take_interface,
 )
 from launch.nodes.rendezvous import Membership, host, is_loopback, join
@@ -63,7 +64,10 @@ def run_node(
     digest = hashlib.sha256(dump_spec(job.spec).encode()).hexdigest()
     stored = leading or following
     runs = hashlib.sha256(str(stored.address).encode()).hexdigest() if stored is not None else ""
-    own = JoinRequest(node.index, node.nodes, processes, digest, node.least, runs=runs)
+    options = " ".join(f"{name} {value}" for name, value in job.options.items())
+    own = JoinRequest(
+        node.index, node.nodes, processes, digest, node.least, runs=runs, options=options
+    )
     if node.least:
         with secret_of(node, job.runs, seconds=meeting_seconds(job)) as secret:
             return run_elastic(job, node, own, secret, leading=leading, following=following)
@@ -131,7 +135,8 @@ def meet(
         membership.begin(address, port)
     else:
         store = None
-        membership, (address, port) = join(own, **place, seconds=seconds, say=say)
+        with started_again(node):
+            membership, (address, port) = join(own, **place, seconds=seconds, say=say)
     here = {"local_index": node.local_index, "local_nodes": node.local_nodes}
     return membership, Group(node.index, node.nodes, own.processes, address, port, **here), store
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
 
 from launch.environment import Group, Node
-from launch.nodes.rendezvous import Membership
+from launch.nodes.rendezvous import Membership, Replaced
 from launch.processes.echo import echoed
 from launch.processes.signals import STARTED
 from service.basics.errors import PeerLost, SpecError
@@ -178,6 +178,21 @@ def kill_ranks(*, but: Collection[int | None] = ()) -> None:
     from launch.processes.agent import of_ranks
 
     kill_each(process for process in of_ranks() if process.pid not in but)
+
+
+@contextmanager
+def started_again(node: Node) -> Iterator[None]:
+    """A context in which a node of a cluster is replaced: by the cluster, which did not see it.
+
+    Raises:
+        PeerLost: in place of `Replaced`, which would end the job of a cluster.
+    """
+    try:
+        yield
+    except Replaced as replaced:
+        if not node.returns:
+            raise
+        raise PeerLost(str(replaced)) from replaced
 
 
 def is_done(job: Job) -> bool:

@@ -35,8 +35,9 @@ from launch.nodes.handshake import (
     Seal,
     Unauthenticated,
     answered,
+    launcher_in_words,
 )
-from service.basics.errors import PeerLost, SpecError, Stopped
+from service.basics.errors import PeerLost, SpecError, Stopped, printable
 from service.basics.running_time import LOOK_SECONDS, RunningClock, TimeLimit
 
 _CONNECT_SECONDS = 5.0
@@ -53,6 +54,13 @@ GOOD_ENDS = (0, 75)
 """Exit codes without a failure: the node is done, or stopped together with all others."""
 
 
+_ONE_EACH = "Each node needs its own number: PET_NODE_RANK."
+
+
+class Replaced(SpecError):
+    """Another launcher has connected with the index of this node."""
+
+
 @dataclass
 class Peer:
     """The connection to another node."""
@@ -64,6 +72,8 @@ class Peer:
     lines: Lines = field(default_factory=Lines)
     unread: list[dict[str, Any]] = field(default_factory=list)
     """Messages that arrived together with an earlier one, for the next `receive`."""
+    launcher: str = ""
+    """As it is in its request to join."""
 
     def __post_init__(self) -> None:
         self.connection.settimeout(_SEND_SECONDS)
@@ -94,6 +104,11 @@ class Peer:
     def own_address(self) -> str:
         """Address of this machine, on the interface to the other end."""
         return str(self.connection.getsockname()[0]).removeprefix("::ffff:")
+
+    @property
+    def in_words(self) -> str:
+        """Its launcher, and from where it has connected."""
+        return f"{launcher_in_words(self.launcher)}, from {self.address}"
 
     def shut_down(self) -> None:
         """Tell the other end that this one closes; its last message can still be read."""
@@ -268,6 +283,7 @@ class RendezvousServer:
         self._most_pending = _room_for(own.nodes)
         self._pending: dict[socket.socket, _Pending] = {}  # ordered by arrival
         self.peers: dict[int, Peer] = {}
+        self._members: dict[int, Peer] = {}
         self.dropped = 0
         """How many connections were dropped."""
         listener.setblocking(False)
@@ -302,6 +318,7 @@ class RendezvousServer:
         found = [self.peers.pop(index) for index in sorted(indexes)]
         for peer in found:
             self._events.unregister(peer.connection)
+        self._members = {peer.index: peer for peer in found}
         return found
 
     def close(self, **last_message: int) -> None:
@@ -389,7 +406,7 @@ class RendezvousServer:
 
     def _admit(self, pending: _Pending, other: JoinRequest, seal: Seal) -> None:
         self._release(pending)
-        peer = Peer(other.index, pending.connection, pending.address, seal)
+        peer = Peer(other.index, pending.connection, pending.address, seal, launcher=other.launcher)
         difference = _difference(self._own, other)
         if difference is not None:
             self._refuse(peer, difference)
@@ -398,13 +415,29 @@ class RendezvousServer:
             peer.close()
             self._count(pending)
             return
-        if other.index in self.peers:  # a node that connects again has restarted
-            self._forget(self.peers[other.index])
-        self.peers[other.index] = peer
+        self._replace(peer)
         self._events.register(peer.connection, selectors.EVENT_READ, peer)
         self.generation = max(self.generation, other.generation)
         if self._own.is_elastic:
-            peer.send({"waiting": True})
+            member = self._members.get(peer.index)
+            is_other = member is not None and member.launcher != peer.launcher
+            held = {"member": member.in_words} if member is not None and is_other else {}
+            peer.send({"waiting": True, **held})
+
+    def _replace(self, peer: Peer) -> None:
+        """Let a node wait; an earlier connection of this node ends, whose launcher has restarted.
+
+        Another launcher that is still alive is told, or each of the two would replace the other
+        again and again.
+        """
+        held = self.peers.get(peer.index)
+        if held is not None:
+            if held.launcher != peer.launcher:
+                told = f"Another launcher has connected as node {peer.index}: {peer.in_words}."
+                self._say(f"{told} It replaces {held.in_words}.")
+                held.send({"replaced": told})
+            self._forget(held)
+        self.peers[peer.index] = peer
 
     def _forget(self, peer: Peer) -> None:
         if self.peers.get(peer.index) is peer:
@@ -538,6 +571,7 @@ def enter(
 
     Raises:
         SpecError: the nodes have different configurations.
+        Replaced: another launcher has connected as this node.
         PeerLost: node 0 was not found, or did not start, in time.
     """
     waiting = Deadline(seconds, say)
@@ -551,10 +585,13 @@ def enter(
             continue
         peer = _authenticate(own, secret, connection, address, waiting.left)
         if peer is not None:
-            answer = _heard(peer, waiting)
+            answer = _heard(peer, waiting, own.index, say)
             if answer and "refused" in answer:
                 peer.close()
                 raise SpecError(str(answer["refused"]))
+            if answer and "replaced" in answer:
+                peer.close()
+                raise Replaced(f"{printable(str(answer['replaced']))} {_ONE_EACH}")
             if answer and ("store" in answer or "end" in answer):
                 return peer, answer
             peer.close()
@@ -593,7 +630,9 @@ def _authenticate(
     return Peer(0, connection, address, seal, lines)
 
 
-def _heard(peer: Peer, waiting: Deadline) -> dict[str, Any] | None:
+def _heard(
+    peer: Peer, waiting: Deadline, index: int, say: Callable[[str], None]
+) -> dict[str, Any] | None:
     """The message of node 0 when all nodes are connected; None if time is up.
 
     If it is lost: its last message, that this node waits, if there was one.
@@ -612,6 +651,11 @@ def _heard(peer: Peer, waiting: Deadline) -> dict[str, Any] | None:
                 if "waiting" not in last:
                     peer.unread = heard
                     return last
+                if "member" in last:
+                    say(
+                        f"Node {index} of this job is {printable(str(last['member']))}. This "
+                        f"launcher waits, and takes its place if it is lost. {_ONE_EACH}"
+                    )
     return last
 
 
@@ -652,6 +696,12 @@ def _difference(own: JoinRequest, other: JoinRequest) -> str | None:
             )
     if own.spec != other.spec:
         return f"Node {other.index} has a different spec than node 0: start all with the same spec."
+    if own.options != other.options:
+        ours, theirs = (each.options or "no such option" for each in (own, other))
+        return (
+            f"Node {other.index} was started with {theirs}, and node 0 with {ours}: start all with "
+            "the same command."
+        )
     if own.runs != other.runs:
         kept = "in a store" if own.runs else "in a directory"
         return (
