@@ -21,7 +21,7 @@ def main() -> None:
         outlive_readers("stderr")
         require_reader()
     if (told := out_of_place(sys.argv[1:], os.environ)) is not None:
-        if os.environ.get("RANK", "0") == "0":  # otherwise all processes of torchrun would print it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # else all of torchrun's would print it
             print(f"error: {told}", file=sys.stderr)
         sys.exit(SpecError.exit_code)
     warm_up(sys.argv[1:], os.environ)

@@ -171,6 +171,7 @@ def run(
             grace=given,
             accepted=accepted,
             own_disks=isinstance(runs, Address),
+            place=str(runs),
         )
 
     starting: dict[str, Any] = {
@@ -318,7 +319,8 @@ def test(
 
     def job_of(found: RunDirectory) -> TestJob:
         found.read_spec(overrides)  # an error is reported here, once
-        return TestJob(found.path.absolute(), checkpoint, predictions, overrides, data)
+        path, place = found.path.absolute(), str(run)
+        return TestJob(path, checkpoint, predictions, overrides, data, place)
 
     if isinstance(run, Address) and place is not None:
         from launch.stored.copied import copy_of
@@ -601,7 +603,7 @@ def _reports_errors() -> bool:
         place = launched()
     except SpecError:
         return True  # this is the error
-    return place is None or place.rank == 0
+    return place is None or place.local_rank == 0  # another machine may have another error
 
 
 def _without_dashes(mistake: click.ClickException) -> str:

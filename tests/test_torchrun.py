@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -224,3 +225,21 @@ def test_a_torchrun_that_nodes_may_join_is_told_what_it_needs(tmp_path):
     done = command(*agent, *words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
     advice = "--nnodes 1:2: when a node joins, or the first one is lost, torchrun itself may end"
     assert advice in done.stderr, done.stderr
+
+
+def test_processes_that_torchrun_starts_with_other_settings_are_refused(tmp_path):
+    """With another rate they trained apart; with another --stop-at one ended by SIGABRT."""
+    job_that_fails(tmp_path, times=0, **SHARED)
+    others = "--runs two optimizer.lr=0.2 --stop-at 2"
+    chosen = f"if [ $RANK = 0 ]; then set -- --runs one; else set -- {others}; fi"
+    script = f'{chosen}; exec "$0" -m launch run job.yaml "$@"'
+    agent = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "--no-python")
+    words = (*agent, "sh", "-c", script, BIN / "python")
+    done = command(*words, cwd=tmp_path, timeout=DEADLINE_SECONDS)
+    assert done.returncode == 1, done.stderr
+    assert "error: rank 1 was started with other settings than rank 0" in done.stderr
+    assert "  --runs: one on rank 0, two on rank 1\n" in done.stderr
+    assert "  --stop-at: not set on rank 0, 2 on rank 1\n" in done.stderr
+    assert re.search(r"  optimizer\.lr: \S+ on rank 0, 0\.2 on rank 1\n", done.stderr)
+    assert "exitcode  : 64" in done.stderr
+    assert not list(tmp_path.glob("*/job/checkpoints/step-*"))

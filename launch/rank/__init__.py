@@ -3,6 +3,7 @@
 From top to bottom; a room imports only from rooms below it:
 
 * entry: the main function of every process of a job, and the report of its end.
+* same_command: whether all processes of a job were started by the same command.
 * process_group: joins this process to the others on its device, and provides the `World`.
 * joining: how the processes of a job connect through a store that others may have modified.
 * attempts: the part of torchrun's store that belongs to one attempt.

@@ -17,6 +17,7 @@ from launch.rank.job import Job, TestJob
 from launch.rank.joining import on_one_node
 from launch.rank.network import measured
 from launch.rank.process_group import process_group, stay_near_device
+from launch.rank.same_command import require_same_command
 from service.basics.errors import (
     LINES,
     EvenstepError,
@@ -98,6 +99,7 @@ def train(job: Job, environment: Environment, *, stop: StopRequest, context: Ran
     entered = world_of(spec, environment, own_disks=job.own_disks)
     with stop.followed_at_once(), watched, entered as world:
         world.leave_limits_to_the_watchdog()
+        require_same_command(job, world)
         if context.when_connected is not None:
             together(world, context.when_connected)
         if not on_one_node(environment):
@@ -152,6 +154,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
     stop.interrupt = True  # there is nothing to save
     spec = job.spec
     with world_of(spec, environment) as world:
+        require_same_command(job, world)
         with files_may_have_moved():
             task = load_task(spec.task, spec.task_args, seed=spec.seed)
         measures = test_run(

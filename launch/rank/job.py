@@ -36,6 +36,8 @@ class Job:
     """The changes that are accepted in a run that has begun."""
     own_disks: bool = False
     """Whether `runs` is another directory on each node."""
+    place: str = ""
+    """The place of the runs as it was given."""
 
     def again(self, before: str | None) -> Job:
         """The job for a restart after a failure: `fresh` moves an earlier run aside only once.
@@ -49,6 +51,24 @@ class Job:
         """Where the run is kept."""
         return RunDirectory(self.runs / self.spec.name)
 
+    @property
+    def options(self) -> dict[str, str]:
+        """The options of the command that must be equal on all nodes, as far as they were given."""
+        window = self.profile
+        told = {
+            "--stop-at": self.stop_at and str(self.stop_at),
+            "--profile": window and f"{window.first}:{window.steps}",
+        }
+        return {name: text for name, text in told.items() if text}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What must be equal on all processes besides the spec.
+
+        `--fresh` is not among it: rank 0 decides for all.
+        """
+        return {"command": "run", "--runs": self.place, **self.options}
+
     def run_id(self) -> str | None:
         """The id of the run that is at its path now; None if none can be read."""
         try:
@@ -61,7 +81,7 @@ class Job:
         # a pickle could find them.  Plain values are sent instead, as in a file.
         values = plain_values(self.spec)
         rest = (self.fresh, self.stop_at, self.group, self.profile, self.grace, self.accepted)
-        return _received, (values, self.runs, *rest, self.own_disks)
+        return _received, (values, self.runs, *rest, self.own_disks, self.place)
 
 
 def _received(spec: dict[str, Any], *rest: Any) -> Job:
@@ -79,6 +99,15 @@ class TestJob:
     """Of the run's spec, `key=value`."""
     data: str | None = None
     """The test set, if there are several."""
+    place: str = ""
+    """RUN as it was given."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What must be equal on all processes besides the spec."""
+        told = {"--predictions": self.predictions and str(self.predictions), "--data": self.data}
+        given = {name: text for name, text in told.items() if text}
+        return {"command": "test", "RUN": self.place, "--checkpoint": self.checkpoint, **given}
 
     def directory(self) -> RunDirectory:
         """Where the run is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,17 @@ def changes(old: Spec, new: Spec) -> list[Change]:
         for steps, was, now in _differences(before, after, ())
         if _compiled_otherwise(steps, old, new) or not _cannot_matter(steps, old)
     ]
+
+
+def as_text(spec: Spec) -> str:
+    """All values of a spec, for `differences` with that of another process."""
+    return json.dumps(_compared(spec), default=str)
+
+
+def differences(one: str, other: str) -> list[Change]:
+    """All keys that differ in two specs as `as_text` gives them."""
+    found = _differences(json.loads(one), json.loads(other), ())
+    return [Change(dotted(steps), was, now) for steps, was, now in found]
 
 
 def why_not(change: Change, old: Spec) -> str | None:
