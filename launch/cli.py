@@ -46,7 +46,7 @@ from launch.slurm_step import node_asked, note_exit_code, slurm_grace
 from service.basics.errors import LINES, EvenstepError, PeerLost, SpecError, printable
 from service.health.stop_request import die_with_parent, stop_on_signals
 from service.monitoring.endpoint import metrics_endpoint
-from service.plan.changing import Accepted
+from service.plan.changing import Accepted, require_keys
 from service.recipes import recipes
 from service.runs.directory import RunDirectory, RunInUse, check_run
 from service.runs.failure_reports import redacted
@@ -152,7 +152,7 @@ def run(
     named = _name_in_sweep(spec, overrides) if name is None else name
     loaded = load_named(spec, overrides, named)
     os.environ.update(read_secrets())
-    accepted = _accepted(overrides, fresh=fresh, **accepting)
+    accepted = _accepted(loaded, overrides, fresh=fresh, **accepting)
     given = torchrun_grace() if place is not None else slurm_grace(loaded)
     if fresh and place is not None and place.rank == 0:  # which decides for all
         fresh = not _begun_by_torchrun(runs, loaded)
@@ -546,6 +546,7 @@ def _tell_allowance(directory: RunDirectory) -> None:
 
 
 def _accepted(
+    spec: Spec,
     overrides: tuple[Override, ...],
     *,
     fresh: bool,
@@ -558,6 +559,7 @@ def _accepted(
         raise SpecError(
             f"{which}: --fresh starts a new run, for which changes need not be accepted."
         )
+    require_keys(accept, spec, option="--accept")
     asked = accepted_by(overrides, change=change, accept_changes=accept_changes)
     return Accepted((*asked.keys, *accept), everything=asked.everything)
 

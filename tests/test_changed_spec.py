@@ -14,7 +14,7 @@ from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
 
 from service.basics.errors import SpecError
-from service.plan.changing import FIXED, Accepted, Change, changes, why_not
+from service.plan.changing import FIXED, Accepted, Change, changes, require_keys, why_not
 from service.runs.checkpoint_files import best_of
 from service.runs.directory import check_run
 from service.runs.history import read_history
@@ -288,6 +288,21 @@ def test_a_fork_names_the_file_of_the_source_that_cannot_be_read(place, tmp_path
     assert refused.returncode == 64, refused.stdout
     assert "metrics.jsonl cannot be read: Is a directory" in refused.stderr
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["long"]
+
+
+def test_a_change_can_be_accepted_of_every_key_that_a_spec_can_have():
+    custom = JOB | {"optimizer": {"name": "./job.py:made", "lr": 0.1}}
+    known = ["model", "length.epochs", "optimizer.groups.0.lr", "optimizers.a.optimizer.lr"]
+    known += ["task_args.width", "task_args.a.b", "kubernetes.env.A", "kubernetes.nodes.least"]
+    known += ["schedule.warmup_steps", "model.compile.mode"]
+    require_keys(known, load_spec(JOB), option="--accept")
+    require_keys([*known, "optimizer.own.a"], load_spec(custom), option="--accept")
+    unknown = ("lenght", "optimizer.own", "batch.micro_batch.x", "optimizers.a.optimizer.own", "")
+    for key in unknown:
+        with pytest.raises(SpecError, match=f"--accept {key}: no spec has this key"):
+            require_keys([key], load_spec(JOB), option="--accept")
+    with pytest.raises(SpecError, match="did you mean 'length'"):
+        require_keys(["lenght"], load_spec(JOB), option="--accept")
 
 
 def test_a_schedule_that_depends_on_the_length_is_reported(tmp_path, processes):

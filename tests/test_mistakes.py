@@ -119,6 +119,11 @@ MISTAKES = {
         ["exchange={mode: sharded, offload: true}"],
         r"exchange.offload: true keeps weights in main memory .*Leave it out here",
     ),
+    "a change of a key that no spec has": (
+        GOOD,
+        ["--accept", "optimizer.rates"],
+        r"--accept optimizer.rates: no spec has this key; known: dampening, .*lr, ",
+    ),
     "an option nobody knows": (GOOD, ["--proceses", "2"], r"No such option.*--processes"),
 }
 

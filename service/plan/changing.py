@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from service.basics.errors import SpecError, did_you_mean
 from service.spec.documents import Steps, dotted
 from service.spec.extending import CANNOT_CHANGE_THE_RESULT, UNITS, keys_in
-from service.spec.files import Override, on_one_line, plain_values, with_code_files, with_source
+from service.spec.files import (
+    Override,
+    on_one_line,
+    plain_values,
+    spec_schema,
+    with_code_files,
+    with_source,
+)
 from service.spec.models import Spec
 
 
@@ -143,6 +151,62 @@ class Accepted:
 
 
 NOTHING_ACCEPTED = Accepted()
+
+
+def require_keys(keys: Iterable[str], spec: Spec, *, option: str) -> None:
+    """Check that a spec can have these keys.
+
+    An optimizer or a schedule of the user, which `spec` names, can have any option.
+
+    Raises:
+        SpecError: names the one that it cannot have, and those that it can.
+    """
+    schema: Any = None
+    for key in keys:
+        schema = schema or spec_schema()
+        sections, values = [schema], plain_values(spec)
+        for name in key.split("."):
+            spec_name = values.get("name") if isinstance(values, dict) else None
+            is_of_a_user = ":" in str(spec_name)
+            values = values.get(name) if isinstance(values, dict) else None
+            inner = [each for section in sections for each in _below(section, name)]
+            if not inner and (is_of_a_user or values is not None):
+                inner = [_ANYTHING]
+            if not inner:
+                named = [each for each in sections if _has_name(each, spec_name)]
+                known = {each for one in named or sections for each in one.get("properties", ())}
+                raise SpecError(f"{option} {key}: no spec has this key{did_you_mean(name, known)}")
+            sections = [each for found in inner for each in _choices(found, schema)]
+
+
+def _has_name(section: Any, name: Any) -> bool:
+    """Whether it is the section of this optimizer or schedule."""
+    told: Any = section.get("properties", {}).get("name", {}).get("const")
+    return told is not None and told == name
+
+
+def _below(section: Any, name: str) -> list[Any]:
+    """What a schema says of the values of this name in a section, or in a list by its number."""
+    if name in section.get("properties", ()):
+        return [section["properties"][name]]
+    if name.isdecimal() and "items" in section:
+        return [section["items"]]
+    others = [section.get("additionalProperties", False)]
+    others += section.get("patternProperties", {}).values()
+    if "properties" in section:  # of the user: next to its own keys it takes any
+        return []
+    return [_ANYTHING if each is True else each for each in others if each]
+
+
+_ANYTHING: dict[str, Any] = {"additionalProperties": True, "items": {"additionalProperties": True}}
+
+
+def _choices(found: Any, schema: Any) -> list[Any]:
+    """The sections that a value may be, without references."""
+    if "$ref" in found:
+        return _choices(schema["$defs"][found["$ref"].rpartition("/")[2]], schema)
+    several = [each for how in ("anyOf", "oneOf", "allOf") for each in found.get(how, ())]
+    return [section for each in several for section in _choices(each, schema)] or [found]
 
 
 def _covers(named: str, key: str) -> bool:
