@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,8 +102,15 @@ def test_a_mistake_is_one_line(place: Path, words: tuple[str, ...], told: str) -
 class OnTerminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, *words: object, cwd: Path) -> None:
+    def __init__(self, *words: object, cwd: Path, is_its_own: bool = False) -> None:
+        """Its errors are in a file; `is_its_own`: the terminal is that of its session."""
+
+        def begin() -> None:
+            if is_its_own:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         ours, theirs = pty.openpty()
+        self._errors = (cwd / "errors").open("wb")
         environ = {k: v for k, v in CLEAN.items() if k != "CI"}
         self.process = subprocess.Popen(
             [str(BIN / "evenstep"), *map(str, words)],
@@ -109,8 +118,9 @@ class OnTerminal:
             env=environ | {"TERM": "xterm", "COLUMNS": "140", "LINES": "20", "LANG": "C.UTF-8"},
             stdin=theirs,
             stdout=theirs,
-            stderr=theirs,
+            stderr=self._errors,
             start_new_session=True,
+            preexec_fn=begin,
         )
         os.close(theirs)
         os.set_blocking(ours, False)
@@ -122,10 +132,17 @@ class OnTerminal:
             self.said += os.read(self._ours, 1 << 20)
         return self.said.decode(errors="replace")
 
+    def hang_up(self) -> None:
+        """Close the terminal."""
+        if self._ours >= 0:
+            os.close(self._ours)
+        self._ours = -1
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait(DEADLINE_SECONDS)
-        os.close(self._ours)
+        self.hang_up()
+        self._errors.close()
 
 
 def test_watch_draws_a_table_that_follows_a_run_and_ends_cleanly(tmp_path: Path) -> None:
@@ -154,6 +171,24 @@ def test_watch_draws_a_table_that_follows_a_run_and_ends_cleanly(tmp_path: Path)
         assert "\x1b[?25h" in shown.read(), "the cursor is back"
     finally:
         shown.close()
+
+
+@pytest.mark.parametrize(("hears", "code"), [(True, 0), (False, 141)])
+def test_watch_ends_without_a_word_when_its_terminal_is_closed(
+    tmp_path: Path, hears: bool, code: int
+) -> None:
+    """Of its own terminal it gets SIGHUP, of another one only that nothing can be written."""
+    run = write_run(tmp_path / "runs", "live")
+    add_row(run, 2)
+    shown = OnTerminal("watch", "--all", "--every", "0.1", cwd=tmp_path, is_its_own=hears)
+    try:
+        until(lambda: "2/40" in shown.read(), "the table")
+        shown.hang_up()
+        add_row(run, 3)
+        assert shown.process.wait(DEADLINE_SECONDS) == code
+    finally:
+        shown.close()
+    assert (tmp_path / "errors").read_text() == ""
 
 
 @pytest.mark.parametrize(

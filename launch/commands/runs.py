@@ -9,14 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from launch.commands.places import Named, Place, run_at
+from launch.processes.terminal import OutputLost
 from service.basics.errors import SpecError, printable
 from service.runs.directory import find_run, with_name
 from service.storage.address import Address
@@ -150,12 +152,26 @@ def _paths_of(runs: Sequence[Path]) -> list[Path]:
 
 @contextmanager
 def _ends_cleanly() -> Iterator[None]:
-    """A context that a signal ends as Ctrl-C does: what looks at runs has not failed then."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
+    """A context that a signal ends as Ctrl-C does: what looks at runs has not failed then.
+
+    With its terminal closed, it has nobody left to whom its last words could be said.
+    """
+    heard: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, end)
+    try:
         yield
+    except KeyboardInterrupt:
+        pass
+    except OutputLost:
+        if not heard:
+            raise
 
 
 @click.command()

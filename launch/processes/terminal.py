@@ -7,6 +7,7 @@ this, including that of the user's code and of libraries.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -23,7 +24,7 @@ class OutputLost(EvenstepError):
 
 
 class ReaderGone(OutputLost):
-    """The reader has closed the pipe, such as `head`."""
+    """The reader has closed the pipe, such as `head`, or the terminal has been closed."""
 
     exit_code = 141  # as by SIGPIPE
 
@@ -94,10 +95,15 @@ class _Lasting(_Whole):
 class _Required(_Whole):
     _told = False
 
+    def __init__(self, *told: Any, **named: Any) -> None:
+        super().__init__(*told, **named)
+        self._was_terminal = self.isatty()  # one that is closed is none any more
+
     def _lose(self, error: OSError) -> None:
         if self._told:
             return  # what is left in the buffer, at the interpreter's exit
         self._told = True
-        if isinstance(error, BrokenPipeError):
+        is_closed = self._was_terminal and error.errno == errno.EIO
+        if isinstance(error, BrokenPipeError) or is_closed:
             raise ReaderGone("Nobody reads standard output.") from error
         raise OutputLost(f"Standard output cannot be written: {error.strerror}.") from error

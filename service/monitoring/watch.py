@@ -146,7 +146,10 @@ def _on_a_terminal(
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(file=stream, highlight=False, markup=False, _environ=environ)
+    # Asked again, a terminal that was closed is none, and nothing would be drawn for ever.
+    console = Console(
+        file=stream, highlight=False, markup=False, force_terminal=True, _environ=environ
+    )
     blocks = _BLOCKS if _can_say(stream, _BLOCKS) else _PLAIN_BLOCKS
     found, broken = _readable(runs)
     try:
