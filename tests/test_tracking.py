@@ -10,9 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import spec_of
 
 from service.basics.errors import WillFailAgain
+from service.plan.plan import make_plan
+from service.runs.directory import open_run
 from service.runs.tracking import MetricsFile, Outcome, Row, Tracker, Writer, read_metrics
+from service.spec.files import load_spec, shown_values
+from service.training.attempt import _config
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,3 +216,17 @@ def test_a_stop_asked_of_one_writer_is_asked_of_the_tracker():
 
     assert Tracker([Recorder("a", []), StopButton("b", [])], epoch_at=float).stop_requested
     assert not Tracker([Recorder("a", [])], epoch_at=float).stop_requested
+
+
+def test_trackers_show_what_is_not_finite_as_the_spec_writes_it(tmp_path: Path) -> None:
+    """They are sent JSON, in which it would be null."""
+    values = {"limit": math.inf, "parts": [-math.inf, {"a": math.nan, "b": None}, 0.5]}
+    spec = load_spec({**spec_of("rows"), "task_args": values})
+    plan = make_plan(spec, processes=1, train_rows=97, test_rows=13)
+    opened = open_run(tmp_path, spec, fresh=False)
+    config = _config(plan, opened)
+    opened.close()
+    shown = {"limit": ".inf", "parts": ["-.inf", {"a": ".nan", "b": None}, 0.5]}
+    assert config["task_args"] == shown
+    finite = load_spec(spec_of("rows"))
+    assert shown_values(finite) == finite.model_dump(mode="json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -494,6 +495,23 @@ def plain_values(value: Any, *, defaults: bool = True) -> Any:
     if isinstance(value, dict):
         return {key: plain_values(item, defaults=defaults) for key, item in value.items()}
     return value
+
+
+def shown_values(spec: Spec) -> dict[str, Any]:
+    """All values of a spec for readers of JSON, which has no number that is not finite: `.inf`.
+
+    Trackers show them, and would show null.
+    """
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return on_one_line(value)
+        if isinstance(value, dict):
+            return {key: shown(item) for key, item in value.items()}
+        return [shown(item) for item in value] if isinstance(value, tuple | list) else value
+
+    values: dict[str, Any] = shown(spec.model_dump())
+    return values
 
 
 class _Dumper(yaml.SafeDumper):

@@ -28,7 +28,7 @@ from service.optimization.train_state import TrainState
 from service.plan.plan import Plan
 from service.runs.directory import OpenRun, RunDirectory, changes_in, open_run, versions
 from service.runs.tracking import MetricsFile, Outcome, Tracker, Writer
-from service.spec.files import fingerprint
+from service.spec.files import fingerprint, shown_values
 from service.training.receipts import Receipt
 from service.training.setup import Prepared, together
 
@@ -246,7 +246,7 @@ def _tracker(attempt: Attempt, *, step: int) -> Tracker:
 def _config(plan: Plan, opened: OpenRun) -> dict[str, Any]:
     """The configuration for trackers: the resolved spec, and the machine."""
     return {
-        **plan.spec.model_dump(mode="json"),
+        **shown_values(plan.spec),
         "spec_sha256": fingerprint(plan.spec),
         "processes": plan.processes,
         "versions": opened.facts["versions"],
