@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,14 @@ from commands import BIN, DEADLINE_SECONDS, evenstep, start
 from injuring import until
 
 from launch.cli import evenstep as command
-from launch.commands.sweep import _choices, _fixed, _opened, _planned, shares_of
+from launch.commands.sweep import _choices, _fixed, _opened, _planned, _title_of, shares_of
 from launch.engines.settings import settings_of
 from launch.processes.side_by_side import Command, run_side_by_side
 from service.basics.errors import SpecError
 from service.health.stop_request import StopRequest
 from service.observability.sweeps import add_to_sweep, mean_and_deviation, read_sweep, rows_of
 from service.runs.history import read_history
+from service.spec.part import RUN_NAME, RUN_NAME_LETTERS
 
 QUICK = ("length.steps=4", "schedule.name=constant", "tracking.log_every_steps=1")
 
@@ -199,6 +201,17 @@ def test_a_folder_of_variants(tmp_path, monkeypatch):
         for variant in ("large", "small")
         for seed in (1, 2)
     }
+
+
+def test_two_folders_have_two_default_names():
+    """In another script nothing was left of either but `sweep`, so they shared a directory."""
+    names = ["folder", "数据", "実験", "été", "ete", "a b", "a-b", "x" * 300, "x" * 301, "\udcff"]
+    titles = list(map(_title_of, names))
+    assert len(set(titles)) == len(names)
+    assert titles[0] == "folder-sweep"
+    assert all(re.fullmatch(RUN_NAME, title, re.ASCII) for title in titles)
+    assert max(map(len, titles)) <= RUN_NAME_LETTERS
+    assert _title_of("e\u0301t\u00e9") == titles[3], "as a disk may give it"
 
 
 def test_a_folder_with_one_variant_and_what_only_the_command_gives(tmp_path):

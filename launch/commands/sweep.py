@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ _OWN = (_LOGS, "run.json", "sweep.json")
 _OWN_AT_ADDRESS = ("sweep", "data", "lease", "published")
 """The same at an address in an object store."""
 _LAST_BYTES = 8192
+_DIGEST_LETTERS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def sweep(
     variants = _variants(spec)
     several = len(variants) > 1
     own = Path(spec).resolve().name if several else _name(variants[0][1], overrides)
-    title = _as_name(f"{own}-sweep") if name is None else name
+    title = _title_of(own) if name is None else name
     _require_name(title)
     home = runs / title
     home = home.absolute() if isinstance(home, Path) else home
@@ -349,6 +352,20 @@ def _name_of(setting: Setting, taken: set[str]) -> str:
         name = f"{stem[: RUN_NAME_LETTERS - 5]}-{number}"
     taken.add(name)
     return name
+
+
+def _title_of(own: str) -> str:
+    """The name of the sweep of a spec or folder; two folders never have the same.
+
+    A name that is not valid ends with a digest of what was replaced in it: of a name in another
+    script nothing would be left.
+    """
+    told = unicodedata.normalize("NFC", f"{own}-sweep")  # a disk may give it in another form
+    title = _as_name(told)
+    if title == told:
+        return title
+    digest = hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()[:_DIGEST_LETTERS]
+    return f"{title[: RUN_NAME_LETTERS - _DIGEST_LETTERS - 1]}-{digest}"
 
 
 def _as_name(text: str) -> str:
