@@ -22,7 +22,7 @@ from launch.rank.attempts import (
     missing,
     of_attempt,
 )
-from launch.rank.store import LOOPBACK, own_store
+from launch.rank.store import LOOPBACK, brief_lookups, own_store
 from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
 from service.distributed.world import CONNECT_SECONDS
@@ -133,6 +133,7 @@ def _in_file(path: str) -> FileStore:
 
 def _client(host: str, seconds: float) -> TCPStore:
     port = int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+    with brief_lookups(host):
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
     store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
     return store

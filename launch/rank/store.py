@@ -8,13 +8,18 @@ anyone who reaches it change or delete its entries. So it is bound to one addres
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import BinaryIO, NamedTuple
 
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]  # exported
 
 LOOPBACK = "127.0.0.1"
+_BRIEF = "timeout:1 attempts:1"
 
 
 def own_store(address: str, port: int = 0) -> TCPStore:
@@ -26,13 +31,44 @@ def own_store(address: str, port: int = 0) -> TCPStore:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listening = socket.create_server((address, port), family=family)
     port = listening.getsockname()[1]
-    return TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),  # by default it listens on all interfaces
-    )
+    with brief_lookups(address):
+        return TCPStore(
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),  # by default it listens on all interfaces
+        )
+
+
+@contextmanager
+def brief_lookups(address: str) -> Iterator[None]:
+    """A context in which torch connects to this address, and this thread asks for names briefly.
+
+    torch looks up the name of each address that it connects to, only to log it. Where the name
+    server does not answer, that takes 10 s, which nothing can interrupt: here it takes 1 s. The
+    lookups of an address that is a name itself, which are needed, are as patient as always; so are
+    all of them if RES_OPTIONS is set.
+    """
+    again = getattr(ctypes.CDLL(None), "__res_init", None)  # of glibc: reads the options again
+    if again is None or "RES_OPTIONS" in os.environ or not _is_number(address):
+        yield
+        return
+    os.environ["RES_OPTIONS"] = _BRIEF
+    try:
+        again()
+        yield
+    finally:
+        del os.environ["RES_OPTIONS"]
+        again()
+
+
+def _is_number(address: str) -> bool:
+    try:
+        ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 class LocalStore(NamedTuple):
@@ -52,7 +88,7 @@ def local_store() -> LocalStore:
     """A store for the processes of this machine.
 
     Nothing listens, nothing is left on a disk, and no name server is asked: torch looks up the
-    names of the addresses it connects to, which takes 20 s where the server does not answer.
+    names of the addresses it connects to, see `brief_lookups`.
     """
     if not hasattr(os, "memfd_create"):  # not on Linux
         store = own_store(LOOPBACK)
