@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # exported
 
@@ -22,15 +23,25 @@ FOREIGN = (
     "Another program has changed what the processes of this job exchange in their store: "
     "docs/explanation/reliability.md says who must not reach it."
 )
-FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.002, 0.01
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.002, 0.01
 """Between two questions of one process."""
 _ASKED_A_SECOND = 8000
 """By all processes together, at most: the pauses of more than 80 are longer."""
 
 
-def longest_pause(processes: int) -> float:
-    """The longest pause between two questions of one of so many processes."""
-    return max(LAST_PAUSE_SECONDS, processes / _ASKED_A_SECOND)
+def questions(seconds: float, *, processes: int) -> Iterator[None]:
+    """One element for each question of one of so many processes, until the time is over.
+
+    Between two of them it waits, each time twice as long, up to a limit.
+    """
+    limit, pause = TimeLimit(seconds), _FIRST_PAUSE_SECONDS
+    longest = max(_LAST_PAUSE_SECONDS, processes / _ASKED_A_SECOND)
+    while True:
+        yield
+        if not limit.left:
+            return
+        time.sleep(min(pause, limit.left))
+        pause = min(2 * pause, longest)
 
 
 def of_attempt(store: Store, environment: Environment, *, seconds: float) -> Store:
@@ -45,17 +56,15 @@ def of_attempt(store: Store, environment: Environment, *, seconds: float) -> Sto
         return _named(store, environment, seconds)
     own, name = f"asks/{environment.rank}", secrets.token_hex(8)
     store.set(own, name)
-    limit, pause = TimeLimit(seconds), FIRST_PAUSE_SECONDS
-    while (told := _value(store, f"told/{environment.rank}").partition(" "))[0] != name:
+    for _ in questions(seconds, processes=environment.world_size):
+        asked, _, told = _value(store, f"told/{environment.rank}").partition(" ")
+        if asked == name:
+            part = PrefixStore(told, store)
+            part.set(_knows(environment.rank), "")
+            return part
         if _value(store, own) != name:
             raise PeerLost(FOREIGN)
-        if not limit.left:
-            raise PeerLost(f"After {seconds:g} s rank 0 has not connected.")
-        time.sleep(min(pause, limit.left))
-        pause = min(2 * pause, longest_pause(environment.world_size))
-    part = PrefixStore(told[2], store)
-    part.set(_knows(environment.rank), "")
-    return part
+    raise PeerLost(f"After {seconds:g} s rank 0 has not connected.")
 
 
 def _named(store: Store, environment: Environment, seconds: float) -> Store:
@@ -66,8 +75,7 @@ def _named(store: Store, environment: Environment, seconds: float) -> Store:
     name = secrets.token_hex(8)
     part = PrefixStore(name, store)
     awaited = set(range(1, environment.world_size))
-    limit, pause = TimeLimit(seconds), FIRST_PAUSE_SECONDS
-    while True:
+    for _ in questions(seconds, processes=environment.world_size):
         for rank in sorted(awaited):
             if part.check([_knows(rank)]):
                 awaited.discard(rank)
@@ -75,11 +83,8 @@ def _named(store: Store, environment: Environment, seconds: float) -> Store:
                 store.set(f"told/{rank}", f"{asks} {name}")
         if not awaited:
             return part
-        if not limit.left:
-            here = environment.world_size - len(awaited)
-            raise PeerLost(missing(here, environment, seconds))
-        time.sleep(min(pause, limit.left))
-        pause = min(2 * pause, longest_pause(environment.world_size))
+    here = environment.world_size - len(awaited)
+    raise PeerLost(missing(here, environment, seconds))
 
 
 def missing(here: int, environment: Environment, seconds: float) -> str:

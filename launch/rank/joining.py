@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from datetime import timedelta
 
 import psutil  # type: ignore[import-untyped]  # its wheel has no types
@@ -16,11 +15,10 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 
 from launch.environment import RUN_OF_STORE, STORE_FILE, Environment
 from launch.rank.attempts import (
-    FIRST_PAUSE_SECONDS,
     FOREIGN,
-    longest_pause,
     missing,
     of_attempt,
+    questions,
 )
 from launch.rank.store import LOOPBACK, brief_lookups, own_store
 from service.basics.errors import PeerLost
@@ -116,13 +114,7 @@ def _is_there(store: Store, key: str, processes: int) -> bool:
 
     It asks again and again: torch's own wait writes two warnings for each of its timeouts.
     """
-    limit, pause = TimeLimit(_LOOK_SECONDS), FIRST_PAUSE_SECONDS
-    while not store.check([key]):
-        if not limit.left:
-            return False
-        time.sleep(min(pause, limit.left))
-        pause = min(2 * pause, longest_pause(processes))
-    return True
+    return any(store.check([key]) for _ in questions(_LOOK_SECONDS, processes=processes))
 
 
 def _in_file(path: str) -> FileStore:
