@@ -10,7 +10,6 @@ and a node that is started again has an empty disk.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -30,6 +29,7 @@ from elastic_nodes import Nodes, elastic_nodes, ended, require_undisturbed
 from stored import brought_back
 from stores import BUCKET, s3_server
 
+from chaos.options import asked_for
 from service.runs.directory import RunDirectory
 from service.storage.address import address_in
 
@@ -79,12 +79,7 @@ def in_a_bucket() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--bitwise", action="store_true")
-    parser.add_argument("--bucket", action="store_true")
-    asked = parser.parse_args()
+    asked = asked_for(__doc__, "--bucket")
     count = 2 if asked.bitwise else 3
     with (
         tempfile.TemporaryDirectory() as place,

@@ -11,7 +11,6 @@ was killed often. With `--bitwise` there are two pods instead of three, and the 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from elastic_pods import attempts_by_processes, elastic_job, lose, release, requ
 from pod_containers import Podman
 from pod_processes import Namespaces
 from pods import Cluster
+
+from chaos.options import asked_for
 
 LEADER_OF_TEN = 2
 """In how many of ten cases it is the pod of index 0."""
@@ -70,12 +71,7 @@ class Disturber:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--bitwise", action="store_true")
-    parser.add_argument("--processes", action="store_true")
-    asked = parser.parse_args()
+    asked = asked_for(__doc__, "--processes")
     if not asked.processes:
         containers.built_image()
     engine = Namespaces if asked.processes else Podman
