@@ -249,7 +249,7 @@ def _start_in_store(
         trained_in,
         when_connected,
     )
-    from service.health.stop_budget import budget_seconds
+    from service.health.stop_budget import budget_seconds, grace_periods
 
     require_supported(address, spec, place, node)
     if place is not None:
@@ -287,6 +287,7 @@ def _start_in_store(
             seconds_to_stop if place else lambda: budget_seconds(spec, job.directory())
         ),
         is_fixed=place is not None or spec.faults.stop_budget_seconds != "auto",
+        grace_periods=grace_periods(spec, launcher=job.grace),
     )
     leave(note_exit_code(code))
 

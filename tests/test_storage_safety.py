@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -34,6 +35,7 @@ from launch.stored.in_store import _finished, uploaded
 from launch.stored.leading import Leading
 from service.basics import running_time
 from service.basics.errors import EvenstepError, NoCheckpoint, SpecError, Stopped
+from service.health.stop_budget import GracePeriod, longest_save
 from service.health.stop_request import StopRequest
 from service.runs.checkpoint_files import BEST, Checkpoint, checkpoints_in, damage_of
 from service.runs.directory import RunDirectory, RunInUse
@@ -278,6 +280,27 @@ def test_a_stop_waits_for_an_upload_that_comes_forward_unless_its_time_is_set(
     assert code == (1 if is_fixed else Stopped.exit_code), said
     assert ("The run is not completely uploaded" in said.err) == is_fixed
     uploading._worker.join(DEADLINE_SECONDS)
+
+
+def test_a_limit_of_a_stop_that_is_too_short_for_its_upload_is_told(
+    address, place, tmp_path, capsys
+):
+    """That of Slurm is set before anything is known of the uploads."""
+    local = local_run(place, tmp_path / "local", 4)
+    takes = longest_save(local)
+    assert takes is not None
+    enough_for_saves = GracePeriod(takes.seconds, "slurm.stop_seconds")
+
+    def train():
+        until(lambda: newest_step(address) == 4, "step 4 in the store")
+        return 0
+
+    uploading = uploading_of(address, local, print)
+    graces = {"grace_periods": (enough_for_saves,)}
+    limits = {"budget_seconds": lambda: 500.0, "is_fixed": False}
+    assert uploaded(address / "job", uploading, train, **limits, **graces) == 0
+    told = r"WARNING: a stop may take .* two uploads of \S+ s, and 10 s to exit\), but slurm"
+    assert len(re.findall(told, capsys.readouterr().err)) == 1
 
 
 def test_old_objects_that_cannot_be_deleted_do_not_stop_the_upload(address, place, tmp_path, harm):

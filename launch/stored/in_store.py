@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from launch.environment import Environment, Node, meeting_secret
 from launch.processes.signals import heard, stop_raises
 from launch.stored.following import Following
 from service.basics.errors import EvenstepError, SpecError, Stopped
 from service.basics.running_time import RunningClock, StandingClock
+from service.health.stop_budget import GracePeriod, StopBudget, longest_save
+from service.runs.directory import RunDirectory
 from service.spec.models import Spec
 from service.storage.address import Address
 from service.storage.beside import Uploading, brought
@@ -81,16 +83,28 @@ def uploaded(
     *,
     budget_seconds: Callable[[], float],
     is_fixed: bool,
+    grace_periods: Sequence[GracePeriod] = (),
 ) -> int:
     """The exit code of the run: that of `train`, unless it is not completely in the store.
 
     Args:
         budget_seconds: how long a stop may take, from the request on.
         is_fixed: also if the upload still comes forward; otherwise from its last progress on.
+        grace_periods: the limits of a stop of which the user is warned if they are too short.
     """
+    stopping = StopBudget(grace_periods, say=say)
 
-    # Two more requests do not hurt: the processes agree on one.
-    uploading.start(when_lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    def learn(upload_seconds: float) -> None:
+        with suppress(EvenstepError):  # run.json cannot be read now: it can at the next upload
+            takes = longest_save(RunDirectory(uploading.runs / address.name))
+            if takes is not None:
+                stopping.learned(takes.save_seconds, takes.how, upload_seconds=upload_seconds)
+
+    uploading.start(
+        # Two more requests do not hurt: the processes agree on one.
+        when_lost=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        when_uploaded=learn,
+    )
     try:
         code = train()
     except BaseException:

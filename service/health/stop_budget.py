@@ -39,31 +39,37 @@ class GracePeriod:
 
 @dataclass(frozen=True)
 class StopTime:
-    """The time of a stop: the current save, the last one, and the exit."""
+    """The time of a stop: the current save, the last one, their uploads if any, and the exit."""
 
     save_seconds: float
     how: str
     """The source of the value: `measured`, or the basis of the estimate."""
+    upload_seconds: float = 0.0
+    """Of one checkpoint to an object store."""
 
     @property
     def seconds(self) -> float:
         """The time of a stop in seconds."""
-        return 2 * self.save_seconds + LEAVING_SECONDS
+        return 2 * (self.save_seconds + self.upload_seconds) + LEAVING_SECONDS
 
     def words(self) -> str:
         """The time of a stop, with its parts, as text."""
+        uploads = f"two uploads of {self.upload_seconds:.2g} s, " if self.upload_seconds else ""
         return (
-            f"{_rounded(self.seconds)} s (two saves of {self.save_seconds:.2g} s, {self.how}, and "
-            f"{LEAVING_SECONDS:g} s to exit)"
+            f"{_rounded(self.seconds)} s (two saves of {self.save_seconds:.2g} s, {self.how}, "
+            f"{uploads}and {LEAVING_SECONDS:g} s to exit)"
         )
 
     def too_long_for(self, grace: GracePeriod) -> str | None:
         """One line if a stop takes longer than this limit; otherwise None."""
         if self.seconds <= grace.seconds:
             return None
+        lost = "lose the steps since the last save"
+        if self.upload_seconds:
+            lost = "end before its last checkpoint is uploaded"
         return (
             f"a stop may take {self.words()}, but {grace.name} allows {grace.seconds:g} s. Raise "
-            f"it to {_rounded(self.seconds)}, or a stop can lose the steps since the last save."
+            f"it to {_rounded(self.seconds)}, or a stop can {lost}."
         )
 
 
@@ -80,10 +86,10 @@ class StopBudget:
         """Whether there is any time limit for a stop."""
         return bool(self.grace_periods)
 
-    def learned(self, save_seconds: float, how: str) -> None:
-        """Store the duration of a save."""
+    def learned(self, save_seconds: float, how: str, *, upload_seconds: float = 0.0) -> None:
+        """Store the duration of a save, and of the upload of what it has saved."""
         for grace in self.grace_periods:
-            told = StopTime(save_seconds, how).too_long_for(grace)
+            told = StopTime(save_seconds, how, upload_seconds).too_long_for(grace)
             if told is not None and grace not in self._said:
                 self._said.add(grace)
                 self._say(f"WARNING: {told}")

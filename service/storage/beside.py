@@ -90,6 +90,7 @@ class Uploading:
         self._last: tuple[str, ...] | None = None
         self._worker = threading.Thread(target=self._work, name="upload", daemon=True)
         self._when_lost: Callable[[], None] = lambda: None
+        self._when_uploaded: Callable[[float], None] = lambda seconds: None
 
     @property
     def runs(self) -> Path:
@@ -106,13 +107,19 @@ class Uploading:
         """When the upload last came forward, or had nothing to do, by the monotonic clock."""
         return self._mirror.moved
 
-    def start(self, when_lost: Callable[[], None]) -> None:
+    def start(
+        self,
+        when_lost: Callable[[], None],
+        *,
+        when_uploaded: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         """Begin to upload.
 
         Args:
             when_lost: called, by another thread, when another launcher has taken the run over.
+            when_uploaded: called, by another thread, with the seconds that a checkpoint has taken.
         """
-        self._when_lost = when_lost
+        self._when_lost, self._when_uploaded = when_lost, when_uploaded
         self._worker.start()
 
     def publish_now(self) -> None:
@@ -241,7 +248,10 @@ class Uploading:
             self._settle(offer)
 
     def _publish_all(self, found: tuple[str, ...]) -> None:
+        began = time.monotonic()
         self._mirror.publish()
+        if found != self._last:
+            self._when_uploaded(time.monotonic() - began)
         if not self._note.published:
             self._note.write(published=True)
         self._last = found
