@@ -26,6 +26,7 @@ such a kind.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -42,6 +43,8 @@ aten = torch.ops.aten
 _INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 WAITS: list[str] = []
 """Why the host waited for the device, in order."""
+WAITED_AT: set[tuple[str, int]] = set()
+"""The file and line of the innermost frame outside of this module where it did."""
 EXCHANGED: list[str] = []
 """What this process exchanged with others by the backend of the device, in order."""
 CONTEXTS: set[int] = set()
@@ -157,6 +160,7 @@ def _learn(known: dict[Stream, int], told: dict[Stream, int]) -> None:
 
 def _host_waits(why: str, told: dict[Stream, int]) -> None:
     WAITS.append(why)
+    WAITED_AT.add(_place_of_caller())
     _raise_pending()
     if ASSERTED:
         raise _assertion()
@@ -167,6 +171,15 @@ def _host_waits(why: str, told: dict[Stream, int]) -> None:
         for copy in [copy for copy in _late if _HOST.get(copy[0], 0) >= copy[1]]:
             _late.remove(copy)
             copy[2]()
+
+
+def _place_of_caller() -> tuple[str, int]:
+    """Where a GPU would wait: its functions have no frames of Python's."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename in (__file__, tree_map_only.__code__.co_filename):
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _assertion() -> RuntimeError:
@@ -259,6 +272,15 @@ def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
     _generators[_memory["device"]].set_state(state)
 
 
+def get_rng_state_all() -> list[torch.Tensor]:
+    return [generator.get_state() for generator in _generators]
+
+
+def set_rng_state_all(states: list[torch.Tensor]) -> None:
+    for generator, state in zip(_generators, states, strict=True):
+        generator.set_state(state)
+
+
 class _Properties:
     name = "Simulated device"
     total_memory = BYTES
@@ -288,6 +310,7 @@ def _module() -> ModuleType:
     module.default_generators = _generators
     module._initialized = True  # asked by checkpoints, which then restore the generators
     module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state
+    module.get_rng_state_all, module.set_rng_state_all = get_rng_state_all, set_rng_state_all
     module.device = lambda device: nullcontext()  # a tensor does not tell on which one it is
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return module

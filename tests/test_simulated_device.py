@@ -2,6 +2,7 @@
 
 import gc
 import json
+import linecache
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import simulated_device
 import test_fitting
 import torch
 import torch.distributed as dist
-from commands import BIN, CLEAN, DEADLINE_SECONDS, evenstep, start
+from commands import BIN, CLEAN, DEADLINE_SECONDS, command, evenstep, start
 from features import PLAIN
 from jobs import spec_of, train_in_process
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from service.basics.errors import SpecError, is_out_of_memory
 from service.basics.limits import workers_each
 from service.data.task import custom, load_task, supervised
 from service.evaluation.metrics import Gathered
-from service.health.watchdog import _line_of
+from service.health.watchdog import _line_of, waits_for_device
 from service.plan.plan import make_plan
 from service.recipes import digits
 from service.runs.checkpoint_files import saving_in_words
@@ -246,7 +247,16 @@ def job(task="network", arguments=None, **sections):
 def class_weights(double):
     train, test = features._digits(torch.float32)
     loss = nn.CrossEntropyLoss(weight=torch.arange(1.0, 11.0), reduction="none")
-    return supervised(model=lambda: digits.network(8, 0.0), train=train, test=test, loss=loss)
+
+    def look(context):
+        weights = context.model[0].weight  # on the device
+        context.log_histogram("weights", weights)
+        context.log_image("kernel", weights[0].clamp(0, 1))
+        context.log("first", weights.flatten()[0])
+
+    return supervised(
+        model=lambda: digits.network(8, 0.0), train=train, test=test, loss=loss, after_test=look
+    )
 
 
 def own_step(double):
@@ -300,7 +310,7 @@ JOBS = {
     "rows held in memory": job(
         arguments=PLAIN | {"augmented": True}, loader={"in_memory": True, "workers": 1}
     ),
-    "class weights": job(f"{__file__}:class_weights"),
+    "class weights, a hook": job(f"{__file__}:class_weights", faults={"on_hook_failure": "stop"}),
     "a step of one's own": job(f"{__file__}:own_step"),
     "a loss over all rows": job(f"{__file__}:contrast"),
     "several optimizers": job(f"{__file__}:two_models", optimizers=TURNS),
@@ -325,12 +335,20 @@ def same(one, other, tolerance):
             )
 
 
+def unknown_waits(world, spec, runs, stop_at=None):
+    """Train; the lines at which the host waited for the device, unknown to the watchdog."""
+    simulated_device.WAITED_AT.clear()
+    train_in_process(world, spec, runs, stop_at)
+    places = [(file, linecache.getline(file, line)) for file, line in simulated_device.WAITED_AT]
+    return [place for place in places if "/tests/" not in place[0] and not waits_for_device(*place)]
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_a_run_on_a_device_is_the_run_on_the_cpu(processes, simulated, tmp_path, name):
     processes(1).run(train_in_process, JOBS[name], tmp_path / "cpu")
     # Stopped and resumed, so that a checkpoint is read back onto the device as well.
-    simulated(1).run(train_in_process, JOBS[name], tmp_path / "sim", 3)
-    simulated(1).run(train_in_process, JOBS[name], tmp_path / "sim")
+    assert simulated(1).run(unknown_waits, JOBS[name], tmp_path / "sim", 3) == [[]]
+    assert simulated(1).run(unknown_waits, JOBS[name], tmp_path / "sim") == [[]]
     same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", ROUNDED.get(name, 2e-5))
 
 
@@ -568,9 +586,50 @@ def test_the_commands_find_the_device_and_no_step_waits_for_it(with_sim, tmp_pat
     assert "measured" in on_sim("check", "digits")
 
 
+IN_PLACE = """
+import service, torch
+
+torch.manual_seed(5)  # of the device too
+torch.backends.cudnn.allow_tf32 = False
+
+def settings():
+    return [
+        torch.get_num_threads(), torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
+        torch.sim.get_rng_state().tolist(), torch.get_rng_state().tolist(),
+    ]
+
+before = settings()
+tracking = {"wandb": None}
+model = {"precision": "tf32", "cudnn_benchmark": True}
+length = {"steps": 3}
+service.run("digits", tracking=tracking, model=model, length=length, schedule={}, test={})
+print("changed:", [one for one, other in zip(before, settings()) if one != other])
+"""
+
+
+def test_a_run_from_python_takes_the_device_and_gives_its_settings_back(with_sim, tmp_path):
+    done = command(
+        sys.executable, "-c", IN_PLACE, cwd=tmp_path, timeout=DEADLINE_SECONDS, **with_sim
+    )
+    assert "1 process on sim" in done.stdout, done.stderr
+    assert done.stdout.endswith("changed: []\n")
+
+
+def places_of_a_sweep(world):
+    from launch.commands.sweep import _places
+
+    return [len(_places(jobs, 1, 9)) for jobs in (None, 2)], simulated_device.device_count()
+
+
+def test_a_sweep_gives_each_run_a_device(simulated):
+    [(places, devices)] = simulated(1).run(places_of_a_sweep)
+    assert places == [devices, 2]
+
+
 def test_several_processes_each_take_their_own_device(with_sim, tmp_path):
-    words = ("run", "digits", *COMMON, "--processes", 2, "--profile", "12:8")
-    done = evenstep(*words, cwd=tmp_path, **with_sim)
+    words = ("run", "digits", *COMMON, "--processes", "auto", "--profile", "12:8")
+    done = evenstep(*words, cwd=tmp_path, **with_sim | {"SIM_DEVICES": "2"})
     assert done.returncode == 0, done.stderr
     assert "2 processes on sim" in done.stdout
     for rank in (0, 1):

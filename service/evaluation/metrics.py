@@ -115,7 +115,8 @@ def _weights_and_rows(lines: Sequence[_Line], device: torch.device) -> Tensor:
     told = [(0 if n in weights else line.weight, line.rows) for n, line in enumerate(lines)]
     counts = torch.tensor(told, dtype=torch.float64, device=device)
     if weights:
-        counts[list(weights), 0] = torch.stack(list(weights.values()))
+        told_later = torch.tensor(list(weights), device=device)
+        counts[told_later, 0] = torch.stack(list(weights.values()))
     return counts
 
 

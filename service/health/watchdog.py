@@ -38,9 +38,13 @@ _WAITING = (
 )
 
 # The code where a process waits for its device, which may wait for the devices of others: reading
-# a value, or waiting for an event.  Most of those calls have no Python frame: the line tells.
-_DEVICE_WAIT = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|query)\(|\b(float|int|bool)\(")
+# a value, a copy, or waiting for an event.  Most of those calls have no Python frame: the line
+# tells.  Torch's optimizers that ask for the loss again compare values of the device.
+_DEVICE_WAIT = re.compile(
+    r"\.(item|tolist|cpu|numpy|to|copy_|synchronize|query)\(|\b(float|int|bool)\(|tensor\("
+)
 _DEVICE_WAITING = ("torch/cuda/", "torch/xpu/", "torch/npu/", "torch/accelerator/", "torch/_tensor")
+_OPTIMIZERS = "torch/optim/"
 
 Leave = Callable[[int, str], NoReturn]
 
@@ -326,10 +330,15 @@ def _line_of(frame: FrameType, *, on_device: bool = False) -> tuple[str, bool]:
     file = innermost.filename.replace(os.sep, "/")
     waiting = any(part in file for part in _WAITING)
     if on_device and not waiting:
-        waiting = any(part in file for part in _DEVICE_WAITING)
-        waiting |= _DEVICE_WAIT.search(innermost.line or "") is not None
+        waiting = waits_for_device(file, innermost.line or "")
     line = f"{innermost.filename}:{innermost.lineno} in {innermost.name}: {innermost.line}"
     return line, waiting
+
+
+def waits_for_device(file: str, line: str) -> bool:
+    """Whether a process whose innermost frame is at this line may wait there for its device."""
+    is_torchs = any(part in file for part in (*_DEVICE_WAITING, _OPTIMIZERS))
+    return is_torchs or _DEVICE_WAIT.search(line) is not None
 
 
 def _stacks() -> str:

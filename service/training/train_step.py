@@ -161,7 +161,7 @@ class TrainStep:
         each = torch.zeros(count, dtype=world.wide)  # 0 for micro-batches of other processes
         for number, loss in losses.items():
             if number < count:
-                each[number] = loss
+                each[number] = float(loss)
         weight = step.weight if self.weighs else 1.0
         return world.sum(each.to(world.device)).sum() / weight
 
