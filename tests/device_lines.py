@@ -30,7 +30,7 @@ VENDOR = re.compile(
 CPU, SIM = "CPU", "CPU and simulated device"
 # What ran a module's lines in `make test`, where a line of its own below does not say otherwise.
 RAN = {
-    "service/distributed/generators.py": "CPU; the generators of a device: nothing yet",
+    "service/distributed/generators.py": SIM,
     "service/data/batches.py": SIM,
     "service/preview/check.py": SIM,
     "service/checkpoints/checkpoints.py": SIM,
@@ -45,7 +45,7 @@ RAN = {
     "service/data/in_memory.py": SIM,
     "service/data/loading.py": SIM,
     "service/data/losses.py": SIM,
-    "service/evaluation/hooks.py": CPU,
+    "service/evaluation/hooks.py": SIM,
     "service/evaluation/metrics.py": SIM,
     "service/sharding/sharding.py": SIM,
     "service/distributed/batchnorm.py": "CPU; torch's own SyncBatchNorm elsewhere: nothing yet",
@@ -66,18 +66,39 @@ RAN = {
     "launch/engines/kubernetes/pod/fabrics.py": "CPU, which renders it",
     "service/spec/kubernetes.py": CPU,
     "service/distributed/world.py": SIM,
-    "launch/processes/agent.py": CPU,
+    "launch/processes/agent.py": SIM,
     "launch/cli.py": CPU,
     "launch/commands/doctor.py": SIM,
     "launch/commands/jobs.py": SIM,
-    "launch/commands/sweep.py": "CPU; the shares of devices as a pure function",
-    "launch/rank/joining.py": CPU,
+    "launch/commands/sweep.py": SIM,
+    "launch/rank/joining.py": SIM,
     "launch/nodes/node_part.py": CPU,
     "launch/rank/network.py": CPU,
     "launch/rank/process_group.py": SIM,
     "launch/commands/reduction.py": SIM,
 }
 NVIDIA = "; its branch for NVIDIA: nothing yet"
+# Lines within a branch for one kind of device, which nothing in `make test` has run.
+NOT_RUN = {
+    ("service/distributed/devices.py", "self._seed = module_of(device).manual_seed"),
+    (
+        "launch/commands/doctor.py",
+        'told = f"this machine has nvidia-smi, but torch {torch.__version__} sees no GPU"',
+    ),
+    (
+        "launch/commands/doctor.py",
+        'fix = "Install a torch built for CUDA, and check the driver with nvidia-smi."',
+    ),
+    (
+        "launch/commands/doctor.py",
+        'words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]',
+    ),
+    ("launch/commands/doctor.py", 'told += f", CUDA {torch.version.cuda}, driver {_driver()}"'),
+    (
+        "launch/rank/process_group.py",
+        "card: Any = torch.cuda.get_device_properties(world.device)",
+    ),
+}
 APPLE = "; its branch for Apple: nothing yet"
 # Lines that still name one vendor: why, and what of it nothing has run.
 NAMED: dict[tuple[str, str], tuple[str, str]] = {
@@ -287,7 +308,8 @@ def table() -> str:
     for module, line in dict.fromkeys(lines()):
         rest = NAMED.get((module, line), ("", ""))[1]
         shown = line.replace("|", "\\|")
-        rows.append(f"| {module} | `{shown}` | {RAN[module]}{rest} | nothing yet |")
+        ran = "nothing yet" if (module, line) in NOT_RUN else f"{RAN[module]}{rest}"
+        rows.append(f"| {module} | `{shown}` | {ran} | nothing yet |")
     rows += ["", "Lines that still name one vendor, and why:", "", "| module | line | why |"]
     rows += ["|---|---|---|"]
     rows += [f"| {module} | `{line}` | {why} |" for (module, line), (why, _) in NAMED.items()]
