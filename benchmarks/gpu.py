@@ -52,7 +52,7 @@ from service.data.batches import Step
 from service.data.task import Task, load_task, supervised
 from service.distributed.devices import synchronize
 from service.distributed.world import World
-from service.health.stop_request import StopRequest
+from service.health.stop_request import StopRequest, die_with_parent
 from service.plan.plan import make_plan
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
@@ -825,6 +825,7 @@ def part_tests(world: World, small: bool) -> None:
     """The tests that need a GPU."""
     root = Path(__file__).parents[1]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    words += ["-W", "default"]  # a card may warn of something that no machine without one does
     assert subprocess.run([*words, *GPU_TESTS], cwd=root).returncode == 0, "tests failed"
 
 
@@ -855,6 +856,7 @@ _LEAST_SECONDS = 20
 
 def run_part(name: str, *, small: bool) -> None:
     """One part, in this process."""
+    die_with_parent()  # torchrun starts it in a session of its own, which `ended` does not reach
     if name == "bitwise":  # cuBLAS reads it once, and the runs without it come first
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = "fp32" if name in ("tiny", "graph", "device", "replayed") else "bf16"
