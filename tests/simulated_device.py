@@ -53,6 +53,8 @@ BYTES = int(os.environ.get("SIM_BYTES", 2**30))
 """Memory of each device."""
 OTHERS = 0
 """What the driver says that other processes hold of it."""
+CACHED = 0
+"""What torch holds of it for later tensors."""
 
 
 PENDING: list[Exception] = []
@@ -256,7 +258,11 @@ def reset_peak_memory_stats(device: Any = None) -> None:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    return BYTES - memory_allocated(device) - OTHERS, BYTES
+    return BYTES - memory_reserved(device) - OTHERS, BYTES
+
+
+def memory_reserved(device: Any = None) -> int:
+    return memory_allocated(device) + CACHED
 
 
 def manual_seed_all(seed: int) -> None:
@@ -304,6 +310,7 @@ def _module() -> ModuleType:
     module.get_device_properties = lambda device=None: _Properties()
     module.max_memory_allocated, module.memory_allocated = max_memory_allocated, memory_allocated
     module.reset_peak_memory_stats, module.mem_get_info = reset_peak_memory_stats, mem_get_info
+    module.memory_reserved = memory_reserved
     module.empty_cache = lambda: None
     module.manual_seed_all = manual_seed_all
     module.manual_seed = lambda seed: _generators[_thread.index].manual_seed(seed)

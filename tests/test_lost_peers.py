@@ -10,11 +10,15 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 from commands import BIN, CLEAN, DEADLINE_SECONDS, ROOT, command, evenstep, start
 
+from launch.processes.agent import Rank
+from launch.processes.local import root_cause
 from service.distributed.world import backend_advice, lost_peer
 
 # As torch 2.13 writes them (c10d/NCCLUtils.hpp, C10D_NCCL_CHECK) around what NCCL 2.27 says.
@@ -249,6 +253,17 @@ def test_the_abort_of_a_process_whose_peer_is_gone_is_not_the_root_cause(
     )
     assert ended.returncode == code, ended.stderr
     assert f"error: {told}" in ended.stderr
+
+
+def test_a_kill_that_is_seen_together_with_an_abort_is_the_root_cause() -> None:
+    """The agent looks at the ranks in their order: both may have ended since its last look."""
+    ended = [
+        Rank(number, cast(Any, None), ended=-signal_number, ended_time=1.0)
+        for number, signal_number in enumerate((signal.SIGABRT, signal.SIGKILL))
+    ]
+    agent = cast(Any, SimpleNamespace(first_ended=ended, ranks=ended, overran=False))
+    cause = root_cause(agent, [], budget_seconds=30.0)
+    assert (cause.code, cause.told) == (137, "error: rank 1 was killed by SIGKILL.")
 
 
 @pytest.mark.parametrize(

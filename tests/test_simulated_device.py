@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from service.basics.errors import SpecError, is_out_of_memory
 from service.basics.limits import workers_each
 from service.data.task import custom, load_task, supervised
+from service.distributed.devices import free_bytes
 from service.evaluation.metrics import Gathered
 from service.health.watchdog import _line_of, waits_for_device
 from service.plan.plan import make_plan
@@ -391,25 +392,52 @@ def test_several_devices_train_as_one_does(processes, simulated, tmp_path, name,
 # ---- what it has no room for, and what it finds out late
 
 
-def held_on_host(world, spec, runs):
-    """A run on a device that others have nearly filled; how many data sets lay on it."""
+KEPT = []
+
+
+def kept_rows(double):
+    """Data sets that stay, so that it can be seen afterwards which of them lay on the device."""
+    KEPT.append(features.network(double, **PLAIN))
+    return KEPT[-1]
+
+
+def held_on_device(world, spec, runs):
+    """Rows of the data sets that lay on a device with 300 kB left in a run."""
     from service.data import in_memory
 
     in_memory._RESIDENT.clear()
-    simulated_device.OTHERS = simulated_device.mem_get_info()[0] - 100_000
+    simulated_device.OTHERS = simulated_device.mem_get_info()[0] - 300_000
     try:
         train_in_process(world, spec, runs)
+        return [len(rows) for rows in in_memory._RESIDENT.values()]
     finally:
         simulated_device.OTHERS = 0
-    return len(in_memory._RESIDENT)
+        in_memory._RESIDENT.clear()
 
 
-def test_rows_that_do_not_fit_stay_on_the_host(processes, simulated, tmp_path):
-    chosen = job(arguments=PLAIN, model={"batchnorm": "local"})
+def test_rows_that_take_a_quarter_of_what_is_free_stay_on_the_host(processes, simulated, tmp_path):
+    chosen = job(f"{__file__}:kept_rows", model={"batchnorm": "local"})
     chosen["batch"] = {"global_batch": 20, "micro_batch": 5}
     processes(1).run(train_in_process, chosen, tmp_path / "cpu")
-    assert simulated(1).run(held_on_host, chosen, tmp_path / "sim") == [0]
+    # Of 103 kB of training rows and 35 kB of test rows only the latter fit.
+    found = simulated(1).run(held_on_device, chosen, tmp_path / "sim")
+    assert found == [[features.TEST_ROWS]]
     same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", 2e-5)
+
+
+def free_with_a_cache(world):
+    """Free memory before and after torch keeps some of it for itself."""
+    before = free_bytes(world.device)
+    simulated_device.CACHED = 5000
+    try:
+        return before, free_bytes(world.device), simulated_device.mem_get_info()[0]
+    finally:
+        simulated_device.CACHED = 0
+
+
+def test_memory_that_torch_keeps_for_itself_counts_as_free(simulated):
+    [(before, after, of_driver)] = simulated(1).run(free_with_a_cache)
+    assert before == after == of_driver + 5000
 
 
 def brought_twice(world):
