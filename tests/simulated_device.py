@@ -45,6 +45,8 @@ WAITS: list[str] = []
 """Why the host waited for the device, in order."""
 WAITED_AT: set[tuple[str, int]] = set()
 """The file and line of the innermost frame outside of this module where it did."""
+PAGEABLE: list[int] = []
+"""Bytes of each copy to the device that was to arrive late, but came from memory not pinned."""
 EXCHANGED: list[str] = []
 """What this process exchanged with others by the backend of the device, in order."""
 CONTEXTS: set[int] = set()
@@ -521,7 +523,9 @@ def _sent(into: Sim, of: torch.Tensor, late: bool) -> None:
                 _to_come.append(into.home)
             into.home.due.append(lambda raw=into.raw: raw.copy_(of))
         return
-    if not late:
+    if late:
+        PAGEABLE.append(of.nbytes)
+    else:
         _wait("copy to the device")
     into.raw.copy_(of)
 

@@ -18,9 +18,9 @@ from service.basics.errors import DataBroken, OutOfMemory
 from service.basics.limits import workers_each
 from service.data.loading import workers_with_room
 from service.data.task import load_task, supervised
-from service.plan.plan import largest_micro_batch
+from service.plan.plan import largest_micro_batch, make_plan
 from service.spec.files import load_spec
-from service.training.batch_size_finder import _in_equal_parts, fitting_rows
+from service.training.batch_size_finder import _held_besides, _in_equal_parts, fitting_rows
 
 MEGABYTE = 10**6
 
@@ -64,6 +64,15 @@ def test_what_does_not_fit_in_main_memory_is_not_tried(processes):
 def test_all_processes_take_what_fits_in_the_smallest(processes):
     rows = processes(2).run(rows_that_fit, wide_spec(), [4000, 300])
     assert rows[0] == rows[1] <= 30
+
+
+def test_several_processes_reserve_one_more_set_of_gradients():
+    """While DistributedDataParallel arranges its buckets anew, the old ones exist too."""
+    model = nn.Linear(10, 7)
+    optimizer = torch.optim.AdamW(model.parameters())
+    plan = make_plan(load_spec(wide_spec()), processes=2, train_rows=256, test_rows=256)
+    one, two = (_held_besides(model, optimizer, plan, processes=count) for count in (1, 2))
+    assert two - one == 4 * 77
 
 
 def rows_below_a_limit(world, spec):

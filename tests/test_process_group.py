@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from commands import DEADLINE_SECONDS, ROOT, command
 from processes import Processes, ProcessesOf
 
+from launch.rank.joining import keep_to_loopback
 from launch.rank.process_group import identity_of, require_own_device
 from service.basics.errors import SpecError
 from service.distributed.world import World
@@ -60,18 +62,41 @@ def test_what_a_process_is_shown_tells_its_device_where_no_name_does(
     assert identity_of(torch.device("cpu")) in found
 
 
+def test_processes_of_one_machine_meet_on_loopback_by_its_exact_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL takes a name for a prefix unless it begins with =."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is given back
+        monkeypatch.delenv(name)
+    keep_to_loopback()
+    own = os.environ["GLOO_SOCKET_IFNAME"]
+    assert "127.0.0.1" in {each.address for each in psutil.net_if_addrs()[own]}
+    assert os.environ["NCCL_SOCKET_IFNAME"] == f"={own}"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    keep_to_loopback()
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0", "what the user has set"
+
+
 BITWISE = """
 import torch
 from launch.environment import Environment
 from launch.rank.process_group import process_group
+from service.optimization.precision import multiply_in
 
-with process_group(Environment(), bitwise=True) as world:
+with process_group(Environment(), bitwise=True, precision="tf32") as world:
     print(torch.are_deterministic_algorithms_enabled(), torch.get_num_threads())
     print(torch.utils.deterministic.fill_uninitialized_memory)
+for precision in ("tf32", "fp32"):
+    if precision == "fp32":
+        multiply_in(precision)
+    # Each raises if torch's older and newer names for the setting contradict each other.
+    print(torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 """
 
 
-def test_bitwise_is_deterministic_and_fills_no_unused_memory() -> None:
+def test_bitwise_is_deterministic_fills_no_unused_memory_and_heeds_the_precision() -> None:
     words = (sys.executable, "-c", BITWISE)
     done = command(*words, cwd=ROOT, timeout=DEADLINE_SECONDS, EVENSTEP_DEVICE="cpu")
-    assert done.stdout.split() == ["True", "1", "False"], done.stderr
+    wanted = ["True", "1", "False", "True", "True", "False", "False"]
+    assert done.stdout.split() == wanted, done.stderr

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from launch.rank.process_group import identity_of
 from service.basics.errors import SpecError, is_out_of_memory
 from service.basics.limits import workers_each
 from service.data.task import custom, load_task, supervised
@@ -37,6 +38,7 @@ from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 from service.spec.models import CheckpointSpec
 from service.training.batch_size_finder import fitting_rows, settled
+from service.training.worker import observed
 
 FEATURES = str(spec_of.__globals__["HERE"].with_name("features.py"))
 
@@ -354,11 +356,14 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(processes, simulated, tmp_path,
 
 
 def waits_of_run(world, spec, runs, steps):
-    """How often the host waits for the device in a run of so many steps, that logs at its end."""
+    """How often the host waits for the device in a run of so many steps, that logs at its end.
+
+    And how many copies to the device came from memory that is not pinned.
+    """
     ends = {"length": {"steps": steps}, "test": {}, "checkpoint": {}}
-    del simulated_device.WAITS[:]
+    del simulated_device.WAITS[:], simulated_device.PAGEABLE[:]
     train_in_process(world, spec | ends | {"tracking": {"log_every_steps": 1000}}, runs)
-    return len(simulated_device.WAITS)
+    return len(simulated_device.WAITS), len(simulated_device.PAGEABLE)
 
 
 @pytest.mark.parametrize("name", sorted({*JOBS} - {"LBFGS", "bf16", "skip", "rows held in memory"}))
@@ -369,7 +374,9 @@ def test_the_host_does_not_wait_in_a_step_that_is_not_logged(simulated, tmp_path
     )
     # Here no kernel reads the flag that a step is skipped: torch has fused ones for some devices.
     waits_a_step = 1 if name == "fp16" else 0
-    assert long - short == 4 * waits_a_step
+    assert long[0] - short[0] == 4 * waits_a_step
+    if name == "rows from workers":  # those that a process reads itself are not pinned
+        assert long[1] == short[1]
 
 
 def contexts(world):
@@ -402,14 +409,15 @@ def kept_rows(double):
 
 
 def held_on_device(world, spec, runs):
-    """Rows of the data sets that lay on a device with 300 kB left in a run."""
+    """Rows of the data sets that lay on a device with 300 kB left, and copies not from pinned."""
     from service.data import in_memory
 
     in_memory._RESIDENT.clear()
     simulated_device.OTHERS = simulated_device.mem_get_info()[0] - 300_000
     try:
+        del simulated_device.PAGEABLE[:]
         train_in_process(world, spec, runs)
-        return [len(rows) for rows in in_memory._RESIDENT.values()]
+        return [len(rows) for rows in in_memory._RESIDENT.values()], simulated_device.PAGEABLE
     finally:
         simulated_device.OTHERS = 0
         in_memory._RESIDENT.clear()
@@ -420,8 +428,9 @@ def test_rows_that_take_a_quarter_of_what_is_free_stay_on_the_host(processes, si
     chosen["batch"] = {"global_batch": 20, "micro_batch": 5}
     processes(1).run(train_in_process, chosen, tmp_path / "cpu")
     # Of 103 kB of training rows and 35 kB of test rows only the latter fit.
-    found = simulated(1).run(held_on_device, chosen, tmp_path / "sim")
-    assert found == [[features.TEST_ROWS]]
+    [(found, pageable)] = simulated(1).run(held_on_device, chosen, tmp_path / "sim")
+    assert found == [features.TEST_ROWS]
+    assert pageable.count(5 * 64 * 4) == 1, "of the dry run only"
     same(tmp_path / "cpu" / "job", tmp_path / "sim" / "job", 2e-5)
 
 
@@ -504,11 +513,33 @@ def test_a_label_out_of_range_is_reported_before_the_first_step(simulated, tmp_p
     assert not (tmp_path / "job").exists()
 
 
-def rows_that_fit(world, megabytes):
+class Repeated(nn.Module):
+    """Whose passes take some 200 kB for each row, however long the rows are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(20_000))
+
+    def forward(self, rows):
+        return (rows[:, :1] * self.weight).relu().view(len(rows), 2, -1).mean(2)
+
+
+def of_length(double, numbers):
+    """Rows of so many numbers."""
+    rows = TensorDataset(torch.ones(200, numbers), torch.arange(200) % 2)
+    return supervised(model=Repeated, train=rows, test=())
+
+
+def rows_of_length(numbers):
+    arguments = {"task": f"{__file__}:of_length", "task_args": {"double": 0, "numbers": numbers}}
+    return test_fitting.wide_spec(global_batch=64) | arguments
+
+
+def rows_that_fit(world, megabytes, chosen=None):
     """Rows of `micro_batch: auto` on a device of so much memory."""
     before = simulated_device.BYTES
-    simulated_device.BYTES = simulated_device.memory_allocated() + megabytes * 10**6
-    spec = load_spec(test_fitting.wide_spec(global_batch=64))
+    simulated_device.BYTES = int(simulated_device.memory_allocated() + megabytes * 10**6)
+    spec = load_spec(chosen or test_fitting.wide_spec(global_batch=64))
     try:
         task = load_task(spec.task, spec.task_args)
         return fitting_rows(spec, task=task, world=world, processes=world.processes, memory_bytes=0)
@@ -520,6 +551,12 @@ def test_the_largest_micro_batch_is_what_the_device_holds(simulated):
     rows = simulated(1).run(rows_that_fit, 200)[0]
     assert 2 <= rows <= 16
     assert simulated(2).run(rows_that_fit, 200)[0] <= rows
+
+
+def test_rows_that_will_lie_on_the_device_leave_less_for_a_micro_batch(simulated):
+    [few] = simulated(1).run(rows_that_fit, 8.5, rows_of_length(1))
+    [many] = simulated(1).run(rows_that_fit, 8.5, rows_of_length(1500))  # 1.2 MB
+    assert (few, many) == (32, 16)
 
 
 @pytest.mark.parametrize(
@@ -706,6 +743,40 @@ def test_processes_that_are_shown_one_device_each_are_accepted(with_sim, tmp_pat
     said = [rank.communicate(timeout=DEADLINE_SECONDS)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert "2 processes on sim" in said[0]
+
+
+def identities(world, names, uuids):
+    """What tells the device of a process from others, where its card calls itself so."""
+    kept, found = simulated_device._Properties.name, []
+    try:
+        for name, uuid in zip(names, uuids, strict=True):
+            told = {"name": name, "uuid": uuid}
+            told |= {"pci_domain_id": 0, "pci_bus_id": 220, "pci_device_id": 1}
+            for key, value in told.items():
+                setattr(simulated_device._Properties, key, value)
+            found.append(identity_of(world.device))
+    finally:
+        simulated_device._Properties.name = kept
+        for key in set(told) - {"name"}:
+            delattr(simulated_device._Properties, key)
+    return found
+
+
+def test_slices_of_one_card_count_as_one_device(simulated):
+    names = ["Card", "Card", "Card MIG 1g.10gb", "Card MIG 1g.10gb"]
+    [found] = simulated(1).run(identities, names, ["GPU-1", "GPU-2", "MIG-1", "MIG-2"])
+    assert found[:2] == ["Card GPU-1", "Card GPU-2"]
+    assert found[2] == found[3]
+    assert found[2].startswith("Card MIG 1g.10gb on PCI 0000:dc:01 of ")
+
+
+def is_watched_as_device(world):
+    return observed(None, world).device_waits
+
+
+def test_the_watchdog_is_told_that_a_process_computes_on_a_device(simulated, processes):
+    assert simulated(1).run(is_watched_as_device) == [True]
+    assert processes(1).run(is_watched_as_device) == [False]
 
 
 def test_the_doctor_sees_it(with_sim, tmp_path):
