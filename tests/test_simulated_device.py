@@ -358,12 +358,14 @@ def test_a_run_on_a_device_is_the_run_on_the_cpu(processes, simulated, tmp_path,
 def waits_of_run(world, spec, runs, steps):
     """How often the host waits for the device in a run of so many steps, that logs at its end.
 
-    And how many copies to the device came from memory that is not pinned.
+    And how many copies to the device came from memory that is not pinned; and how many to the host
+    it waited for, which those of a checkpoint are not.
     """
     ends = {"length": {"steps": steps}, "test": {}, "checkpoint": {}}
     del simulated_device.WAITS[:], simulated_device.PAGEABLE[:]
     train_in_process(world, spec | ends | {"tracking": {"log_every_steps": 1000}}, runs)
-    return len(simulated_device.WAITS), len(simulated_device.PAGEABLE)
+    waits = simulated_device.WAITS
+    return len(waits), len(simulated_device.PAGEABLE), waits.count("copy to the host")
 
 
 @pytest.mark.parametrize("name", sorted({*JOBS} - {"LBFGS", "bf16", "skip", "rows held in memory"}))
@@ -375,6 +377,7 @@ def test_the_host_does_not_wait_in_a_step_that_is_not_logged(simulated, tmp_path
     # Here no kernel reads the flag that a step is skipped: torch has fused ones for some devices.
     waits_a_step = 1 if name == "fp16" else 0
     assert long[0] - short[0] == 4 * waits_a_step
+    assert long[2] <= 5, "of the first rows and for a hook: a checkpoint has more tensors"
     if name == "rows from workers":  # those that a process reads itself are not pinned
         assert long[1] == short[1]
 
@@ -643,6 +646,7 @@ def test_the_commands_find_the_device_and_no_step_waits_for_it(with_sim, tmp_pat
     )
     assert "batch.micro_batch: auto found 96 rows" in auto
     assert "1 process on sim" in auto
+    assert "once in pinned main memory" in auto
     assert waits_of(tmp_path / "runs/digits/profile/rank-0.json") == set()
     assert "convolution" in (tmp_path / "runs/digits/profile/rank-0.txt").read_text()
     told = on_sim("test", "runs/digits", "--predictions", "said.npy")
