@@ -154,6 +154,20 @@ def test_commands_that_start_together_lose_no_run_of_each_other(client, address)
         sweep_at(sweep)
 
 
+def test_a_run_does_not_take_the_address_of_a_sweep(place, address, client, tmp_path):
+    """It was trained there, and removed the output of the runs of the sweep from this machine."""
+    scratch = {"EVENSTEP_SCRATCH": str(tmp_path)} | client.variables
+    store_at(address / "job-sweep").put("sweep/000001-0123456789abcdef.json", b"{}")
+    words = ("run", "job.yaml", "--name", "job-sweep", "--runs", address)
+    done = evenstep(*words, cwd=place, **scratch)
+    assert done.returncode == 64, done.stderr
+    assert f"--name: {address}/job-sweep is a sweep. Give the run another name." in done.stderr
+    shown = evenstep("watch", "--once", address, cwd=place, **scratch)
+    assert shown.returncode == 64, shown.stdout
+    assert f"{address} is no run. Below it there is: job-sweep." in shown.stderr
+    assert set(store_at(address).sizes("")) == {"job-sweep/sweep/000001-0123456789abcdef.json"}
+
+
 def test_a_sweep_that_cannot_begin_leaves_nothing(place, address, client, tmp_path):
     scratch = {"EVENSTEP_SCRATCH": str(tmp_path)}
     store_at(address / "job-sweep").put("published/000001-000001.json", b"a run")

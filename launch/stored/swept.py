@@ -17,12 +17,11 @@ from pathlib import Path
 from service.basics.errors import EvenstepError, SpecError
 from service.observability.sweeps import Setting, Sweep, as_plain, settings_in
 from service.storage.address import Address
-from service.storage.published import PUBLISHED
+from service.storage.published import PUBLISHED, SWEEP
 from service.storage.reading import copied_runs
 from service.storage.scratch import scratch_runs
 from service.storage.store import Store, open_store
 
-SWEEP = "sweep/"
 _NAME = re.compile(r"sweep/(\d{6,})-[0-9a-f]{16}\.json", re.ASCII)
 
 

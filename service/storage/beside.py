@@ -20,7 +20,7 @@ from service.spec.models import Spec
 from service.storage.address import Address
 from service.storage.lease import LEASE, Lease, taken
 from service.storage.mirror import LeaseLost, Mirror
-from service.storage.published import DATA, PUBLISHED, Published, newest_published
+from service.storage.published import DATA, PUBLISHED, SWEEP, Published, newest_published
 from service.storage.scratch import Note, Say, bring, scratch_runs, settled
 from service.storage.store import Store, open_store
 
@@ -301,6 +301,8 @@ def brought(
             "has objects below that name. Give it another --name."
         )
     store = open_store(address)
+    if store.until(is_stopped).sizes(SWEEP):
+        raise SpecError(f"--name: {address} is a sweep. Give the run another name.")
     run = RunDirectory(scratch_runs(address) / spec.name)
     with told_when_unwritten(run.path):
         run.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -22,6 +22,8 @@ from service.storage.store import NoObject, Store
 
 FORMAT = 1
 PUBLISHED, DATA = "published/", "data/"
+SWEEP = "sweep/"
+"""The settings of the runs of a sweep, below its address."""
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"published/(\d{6,})-(\d{6,})\.json", re.ASCII)
 _CHECKPOINT = re.compile(r"step-\d{8,15}(\.untested)?", re.ASCII)

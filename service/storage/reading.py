@@ -31,6 +31,7 @@ from service.storage.store import Store, in_parallel, open_store
 _LISTED = (RUN, "spec.yaml", "metrics.jsonl")
 """The files from which a list of runs is made."""
 _TRIES = 5
+_SHOWN = 8
 Result = TypeVar("Result")
 
 
@@ -212,6 +213,12 @@ def require_published(store: Store) -> Published:
     if held is None:
         parent, _, name = store.address.path.rpartition("/")
         known = open_store(Address(store.address.scheme, parent)).children() if parent else []
+        if name in known and (below := store.children()):  # it has objects, but none of a run
+            told = ", ".join(below[:_SHOWN])
+            raise SpecError(
+                f"{store.address} is no run. Below it there is: {told}. Name one of these, or, for "
+                f"all runs there, --all --runs {store.address}, where the command has it."
+            )
         raise SpecError(f"There is no run {store.address}{did_you_mean(name, known) or '.'}")
     return held
 
