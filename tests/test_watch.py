@@ -173,6 +173,12 @@ def test_watch_draws_a_table_that_follows_a_run_and_ends_cleanly(tmp_path: Path)
         shown.close()
 
 
+def test_watch_says_that_there_is_nothing_to_show(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    done = evenstep("watch", "--all", "--once", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "There are no runs here.\n"), done.stderr
+
+
 @pytest.mark.parametrize(("hears", "code"), [(True, 0), (False, 141)])
 def test_watch_ends_without_a_word_when_its_terminal_is_closed(
     tmp_path: Path, hears: bool, code: int

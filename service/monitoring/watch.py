@@ -82,6 +82,8 @@ def _in_lines(
                 known.add(words)
                 print(f"warning: {printable(words)}", file=stream, flush=True)
         if once or not any(run.is_running for run in found):
+            if not told and not known:
+                print("There are no runs here.", file=stream, flush=True)
             return
         wait(seconds)
 
