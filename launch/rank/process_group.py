@@ -25,6 +25,7 @@ from launch.rank.joining import (
 )
 from service.basics.errors import SpecError, Stopped
 from service.basics.limits import stay_near, threads_each
+from service.distributed.recursive_doubling import meet
 from service.distributed.world import (
     BOUNDED,
     World,
@@ -242,8 +243,8 @@ def _join(environment: Environment, backend: str, timeout_seconds: float) -> Non
             world_size=environment.world_size,
             timeout=brief if bounded else patience,
         )
-        if backend == "gloo":  # an impostor does not answer here
-            dist.barrier()
+        if backend == "gloo":
+            meet(dist.group.WORLD)  # an impostor does not answer here
     except (RuntimeError, ValueError) as error:
         lost = lost_peer(error) or unconnected(error)
         if lost is None:

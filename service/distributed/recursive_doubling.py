@@ -70,6 +70,19 @@ class RecursiveDoubling:
             group.send([values], beyond, _BACK).wait()
 
 
+def meet(group: dist.ProcessGroup | None) -> None:
+    """Return when every process of a gloo group has called it.
+
+    gloo's own barrier has other pairs: where pairs connect when they first send, each process
+    would have twice as many connections.
+
+    Raises:
+        RuntimeError: a process is gone, or did not come within the group's timeout.
+    """
+    assert group is not None, "several processes have a group"
+    RecursiveDoubling(group).combine(torch.zeros(1))
+
+
 # ---- communication hooks of DistributedDataParallel for a bucket of gradients
 
 

@@ -26,6 +26,7 @@ from service.distributed.recursive_doubling import (
     RecursiveDoubling,
     mean_in_bf16,
     mean_in_pairs,
+    meet,
 )
 from service.health.heartbeat import Trace
 from service.spec.models import ExchangeSpec
@@ -344,9 +345,9 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every process has called it."""
-        if self.processes > 1:
+        if self._pairs is not None:
             self.trace.begin("barrier")
-            dist.barrier(group=self._control)
+            meet(self._control or dist.group.WORLD)
 
     def processes_a_node(self) -> int:
         """The number of processes on each node.
@@ -509,7 +510,7 @@ def _connected(
         group: object = dist.new_group(ranks, timeout=connect_patience(processes), backend="gloo")
         if not isinstance(group, dist.ProcessGroup):
             return None  # this process is not in it
-        dist.barrier(group)  # an impostor does not answer here
+        meet(group)  # an impostor does not answer here
     except (RuntimeError, ValueError) as error:
         lost = unconnected(error)
         if lost is None:
