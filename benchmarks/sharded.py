@@ -11,6 +11,7 @@ memory  how far the resident memory of the largest of 2 and 4 fresh processes ri
 step    compared with a hand-written loop on torch's `fully_shard`, in alternating pairs of runs:
         time, processor time of a process (which other programs disturb less), and page faults.
 save    how long a save blocks training, compared with torch.save of the whole state by one process;
+        the pass that follows, while which the state is copied, compared with one without a save;
         and a resume against torch's DCP, that loads the same state into the same sharded model.
 """
 
@@ -237,12 +238,26 @@ def saved_and_read(world: World, place: Path) -> dict[str, float]:
         place / "ours", world=world, spec=spec.checkpoint, facts={}, say=lambda text: None
     )
     checkpoints.reserve(prepared.saved_bytes)
-    for number in range(4):  # the first makes the buffer and the group of the writers
+    read, following = made.train_data()[: ROWS // 2]
+    passes: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(8):  # the first makes the buffer and the group of the writers
+        saving = number % 2 == 0
         state.step = number
         world.barrier()
-        checkpoints.save(state)
-        found["stall"] = min(found.get("stall", 1e9), checkpoints.timings()["save/stall_seconds"])
+        began = time.perf_counter()
+        if saving:
+            checkpoints.save(state)
+        losses = nn.functional.cross_entropy(state.model(read), following, reduction="sum")
+        losses.backward()
+        state.permit_update()
+        passes[saving].append(time.perf_counter() - began)
+        state.zero_grad()
+        if saving:
+            stalled = checkpoints.timings()["save/stall_seconds"]
+            found["stall"] = min(found.get("stall", 1e9), stalled)
         checkpoints.finish()
+    found["pass with a save"] = statistics.median(passes[True])
+    found["pass"] = statistics.median(passes[False])
     found |= _least(world, "resume", lambda: checkpoints.restore(state))
     checkpoints.close()
     theirs = {
@@ -290,6 +305,8 @@ def save() -> None:
     stall = max(one["stall"] for one in each)
     print("| | seconds | against | ratio |\n|---|--:|---|--:|")
     print(f"| stall of a save | {stall:.4f} | {whole:.3f}, torch.save | {stall / whole:.2f} |")
+    saving, alone = (max(one[what] for one in each) for what in ("pass with a save", "pass"))
+    print(f"| a save and a pass | {saving:.3f} | {alone:.3f}, a pass | {saving / alone:.2f} |")
     for what in ("", ", processor"):
         resume, theirs = (max(one[f"{key}{what}"] for one in each) for key in ("resume", "dcp"))
         print(f"| resume{what} | {resume:.3f} | {theirs:.3f}, DCP's load | {resume / theirs:.2f} |")

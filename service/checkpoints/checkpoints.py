@@ -1,11 +1,13 @@
 """Saves and restores the checkpoints of a run, by all processes together.
 
 The training thread copies the state into a reused buffer and continues; a background thread writes,
-syncs and publishes it.  It is a thread and not a process, so it ends with the process whose state
-it writes; writing, hashing and syncing do not hold the interpreter's lock.  A large state is
-shared: each process of rank 0's node copies and writes its parts of the files, and rank 0 publishes
-the checkpoint after all parts are on disk.  If each process has only some rows, all of them write;
-on nodes that share no disk, those of other nodes send their rows to processes of rank 0's node.
+syncs and publishes it.  If a state is sharded, the background thread copies it too, while the next
+pass runs, and the next update waits for that.  It is a thread and not a process, so it ends with
+the process whose state it writes; writing, hashing and syncing do not hold the interpreter's lock.
+A large state is shared: each process of rank 0's node copies and writes its parts of the files,
+and rank 0 publishes the checkpoint after all parts are on disk.  If each process has only some
+rows, all of them write; on nodes that share no disk, those of other nodes send their rows to
+processes of rank 0's node.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ from service.basics.multipart import (
     write_parts,
     write_pieces,
 )
+from service.checkpoints.pending_copies import PendingCopies
 from service.checkpoints.shards import (
     Shard,
     ShardLayout,
@@ -114,8 +117,8 @@ class _Job:
     rest: Mapping[str, Any]
     size_bytes: int
     """Size of the whole state."""
-    arrived: Arrival | None
-    """The end of the copy from the device; None if there is nothing to wait for."""
+    arrived: Arrival | PendingCopies | None
+    """The end of the copy; None if there is nothing to wait for."""
     failed: EvenstepError | None
     """Why this process has nothing to write."""
     records: Sequence[Record]
@@ -194,6 +197,8 @@ class Checkpoints:
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
         self._reserved: Future[None] | None = None
+        self._pending_copies: PendingCopies | None = None
+        """The copies of the current save that an update must wait for."""
 
     @property
     def _writers(self) -> Writers:
@@ -232,6 +237,7 @@ class Checkpoints:
         self._know(state)
         self._settle()  # a save waits for the previous one
         self._unsaved = None
+        self._pending_copies = None
         places = self._world.gather(state.stream.place()) if state.stream else None
         try:
             if self._world.index < self._writers.processes:
@@ -243,6 +249,8 @@ class Checkpoints:
         if not self._spec.asynchronous:
             self._settle()
         self._timings["save/stall_seconds"] = time.perf_counter() - began
+        if self._pending_copies is not None:
+            state.before_update = self._finish_copies
 
     def finish(self) -> None:
         """Return when the last save is on disk; it holds the result, so it must not fail.
@@ -253,6 +261,17 @@ class Checkpoints:
         self._settle()
         if self._unsaved is not None:
             raise self._unsaved
+
+    def _finish_copies(self) -> None:
+        """Return when all of the state is copied, which an update is about to change."""
+        copies, self._pending_copies = self._pending_copies, None
+        if copies is None:
+            return
+        began = time.perf_counter()
+        with self._heartbeat.waiting_for_the_writer():
+            copies.synchronize()
+        stalled = self._timings.get("save/stall_seconds", 0.0)
+        self._timings["save/stall_seconds"] = stalled + time.perf_counter() - began
 
     def close(self) -> None:
         """Let the writer finish its save.  It gets an error if other processes are gone."""
@@ -307,7 +326,8 @@ class Checkpoints:
         began: float,
     ) -> _Job:
         held: Content | Shard = content
-        arrived, failed = None, None
+        arrived: Arrival | PendingCopies | None = None
+        failed: EvenstepError | None = None
         if content.is_sharded:
             held = shard_by_rows(
                 content,
@@ -320,6 +340,8 @@ class Checkpoints:
         if self._spec.asynchronous:
             try:
                 held, arrived = self._copied(held)
+                if isinstance(arrived, PendingCopies):
+                    self._pending_copies = arrived
             except EvenstepError as error:
                 failed = error  # the other processes wait for this report
         return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
@@ -345,7 +367,9 @@ class Checkpoints:
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(self, content: Content | Shard) -> tuple[Content | Shard, Arrival | None]:
+    def _copied(
+        self, content: Content | Shard
+    ) -> tuple[Content | Shard, Arrival | PendingCopies | None]:
         try:
             reserved, self._reserved = self._reserved, None
             if reserved is not None:
@@ -395,6 +419,8 @@ class Checkpoints:
 
     def _carry_out(self, job: _Job) -> None:
         with self._heartbeat.saving():
+            if isinstance(job.arrived, PendingCopies):  # training may already wait for them
+                job.arrived.make()
             self._save(job)
 
     def _save(self, job: _Job) -> None:
@@ -877,6 +903,8 @@ def _require_fit(job: _Job, shard: Shard) -> None:
         raise job.failed
     if job.arrived is not None:
         job.arrived.synchronize()
+    if isinstance(job.arrived, PendingCopies):
+        job.arrived.require_unchanged()
     require_finite(shard)
 
 

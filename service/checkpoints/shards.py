@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from service.basics.errors import Diverged
 from service.basics.multipart import Part, parts_of, shared_out
+from service.checkpoints.pending_copies import PendingCopies, PendingCopy
 from service.checkpoints.snapshots import Content
 from service.distributed.devices import Arrival, copies_late, moment
 from service.runs.checkpoint_files import OPTIMIZER, header
@@ -39,6 +41,8 @@ class Segment(NamedTuple):
     end: int
     numbers: Tensor
     """The tensor in its shape, or a piece of it: [numbers]."""
+    still: Tensor | None = None
+    """The tensor that has these rows, if it changes in an update only."""
 
     def cut(self, begin: int, end: int) -> Segment:
         """The part of it between these bytes of the file, which must be boundaries of numbers."""
@@ -47,7 +51,8 @@ class Segment(NamedTuple):
         begin, end = max(begin, self.begin), min(end, self.end)
         width = self.numbers.element_size()
         piece = slice((begin - self.begin) // width, (end - self.begin) // width)
-        return Segment(self.name, begin, end, self.numbers.reshape(-1)[piece])
+        numbers = self.numbers.reshape(-1)[piece]
+        return self._replace(begin=begin, end=end, numbers=numbers)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,11 @@ def shard_by_rows(content: Content, *, index: int, hashing: int, part_bytes: int
     Args:
         hashing: how many processes hash the files; each of the first ones has a share of the parts.
     """
+
+    def is_still(file: str, name: str) -> bool:
+        # The name of an optimizer's state ends with that of its parameter.
+        return (name.partition(":")[2] if file == OPTIMIZER else name) in content.still
+
     heads = {file: header(content.entries(file)) for file in content.tensors}
     stretches: dict[str, list[Segment]] = {}
     parts: list[Part] = []
@@ -171,7 +181,8 @@ def shard_by_rows(content: Content, *, index: int, hashing: int, part_bytes: int
             if is_sharded(tensor) and rows.numel():
                 begin += first_row(tensor) * (tensor.nbytes // tensor.shape[0])
             if rows.numel() and (writes_rows(tensor) if is_sharded(tensor) else index == 0):
-                row.append(Segment(name, begin, begin + rows.nbytes, rows))
+                still = tensor if is_still(file, name) else None
+                row.append(Segment(name, begin, begin + rows.nbytes, rows, still))
             at += tensor.nbytes
         stretches[file] = row
         parts += parts_of(file, at, part_bytes)
@@ -230,37 +241,57 @@ class Snapshot:
     def whole(self, content: Content) -> tuple[Content, Arrival | None]:
         """A copy of the content in the buffer, valid until the next one; and the event to await."""
         every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
-        copies, arrived = self._copies(every)
+        spaces, arrived = self._copies(every)
+        copies = iter(spaces)
         held = {
             file: {name: next(copies) for name in tensors}
             for file, tensors in content.tensors.items()
         }
         return replace(content, tensors=held), arrived
 
-    def part(self, shard: Shard) -> tuple[Shard, Arrival | None]:
-        """The same for the shard of one process."""
-        every = [s.numbers for stretches in shard.stretches.values() for s in stretches]
-        copies, arrived = self._copies(every)
+    def part(self, shard: Shard) -> tuple[Shard, Arrival | PendingCopies | None]:
+        """The same for the shard of one process.
+
+        In main memory, what only an update changes is not copied yet, but by the `PendingCopies`
+        to await.
+        """
+        every = [s for stretches in shard.stretches.values() for s in stretches]
+        late = [not self._pinned and segment.still is not None for segment in every]
+        arrived: Arrival | PendingCopies | None
+        spaces, arrived = self._copies([s.numbers for s in every], late=late)
+        copies = iter(spaces)
         held = {
             file: [stretch._replace(numbers=next(copies)) for stretch in stretches]
             for file, stretches in shard.stretches.items()
         }
+        if any(late):
+            pairs = zip(every, spaces, strict=True)
+            arrived = PendingCopies(
+                PendingCopy(segment.name, segment.numbers, space, segment.still)
+                for segment, space in pairs
+                if segment.still is not None
+            )
         return replace(shard, stretches=held), arrived
 
     @torch.no_grad()
-    def _copies(self, tensors: Sequence[Tensor]) -> tuple[Iterator[Tensor], Arrival | None]:
+    def _copies(
+        self, tensors: Sequence[Tensor], *, late: Iterable[bool] = repeat(False)
+    ) -> tuple[list[Tensor], Arrival | None]:
+        """The spaces of these tensors, with their copies, except of those that are made late."""
         self.reserve(sum(tensor.nbytes for tensor in tensors))
-        copies = []
+        spaces = []
         at = 0
-        for tensor in tensors:
+        for tensor, is_late in zip(tensors, late, strict=False):
             at += -at % tensor.element_size()
             space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies.append(space.copy_(tensor, non_blocking=self._pinned))
+            if not is_late:
+                space.copy_(tensor, non_blocking=self._pinned)
+            spaces.append(space)
             at += tensor.nbytes
         arrived: Arrival | None = None
         if self._pinned:
             arrived = moment(self._device)
-        return iter(copies), arrived
+        return spaces, arrived
 
 
 def require_finite(shard: Shard) -> None:

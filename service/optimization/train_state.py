@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,10 @@ class TrainState:
     """The values of training at this step, if its test pass was abandoned and is still due."""
     faulty_steps: int = 0
     """Skipped steps that `faults.skips_allowed` counts: all but the overflows of fp16."""
+    passes_only_read: bool = False
+    """Whether trained parameters and the optimizer's state change in updates only."""
+    before_update: Callable[[], None] | None = None
+    """Called once before the next update."""
 
     def zero_grad(self) -> None:
         """Clear the gradients, as the optimizer's method does, without its hooks."""
@@ -58,6 +62,12 @@ class TrainState:
             return
         for parameter in self._parameters:
             parameter.grad = None
+
+    def permit_update(self) -> None:
+        """Wait for whoever still reads the state of the last step."""
+        if self.before_update is not None:
+            self.before_update()
+            self.before_update = None
 
     def take_step(self) -> None:
         """The step of the optimizer, without hooks and labels for a profiler."""

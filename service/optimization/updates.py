@@ -236,6 +236,7 @@ class Updates:
     def _step(self, broken: Tensor | None, closure: Callable[[], Any] | None) -> None:
         """Take the step, unless `broken` is 1."""
         optimizer: Any = self._state.optimizer
+        self._state.permit_update()
         if closure is not None:
             optimizer.step(closure)
         elif broken is None:

@@ -587,6 +587,7 @@ def prepare_training(
         after_update=after_update_by(task, state, plan=plan, world=world),
         still=_still_buffers(model.module, rehearsal.found, plan.spec, world),
     )
+    state.passes_only_read = own is None and not state.is_modal and holds_rows(model.module)
     averaged = state.average is not None
     saved_bytes = expected_bytes(model.module, optimizer, averaged=averaged)
     if is_stream(rows.train):
