@@ -97,7 +97,7 @@ def one(way: str, millions: int, place: Path) -> tuple[float, float]:
     (checkpoint,) = checkpoints_in(place / "checkpoints")
     actions: dict[str, Callable[[], object]] = {
         "torch.load": lambda: by_torch_load(state, place / "checkpoint.pt"),
-        "check": lambda: damage_of(checkpoint),
+        "check": lambda: damage_of(checkpoint, quick=True),
         "load": lambda: load(checkpoint.path, state),
     }
     with Memory() as memory:

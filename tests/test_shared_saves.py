@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -358,22 +359,26 @@ def restored_by_all(world, directory, struck):
     `struck` is the process for which the files of tensors cannot be read.
     """
     hashed = []
-    hash_of = service.runs.checkpoint_files.sha256_of
 
-    def note(path, begin, end):
-        if world.index == struck and path.name == MODEL:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        hashed.append((path.name, begin, end))
-        return hash_of(path, begin, end)
+    def noting(hash_of):
+        def note(path, begin, end):
+            if world.index == struck and path.name == MODEL:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            hashed.append((path.name, begin, end))
+            return hash_of(path, begin, end)
+
+        return note
 
     state = new_state(seed=world.index)
-    service.runs.checkpoint_files.sha256_of = note
+    files = service.runs.checkpoint_files
+    before = files.sha256_of, files.xxh3_of  # of state.json, and of the tensors
+    files.sha256_of, files.xxh3_of = map(noting, before)
     try:
         checkpoints(Path(directory), world, part_bytes=PART).restore(state)
     except EvenstepError as error:
         return type(error).__name__, str(error), hashed
     finally:
-        service.runs.checkpoint_files.sha256_of = hash_of
+        files.sha256_of, files.xxh3_of = before
     return state.step, same(state, at_step(state.step)), hashed
 
 
@@ -495,6 +500,36 @@ def test_a_checkpoint_of_the_first_format_is_gone_on_from(tmp_path, alone):
     state = new_state(seed=3)
     assert checkpoints(tmp_path, alone).restore(state)
     assert same(state, at_step(1))
+    checkpoint = Checkpoint(tmp_path / "step-00000001", 1)
+    assert damage_of(checkpoint, quick=True) is None
+    with (checkpoint.path / OPTIMIZER).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert damage_of(checkpoint, quick=True) == f"the content of {OPTIMIZER} has changed"
+
+
+@pytest.mark.parametrize("part_bytes", [PART, 1 << 20], ids=["parts", "whole"])
+def test_two_hashes_are_written_and_one_of_them_is_compared(tmp_path, alone, part_bytes):
+    saved(tmp_path, alone, 1, part_bytes=part_bytes)
+    files = manifest_of(tmp_path, 1)["files"]
+    for name in DATA:
+        if name == STATE:
+            assert "xxh3" not in files[name]
+            continue
+        raw = (tmp_path / "step-00000001" / name).read_bytes()
+        parts = [raw[part.begin : part.end] for part in parts_of(name, len(raw), part_bytes)]
+        assert files[name]["xxh3"] == [xxhash.xxh3_128_hexdigest(part) for part in parts]
+
+    for key, by_quick, by_full in (("sha256", False, True), ("xxh3", True, False)):
+        saved(tmp_path / key, alone, 1, part_bytes=1 << 20)
+
+        def forge(manifest, told, key=key):
+            told[key] = "0" * 64 if key == "sha256" else ["0" * 32]
+
+        found = forged(tmp_path / key, forge)
+        assert (found is not None) == by_full
+        quick = damage_of(Checkpoint(tmp_path / key / "step-00000001", 1), quick=True)
+        assert (quick is not None) == by_quick
 
 
 def save_on_two_nodes(world, directory, first):

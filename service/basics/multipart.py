@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service.basics.atomic_files import SYNC_BYTES, opened_to_write, put, sha256_of
+from service.basics.atomic_files import SYNC_BYTES, Hashes, hashes_of, opened_to_write, put
 
 PART_BYTES = 16 << 20
 """Size of a part. Each manifest records it, so it may change."""
@@ -56,8 +56,8 @@ def write_parts(
     bytes_of: Callable[[Part], Iterable[memoryview]],
     *,
     moved: Callable[[], None],
-) -> dict[Part, str]:
-    """Write these parts at their positions, and sync them; return the SHA-256 of each part.
+) -> dict[Part, Hashes]:
+    """Write these parts at their positions, and sync them; return the hashes of each part.
 
     Other processes may write other parts at the same time: the directory is new, and the first
     writer creates the files.
@@ -74,7 +74,7 @@ def write_parts(
                     os.fsync(descriptor)
                     unsynced = 0
                 os.lseek(descriptor, part.begin, os.SEEK_SET)
-                digests[part] = put(descriptor, bytes_of(part), moved=moved).sha256
+                digests[part] = put(descriptor, bytes_of(part), moved=moved).hashes
                 unsynced += part.end - part.begin
             os.fsync(descriptor)
             moved()
@@ -120,22 +120,23 @@ def _locked_from(descriptor: int, begin: int) -> bool:
 
 def hash_parts(
     directory: Path, parts: Iterable[Part], *, moved: Callable[[], None]
-) -> dict[Part, str]:
-    """SHA-256 of parts on disk, after all of their bytes have been written."""
+) -> dict[Part, Hashes]:
+    """The hashes of parts on disk, after all of their bytes have been written."""
     digests = {}
     for part in sorted(parts):
-        digests[part] = sha256_of(directory / part.file, part.begin, part.end)
+        digests[part] = hashes_of(directory / part.file, part.begin, part.end)
         moved()
     return digests
 
 
-def told_of(digests: Mapping[Part, str]) -> dict[str, dict[str, Any]]:
+def told_of(digests: Mapping[Part, Hashes]) -> dict[str, dict[str, Any]]:
     """The manifest's entries for files whose parts are all given."""
     told = {}
     for file, parts in groupby(sorted(digests), key=lambda part: part.file):
         of_file = list(parts)
-        each = [digests[part] for part in of_file]
-        told[file] = {"bytes": of_file[-1].end, "sha256": digest_of(each)}
+        each = [digests[part].sha256 for part in of_file]
+        quick = [digests[part].xxh3 for part in of_file]
+        told[file] = {"bytes": of_file[-1].end, "sha256": digest_of(each), "xxh3": quick}
         if len(each) > 1:
             told[file]["parts"] = each
     return told

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 
 from service.basics.atomic_files import (
+    Hashes,
     in_the_way,
     kind_of,
     kind_of_unread,
@@ -494,8 +495,8 @@ class Checkpoints:
             self._get_on()
         os.rename(partial, target.path)
 
-    def _write(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
-        """Write the parts of this process; return the SHA-256 of all parts, when all are on disk.
+    def _write(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, Hashes]:
+        """Write the parts of this process; return the hashes of all parts, when all are on disk.
 
         Raises:
             EvenstepError: a process could not write its parts; with the message of the first.
@@ -505,20 +506,20 @@ class Checkpoints:
         self._together(job, shard, lambda: self._rows_written(job, shard, partial))
         [parts] = shard.shares
 
-        def hashed() -> dict[Part, str]:
+        def hashed() -> dict[Part, Hashes]:
             return hash_parts(partial, parts, moved=self._get_on)
 
         return self._together(job, shard, hashed)
 
     def _together(
-        self, job: _Job, shard: Shard, act: Callable[[], dict[Part, str]]
-    ) -> dict[Part, str]:
+        self, job: _Job, shard: Shard, act: Callable[[], dict[Part, Hashes]]
+    ) -> dict[Part, Hashes]:
         """The combined results of `act` on each process that writes.
 
         Raises:
             EvenstepError: it failed on one of them; with the message of the first.
         """
-        own: dict[Part, str] = {}
+        own: dict[Part, Hashes] = {}
         failed: EvenstepError | None = None
         try:
             own = act()
@@ -537,7 +538,7 @@ class Checkpoints:
         answer = (failed, shard.layout, own)
         told = self._writers.gather(answer) if job.is_shared else [answer]
         self._get_on()  # the wait for the others does not count towards a hang
-        digests: dict[Part, str] = {}
+        digests: dict[Part, Hashes] = {}
         for index, (failed, layout, parts) in enumerate(told):
             if failed is not None:
                 raise failed
@@ -550,7 +551,7 @@ class Checkpoints:
             digests |= parts
         return digests
 
-    def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
+    def _rows_written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, Hashes]:
         """Returns an empty result when the rows of this process are on disk."""
         if self._writers.index >= self._at_disk:
             return self._rows_sent(job, shard)
@@ -567,7 +568,7 @@ class Checkpoints:
                     self._get_on()
         return {}
 
-    def _rows_sent(self, job: _Job, shard: Shard) -> dict[Part, str]:
+    def _rows_sent(self, job: _Job, shard: Shard) -> dict[Part, Hashes]:
         """The same for a process of another node, whose disk is another one."""
         rows: Iterable[Piece] = ()
         try:
@@ -589,15 +590,15 @@ class Checkpoints:
         first = self._at_disk + self._writers.index
         return [sent(each) for each in range(first, self._writers.processes, self._at_disk)]
 
-    def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, str]:
+    def _written(self, job: _Job, shard: Shard, partial: Path) -> dict[Part, Hashes]:
         if not self._world.is_lead:  # rank 0 has checked before it created the directory
             _require_fit(job, shard)
 
-        def write(share: set[Part]) -> dict[Part, str]:
+        def write(share: set[Part]) -> dict[Part, Hashes]:
             return write_parts(partial, share, shard.bytes_of, moved=self._get_on)
 
         shares = shard.shares  # empty if there are more processes than parts
-        digests: dict[Part, str] = {}
+        digests: dict[Part, Hashes] = {}
         with _writer_threads(max(1, len(shares) - 1), self._world.device) as beside:
             writing = [beside.submit(write, share) for share in shares[1:]]
             for share in shares[:1]:
@@ -772,7 +773,7 @@ class Checkpoints:
         try:
             _require_that(chosen, sha256, self._world)
             with self._told_as_unusable():
-                return None, damage_of(chosen, share) if share is not None else None
+                return None, damage_of(chosen, share, quick=True) if share else None
         except EvenstepError as error:
             return error, None
 

@@ -21,14 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from service.basics.atomic_files import (
     PASSING,
+    Hashes,
     sha256_of,
     sync_directory,
     told_when_unread,
     write_file,
+    xxh3_of,
 )
 from service.basics.errors import NoCheckpoint, SpecError
 from service.basics.limits import limits
@@ -239,7 +241,7 @@ def kept(
 
 def complete(
     directory: Path,
-    digests: Mapping[Part, str],
+    digests: Mapping[Part, Hashes],
     rest: Mapping[str, Any],
     facts: Mapping[str, Any],
     *,
@@ -249,7 +251,7 @@ def complete(
     """Make a checkpoint of a directory with tensor files: each file synced, the manifest last.
 
     Args:
-        digests: SHA-256 of all parts of the tensor files, which are synced.
+        digests: the hashes of all parts of the tensor files, which are synced.
         rest: everything else in the state, including `step`.
         facts: additional values for the manifest.
         moved: called after each progress on disk.
@@ -319,13 +321,16 @@ class Share:
 WHOLE = Share()
 
 
-def damage_of(checkpoint: Checkpoint, share: Share = WHOLE) -> str | None:
+def damage_of(checkpoint: Checkpoint, share: Share = WHOLE, *, quick: bool = False) -> str | None:
     """The damage of a checkpoint, or None if every byte of the share is as it was written.
+
+    Args:
+        quick: compare XXH3 instead of SHA-256, except in checkpoints of versions that wrote none.
 
     Raises:
         OSError: it may not be read, or cannot be read at the moment: its state is unknown.
     """
-    return _told(checkpoint, lambda: _require_undamaged(checkpoint, share))
+    return _told(checkpoint, lambda: _require_undamaged(checkpoint, share, quick=quick))
 
 
 def apparent_damage_of(checkpoint: Checkpoint) -> str | None:
@@ -361,19 +366,28 @@ def _damage_in(check: Callable[[], object]) -> str | None:
     return None
 
 
-def _require_undamaged(checkpoint: Checkpoint, share: Share) -> None:
+def _require_undamaged(checkpoint: Checkpoint, share: Share, *, quick: bool) -> None:
     directory = checkpoint.path
     parts = share.of(_require_files(checkpoint))
     # Hashing releases the GIL: two cores need half the time of one.
     with ThreadPoolExecutor(share.threads or limits().cores, thread_name_prefix="hash") as threads:
-        checks = [threads.submit(_require_as_written, directory, *pair) for pair in parts]
+        checks = [
+            threads.submit(_require_as_written, directory, *pair, quick=quick) for pair in parts
+        ]
     for check in checks:
         check.result()
     if share.index == 0:
         _require_state(directory, checkpoint.step)
 
 
-def _require_files(checkpoint: Checkpoint) -> list[tuple[Part, str | None]]:
+class _Known(NamedTuple):
+    """The hashes of a part in the manifest; None for one that it does not have."""
+
+    sha256: str | None
+    xxh3: str | None
+
+
+def _require_files(checkpoint: Checkpoint) -> list[tuple[Part, _Known]]:
     """The parts of all files and their hashes in the manifest; `state.json` is the first."""
     directory = checkpoint.path
     if directory.is_symlink() or not directory.is_dir():
@@ -443,17 +457,17 @@ def _manifest_of(directory: Path, step: int) -> dict[str, Any]:
     return manifest
 
 
-def _parts_of(
-    path: Path, told: Any, manifest: Mapping[str, Any]
-) -> Iterator[tuple[Part, str | None]]:
+def _parts_of(path: Path, told: Any, manifest: Mapping[str, Any]) -> Iterator[tuple[Part, _Known]]:
     """The parts of a file, whose size is checked, and their hashes in the manifest."""
     size = _size(path)
     if not isinstance(told, dict) or told.get("bytes") != size:
         instead = told.get("bytes") if isinstance(told, dict) else told
         raise _Damaged(f"{path.name} has {size} bytes instead of {instead!r}")
     digests, part_bytes = told.get("parts"), manifest.get("part_bytes")
+    quick = told.get("xxh3")
     if digests is None:
-        yield Part(path.name, 0, size), told.get("sha256")
+        [own] = quick if isinstance(quick, list) and len(quick) == 1 else [None]
+        yield Part(path.name, 0, size), _Known(told.get("sha256"), own)
         return
     if type(part_bytes) is not int or part_bytes < 1 or not isinstance(digests, list):
         raise _Damaged(f"{MANIFEST} does not list the parts of {path.name}")
@@ -465,11 +479,19 @@ def _parts_of(
         whole = None
     if whole != told.get("sha256"):
         raise _Damaged(f"{MANIFEST} has two hashes for the content of {path.name}")
-    yield from zip(parts_of(path.name, size, part_bytes), digests, strict=True)
+    if not isinstance(quick, list) or len(quick) != len(digests):
+        quick = [None] * len(digests)  # earlier versions wrote none
+    known = map(_Known, digests, quick)
+    yield from zip(parts_of(path.name, size, part_bytes), known, strict=True)
 
 
-def _require_as_written(directory: Path, part: Part, sha256: str | None) -> None:
-    if sha256_of(directory / part.file, part.begin, part.end) != sha256:
+def _require_as_written(directory: Path, part: Part, known: _Known, *, quick: bool) -> None:
+    path = directory / part.file
+    if quick and known.xxh3 is not None:
+        is_same = xxh3_of(path, part.begin, part.end) == known.xxh3
+    else:
+        is_same = sha256_of(path, part.begin, part.end) == known.sha256
+    if not is_same:
         raise _Damaged(f"the content of {part.file} has changed")
 
 
