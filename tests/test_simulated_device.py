@@ -262,6 +262,28 @@ def class_weights(double):
     )
 
 
+class ByClass(nn.Module):
+    """A loss, or a measure, with a tensor of its own, as BCEWithLogitsLoss(pos_weight=...) has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.arange(1.0, 11.0))
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none") * self.scale[targets]
+
+
+def loss_with_tensors(double):
+    train, test = features._digits(torch.float32)
+    return supervised(
+        model=lambda: digits.network(8, 0.0),
+        train=train,
+        test=test,
+        loss=ByClass(),
+        measures={"accuracy": ByClass()},
+    )
+
+
 def own_step(double):
     return own_steps.by_step("counted", dropout=0.0)
 
@@ -314,6 +336,7 @@ JOBS = {
         arguments=PLAIN | {"augmented": True}, loader={"in_memory": True, "workers": 1}
     ),
     "class weights, a hook": job(f"{__file__}:class_weights", faults={"on_hook_failure": "stop"}),
+    "a loss with tensors": job(f"{__file__}:loss_with_tensors"),
     "a step of one's own": job(f"{__file__}:own_step"),
     "a loss over all rows": job(f"{__file__}:contrast"),
     "several optimizers": job(f"{__file__}:two_models", optimizers=TURNS),

@@ -250,6 +250,17 @@ def require_names(task: Task) -> None:
         raise SpecError(f"task.measures: {twice!r} is {told}. Give the measure another name.")
 
 
+def bring_losses(task: Task, device: torch.device) -> None:
+    """Move the tensors of the task's loss, weight and measures to the device of the model.
+
+    Those are modules with weights of their own, such as nn.BCEWithLogitsLoss(pos_weight=...).
+    """
+    named = [getattr(task, "loss", None), getattr(task, "weight", None)]
+    for each in (*named, *getattr(task, "_measures", ())):
+        if isinstance(each, nn.Module):
+            each.to(device)
+
+
 def metrics_of(task: Task) -> dict[str, Any]:
     """The torchmetrics metrics of a task by name; those of a collection as `collection/metric`."""
     found: dict[str, Any] = {}

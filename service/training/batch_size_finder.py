@@ -22,7 +22,7 @@ from service.basics.limits import memory_each, workers_each
 from service.checkpoints.snapshots import expected_bytes
 from service.data.loading import resident_bytes, sample, workers_with_room
 from service.data.own_step import SteppedModel
-from service.data.task import Task, new_model, step_of, test_sets
+from service.data.task import Task, bring_losses, new_model, step_of, test_sets
 from service.distributed.batchnorm import prepare
 from service.distributed.devices import forget_peak, peak_bytes
 from service.distributed.world import World
@@ -194,6 +194,7 @@ def fitting_rows(spec: Spec, *, task: Task, world: World, processes: int, memory
     found = 0
     # A sharded model is made by all processes together, so what one of them raises ends all.
     sharded = spec.exchange.shards and world.processes > 1
+    bring_losses(task, world.device)
     trial = _sharded_trial(plan, task=task, world=world) if sharded else None
     try:
         trial = trial or _whole_trial(plan, task=task, world=world)

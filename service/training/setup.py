@@ -17,7 +17,7 @@ from service.data.batches import Batch
 from service.data.loading import brought_into_memory, sample, way_of_rows
 from service.data.own_step import SteppedModel
 from service.data.streams import Stream, contents, is_stream
-from service.data.task import Data, Task, TestSet, new_model, step_of, test_sets
+from service.data.task import Data, Task, TestSet, bring_losses, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
 from service.distributed.generators import python_and_numpy, seed_generators
 from service.distributed.gradient_sync import (
@@ -553,6 +553,7 @@ def prepare_training(
     Raises:
         SpecError: the spec and the task do not match.
     """
+    bring_losses(task, world.device)
     rows = bring_rows(plan, task, world)
     model = build_model(plan, task, world)
     if model.made_whole is not None:

@@ -15,7 +15,14 @@ from service.checkpoints.snapshots import load_weights
 from service.data.batches import Step
 from service.data.loaders import require_batch
 from service.data.loading import test_batches, train_steps
-from service.data.task import Task, chosen_test_sets, files_may_have_moved, new_model, test_sets
+from service.data.task import (
+    Task,
+    bring_losses,
+    chosen_test_sets,
+    files_may_have_moved,
+    new_model,
+    test_sets,
+)
 from service.distributed.agreed_stop import StopPoll
 from service.distributed.batchnorm import prepare
 from service.distributed.contention import cores_shared
@@ -392,6 +399,7 @@ def test_run(
     with files_may_have_moved():
         model = new_model(task, seed=spec.seed)
     model.to(world.device)
+    bring_losses(task, world.device)
     prepare(model, spec.model.batchnorm, world)
     average = spec.model.moving_average is not None
     load_weights(chosen.path, model, rename=spec.checkpoint.rename, average=average)
