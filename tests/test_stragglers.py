@@ -182,7 +182,14 @@ def test_what_full_float32_costs_is_reported_where_it_is_known():
 
 @pytest.mark.parametrize(
     ("flops", "given", "threads"),
-    [("3e7", None, 1), ("3e9", None, 2), ("None", None, 2), ("3e7", "2", 2)],
+    [
+        ("3e7", None, 1),
+        ("3e7, 1e6", None, 1),
+        ("3e7, 4.8e6", None, 2),
+        ("3e9", None, 2),
+        ("None", None, 2),
+        ("3e7", "2", 2),
+    ],
 )
 def test_a_small_pass_is_computed_on_one_thread_unless_somebody_said_how_many(
     tmp_path, flops, given, threads

@@ -13,7 +13,7 @@ from torch import nn
 from service.basics import randomness
 from service.basics.errors import EvenstepError, SpecError
 from service.checkpoints.snapshots import expected_bytes
-from service.data.batches import Batch
+from service.data.batches import Batch, tensors_of
 from service.data.loading import brought_into_memory, sample, way_of_rows
 from service.data.own_step import SteppedModel
 from service.data.streams import Stream, contents, is_stream
@@ -285,7 +285,11 @@ def rehearse(
     found = together_found(each, plan.spec)
     require_followed(found, plan.spec, processes=plan.processes)
     require_still_buffers(model.module, found.moving, plan.spec.model.activation_checkpointing)
-    world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch)
+    scale = plan.micro_batch / len(batch.rows)
+    numbers = scale * sum(tensor.numel() for tensor in tensors_of(batch.inputs))
+    if plan.spec.loader.workers:  # they need the other cores
+        numbers = 0
+    world.suit_threads(found.flops_a_row and found.flops_a_row * plan.micro_batch, numbers)
     # A step of one's own may begin to draw later, such as an augmentation after some epochs.
     world.seed_also(found.drawn if step_of(task) is None else python_and_numpy())
     buffers = buffers_of(
