@@ -8,7 +8,8 @@ a line every ten steps, one test and one checkpoint at the end; Evenstep by `eve
 script (`benchmarks/plain.py`) by python or torchrun.  Both have the environment that they were
 started in, and nobody says on how many threads they compute.  They take turns: medians of the
 seconds, and the median of the ratios of each pair with the smallest and the largest.  `--busy` adds
-two processes that keep a core busy each; `--ours NAME=VALUE` sets variables for Evenstep only.
+two processes that keep a core busy each; `--ours NAME=VALUE` sets variables for Evenstep only, and
+`--spec KEY=VALUE` changes its spec.
 Peaks are the largest process's, of all that the command starts.
 
 The second command is for rows that are expensive to read (`benchmarks/real_data.py`): for each
@@ -147,7 +148,13 @@ def _peak_mib(process: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def ours(name: str, processes: int, variables: Mapping[str, str], workers: int = 0) -> Whole:
+def ours(
+    name: str,
+    processes: int,
+    variables: Mapping[str, str],
+    workers: int = 0,
+    changes: Sequence[str] = (),
+) -> Whole:
     job = (JOBS | OF_FILES)[name]
     with tempfile.TemporaryDirectory() as place:
         spec = Path(place, "job.yaml")
@@ -155,7 +162,7 @@ def ours(name: str, processes: int, variables: Mapping[str, str], workers: int =
             name=name, rows=job.batch * processes, each=job.batch, steps=job.steps, workers=workers
         )
         spec.write_text(text, encoding="utf-8")
-        words = [str(BIN / "evenstep"), "run", str(spec), "--runs", place]
+        words = [str(BIN / "evenstep"), "run", str(spec), *changes, "--runs", place]
         many = ["--processes", str(processes)] if processes > 1 else []
         environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
         seconds, peak, shared = whole([*words, *many], environ, Path(place))
@@ -201,6 +208,7 @@ def main() -> None:
     )
     arguments.add_argument("--busy", action="store_true")
     arguments.add_argument("--ours", nargs="*", metavar="NAME=VALUE", default=[])
+    arguments.add_argument("--spec", nargs="*", metavar="KEY=VALUE", default=[])
     asked = arguments.parse_args()
     variables = dict(each.split("=", 1) for each in asked.ours)
     if asked.workers is not None:
@@ -214,7 +222,7 @@ def main() -> None:
         for processes in asked.processes:
             with two_beside(asked.busy):
                 pairs = [
-                    (ours(name, processes, variables), plain(name, processes))
+                    (ours(name, processes, variables, changes=asked.spec), plain(name, processes))
                     for _ in range(asked.pairs)
                 ]
             print(row(name, processes, pairs), flush=True)

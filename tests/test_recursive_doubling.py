@@ -1,5 +1,10 @@
 """What processes tell each other in pairs comes to what they would tell each other in a ring."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,3 +134,70 @@ def test_few_gradients_meet_in_pairs_and_many_go_round(processes):
     assert processes(4).run(sends_of_a_backward_pass, 11) == [(2, 0)] * 4
     many = processes(4).run(sends_of_a_backward_pass, 20_000)
     assert all(sends == 0 and rings > 0 for sends, rings in many)
+
+
+# ---- a barrier
+
+
+def times_at_a_barrier(world, late):
+    """When this process came to the barrier, and when it went on."""
+    if world.index == late:
+        time.sleep(0.3)
+    came = time.monotonic()
+    world.barrier()
+    return came, time.monotonic()
+
+
+@pytest.mark.parametrize(("size", "late"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (5, 4)])
+def test_nobody_passes_a_barrier_before_all_have_come(processes, size, late):
+    came, went_on = zip(*processes(size).run(times_at_a_barrier, late), strict=True)
+    assert max(came) <= min(went_on)
+
+
+# Each process of a job is a thread, and all write into one store; a socket has an end in two.
+CONNECTED = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+import torch
+from torch.distributed import HashStore, ProcessGroupGloo
+from service.distributed.recursive_doubling import RecursiveDoubling, meet
+
+store, turn = HashStore(), threading.Barrier(16)
+
+def connect(rank):
+    group = ProcessGroupGloo(store, rank, 16, timedelta(seconds=60))
+    files = []
+    for act in (lambda: None, lambda: meet(group), lambda: add(group)):
+        act()
+        turn.wait()
+        if rank == 0:
+            files.append(len(os.listdir("/proc/self/fd")))
+        turn.wait()
+    return group, files
+
+def add(group):
+    RecursiveDoubling(group).combine(torch.ones(1))
+
+with ThreadPoolExecutor(16) as pool:
+    groups, files = zip(*pool.map(connect, range(16)))
+print(*files[0], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_barrier_connects_the_pairs_that_sums_use(tmp_path):
+    """Four for each of 16 processes, and no more for the sums after it."""
+    lazy = {"TORCH_GLOO_LAZY_INIT": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTED],
+        env=os.environ | lazy,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    before, met, summed_up = map(int, done.stdout.split())
+    assert met - before == 4 * 16, done.stderr
+    assert summed_up == met

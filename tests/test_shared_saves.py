@@ -35,7 +35,7 @@ from saves import (
 
 import service.checkpoints.checkpoints
 import service.runs.checkpoint_files
-from service.basics.errors import EvenstepError
+from service.basics.errors import EvenstepError, NoCheckpoint
 from service.basics.limits import Limits
 from service.basics.multipart import PART_BYTES, Part, digest_of, parts_of, shared_out, write_pieces
 from service.checkpoints.snapshots import content_of
@@ -530,6 +530,12 @@ def test_two_hashes_are_written_and_one_of_them_is_compared(tmp_path, alone, par
         assert (found is not None) == by_full
         quick = damage_of(Checkpoint(tmp_path / key / "step-00000001", 1), quick=True)
         assert (quick is not None) == by_quick
+        resumed = checkpoints(tmp_path / key, alone)
+        if by_quick:
+            with pytest.raises(NoCheckpoint):
+                resumed.restore(new_state(seed=3))
+        else:
+            assert resumed.restore(new_state(seed=3))
 
 
 def save_on_two_nodes(world, directory, first):

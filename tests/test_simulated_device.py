@@ -37,6 +37,7 @@ from service.runs.directory import RunDirectory
 from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 from service.spec.models import CheckpointSpec
+from service.training import worker
 from service.training.batch_size_finder import fitting_rows, settled
 from service.training.worker import observed
 
@@ -267,10 +268,10 @@ class ByClass(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("scale", torch.arange(1.0, 11.0))
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 10))
 
     def forward(self, outputs, targets):
-        return nn.functional.cross_entropy(outputs, targets, reduction="none") * self.scale[targets]
+        return nn.functional.cross_entropy(outputs * self.scale, targets, reduction="none")
 
 
 def loss_with_tensors(double):
@@ -571,6 +572,23 @@ def rows_that_fit(world, megabytes, chosen=None):
         return fitting_rows(spec, task=task, world=world, processes=world.processes, memory_bytes=0)
     finally:
         simulated_device.BYTES = before
+
+
+def tested_again(world, spec, runs):
+    """What a new process measures of a run."""
+    loaded = load_spec(spec)
+    task = load_task(loaded.task, loaded.task_args)
+    return worker.test_run(loaded, task, world, run=runs / loaded.name)
+
+
+def test_a_loss_with_tensors_is_brought_wherever_it_is_used(simulated, tmp_path):
+    spec = JOBS["a loss with tensors"]
+    simulated(1).run(train_in_process, spec, tmp_path)
+    last = list(read_metrics(RunDirectory(tmp_path / spec["name"]).metrics))[-1]
+    [again] = simulated(1).run(tested_again, spec, tmp_path)
+    assert again["test/loss"] == pytest.approx(last["test/loss"], rel=1e-5)
+    auto = spec | {"batch": {"global_batch": 64, "micro_batch": "auto"}}
+    assert simulated(1).run(rows_that_fit, 200, auto) == [64]
 
 
 def test_the_largest_micro_batch_is_what_the_device_holds(simulated):

@@ -205,3 +205,54 @@ def test_a_small_pass_is_computed_on_one_thread_unless_somebody_said_how_many(
         [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(threads)], done.stderr
+
+
+THREADS = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from service.data.task import supervised
+from service.distributed.world import in_place
+from service.health.heartbeat import Heartbeat
+from service.plan.plan import make_plan
+from service.spec.files import load_spec
+from service.training.setup import prepare_training
+
+
+class Read(TensorDataset):
+    def __getitem__(self, row):
+        return super().__getitem__(row)
+
+
+def threads(numbers, workers):
+    rows = Read(torch.zeros(4, numbers), torch.zeros(4, dtype=torch.long))
+    pooled = lambda: nn.Sequential(nn.AvgPool1d(1000), nn.Linear(numbers // 1000, 2))
+    task = supervised(model=pooled, train=rows, test=rows)
+    spec = load_spec({
+        "name": "job", "task": "here:task", "length": {"steps": 1},
+        "batch": {"global_batch": 4, "micro_batch": 4}, "loader": {"workers": workers},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    })
+    torch.set_num_threads(2)
+    plan = make_plan(spec, processes=1, train_rows=4, test_rows=4)
+    world = in_place(precision="fp32")
+    torch.set_num_threads(2)
+    prepare_training(plan, task, world, heartbeat=Heartbeat(), say=print)
+    return torch.get_num_threads()
+
+
+print(threads(10_000, 0), threads(1_100_000, 0), threads(1_100_000, 1))
+"""
+
+
+def test_inputs_of_millions_of_numbers_have_two_threads_unless_workers_need_the_cores(tmp_path):
+    environ = {key: value for key, value in CLEAN.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        cwd=tmp_path,
+        env=environ | {"EVENSTEP_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["1", "2", "1"], done.stderr

@@ -118,7 +118,7 @@ class _Job:
     rest: Mapping[str, Any]
     size_bytes: int
     """Size of the whole state."""
-    arrived: Arrival | PendingCopies | None
+    arrived: Arrival | None
     """The end of the copy; None if there is nothing to wait for."""
     failed: EvenstepError | None
     """Why this process has nothing to write."""
@@ -327,7 +327,7 @@ class Checkpoints:
         began: float,
     ) -> _Job:
         held: Content | Shard = content
-        arrived: Arrival | PendingCopies | None = None
+        arrived: Arrival | None = None
         failed: EvenstepError | None = None
         if content.is_sharded:
             held = shard_by_rows(
@@ -368,9 +368,7 @@ class Checkpoints:
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(
-        self, content: Content | Shard
-    ) -> tuple[Content | Shard, Arrival | PendingCopies | None]:
+    def _copied(self, content: Content | Shard) -> tuple[Content | Shard, Arrival | None]:
         try:
             reserved, self._reserved = self._reserved, None
             if reserved is not None:

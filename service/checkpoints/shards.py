@@ -249,7 +249,7 @@ class Snapshot:
         }
         return replace(content, tensors=held), arrived
 
-    def part(self, shard: Shard) -> tuple[Shard, Arrival | PendingCopies | None]:
+    def part(self, shard: Shard) -> tuple[Shard, Arrival | None]:
         """The same for the shard of one process.
 
         In main memory, what only an update changes is not copied yet, but by the `PendingCopies`
@@ -257,7 +257,6 @@ class Snapshot:
         """
         every = [s for stretches in shard.stretches.values() for s in stretches]
         late = [not self._pinned and segment.still is not None for segment in every]
-        arrived: Arrival | PendingCopies | None
         spaces, arrived = self._copies([s.numbers for s in every], late=late)
         copies = iter(spaces)
         held = {
