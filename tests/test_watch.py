@@ -403,19 +403,24 @@ from service.monitoring.live_report import serve
 
 class Body(bytes):
     def __len__(self):  # which the server asks for when it sends the answer
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return 2
 
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `evenstep report` does
+def end(number, frame):  # as `evenstep report` does
+    raise KeyboardInterrupt
+
+number = int(sys.argv[2])
+signal.signal(number, end)
 listening = bound("127.0.0.1", int(sys.argv[1]))
 print("listens", flush=True)
 serve(SimpleNamespace(answer=lambda request: Answer(200, Body(b"ok"))), [listening])
 """
 
 
-def test_a_server_that_is_ended_while_it_answers_writes_no_trace() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_server_that_is_ended_while_it_answers_writes_no_trace(number: signal.Signals) -> None:
     port, pipe = free_port(), subprocess.PIPE
-    words = [sys.executable, "-c", STOPPED_WHILE_IT_ANSWERS, str(port)]
+    words = [sys.executable, "-c", STOPPED_WHILE_IT_ANSWERS, str(port), str(int(number))]
     with start(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "listens\n"

@@ -162,7 +162,7 @@ def _script() -> str:
 
 
 def serve(report: LiveReport, sockets: Sequence[socket.socket]) -> None:
-    """Serve the pages on these sockets until an interrupt, or a signal to end."""
+    """Serve the pages on these sockets until a signal to end."""
 
     async def answer(request: Request) -> Answer:
         return await asyncio.to_thread(report.answer, request)
@@ -170,7 +170,8 @@ def serve(report: LiveReport, sockets: Sequence[socket.socket]) -> None:
     async def until_stopped() -> None:
         own, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert own is not None, "asyncio runs it in one"
-        for number in (signal.SIGTERM, signal.SIGHUP):  # Python's handler would raise anywhere
+        # A handler of Python's would raise anywhere, also amid an answer.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, own.cancel)
         with suppress(asyncio.CancelledError):
