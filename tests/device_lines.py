@@ -94,10 +94,6 @@ NOT_RUN = {
         'words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]',
     ),
     ("launch/commands/doctor.py", 'told += f", CUDA {torch.version.cuda}, driver {_driver()}"'),
-    (
-        "launch/rank/process_group.py",
-        "card: Any = torch.cuda.get_device_properties(world.device)",
-    ),
 }
 APPLE = "; its branch for Apple: nothing yet"
 # Lines that still name one vendor: why, and what of it nothing has run.
@@ -233,14 +229,6 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "NCCL's own setting",
         "; its effect: nothing yet",
     ),
-    (
-        "launch/rank/process_group.py",
-        'if world.device.type != "cuda" or environment.local_world_size == 1:',
-    ): ("sysfs tells the NUMA node of an NVIDIA card by its PCI place", NVIDIA),
-    (
-        "launch/rank/process_group.py",
-        "card: Any = torch.cuda.get_device_properties(world.device)",
-    ): ("as above", NVIDIA),
     (
         "service/optimization/precision.py",
         "_IN_CUDNN = (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)",

@@ -14,6 +14,7 @@ computes with torch's CPU kernels, and like a GPU it
 - draws random numbers from generators of its own;
 - has so much memory (`SIM_BYTES`), says how much of it was used, and how it is out of memory;
 - has several devices (`SIM_DEVICES`), and notes on which of them a thread has opened a context;
+- says on which bus of the PCI each of them is, where it is told (`SIM_BUSES`);
 - exchanges by a backend of its own, `simccl`, that refuses tensors of the CPU, as NCCL does.
 
 What it cannot show: speed, NCCL, TF32, fused kernels (a GRU's, SyncBatchNorm's), CUDA graphs,
@@ -294,6 +295,20 @@ class _Properties:
     total_memory = BYTES
 
 
+class _OnPci(_Properties):
+    """Also where it is on the machine's PCI, as NVIDIA's and AMD's tell."""
+
+    pci_domain_id = pci_device_id = 0
+
+    def __init__(self, bus: str) -> None:
+        self.pci_bus_id = int(bus, 16)
+
+
+def get_device_properties(device: Any = None) -> _Properties:
+    buses = os.environ.get("SIM_BUSES", "").split()
+    return _OnPci(buses[_index_of(device)]) if buses else _Properties()
+
+
 def _module() -> ModuleType:
     """What `torch.get_device_module("sim")` gives, with the names that other vendors' have."""
     module: Any = ModuleType("torch.sim")
@@ -309,7 +324,7 @@ def _module() -> ModuleType:
         synchronize,
     )
     module.get_device_name = lambda device=None: _Properties.name
-    module.get_device_properties = lambda device=None: _Properties()
+    module.get_device_properties = get_device_properties
     module.max_memory_allocated, module.memory_allocated = max_memory_allocated, memory_allocated
     module.reset_peak_memory_stats, module.mem_get_info = reset_peak_memory_stats, mem_get_info
     module.memory_reserved = memory_reserved

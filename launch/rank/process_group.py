@@ -25,6 +25,7 @@ from launch.rank.joining import (
 )
 from service.basics.errors import SpecError, Stopped
 from service.basics.limits import stay_near, threads_each
+from service.distributed.devices import module_of
 from service.distributed.recursive_doubling import meet
 from service.distributed.world import (
     BOUNDED,
@@ -153,9 +154,7 @@ def require_own_device(world: World, own: str) -> None:
 
 def identity_of(device: torch.device) -> str:
     """A text that is equal for two processes if and only if they use the same device."""
-    module = torch.get_device_module(device)
-    told = getattr(module, "get_device_properties", None)
-    properties: Any = None if told is None else told(device)
+    properties = _properties_of(device)
     name: str = getattr(properties, "name", device.type)
     # A MIG slice counts as its GPU: NCCL compares the PCI address.
     if hasattr(properties, "uuid") and "MIG" not in name.split():
@@ -167,17 +166,21 @@ def identity_of(device: torch.device) -> str:
     return " ".join([f"{name} {device.index or 0} of {_machine()}", *visible])
 
 
-def stay_near_device(world: World, environment: Environment) -> None:
-    """Bind each of several processes of a machine to the cores of its GPU's NUMA node.
+def _properties_of(device: torch.device) -> Any:
+    """What the maker tells of a device; None if nothing."""
+    told = getattr(module_of(device), "get_device_properties", None)
+    return None if told is None else told(device)
+
+
+def stay_near_device(world: World, environment: Environment, system: Path = Path("/sys")) -> None:
+    """Bind each of several processes of a machine to the cores of its device's NUMA node.
 
     Called when the number of cores of each process is known, because it changes the visible cores.
     """
-    if world.device.type != "cuda" or environment.local_world_size == 1:
-        return
-    card: Any = torch.cuda.get_device_properties(world.device)
-    if hasattr(card, "pci_bus_id"):
+    card = _properties_of(world.device)
+    if environment.local_world_size > 1 and hasattr(card, "pci_bus_id"):
         bus = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}"
-        stay_near(f"{bus}.0")
+        stay_near(f"{bus}.0", system)
 
 
 def _machine() -> str:
