@@ -4,13 +4,14 @@ It is registered as a vendor registers a device of its own (torch's key PrivateU
 through the entry point `torch.backends`), so the unmodified `evenstep` command trains on it. It
 computes with torch's CPU kernels, and like a GPU it
 
-- refuses to mix its tensors with those of the CPU, and has no `numpy()`;
+- refuses to mix its tensors with those of the CPU, where CUDA does, and has no `numpy()`;
 - lets a copy marked `non_blocking` arrive late: until somebody waits for it, the host reads NaN;
   a copy from pinned memory is read from there late, so that an overwritten buffer is seen;
 - notes in `WAITS`, and in the trace of a profiler, every time the host waits for the device;
 - has streams and events: what one stream wrote may be read by another only after a wait, and memory
   that another stream still reads may be given back only with `record_stream`, unless its own
   stream waits for the other before it uses memory again. Else: `Race`;
+- has no deterministic implementation of some operations that have none on CUDA;
 - draws random numbers from generators of its own;
 - has so much memory (`SIM_BYTES`), says how much of it was used, and how it is out of memory;
 - has several devices (`SIM_DEVICES`), and notes on which of them a thread has opened a context;
@@ -18,7 +19,7 @@ computes with torch's CPU kernels, and like a GPU it
 - exchanges by a backend of its own, `simccl`, that refuses tensors of the CPU, as NCCL does.
 
 What it cannot show: speed, NCCL, TF32, fused kernels (a GRU's, SyncBatchNorm's), CUDA graphs,
-kernels that are not deterministic, and whatever happens inside a driver. Work is done at once: a
+whether kernels are deterministic, and whatever happens inside a driver. Work is done at once: a
 stream is an order that is checked, and not a queue. A process computes on one of the devices, and
 its tensors call themselves `sim:0` whichever it is: torch's autograd engine knows one device of
 such a kind.
@@ -41,7 +42,23 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-_INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+_INDEXING = (
+    *(aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put_.default),
+    *(aten.index_put.default, aten._index_put_impl_.default, aten._unsafe_index_put.default),
+)
+# What has no deterministic implementation on CUDA, and how torch calls it.
+_UNORDERED = {
+    "adaptive_max_pool2d_backward": "adaptive_max_pool2d_backward_cuda",
+    "_adaptive_avg_pool2d_backward": "adaptive_avg_pool2d_backward_cuda",
+    "_adaptive_avg_pool3d_backward": "adaptive_avg_pool3d_backward_cuda",
+    "avg_pool3d_backward": "avg_pool3d_backward_cuda",
+    "reflection_pad1d_backward": "reflection_pad1d_backward_out_cuda",
+    "reflection_pad2d_backward": "reflection_pad2d_backward_cuda",
+    "grid_sampler_2d_backward": "grid_sampler_2d_backward_cuda",
+    "histc": "_histc_cuda",
+}
+# Beside torch's pointwise ones, these take a number from the host.
+_TAKES_A_NUMBER = ("fill", "masked_fill", "index_fill")
 WAITS: list[str] = []
 """Why the host waited for the device, in order."""
 WAITED_AT: set[tuple[str, int]] = set()
@@ -182,8 +199,8 @@ def _place_of_caller() -> tuple[str, int]:
     """Where a GPU would wait: its functions have no frames of Python's."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename in (__file__, tree_map_only.__code__.co_filename):
-        assert frame.f_back is not None
-        frame = frame.f_back
+        # A thread of the autograd engine has no other frame; the main one waits for it.
+        frame = frame.f_back or sys._current_frames()[threading.main_thread().ident or 0]
     return frame.f_code.co_filename, frame.f_lineno
 
 
@@ -567,13 +584,10 @@ def _spoil(memory: torch.Tensor) -> None:
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    ours = [tensor for tensor in leaves if isinstance(tensor, Sim)]
-    if func not in _INDEXING and any(t.dim() and not isinstance(t, Sim) for t in leaves):
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, sim "
-            f"and cpu! (when checking {func})"
-        )
+    ours = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Sim)]
+    _require_one_device(func, args, kwargs)
+    if func.overloadpacket.__name__ in _UNORDERED:
+        _alert_unordered(_UNORDERED[func.overloadpacket.__name__])
     _ready(ours)
     if _asks_host(func, args):
         _wait(str(func))
@@ -587,10 +601,12 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.native_dropout.default:
         return _dropped(*args)
     results = _result_of(func, args, kwargs)
-    own = {id(tensor.raw): tensor for tensor in ours}  # in place: the same object again
+    own: dict[int, torch.Tensor] = {id(tensor.raw): tensor for tensor in ours}
+    if func in _INDEXING and not isinstance(args[0], Sim):
+        own[id(args[0])] = args[0]  # in place: the same object again
     stream = current_stream()
 
-    def wrapped(tensor: torch.Tensor) -> Sim:
+    def wrapped(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in own:
             return own[id(tensor)]
         return Sim(tensor)
@@ -601,6 +617,64 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 if isinstance(tensor, Sim):
                     tensor.home.write(stream)
     return tree_map_only(torch.Tensor, wrapped, results)
+
+
+def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
+    """Refuse tensors of the host where CUDA refuses them, in its words.
+
+    Source: TensorIterator.cpp (`compute_types`), TensorAdvancedIndexing.cpp, and the device checks
+    of torchgen (`wrapper_CUDA_...`) in torch 2.13. A list of tensors (`_foreach_`) is computed one
+    by one where it is mixed.
+    """
+    given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+    written = {argument.name for argument in func._schema.arguments if argument.is_write}
+    tensors = [
+        (name, tensor)
+        for name, value in given.items()
+        for tensor in tree_leaves(value)
+        if isinstance(tensor, torch.Tensor)
+    ]
+    of_host = [(name, tensor) for name, tensor in tensors if not isinstance(tensor, Sim)]
+    operator = func.overloadpacket.__name__
+    if not of_host or (operator.startswith("_foreach_") and not any(t.dim() for _, t in of_host)):
+        return
+    if func in _INDEXING:
+        if not isinstance(args[0], Sim) and any(isinstance(i, Sim) for i in args[1]):
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+            )
+        values = args[2] if len(args) > 2 else args[0]
+        if not values.dim() or isinstance(values, Sim) == isinstance(args[0], Sim):
+            return
+    elif operator.strip("_") == "masked_fill" and not isinstance(args[1], Sim):
+        raise RuntimeError(
+            "expected self and mask to be on the same device, but got mask on cpu and self on "
+            f"{args[0].device}"
+        )
+    elif torch.Tag.pointwise not in func.tags and operator.strip("_") not in _TAKES_A_NUMBER:
+        common = tensors[0][1].device
+        name, other = next((n, t.device) for n, t in tensors if t.device != common)
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but got {name} is on {other}, "
+            f"different from other tensors on {common} (when checking argument in method "
+            f"wrapper_SIM_{func._schema.overload_name}_{operator})"
+        )
+    elif not any(tensor.dim() or name in written for name, tensor in of_host):
+        if len(of_host) > 1 and func is not aten.where.self:
+            raise RuntimeError("Trying to pass too many CPU scalars to non-CPU kernel!")
+        return
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        "sim:0 and cpu!"
+    )
+
+
+def _alert_unordered(name: str) -> None:
+    """As torch does of an operation on CUDA: by what it says of one on the CPU, if it minds."""
+    try:
+        torch.zeros(1).put_(torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    except RuntimeError as error:
+        _raise(RuntimeError(str(error).replace("put_", name, 1)))
 
 
 def _result_of(func: Any, args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import gc
 import json
 import linecache
+import re
 import socket
 import subprocess
 import sys
@@ -87,7 +88,6 @@ def refused(act, kind, words):
 
 
 def mixed(world):
-    refused(lambda: torch.ones(2, device="sim") + torch.ones(2), RuntimeError, "same device")
     refused(lambda: torch.ones(2, device="sim").numpy(), TypeError, "can't convert")
     refused(
         lambda: torch.empty(2**32, device="sim", dtype=torch.uint8).zero_(),
@@ -95,6 +95,79 @@ def mixed(world):
         "out of memory",
     )
     return True
+
+
+TWO = "found at least two devices, sim:0 and cpu!"
+BY_NAME = (
+    "Expected all tensors to be on the same device, but got {} is on {}, different from other "
+)
+INDEX = "indices should be either on cpu or on the same device as the indexed tensor \\(cpu\\)"
+# By what a line of Python does with tensors of the device (x, i, mask) and of the host (those with
+# h): what CUDA says of it.
+REFUSED = {
+    "x + hx": TWO,
+    "hx * x.sum()": TWO,
+    "hx.sum().add_(x.sum())": TWO,
+    "hx[i]": INDEX,
+    "hx[mask]": INDEX,
+    "hx.index_put_((i,), x[i])": INDEX,
+    "hx.index_put_((i,), torch.tensor(1.0))": INDEX,
+    "hx.index_put_((hi,), x[i])": TWO,
+    "x.index_put_((i,), hx[hi])": TWO,
+    "x.index_put_((hi,), hx[hi], accumulate=True)": TWO,
+    "x.gather(0, hi)": BY_NAME.format("index", "cpu"),
+    "hx.gather(0, i)": BY_NAME.format("index", "sim:0"),
+    "x.index_select(0, hi)": BY_NAME.format("index", "cpu"),
+    "x.index_select(0, hi[0])": BY_NAME.format("index", "cpu"),
+    "hx.index_select(0, i)": BY_NAME.format("index", "sim:0"),
+    "F.embedding(hi, x[:, None])": "got ind[a-z]* is on cpu",
+    "F.embedding(hi[0], x[:, None])": "got ind[a-z]* is on cpu",
+    "F.embedding(i, hx[:, None])": "got ind[a-z]* is on sim:0",
+    "torch.where(mask, x, hx)": "to be on the same device",
+    "torch.where(mask.cpu(), x, x)": "to be on the same device",
+    "torch.cat([x, hx])": BY_NAME.format("tensors", "cpu"),
+    "torch.stack([x.sum(), hx.sum()])": BY_NAME.format("tensors", "cpu"),
+    "x @ hx": "to be on the same device",
+    "x.masked_fill(mask.cpu(), 0.0)": "expected self and mask to be on the same device, but got m",
+    "x.clamp(hx.min(), hx.max())": "Trying to pass too many CPU scalars to non-CPU kernel!",
+    "F.cross_entropy(x[None], hi[:1])": BY_NAME.format("target", "cpu"),
+    "F.cross_entropy(x[None], i[:1], weight=hx)": BY_NAME.format("weight", "cpu"),
+}
+TAKEN = (
+    *("x[hi]", "x[mask.cpu()]", "x.index_put_((hi,), x[i])", "x.index_put_((i,), hx.sum())"),
+    *("x * hx.sum()", "torch.where(mask, hx.sum(), hx.min())", "x.masked_fill(mask, hx.sum())"),
+    *("x.fill_(hx.sum())", "x.clamp(hx.min())", "x.copy_(hx)", "hx.copy_(x)"),
+    *("torch._foreach_mul([x, x], hx.sum())", "x.requires_grad_()[hi].sum().backward()"),
+)
+
+
+def said_of(world, lines):
+    """What the device says of each: an error, or nothing."""
+    said = []
+    for line in lines:
+        x, hx = torch.ones(3, device="sim"), torch.ones(3)
+        hi = torch.tensor([1, 2])
+        names = {"x": x, "hx": hx, "i": hi.to("sim"), "hi": hi, "mask": x > 0}
+        try:
+            eval(line, {"torch": torch, "F": nn.functional} | names)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def number_of_device_in_tensor_of_host(world):
+    here = torch.zeros(3)
+    put = here.index_put_((torch.tensor([1]),), torch.tensor(7.0).to("sim"))
+    return put is here, type(here) is torch.Tensor, here.tolist()
+
+
+def test_tensors_of_two_devices_are_refused_where_cuda_refuses_them(simulated):
+    one = simulated(1)
+    for line, said in zip(REFUSED, one.run(said_of, list(REFUSED))[0], strict=True):
+        assert re.search(REFUSED[line], said), f"{line}: {said}"
+    assert one.run(said_of, list(TAKEN)) == [[""] * len(TAKEN)]
+    assert one.run(number_of_device_in_tensor_of_host) == [(True, True, [0.0, 7.0, 0.0])]
 
 
 def raced(world):
