@@ -107,6 +107,39 @@ def test_fashion_reads_a_folder_of_idx_files_and_learns_it(folder):
     assert read_metrics(folder / "runs/fashion/metrics.jsonl")[-1]["test/accuracy"] > 0.9
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fashion_pools_as_adaptive_pooling_does(memory_format):
+    found = []
+    for pool in (fashion.pooling(14, 21), torch.nn.AdaptiveMaxPool2d(7)):
+        values = torch.randn(5, 3, 14, 21, generator=torch.Generator().manual_seed(1)).relu()
+        values = values.to(memory_format=memory_format).requires_grad_()  # many are equal: zero
+        pooled = pool(values)
+        (pooled * torch.linspace(1, 2, 7)).sum().backward()
+        found.append((pooled, values.grad))
+    assert all(map(torch.equal, *found))
+
+
+def test_fashion_computes_in_one_order_on_a_device_or_says_what_to_change(folder, with_sim):
+    def run(*words):
+        words = (f"task_args.folder={folder}", "exactness=bitwise", "length={steps: 2}", *words)
+        return evenstep("run", "fashion", "batch={global_batch: 8}", *words, cwd=folder, **with_sim)
+
+    refused = run()
+    assert refused.returncode == 64, refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(
+        "error: exactness: bitwise: torch has no deterministic implementation of "
+        "adaptive_max_pool2d_backward_cuda on sim, and "
+    )
+    assert not (folder / "runs/fashion").exists()
+    for part, count in (("train", 103), ("t10k", 31)):  # of Fashion-MNIST's size
+        for file in folder.glob(f"{part}-images*"):
+            write_idx(file, np.arange(count * 28 * 28).reshape(count, 28, 28) % 255)
+    done = run("schedule={}", "test={}")
+    assert done.returncode == 0, done.stderr
+    assert "1 process on sim" in done.stdout
+
+
 def test_fashion_gives_pixels_around_zero_and_labels(folder):
     images, labels = fashion.images_in(folder, "train").tensors
     assert images.shape == (103, 1, 9, 7)

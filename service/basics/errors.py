@@ -147,10 +147,14 @@ def with_place(error: BaseException) -> str:
 
     The line is the last one of the user's own code in the traceback, if there is one.
     """
+    return f"{type(error).__name__}: {error}{place_of(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """` (my_task.py:12)`, or empty."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if is_own_code(frame.filename)]
-    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 _SERVICE = Path(__file__).parents[1]

@@ -29,9 +29,9 @@ def task(folder: str = DEBIAN, width: int = 16, dropout: float = 0.2) -> Task:
             and t10k-labels-idx1-ubyte, each plain or with .gz.
     """
     train, test = images_in(Path(folder), "train"), images_in(Path(folder), "t10k")
-    kinds = int(train.tensors[1].max()) + 1
+    kinds, (height, across) = int(train.tensors[1].max()) + 1, train.tensors[0].shape[2:]
     return supervised(
-        model=lambda: network(kinds, width, dropout),
+        model=lambda: network(kinds, width, dropout, height, across),
         train=train,
         test=test,
         loss="cross_entropy",
@@ -39,8 +39,9 @@ def task(folder: str = DEBIAN, width: int = 16, dropout: float = 0.2) -> Task:
     )
 
 
-def network(kinds: int, width: int, dropout: float) -> nn.Module:
+def network(kinds: int, width: int, dropout: float, height: int, across: int) -> nn.Module:
     """Two convolutions with BatchNorm, and a head with Dropout: [B, 1, H, W] to [B, kinds]."""
+    half = math.ceil(height / 2), math.ceil(across / 2)
     return nn.Sequential(
         nn.Conv2d(1, width, 5, stride=2, padding=2, bias=False),
         nn.BatchNorm2d(width),
@@ -48,11 +49,21 @@ def network(kinds: int, width: int, dropout: float) -> nn.Module:
         nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
         nn.BatchNorm2d(2 * width),
         nn.ReLU(),
-        nn.AdaptiveMaxPool2d(7),
+        pooling(*half),
         nn.Flatten(),
         nn.Dropout(dropout),
         nn.Linear(2 * width * 49, kinds),
     )
+
+
+def pooling(height: int, across: int) -> nn.Module:
+    """The largest values of each part: [B, C, H, W] to [B, C, 7, 7].
+
+    `AdaptiveMaxPool2d` has no deterministic backward pass on a GPU, as `exactness: bitwise` needs.
+    """
+    if height % 7 or across % 7:
+        return nn.AdaptiveMaxPool2d(7)
+    return nn.MaxPool2d((height // 7, across // 7))
 
 
 def images_in(folder: Path, part: str) -> TensorDataset:

@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from service.basics.errors import EvenstepError, SpecError, is_out_of_memory, told_as_mistake
+from service.basics.errors import (
+    EvenstepError,
+    SpecError,
+    is_out_of_memory,
+    place_of,
+    told_as_mistake,
+)
 from service.data.batches import Batch
 from service.data.losses import StepContext, require_weights
 from service.data.own_step import Pass, SteppedModel, alone, leaves_of
@@ -186,9 +192,10 @@ class DryRun:
             if checked:  # at the latest then a device reports an index out of range
                 synchronize(self.world.device)
         except RuntimeError as error:
-            if "device-side assert" not in str(error):
+            told = _asserted(self.batch, error) or _unordered(error, self.world)
+            if told is None:
                 raise
-            raise SpecError(_asserted(self.batch, error)) from error
+            raise SpecError(told) from error
         return loss
 
     def loss(self, callee: nn.Module, *, checked: bool = False) -> Tensor:
@@ -418,11 +425,32 @@ def teacher_of(
     return MovingAverage(model, decay, twin=twin).model
 
 
-def _asserted(batch: Batch, error: RuntimeError) -> str:
+def _asserted(batch: Batch, error: RuntimeError) -> str | None:
+    """A device's message about an index, and what to do; None if it is another error."""
+    if "device-side assert" not in str(error):
+        return None
     rows = ", ".join(map(str, batch.rows[:8].tolist()))
     return (
         f"task: one forward and backward pass over {len(batch.rows)} rows ({rows} ...) failed on "
         f"the device: {str(error).splitlines()[0]}. An index is out of range: most often a "
         "label that is not a class, or a token that the embedding does not have. "
         "With EVENSTEP_DEVICE=cpu, the same command names the value."
+    )
+
+
+def _unordered(error: RuntimeError, world: World) -> str | None:
+    """torch's refusal of an operation that gives other bits each time; None if it is another error.
+
+    Source of its words: `Context::alertNotDeterministic` in torch's aten/src/ATen/Context.cpp.
+    """
+    operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+    if not found:
+        return None
+    return (
+        f"exactness: bitwise: torch has no deterministic implementation of {operation} on "
+        f"{world.device.type}, and a forward and backward pass of the task uses it"
+        f"{place_of(error)}. Use another operation in its place, such as MaxPool2d or AvgPool2d "
+        "instead of AdaptiveMaxPool2d or AdaptiveAvgPool2d; the documentation of "
+        "torch.use_deterministic_algorithms lists all of these operations. Or use "
+        "exactness=rounding."
     )
