@@ -17,7 +17,7 @@ SERVICES = (
     # trackers
     *("wandb", "wandb_training", "sweep", "mlflow", "opentelemetry", "second_writers"),
     # engines
-    *("kubernetes_client", "slurm_script", "slurm_step"),
+    *("kubernetes_client", "kubernetes_submission", "slurm_script", "slurm_step"),
 )
 """The names of the files, without `test_`."""
 

@@ -54,9 +54,9 @@ def kubernetes(place: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def applied(answer: Answer) -> dict[tuple[str, str], list[Answer]]:
-    """What a server says to server-side apply, which was not recorded: the object, created."""
-    created = Answer(201, {}, {"Content-Type": "application/json"})
-    return {("PATCH", JOB): [answer], ("PATCH", ""): [created]}
+    """The answer to the creation of a job; the others were not recorded: the object."""
+    made = Answer(201, recorded(5).body, {"Content-Type": "application/json"})
+    return {("POST", ""): [answer], ("PATCH", ""): [made]}
 
 
 def test_submit_applies_every_object_with_strict_validation(place: Path) -> None:
@@ -64,12 +64,15 @@ def test_submit_applies_every_object_with_strict_validation(place: Path) -> None
         done = kubernetes(place, "submit", "job.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Job ddp-train is submitted to namespace ml-train.\n"
-    patches = [r for r in server.requests if r.method == "PATCH"]
-    assert [r.body["kind"] for r in patches][-3:] == ["Secret", "Service", "Job"]
-    assert len(patches) == 7
+    (created, *patches, started) = [r for r in server.requests if r.method != "GET"]
+    assert (created.method, created.body["kind"]) == ("POST", "Job")
+    assert [r.body["kind"] for r in patches][-2:] == ["Secret", "Service"]
+    assert len(patches) == 6
     assert {r.content_type for r in patches} == {"application/apply-patch+yaml"}
-    assert {r.query["fieldManager"][0] for r in patches} == {"evenstep"}
-    assert {r.query["fieldValidation"][0] for r in patches} == {"Strict"}
+    assert started.body["spec"] == {"suspend": False}
+    assert started.content_type == "application/merge-patch+json"
+    assert {r.query["fieldManager"][0] for r in (created, *patches, started)} == {"evenstep"}
+    assert {r.query["fieldValidation"][0] for r in (created, *patches, started)} == {"Strict"}
 
 
 def test_submit_refuses_to_overwrite_a_job_that_runs(place: Path) -> None:
@@ -408,7 +411,7 @@ NOT_THERE = {
 @pytest.mark.parametrize("what", NOT_THERE)
 def test_what_is_not_there_is_named(place: Path, what: str) -> None:
     body, code, words = NOT_THERE[what]
-    answers = {("GET", "/jobsets/ddp-train"): [NONE], ("PATCH", ""): [Answer(404, body)]}
+    answers = {("GET", "/jobsets/ddp-train"): [NONE], ("POST", ""): [Answer(404, body)]}
     with serving(answers, place / "config"):
         ended = kubernetes(place, "submit", "job.yaml", "--target", "jobset")
     assert ended.returncode == code
@@ -551,8 +554,7 @@ def test_a_job_that_failed_is_reported_with_a_command_for_its_log(place: Path) -
     failed = copy.deepcopy(recorded(26))
     failed.body["status"]["conditions"][-1]["type"] = "Failed"
     answers = {("GET", "/namespaces/team-a/jobs/ddp-train"): [NONE, failed]}
-    created = {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
-    with serving(answers | created, place / "config"):
+    with serving(answers | applied(recorded(5)), place / "config"):
         words = ("submit", "job.yaml", "kubernetes.namespace=team-a", "--wait")
         ended = kubernetes(place, *words)
     assert ended.returncode == 1, ended.stderr
@@ -657,7 +659,11 @@ def needed(request: Request) -> set[tuple[str, str, str]]:
     )
     assert found is not None, request.path
     group, resource = found[1] or "", found[2] + (found[3] or "")
-    verbs = {"GET": ["get"], "PATCH": ["patch", "create"], "DELETE": ["delete"]}[request.method]
+    verbs = {"GET": ["get"], "POST": ["create"], "PATCH": ["patch"], "DELETE": ["delete"]}[
+        request.method
+    ]
+    if request.content_type == "application/apply-patch+yaml":
+        verbs.append("create")
     if request.method == "GET" and request.path.endswith(resource) and not found[3]:
         verbs = ["list"]
     return {(verb, group, resource) for verb in verbs}
@@ -677,7 +683,10 @@ def test_the_role_grants_what_the_commands_ask_for_and_no_more(place: Path) -> N
         answers = {("GET", path): [NONE, queued], ("DELETE", path): [recorded(29)]}
         answers |= {("GET", PODS): [recorded(15)], ("GET", EVENTS): [recorded(28)]}
         answers |= {("GET", "/workloads"): [Answer(200, {"items": []})], ("GET", "/log"): [LOG]}
-        answers |= {("PATCH", ""): [Answer(201, {}, {"Content-Type": "application/json"})]}
+        orphan = {"metadata": {"name": "ddp-train-0", "uid": "of a submit that died"}}
+        answers |= {("GET", "/trainingruntimes"): [Answer(200, {"items": [orphan]})]}
+        answers |= {("DELETE", "/trainingruntimes/ddp-train-0"): [recorded(29)]}
+        answers |= applied(recorded(5))
         with serving(answers, place / "config") as server:
             submit = ("submit", "job.yaml", f"kubernetes.gang={gang}")
             for words in (submit, *((w, "ddp-train") for w in after)):

@@ -5,7 +5,8 @@ From top to bottom; a room imports only from rooms below it:
 * kustomize: writes k8s/base and its overlays: `python -m launch.engines.kubernetes.kustomize`.
 * engine: kubernetes as one of the engines: render, submit, status, logs, cancel.
 * manifests: renders a spec as Kubernetes manifests: a pure function.
-* jobs: submit a job to a cluster, watch its state, read its logs, cancel it.
+* submission: creates the objects of a job, also if two submits overlap or one dies.
+* jobs: watches the state of a job, reads its logs, cancels it.
 * targets: the targets that run the pods: an Indexed Job, a JobSet, or a Kubeflow TrainJob.
 * states: the states of a job and its pods as text: pure, from the cluster's objects.
 * refusals: errors that a cluster would report, found before the cluster is asked.

@@ -14,6 +14,7 @@ from service.basics.errors import EvenstepError, SpecError, printable
 from service.spec.part import DNS_LABEL, DNS_NAME, PATTERNS_IN_WORDS
 
 FIELD_MANAGER = "evenstep"
+_STRICT = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
 _SHOWN_LETTERS = 200
 _PATHS = {
     "ServiceAccount": "api/v1/namespaces/{namespace}/serviceaccounts",
@@ -44,6 +45,10 @@ class ClusterError(EvenstepError):
 
 class ClusterUnreachable(ClusterError):
     """The cluster did not respond, or temporarily could not: the request may be repeated."""
+
+
+class Conflict(SpecError):
+    """An object of this name exists already, or is another one than expected."""
 
 
 class Api:
@@ -112,17 +117,60 @@ class Api:
         self._call(
             "PATCH",
             self._path(kind, made["metadata"]["name"]),
-            params={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
+            params=_STRICT,
             headers={"Content-Type": "application/apply-patch+yaml"},
             content=json.dumps(made),
         )
 
-    def delete(self, kind: str, name: str) -> dict[str, Any] | None:
+    def create(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Create the object, and return it as the server has it.
+
+        Raises:
+            Conflict: one of this name exists.
+        """
+        self._path(made["kind"], made["metadata"]["name"])  # only to check the name
+        path = self._path(made["kind"])
+        return self._call("POST", path, params=_STRICT, having="metadata", json=made)
+
+    def merge(self, kind: str, name: str, change: dict[str, Any]) -> dict[str, Any] | None:
+        """Change some keys of the object (a JSON merge patch) and return it; None if it does not
+        exist.
+
+        Raises:
+            Conflict: `change` names a uid or a version that the object does not have.
+        """
+        found = self._call(
+            "PATCH",
+            self._path(kind, name),
+            missing=True,
+            having="metadata",
+            params=_STRICT,
+            headers={"Content-Type": "application/merge-patch+json"},
+            content=json.dumps(change),
+        )
+        return found or None
+
+    def delete(
+        self, kind: str, name: str, *, uid: str | None = None, version: str | None = None
+    ) -> dict[str, Any] | None:
         """Delete the object after its dependents; None if it does not exist.
 
         Returns the server's answer: the object as it was, or a status.
+
+        Args:
+            uid: delete only the object with this uid.
+            version: delete it only if it has not changed since this version.
+        Raises:
+            Conflict: the object is another one, or has changed.
         """
-        wish = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        wish: dict[str, Any] = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": "Foreground",
+        }
+        only = {"uid": uid, "resourceVersion": version}
+        if any(only.values()):
+            wish["preconditions"] = {key: value for key, value in only.items() if value}
         return self._call("DELETE", self._path(kind, name), missing=True, json=wish) or None
 
     def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
@@ -238,7 +286,9 @@ def _refusal(code: int, text: str, namespace: str) -> EvenstepError:
             f"The cluster does not know this kind of object ({message or 'not found'}): "
             "the target's controller is not installed. Use --target job."
         )
-    if code in (400, 409, 422):
+    if code == 409:
+        return Conflict(f"The cluster refuses: {message}.")
+    if code in (400, 422):
         return SpecError(f"The cluster refuses: {message}.")
     kind = ClusterUnreachable if code in (429, 500, 502, 503, 504) else ClusterError
     return kind(f"The cluster answered {code}: {message}.")

@@ -79,6 +79,7 @@ class Kubernetes:
         from launch.engines.kubernetes import jobs
         from launch.engines.kubernetes.api import Api, ClusterError
         from launch.engines.kubernetes.manifests import notes
+        from launch.engines.kubernetes.submission import submit
 
         objects = _objects(spec, target, more, without_secret=without_secret)
         cluster = spec.kubernetes
@@ -91,7 +92,7 @@ class Kubernetes:
         for line in notes(spec, objects, target=target):
             complain(line)
         with Api(**self.options_in(spec), say=complain) as api:
-            jobs.submit(api, objects, say=say)
+            submit(api, objects, say=say)
             if waits:
                 kind = jobs.KINDS[target]
                 end = jobs.wait(api, kind, spec.name, say=complain)

@@ -1,4 +1,4 @@
-"""Submit a job to a cluster, watch its state, read its logs, cancel it."""
+"""Watch the state of a job on a cluster, read its logs, cancel it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from launch.engines.contract import progress_in
 from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
-from launch.engines.kubernetes.pod.pods import Manifest
 from launch.engines.kubernetes.pod.queues import QUEUE
 from launch.engines.kubernetes.states import (
     advised,
@@ -22,45 +21,16 @@ from launch.engines.kubernetes.states import (
 )
 from launch.engines.kubernetes.targets import GROUP, QUEUE_OF
 from launch.processes.echo import spoken
-from service.basics.errors import SpecError
-from service.basics.running_time import RunningClock, TimeLimit
+from service.basics.running_time import RunningClock
 
 KINDS = {"job": "Job", "jobset": "JobSet", "kubeflow": "TrainJob"}
 LEAST_KEEP_SECONDS = 60
 """A job that is deleted sooner after its end may be gone before its end was read."""
 _POLL_SECONDS = 2.0
-_GONE_SECONDS = 300.0
 _SILENCE_SECONDS = 600.0
 _MOST_SECONDS_A_LOOK = 60.0  # a longer gap means that this command was stopped
 _ASKED_PODS = 3
 """With more waiting pods, the events are the same."""
-
-
-def submit(api: Api, objects: list[Manifest], *, say: Callable[[str], None]) -> None:
-    """Create the objects; the objects of an earlier job of this name are deleted first, if it has
-    ended or is being stopped.
-
-    Raises:
-        SpecError: a job of this name is running, or the cluster refuses an object.
-        ClusterError: permission is denied, or the cluster does not respond.
-    """
-    work = objects[-1]
-    kind, name = work["kind"], work["metadata"]["name"]
-    earlier = api.get(kind, name)
-    if earlier is not None:
-        if earlier["metadata"].get("deletionTimestamp"):
-            say(f"{kind} {name} is still stopping; waiting until it is gone.")
-        elif ending(earlier) is None:
-            raise SpecError(
-                f"{kind} {name} exists already and has not ended. Stop it with "
-                f"{command(api, kind, 'cancel', name)}, or give this run its own --name."
-            )
-        else:
-            api.delete(kind, name)
-        _wait_until_gone(api, kind, name)
-    for made in objects:
-        api.apply(made)
-    say(f"{kind} {name} is submitted to namespace {api.namespace}.")
 
 
 def command(api: Api, kind: str, verb: str, name: str) -> str:
@@ -189,14 +159,6 @@ def _missing(api: Api, kind: str, name: str) -> ClusterError:
         f"There is no {kind} {name} in namespace {api.namespace}. Use the --target with which it "
         "was submitted, and the --namespace in its spec."
     )
-
-
-def _wait_until_gone(api: Api, kind: str, name: str) -> None:
-    limit = TimeLimit(_GONE_SECONDS)
-    while api.get(kind, name) is not None:
-        if not limit.left:
-            raise ClusterError(f"{kind} {name} has not been deleted yet. Try again later.")
-        time.sleep(_POLL_SECONDS / 4)
 
 
 def _pods(api: Api, name: str) -> list[dict[str, Any]]:

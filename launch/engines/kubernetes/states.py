@@ -8,6 +8,8 @@ from typing import Any
 from launch.engines.contract import code_in_words
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
+UNFINISHED = "evenstep-unfinished-submit"
+"""The annotation of a job whose other objects are still being created."""
 _ENDS = {"Complete", "Completed", "Failed"}
 _ADVICE = {
     r"exceeded quota": (
@@ -43,6 +45,11 @@ def advised(told: str) -> str:
     return told
 
 
+def is_unfinished(work: dict[str, Any]) -> bool:
+    """Whether other objects of a job are still being created, or its submit died before that."""
+    return UNFINISHED in (work["metadata"].get("annotations") or {})
+
+
 def ending(work: dict[str, Any]) -> str | None:
     """How a job ended, with the reason; None if it has not ended."""
     for condition in (work.get("status") or {}).get("conditions") or []:
@@ -63,6 +70,8 @@ def state(work: dict[str, Any]) -> str:
         return f"failing: {now['FailureTarget']['message']}"
     if work["metadata"].get("deletionTimestamp"):
         return "stopping"
+    if is_unfinished(work):
+        return "being submitted; if that command was interrupted, submit it again"
     if work["spec"].get("suspend"):
         return "suspended: it waits in its queue, or was stopped manually"
     return "running"

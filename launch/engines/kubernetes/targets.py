@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from launch.engines.kubernetes.pod.pods import Manifest, labels, pod_template, world_variables
 from launch.engines.kubernetes.pod.queues import EXCLUSIVE, queue_annotations, queue_labels
@@ -15,6 +16,16 @@ QUEUE_OF = "kueue.x-k8s.io/job-uid"
 """The label by which Kueue's object for a job is found."""
 GROUP = "node"
 """The single Job in a JobSet, which is named <run>-node-0."""
+
+_REFERENCES = {
+    "configMap": "ConfigMap",
+    "configMapRef": "ConfigMap",
+    "configMapKeyRef": "ConfigMap",
+    "secret": "Secret",
+    "secretRef": "Secret",
+    "secretKeyRef": "Secret",
+}
+"""The keys under which a pod template names an object of another kind."""
 
 NEVER_AGAIN = sorted((WillFailAgain.exit_code, SpecError.exit_code))
 NOT_ITS_FAULT = sorted((Stopped.exit_code, PeerLost.exit_code))
@@ -100,6 +111,30 @@ def with_template(objects: list[Manifest], template: Manifest) -> list[Manifest]
     template_of(objects).clear()
     template_of(objects).update(template)
     return objects
+
+
+def with_own_names(objects: list[Manifest], kinds: Sequence[str], mark: str) -> list[Manifest]:
+    """The objects, of which those of `kinds` get another name, also where the others use them."""
+    named = {(each["kind"], each["metadata"]["name"]) for each in objects if each["kind"] in kinds}
+
+    def renamed(value: Any, key: str = "") -> Any:
+        if isinstance(value, list):
+            return [renamed(each, key) for each in value]
+        if not isinstance(value, dict):
+            return value
+        kind = value["kind"] if key == "runtimeRef" else _REFERENCES.get(key)
+        return {
+            inner: f"{each}-{mark}"
+            if inner in ("name", "secretName") and (kind, each) in named
+            else renamed(each, inner)
+            for inner, each in value.items()
+        }
+
+    made: list[Manifest] = renamed(objects)
+    for each in made:
+        if (each["kind"], each["metadata"]["name"]) in named:
+            each["metadata"]["name"] += f"-{mark}"
+    return made
 
 
 def template_of(objects: list[Manifest]) -> Manifest:
