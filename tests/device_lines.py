@@ -34,6 +34,7 @@ RAN = {
     "service/data/batches.py": SIM,
     "service/preview/check.py": SIM,
     "service/checkpoints/checkpoints.py": SIM,
+    "service/checkpoints/pending_copies.py": SIM,
     "service/checkpoints/shards.py": SIM,
     "service/distributed/devices.py": SIM,
     "service/distributed/contention.py": SIM,

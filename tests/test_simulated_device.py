@@ -25,8 +25,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from launch.rank.process_group import identity_of
-from service.basics.errors import SpecError, is_out_of_memory
+from service.basics.errors import NotSaved, SpecError, is_out_of_memory
 from service.basics.limits import workers_each
+from service.checkpoints.pending_copies import DeviceCopies, PendingCopy
 from service.data.task import custom, load_task, supervised
 from service.distributed.devices import free_bytes
 from service.evaluation.metrics import Gathered
@@ -477,6 +478,80 @@ def test_the_host_does_not_wait_in_a_step_that_is_not_logged(simulated, tmp_path
     assert long[2] <= 5, "of the first rows and for a hook: a checkpoint has more tensors"
     if name == "rows from workers":  # those that a process reads itself are not pinned
         assert long[1] == short[1]
+
+
+class Writing(nn.Module):
+    """A network that changes its weights in each pass."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.inner = nn.Linear(64, 8)
+        self.outer = nn.Linear(8, 10)
+
+    def forward(self, images):
+        if self.kind == "limited":  # at first to the values that they have
+            with torch.no_grad():
+                self.inner.weight.clamp_(-0.2, 0.2)
+        if self.kind == "decayed":  # which counts as no change of the tensor
+            self.inner.weight.data.mul_(0.99)
+        return self.outer(self.inner(images.flatten(1)).relu())
+
+
+def writing(double, kind):
+    train, test = features._digits(torch.float32)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    return supervised(model=lambda: Writing(kind), train=train, test=test, loss=loss)
+
+
+def saved_when(simulated, kind, runs, **checkpoint):
+    """The bits of the checkpoint of each step of such a network."""
+    wanted = job(
+        f"{__file__}:writing",
+        {"kind": kind},
+        length={"steps": 4},
+        checkpoint={"every_steps": 1, "keep": 4} | checkpoint,
+    )
+    simulated(1).run(train_in_process, wanted, runs)
+    steps = sorted((runs / "job" / "checkpoints").glob("step-*"))
+    assert len(steps) == 4
+    return [{path.name: path.read_bytes() for path in step.glob("*.safe*")} for step in steps]
+
+
+@pytest.mark.parametrize("kind", ["limited", "decayed"])
+def test_weights_that_a_pass_changes_are_saved_as_they_were(simulated, tmp_path, kind):
+    waiting = saved_when(simulated, kind, tmp_path / "waiting", asynchronous=False)
+    assert saved_when(simulated, kind, tmp_path / "late") == waiting
+
+
+def changed_while_copied(world):
+    """What is copied of a weight, and what is said of its changes before and after an update."""
+    weight = torch.arange(3.0, device="sim").requires_grad_()
+    told = []
+    for permitted in (True, False):
+        space = torch.empty(3, pin_memory=True)
+        copies = DeviceCopies(
+            [PendingCopy("weight", weight.detach(), space, weight)],
+            world.device,
+            torch.sim.Stream(),
+        )
+        if permitted:
+            copies.permit_change()
+        else:  # in the order of the device it is too late, which the host cannot know
+            torch.sim.current_stream().wait_event(copies._arrived)
+        with torch.no_grad():
+            weight.add_(1)
+        copies.synchronize()
+        told.append(space.tolist())
+        if permitted:
+            copies.require_unchanged()
+        else:
+            refused(copies.require_unchanged, NotSaved, "weight was changed by the forward or back")
+    return told
+
+
+def test_a_change_of_a_weight_before_the_update_is_noticed(simulated):
+    assert simulated(1).run(changed_while_copied) == [[[0, 1, 2], [1, 2, 3]]]
 
 
 def contexts(world):

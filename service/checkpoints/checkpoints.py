@@ -1,9 +1,10 @@
 """Saves and restores the checkpoints of a run, by all processes together.
 
 The training thread copies the state into a reused buffer and continues; a background thread writes,
-syncs and publishes it.  If a state is sharded, the background thread copies it too, while the next
-pass runs, and the next update waits for that.  It is a thread and not a process, so it ends with
-the process whose state it writes; writing, hashing and syncing do not hold the interpreter's lock.
+syncs and publishes it.  What changes in an update only is copied while the next pass runs, by the
+background thread if it is sharded, or by a device; the next update waits for that.  The writer is a
+thread and not a process, so it ends with the process whose state it writes; writing, hashing and
+syncing do not hold the interpreter's lock.
 A large state is shared: each process of rank 0's node copies and writes its parts of the files,
 and rank 0 publishes the checkpoint after all parts are on disk.  If each process has only some
 rows, all of them write; on nodes that share no disk, those of other nodes send their rows to
@@ -56,7 +57,7 @@ from service.basics.multipart import (
     write_parts,
     write_pieces,
 )
-from service.checkpoints.pending_copies import PendingCopies
+from service.checkpoints.pending_copies import LateCopies
 from service.checkpoints.shards import (
     Shard,
     ShardLayout,
@@ -66,7 +67,7 @@ from service.checkpoints.shards import (
     shard_by_rows,
 )
 from service.checkpoints.snapshots import Content, content_of, load
-from service.distributed.devices import Arrival, use
+from service.distributed.devices import use
 from service.distributed.world import Piece, World, Writers
 from service.health.heartbeat import WRITER, Heartbeat
 from service.health.stop_budget import StopBudget
@@ -118,8 +119,8 @@ class _Job:
     rest: Mapping[str, Any]
     size_bytes: int
     """Size of the whole state."""
-    arrived: Arrival | None
-    """The end of the copy; None if there is nothing to wait for."""
+    arrived: LateCopies | None
+    """The copies to wait for, if any."""
     failed: EvenstepError | None
     """Why this process has nothing to write."""
     records: Sequence[Record]
@@ -198,7 +199,7 @@ class Checkpoints:
         self._timings: dict[str, float] = {}
         self._durable: SimpleQueue[float] = SimpleQueue()
         self._reserved: Future[None] | None = None
-        self._pending_copies: PendingCopies | None = None
+        self._pending_copies: LateCopies | None = None
         """The copies of the current save that an update must wait for."""
 
     @property
@@ -270,7 +271,7 @@ class Checkpoints:
             return
         began = time.perf_counter()
         with self._heartbeat.waiting_for_the_writer():
-            copies.synchronize()
+            copies.permit_change()
         stalled = self._timings.get("save/stall_seconds", 0.0)
         self._timings["save/stall_seconds"] = stalled + time.perf_counter() - began
 
@@ -327,7 +328,7 @@ class Checkpoints:
         began: float,
     ) -> _Job:
         held: Content | Shard = content
-        arrived: Arrival | None = None
+        arrived: LateCopies | None = None
         failed: EvenstepError | None = None
         if content.is_sharded:
             held = shard_by_rows(
@@ -341,8 +342,7 @@ class Checkpoints:
         if self._spec.asynchronous:
             try:
                 held, arrived = self._copied(held)
-                if isinstance(arrived, PendingCopies):
-                    self._pending_copies = arrived
+                self._pending_copies = arrived
             except EvenstepError as error:
                 failed = error  # the other processes wait for this report
         return _Job(held, content.rest, content.size_bytes, arrived, failed, records, seal, began)
@@ -368,7 +368,7 @@ class Checkpoints:
         busy = training if self._spec.asynchronous else 0
         return 2 if self._writers.processes == 1 and limits().cores - busy >= 2 else 1
 
-    def _copied(self, content: Content | Shard) -> tuple[Content | Shard, Arrival | None]:
+    def _copied(self, content: Content | Shard) -> tuple[Content | Shard, LateCopies]:
         try:
             reserved, self._reserved = self._reserved, None
             if reserved is not None:
@@ -418,7 +418,7 @@ class Checkpoints:
 
     def _carry_out(self, job: _Job) -> None:
         with self._heartbeat.saving():
-            if isinstance(job.arrived, PendingCopies):  # training may already wait for them
+            if job.arrived is not None:  # training may already wait for them
                 job.arrived.make()
             self._save(job)
 
@@ -902,7 +902,6 @@ def _require_fit(job: _Job, shard: Shard) -> None:
         raise job.failed
     if job.arrived is not None:
         job.arrived.synchronize()
-    if isinstance(job.arrived, PendingCopies):
         job.arrived.require_unchanged()
     require_finite(shard)
 

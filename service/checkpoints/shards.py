@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,14 @@ from torch import Tensor
 
 from service.basics.errors import Diverged
 from service.basics.multipart import Part, parts_of, shared_out
-from service.checkpoints.pending_copies import PendingCopies, PendingCopy
+from service.checkpoints.pending_copies import (
+    DeviceCopies,
+    LateCopies,
+    PendingCopies,
+    PendingCopy,
+)
 from service.checkpoints.snapshots import Content
-from service.distributed.devices import Arrival, copies_late, moment
+from service.distributed.devices import copies_late, side_stream
 from service.runs.checkpoint_files import OPTIMIZER, header
 from service.sharding.heap import populate
 from service.sharding.sharding import first_row, is_sharded, own_rows, writes_rows
@@ -124,8 +128,7 @@ class ShardLayout:
         self._processes = processes
         self._heads = {file: header(content.entries(file)) for file in content.tensors}
         self._stretches = {
-            file: _in_a_row(tensors, len(self._heads[file]))
-            for file, tensors in content.tensors.items()
+            file: _in_a_row(content, file, len(self._heads[file])) for file in content.tensors
         }
         bound: set[Part] = set()
         every: list[Part] = []
@@ -166,11 +169,6 @@ def shard_by_rows(content: Content, *, index: int, hashing: int, part_bytes: int
     Args:
         hashing: how many processes hash the files; each of the first ones has a share of the parts.
     """
-
-    def is_still(file: str, name: str) -> bool:
-        # The name of an optimizer's state ends with that of its parameter.
-        return (name.partition(":")[2] if file == OPTIMIZER else name) in content.still
-
     heads = {file: header(content.entries(file)) for file in content.tensors}
     stretches: dict[str, list[Segment]] = {}
     parts: list[Part] = []
@@ -181,7 +179,7 @@ def shard_by_rows(content: Content, *, index: int, hashing: int, part_bytes: int
             if is_sharded(tensor) and rows.numel():
                 begin += first_row(tensor) * (tensor.nbytes // tensor.shape[0])
             if rows.numel() and (writes_rows(tensor) if is_sharded(tensor) else index == 0):
-                still = tensor if is_still(file, name) else None
+                still = tensor if content.is_still(file, name) else None
                 row.append(Segment(name, begin, begin + rows.nbytes, rows, still))
             at += tensor.nbytes
         stretches[file] = row
@@ -200,10 +198,11 @@ def most_shares(size_bytes: int, part_bytes: int) -> int:
     return max(1, size_bytes // (_LEAST_PARTS * part_bytes))
 
 
-def _in_a_row(tensors: dict[str, Tensor], at: int) -> list[Segment]:
+def _in_a_row(content: Content, file: str, at: int) -> list[Segment]:
     row = []
-    for name, tensor in tensors.items():
-        row.append(Segment(name, at, at + tensor.nbytes, tensor))
+    for name, tensor in content.tensors[file].items():
+        still = tensor if content.is_still(file, name) else None
+        row.append(Segment(name, at, at + tensor.nbytes, tensor, still))
         at += tensor.nbytes
     return row
 
@@ -219,14 +218,28 @@ def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
     return spans
 
 
+class Source(NamedTuple):
+    """A tensor to copy into the buffer."""
+
+    name: str
+    numbers: Tensor
+    still: Tensor | None
+    """The tensor that has its memory, if it changes in an update only."""
+
+
 class Snapshot:
-    """A reused buffer in main memory with the layout of the files, for a copy of the state."""
+    """A reused buffer in main memory with the layout of the files, for a copy of the state.
+
+    What changes in an update only is copied while the next pass runs: from main memory by the
+    writer, and by a device on a stream of its own.  The update waits for that.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        # A GPU copies to pinned memory asynchronously, in stream order: the copy is
-        # of the state as it is now, and only the writer waits for it.
+        # A GPU copies to pinned memory asynchronously, in stream order: what is copied on
+        # its current stream is the state as it is now.
         self._device = device
         self._pinned = copies_late(device)
+        self._stream = side_stream(device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size_bytes: int) -> None:
@@ -238,9 +251,13 @@ class Snapshot:
             if self._pinned or not populate(self._buffer):
                 self._buffer.zero_()
 
-    def whole(self, content: Content) -> tuple[Content, Arrival | None]:
-        """A copy of the content in the buffer, valid until the next one; and the event to await."""
-        every = [tensor for tensors in content.tensors.values() for tensor in tensors.values()]
+    def whole(self, content: Content) -> tuple[Content, LateCopies]:
+        """A copy of the content in the buffer, valid until the next one; and what to await."""
+        every = [
+            Source(name, tensor, tensor if content.is_still(file, name) else None)
+            for file, tensors in content.tensors.items()
+            for name, tensor in tensors.items()
+        ]
         spaces, arrived = self._copies(every)
         copies = iter(spaces)
         held = {
@@ -249,48 +266,40 @@ class Snapshot:
         }
         return replace(content, tensors=held), arrived
 
-    def part(self, shard: Shard) -> tuple[Shard, Arrival | None]:
-        """The same for the shard of one process.
-
-        In main memory, what only an update changes is not copied yet, but by the `PendingCopies`
-        to await.
-        """
-        every = [s for stretches in shard.stretches.values() for s in stretches]
-        late = [not self._pinned and segment.still is not None for segment in every]
-        spaces, arrived = self._copies([s.numbers for s in every], late=late)
+    def part(self, shard: Shard) -> tuple[Shard, LateCopies]:
+        """The same for the shard of one process."""
+        every = [
+            Source(segment.name, segment.numbers, segment.still)
+            for stretches in shard.stretches.values()
+            for segment in stretches
+        ]
+        spaces, arrived = self._copies(every)
         copies = iter(spaces)
         held = {
             file: [stretch._replace(numbers=next(copies)) for stretch in stretches]
             for file, stretches in shard.stretches.items()
         }
-        if any(late):
-            pairs = zip(every, spaces, strict=True)
-            arrived = PendingCopies(
-                PendingCopy(segment.name, segment.numbers, space, segment.still)
-                for segment, space in pairs
-                if segment.still is not None
-            )
         return replace(shard, stretches=held), arrived
 
     @torch.no_grad()
-    def _copies(
-        self, tensors: Sequence[Tensor], *, late: Iterable[bool] = repeat(False)
-    ) -> tuple[list[Tensor], Arrival | None]:
-        """The spaces of these tensors, with their copies, except of those that are made late."""
-        self.reserve(sum(tensor.nbytes for tensor in tensors))
-        spaces = []
+    def _copies(self, sources: Sequence[Source]) -> tuple[list[Tensor], LateCopies]:
+        """The spaces of these tensors, and the copies that are made late: the others are made."""
+        self.reserve(sum(source.numbers.nbytes for source in sources))
+        spaces, late = [], []
         at = 0
-        for tensor, is_late in zip(tensors, late, strict=False):
-            at += -at % tensor.element_size()
-            space = self._buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            if not is_late:
-                space.copy_(tensor, non_blocking=self._pinned)
+        for source in sources:
+            numbers = source.numbers
+            at += -at % numbers.element_size()
+            space = self._buffer[at : at + numbers.nbytes].view(numbers.dtype).view(numbers.shape)
+            if source.still is not None and numbers.device.type == self._device.type:
+                late.append(PendingCopy(source.name, numbers, space, source.still))
+            else:
+                space.copy_(numbers, non_blocking=self._pinned)
             spaces.append(space)
-            at += tensor.nbytes
-        arrived: Arrival | None = None
+            at += numbers.nbytes
         if self._pinned:
-            arrived = moment(self._device)
-        return spaces, arrived
+            return spaces, DeviceCopies(late, self._device, self._stream)
+        return spaces, PendingCopies(late)
 
 
 def require_finite(shard: Shard) -> None:

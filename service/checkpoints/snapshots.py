@@ -43,11 +43,16 @@ class Content:
     trained: frozenset[str]
     """The names of weights that are parameters; the others are buffers."""
     still: frozenset[str] = frozenset()
-    """The sharded parameters that no pass changes, and whose optimizer state none changes."""
+    """The parameters that no pass changes, and whose optimizer state none changes."""
 
     def entries(self, file: str) -> list[Entry]:
         """The tensors of one file, as entries of its header."""
         return [Entry(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in self.tensors[file].items()]
+
+    def is_still(self, file: str, name: str) -> bool:
+        """Whether the tensor of that name in that file changes in an update only."""
+        # The name of an optimizer's state ends with that of its parameter.
+        return (name.partition(":")[2] if file == OPTIMIZER else name) in self.still
 
     @property
     def size_bytes(self) -> int:
@@ -91,20 +96,7 @@ def content_of(state: TrainState, places: list[dict[str, Any]] | None = None) ->
     rest = copy.deepcopy(rest) | {"optimizer": described, "aliases": aliases}
     trained = frozenset(name for name, _ in state.model.named_parameters())
     ordered = {name: _in_order_on_disk(tensors, trained) for name, tensors in files.items()}
-    return Content(ordered, rest, trained, _still(state))
-
-
-def _still(state: TrainState) -> frozenset[str]:
-    """The parameters that change in an update and at no other time.
-
-    A pass through a sharded model changes the gathered weights, if any.  A step of the user's may
-    change everything, and so may a pass change a frozen parameter, such as a teacher's; an
-    optimizer with separate weights for testing changes its parameters before a test.
-    """
-    if not state.passes_only_read:
-        return frozenset()
-    parameters = state.model.named_parameters()
-    return frozenset(name for name, p in parameters if p.requires_grad and is_sharded(p))
+    return Content(ordered, rest, trained, state.still)
 
 
 def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.basics.errors import SpecError
-from service.distributed.devices import copies_late, module_of
+from service.distributed.devices import module_of, side_stream
 
 # The keys of the targets in a row that is a mapping.
 TARGET_KEYS = ("labels", "label", "targets", "target")
@@ -105,10 +105,7 @@ def carrier(device: torch.device) -> Callable[[Any], Any]:
     return bring
 
 
-@lru_cache(maxsize=1)  # every stream has its own memory pool
-def _stream_of_copies(device: torch.device) -> Any:
-    streams = getattr(module_of(device), "Stream", None)
-    return streams() if copies_late(device) and streams is not None else None
+_stream_of_copies = lru_cache(maxsize=1)(side_stream)
 
 
 def first_rows(value: Any, count: int) -> Any:

@@ -71,6 +71,15 @@ def copies_late(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
+def side_stream(device: torch.device) -> Any:
+    """A new stream for asynchronous copies beside the computation; None if there is none.
+
+    Each has a memory pool of its own.
+    """
+    streams = getattr(module_of(device), "Stream", None)
+    return streams() if copies_late(device) and streams is not None else None
+
+
 class Arrival(Protocol):
     """A point in the order of the device's work."""
 

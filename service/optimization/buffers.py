@@ -28,6 +28,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from service.basics.errors import SpecError, WillFailAgain
 from service.data.batches import Batch
@@ -442,6 +443,11 @@ class WrittenWeights:
         named = model.named_parameters()
         return [(n, p) for n, p in named if not (self._only_frozen and p.requires_grad)]
 
+    def touched(self, model: nn.Module) -> list[str]:
+        """The names of the trained parameters that were written to, also with equal values."""
+        trained = [(name, p) for name, p in self._watched(model) if p.requires_grad]
+        return [name for name, p in trained if _written_to(p) != self._before[name][0]]
+
     def written(self, model: nn.Module) -> list[str]:
         """The names of the parameters that have other values now, or were frozen and written to.
 
@@ -463,11 +469,16 @@ class WrittenWeights:
         return moved
 
 
+def _written_to(parameter: Tensor) -> tuple[int, int]:
+    """(the tensor, how often it was written to)."""
+    return id(parameter), parameter._version
+
+
 def _identity(parameter: Tensor) -> tuple[tuple[int, int], int]:
-    """((the tensor, how often it was written to), a checksum of its values); of its own rows."""
-    version = id(parameter), parameter._version
+    """(what `_written_to` says, a checksum of its values); of its own rows."""
+    version = _written_to(parameter)
     rows = own_rows(parameter.detach())
-    if type(rows) is not Tensor:  # a quantized one, of a form of its own
+    if is_traceable_wrapper_subclass(rows):  # a quantized one, of a form of its own
         return version, 0
     rows = torch.view_as_real(rows) if rows.is_complex() else rows
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]

@@ -50,8 +50,9 @@ class TrainState:
     """The values of training at this step, if its test pass was abandoned and is still due."""
     faulty_steps: int = 0
     """Skipped steps that `faults.skips_allowed` counts: all but the overflows of fp16."""
-    passes_only_read: bool = False
-    """Whether trained parameters and the optimizer's state change in updates only."""
+    still: frozenset[str] = frozenset()
+    """The parameters that change in updates only, and so does the optimizer's state of them. They
+    are saved while the next pass runs."""
     before_update: Callable[[], None] | None = None
     """Called once before the next update."""
 

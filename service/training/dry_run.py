@@ -75,6 +75,8 @@ class FirstPass:
     DistributedDataParallel cannot track without `exchange.static_graph`."""
     written: Sequence[str] = ()
     """Parameters that the forward pass changes itself."""
+    touched: Sequence[str] = ()
+    """Trained parameters that a pass writes to, perhaps the values that they have."""
     plain_state: Sequence[str] = ()
     """Numbers and tensors in attributes of modules that it changes."""
 
@@ -119,11 +121,11 @@ class DryRun:
             nested = _nested(model, loss, arrivals, unreached=missed)
             self._shaped(model)
             moving = before.moved()
-            written = weights.written(model)
+            written, touched = weights.written(model), weights.touched(model)
             plain_state = plain.changed(model)
             own_weights, across, tested = self._named(callee)
         a_row = flops / len(self.batch.rows) if flops else None
-        names = own_weights, across, tested, nested, written, plain_state
+        names = own_weights, across, tested, nested, written, touched, plain_state
         return FirstPass(missed, a_row, drawn, moving, *names)
 
     def _counted(self, model: nn.Module) -> tuple[int | None, Tensor] | None:
@@ -340,6 +342,7 @@ def together_found(each: Sequence[Rehearsed], spec: Spec) -> FirstPass:
         across=listed(lambda found: found.across),
         nested=listed(lambda found: found.nested),
         written=listed(lambda found: found.written),
+        touched=listed(lambda found: found.touched),
         plain_state=listed(lambda found: found.plain_state),
     )
 

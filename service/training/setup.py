@@ -19,6 +19,7 @@ from service.data.own_step import SteppedModel
 from service.data.streams import Stream, contents, is_stream
 from service.data.task import Data, Task, TestSet, bring_losses, new_model, step_of, test_sets
 from service.distributed.batchnorm import Normalization, prepare
+from service.distributed.devices import copies_late
 from service.distributed.generators import python_and_numpy, seed_generators
 from service.distributed.gradient_sync import (
     GradientSync,
@@ -65,6 +66,7 @@ from service.sharding.heap import return_blocks
 from service.sharding.sharding import (
     ShardedSync,
     holds_rows,
+    is_sharded,
     parameters_by_unit,
     release,
     require_one_type,
@@ -592,7 +594,9 @@ def prepare_training(
         after_update=after_update_by(task, state, plan=plan, world=world),
         still=_still_buffers(model.module, rehearsal.found, plan.spec, world),
     )
-    state.passes_only_read = own is None and not state.is_modal and holds_rows(model.module)
+    # The user's own step may change any weight in a pass, and so may a modal optimizer in a test.
+    if own is None and not state.is_modal:
+        state.still = _still_parameters(model.module, rehearsal.found, world.device)
     averaged = state.average is not None
     saved_bytes = expected_bytes(model.module, optimizer, averaged=averaged)
     if is_stream(rows.train):
@@ -601,6 +605,19 @@ def prepare_training(
     return Prepared(
         rows, state, exchanges, updates, throughput, stragglers, found, saved_bytes, stepped
     )
+
+
+def _still_parameters(model: nn.Module, found: FirstPass, device: torch.device) -> frozenset[str]:
+    """The parameters that may be copied for a save while the next pass runs.
+
+    A pass through a sharded model changes the gathered weights, if any.  Other weights are copied
+    late only by a device, for which nobody waits, and only if the first pass did not write to them.
+    A frozen parameter, such as a teacher's, may change in any pass.
+    """
+    changed = {*found.written, *found.touched}
+    late = copies_late(device)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return frozenset(n for n, p in trained if is_sharded(p) or (late and n not in changed))
 
 
 def _still_buffers(
