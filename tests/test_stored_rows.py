@@ -438,6 +438,29 @@ def test_a_changed_byte_of_a_shard_is_found_by_its_hash(proxy, server, tmp_path)
     assert not [file for file in os.listdir(tmp_path / "cache") if file.endswith(".part")]
 
 
+@pytest.mark.parametrize("name", ["xxh64", "xxh32", "xxh128", "xxh3_64", "xxh3_128"])
+def test_a_changed_byte_is_found_by_xxhash_alone(tmp_path, name):
+    """The xxh64 are those of mosaicml-streaming."""
+    import xxhash
+
+    with zipfile.ZipFile(Path(HERE).with_name("mosaic_shards.zip")) as shards:
+        shards.extractall(tmp_path)
+    place = tmp_path / "none"
+    index = json.loads((place / "index.json").read_text())
+    for shard in index["shards"]:
+        raw = shard["raw_data"]
+        content = (place / raw["basename"]).read_bytes()
+        own = getattr(xxhash, name)(content).hexdigest()
+        raw["hashes"] = {name: raw["hashes"].get(name, own)}
+    (place / "index.json").write_text(json.dumps(index))
+    assert len(list(rows_in(place))) == ROWS
+    content = bytearray((place / "shard.00001.mds").read_bytes())
+    content[-1] ^= 1
+    (place / "shard.00001.mds").write_bytes(content)
+    with pytest.raises(DataBroken, match=rf"shard\.00001\.mds: its {name} is .*Upload it again"):
+        list(rows_in(place))
+
+
 def test_an_object_that_goes_during_a_run_is_told(proxy, server, tmp_path):
     address = uploaded(server, written("webdataset", tmp_path / "data"))
     reading = iter(rows_in(address))
