@@ -21,7 +21,7 @@ import torch
 from commands import CLEAN, evenstep, start
 from injuring import until
 from jobs import spec_of, train_in_process
-from stores import BUCKET, Proxy
+from stores import BUCKET, Proxy, s3_server
 from test_features import difference
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -99,14 +99,14 @@ def proxy(server, monkeypatch, tmp_path):
 numbers = itertools.count()
 
 
-def uploaded(server, place: Path) -> str:
+def uploaded(server, place: Path, name: str | None = None) -> str:
     """The address of a copy of a directory in the bucket."""
     import s3fs
 
     store = s3fs.S3FileSystem(
         key="test", secret="test", endpoint_url=server.url, skip_instance_cache=True
     )
-    name = f"{BUCKET}/data-{next(numbers)}"
+    name = f"{BUCKET}/{name or f'data-{next(numbers)}'}"
     for file in sorted(path for path in place.iterdir() if path.is_file()):
         store.pipe_file(f"{name}/{file.name}", file.read_bytes())
     return f"s3://{name}"
@@ -459,6 +459,28 @@ def test_a_changed_byte_is_found_by_xxhash_alone(tmp_path, name):
     (place / "shard.00001.mds").write_bytes(content)
     with pytest.raises(DataBroken, match=rf"shard\.00001\.mds: its {name} is .*Upload it again"):
         list(rows_in(place))
+
+
+def test_two_endpoints_with_one_bucket_share_no_cache(server, tmp_path, monkeypatch):
+    """Mosaic's writer makes no hashes by default: the indexes of both are the same."""
+    monkeypatch.setenv("EVENSTEP_DATA_CACHE", str(tmp_path / "cache"))
+    with zipfile.ZipFile(Path(HERE).with_name("mosaic_shards.zip")) as shards:
+        shards.extractall(tmp_path)
+    place = tmp_path / "none"
+    index = json.loads((place / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["raw_data"]["hashes"] = {}
+    (place / "index.json").write_text(json.dumps(index))
+    read = {}
+    with s3_server() as other:
+        for store in (server, other):
+            name = uploaded(store, place, name="same-data")
+            for variable, value in store.variables.items():
+                monkeypatch.setenv(variable, value)
+            read[store.port] = [str(row) for row in rows_in(name)]
+            shard = place / "shard.00000.mds"
+            shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert read[server.port] != read[other.port]
 
 
 def test_an_object_that_goes_during_a_run_is_told(proxy, server, tmp_path):

@@ -6,11 +6,13 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from service.basics.atomic_files import told_when_unread
 from service.basics.errors import DataBroken, SpecError
+from service.drivers.endpoints import endpoint_of
 from service.remote.cache import Cache, Held
 from service.storage.address import Address, address_in
 from service.storage.store import NoObject, Store, in_parallel, open_store
@@ -120,10 +122,18 @@ class Files:
             finally:
                 whole.close()
 
-        key = f"{self.told(file.name)} {file.version} {begin}-{stop}"
+        key = f"{self.told(file.name)}{self._where} {file.version} {begin}-{stop}"
         held = self._cache.hold(key, stop - begin, fetch)
         held.begin = begin
         return held
+
+    @cached_property
+    def _where(self) -> str:
+        """What tells apart two stores with buckets of one name; empty for the store of its
+        cloud."""
+        assert self._bucket is not None
+        endpoint = endpoint_of(self._bucket.scheme)
+        return f" at {endpoint}" if endpoint else ""
 
     def _store(self) -> Store:
         """The store, opened in this process: drivers do not survive a fork."""
