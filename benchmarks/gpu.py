@@ -3,23 +3,27 @@
     python -m benchmarks.gpu [--only resnet50,gpt2] [--minutes 8]
     python -m benchmarks.gpu --small      # a smoke test: every part, tiny, on the CPU
 
-Each part is a separate process with a time limit, so that one that fails or hangs does not affect
-the others; a part that would start too late is skipped and reported.  With a second GPU, the two
-models are also trained on two.  The output is the tables of docs/explanation/performance.md.
+Parts share a process (`STAGES`), because each start takes seconds; those that time nothing run
+side by side.  A part that fails or hangs ends its process, and the ones after it go on in a new
+one.  Each has an estimate (`PARTS`), which no other part can use up: a slow one gets what the
+estimates of the rest leave, and then its stacks are printed.  With a second GPU, the two models are
+also trained on two.  The output is the tables of docs/explanation/performance.md.
 
 ResNet-50 (channels_last) and a 124M-parameter GPT-2, both in bf16 with a fused optimizer, are
 compared with two hand-written loops: a plain one, and the best one without compilation.  All loops
 take the same micro-batches, in turns within one process; each turn ends with a synchronization of
 the device: medians of the ratios of wall time.  `host ms` is the host time of a step where the
 device waits for the host; memory is the peak of one side, including its rows.  The ceiling is the
-median of a second of bf16 products of two square matrices of 8,192; a step's operations are counted
-on the `meta` device.  The last save is not timed.
+median of half a second of bf16 products of two square matrices of 8,192; a step's operations are
+counted on the `meta` device.  The last save is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
+import gc
 import hashlib
 import io
 import math
@@ -32,10 +36,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,7 +64,7 @@ from service.runs.tracking import read_metrics
 from service.spec.files import load_spec
 from service.training import worker
 
-WARM, STEPS, HOST_STEPS = 20, 20, 5
+WARM, HOST_STEPS = 10, 5
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -146,6 +152,8 @@ class Job:
     classes: int
     batch: int
     """Rows of a micro-batch; each process takes one per step."""
+    window: int
+    """Steps that are timed together, and between two logged ones."""
     model: dict[str, Any]
     optimizer: dict[str, Any]
     kind: str = "image"
@@ -171,7 +179,8 @@ class Job:
         if self.is_text:
             texts = torch.randint(self.classes, (self.rows, *self.shape), generator=generator)
             return TensorDataset(texts, texts.roll(-1, dims=1))
-        inputs = torch.randn(self.rows, *self.shape, generator=generator)
+        some = torch.randn(self.rows // 8, *self.shape, generator=generator)
+        inputs = some.repeat(8, *(1 for _ in self.shape))  # a second faster than new ones
         return TensorDataset(inputs, torch.arange(self.rows) % self.classes)
 
 
@@ -179,8 +188,8 @@ class Pixels(Dataset[tuple[Tensor, Tensor]]):
     """uint8 images, one at a time, for the workers of a loader."""
 
     def __init__(self, job: Job) -> None:
-        size = (job.rows, *job.shape)
-        self._images = torch.randint(256, size, dtype=torch.uint8)
+        some = torch.randint(256, (job.rows // 8, *job.shape), dtype=torch.uint8)
+        self._images = some.repeat(8, 1, 1, 1)
         self._classes = torch.arange(job.rows) % job.classes
 
     def __len__(self) -> int:
@@ -210,14 +219,17 @@ SMALL_RESNET = {"width": 8, "depths": (1, 1, 1, 1)}
 GPT = {"layers": 12, "width": 768, "heads": 12}
 SMALL_GPT = {"layers": 2, "width": 32, "heads": 2}
 JOBS = {
-    "resnet50": Job(1024, (3, 224, 224), 1000, 256, RESNET, SGD),
-    "gpt2": Job(1024, (1024,), 50_304, 16, GPT, ADAMW, kind="text"),
-    "tiny": Job(16_384, (64,), 10, 32, {}, SGD, kind="numbers", precision="fp32"),
+    "resnet50": Job(1024, (3, 224, 224), 1000, 256, 10, RESNET, SGD),
+    "gpt2": Job(1024, (1024,), 50_304, 16, 10, GPT, ADAMW, kind="text"),
+    # Compiled twice, which takes longer the more layers there are.
+    "gpt2 of 6 layers": Job(1024, (1024,), 50_304, 16, 10, GPT | {"layers": 6}, ADAMW, kind="text"),
+    "tiny": Job(16_384, (64,), 10, 32, 50, {}, SGD, kind="numbers", precision="fp32"),
 }
 SMALL = {
-    "resnet50": Job(64, (3, 32, 32), 10, 8, SMALL_RESNET, SGD),
-    "gpt2": Job(64, (16,), 100, 8, SMALL_GPT, ADAMW, kind="text"),
-    "tiny": Job(512, (64,), 10, 32, {}, SGD, kind="numbers", precision="fp32"),
+    "resnet50": Job(64, (3, 32, 32), 10, 8, 5, SMALL_RESNET, SGD),
+    "gpt2": Job(64, (16,), 100, 8, 5, SMALL_GPT, ADAMW, kind="text"),
+    "gpt2 of 6 layers": Job(64, (16,), 100, 8, 5, SMALL_GPT, ADAMW, kind="text"),
+    "tiny": Job(512, (64,), 10, 32, 20, {}, SGD, kind="numbers", precision="fp32"),
 }
 
 
@@ -317,13 +329,13 @@ def held_bytes(device: torch.device) -> int:
 
 
 def ceiling(device: torch.device, small: bool, kind: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of a product of square matrices: the median of a second of them."""
+    """Operations a second of a product of square matrices: the median of half a second of them."""
     side = 256 if small else 8192
     a = torch.randn(side, side, device=device, dtype=kind)
     seconds: list[float] = []
     for _ in range(3):
         a @ a
-    while sum(seconds) < 1.0:
+    while sum(seconds) < 0.5:
         began = waited(device)
         a @ a
         seconds.append(waited(device) - began)
@@ -363,15 +375,16 @@ class Side:
 
 
 class Turns:
-    """Evenstep's loop and the hand-written ones, in turns of `STEPS` steps."""
+    """Evenstep's loop and the hand-written ones, in turns of so many steps as the job says."""
 
-    def __init__(self, rivals: dict[str, ByHand], world: World, *, pairs: int) -> None:
+    def __init__(self, rivals: dict[str, ByHand], world: World, *, turn: int, pairs: int) -> None:
         self._rivals = rivals
         self._device = world.device
+        self._steps = turn
         self._pairs = pairs
         self._before = held_bytes(world.device)
         self.sides = {name: Side() for name in ("ours", *rivals)}
-        self.steps = WARM + pairs * STEPS + HOST_STEPS + 1
+        self.steps = WARM + pairs * turn + HOST_STEPS + 1
         """Number of steps of Evenstep's loop; the last one, which saves, is not timed."""
 
     def over(self, steps: Iterable[Step]) -> Iterator[Step]:
@@ -387,9 +400,9 @@ class Turns:
         for _ in range(self._pairs):
             for name, rival in self._rivals.items():
                 with self._turn(name, rival.held_bytes):
-                    rival.train_steps(STEPS)
+                    rival.train_steps(self._steps)
             with self._turn("ours", mine):
-                for _ in range(STEPS):
+                for _ in range(self._steps):
                     yield next(source)
         for _ in range(HOST_STEPS):
             for name, rival in self._rivals.items():
@@ -408,7 +421,7 @@ class Turns:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         yield
-        side.seconds.append((waited(self._device) - began) / STEPS)
+        side.seconds.append((waited(self._device) - began) / self._steps)
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(self._device) - before + held
             side.peak_bytes = max(side.peak_bytes, peak)
@@ -449,7 +462,7 @@ def ours(
             "batch": batch,
             "length": {"steps": steps},
             "optimizer": job.optimizer,
-            "tracking": {"log_every_steps": STEPS},
+            "tracking": {"log_every_steps": job.window},
             **sections,
             "model": model | sections.get("model", {}),
         }
@@ -470,20 +483,31 @@ def ours(
             shutil.rmtree(place)
 
 
-def timed(world: World, found: list[float]) -> Callable[[Iterator[Step]], Iterator[Step]]:
-    """Yields the steps; appends to `found` the seconds per step of each `STEPS` after the first."""
+def seconds_a_step(name: str, world: World, *, small: bool, windows: int, **how: Any) -> float:
+    """Train a job with Evenstep; the median of its windows after the first.  See `ours`."""
+    found: list[float] = []
+    window = job_of(name, small).window
+    steps = windows * window + 1
+    ours(name, world, small=small, steps=steps, over=timed(world, found, window), **how)
+    return statistics.median(found)
+
+
+def timed(
+    world: World, found: list[float], window: int
+) -> Callable[[Iterator[Step]], Iterator[Step]]:
+    """Yields the steps; appends to `found` the seconds per step of each window after the first."""
 
     def over(steps: Iterator[Step]) -> Iterator[Step]:
-        for _ in range(STEPS):
+        for _ in range(window):
             yield next(steps)
         while True:
             began = waited(world.device)
-            for _ in range(STEPS):
+            for _ in range(window):
                 step = next(steps, None)
                 if step is None:
                     return
                 yield step
-            found.append((waited(world.device) - began) / STEPS)
+            found.append((waited(world.device) - began) / window)
 
     return over
 
@@ -541,7 +565,7 @@ def against_hand(
     rivals = {"plain": ByHand(job, world, best=False, compiled=compiled)}
     if not compiled:
         rivals["best"] = ByHand(job, world, best=True)
-    turns = Turns(rivals, world, pairs=pairs)
+    turns = Turns(rivals, world, turn=job.window, pairs=pairs)
     ours(name, world, small=small, steps=turns.steps, over=turns.over, model={"compile": compiled})
     mine, work = turns.sides["ours"], operations(job)
     most = ceiling(world.device, small)
@@ -577,7 +601,7 @@ def part_tiny(world: World, small: bool) -> None:
 
 
 def part_compiled(world: World, small: bool) -> None:
-    against_hand("gpt2", world, small, compiled=True)
+    against_hand("gpt2 of 6 layers", world, small, compiled=True)
 
 
 def part_graph(world: World, small: bool) -> None:
@@ -603,10 +627,10 @@ def part_graph(world: World, small: bool) -> None:
     for _ in range(10):
         for name, step in (("launched", lambda: hand.step(rows)), ("replayed", graph.replay)):
             began = waited(world.device)
-            for _ in range(STEPS * 5):
+            for _ in range(100):
                 rows.copy_(torch.randint(job.rows, (job.batch,), device=world.device))
                 step()
-            seconds[name].append((waited(world.device) - began) / STEPS / 5)
+            seconds[name].append((waited(world.device) - began) / 100)
     show(world, "| a hand-written step of the tiny network | ms |", "|---|--:|")
     for name, found in seconds.items():
         show(world, f"| {name} | {1e3 * statistics.median(found):.3f} |")
@@ -621,10 +645,11 @@ def part_replayed(world: World, small: bool) -> None:
     }
     losses: dict[tuple[str, int], float] = {}
     show(world, "| model.compile, the tiny network | ms a step | against false |", "|---|--:|--:|")
-    base = 0.0
+    base, window = 0.0, job_of("tiny", small).window
     for name, way in ways.items():
         found: list[float] = []
-        more = {"steps": 6 * STEPS + 1, "over": timed(world, found), "model": {"compile": way}}
+        over = timed(world, found, window)
+        more = {"steps": 6 * window + 1, "over": over, "model": {"compile": way}}
         losses[name, 1] = first_loss(ours("tiny", world, small=small, **more))
         seconds = statistics.median(found)
         base = base or seconds
@@ -633,7 +658,7 @@ def part_replayed(world: World, small: bool) -> None:
             rows = ours("tiny", world, small=small, parts=2, **more)
             losses[name, 2] = first_loss(rows)
     told = ", ".join(f"{name} {parts}: {loss:.6f}" for (name, parts), loss in losses.items())
-    show(world, "", f"Loss of step {STEPS}, by micro-batches: {told}.")
+    show(world, "", f"Loss of step {window}, by micro-batches: {told}.")
     apart = max(losses.values()) - min(losses.values())
     assert apart < 0.01 * max(losses.values()), "the ways of compiling train differently"
 
@@ -648,37 +673,23 @@ def part_batchnorm(world: World, small: bool) -> None:
     show(world, "| model.batchnorm, 4 micro-batches | ms a step | against local |", "|---|--:|--:|")
     base = 0.0
     for mode in ("local", "micro", "sync"):
-        found: list[float] = []
-        ours(
-            "resnet50",
-            world,
-            small=small,
-            steps=3 * STEPS + 1,
-            over=timed(world, found),
-            parts=4,
-            model={"batchnorm": mode},
-        )
-        seconds = statistics.median(found)
+        how = {"parts": 4, "model": {"batchnorm": mode}}
+        seconds = seconds_a_step("resnet50", world, small=small, windows=3, **how)
         base = base or seconds
+        _BY_BATCHNORM[mode] = seconds
         show(world, f"| {mode} | {1e3 * seconds:.2f} | {seconds / base:.3f} |")
+
+
+_BY_BATCHNORM: dict[str, float] = {}
+"""Seconds of a step in four micro-batches, as this process has found them."""
 
 
 def part_loader(world: World, small: bool) -> None:
     """Rows from loader workers, compared with a hand-written loop."""
     job = job_of("resnet50", small)
     workers = 2 if small else max(2, min(8, (os.cpu_count() or 2) - 2))
-    found: list[float] = []
-    loader = {"workers": workers}
-    ours(
-        "resnet50",
-        world,
-        small=small,
-        steps=3 * STEPS + 1,
-        over=timed(world, found),
-        rows="loader",
-        loader=loader,
-    )
-    mine = statistics.median(found)
+    how = {"rows": "loader", "loader": {"workers": workers}}
+    mine = seconds_a_step("resnet50", world, small=small, windows=4, **how)
     theirs = loaded_by_hand(job, world, workers)
     show(
         world,
@@ -697,7 +708,7 @@ def loaded_by_hand(job: Job, world: World, workers: int) -> float:
     batches = DataLoader(
         data,
         batch_size=job.batch,
-        sampler=RandomSampler(data, replacement=True, num_samples=3 * STEPS * job.batch),
+        sampler=RandomSampler(data, replacement=True, num_samples=4 * job.window * job.batch),
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
@@ -709,20 +720,21 @@ def loaded_by_hand(job: Job, world: World, workers: int) -> float:
             outputs = model(images)
         F.cross_entropy(outputs.float(), aims).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if number % STEPS == 0:
+        if number % job.window == 0:
             marks.append(waited(device))
-    return statistics.median(later - sooner for sooner, later in pairwise(marks)) / STEPS
+    return statistics.median(later - sooner for sooner, later in pairwise(marks)) / job.window
 
 
 def part_save(world: World, small: bool) -> None:
     """How long a save blocks training, and how long until it is on disk."""
+    every = 2 * job_of("gpt2", small).window
     rows = ours(
         "gpt2",
         world,
         small=small,
-        steps=4 * STEPS,
+        steps=3 * every,
         over=lambda steps: steps,
-        checkpoint={"every_steps": STEPS, "keep": 1},
+        checkpoint={"every_steps": every, "keep": 1},
     )
     stalls = [row["save/stall_seconds"] for row in rows if "save/stall_seconds" in row]
     durable = [row["save/durable_seconds"] for row in rows if "save/durable_seconds" in row]
@@ -740,24 +752,17 @@ def part_save(world: World, small: bool) -> None:
 
 def part_bitwise(world: World, small: bool) -> None:
     """`exactness: bitwise` against `rounding`; after the first, for it changes the process."""
-    seconds = {}
+    model = {"batchnorm": "micro"}
+    how: dict[str, Any] = {"small": small, "windows": 3, "parts": 4, "model": model}
+    seconds = {"resnet50": _BY_BATCHNORM["micro"]} if "micro" in _BY_BATCHNORM else {}
     for name in ("resnet50", "gpt2"):
-        found: list[float] = []
-        way = timed(world, found)
-        ours(name, world, small=small, steps=3 * STEPS + 1, over=way, parts=4, model=_MICRO)
-        seconds[name] = statistics.median(found)
+        if name not in seconds:
+            seconds[name] = seconds_a_step(name, world, **how)
     show(world, "| 4 micro-batches | rounding, ms | bitwise, ms | ratio |", "|---|--:|--:|--:|")
     with process_group(Environment(), precision="bf16", bitwise=True) as exact:
         for name, plain in seconds.items():
-            found = []
-            way = timed(exact, found)
-            more = {"exactness": "bitwise", "model": _MICRO}
-            ours(name, exact, small=small, steps=3 * STEPS + 1, over=way, parts=4, **more)
-            now = statistics.median(found)
+            now = seconds_a_step(name, exact, exactness="bitwise", **how)
             show(world, f"| {name} | {1e3 * plain:.2f} | {1e3 * now:.2f} | {now / plain:.2f} |")
-
-
-_MICRO = {"batchnorm": "micro"}
 
 
 def part_waits(world: World, small: bool) -> None:
@@ -766,9 +771,9 @@ def part_waits(world: World, small: bool) -> None:
         show(world, "Whether the host waits for the device can be asked of CUDA only.")
         return
 
-    def over(steps: Iterator[Step]) -> Iterator[Step]:
+    def over(steps: Iterator[Step], window: int) -> Iterator[Step]:
         for number in count(1):
-            quiet = WARM < number <= 3 * STEPS and number % STEPS  # the last one saves
+            quiet = WARM < number <= 3 * window and number % window  # the last one saves
             torch.cuda.set_sync_debug_mode("error" if quiet else "default")
             step = next(steps, None)
             if step is None:
@@ -777,7 +782,9 @@ def part_waits(world: World, small: bool) -> None:
 
     try:
         for name in ("gpt2", "resnet50", "tiny"):
-            ours(name, world, small=small, steps=3 * STEPS + 1, over=over)
+            window = job_of(name, small).window
+            quiet = partial(over, window=window)
+            ours(name, world, small=small, steps=3 * window + 1, over=quiet)
             show(world, f"{name}: the host waits for the device at logged steps only.")
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -785,21 +792,28 @@ def part_waits(world: World, small: bool) -> None:
 
 def part_resume(world: World, small: bool) -> None:
     """A run that is stopped and goes on ends in the bits of one that was not: real commands."""
+    ways = ("rounding", "bitwise")
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(4) as pool:
+
+        def run(exactness: str, name: str, *words: str) -> Future[int]:
+            common = ["digits", "length={steps: 30}", "test={every_epochs: 9}"]
+            common += [f"exactness={exactness}", "--name", f"{exactness}-{name}"]
+            return pool.submit(command, "run", *common, *words, cwd=place)
+
+        whole = [run(way, "whole") for way in ways]
+        begun = [run(way, "cut", "--stop-at", "11") for way in ways]
+        codes = [each.result() for each in (*whole, *begun)]
+        codes += [each.result() for each in [run(way, "cut") for way in ways]]
+        assert codes == [0, 0, 75, 75, 0, 0], f"exit codes {codes}"
+        bits = {
+            way: [weights_of(Path(place, "runs", f"{way}-{name}")) for name in ("whole", "cut")]
+            for way in ways
+        }
     show(world, "| stopped at step 11 and resumed | weights |", "|---|---|")
-    for exactness in ("rounding", "bitwise"):
-        with tempfile.TemporaryDirectory() as place:
-            words = ["digits", "length={steps: 30}", f"exactness={exactness}"]
-            words += ["test={every_epochs: 9}"]
-            codes = [
-                command("run", *words, "--name", "whole", cwd=place),
-                command("run", *words, "--name", "cut", "--stop-at", "11", cwd=place),
-                command("run", *words, "--name", "cut", cwd=place),
-            ]
-            assert codes == [0, 75, 0], f"exit codes {codes}"
-            whole, cut = (weights_of(Path(place, "runs", name)) for name in ("whole", "cut"))
-        told = "the same bits" if whole == cut else "OTHER BITS"
-        show(world, f"| exactness: {exactness} | {told} |")
-        assert whole == cut or exactness == "rounding", "bitwise promises the bits on any device"
+    for way, (one, other) in bits.items():
+        told = "the same bits" if one == other else "OTHER BITS"
+        show(world, f"| exactness: {way} | {told} |")
+    assert len(set(bits["bitwise"])) == 1, "bitwise promises the bits on any device"
 
 
 def command(*words: str, cwd: str) -> int:
@@ -823,91 +837,208 @@ def weights_of(run: Path) -> str:
 
 def part_tests(world: World, small: bool) -> None:
     """The tests that need a GPU."""
-    root = Path(__file__).parents[1]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     words += ["-W", "default"]  # a card may warn of something that no machine without one does
-    assert subprocess.run([*words, *GPU_TESTS], cwd=root).returncode == 0, "tests failed"
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    how["env"] = os.environ | {"EVENSTEP_COLD_TESTS": "1"}  # nothing that was forked
+    compiled = [test for test in GPU_TESTS if "compile" in test]
+    both = [compiled, [test for test in GPU_TESTS if test not in compiled]]
+    root = Path(__file__).parents[1]
+    running = [subprocess.Popen([*words, *tests], cwd=root, **how) for tests in both]
+    for each in running:
+        show(world, each.communicate()[0])
+    assert [each.returncode for each in running] == [0, 0], "tests failed"
 
 
 # By name: to look for them in all files takes half a minute.
 GPU_TESTS = [f"tests/test_{name}.py" for name in ("carrier", "gpu_compile", "normalization")]
 
 
-PARTS: dict[str, tuple[Callable[[World, bool], None], int]] = {
-    "device": (part_device, 60),
-    "waits": (part_waits, 90),
-    "resnet50": (part_resnet50, 120),
-    "gpt2": (part_gpt2, 120),
-    "tiny": (part_tiny, 60),
-    "save": (part_save, 90),
-    "resume": (part_resume, 150),
-    "bitwise": (part_bitwise, 120),
-    "batchnorm": (part_batchnorm, 90),
-    "loader": (part_loader, 120),
-    "tests": (part_tests, 180),
-    "replayed": (part_replayed, 120),
-    "graph": (part_graph, 60),
-    "compiled": (part_compiled, 180),
+@dataclass(frozen=True)
+class Part:
+    """One table, or a few lines, of the output."""
+
+    run: Callable[[World, bool], None]
+    seconds: int
+    """What it takes on an H100, estimated high, without the start of its process."""
+    precision: str = "bf16"
+
+
+# Estimates: 0.1 s for a step of ResNet-50 and 0.07 s for one of GPT-2, of which three loops take 56
+# each; 10 s for cuDNN to time its algorithms; 2 to 4 s for what a run does before and after its
+# steps, a save of 1.5 GB included; 16 s for a command; 25 s to compile six layers, twice, and 15 s
+# for a small network; 12 s for pytest to begin, 45 s for nine runs of three processes that compile.
+PARTS: dict[str, Part] = {
+    "device": Part(part_device, 7, "fp32"),
+    "tiny": Part(part_tiny, 4, "fp32"),
+    "graph": Part(part_graph, 4, "fp32"),
+    "resnet50": Part(part_resnet50, 38),
+    "gpt2": Part(part_gpt2, 26),
+    "save": Part(part_save, 18),
+    "loader": Part(part_loader, 22),
+    "waits": Part(part_waits, 20),
+    "resume": Part(part_resume, 32),
+    "tests": Part(part_tests, 70),
+    "batchnorm": Part(part_batchnorm, 26),
+    "bitwise": Part(part_bitwise, 26),
+    "replayed": Part(part_replayed, 45, "fp32"),
+    "compiled": Part(part_compiled, 60),
 }
-"""The parts, and their time limits in seconds."""
+# By importance. A stage is a list of processes that run side by side; a process, a list of parts.
+STAGES = (
+    (("device", "tiny", "graph"),),
+    (("resnet50", "gpt2", "save", "loader"),),
+    (("waits",), ("resume",), ("tests",)),
+    (("batchnorm", "bitwise"),),  # bitwise changes its process, and cuBLAS's setting is read once
+    (("replayed", "compiled"),),
+)
 ON_TWO = ("resnet50", "gpt2")
-_LEAST_SECONDS = 20
+START_SECONDS = 10
+_LEAST_SECONDS = 10
+_PROGRAM = ("-m", "benchmarks.gpu")
+
+
+class Process(NamedTuple):
+    """The parts of one process, or of one on each GPU."""
+
+    parts: tuple[str, ...]
+    on: int = 1
+
+    @property
+    def seconds(self) -> int:
+        return START_SECONDS + sum(PARTS[name].seconds for name in self.parts)
+
+
+def stages_of(names: Iterable[str], *, devices: int) -> list[list[Process]]:
+    """The stages of these parts; on a second device the last ones."""
+    known = set(names)
+    pruned = [
+        [Process(tuple(name for name in parts if name in known)) for parts in stage]
+        for stage in STAGES
+    ]
+    if devices > 1:  # each in processes of its own: a group is joined once
+        pruned += [[Process((name,), on=2)] for name in ON_TWO if name in known]
+    kept = [[process for process in stage if process.parts] for stage in pruned]
+    return [stage for stage in kept if stage]
+
+
+def estimate(stages: Iterable[list[Process]]) -> int:
+    """Seconds of all these stages."""
+    return sum(max(process.seconds for process in stage) for stage in stages)
 
 
 def run_part(name: str, *, small: bool) -> None:
     """One part, in this process."""
-    die_with_parent()  # torchrun starts it in a session of its own, which `ended` does not reach
+    part = PARTS[name]
     if name == "bitwise":  # cuBLAS reads it once, and the runs without it come first
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    precision = "fp32" if name in ("tiny", "graph", "device", "replayed") else "bf16"
-    with process_group(launched() or Environment(), precision=precision) as world:
+    with process_group(launched() or Environment(), precision=part.precision) as world:
         if world.device.type == "cpu" and not small:
             raise SystemExit("there is no GPU here; --small shows whether it would run")
-        PARTS[name][0](world, small)
+        many = f" on {world.processes} processes" if world.processes > 1 else ""
+        told = part.run.__doc__ or "Evenstep and hand-written loops"
+        show(world, f"\n### {name}{many}: {told}\n")
+        began = time.monotonic()
+        part.run(world, small)
+        show(world, f"\n({time.monotonic() - began:.0f} s)")
+
+
+def run_parts(names: list[str], *, small: bool, until: float, done: Path) -> None:
+    """These parts, one after the other, in this process; those that are complete are in `done`.
+
+    Args:
+        until: when the last of them must have ended, by `time.monotonic`.
+    """
+    die_with_parent()  # torchrun starts it in a session of its own, which `ended` does not reach
+    if "bitwise" in names:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for number, name in enumerate(names):
+        later = sum(PARTS[each].seconds for each in names[number + 1 :])
+        own = PARTS[name].seconds + (0 if number else START_SECONDS)
+        faulthandler.dump_traceback_later(max(own, until - time.monotonic() - later), exit=True)
+        run_part(name, small=small)
+        faulthandler.cancel_dump_traceback_later()
+        if int(os.environ.get("RANK", "0")) == 0:
+            with done.open("a") as file:
+                file.write(f"{name}\n")
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def run_all(names: list[str], *, small: bool, minutes: float) -> int:
-    """Run each part in a separate process, one after the other; return the number of failures."""
-    began, failed, left_out = time.monotonic(), list[str](), list[str]()
-    todo = [(name, 1) for name in names]
-    if torch.accelerator.device_count() > 1 and not small:
-        todo += [(name, 2) for name in ON_TWO if name in names]
-    for name, processes in todo:
-        left = 60 * minutes - (time.monotonic() - began)
-        if left < _LEAST_SECONDS:
-            left_out.append(name)
+    """Run the parts, stage after stage; return the number of failures."""
+    began = time.monotonic()
+    end = began + 60 * minutes
+    stages = stages_of(names, devices=1 if small else torch.accelerator.device_count())
+    print(f"Estimated: {estimate(stages)} s on an H100.", flush=True)
+    codes: dict[str, int | None] = {}
+    for number, stage in enumerate(stages):
+        until = end - estimate(stages[number + 1 :])
+        run = partial(finished, small=small, until=until, end=end, shows=len(stage) == 1)
+        if len(stage) == 1:
+            codes |= run(stage[0])
             continue
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words = [sys.executable, *(start if processes > 1 else []), "-m", "benchmarks.gpu"]
-        words += ["--part", name, *(["--small"] if small else [])]
-        on = " on two processes" if processes > 1 else ""
-        print(
-            f"\n### {name}{on}: {PARTS[name][0].__doc__ or 'Evenstep and hand-written loops'}\n",
-            flush=True,
-        )
-        at = time.monotonic()
-        code = ended(words, seconds=min(left, PARTS[name][1]))
-        if code:
-            failed.append(f"{name}{on} ({code})")
-        print(f"\n({time.monotonic() - at:.0f} s)", flush=True)
+        with ThreadPoolExecutor(len(stage)) as pool:
+            for found in pool.map(run, stage):
+                codes |= found
     print(f"\nIn {time.monotonic() - began:.0f} s.", flush=True)
-    if left_out:
-        print(f"Skipped because of the time limit: {', '.join(left_out)}.")
+    skipped = [name for name, code in codes.items() if code is None]
+    failed = [f"{name} ({code})" for name, code in codes.items() if code]
+    if skipped:
+        print(f"Skipped because of the time limit: {', '.join(skipped)}.")
     print(f"FAILED: {', '.join(failed)}." if failed else "Every part ran.")
     return len(failed)
 
 
-def ended(words: list[str], *, seconds: float) -> int:
+def finished(
+    process: Process, *, small: bool, until: float, end: float, shows: bool
+) -> dict[str, int | None]:
+    """The exit code of each part; None where it was too late to start it.
+
+    Args:
+        until: when it must have ended, so that later stages have time.
+        end: when everything must have ended.
+        shows: print as it comes; otherwise when it has ended.
+    """
+    many = f" on {process.on}" if process.on > 1 else ""
+    codes: dict[str, int | None] = {}
+    left = list(process.parts)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(process.on)]
+    while left:
+        now = time.monotonic()
+        if end - now < _LEAST_SECONDS:
+            return codes | dict.fromkeys(f"{name}{many}" for name in left)
+        with tempfile.TemporaryDirectory() as place, open(f"{place}/said", "w+") as said:
+            done = Path(place, "done")
+            words = [sys.executable, *(start if process.on > 1 else []), *_PROGRAM]
+            words += ["--part", ",".join(left), "--until", str(until), "--done", str(done)]
+            words += ["--small"] if small else []
+            code = ended(words, seconds=end - now, out=None if shows else said)
+            if not shows:
+                said.seek(0)
+                print(said.read(), flush=True)
+            complete = done.read_text().split() if done.exists() else []
+        codes |= dict.fromkeys((f"{name}{many}" for name in complete), 0)
+        left = left[len(complete) :]
+        if code or left:  # the next one failed; or all are complete, and the process did not end
+            codes[f"{(left or complete)[0 if left else -1]}{many}"] = code or 1
+            left = left[1:]
+    return codes
+
+
+def ended(words: list[str], *, seconds: float, out: IO[str] | None) -> int:
     """The exit code of a command; 124 where it timed out and was killed with all its children."""
-    process = subprocess.Popen(words, start_new_session=True)
+    process = subprocess.Popen(words, start_new_session=True, stdout=out, stderr=out)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return 124
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # what it has started may still run
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def main() -> None:
@@ -915,17 +1046,19 @@ def main() -> None:
     parser.add_argument("--only", help="parts, separated by commas", default=",".join(PARTS))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--done", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.small:
         os.environ.setdefault("EVENSTEP_DEVICE", "cpu")
-    if given.part:
-        run_part(given.part, small=given.small)
-        return
-    names = given.only.split(",")
+    names = (given.part or given.only).split(",")
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if given.part:
+        run_parts(names, small=given.small, until=given.until, done=given.done)
+        return
     if not (given.small or torch.accelerator.is_available()):
         parser.error("there is no GPU here; --small shows whether it would run")
     sys.exit(min(1, run_all(names, small=given.small, minutes=given.minutes)))
