@@ -351,7 +351,11 @@ def test_values_alone_of_every_recipe_are_those_of_its_document() -> None:
         assert read_values(path) == read_document(path).values
 
 
-WRONG = ("a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: !!int 1\n", "- 1\n", "a: [\n", "a: \x01\n", "")
+WRONG = (
+    *("a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: !!int 1\n", "- 1\n", "a: [\n", "a: \x01\n", ""),
+    *("1: a\n", "{a: 1}: 2\n", "a: &x [1]\n", "a: !x {b: 1}\n", "&x a: 1\n", "a: 1\n---\nb: 2\n"),
+    *('a: "\\ud800"\n', "a: b\x85c\n", f"a: {'9' * 5000}\n", "a: " + "[" * 200 + "]" * 200 + "\n"),
+)
 
 
 @pytest.mark.parametrize("text", WRONG)

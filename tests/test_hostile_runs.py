@@ -22,6 +22,7 @@ from processes import ProcessesOf
 from launch.cli import evenstep as commands
 from service.basics.errors import EvenstepError, SpecError, WillFailAgain, printable
 from service.runs.checkpoint_files import _sealed
+from service.runs.line_file import BLOCK_BYTES
 from service.runs.metrics_file import best_in, last_row, read_curves, read_metrics
 from service.runs.receipt_file import read_digests, read_receipt
 
@@ -292,6 +293,19 @@ def test_curves_hold_what_the_rows_hold(
         sign = 1 if largest else -1
         best = max(known, key=lambda pair: (sign * pair[0], -pair[1]), default=None)
         assert best_in(path, "test/accuracy", largest=largest) == best
+
+
+def test_the_best_row_is_found_beyond_lines_that_are_longer_than_a_block(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    long = {f"train/{number}/{'x' * 90}": 0.5 for number in range(4000)}
+    rows = [{"test/loss": 3.0}, long, {"test/loss": 1.0}, long | {"test/loss": 0.5}, {}, {}]
+    lines = [json.dumps({"step": n} | row) for n, row in enumerate(rows, start=1)]
+    assert len(lines[1]) > 3 * BLOCK_BYTES
+    path.write_text("\n".join([*lines, '{"step": 7, "test/loss": 0.1}\n']))
+    assert best_in(path, "test/loss", largest=True) == (3.0, 1)
+    assert best_in(path, "test/loss", largest=False) == (0.1, 7)
+    path.write_text("\n".join(lines))
+    assert best_in(path, "test/loss", largest=False) == (0.5, 4)
 
 
 digests = st.integers(0, 2**64 - 1).map(lambda number: f"{number:016x}")

@@ -311,10 +311,13 @@ def _with_leases(
 def _list(found: Sequence[History], broken: Sequence[str], directory: Path | Address) -> None:
     rows = [("run", "state", "step", "best", "when"), *map(_row, found)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows if found else []:
-        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
-    if not found:
+    lines = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if found:
+        click.echo("\n".join(lines))
+    else:
         click.echo(f"There are no runs in {printable(str(directory))}.")
     _warn(broken)
 

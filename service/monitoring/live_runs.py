@@ -17,7 +17,6 @@ from service.basics.errors import EvenstepError, SpecError
 from service.monitoring.snapshot import LatestValues
 from service.runs.directory import LATEST_TIME, RunDirectory, is_number
 from service.runs.history import History, read_history
-from service.spec.documents import read_values
 from service.storage.copies import Copies, Copy
 
 MOST_LOSSES = 60
@@ -132,7 +131,7 @@ class LiveRun:
         facts = _facts_of(self._directory.spec)  # a run may be extended, or started afresh
         if facts != self._spec_facts:
             try:
-                self._spec, self._spec_facts = read_values(self._directory.regular_spec()), facts
+                self._spec, self._spec_facts = self._directory.read_spec_values(), facts
             except EvenstepError:
                 return {}
         return self._spec if facts else {}

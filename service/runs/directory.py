@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeGuard
@@ -31,6 +31,7 @@ from service.basics.atomic_files import (
     kind_of_unread,
     make_directory,
     plain,
+    read_bytes,
     read_json,
     replace_file,
     told_when_unread,
@@ -56,6 +57,7 @@ from service.plan.changing import (
 )
 from service.runs.failure_reports import is_secret, redacted, redacted_code
 from service.runs.goodput import account_of, failures_in_a_row
+from service.spec.documents import LARGEST_FILE_BYTES, values_in
 from service.spec.files import Override, dump_spec, load_spec, with_files_where_they_are
 from service.spec.models import Spec
 
@@ -87,17 +89,17 @@ class RunDirectory:
         """The name of the run."""
         return self.path.name
 
-    @property
+    @cached_property
     def spec(self) -> Path:
         """`spec.yaml`, the resolved spec."""
         return self.path / "spec.yaml"
 
-    @property
+    @cached_property
     def facts(self) -> Path:
         """`run.json`, the metadata of the run."""
         return self.path / "run.json"
 
-    @property
+    @cached_property
     def metrics(self) -> Path:
         """`metrics.jsonl`, one row per logged step."""
         return self.path / "metrics.jsonl"
@@ -127,7 +129,7 @@ class RunDirectory:
         """Images, texts, histograms and files that the task's hooks have logged."""
         return self.path / "logged"
 
-    @property
+    @cached_property
     def failures(self) -> Path:
         """The failure reports of all processes."""
         return self.path / "failures"
@@ -173,6 +175,16 @@ class RunDirectory:
         if not isinstance(begun_at, str):  # from an earlier version
             return spec
         return with_files_where_they_are(spec, old=begun_at, new=os.path.abspath(self.path))
+
+    def read_spec_values(self) -> dict[str, Any]:
+        """The values of `spec.yaml`, without checking them; see `regular_spec`.
+
+        Raises:
+            SpecError: it is missing, not a regular file, or not YAML.
+        """
+        with told_when_unread(self.spec):
+            content = read_bytes(self.spec, at_most=LARGEST_FILE_BYTES)
+        return values_in(content, source=str(self.spec))
 
     def regular_spec(self) -> Path:
         """`spec.yaml`, if it is a regular file: a user may name a pipe, a run must not wait for it.

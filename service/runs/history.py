@@ -17,7 +17,7 @@ from service.basics.errors import EvenstepError, SpecError
 from service.runs.directory import LATEST_TIME, RunDirectory, changes_in, find_run, is_number
 from service.runs.failure_reports import LARGEST_REPORT_BYTES
 from service.runs.metrics_file import Curves, best_in, last_row, read_curves, read_metrics
-from service.spec.documents import dotted, find, read_values, shown
+from service.spec.documents import dotted, find, shown
 
 MOST_FAILURES = 1000
 _LONGEST_HOLDER_BYTES = 1000
@@ -199,10 +199,12 @@ def read_history(path: Path | str) -> History:
         SpecError: there is no run, or its files cannot be read.
     """
     with told_when_unread(Path(path)):
-        directory = find_run(Path(path))
-        facts = directory.read_facts()
-        spec = read_values(directory.regular_spec())
-        return History(directory, facts, spec, tuple(_failures(directory.failures)))
+        return _history_in(find_run(Path(path)))
+
+
+def _history_in(directory: RunDirectory) -> History:
+    facts, spec = directory.read_facts(), directory.read_spec_values()
+    return History(directory, facts, spec, tuple(_failures(directory.failures)))
 
 
 def histories_in(runs: Path) -> tuple[list[History], list[str]]:
@@ -217,16 +219,18 @@ def histories_in(runs: Path) -> tuple[list[History], list[str]]:
             f"There is no directory {runs}. Use the directory that was given to `run --runs`."
         )
     with told_when_unread(runs):
-        entries = sorted(runs.iterdir())
+        names = sorted(os.listdir(runs))
     found, broken = [], []
-    for entry in entries:
+    for name in names:
+        if name.startswith("."):
+            continue
+        directory = RunDirectory(runs / name)
         try:
-            with told_when_unread(entry):
-                is_run = not entry.name.startswith(".") and is_there(entry / "run.json")
-            if is_run:
-                history = read_history(entry)
-                _ = history.last, history.best  # checks that the values for a list can be read
-                found.append(history)
+            with told_when_unread(directory.path):
+                if is_there(directory.facts):
+                    history = _history_in(directory)
+                    _ = history.last, history.best  # checks that the values for a list can be read
+                    found.append(history)
         except EvenstepError as error:
             broken.append(str(error))
     return sorted(found, key=lambda history: history.news, reverse=True), broken
@@ -278,10 +282,18 @@ def _writer_is_gone(directory: RunDirectory) -> bool:
     return False
 
 
+def _reports_in(directory: Path) -> list[Path]:
+    """The files of the reports, the earliest first; none if there is no permission to look."""
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    return [directory / name for name in sorted(names) if name.endswith(".json")]
+
+
 def _failures(directory: Path) -> Iterator[Failure]:
     """The latest reports, up to a limit, the earliest of them first."""
-    paths = sorted(directory.glob("*.json"))
-    for path in paths[-MOST_FAILURES:]:
+    for path in _reports_in(directory)[-MOST_FAILURES:]:
         try:
             told = read_json(path, at_most=LARGEST_REPORT_BYTES)
         except (OSError, ValueError) as error:

@@ -15,6 +15,8 @@ from service.basics.errors import WillFailAgain
 BLOCK_BYTES = 1 << 17
 """Larger ones, which leave the processor's cache, take half as long again to read."""
 LONGEST_LINE_BYTES = 16 << 20
+_FIRST_BYTES = 1 << 14
+"""Of the first block: a short file needs no more, and there may be thousands of them."""
 
 
 class Block(NamedTuple):
@@ -50,7 +52,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
 
 def lines_with(path: Path, needle: bytes) -> Iterator[list[bytes]]:
     """The lines that contain these bytes, some at a time: ten times as fast as reading JSON."""
-    held, begin = bytearray(LONGEST_LINE_BYTES), 0
+    held, begin = bytearray(_FIRST_BYTES), 0
     with open(path, "rb", buffering=0, opener=plain) as file:
         while count := file.readinto(memoryview(held)[begin : begin + BLOCK_BYTES]):
             filled = begin + count
@@ -61,6 +63,8 @@ def lines_with(path: Path, needle: bytes) -> Iterator[list[bytes]]:
             begin = len(rest)
             held[:begin] = rest
             _require_short(path, begin + BLOCK_BYTES)
+            if len(held) < begin + BLOCK_BYTES:
+                held.extend(bytes(begin + BLOCK_BYTES))
     if found := _found(held[:begin], needle, begin):
         yield found
 

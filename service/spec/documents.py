@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -82,16 +82,19 @@ def read_document(path: str | os.PathLike[str], *, rank: int = 0) -> Document:
         SpecError: names the position of the first error.
     """
     source = os.fspath(path) or "''"
-    text = _decode(_read(source), source=source)
+    document = _document_in(_decode(_read(source), source=source), source=source)
+    return document if rank == 0 else _ranked(document, rank)
+
+
+def _document_in(text: str, *, source: str) -> Document:
     match Path(source).suffix.lower():
         case ".toml":
-            document = _read_toml(text, source=source)
+            return _read_toml(text, source=source)
         case ".json":
             _check_json(text, source=source)
-            document = _read_yaml(_json_as_yaml(text), source=source)
+            return _read_yaml(_json_as_yaml(text), source=source)
         case _:
-            document = _read_yaml(text, source=source)
-    return document if rank == 0 else _ranked(document, rank)
+            return _read_yaml(text, source=source)
 
 
 def read_values(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,14 +104,23 @@ def read_values(path: str | os.PathLike[str]) -> dict[str, Any]:
         SpecError: as `read_document`.
     """
     source = os.fspath(path)
+    return values_in(_read(source), source=source)
+
+
+def values_in(content: bytes, *, source: str) -> dict[str, Any]:
+    """The same of the content of a file.
+
+    Args:
+        source: the name of the file.
+    Raises:
+        SpecError: as `read_document`.
+    """
+    text = _decode(content, source=source)
     if Path(source).suffix.lower() in _YAML and yaml.__with_libyaml__:
-        text = _decode(_read(source), source=source)
-        reader = _YamlReader(text, place=lambda line, column: NOWHERE, loader=yaml.CSafeLoader)
-        with suppress(SpecError):  # it lacks its place: the other reader finds it again
-            values = reader.read()
-            if isinstance(values, dict):
-                return values
-    return read_document(path).values
+        # An error lacks its place: the other reader finds it again.
+        with suppress(ValueError, OverflowError, yaml.YAMLError):
+            return _quick_document(text)
+    return _document_in(text, source=source).values
 
 
 def _ranked(document: Document, rank: int) -> Document:
@@ -270,14 +282,13 @@ class _YamlReader:
         *,
         place: Callable[[int, int], SourcePosition],
         none: tuple[str, ...] = (),
-        loader: Any = yaml.SafeLoader,
     ) -> None:
         self.keys: dict[Steps, SourcePosition] = {}
         self.contents: dict[Steps, SourcePosition] = {}
         self._text = text
         self._place = place
         self._none = none
-        self._events = yaml.parse(text, Loader=loader)
+        self._events = yaml.parse(text, Loader=yaml.SafeLoader)
         self._last: Any = None
 
     def read(self) -> Any:
@@ -377,6 +388,48 @@ class _YamlReader:
         raise SpecError(f"{self._at(event.start_mark).text}: {sentence}") from None
 
 
+def _quick_document(text: str) -> dict[str, Any]:
+    """The mapping in a YAML text, as `_YamlReader` reads it without positions.
+
+    Raises:
+        ValueError, OverflowError, yaml.YAMLError: it is not one that `_YamlReader` accepts.
+    """
+    if _OLD_LINE_BREAK.search(text):
+        raise ValueError("a line break of YAML 1.1")
+    events = yaml.CSafeLoader(text)
+    following = events.get_event
+    following()  # the stream's start
+    following()  # the document's start, or the stream's end
+    values = _quick_value(following, following(), 0)
+    following()  # the document's end
+    if not (isinstance(values, dict) and isinstance(following(), yaml.StreamEndEvent)):
+        raise ValueError("not one mapping")
+    return values
+
+
+def _quick_value(following: Callable[[], Any], event: Any, depth: int) -> Any:
+    kind = type(event)
+    if kind not in _QUICK_EVENTS or event.anchor is not None or event.tag is not None:
+        raise ValueError("an event of another kind, an anchor or a tag")
+    if depth > DEEPEST_NESTING:
+        raise ValueError("nested too deeply")
+    if kind is yaml.ScalarEvent:
+        return _plain_scalar(event.value) if not event.style else _whole_text(event.value)
+    if kind is yaml.SequenceStartEvent:
+        items = []
+        while type(event := following()) is not yaml.SequenceEndEvent:
+            items.append(_quick_value(following, event, depth + 1))
+        return items
+    entries: dict[str, Any] = {}
+    while type(event := following()) is not yaml.MappingEndEvent:
+        key = _quick_value(following, event, depth)
+        if not isinstance(key, str) or key in entries:
+            raise ValueError("a key that is no text, or is written twice")
+        entries[key] = _quick_value(following, following(), depth + 1)
+    return entries
+
+
+_QUICK_EVENTS = {yaml.ScalarEvent, yaml.SequenceStartEvent, yaml.MappingStartEvent}
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NO_NUMBER = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -405,6 +458,10 @@ def scalar(text: str, *, none: tuple[str, ...] = ()) -> Any:
     if _NO_NUMBER.fullmatch(text):
         return float(text.replace(".", ""))
     return _whole_text(text)
+
+
+_plain_scalar = lru_cache(maxsize=4096)(scalar)
+"""The same: the files of thousands of runs have nearly the same words."""
 
 
 def _whole_text(text: str) -> str:
