@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from service.distributed.recursive_doubling import MOST_BYTES
+from service.distributed.recursive_doubling import MOST_BYTES, RecursiveDoubling, Tree
 from service.spec.models import ExchangeSpec
 
 SIZES = [2, 3, 4, 5]
@@ -43,6 +43,23 @@ def test_a_sum_is_that_of_all_and_the_same_bits_everywhere(processes, size, kind
             assert torch.equal(total, wanted), "modulo 2**64"
         else:
             torch.testing.assert_close(total, wanted)
+
+
+def summed_both_ways(world, kind):
+    tree = rows_of(world.index, kind, 101)
+    pairs = tree.clone()
+    Tree(dist.group.WORLD).combine(tree)
+    RecursiveDoubling(dist.group.WORLD).combine(pairs)
+    return tree, pairs
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_over_a_tree_a_sum_has_the_same_bits(processes, size):
+    for kind in (torch.float32, torch.int64):
+        answers = processes(size).run(summed_both_ways, kind)
+        for tree, pairs in answers:
+            assert torch.equal(tree, pairs)
+            assert torch.equal(tree, answers[0][1])
 
 
 def highest(world):
@@ -139,34 +156,44 @@ def test_few_gradients_meet_in_pairs_and_many_go_round(processes):
 # ---- a barrier
 
 
-def times_at_a_barrier(world, late):
+def times_at_a_barrier(world, late, over_a_tree):
     """When this process came to the barrier, and when it went on."""
     if world.index == late:
         time.sleep(0.3)
     came = time.monotonic()
-    world.barrier()
+    if over_a_tree:
+        Tree(dist.group.WORLD).combine(torch.zeros(1))
+    else:
+        world.barrier()
     return came, time.monotonic()
 
 
 @pytest.mark.parametrize(("size", "late"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (5, 4)])
 def test_nobody_passes_a_barrier_before_all_have_come(processes, size, late):
-    came, went_on = zip(*processes(size).run(times_at_a_barrier, late), strict=True)
+    came, went_on = zip(*processes(size).run(times_at_a_barrier, late, False), strict=True)
+    assert max(came) <= min(went_on)
+
+
+@pytest.mark.parametrize("late", [0, 1, 3, 4])
+def test_nobody_passes_a_barrier_over_a_tree_before_all_have_come(processes, late):
+    came, went_on = zip(*processes(5).run(times_at_a_barrier, late, True), strict=True)
     assert max(came) <= min(went_on)
 
 
 # Each process of a job is a thread, and all write into one store; a socket has an end in two.
 CONNECTED = """
-import os, threading
+import os, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 import torch
 from torch.distributed import HashStore, ProcessGroupGloo
-from service.distributed.recursive_doubling import RecursiveDoubling, meet
+from service.distributed.recursive_doubling import agreements, meet
 
-store, turn = HashStore(), threading.Barrier(16)
+processes = int(sys.argv[1])
+store, turn = HashStore(), threading.Barrier(processes)
 
 def connect(rank):
-    group = ProcessGroupGloo(store, rank, 16, timedelta(seconds=60))
+    group = ProcessGroupGloo(store, rank, processes, timedelta(seconds=60))
     files = []
     for act in (lambda: None, lambda: meet(group), lambda: add(group)):
         act()
@@ -177,21 +204,24 @@ def connect(rank):
     return group, files
 
 def add(group):
-    RecursiveDoubling(group).combine(torch.ones(1))
+    total = torch.ones(1)
+    agreements(group).combine(total)
+    assert total == processes
 
-with ThreadPoolExecutor(16) as pool:
-    groups, files = zip(*pool.map(connect, range(16)))
+with ThreadPoolExecutor(processes) as pool:
+    groups, files = zip(*pool.map(connect, range(processes)))
 print(*files[0], flush=True)
 os._exit(0)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_barrier_connects_the_pairs_that_sums_use(tmp_path):
-    """Four for each of 16 processes, and no more for the sums after it."""
+@pytest.mark.parametrize(("processes", "files"), [(16, 4 * 16), (64, 2 * 63)])
+def test_a_barrier_connects_the_pairs_that_sums_use(tmp_path, processes, files):
+    """Four for each of 16 processes, those of a tree for 64, and no more for the sums after it."""
     lazy = {"TORCH_GLOO_LAZY_INIT": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [sys.executable, "-c", CONNECTED],
+        [sys.executable, "-c", CONNECTED, str(processes)],
         env=os.environ | lazy,
         cwd=tmp_path,
         capture_output=True,
@@ -199,5 +229,5 @@ def test_a_barrier_connects_the_pairs_that_sums_use(tmp_path):
         timeout=120,
     )
     before, met, summed_up = map(int, done.stdout.split())
-    assert met - before == 4 * 16, done.stderr
+    assert met - before == files, done.stderr
     assert summed_up == met

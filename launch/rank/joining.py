@@ -23,11 +23,10 @@ from launch.rank.attempts import (
 from launch.rank.store import LOOPBACK, brief_lookups, own_store
 from service.basics.errors import PeerLost
 from service.basics.running_time import TimeLimit
+from service.distributed.recursive_doubling import MANY
 from service.distributed.world import CONNECT_SECONDS
 
 _LOOK_SECONDS = 1.0
-LAZY_FROM = 64
-"""From this number of processes on, each connects only to those it sends to."""
 _COUNT, _ALL = "joined", "all joined"
 
 
@@ -76,10 +75,10 @@ def connect_in_few_requests(environment: Environment) -> None:
 
     Each with each, 1,000 processes would open 999 connections each, and the addresses that one
     writes into the store grow with their number. Connected when they first send to each other,
-    they have about 2 log2(N) connections, and as many requests. What the user has set wins.
+    they have about two connections each, and five requests. What the user has set wins.
     """
     os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
-    if environment.world_size >= LAZY_FROM:
+    if environment.world_size >= MANY:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 

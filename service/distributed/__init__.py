@@ -10,7 +10,7 @@ From top to bottom; a room imports only from rooms below it:
 * agreed_stop: all processes agree on the step, or the position in a test, at which they stop.
 * world: all processes of a job as one. Only this module knows ranks, torch.distributed,
   accelerate.
-* recursive_doubling: sums of small tensors over processes on CPUs, by recursive doubling.
+* recursive_doubling: sums of small tensors over processes on CPUs, in pairs or over a tree.
 * profiler: A trace of a few steps, one file for each process, with a table of the time spent.
 * messages: messages between processes as bytes and back: plain data, no executable content.
 * devices: device functions besides tensors, through torch's module for its kind, not a vendor's.

@@ -24,6 +24,7 @@ from service.distributed.messages import from_bytes, to_bytes
 from service.distributed.recursive_doubling import (
     MOST_BYTES,
     RecursiveDoubling,
+    agreements,
     mean_in_bf16,
     mean_in_pairs,
     meet,
@@ -132,6 +133,7 @@ class World:
         # step.
         self._control: dist.ProcessGroup | None = None
         self._pairs: RecursiveDoubling | None = None
+        self._gradients: RecursiveDoubling | None = None
         self._writers: dict[bool, Writers] = {}
         self._is_watched = False
         if self.processes > 1:
@@ -139,7 +141,8 @@ class World:
                 self._control = _connected(None, self.processes, _COLLECTIVES)
             group = self._control or dist.group.WORLD
             assert group is not None, "several processes need a group"
-            self._pairs = RecursiveDoubling(group)
+            self._pairs = agreements(group)
+            self._gradients = RecursiveDoubling(group)
 
     def connect_devices(self) -> None:
         """Let the backend of the devices connect; every process calls it, at about the same time.
@@ -214,8 +217,8 @@ class World:
             )
         if spec.precision == "bf16":
             wrapped.register_comm_hook(None, mean_in_bf16)
-        elif self._pairs is not None and _few_gradients(model):
-            wrapped.register_comm_hook(self._pairs, mean_in_pairs)
+        elif self._gradients is not None and _few_gradients(model):
+            wrapped.register_comm_hook(self._gradients, mean_in_pairs)
         return wrapped
 
     def exchange_on_last(self, model: nn.Module, micro_batches: Sequence[T]) -> Iterable[T]:
