@@ -220,9 +220,9 @@ GPT = {"layers": 12, "width": 768, "heads": 12}
 SMALL_GPT = {"layers": 2, "width": 32, "heads": 2}
 JOBS = {
     "resnet50": Job(1024, (3, 224, 224), 1000, 256, 10, RESNET, SGD),
-    "gpt2": Job(1024, (1024,), 50_304, 16, 10, GPT, ADAMW, kind="text"),
+    "gpt2": Job(1024, (1024,), 50_304, 8, 10, GPT, ADAMW, kind="text"),
     # Compiled twice, which takes longer the more layers there are.
-    "gpt2 of 6 layers": Job(1024, (1024,), 50_304, 16, 10, GPT | {"layers": 6}, ADAMW, kind="text"),
+    "gpt2 of 6 layers": Job(1024, (1024,), 50_304, 8, 10, GPT | {"layers": 6}, ADAMW, kind="text"),
     "tiny": Job(16_384, (64,), 10, 32, 50, {}, SGD, kind="numbers", precision="fp32"),
 }
 SMALL = {

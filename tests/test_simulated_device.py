@@ -389,6 +389,7 @@ TURNS = {
     "critic": {"optimizer": {"name": "adam", "lr": 0.02}},
     "generator": {"every": 2, "optimizer": {"name": "rmsprop", "lr": 0.01}},
 }
+FUSED = {"name": "adamw", "lr": 0.003, "fused": True}
 JOBS = {
     "dropout and BatchNorm": job(),
     "fp16": job(arguments=PLAIN, model={"precision": "fp16"}),
@@ -400,6 +401,9 @@ JOBS = {
         model={"moving_average": 0.9},
         optimizer={"name": "adamw", "lr": 0.003},
     ),
+    # As without the word on a real one; the kernels keep the number of the step on the device.
+    "fused AdamW": job(arguments=PLAIN, optimizer=FUSED),
+    "fused AdamW in fp16": job(arguments=PLAIN, optimizer=FUSED, model={"precision": "fp16"}),
     "skip": job(arguments=PLAIN, faults={"on_non_finite": "skip"}),
     "bitwise": job(exactness="bitwise"),
     "LBFGS": job(arguments=PLAIN, optimizer={"name": "lbfgs", "lr": 0.1, "max_iter": 4}),
@@ -417,7 +421,11 @@ JOBS = {
     "several optimizers": job(f"{__file__}:two_models", optimizers=TURNS),
 }
 del JOBS["several optimizers"]["optimizer"], JOBS["several optimizers"]["schedule"]
-ROUNDED = {"fp16": 0.02, "bf16": 0.05}  # elsewhere float32's own rounding
+ROUNDED = {
+    "fp16": 0.02,
+    "fused AdamW in fp16": 0.02,
+    "bf16": 0.05,
+}  # elsewhere float32's own rounding
 
 
 def same(one, other, tolerance):
