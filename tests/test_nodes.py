@@ -33,7 +33,7 @@ from launch.environment import (
 )
 from launch.nodes import secret_file
 from launch.nodes.handshake import Authenticator, JoinRequest, Seal, Unauthenticated, answered
-from launch.nodes.node_part import check_interfaces, take_interface
+from launch.nodes.node_part import _Watch, check_interfaces, take_interface
 from launch.nodes.rendezvous import CLOSING_SECONDS, Membership, Peer, host, join, listen
 from launch.rank.network import interface_in_words
 from service.basics.atomic_files import replace_file
@@ -596,6 +596,23 @@ def test_the_loss_of_one_node_is_known_to_all(meeting: Meeting) -> None:
     assert heard["last"].wait(10)
     assert first.lost == "Node 1 (127.0.0.1) is gone."
     first.leave(76), last.leave(76)
+
+
+def test_a_loss_that_the_processes_of_a_node_notice_first_is_told(
+    meeting: Meeting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the node does next depends on how the other one has ended."""
+    meeting.host()
+    meeting.join(replace(OWN, index=1))
+    meeting.join(replace(OWN, index=2))
+    first, (last, _), (lost, _) = (meeting.end()[index] for index in (0, 2, 1))
+    unused: Any = None  # while no other node is lost before its own processes
+    watch = _Watch(first, unused, [0], kill=lambda: None, stop=lambda: None)
+    threading.Timer(0.2, lost.peers[0].close).start()
+    assert watch.outcome(PeerLost.exit_code) == PeerLost.exit_code
+    assert first.closing_messages == {1: None}
+    assert capfd.readouterr().err == "Node 1 (127.0.0.1) is gone.\n"
+    first.leave(PeerLost.exit_code), last.leave(PeerLost.exit_code)
 
 
 def test_a_node_hears_a_stop_that_comes_with_the_address_of_the_store(meeting: Meeting) -> None:

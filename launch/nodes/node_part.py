@@ -27,6 +27,9 @@ DETECTION_SECONDS = 10.0
 """Time for the local processes to detect by themselves that a node is gone, and to end with their
 own messages."""
 
+NEWS_SECONDS = 2.0
+"""Time for this node to detect the loss of a node that its processes have reported."""
+
 KILL_SECONDS = 1.0
 """Time between two attempts to kill the local processes, until they have ended."""
 
@@ -133,8 +136,10 @@ class _Watch:
         """The exit code of this node, from that of its processes."""
         self.end()
         code = PeerLost.exit_code if self._killed else code
-        if code == PeerLost.exit_code and self._membership.lost is not None:
-            say(self._membership.lost)
+        if code == PeerLost.exit_code:
+            self._membership.await_news(NEWS_SECONDS)  # its processes may have noticed it first
+            if self._membership.lost is not None:
+                say(self._membership.lost)
         return code
 
     def end(self) -> None:

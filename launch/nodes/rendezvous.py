@@ -166,6 +166,10 @@ class Membership:
         callbacks = (when_lost, when_stopped)
         threading.Thread(target=self._follow, args=callbacks, daemon=True).start()
 
+    def await_news(self, seconds: float) -> None:
+        """Wait until another node is lost, or all have ended, at most so long."""
+        TimeLimit(seconds).wait(self._settled.wait)
+
     def await_ends(self, seconds: float) -> None:
         """Wait until every other node has sent its closing message or is gone, at most so long."""
         TimeLimit(seconds).wait(self._all_ended.wait)
