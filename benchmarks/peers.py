@@ -8,8 +8,8 @@ The task is that of benchmarks/by_hand.py; every trainer gets the same DataLoade
 fused optimizer and nothing to log, save or display.  Each epoch of a trainer follows one of the
 hand-written loop, in the same process, so that a busy machine slows both: medians of the ratios of
 processor time.  The test pass follows each trainer's documentation for loss and accuracy; whether
-it counts every row once is measured.  A trainer that is not installed is skipped; for one that
-fails, its line shows the error.
+it counts every row once is measured.  The line of a trainer that is not installed says so; for one
+that fails, its line shows the error.
 """
 
 from __future__ import annotations
@@ -466,6 +466,8 @@ def row(name: str, peer: Peer, *, pairs: int) -> str:
 
 def line(name: str, peer: Peer, *, pairs: int) -> str:
     """The row of a trainer; if it fails here, a row that says why, and the others still count."""
+    if not importlib.util.find_spec(peer.package):
+        return f"| {name} | not installed | | | |"
     try:
         return row(name, peer, pairs=pairs)
     except Exception as error:  # on every process, and before any of them waits for another
@@ -504,7 +506,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             lines += ours(world, pairs=given.pairs)
             for name, peer in PEERS.items():
-                if given.only.lower() in name.lower() and importlib.util.find_spec(peer.package):
+                if given.only.lower() in name.lower():
                     lines.append(line(name, peer, pairs=given.pairs))
         if world.is_lead:
             print("\n".join(lines))
