@@ -147,6 +147,7 @@ class Event:
     def __init__(self, device: Any = None, enable_timing: bool = False, **_: Any) -> None:
         self.seen: dict[Stream, int] = {}
         self._time = 0.0
+        self._is_timed = enable_timing
 
     def record(self, stream: Stream | None = None) -> None:
         _open_context()
@@ -164,6 +165,13 @@ class Event:
         return all(_HOST.get(stream, 0) >= work for stream, work in self.seen.items())
 
     def elapsed_time(self, end: Event) -> float:
+        """Source of what it refuses: torch's ATen/cuda/CUDAEvent.h."""
+        if not (self._is_timed and end._is_timed):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+        if not (self.seen and end.seen):
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        if not (self.query() and end.query()):
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
         return 1e3 * (end._time - self._time)
 
 

@@ -98,6 +98,19 @@ def mixed(world):
     return True
 
 
+def timed(world):
+    """The time between two events is told of events that are complete, and were to be timed."""
+    first, last, other = (torch.sim.Event(enable_timing=timing) for timing in (True, True, False))
+    refused(lambda: first.elapsed_time(last), ValueError, "must be recorded")
+    for event in (first, last, other):
+        event.record()
+        torch.ones(1, device="sim")
+    refused(lambda: first.elapsed_time(last), RuntimeError, "must be completed")
+    refused(lambda: first.elapsed_time(other), ValueError, "enable_timing=True")
+    last.synchronize()
+    return first.elapsed_time(last) > 0
+
+
 TWO = "found at least two devices, sim:0 and cpu!"
 BY_NAME = (
     "Expected all tensors to be on the same device, but got {} is on {}, different from other "
@@ -277,6 +290,7 @@ def test_the_device_behaves_as_a_gpu_does(simulated):
     assert len(some) == 9
     assert one.run(mixed) == [True]
     assert one.run(raced) == [True]
+    assert one.run(timed) == [True]
 
 
 def exchanged(world):
