@@ -178,7 +178,11 @@ NAMED: dict[tuple[str, str], tuple[str, str]] = {
         "launch/commands/doctor.py",
         'fix = "Install a torch built for CUDA, and check the driver with nvidia-smi."',
     ): ("as above", NVIDIA),
-    ("launch/commands/doctor.py", 'if accelerator.type == "cuda":'): (
+    (
+        "launch/commands/doctor.py",
+        'if accelerator.type == "cuda" and torch.version.hip is not None:',
+    ): ("torch gives AMD's devices the name of NVIDIA's", "; its branch for AMD: nothing yet"),
+    ("launch/commands/doctor.py", 'elif accelerator.type == "cuda":'): (
         "versions of CUDA and of the driver",
         NVIDIA,
     ),

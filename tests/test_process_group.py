@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from commands import DEADLINE_SECONDS, ROOT, command
+from commands import DEADLINE_SECONDS, ROOT, command, evenstep
 from processes import Processes, ProcessesOf
 
 from launch.rank.joining import keep_to_loopback
@@ -100,3 +101,34 @@ def test_bitwise_is_deterministic_fills_no_unused_memory_and_heeds_the_precision
     done = command(*words, cwd=ROOT, timeout=DEADLINE_SECONDS, EVENSTEP_DEVICE="cpu")
     wanted = ["True", "1", "False", "True", "True", "False", "False"]
     assert done.stdout.split() == wanted, done.stderr
+
+
+# Of a shell under mpirun or in a Slurm step, of a program that `accelerate launch` has started.
+OF_OTHERS = {
+    "LOCAL_RANK": "1",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+}
+IN_A_POD = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+FROM_PYTHON = "import service; service.run('digits', quiet=True, **{'length.steps': 1})"
+
+
+def test_a_process_alone_does_not_look_for_those_of_somebody_else(tmp_path: Path) -> None:
+    """accelerate would: it connected, and waited, or asked for what a spec does not ask for."""
+    run = evenstep("run", "digits", "length.steps=1", "--name", "a", cwd=tmp_path, **OF_OTHERS)
+    assert run.returncode == 0, run.stderr
+    words = (sys.executable, "-c", FROM_PYTHON)
+    in_place = command(*words, cwd=tmp_path, timeout=DEADLINE_SECONDS, **OF_OTHERS)
+    assert in_place.returncode == 0, in_place.stderr
+    seen = evenstep("plan", "digits", cwd=tmp_path, **IN_A_POD)
+    assert (seen.returncode, seen.stderr) == (0, "")

@@ -170,7 +170,9 @@ def _devices(asked: Asked) -> Iterator[Finding]:
         cards = [module.get_device_properties(number) for number in range(count)]
         named = {f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards}
         told += f" ({'; '.join(sorted(named))})"
-    if accelerator.type == "cuda":
+    if accelerator.type == "cuda" and torch.version.hip is not None:
+        told += f", ROCm {torch.version.hip}"
+    elif accelerator.type == "cuda":
         told += f", CUDA {torch.version.cuda}, driver {_driver()}"
     if asked.processes > count and asked.processes > 2:
         fix = f"Use at most --processes {count}, or EVENSTEP_DEVICE=cpu."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from launch.environment import RUN_OF_STORE, Environment
+from launch.environment import Environment
 from launch.rank.joining import (
     connect_in_few_requests,
     keep_to_loopback,
@@ -30,6 +29,7 @@ from service.distributed.recursive_doubling import meet
 from service.distributed.world import (
     BOUNDED,
     World,
+    accelerator_for,
     be_patient,
     connect_patience,
     lost_peer,
@@ -211,14 +211,9 @@ def _compute_in_one_order() -> None:
 
 
 def _accelerator(environment: Environment, device: str, timeout_seconds: float) -> Accelerator:
-    with warnings.catch_warnings():
-        # It warns that it uses the CPU, which is intended here.
-        warnings.simplefilter("ignore", UserWarning)
-        # Also a single process of a launcher: accelerate would wait at its store's port, 0.
-        launched = not environment.is_alone or RUN_OF_STORE in os.environ
-        if launched and not dist.is_initialized():
-            _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
-        return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+    if not environment.is_alone and not dist.is_initialized():
+        _join(environment, dist.get_default_backend_for_device(device), timeout_seconds)
+    return accelerator_for(device)
 
 
 def _join(environment: Environment, backend: str, timeout_seconds: float) -> None:

@@ -617,9 +617,40 @@ def graph_grew() -> WillFailAgain:
     )
 
 
+# With these, accelerate connects to processes that nobody started for this one: a shell in a pod,
+# in a Slurm step or under mpirun has them.
+_PLACES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+
+
+def accelerator_for(device: str) -> Accelerator:
+    """accelerate's view of this process: in the group that torch has connected, or alone.
+
+    The spec decides what else accelerate takes from the environment, such as the precision.
+
+    Args:
+        device: its type.
+    """
+    hidden = () if dist.is_initialized() else _PLACES
+    kept = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name in hidden or (name.startswith("ACCELERATE_") and name != "ACCELERATE_TORCH_DEVICE")
+    }
+    try:
+        with warnings.catch_warnings():
+            # It warns that it uses the CPU, which is intended here.
+            warnings.simplefilter("ignore", UserWarning)
+            return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+    finally:
+        os.environ.update(kept)
+
+
 def alone() -> World:
     """A world of this process only, on the CPU: for inspection without training."""
-    return World(Accelerator(cpu=True))
+    return World(accelerator_for("cpu"))
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
@@ -654,8 +685,5 @@ def in_place(*, precision: str) -> World:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None or os.environ.get("EVENSTEP_DEVICE") == "cpu":
         device = torch.device("cpu")
-    with warnings.catch_warnings():
-        # It warns that it uses the CPU, which is intended here.
-        warnings.simplefilter("ignore", UserWarning)
-        accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=1)
+    accelerator = accelerator_for(device.type)
     return World(accelerator, device=device, precision=precision, may_set_threads=free)
