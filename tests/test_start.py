@@ -253,3 +253,25 @@ def test_a_directory_for_sockets_that_others_can_change_is_refused(
     place.symlink_to(tmp_path / "other")
     with pytest.raises(SpecError, match="belongs to another user"):
         ensure_server()
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", "2")], ids=["one", "two"])
+def test_files_with_names_of_modules_are_not_taken_for_these(tmp_path, words):
+    """Of the user's files only the task is imported, and what it imports."""
+    environ = job(tmp_path) | {"PYTHONHASHSEED": "0"}  # so that Python itself starts it
+    for name in ("queue", "random", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    for name in ("launch", "service"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('nor this one')")
+    run = evenstep("run", "./job.yaml", *words, cwd=tmp_path, **environ)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_package_with_the_name_of_one_of_ours_is_reported(tmp_path):
+    environ = job(tmp_path)
+    (tmp_path / "service").mkdir()
+    (tmp_path / "job.py").write_text("from service.networks import Net")
+    run = evenstep("run", "./job.yaml", cwd=tmp_path, **environ)
+    assert run.returncode == SpecError.exit_code
+    assert f"Rename {tmp_path}/service: 'service' is a package of Evenstep" in run.stderr

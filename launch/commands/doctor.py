@@ -134,7 +134,7 @@ def _torch_companions(asked: Asked) -> Iterator[Finding]:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        words = [sys.executable, "-c", f"import {name}"]
+        words = [sys.executable, "-P", "-c", f"import {name}"]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
         if done.returncode == 0:
             yield Finding(name, "ok", f"{version} imports with torch {metadata.version('torch')}")

@@ -10,12 +10,14 @@ import gc
 import os
 import signal
 
-from launch.processes.warm_start import LAUNCHER
+from launch.processes.warm_start import LAUNCHER, SAFE_PATH
 from service.health.stop_request import STOP_SIGNALS, die_with_parent
 
 PROCESS = os.getpid()
 """The fork server itself, as seen by its forks."""
 
+if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:
+    del os.environ["PYTHONSAFEPATH"]  # no concern of what ranks start
 if os.environ.get(LAUNCHER, "").isdecimal():
     die_with_parent(int(os.environ[LAUNCHER]))
     os.setsid()  # signals to the launcher's process group reach the ranks only through it

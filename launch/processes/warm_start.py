@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from service.health.stop_request import STOP_SIGNALS
 
 LAUNCHER = "EVENSTEP_LAUNCHER"
 """Tells the fork server the process id of its launcher."""
+SAFE_PATH = "evenstep"
+"""The value of PYTHONSAFEPATH with which the fork server starts, but not its ranks."""
 # In this order: first the binding to its launcher, then everything that a rank needs.
 _PRELOAD = [
     "launch.processes.fork_server",
@@ -130,6 +133,10 @@ def begin_server() -> None:
         return
     os.environ[LAUNCHER] = str(os.getpid())
     _begun_with.update(os.environ)
+    if not _imports_from_here():
+        # multiprocessing starts it by `python -c`, which looks for modules in the current directory
+        # first: a file queue.py or a directory launch there would be taken for Python's or ours.
+        os.environ.setdefault("PYTHONSAFEPATH", SAFE_PATH)
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     # The server blocks them from its start, and so do the ranks until they can handle them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -139,8 +146,18 @@ def begin_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:
+            del os.environ["PYTHONSAFEPATH"]
     # Before multiprocessing removes it, with -100.
     util.Finalize(None, _make_directory_again, exitpriority=-99)
+
+
+def _imports_from_here() -> bool:
+    """Whether this process finds modules in the current directory, as under `python -m`."""
+    try:
+        return bool({"", os.getcwd()} & set(sys.path))
+    except OSError:  # it was removed
+        return False
 
 
 def ensure_server() -> None:

@@ -51,7 +51,7 @@ def tried(
     with tempfile.TemporaryDirectory(prefix="evenstep-doctor-") as place, ExitStack() as stack:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "launch.commands.reduction", argument],
+                [sys.executable, "-P", "-m", "launch.commands.reduction", argument],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **own},
                 stdout=stack.enter_context(Path(place, f"{number}.out").open("w")),
                 stderr=stack.enter_context(Path(place, f"{number}.err").open("w")),

@@ -851,7 +851,24 @@ def _import(source: str) -> Any:
     except SpecError:
         raise
     except (Exception, SystemExit) as error:
-        raise SpecError(f"task: cannot import {source}: {with_place(error)}") from error
+        told = f"task: cannot import {source}: {with_place(error)}{_taken_name(error)}"
+        raise SpecError(told) from error
+
+
+def _taken_name(error: BaseException) -> str:
+    """`. Rename ...`, if a module of the user's has the name of a package of ours; or nothing."""
+    if not isinstance(error, ImportError) or error.name is None:
+        return ""
+    name = error.name.partition(".")[0]
+    if name not in ("service", "launch"):
+        return ""
+    ours = Path(__file__).parents[2]
+    directories = [Path(each or ".").absolute() for each in ("", *sys.path)]
+    places = [place / end for place in directories if place != ours for end in (name, f"{name}.py")]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        return ""
+    return f". Rename {found}: {name!r} is a package of Evenstep, which is found instead."
 
 
 def imported(where: str, key: str) -> Any:
@@ -875,7 +892,8 @@ def imported(where: str, key: str) -> Any:
     except AttributeError as error:
         raise SpecError(f"{key}: cannot import {where}: {error}.") from error
     except (Exception, SystemExit) as error:
-        raise SpecError(f"{key}: cannot import {where}: {with_place(error)}") from error
+        told = f"{key}: cannot import {where}: {with_place(error)}{_taken_name(error)}"
+        raise SpecError(told) from error
 
 
 def _import_file(path: Path, key: str = "task") -> Any:

@@ -93,7 +93,9 @@ def main(more: list[str]) -> int:
     """
     for name, optimizer in CLASSICS.items():
         words = ["optimizers", f"optimizer={json.dumps(optimizer)}", "--name", f"optimizers-{name}"]
-        ended = subprocess.run([sys.executable, "-m", "launch", "run", *words, *more], check=False)
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "launch", "run", *words, *more], check=False
+        )
         if ended.returncode != 0:
             return ended.returncode
     return 0
