@@ -159,6 +159,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client
 
             def _forward(self) -> None:
                 proxy.seen.append((self.command, self.path))

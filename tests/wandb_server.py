@@ -165,6 +165,7 @@ def _bucket(run_id: str, run: ServerRun) -> dict[str, Any]:
 def _handler(server: WandBServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each answer waits 40 ms for the client
 
         def handle(self) -> None:
             with suppress(ConnectionError):  # a client that is killed hangs up
