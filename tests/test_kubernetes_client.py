@@ -19,7 +19,9 @@ from kubernetes_server import HANGS_UP, Answer, Request, recorded, serving
 
 from launch.engines.kubernetes import jobs
 from launch.engines.kubernetes.api import Api, ClusterError, ClusterUnreachable
+from launch.engines.kubernetes.engine import Kubernetes
 from service.basics.errors import SpecError
+from service.spec.files import load_spec
 
 JOB = "/namespaces/ml-train/jobs/ddp-train"
 PODS, EVENTS = "/namespaces/ml-train/pods", "/namespaces/ml-train/events"
@@ -113,17 +115,33 @@ def test_submit_waits_for_the_end_where_asked_to(place: Path) -> None:
     assert "exit code 78" in ended.stdout
 
 
-def test_a_cluster_may_be_silent_for_a_while_where_one_waits_for_the_end(place: Path) -> None:
+def waited(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """What `submit --wait` of a job that fails says and complains of; it looks often."""
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+    monkeypatch.setenv("KUBECONFIG", str(place / "config"))
+    said: list[str] = []
+    complained: list[str] = []
+    how: dict[str, Any] = {"target": "job", "without_secret": False, "waits": True}
+    with pytest.raises(ClusterError, match="See: evenstep kubernetes logs ddp-train"):
+        Kubernetes().submit(
+            load_spec(place / "job.yaml"), say=said.append, complain=complained.append, **how
+        )
+    return said, complained
+
+
+def test_a_cluster_may_be_silent_for_a_while_where_one_waits_for_the_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = copy.deepcopy(recorded(26))
     failed.body["status"]["conditions"][-1]["type"] = "Failed"
     busy = Answer(503, {"message": "etcdserver: leader changed"})
     asked = [NONE, recorded(14), HANGS_UP, busy, recorded(14), failed]
     with serving({("GET", JOB): asked, **applied(recorded(5))}, place / "config"):
-        ended = kubernetes(place, "submit", "job.yaml", "--wait")
-    assert ended.returncode == 1
-    assert "Failed: PodFailurePolicy" in ended.stdout
-    assert ended.stderr.count("retrying for ten minutes") == 1
-    assert "does not respond" in ended.stderr
+        said, complained = waited(place, monkeypatch)
+    assert "Failed: PodFailurePolicy" in said[-1]
+    (told,) = complained
+    assert "does not respond" in told
+    assert "retrying for ten minutes" in told
     with serving({("GET", JOB): [busy]}, place / "config"):
         at_once = kubernetes(place, "status", "ddp-train")
     assert at_once.returncode == 1
@@ -473,15 +491,16 @@ def test_a_log_of_what_is_no_cluster_is_reported(place: Path) -> None:
     assert "answered 200, but not as a cluster: Sign in" in ended.stderr
 
 
-def test_a_page_to_sign_in_does_not_end_a_wait(place: Path) -> None:
+def test_a_page_to_sign_in_does_not_end_a_wait(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = copy.deepcopy(recorded(26))
     failed.body["status"]["conditions"][-1]["type"] = "Failed"
     asked = [NONE, recorded(14), SIGN_IN, failed]
     with serving({("GET", JOB): asked, **applied(recorded(5))}, place / "config"):
-        ended = kubernetes(place, "submit", "job.yaml", "--wait")
-    assert ended.returncode == 1
-    assert "Failed: PodFailurePolicy" in ended.stdout
-    assert "retrying for ten minutes" in ended.stderr
+        said, complained = waited(place, monkeypatch)
+    assert "Failed: PodFailurePolicy" in said[-1]
+    assert ["retrying for ten minutes" in told for told in complained] == [True]
 
 
 def test_a_job_that_is_deleted_at_its_end_is_not_waited_for(place: Path) -> None:
