@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ class Plan:
     paces: Mapping[str, Pace] = field(repr=False, compare=False, default_factory=dict)
     """The same for each optimizer, if there are several."""
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """Micro-batches of one step, over all processes."""
         return math.ceil(self.global_batch / self.micro_batch)
