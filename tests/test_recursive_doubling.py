@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from service.distributed import recursive_doubling
 from service.distributed.recursive_doubling import MOST_BYTES, RecursiveDoubling, Tree
+from service.distributed.world import World, accelerator_for
 from service.spec.models import ExchangeSpec
 
 SIZES = [2, 3, 4, 5]
@@ -172,6 +174,22 @@ def times_at_a_barrier(world, late, over_a_tree):
 def test_nobody_passes_a_barrier_before_all_have_come(processes, size, late):
     came, went_on = zip(*processes(size).run(times_at_a_barrier, late, False), strict=True)
     assert max(came) <= min(went_on)
+
+
+def kinds_of_sums(world, many):
+    """How a world agrees, and how it sums gradients, if so many processes are many."""
+    before, recursive_doubling.MANY = recursive_doubling.MANY, many
+    try:
+        another = World(accelerator_for("cpu"))
+    finally:
+        recursive_doubling.MANY = before
+    return type(another._pairs).__name__, type(another._gradients).__name__
+
+
+def test_many_processes_agree_over_a_tree(processes):
+    pool = processes(2)
+    assert pool.run(kinds_of_sums, 2) == [("Tree", "RecursiveDoubling")] * 2
+    assert pool.run(kinds_of_sums, 3) == [("RecursiveDoubling", "RecursiveDoubling")] * 2
 
 
 @pytest.mark.parametrize("late", [0, 1, 3, 4])

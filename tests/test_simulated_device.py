@@ -28,6 +28,8 @@ from launch.rank.process_group import identity_of
 from service.basics.errors import NotSaved, SpecError, is_out_of_memory
 from service.basics.limits import workers_each
 from service.checkpoints.pending_copies import DeviceCopies, PendingCopy
+from service.checkpoints.shards import Snapshot
+from service.checkpoints.snapshots import Content
 from service.data.task import custom, load_task, supervised
 from service.distributed.devices import free_bytes
 from service.evaluation.metrics import Gathered
@@ -544,6 +546,32 @@ def saved_when(simulated, kind, runs, **checkpoint):
 def test_weights_that_a_pass_changes_are_saved_as_they_were(simulated, tmp_path, kind):
     waiting = saved_when(simulated, kind, tmp_path / "waiting", asynchronous=False)
     assert saved_when(simulated, kind, tmp_path / "late") == waiting
+
+
+def copies_in_order(world):
+    """How much work a snapshot is for the stream of the computation, until an update and after."""
+    names = ("weight", "frozen", "running_mean")
+    weights = {name: torch.ones(2, device="sim") for name in names}
+    held = {"exp_avg:weight": torch.ones(2, device="sim")}
+    content = Content(
+        {"model.safetensors": weights, "optimizer.safetensors": held},
+        {},
+        frozenset(names[:2]),
+        still=frozenset(["weight"]),
+    )
+    snapshot, stream = Snapshot(world.device), torch.sim.current_stream()
+    began = stream.now
+    _, copies = snapshot.whole(content)
+    beside = snapshot._stream
+    before = stream.follows(beside, beside.now)
+    copies.permit_change()
+    return stream.now - began, (before, stream.follows(beside, beside.now))
+
+
+def test_only_what_a_pass_may_change_is_copied_before_it(simulated):
+    work, (before, after) = simulated(1).run(copies_in_order)[0]
+    assert work == 2, "a frozen weight and a buffer; the rest is copied on another stream"
+    assert (before, after) == (False, True), "which the update waits for, and nothing before it"
 
 
 def changed_while_copied(world):

@@ -105,7 +105,6 @@ class DeviceCopies:
 
     def __init__(self, copies: Sequence[PendingCopy], device: torch.device, stream: Any) -> None:
         """Queue the copies on `stream`, or on the current one if it is None."""
-        self._device = device
         self._module = module_of(device)
         self._lock = Lock()
         self._watched = [(copy.name, copy.watched, copy.watched._version) for copy in copies]

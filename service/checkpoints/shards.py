@@ -218,15 +218,6 @@ def _spans(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
     return spans
 
 
-class Source(NamedTuple):
-    """A tensor to copy into the buffer."""
-
-    name: str
-    numbers: Tensor
-    still: Tensor | None
-    """The tensor that has its memory, if it changes in an update only."""
-
-
 class Snapshot:
     """A reused buffer in main memory with the layout of the files, for a copy of the state.
 
@@ -253,11 +244,7 @@ class Snapshot:
 
     def whole(self, content: Content) -> tuple[Content, LateCopies]:
         """A copy of the content in the buffer, valid until the next one; and what to await."""
-        every = [
-            Source(name, tensor, tensor if content.is_still(file, name) else None)
-            for file, tensors in content.tensors.items()
-            for name, tensor in tensors.items()
-        ]
+        every = [segment for file in content.tensors for segment in _in_a_row(content, file, 0)]
         spaces, arrived = self._copies(every)
         copies = iter(spaces)
         held = {
@@ -268,11 +255,7 @@ class Snapshot:
 
     def part(self, shard: Shard) -> tuple[Shard, LateCopies]:
         """The same for the shard of one process."""
-        every = [
-            Source(segment.name, segment.numbers, segment.still)
-            for stretches in shard.stretches.values()
-            for segment in stretches
-        ]
+        every = [segment for stretches in shard.stretches.values() for segment in stretches]
         spaces, arrived = self._copies(every)
         copies = iter(spaces)
         held = {
@@ -282,17 +265,17 @@ class Snapshot:
         return replace(shard, stretches=held), arrived
 
     @torch.no_grad()
-    def _copies(self, sources: Sequence[Source]) -> tuple[list[Tensor], LateCopies]:
+    def _copies(self, segments: Sequence[Segment]) -> tuple[list[Tensor], LateCopies]:
         """The spaces of these tensors, and the copies that are made late: the others are made."""
-        self.reserve(sum(source.numbers.nbytes for source in sources))
+        self.reserve(sum(segment.numbers.nbytes for segment in segments))
         spaces, late = [], []
         at = 0
-        for source in sources:
-            numbers = source.numbers
+        for segment in segments:
+            numbers = segment.numbers
             at += -at % numbers.element_size()
             space = self._buffer[at : at + numbers.nbytes].view(numbers.dtype).view(numbers.shape)
-            if source.still is not None and numbers.device.type == self._device.type:
-                late.append(PendingCopy(source.name, numbers, space, source.still))
+            if segment.still is not None and numbers.device.type == self._device.type:
+                late.append(PendingCopy(segment.name, numbers, space, segment.still))
             else:
                 space.copy_(numbers, non_blocking=self._pinned)
             spaces.append(space)

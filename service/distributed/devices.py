@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -80,15 +80,8 @@ def side_stream(device: torch.device) -> Any:
     return streams() if copies_late(device) and streams is not None else None
 
 
-class Arrival(Protocol):
-    """A point in the order of the device's work."""
-
-    def synchronize(self) -> None:
-        """Return when the device has reached it."""
-
-
 def moment(device: torch.device, *, timing: bool = False) -> Any:
-    """An event: an `Arrival` after all work that was submitted to the device so far.
+    """An event after all work that was submitted to the device so far.
 
     With `timing`, `elapsed_time(later)` gives the milliseconds between two.
     """
