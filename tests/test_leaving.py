@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from commands import DEADLINE_SECONDS, ROOT, command, evenstep, start, torchrun
-from injuring import started, until
+from injuring import rows_of, started, until
+
+from service.health.stop_request import stop_on_signals
 
 TASKS = '''
 import atexit
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -72,6 +76,27 @@ def broken():
 
 def pooled():
     return of(Pooled())
+
+
+def twice():
+    sys.stderr = Twice(sys.stderr)
+    return of(Rows())
+
+
+class Twice:
+    """While a stop is reported, the next signal arrives."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if text.startswith(("Stopped after", "interrupted")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return self.stream.write(text)
 
 
 def lingering():
@@ -150,6 +175,32 @@ def test_a_stop_request_ends_a_leaving_process_immediately(tmp_path, words):
         _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, err
     assert "did not release everything" not in err
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", 2)])
+def test_a_second_stop_request_does_not_silence_the_report_of_the_first(tmp_path, words):
+    job(tmp_path, "twice", length={"steps": 1_000_000}, tracking={"log_every_steps": 1})
+    with started(*words, cwd=tmp_path) as process:
+        until(lambda: rows_of(tmp_path) > 3, "three steps", of=process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 75, err
+    assert "Stopped after step " in err
+    assert "error" not in err
+
+
+def test_where_nothing_would_be_lost_the_first_request_interrupts_whenever_it_arrives():
+    with stop_on_signals() as stop:
+        stop.interrupts_from_now_on()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the launcher passes on its own
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # somebody is impatient
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.interrupts_from_now_on()
 
 
 LINGERING = {

@@ -151,7 +151,7 @@ def test(job: TestJob, environment: Environment, *, stop: StopRequest) -> None:
     Raises:
         EvenstepError: see `service.training.worker.test_run`.
     """
-    stop.interrupt = True  # there is nothing to save
+    stop.interrupts_from_now_on()  # there is nothing to save
     spec = job.spec
     with world_of(spec, environment) as world:
         require_same_command(job, world)

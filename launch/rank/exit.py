@@ -20,17 +20,22 @@ from service.health.stop_request import STOP_SIGNALS
 LEAVING_SECONDS = 10.0
 """Longest time from the end of the work to the end of the process."""
 _LOCKED_SECONDS = 5.0  # additional, if no thread can run
+_REPORT_SECONDS = 2.0  # longest time to say how the work ended, after a signal to stop
 _STOPS = {int(number) for number in STOP_SIGNALS}
 _ending = threading.Event()
+_reported = threading.Event()
 
 
 def leave(code: int) -> NoReturn:
     """End this process now; exit handlers run if there is time.
 
+    Called when the end of the work has been reported, to the user and to the launcher.
+
     The interpreter's own exit takes seconds with torch loaded, while peers wait; and with
     gloo it sometimes ends in an abort ("terminate called without an active exception").
     """
     end_in_time(code)
+    _reported.set()
     atexit._run_exitfuncs()
     with suppress(OSError):  # the reader is gone, or the disk is full: the exit code still counts
         sys.stdout.flush()
@@ -39,7 +44,10 @@ def leave(code: int) -> NoReturn:
 
 
 def end_in_time(code: int) -> None:
-    """From now on this process ends within `LEAVING_SECONDS`, or at once after a signal to stop.
+    """From now on this process ends within `LEAVING_SECONDS`, or soon after a signal to stop.
+
+    Such a signal is often the second: systemd and Slurm send one to every process of a job, and
+    the launcher passes its own on. It waits until the end of the work has been reported.
 
     Called in the main thread when its work has ended.  The rest of the exit may block forever: a
     library's exit handler, a worker that does not respond, a terminal that nobody reads.
@@ -70,6 +78,7 @@ def _count(heard: int, code: int) -> NoReturn:
     signals.register(heard, select.POLLIN)
     while look := limit.look:
         if signals.poll(look * 1000) and set(os.read(heard, 512)) & _STOPS:
+            _reported.wait(_REPORT_SECONDS)
             os._exit(code)  # other signals arrive there too, such as SIGCHLD
     text = f"WARNING: this process did not release everything within {LEAVING_SECONDS:g} s: ended."
     teller = threading.Thread(target=tell, args=(text,), daemon=True)

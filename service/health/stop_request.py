@@ -40,8 +40,7 @@ class StopRequest:
         """Whether the launcher asks for it, to continue with other nodes; no signal has arrived."""
         self.heard_at: float | None = None
         """When it was first asked for, by the monotonic clock."""
-        self.interrupt = False
-        """Whether a signal ends the work immediately, because nothing would be lost."""
+        self._interrupts = False
         self._starting = False
 
     @property
@@ -57,12 +56,29 @@ class StopRequest:
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
         # It sets only a flag: a collective in a signal handler would be out of order.
-        if self.interrupt or (self.signal_name and number == signal.SIGINT):
-            raise KeyboardInterrupt
+        again = self.signal_name is not None
         self.signal_name = signal.Signals(number).name
         self.heard_at = self.heard_at or time.monotonic()
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._interrupts:
+            self._interrupt()
         if self._starting:
             self._leave()
+
+    def interrupts_from_now_on(self) -> None:
+        """Let a request end the work immediately, because nothing would be lost.
+
+        Raises:
+            KeyboardInterrupt: there is a request; otherwise, when it arrives.
+        """
+        self._interrupts = True
+        if self.requested:
+            self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        self._interrupts = False  # the next signal must not interrupt the end of the work
+        raise KeyboardInterrupt
 
     @contextmanager
     def followed_at_once(self) -> Iterator[None]:
