@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import BIN, CLEAN, evenstep
+from commands import BIN, CLEAN, ROOT, command, evenstep
 from injuring import DEADLINE_SECONDS, descendants, is_alive, until
 
 from launch.processes.warm_start import ensure_server, starts_processes
@@ -267,6 +269,20 @@ def test_files_with_names_of_modules_are_not_taken_for_these(tmp_path, words):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('nor this one')")
     run = evenstep("run", "./job.yaml", *words, cwd=tmp_path, **environ)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_checkout_that_is_not_installed_starts_ranks_of_its_own(tmp_path):
+    """`python -m launch` finds it in the current directory; another version may be installed."""
+    environ = job(tmp_path) | {"PYTHONHASHSEED": "0"}
+    checkout = tmp_path / "checkout"
+    for name in ("launch", "service"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "job.py", "a") as file:
+        file.write(f"import service, launch.rank.entry as entry\nplace = {str(checkout)!r}\n")
+        file.write("for each in (service, entry): assert each.__file__.startswith(place), each\n")
+    words = (sys.executable, "-m", "launch", "run", "../job.yaml", "--processes", 2)
+    run = command(*words, cwd=checkout, timeout=DEADLINE_SECONDS, **environ)
     assert run.returncode == 0, run.stderr
 
 
