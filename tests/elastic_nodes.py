@@ -18,6 +18,7 @@ from commands import start as start_command
 from injuring import until
 from stored import newest_step
 
+from service.basics.errors import Stopped
 from service.runs.checkpoint_files import checkpoints_in
 from service.storage.address import Address
 
@@ -153,7 +154,8 @@ class Nodes:
         """Wait until a node has written this."""
 
         def said() -> bool:
-            ended = [each.returncode for each in self._started if each.poll() not in (None, -9)]
+            known = (None, -signal.SIGKILL, Stopped.exit_code)  # alive, lost, drained
+            ended = [each.returncode for each in self._started if each.poll() not in known]
             assert not ended or text in self.output(by), f"{ended}\n{self.everything()}"
             return self.output(by).count(text) >= times
 
