@@ -93,7 +93,7 @@ class Twice:
         return getattr(self.stream, name)
 
     def write(self, text):
-        if text.startswith(("Stopped after", "interrupted")):
+        if text.startswith("Stopped after"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
         return self.stream.write(text)
@@ -205,8 +205,9 @@ def test_where_nothing_would_be_lost_the_first_request_interrupts_whenever_it_ar
 
 LINGERING = {
     "sleeps": "time.sleep(3600)",
-    "waits for a thread": "threading.Thread(target=time.sleep, args=(3600,)).join()",
-    "is in a library": "ctypes.CDLL(None).sleep(3600)",
+    "waits for a thread": "each = threading.Thread(target=time.sleep, args=(3600,)); each.start(); "
+    "each.join()",
+    "is in a library": "while True: ctypes.CDLL(None).sleep(3600)",
     "holds the interpreter's lock": "ctypes.PyDLL(None).sleep(3600)",
 }
 WITHOUT_THREADS = "holds the interpreter's lock"  # its time ends as well; by a signal it cannot
@@ -222,11 +223,14 @@ CASES = [
 def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
     lingers, code = LINGERING[what], 1 if what == WITHOUT_THREADS else 7
     script = (
-        "import atexit, ctypes, sys, threading, time\n"
+        "import atexit, ctypes, os, sys, threading, time\n"
         "from launch.rank import exit as leaving\n"
         f"leaving.LEAVING_SECONDS, leaving._LOCKED_SECONDS = {3600 if number else 0.2}, 0.2\n"
+        "leaving._REPORT_SECONDS = 3600\n"  # it is reported: nothing is left to wait for
         "def linger():\n"
-        f"    print('leaving', flush=True)\n    {lingers}\n"
+        "    print('leaving', flush=True)\n"
+        f"    try:\n        {lingers}\n"
+        "    finally:\n        os._exit(9)  # it came back\n"
         "atexit.register(linger)\n"
         "leaving.leave(7)\n"
     )
@@ -238,5 +242,25 @@ def test_leaving_is_bounded_where_a_function_for_the_exit(what, number):
             process.send_signal(number)
         try:
             assert process.wait(timeout=DEADLINE_SECONDS) == code
+        finally:
+            process.kill()
+
+
+def test_a_report_that_nobody_reads_delays_a_stop_for_a_limited_time():
+    script = (
+        "import time\n"
+        "from launch.rank import exit as leaving\n"
+        "leaving.LEAVING_SECONDS, leaving._REPORT_SECONDS = 3600, 0.2\n"
+        "leaving.end_in_time(7)\n"
+        "print('reporting', flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    words = [sys.executable, "-c", script]
+    with start(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reporting\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=DEADLINE_SECONDS) == 7
         finally:
             process.kill()
